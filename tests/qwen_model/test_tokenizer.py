@@ -1,0 +1,339 @@
+"""The tokenizers against transformers and tiktoken's own pieces, and the decoding of a stream."""
+
+import base64
+import json
+import random
+import unicodedata
+
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("tiktoken")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from qwen_model.errors import QwenModelError
+from qwen_model.tokenizer import QWEN_SPLIT_PATTERN, copy_tokenizer_files, load_tokenizer
+
+TEXTS = [
+    "",
+    "Hello, world! It's 3:45 pm.",
+    "  two leading spaces, two trailing  ",
+    "你好，世界！今天天气怎么样？",
+    "naïve café — “quoted” … Ünïcödé",
+    "def f(x: int) -> int:\n    return x ** 2  # square\n\n\tif x:\r\n",
+    "👋🏽 family: 👨‍👩‍👧‍👦 flags: 🇩🇪🇯🇵",
+    "مرحبا بالعالم שלום עולם नमस्ते 한국어 ไทย",
+    "e\u0301 is composed by NFC",
+    "a\x00b\x7f\u200b\ufeff",
+    "\ufffd a replacement character of the text's own",
+]
+VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def byte_level_dir(tmp_path_factory):
+    """A tokenizer in the form of Qwen2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    return _write(tmp_path_factory.mktemp("byte_level"), tokenizer, config)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_dir(tmp_path_factory):
+    """A tokenizer in the form of LLaMA 2's: words open with a ▁, unknown characters are bytes, <s> comes first."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = "▁abcdefghijklmnopqrstuvwxyzHTI.,!?0123456789"
+    merges = [("▁", "h"), ("▁h", "e"), ("l", "l"), ("▁he", "ll"), ("▁hell", "o"), ("▁", "▁"), ("t", "h")]
+    pieces += [*letters, *(first + second for first, second in merges)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in pieces[:3]])
+    tokenizer.enable_truncation(4)  # as some files have it; transformers ignores it
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": [
+            {"name": "tool_use", "template": "unused"},
+            {
+                "name": "default",
+                "template": "{{ bos_token }}{% for m in messages %}\n    {% if m['role'] == 'user' %}\n"
+                "[INST] {{ m['content'] | trim }} [/INST]{% elif m['role'] == 'assistant' %}"
+                "{% generation %} {{ m['content'] }} {{ eos_token }}{% endgeneration %}"
+                "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}",
+            },
+        ],
+    }
+    return _write(tmp_path_factory.mktemp("sentencepiece"), tokenizer, config)
+
+
+@pytest.fixture(scope="module")
+def tiktoken_dir(tmp_path_factory):
+    """A ``qwen.tiktoken`` of all bytes and some merges."""
+    merged = [b"he", b"ll", b"hell", b"hello", b" w", b"or", b" wor", b"ld", b" world", "你".encode(), b"im", b"<|"]
+    merged[9:9] = ["你".encode()[:2]]
+    tokens = [bytes([byte]) for byte in range(256)] + merged
+    folder = tmp_path_factory.mktemp("tiktoken")
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
+    return folder
+
+
+@pytest.fixture(params=["byte_level_dir", "sentencepiece_dir", "tiktoken_dir"])
+def tokenizer(request):
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+def _write(folder, tokenizer, config):
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _stream(tokenizer, ids):
+    decoder = tokenizer.stream_decoder()
+    return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
+
+
+@pytest.mark.parametrize("folder", ["byte_level_dir", "sentencepiece_dir"])
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_agrees_with_transformers(request, folder, add_special_tokens):
+    transformers = pytest.importorskip("transformers")
+    model_dir = request.getfixturevalue(folder)
+    ours, theirs = load_tokenizer(model_dir), transformers.AutoTokenizer.from_pretrained(model_dir)
+    assert ours.vocab_size == len(theirs)
+    assert ours.eos_token_ids == (theirs.eos_token_id,)
+    for text in [*TEXTS, "a<|im_end|>b <s>c</s>"]:
+        ids = ours.encode(text, add_special_tokens=add_special_tokens)
+        assert ids == theirs.encode(text, add_special_tokens=add_special_tokens)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_chat_template_agrees_with_transformers(sentencepiece_dir):
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = load_tokenizer(sentencepiece_dir), transformers.AutoTokenizer.from_pretrained(sentencepiece_dir)
+    messages = [
+        {"role": "user", "content": " hello "},
+        {"role": "assistant", "content": "hi\n there"},
+        {"role": "user", "content": "你好"},
+    ]
+    for add_generation_prompt in (True, False):
+        expected = theirs.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False, tokenize=True
+        )
+        assert ours.apply_chat_template(messages, add_generation_prompt) == expected
+
+
+@given(text=VALID_TEXT)
+@settings(deadline=None, max_examples=60)
+def test_byte_level_round_trip(byte_level_dir, text):
+    tokenizer = load_tokenizer(byte_level_dir)
+    assert tokenizer.decode(tokenizer.encode(text, parse_special_tokens=False)) == unicodedata.normalize("NFC", text)
+
+
+@given(text=VALID_TEXT)
+@settings(deadline=None, max_examples=60)
+def test_tiktoken_round_trip(tiktoken_dir, text):
+    tokenizer = load_tokenizer(tiktoken_dir)
+    assert tokenizer.decode(tokenizer.encode(text, parse_special_tokens=False)) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_gives_the_whole_text_in_whole_characters(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = _stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
+@given(seed=st.integers(0, 2**32), length=st.integers(0, 40))
+@settings(deadline=None, max_examples=60)
+def test_stream_of_random_ids_equals_decode(request, folder, seed, length):
+    """Random ids are mostly broken UTF-8, with special tokens in between."""
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    ids = random.Random(seed).choices(range(tokenizer.vocab_size), k=length)
+    assert "".join(_stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_stream_keeps_spaces_that_the_tokenizer_strips_at_the_beginning(sentencepiece_dir):
+    tokenizer = load_tokenizer(sentencepiece_dir)
+    hello, end = tokenizer.encode("hello", add_special_tokens=False), [2]
+    space = tokenizer.encode("a b", add_special_tokens=False)[2:3]
+    ids = [*hello, *end, *hello, *space, *hello]
+    assert tokenizer.decode(ids) == "hello hello  hello"
+    assert "".join(_stream(tokenizer, ids)) == "hello hello  hello"
+
+
+def test_stream_holds_half_an_emoji_back_and_flush_gives_it(tokenizer):
+    ids = tokenizer.encode("🙂", add_special_tokens=False)
+    decoder = tokenizer.stream_decoder()
+    shown = "".join(decoder.push(token_id) for token_id in ids[:-1])
+    assert "\ufffd" not in shown
+    assert shown + decoder.flush() == tokenizer.decode(ids[:-1])
+    assert decoder.flush() == ""
+
+
+def test_tiktoken_special_tokens(tiktoken_dir):
+    tokenizer = load_tokenizer(tiktoken_dir)
+    first = tokenizer.encode("<|endoftext|>")[0]
+    assert first == 256 + 13
+    assert tokenizer.encode("<|im_start|><|im_end|>") == [first + 1, first + 2]
+    assert tokenizer.encode("<|extra_0|><|extra_204|>") == [first + 3, first + 207]
+    assert tokenizer.vocab_size == first + 208
+    assert tokenizer.eos_token_ids == (first, first + 2)
+    assert tokenizer.decode([first + 1, *tokenizer.encode("hello"), first + 2]) == "hello"
+    assert tokenizer.decode([first + 2], skip_special_tokens=False) == "<|im_end|>"
+
+
+def test_tiktoken_merges_in_the_order_of_the_ranks(tiktoken_dir):
+    tokenizer = load_tokenizer(tiktoken_dir)
+    assert tokenizer.encode("hello world") == [256 + 3, 256 + 8]
+    assert tokenizer.encode("你") == [256 + 10]
+
+
+def test_ids_of_no_token_decode_to_nothing(tokenizer):
+    """A model's embedding has often more rows than its tokenizer has tokens."""
+    ids = tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == "hello"
+
+
+@pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
+def test_control_tokens_in_a_text_can_be_ordinary_text(request, folder):
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    assert len(tokenizer.encode("<|im_end|>")) == 1
+    ids = tokenizer.encode("<|im_end|>", parse_special_tokens=False)
+    assert len(ids) > 1
+    assert tokenizer.decode(ids) == "<|im_end|>"
+    assert len(tokenizer.encode("<|im_end|>")) == 1
+
+
+@pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
+def test_chatml_where_there_is_no_template(request, folder):
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    own_system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    ids = tokenizer.apply_chat_template(own_system, add_generation_prompt=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+    )
+
+
+def test_control_tokens_in_a_qwen_v1_chat_are_ordinary_text(tiktoken_dir):
+    tokenizer = load_tokenizer(tiktoken_dir)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "<|im_end|>"}])
+    assert ids.count(tokenizer.encode("<|im_end|>")[0]) == 2  # the system message's and the user message's own
+
+
+def test_template_in_its_own_file_comes_first(byte_level_dir, tmp_path):
+    copy_tokenizer_files(byte_level_dir, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] | tojson }}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": "你 <&>"}])) == '"你 <&>"'
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        (["hello"], "message 0"),
+        ([{"role": "user"}], "message 0"),
+        ([{"role": "system", "content": "x"}], "no system here"),
+    ],
+)
+def test_chat_errors(sentencepiece_dir, messages, message):
+    with pytest.raises(QwenModelError, match=message):
+        load_tokenizer(sentencepiece_dir).apply_chat_template(messages)
+
+
+def test_templates_run_in_a_sandbox(byte_level_dir, tmp_path):
+    copy_tokenizer_files(byte_level_dir, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(QwenModelError, match="chat template failed"):
+        load_tokenizer(tmp_path).apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_no_template_and_no_chatml(sentencepiece_dir, tmp_path):
+    copy_tokenizer_files(sentencepiece_dir, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_ids == ()
+    with pytest.raises(QwenModelError, match="no chat template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_copied_files_make_the_same_tokenizer(tokenizer, request, tmp_path):
+    source = request.getfixturevalue(request.node.callspec.params["tokenizer"])
+    assert copy_tokenizer_files(source, tmp_path)
+    copied = load_tokenizer(tmp_path)
+    assert [copied.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    assert copied.eos_token_ids == tokenizer.eos_token_ids
+
+
+def test_folder_without_a_tokenizer(tmp_path):
+    assert copy_tokenizer_files(tmp_path, tmp_path) == []
+    with pytest.raises(QwenModelError, match=r"tokenizer\.json and qwen\.tiktoken"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(QwenModelError, match="AutoTokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
+        ("qwen.tiktoken", "aGVsbG8=\n", "line 1"),
+        ("qwen.tiktoken", "aGVsbG8= 0\n?? 1\n", "line 2"),
+        ("qwen.tiktoken", "aGVsbG8= 0\naGU= 2\n", "without a gap"),
+        ("qwen.tiktoken", "", "without a gap"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(QwenModelError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "no valid JSON"), ("[]", "JSON object"), ('{"eos_token": "<gone>"}', "<gone>")],
+)
+def test_broken_tokenizer_config(byte_level_dir, tmp_path, content, message):
+    copy_tokenizer_files(byte_level_dir, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(QwenModelError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(QwenModelError, match="character 1"):
+        tokenizer.encode("a\ud83d")
