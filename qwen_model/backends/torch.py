@@ -1,0 +1,278 @@
+"""The PyTorch back end: the network runs now, on a CPU or a GPU; on a GPU a decode step is one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..engine_config import EngineConfig, Limits
+from ..errors import QwenModelError
+from ..executor import FloatArray, IntArray
+from ..network import decoder
+from ..rotary import rotary_table
+from ..sampling import SamplingOptions
+from ..weights import Checkpoint, WeightGroup, weight_groups
+from .torch_operations import Batch, TorchOperations
+from .torch_sampling import TorchSampler
+
+
+def write_weights(
+    checkpoint: Checkpoint, groups: Sequence[WeightGroup], dtype: str, folder: Path, report: Callable[[int], None]
+) -> None:
+    """One safetensors file for each group; `report` is called with the number of bytes written."""
+    from safetensors.torch import save_file
+
+    for group in groups:
+        tensors = {spec.name: checkpoint.read(spec).to(getattr(torch, dtype)).contiguous() for spec in group.specs}
+        save_file(tensors, folder / f"{group.name}.safetensors")
+        report(sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
+    """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one."""
+    from safetensors.torch import load_file
+
+    target = choose_device(device)
+    check_memory(config.model, config.limits, config.dtype, target)
+    weights: dict[str, Tensor] = {}
+    for group in weight_groups(config.model):
+        path = engine_dir / "weights" / f"{group.name}.safetensors"
+        if not path.is_file():
+            raise QwenModelError(f"{engine_dir} is not whole: {path.name} is missing; build the engine again")
+        weights.update(load_file(path, device=str(target)))
+    return TorchExecutor(config.model, config.limits, weights, config.rmsnorm_plugin)
+
+
+def choose_device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise QwenModelError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def default_dtype(checkpoint_dtype: str) -> str:
+    """The checkpoint's type where there is a GPU; a CPU is slow in the half-precision types."""
+    return checkpoint_dtype if torch.cuda.is_available() else "float32"
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def required_bytes(config: ModelConfig, limits: Limits, dtype: str) -> tuple[int, int]:
+    """Device memory of the weights and of the key-value cache."""
+    itemsize = getattr(torch, dtype).itemsize
+    numbers = sum(int(np.prod(spec.shape)) for group in weight_groups(config) for spec in group.specs)
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_size * limits.max_positions
+    return numbers * itemsize, cached * limits.max_batch_size * itemsize
+
+
+def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
+    """Say what is needed before the GPU runs out of memory half-way."""
+    if device.type != "cuda":
+        return
+    weights, cache = required_bytes(config, limits, dtype)
+    free, total = torch.cuda.mem_get_info(device)
+    if weights + cache > free:
+        gib = 2.0**30
+        raise QwenModelError(
+            f"not enough GPU memory: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of key-value cache "
+            f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) are needed, {free / gib:.2f} of "
+            f"{total / gib:.2f} GiB are free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
+        )
+
+
+class _Tokens:
+    """Tokens on their way to the host."""
+
+    def __init__(self, tokens: Tensor):
+        self._event: torch.cuda.Event | None = None
+        if tokens.device.type != "cuda":
+            self._host = tokens.clone()
+            return
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> IntArray:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
+
+
+class _StepGraph:
+    """A decode step for one batch size, captured once and replayed: logits, and greedily chosen tokens."""
+
+    def __init__(self, step: Callable[[], Tensor]):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # libraries initialise themselves in the first call, which must not be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.logits = step()
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self.logits
+
+
+class TorchExecutor:
+    """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        limits: Limits,
+        weights: Mapping[str, Tensor],
+        rmsnorm_plugin: bool = True,
+        use_kernels: bool | None = None,
+    ):
+        """`use_kernels`: attention and SwiGLU by our CUDA kernels; None: on a GPU."""
+        self.config = config
+        self.limits = limits
+        embedding = weights["embedding.weight"]
+        self.device, self.dtype = embedding.device, embedding.dtype
+        on_gpu = self.device.type == "cuda"
+        use_kernels = on_gpu if use_kernels is None else use_kernels
+        self.runs_ahead = on_gpu
+
+        shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
+        # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
+        self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
+        self._ops = _operations(config, dict(weights), self.cache, rmsnorm_plugin, use_kernels)
+        self._table = rotary_table(config, limits.max_positions)
+        self._rotary = torch.from_numpy(self._table.values).to(self.device)
+        scale = self._table.query_scale
+        self._query_scale = None if scale is None else torch.from_numpy(scale).to(self.device)
+
+        self._graphs: dict[int, _StepGraph] | None = {} if use_kernels and on_gpu else None
+        self._tokens = torch.zeros(limits.max_batch_size, dtype=torch.int64, device=self.device)
+        self._past = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
+        self._offsets = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
+        self._host_past: list[int] = []
+        self._sampler = TorchSampler(SamplingOptions(), (), config.vocab_size, self.device)
+        self._beam_logits: Tensor | None = None
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
+        self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
+        return self._choose(self._prefill_logits(prompts))
+
+    @torch.inference_mode()
+    def decode(self) -> _Tokens:
+        return self._choose(self._decode_logits())
+
+    @torch.inference_mode()
+    def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
+        return self._prefill_logits([prompt], last_token_only=False).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
+        logits = self._prefill_logits(prompts)
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_beams)
+        self._reorder(rows)
+        self._beam_logits = logits[rows]
+
+    @torch.inference_mode()
+    def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
+        if self._beam_logits is None:
+            raise RuntimeError("begin_beams comes first")
+        sums = self._beam_logits.float().log_softmax(-1)
+        sums += torch.from_numpy(scores).to(self.device).view(-1, 1)
+        best, places = sums.view(len(scores), -1).topk(count)
+        found = places.cpu().numpy()
+        return best.cpu().numpy(), found // self.config.vocab_size, found % self.config.vocab_size
+
+    @torch.inference_mode()
+    def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
+        if not np.array_equal(rows, np.arange(len(rows))):
+            self._reorder(torch.from_numpy(rows).to(self.device))
+        self._tokens[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
+        self._beam_logits = self._decode_logits()
+
+    def _choose(self, logits: Tensor) -> _Tokens:
+        """Tokens for the next step, left on the device for it and sent to the host."""
+        tokens = self._sampler(logits)
+        self._tokens[: len(tokens)].copy_(tokens)
+        return _Tokens(tokens)
+
+    def _prefill_logits(self, prompts: Sequence[Sequence[int]], last_token_only: bool = True) -> Tensor:
+        lengths = [len(prompt) for prompt in prompts]
+        offsets = [self._table.offset(length) for length in lengths]
+        table, scale, rows = self._prompt_rotary(lengths, offsets)
+        count = len(lengths)
+        past = torch.zeros(count, dtype=torch.int32, device=self.device)
+        self._ops.batch = Batch(lengths, [0] * count, table, rows, scale, past)
+        packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+        logits = decoder(self._ops, self.config, torch.from_numpy(packed).to(self.device), last_token_only)
+        self._host_past = lengths
+        self._past[:count] = torch.tensor(lengths, dtype=torch.int32)
+        self._offsets[:count] = torch.tensor(offsets, dtype=torch.int32)
+        return logits
+
+    def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Table, query scale and row of each token; a prompt with rows of its own makes a table for this batch."""
+        own = [self._table.prompt_rows(length) for length in lengths]
+        starts = np.array(offsets)
+        table, scale = self._rotary, self._query_scale
+        if any(rows is not None for rows in own):
+            parts = [self._table.values[:n] if rows is None else rows for n, rows in zip(lengths, own, strict=True)]
+            table = torch.from_numpy(np.concatenate(parts)).to(self.device)
+            starts = np.cumsum([0, *lengths[:-1]])
+        rows = [start + np.arange(length) for start, length in zip(starts, lengths, strict=True)]
+        return table, scale, torch.from_numpy(np.concatenate(rows).astype(np.int32)).to(self.device)
+
+    def _decode_logits(self) -> Tensor:
+        count = len(self._host_past)
+        if self._graphs is None:
+            logits = self._step(count)
+        else:
+            if count not in self._graphs:
+                past = self._past.clone()
+                self._graphs[count] = _StepGraph(lambda: self._step(count))
+                self._past.copy_(past)  # the graph's first, uncaptured call was one step too many
+            logits = self._graphs[count].replay()
+        self._host_past = [past + 1 for past in self._host_past]
+        return logits
+
+    def _step(self, count: int) -> Tensor:
+        """One token for each sequence, from `_tokens`. On a GPU this is captured: no host value that changes."""
+        past = self._past[:count]
+        rows = past + self._offsets[:count]
+        self._ops.batch = Batch([1] * count, self._host_past, self._rotary, rows, self._query_scale, past)
+        logits = decoder(self._ops, self.config, self._tokens[:count])
+        past += 1
+        return logits
+
+    def _reorder(self, rows: Tensor) -> None:
+        """Row i of the cache and of the lengths becomes what row `rows[i]` was."""
+        order = rows.tolist()
+        self._host_past = [self._host_past[row] for row in order]
+        longest = max(self._host_past)
+        for layer in self.cache:
+            layer[: len(rows), :, :, :longest] = layer[rows, :, :, :longest]
+        for state in (self._past, self._offsets):
+            state[: len(rows)] = state[rows]
+
+
+def _operations(
+    config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool, use_kernels: bool
+) -> TorchOperations:
+    if not use_kernels:
+        return TorchOperations(config, weights, cache, rmsnorm_plugin)
+    from .torch_kernels import KernelOperations
+
+    return KernelOperations(config, weights, cache, rmsnorm_plugin)

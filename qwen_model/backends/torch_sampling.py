@@ -1,0 +1,62 @@
+"""Choosing the next token with PyTorch, on the device of the logits and without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..sampling import SamplingOptions
+
+
+class TorchSampler:
+    """One batch's choice of tokens; keeps which tokens each sequence has seen, and the random numbers' state."""
+
+    def __init__(
+        self, options: SamplingOptions, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
+    ):
+        self.options = options
+        self._generator = torch.Generator(device)
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+        self._seen: Tensor | None = None
+        if options.repetition_penalty != 1.0:
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[torch.tensor(prompt)] = True
+            self._seen = seen.to(device)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Tokens [sequences] from logits [sequences, vocab_size]."""
+        if self.options.changes_logits:
+            logits = logits.float()
+        if self._seen is not None:
+            penalty = self.options.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen, penalised, logits)
+        tokens = logits.argmax(-1) if self.options.greedy else self._draw(logits)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        options = self.options
+        if options.temperature is not None:
+            logits = logits / options.temperature
+        candidates = None
+        if 0 < options.top_k < logits.shape[-1]:
+            logits, candidates = logits.topk(options.top_k)
+        elif options.top_p < 1.0:
+            logits, candidates = logits.sort(descending=True)
+        probabilities = logits.softmax(-1)
+        if options.top_p < 1.0:
+            before = probabilities.cumsum(-1) - probabilities  # of the tokens that are likelier: 0 for the likeliest
+            probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
+        # The largest of p / e, e exponentially distributed, is a draw from p; unlike torch.multinomial it never makes
+        # the host wait for the GPU.
+        noise = torch.empty_like(probabilities).exponential_(generator=self._generator)
+        drawn = (probabilities / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(-1)
+        return drawn if candidates is None else candidates.gather(-1, drawn[:, None])[:, 0]

@@ -1,0 +1,108 @@
+"""python -m qwen_model.build: make an engine from a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .command_line import DEFAULT_ENGINE_DIR, run_command
+from .errors import QwenModelError
+
+if TYPE_CHECKING:
+    from .engine import BuildSummary
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Build, with a progress bar on standard error and a summary on standard output."""
+    options = _parser().parse_args(arguments)
+    scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
+
+    from tqdm import tqdm
+
+    from .engine import build_engine
+
+    with tqdm(desc="weights", unit="B", unit_scale=True, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        summary = build_engine(
+            options.model_dir,
+            output_dir=options.output_dir,
+            backend=options.backend,
+            dtype=options.dtype,
+            rmsnorm_plugin=options.rmsnorm_plugin,
+            max_batch_size=options.max_batch_size,
+            max_input_len=options.max_input_len,
+            max_output_len=options.max_output_len,
+            rotary_scaling=scaling,
+            progress=progress,
+        )
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(_summary_text(summary))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen_model.build", description="Make an engine from a Hugging Face checkpoint."
+    )
+    parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
+    parser.add_argument("--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="default: %(default)s")
+    parser.add_argument("--backend", default="torch", help="what runs the engine: torch (the default)")
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="float16, bfloat16 or float32 (default: the checkpoint's where there is a GPU, else float32)",
+    )
+    parser.add_argument("--rmsnorm-plugin", action="store_true", help="normalise with this project's RMSNorm kernel")
+    parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 8)")
+    parser.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
+    parser.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
+    parser.add_argument(
+        "--rotary-scaling",
+        metavar="KIND:FACTOR",
+        help="for texts longer than the model was trained for: linear:4, dynamic:2, yarn:4, none, or the JSON object "
+        "that rope_scaling is in a config.json (default: as the checkpoint says)",
+    )
+    return parser
+
+
+def parse_rotary_scaling(text: str) -> dict[str, Any]:
+    """`linear:4`, `none` or a JSON object, as what `rope_scaling` is in a `config.json`."""
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise QwenModelError(f"--rotary-scaling is not JSON: {error}") from error
+    kind, _, factor = text.partition(":")
+    if not factor:
+        return {"rope_type": kind}
+    try:
+        return {"rope_type": kind, "factor": float(factor)}
+    except ValueError as error:
+        raise QwenModelError(f"--rotary-scaling must be KIND:FACTOR, like linear:4, not {text!r}") from error
+
+
+def _summary_text(summary: BuildSummary) -> str:
+    config = summary.config
+    limits = config.limits
+    normalisation = "RMSNorm kernel" if config.rmsnorm_plugin else "RMSNorm of the back end"
+    return (
+        f"engine      {summary.engine_dir}\n"
+        f"model       {config.model.architecture}, {config.num_parameters / 1e6:,.1f} million parameters, "
+        f"{config.model.num_layers} layers\n"
+        f"back end    {config.backend}, {config.dtype}, {normalisation}\n"
+        f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
+        f"outputs of {limits.max_output_len} tokens\n"
+        f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "
+        f"{summary.cache_bytes / 2**20:,.1f} MiB of key-value cache\n"
+        f"time        {summary.seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

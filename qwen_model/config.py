@@ -1,0 +1,278 @@
+"""What a model is: `ModelConfig`, read from the `config.json` of a Hugging Face checkpoint and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .architectures import Architecture, find_architecture
+from .errors import QwenModelError
+
+DTYPES = ("float16", "bfloat16", "float32")
+ROTARY_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "qwen_dynamic")
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary embedding in the NeoX style: dimension i is rotated together with dimension i + dim / 2.
+
+    `scaling` is one of `ROTARY_SCALINGS`: "qwen_dynamic" is the dynamic NTK of Qwen v1, the others are those that
+    transformers calls "default", "linear", "dynamic", "llama3" and "yarn".
+    """
+
+    dim: int  # the first `dim` elements of each head are rotated
+    base: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_max_positions: int = 0  # the length the model was trained for
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the range of dimensions between the two betas to whole numbers
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything about a decoder but its weights. Sizes are in elements."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+    norm_eps: float
+    rotary: RotaryConfig
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding
+    tied_embedding: bool = False  # the output projection is the embedding table
+    logn_length: int = 0  # Qwen v1: from this position on q grows with the logarithm of its position; 0: never
+    dtype: str = "float16"  # of the checkpoint
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of the packed query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**values, "rotary": RotaryConfig(**values["rotary"])})
+
+    @classmethod
+    def from_model_dir(cls, model_dir: Path) -> ModelConfig:
+        """Read and check `config.json` of a Hugging Face checkpoint."""
+        path = Path(model_dir) / "config.json"
+        if not path.is_file():
+            raise QwenModelError(f"{model_dir} is not a Hugging Face checkpoint: it has no config.json")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise QwenModelError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise QwenModelError(f"{path} must hold a JSON object, not {type(values).__name__}")
+        return read_config(values)
+
+    def with_rotary_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
+        """The same model with another rotary scaling, given as the `rope_scaling` of a `config.json`."""
+        rotary = dataclasses.replace(
+            RotaryConfig(dim=self.rotary.dim, base=self.rotary.base),
+            original_max_positions=self.rotary.original_max_positions,
+        )
+        return dataclasses.replace(self, rotary=_apply_scaling(rotary, scaling))
+
+
+class _Reader:
+    """Typed reading of one `config.json`; every error names the key, what was given and what was expected."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise QwenModelError(f"config.json has no {key!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise QwenModelError(f"config.json: {key} must be a positive integer, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _number(self.values, key, default)
+
+    def boolean(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise QwenModelError(f"config.json: {key} must be true or false, not {value!r}")
+        return value
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from the contents of a `config.json`."""
+    architecture = find_architecture(values)
+    _reject_unsupported(values)
+    keys = architecture.keys
+    reader = _Reader(values)
+    hidden_size = reader.integer(keys.hidden_size)
+    num_heads = reader.integer(keys.num_heads)
+    head_size = _read_head_size(reader, architecture, hidden_size, num_heads)
+    num_kv_heads = reader.integer(keys.num_kv_heads, num_heads) if keys.num_kv_heads else num_heads
+    max_positions = reader.integer(keys.max_positions)
+    config = ModelConfig(
+        architecture=architecture.name,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size") // architecture.intermediate_divisor,
+        num_layers=reader.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        max_positions=max_positions,
+        norm_eps=reader.number(keys.norm_eps, 1e-6),
+        rotary=_read_rotary(reader, architecture, head_size, max_positions),
+        qkv_bias=_switch(reader, architecture.qkv_bias),
+        output_bias=_switch(reader, architecture.output_bias),
+        mlp_bias=_switch(reader, architecture.mlp_bias),
+        qk_norm=architecture.qk_norm,
+        tied_embedding=reader.boolean("tie_word_embeddings"),
+        logn_length=max_positions if architecture.qwen_v1_rotary and reader.boolean("use_logn_attn") else 0,
+        dtype=_read_dtype(values),
+    )
+    _check(config)
+    return config
+
+
+def _switch(reader: _Reader, switch: bool | str) -> bool:
+    return reader.boolean(switch) if isinstance(switch, str) else switch
+
+
+def _read_head_size(reader: _Reader, architecture: Architecture, hidden_size: int, num_heads: int) -> int:
+    if reader.values.get(architecture.keys.head_size) is not None:
+        return reader.integer(architecture.keys.head_size)
+    if architecture.default_head_size:
+        return architecture.default_head_size
+    if hidden_size % num_heads:
+        raise QwenModelError(
+            f"config.json: hidden_size {hidden_size} is not a multiple of the {num_heads} attention heads"
+        )
+    return hidden_size // num_heads
+
+
+def _read_dtype(values: Mapping[str, Any]) -> str:
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    if dtype is None and values.get("bf16"):  # Qwen v1
+        dtype = "bfloat16"
+    return dtype if dtype in DTYPES else "float16"
+
+
+def _reject_unsupported(values: Mapping[str, Any]) -> None:
+    """Settings that would change the result and that the network does not have."""
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise QwenModelError(f"config.json: hidden_act {activation!r} is not supported (only 'silu')")
+    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
+        raise QwenModelError("config.json: sliding-window attention (use_sliding_window) is not supported")
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "unknown")
+        raise QwenModelError(f"config.json: quantized checkpoints are not supported (quant_method {method!r})")
+    if values.get("num_key_value_heads_per_layer"):
+        raise QwenModelError("config.json: num_key_value_heads_per_layer is not supported: every layer must be alike")
+    if values.get("scale_attn_weights") is False:
+        raise QwenModelError("config.json: scale_attn_weights false is not supported")
+    if values.get("no_bias") is False:
+        raise QwenModelError("config.json: no_bias false is not supported")
+
+
+def _read_rotary(reader: _Reader, architecture: Architecture, head_size: int, max_positions: int) -> RotaryConfig:
+    values = reader.values
+    # transformers 5 keeps all of it in rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
+    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    base = _number(parameters, "rope_theta", reader.number(architecture.keys.rotary_base, 10000.0))
+    fraction = _number(parameters, "partial_rotary_factor", reader.number(architecture.keys.rotary_fraction, 1.0))
+    rotary = RotaryConfig(dim=int(head_size * fraction), base=base, original_max_positions=max_positions)
+    if architecture.qwen_v1_rotary and reader.boolean("use_dynamic_ntk"):
+        return dataclasses.replace(rotary, scaling="qwen_dynamic")
+    return _apply_scaling(rotary, parameters)
+
+
+def _apply_scaling(rotary: RotaryConfig, parameters: Mapping[str, Any]) -> RotaryConfig:
+    """`rotary` with the scaling that a `rope_scaling` or `rope_parameters` object asks for."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind in ("default", "none", None):
+        return rotary
+    if kind not in ROTARY_SCALINGS:
+        raise QwenModelError(f"rotary scaling {kind!r} is not supported (supported: {', '.join(ROTARY_SCALINGS)})")
+    rotary = dataclasses.replace(rotary, scaling=kind)
+    if kind == "qwen_dynamic":
+        return rotary
+    if parameters.get("factor") is None:
+        raise QwenModelError(f"rotary scaling {kind!r} needs a factor")
+    rotary = dataclasses.replace(rotary, factor=_number(parameters, "factor", 1.0))
+    if kind in ("llama3", "yarn") and parameters.get("original_max_position_embeddings"):
+        rotary = dataclasses.replace(rotary, original_max_positions=parameters["original_max_position_embeddings"])
+    if kind == "llama3":
+        return dataclasses.replace(
+            rotary,
+            low_freq_factor=_number(parameters, "low_freq_factor", 1.0),
+            high_freq_factor=_number(parameters, "high_freq_factor", 4.0),
+        )
+    if kind == "yarn":
+        return dataclasses.replace(
+            rotary,
+            beta_fast=_number(parameters, "beta_fast", 32.0),
+            beta_slow=_number(parameters, "beta_slow", 1.0),
+            truncate=bool(parameters.get("truncate", True)),
+            attention_factor=_yarn_attention_factor(rotary.factor, parameters),
+        )
+    return rotary
+
+
+def _yarn_attention_factor(factor: float, parameters: Mapping[str, Any]) -> float:
+    """Peng et al., "YaRN" (2023), section 3.4, with the two mscales of DeepSeek, as transformers reads them."""
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor", 1.0)
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return mscale(_number(parameters, "mscale", 1.0)) / mscale(_number(parameters, "mscale_all_dim", 1.0))
+    return mscale(1.0)
+
+
+def _number(values: Mapping[str, Any], key: str, default: float) -> float:
+    value = values.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
+        raise QwenModelError(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _check(config: ModelConfig) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise QwenModelError(
+            f"config.json: {config.num_heads} attention heads are not a multiple of "
+            f"the {config.num_kv_heads} key-value heads"
+        )
+    rotary_dim = config.rotary.dim
+    if not 0 < rotary_dim <= config.head_size or rotary_dim % 2:
+        raise QwenModelError(
+            f"the rotary embedding must cover an even number of the {config.head_size} elements of a head, "
+            f"not {rotary_dim}"
+        )

@@ -1,0 +1,248 @@
+"""Building an engine from a checkpoint, and loading it.
+
+An engine is a folder: `config.json` (see engine_config.py), `weights/` with one safetensors file for the embedding, one
+for each layer and one for the output, and the tokenizer's files. It is written beside its place and renamed when
+whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .config import DTYPES, ModelConfig
+from .engine_config import BACKENDS, EngineConfig, Limits, read_engine_json
+from .errors import QwenModelError
+from .extras import import_extra
+from .session import Session
+from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
+from .weights import Checkpoint, weight_groups
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What `build_engine` made."""
+
+    engine_dir: Path
+    config: EngineConfig
+    weight_bytes: int
+    cache_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def build_engine(
+    model_dir: str | os.PathLike[str] | None = None,
+    *,
+    output_dir: str | os.PathLike[str],
+    backend: str = "torch",
+    dtype: str | None = None,
+    rmsnorm_plugin: bool = False,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    max_output_len: int | None = None,
+    rotary_scaling: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Make an engine in `output_dir` from a Hugging Face checkpoint (None: the model in this package).
+
+    dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's where there is a GPU, else "float32".
+    rmsnorm_plugin: normalise with this project's RMSNorm rather than with the back end's own operations.
+    rotary_scaling: as `rope_scaling` in a `config.json`, in its place.
+    progress: called with the bytes of weights written and their total.
+
+    An engine that is in `output_dir` already is replaced; a folder with anything else in it is an error.
+    """
+    start = time.perf_counter()
+    _check_choice("backend", backend, BACKENDS)
+    if dtype is not None:
+        _check_choice("dtype", dtype, DTYPES)
+    source = _model_dir(model_dir)
+    target = Path(output_dir).absolute()
+    _check_target(target)
+    model = ModelConfig.from_model_dir(source)
+    if rotary_scaling is not None:
+        model = model.with_rotary_scaling(rotary_scaling)
+    limits = _limits(model, max_batch_size, max_input_len, max_output_len)
+    groups = weight_groups(model)
+    checkpoint = Checkpoint(source)
+    checkpoint.check(groups, model.tied_embedding)
+
+    back_end = _torch_back_end()
+    config = EngineConfig(
+        backend=backend,
+        dtype=dtype or back_end.default_dtype(model.dtype),
+        rmsnorm_plugin=rmsnorm_plugin,
+        limits=limits,
+        model=model,
+        end_token_ids=read_end_token_ids(source),
+        num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
+        versions={"qwen_model": _package_version(), "python": platform.python_version(), **back_end.versions()},
+    )
+    weight_bytes, cache_bytes = back_end.required_bytes(model, limits, config.dtype)
+    with _written_whole(target) as folder:
+        (folder / "weights").mkdir()
+        done = 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, weight_bytes)
+
+        back_end.write_weights(checkpoint, groups, config.dtype, folder / "weights", report)
+        copy_tokenizer_files(source, folder)
+        config.write(folder)
+    seconds = time.perf_counter() - start
+    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(_warnings(model, limits)))
+
+
+def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None) -> Session:
+    """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate."""
+    folder = Path(engine_dir)
+    config = EngineConfig.read(folder)
+    executor = _torch_back_end().load_executor(folder, config, device)
+    return Session(config, executor, _load_tokenizer(folder))
+
+
+def _torch_back_end() -> ModuleType:
+    for module in ("torch", "safetensors"):
+        import_extra(module, "the torch back end")
+    return import_extra("qwen_model.backends.torch", "the torch back end")
+
+
+def read_end_token_ids(model_dir: Path) -> tuple[int, ...]:
+    """Every end token that `generation_config.json` names, else those of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        path = model_dir / name
+        if not path.is_file():
+            continue
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise QwenModelError(f"{path} is not a JSON object: {error}") from error
+        ids = [ids] if isinstance(ids, int) else ids
+        if ids:
+            if not all(isinstance(token, int) for token in ids):
+                raise QwenModelError(f"{path}: eos_token_id must be one or several integers, not {ids!r}")
+            return tuple(ids)
+    return ()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
+    if model_dir is None:
+        from .packaged_model import packaged_model_dir
+
+        return packaged_model_dir()
+    path = Path(model_dir)
+    if not path.is_dir():
+        raise QwenModelError(f"{path} is not a folder; --model-dir takes the folder of a Hugging Face checkpoint")
+    return path
+
+
+def _check_target(target: Path) -> None:
+    """Nothing that is not ours is replaced, and a folder that cannot be written is found before the work."""
+    if target.exists() and not target.is_dir():
+        raise QwenModelError(f"{target} is there already and is not a folder")
+    if target.is_dir() and any(target.iterdir()) and read_engine_json(target) is None:
+        raise QwenModelError(f"{target} is there already and is not an engine; give an empty or a new folder")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise QwenModelError(f"{target} cannot be written: no permission to write in {parent}")
+
+
+def _limits(
+    model: ModelConfig, max_batch_size: int | None, max_input_len: int | None, max_output_len: int | None
+) -> Limits:
+    """What was asked for; what was not is the default, but no more than the model was made for."""
+    default = Limits()
+    room = usable_positions(model)
+    given = (max_input_len or 0) + (max_output_len or 0)
+    free = max(room - given, 2)
+    inputs = max_input_len if max_input_len is not None else min(default.max_input_len, max(free * 2 // 3, 1))
+    outputs = max_output_len
+    if outputs is None:
+        outputs = min(default.max_output_len, max(room - inputs, 1))
+    return Limits(default.max_batch_size if max_batch_size is None else max_batch_size, inputs, outputs)
+
+
+def usable_positions(model: ModelConfig) -> int:
+    """The length that the model was made for, stretched by the rotary scaling."""
+    rotary = model.rotary
+    stretched = rotary.original_max_positions * rotary.factor if rotary.scaling != "none" else 0
+    return max(model.max_positions, int(stretched))
+
+
+def _warnings(model: ModelConfig, limits: Limits) -> Iterator[str]:
+    if limits.max_positions > usable_positions(model) and model.rotary.scaling not in ("dynamic", "qwen_dynamic"):
+        yield (
+            f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "
+            "model was made for; consider --rotary-scaling"
+        )
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its place at the end; on any error nothing of it is left."""
+    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise QwenModelError(f"{target} cannot be written: {error.strerror}") from error
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / "engine")
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
+        if isinstance(error, OSError):
+            raise QwenModelError(f"{target} cannot be written: {error}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _package_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("qwen-plugins")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _load_tokenizer(engine_dir: Path) -> Tokenizer | None:
+    """The engine's tokenizer; None if its checkpoint had none."""
+    has_one = any((engine_dir / name).is_file() for name in (TOKENIZER_JSON, QWEN_TIKTOKEN))
+    return load_tokenizer(engine_dir) if has_one else None

@@ -1,0 +1,49 @@
+"""What a back end gives to a session: prompts in, one token for each sequence out, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .sampling import SamplingOptions
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class PendingTokens(Protocol):
+    """The tokens of one step, which a device may still be working on."""
+
+    def wait(self) -> IntArray:
+        """[sequences]: blocks until they are there."""
+
+
+class Executor(Protocol):
+    """A loaded engine on its device, with its cache. One batch of sequences at a time."""
+
+    runs_ahead: bool
+    """Whether `decode` returns before the step is done, so that it pays to ask for a step before reading the last."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> PendingTokens:
+        """Begin a batch, forgetting the last one: process the prompts and choose the first token of each."""
+
+    def decode(self) -> PendingTokens:
+        """Feed the tokens chosen last and choose the next ones."""
+
+    def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
+        """Logits [tokens, vocab_size] after each token of one prompt. Forgets the batch."""
+
+    def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
+        """Begin a batch in which each prompt has `num_beams` rows, one after the other."""
+
+    def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
+        """The best `count` continuations of each prompt: sums of log-probabilities, beams (0 ...), and tokens.
+
+        `scores` [prompts, beams] are the sums so far; each result is [prompts, count], best first.
+        """
+
+    def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
+        """Continue row i from what row `rows[i]` was, with `tokens[i]`; both [prompts * beams]."""

@@ -1,0 +1,114 @@
+"""python -m qwen_model.run: generate text with an engine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command_line import add_engine_arguments, add_sampling_arguments, run_command, sampling_options
+from .errors import QwenModelError
+
+if TYPE_CHECKING:
+    from .session import GenerationResult, Session
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Generate for every prompt of the command line or the file; text or one JSON object on standard output."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.stream and (options.json or options.num_beams != 1):
+        parser.error("--stream gives text as it comes: it goes neither with --json nor with --num-beams")
+    prompts = _prompts(parser, options)
+    sampling = sampling_options(options)
+
+    from .engine import load_engine
+
+    session = load_engine(options.engine_dir, device=options.device)
+    settings: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": sampling,
+        "stop": options.stop,
+        "chat": options.chat,
+    }
+    if options.stream:
+        _stream(session, prompts, settings)
+        return
+    result = session.generate(prompts, num_beams=options.num_beams, **settings)
+    print(_as_json(result) if options.json else _as_text(result))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qwen_model.run", description="Generate text with an engine.")
+    add_engine_arguments(parser)
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several make a batch")
+    parser.add_argument("--input-ids", action="append", metavar="1,2,3", help="a prompt as token ids; may be repeated")
+    parser.add_argument("--input-file", metavar="FILE", help="one prompt a line, in UTF-8; - is standard input")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or the engine's limit")
+    add_sampling_arguments(parser)
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a question: use the model's chat template")
+    parser.add_argument("--stream", action="store_true", help="print text as it comes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the tokens and the timing")
+    return parser
+
+
+def _prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str | list[int]]:
+    """Texts of the command line, then token ids, then the lines of the file."""
+    prompts: list[str | list[int]] = list(options.prompts)
+    prompts += [parse_token_ids(text) for text in options.input_ids or ()]
+    if options.input_file is not None:
+        prompts += _read_prompts(options.input_file)
+    if not prompts:
+        parser.error("give a prompt, --input-ids or --input-file")
+    return prompts
+
+
+def parse_token_ids(text: str) -> list[int]:
+    """Token ids with commas or spaces between them."""
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise QwenModelError(f"--input-ids takes whole numbers with commas between them, not {text!r}") from error
+
+
+def _read_prompts(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise QwenModelError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise QwenModelError(f"{name} is not UTF-8: {error}") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _stream(session: Session, prompts: list[str | list[int]], settings: dict[str, Any]) -> None:
+    """Print each prompt's text as it comes; the prompts one after the other, so that their texts don't mix."""
+    if session.tokenizer is None:
+        raise QwenModelError("--stream prints text, and this engine has no tokenizer")
+    for prompt in prompts:
+        for event in session.stream([prompt], **settings):
+            print(event.text, end="", flush=True)
+        print()
+
+
+def _as_text(result: GenerationResult) -> str:
+    return "\n".join(
+        ",".join(map(str, output.output_ids)) if output.text is None else output.text for output in result.outputs
+    )
+
+
+def _as_json(result: GenerationResult) -> str:
+    outputs = [
+        {"output_ids": output.output_ids, "text": output.text, "finish_reason": output.finish_reason}
+        for output in result.outputs
+    ]
+    return json.dumps({"outputs": outputs, "timing": dataclasses.asdict(result.timing)}, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,50 @@
+"""How the next token is chosen: the options, checked. Each back end chooses on its own device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import QwenModelError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Greedy unless temperature, top_k or top_p is given; in that order they are applied, as in transformers.
+
+    temperature: divides the logits; 0 is greedy. None: 1.0 when top_k or top_p is given, else greedy.
+    top_k: only the k most likely tokens; 0: all.
+    top_p: only the most likely tokens that together have this probability.
+    repetition_penalty: divides positive logits, and multiplies negative ones, of tokens seen before (Keskar et al.,
+        "CTRL", 2019), in the prompt or the output; it holds for greedy choice too.
+    seed: the same seed, prompts and options on the same machine give the same tokens. None: another seed each time.
+    """
+
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise QwenModelError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.top_k < 0:
+            raise QwenModelError(f"top_k must be at least 0 (0: all tokens), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise QwenModelError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise QwenModelError(f"repetition_penalty must be a number above 0, not {self.repetition_penalty}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise QwenModelError(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
+
+    @property
+    def greedy(self) -> bool:
+        if self.temperature is None:
+            return self.top_k == 0 and self.top_p == 1.0
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the choice is anything but the largest logit."""
+        return not self.greedy or self.repetition_penalty != 1.0
