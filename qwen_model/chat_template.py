@@ -1,5 +1,7 @@
 """A model's own chat template: Jinja, run in a sandbox, with what transformers gives to templates."""
 
+from __future__ import annotations
+
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -7,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_model.errors import QwenModelError
-from qwen_model.extras import import_extra
+from .errors import QwenModelError
+from .extras import import_extra
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 

@@ -1,9 +1,11 @@
 """Imports of what the package does without until it is used."""
 
+from __future__ import annotations
+
 import importlib
 from typing import Any
 
-from qwen_model.errors import QwenModelError
+from .errors import QwenModelError
 
 
 def import_extra(module: str, needed_for: str, extra: str = "torch") -> Any:

@@ -4,6 +4,8 @@
 seconds of start-up for what ``tokenizers`` and ``tiktoken`` do.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import shutil
@@ -13,14 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_model.chat_template import (
+from .chat_template import (
     check_messages,
     load_chat_template,
     render_chat_template,
     with_default_system_message,
 )
-from qwen_model.errors import QwenModelError
-from qwen_model.extras import import_extra
+from .errors import QwenModelError
+from .extras import import_extra
 
 if TYPE_CHECKING:
     import tokenizers
@@ -108,7 +110,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def _chat_ids(self, messages: Messages, add_generation_prompt: bool) -> list[int]: ...
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> "StreamDecoder":
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
         return StreamDecoder(self, skip_special_tokens)
 
@@ -157,7 +159,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """``tokenizer.json``, by the ``tokenizers`` library."""
 
     def __init__(
-        self, tokenizer: "tokenizers.Tokenizer", special_tokens: Mapping[str, str], chat_template: str | None
+        self, tokenizer: tokenizers.Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None
     ) -> None:
         """Wraps a tokenizer; ``special_tokens`` are those that its configuration names (``eos_token``, ...)."""
         # A file may have been saved with a length to cut or fill up to: transformers ignores it, and so do we.

@@ -331,13 +331,14 @@ def make_packaged_model(
     }
     _write_json(folder / "training.json", record)
     (folder / "corpus.sha256").write_text(corpus.checksums(), encoding="utf-8")
-    (folder / "held_out.txt").write_text(END_OF_TEXT.join(file.text for file in corpus.held_out), encoding="utf-8")
+    held_out = END_OF_TEXT.join(["", *(file.text for file in corpus.held_out), ""])
+    (folder / "held_out.txt").write_text(held_out, encoding="utf-8")
     (folder / "LICENSE.python.txt").write_text(corpus.license_text, encoding="utf-8")
     for path in folder.iterdir():  # safetensors writes for its owner alone
         path.chmod(0o644)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="a folder that is not there yet")
@@ -353,35 +354,35 @@ def parse_arguments() -> argparse.Namespace:
         help="the version that --stdlib-dir is of, for the record (default: this Python's)",
     )
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=3.5, help="at most, for the training (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="at most, for the training (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest one (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: only to see that everything runs")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Makes the model in a folder beside the one asked for, which appears whole or not at all."""
-    arguments = parse_arguments()
-    output_dir: Path = arguments.output_dir
+    options = parse_arguments(arguments)
+    output_dir: Path = options.output_dir
     if output_dir.exists():
         raise SystemExit(f"{output_dir} is there already: name a folder that is not")
     recipe = Recipe(
-        steps=arguments.steps,
-        minutes=arguments.minutes,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        dropout=arguments.dropout,
-        seed=arguments.seed,
+        steps=options.steps,
+        minutes=options.minutes,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        dropout=options.dropout,
+        seed=options.seed,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        sizes = SMOKE_SIZES if arguments.smoke else Sizes()
-        make_packaged_model((arguments.stdlib_dir, arguments.stdlib_version), partial, sizes, recipe, device)
+        sizes = SMOKE_SIZES if options.smoke else Sizes()
+        make_packaged_model((options.stdlib_dir, options.stdlib_version), partial, sizes, recipe, device)
         partial.rename(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,6 @@
+"""The tools are scripts of the repository, no installed package: found from its root, whatever pytest was started by."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))
