@@ -1,4 +1,4 @@
-"""The tools are scripts of the repository, no installed package: found from its root, whatever pytest was started by."""
+"""The tools are scripts of the repository, no installed package: found from its root, however pytest was started."""
 
 import sys
 from pathlib import Path
