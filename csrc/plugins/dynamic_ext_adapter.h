@@ -1,0 +1,118 @@
+// Puts a plug-in class behind TensorRT 8.6's IPluginV2DynamicExt, and its attributes behind an IPluginCreator.
+#pragma once
+
+#include <string>
+
+#include "attributes.h"
+#include "log.h"
+#include "tensorrt_api.h"
+
+namespace qwen_plugins {
+
+constexpr char const* kPluginVersion = "1";
+constexpr char const* kPluginNamespace = "qwen_plugins";
+
+template <typename Plugin>
+class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
+ public:
+  explicit DynamicExtAdapter(typename Plugin::Attributes const& attributes) : plugin_(attributes) {}
+
+  char const* getPluginType() const noexcept override { return Plugin::kName; }
+  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+  void setPluginNamespace(char const* name) noexcept override { namespace_ = name; }
+
+  int32_t getNbOutputs() const noexcept override { return plugin_.roles().output_count(); }
+
+  nvinfer1::DataType getOutputDataType(int32_t output, nvinfer1::DataType const*, int32_t) const noexcept override {
+    return guarded(Plugin::kName, nvinfer1::DataType::kFLOAT, [&] { return plugin_.roles().output_type(output); });
+  }
+
+  nvinfer1::DimsExprs getOutputDimensions(int32_t output, nvinfer1::DimsExprs const* inputs, int32_t input_count,
+                                          nvinfer1::IExprBuilder& builder) noexcept override {
+    return guarded(Plugin::kName, nvinfer1::DimsExprs{-1, {}},
+                   [&] { return plugin_.roles().output_shape(output, inputs, input_count, builder); });
+  }
+
+  bool supportsFormatCombination(int32_t position, nvinfer1::PluginTensorDesc const* tensors, int32_t,
+                                 int32_t) noexcept override {
+    return plugin_.roles().supports(position, tensors[position]);
+  }
+
+  // Nothing depends on the shapes before enqueue, which checks the ones it gets.
+  void configurePlugin(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
+                       int32_t) noexcept override {}
+  int32_t initialize() noexcept override { return 0; }
+  void terminate() noexcept override {}
+  size_t getWorkspaceSize(nvinfer1::PluginTensorDesc const*, int32_t, nvinfer1::PluginTensorDesc const*,
+                          int32_t) const noexcept override {
+    return 0;
+  }
+
+  int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*,
+                  void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept override {
+    return guarded(Plugin::kName, 1, [&] {
+      plugin_.enqueue(input_descs, inputs, outputs, stream);
+      return 0;
+    });
+  }
+
+  size_t getSerializationSize() const noexcept override { return serialized_size(Plugin::attribute_specs()); }
+
+  void serialize(void* buffer) const noexcept override {
+    qwen_plugins::serialize(Plugin::attribute_specs(), Plugin::kName, &plugin_.attributes(), buffer);
+  }
+
+  void destroy() noexcept override { delete this; }
+
+  nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
+    return guarded(Plugin::kName, static_cast<DynamicExtAdapter*>(nullptr),
+                   [&] { return new DynamicExtAdapter(*this); });
+  }
+
+ private:
+  DynamicExtAdapter(DynamicExtAdapter const& other)
+      : nvinfer1::IPluginV2DynamicExt(), plugin_(other.plugin_), namespace_(other.namespace_) {}
+
+  Plugin plugin_;
+  std::string namespace_ = kPluginNamespace;
+};
+
+template <typename Plugin>
+class DynamicExtCreator final : public nvinfer1::IPluginCreator {
+ public:
+  char const* getPluginName() const noexcept override { return Plugin::kName; }
+  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+  void setPluginNamespace(char const* name) noexcept override { namespace_ = name; }
+  nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &field_names_; }
+
+  nvinfer1::IPluginV2* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields) noexcept override {
+    return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV2*>(nullptr), [&] {
+      typename Plugin::Attributes attributes;
+      read_fields(Plugin::attribute_specs(), fields, &attributes);
+      return make(attributes);
+    });
+  }
+
+  nvinfer1::IPluginV2* deserializePlugin(char const*, void const* data, size_t size) noexcept override {
+    return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV2*>(nullptr), [&] {
+      typename Plugin::Attributes attributes;
+      deserialize(Plugin::attribute_specs(), Plugin::kName, data, size, &attributes);
+      return make(attributes);
+    });
+  }
+
+ private:
+  nvinfer1::IPluginV2* make(typename Plugin::Attributes const& attributes) const {
+    auto* plugin = new DynamicExtAdapter<Plugin>(attributes);
+    plugin->setPluginNamespace(getPluginNamespace());
+    return plugin;
+  }
+
+  std::string namespace_ = kPluginNamespace;
+  std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), nullptr);
+  nvinfer1::PluginFieldCollection field_names_{static_cast<int32_t>(fields_.size()), fields_.data()};
+};
+
+}  // namespace qwen_plugins

@@ -1,0 +1,16 @@
+// What TensorRT 8.6's IPluginRegistry::loadLibrary looks up by name.
+#include "dynamic_ext_adapter.h"
+#include "rms_norm/rms_norm_plugin.h"
+#include "rms_norm_quantization/rms_norm_quantization_plugin.h"
+
+#define QWEN_PLUGINS_EXPORT extern "C" __attribute__((visibility("default")))
+
+QWEN_PLUGINS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qwen_plugins::set_logger_finder(finder); }
+
+QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::RmsNormPlugin> rms_norm;
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::RmsNormQuantizationPlugin> rms_norm_quantization;
+  static nvinfer1::IPluginCreator* const creators[] = {&rms_norm, &rms_norm_quantization};
+  count = static_cast<int32_t>(std::size(creators));
+  return creators;
+}

@@ -1,0 +1,16 @@
+// What IPluginRegistry::loadLibrary of TensorRT 10 and 11 looks up by name.
+#include "plugin_v3_adapter.h"
+#include "rms_norm/rms_norm_plugin.h"
+#include "rms_norm_quantization/rms_norm_quantization_plugin.h"
+
+#define QWEN_PLUGINS_EXPORT extern "C" __attribute__((visibility("default")))
+
+QWEN_PLUGINS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qwen_plugins::set_logger_finder(finder); }
+
+QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static qwen_plugins::PluginV3Creator<qwen_plugins::RmsNormPlugin> rms_norm;
+  static qwen_plugins::PluginV3Creator<qwen_plugins::RmsNormQuantizationPlugin> rms_norm_quantization;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&rms_norm, &rms_norm_quantization};
+  count = static_cast<int32_t>(std::size(creators));
+  return creators;
+}

@@ -1,0 +1,128 @@
+// Puts a plug-in class behind IPluginV3 of TensorRT 10 and 11, and its attributes behind an IPluginCreatorV3One.
+#pragma once
+
+#include "attributes.h"
+#include "log.h"
+#include "tensorrt_api.h"
+
+namespace qwen_plugins {
+
+constexpr char const* kPluginVersion = "1";
+constexpr char const* kPluginNamespace = "qwen_plugins";
+
+// One object is the plug-in and its three capabilities.
+template <typename Plugin>
+class PluginV3Adapter final : public nvinfer1::IPluginV3,
+                              public nvinfer1::IPluginV3OneCore,
+                              public nvinfer1::IPluginV3OneBuild,
+                              public nvinfer1::IPluginV3OneRuntime {
+ public:
+  explicit PluginV3Adapter(typename Plugin::Attributes const& attributes) : plugin_(attributes) {}
+  PluginV3Adapter(PluginV3Adapter const&) = delete;  // the fields point into this object
+  PluginV3Adapter& operator=(PluginV3Adapter const&) = delete;
+
+  nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
+    switch (type) {
+      case nvinfer1::PluginCapabilityType::kCORE:
+        return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+      case nvinfer1::PluginCapabilityType::kBUILD:
+        return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+      case nvinfer1::PluginCapabilityType::kRUNTIME:
+        return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+  }
+
+  nvinfer1::IPluginV3* clone() noexcept override {
+    return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV3*>(nullptr),
+                   [&] { return new PluginV3Adapter(plugin_.attributes()); });
+  }
+
+  char const* getPluginName() const noexcept override { return Plugin::kName; }
+  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+  int32_t getNbOutputs() const noexcept override { return plugin_.roles().output_count(); }
+
+  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count, nvinfer1::DataType const*,
+                             int32_t) const noexcept override {
+    return succeeded([&] {
+      for (int32_t i = 0; i < output_count; ++i) {
+        outputs[i] = plugin_.roles().output_type(i);
+      }
+    });
+  }
+
+  int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t input_count, nvinfer1::DimsExprs const*, int32_t,
+                          nvinfer1::DimsExprs* outputs, int32_t output_count,
+                          nvinfer1::IExprBuilder& builder) noexcept override {
+    return succeeded([&] {
+      for (int32_t i = 0; i < output_count; ++i) {
+        outputs[i] = plugin_.roles().output_shape(i, inputs, input_count, builder);
+      }
+    });
+  }
+
+  bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* tensors, int32_t,
+                                 int32_t) noexcept override {
+    return plugin_.roles().supports(position, tensors[position].desc);
+  }
+
+  // Nothing depends on the shapes before enqueue.
+  int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
+                          int32_t) noexcept override {
+    return 0;
+  }
+
+  int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count,
+                        nvinfer1::PluginTensorDesc const*, int32_t) noexcept override {
+    return succeeded([&] { plugin_.roles().check_inputs(inputs, input_count); });
+  }
+
+  int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*,
+                  void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept override {
+    return succeeded([&] { plugin_.enqueue(input_descs, inputs, outputs, stream); });
+  }
+
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+
+  nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &fields_to_serialize_; }
+
+ private:
+  template <typename Body>
+  static int32_t succeeded(Body&& body) noexcept {
+    return guarded(Plugin::kName, int32_t{1}, [&] {
+      body();
+      return int32_t{0};
+    });
+  }
+
+  Plugin plugin_;
+  std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), &plugin_.attributes());
+  nvinfer1::PluginFieldCollection fields_to_serialize_{static_cast<int32_t>(fields_.size()), fields_.data()};
+};
+
+template <typename Plugin>
+class PluginV3Creator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+  char const* getPluginName() const noexcept override { return Plugin::kName; }
+  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+  nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &field_names_; }
+
+  // Building and running take the same fields: TensorRT brings back those of getFieldsToSerialize.
+  nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
+                                    nvinfer1::TensorRTPhase) noexcept override {
+    return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV3*>(nullptr), [&] {
+      typename Plugin::Attributes attributes;
+      read_fields(Plugin::attribute_specs(), fields, &attributes);
+      return new PluginV3Adapter<Plugin>(attributes);
+    });
+  }
+
+ private:
+  std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), nullptr);
+  nvinfer1::PluginFieldCollection field_names_{static_cast<int32_t>(fields_.size()), fields_.data()};
+};
+
+}  // namespace qwen_plugins

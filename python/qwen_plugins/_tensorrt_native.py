@@ -1,0 +1,141 @@
+"""RMSNorm and quantization spelled out in TensorRT's own layers: what the plug-ins are compared with."""
+
+import weakref
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+_MAJOR = int(trt.__version__.split(".")[0])
+_LARGEST = {"INT8": 127.0, "FP8": 448.0}  # symmetric; of float8_e4m3fn
+
+
+def is_strongly_typed(network: Any) -> bool:
+    """Whether the types of a network's tensors are the author's and not the builder's choice."""
+    if _MAJOR >= 11:
+        return True
+    return _MAJOR >= 10 and bool(network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+
+class NativeLayers:
+    """Adds small groups of layers to one network, named after one prefix. All arithmetic is in float32."""
+
+    def __init__(self, network: Any, name: str) -> None:
+        self.network = network
+        self.name = name
+        self.typed = is_strongly_typed(network)
+
+    def rms_norm(
+        self,
+        x: Any,
+        weight: Any,
+        eps: float,
+        residual: Any,
+        dtype: Any,
+        *,
+        unit_offset: bool = False,
+        round_before_weight: bool = False,
+    ) -> tuple[Any, Any]:
+        """(x + residual in ``dtype``, the normalised rows in float32)."""
+        rank = len(x.shape)
+        h = x
+        if residual is not None:
+            h = self._elementwise(self.cast(x, trt.float32), self.cast(residual, trt.float32), "SUM", "residual")
+            h = self.cast(h, dtype)
+        wide = self.cast(h, trt.float32)
+        squares = self._elementwise(wide, wide, "PROD", "square")
+        mean = self._reduce(squares, trt.ReduceOperation.AVG, "mean")
+        biased = self._elementwise(mean, self._scalar(eps, rank), "SUM", "eps")
+        root = self._unary(biased, "SQRT")
+        normalised = self._elementwise(wide, root, "DIV", "normalise")
+        if round_before_weight:
+            normalised = self.cast(self.cast(normalised, dtype), trt.float32)
+        factor = self._broadcast(self.cast(weight, trt.float32), rank)
+        if unit_offset:
+            factor = self._elementwise(factor, self._scalar(1.0, rank), "SUM", "unit_offset")
+        return h, self._elementwise(normalised, factor, "PROD", "weight")
+
+    def quantize(self, y: Any, quant_dtype: Any, scale: Any, smoothing: Any) -> list[Any]:
+        """[q], or [q, scales] where ``scale`` is None; ``y`` is float32."""
+        rank = len(y.shape)
+        largest = _LARGEST[str(quant_dtype).rsplit(".", 1)[-1]]
+        if smoothing is not None:
+            y = self._elementwise(y, self._broadcast(self.cast(smoothing, trt.float32), rank), "DIV", "smoothing")
+        dynamic = scale is None
+        if dynamic:
+            maximum = self._reduce(self._unary(y, "ABS"), trt.ReduceOperation.MAX, "maximum")
+            scale = self._elementwise(maximum, self._scalar(1.0 / largest, rank), "PROD", "scales")
+            # A row of zeros has the smallest normal scale, not a division by zero.
+            divisor = self._elementwise(scale, self._scalar(float(np.finfo(np.float32).tiny), rank), "MAX", "divisor")
+        else:
+            divisor = self._broadcast(scale, rank)
+        scaled = self._elementwise(y, divisor, "DIV", "scale")
+        q = self._to_quantized(scaled, quant_dtype, largest)
+        return [q, divisor] if dynamic else [q]
+
+    def constant(self, array: np.ndarray, dtype: Any, what: str) -> Any:
+        """A constant tensor of ``dtype`` with the shape and values of ``array``."""
+        if dtype == getattr(trt, "bfloat16", None):
+            import ml_dtypes  # NumPy itself has no bfloat16
+
+            array = np.ascontiguousarray(array, ml_dtypes.bfloat16)
+            weights = trt.Weights(dtype, array.ctypes.data, array.size)
+            weakref.finalize(self.network, id, array)  # trt.Weights of an address keeps nothing alive
+        else:
+            array = np.ascontiguousarray(array, trt.nptype(dtype))
+            weights = trt.Weights(array)
+        layer = self._named(self.network.add_constant(array.shape, weights), what)
+        return layer.get_output(0)
+
+    def cast(self, tensor: Any, dtype: Any) -> Any:
+        """The tensor in ``dtype``; itself where it has that type."""
+        if tensor.dtype == dtype:
+            return tensor
+        layer = self._named(self.network.add_cast(tensor, dtype), f"to_{str(dtype).rsplit('.', 1)[-1].lower()}")
+        return layer.get_output(0)
+
+    def _to_quantized(self, scaled: Any, quant_dtype: Any, largest: float) -> Any:
+        if _MAJOR >= 10:
+            one = self.constant(np.ones((), np.float32), trt.float32, "one")
+            return self._named(self.network.add_quantize(scaled, one, quant_dtype), "quantize").get_output(0)
+        # TensorRT 8.6 quantizes only with scales that are known when the engine is built.
+        clip = self.network.add_activation(self._unary(scaled, "ROUND"), trt.ActivationType.CLIP)
+        clip.alpha, clip.beta = -largest - 1, largest
+        clipped = self._computed_in_float32(self._named(clip, "clip"))
+        return self.cast(clipped, quant_dtype)
+
+    def _elementwise(self, a: Any, b: Any, operation: str, what: str) -> Any:
+        layer = self.network.add_elementwise(a, b, getattr(trt.ElementWiseOperation, operation))
+        return self._computed_in_float32(self._named(layer, what))
+
+    def _unary(self, tensor: Any, operation: str) -> Any:
+        layer = self.network.add_unary(tensor, getattr(trt.UnaryOperation, operation))
+        return self._computed_in_float32(self._named(layer, operation.lower()))
+
+    def _reduce(self, tensor: Any, operation: Any, what: str) -> Any:
+        layer = self.network.add_reduce(tensor, operation, axes=1 << (len(tensor.shape) - 1), keep_dims=True)
+        return self._computed_in_float32(self._named(layer, what))
+
+    def _scalar(self, value: float, rank: int) -> Any:
+        return self.constant(np.full((1,) * rank, value, np.float32), trt.float32, "constant")
+
+    def _broadcast(self, tensor: Any, rank: int) -> Any:
+        """[] or [n] as [1, ..., n], which elementwise layers combine with tensors of that rank."""
+        if len(tensor.shape) == rank:
+            return tensor
+        shuffle = self._named(self.network.add_shuffle(tensor), "broadcast")
+        shuffle.reshape_dims = (1,) * (rank - 1) + (tuple(tensor.shape) or (1,))
+        return shuffle.get_output(0)
+
+    def _computed_in_float32(self, layer: Any) -> Any:
+        output = layer.get_output(0)
+        if not self.typed:
+            layer.precision = trt.float32
+            layer.set_output_type(0, trt.float32)
+        return output
+
+    def _named(self, layer: Any, what: str) -> Any:
+        if layer is None:
+            raise RuntimeError(f"TensorRT could not add the layer '{self.name}/{what}'; its log has the reason")
+        layer.name = f"{self.name}/{what}"
+        return layer

@@ -1,0 +1,104 @@
+"""Finds the plug-in library that fits the installed TensorRT and registers it, once per process."""
+
+import importlib
+import importlib.util
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+PLUGIN_NAMESPACE = "qwen_plugins"
+PLUGIN_VERSION = "1"
+PLUGIN_NAMES = ("RmsNorm", "RmsNormQuantization")
+
+_LIBRARIES = {8: "libqwen_plugins_trt8.so", 10: "libqwen_plugins_trt10.so", 11: "libqwen_plugins_trt11.so"}
+_lock = threading.Lock()
+
+
+def tensorrt_library_path(version: str | int | None = None) -> Path:
+    """The plug-in library for one version of TensorRT, for ``trtexec --staticPlugins``, C++ programs and Triton.
+
+    Args:
+        version: of TensorRT, such as ``"10.14"`` or ``10``. The installed ``tensorrt`` package's by default.
+
+    Raises:
+        ImportError: no version is given and ``tensorrt`` is not installed.
+        ValueError: there is no library for this version.
+        FileNotFoundError: the library is not where the package was installed.
+    """
+    if version is None:
+        version = str(_import_tensorrt().__version__)
+    name = _library_name(str(version))
+    # __path__ names both the sources and the installed files where the package is installed in editable mode.
+    folders = [Path(folder) for folder in sys.modules[__package__].__path__]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    searched = ", ".join(str(folder) for folder in folders)
+    raise FileNotFoundError(f"{name} is not in {searched}: qwen_plugins was installed without it; install it again")
+
+
+def register_tensorrt_plugins() -> bool:
+    """Makes the plug-ins known to the installed TensorRT; does nothing where they are known already.
+
+    ``import qwen_plugins`` calls it. Where ``tensorrt`` is not installed nothing happens; where it is installed but can't
+    be used, a RuntimeWarning says why.
+
+    Returns:
+        Whether the plug-ins are registered now.
+    """
+    with _lock:
+        if importlib.util.find_spec("tensorrt") is None:
+            return False
+        try:
+            trt = _import_tensorrt()
+            if not _is_registered(trt):
+                trt.get_plugin_registry().load_library(str(tensorrt_library_path()))
+        except (ImportError, OSError, ValueError) as error:
+            warnings.warn(f"the TensorRT plug-ins are not registered: {error}", RuntimeWarning, stacklevel=2)
+            return False
+        if not _is_registered(trt):
+            warnings.warn(
+                f"TensorRT {trt.__version__} did not take the plug-in library {tensorrt_library_path()}; "
+                "its log has the reason",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
+
+
+def find_creator(trt: Any, name: str) -> Any:
+    """The creator of the plug-in ``name`` in TensorRT's registry, or None. ``trt`` is the tensorrt module."""
+    registry = trt.get_plugin_registry()
+    creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
+    for creator in creators:
+        wanted = (name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+        if (creator.name, creator.plugin_version, creator.plugin_namespace) == wanted:
+            return creator
+    return None
+
+
+def _import_tensorrt() -> Any:
+    try:
+        return importlib.import_module("tensorrt")
+    except ImportError as error:
+        if error.name == "tensorrt":
+            raise ImportError(
+                'tensorrt is not installed: pip install "qwen-plugins[tensorrt]"', name="tensorrt"
+            ) from None
+        raise ImportError(f"the installed tensorrt can't be imported: {error}", name="tensorrt") from error
+
+
+def _library_name(version: str) -> str:
+    parts = version.split(".")
+    major = int(parts[0]) if parts[0].isdigit() else 0
+    too_old = major == 8 and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) < 6
+    if major not in _LIBRARIES or too_old:
+        raise ValueError(f"TensorRT {version} is not supported; qwen_plugins has plug-ins for TensorRT 8.6, 10 and 11")
+    return _LIBRARIES[major]
+
+
+def _is_registered(trt: Any) -> bool:
+    return all(find_creator(trt, name) is not None for name in PLUGIN_NAMES)

@@ -1,0 +1,188 @@
+// TensorRT's side of the plug-in interfaces for a test: a log, shape expressions, fields, tensor descriptions.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "plugins/tensorrt_api.h"
+
+// Ends the test at the first expectation that fails.
+#define CHECK(condition)                                                                 \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
+      std::fprintf(stderr, "%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                      \
+    }                                                                                    \
+  } while (false)
+
+using Extent = std::remove_reference_t<decltype(nvinfer1::Dims{}.d[0])>;
+
+class Log : public nvinfer1::ILogger {
+ public:
+  void log(Severity severity, char const* message) noexcept override {
+    CHECK(severity == Severity::kERROR);
+    errors_.emplace_back(message);
+  }
+
+  // Whether exactly one error was logged since the last call, with this text in it.
+  bool got_one_error_with(std::string const& text) {
+    bool const matched = errors_.size() == 1 && errors_[0].find(text) != std::string::npos;
+    if (!matched) {
+      std::fprintf(stderr, "expected one error with '%s', got %zu:\n", text.c_str(), errors_.size());
+      for (std::string const& error : errors_) {
+        std::fprintf(stderr, "  %s\n", error.c_str());
+      }
+    }
+    errors_.clear();
+    return matched;
+  }
+
+  bool is_empty() const { return errors_.empty(); }
+
+ private:
+  std::vector<std::string> errors_;
+};
+
+class LogFinder : public nvinfer1::ILoggerFinder {
+ public:
+  explicit LogFinder(Log& log) : log_(log) {}
+  nvinfer1::ILogger* findLogger() override { return &log_; }
+
+ private:
+  Log& log_;
+};
+
+// A dimension: a number, or unknown until the engine runs (-1).
+class Dimension : public nvinfer1::IDimensionExpr {
+ public:
+  explicit Dimension(Extent value) : implementation_(value) { mImpl = &implementation_; }
+
+ private:
+  struct Implementation : nvinfer1::apiv::VDimensionExpr {
+    explicit Implementation(Extent given) : value(given) {}
+    bool isConstant() const override { return value >= 0; }
+    Extent getConstantValue() const override { return value; }
+#if QWEN_PLUGINS_TENSORRT_MAJOR >= 10
+    bool isSizeTensor() const override { return false; }
+#endif
+    Extent value;
+  };
+
+  Implementation implementation_;
+};
+
+class ShapeExpressions : public nvinfer1::IExprBuilder {
+ public:
+  ShapeExpressions() : implementation_(*this) { mImpl = &implementation_; }
+
+  nvinfer1::DimsExprs shape(std::initializer_list<Extent> extents) {
+    nvinfer1::DimsExprs dims{};
+    for (Extent const extent : extents) {
+      dims.d[dims.nbDims++] = make(extent);
+    }
+    return dims;
+  }
+
+  nvinfer1::IDimensionExpr const* make(Extent value) { return &dimensions_.emplace_back(value); }
+
+ private:
+  struct Implementation : nvinfer1::apiv::VExprBuilder {
+    explicit Implementation(ShapeExpressions& given) : owner(given) {}
+    nvinfer1::IDimensionExpr const* constant(Extent value) override { return owner.make(value); }
+    nvinfer1::IDimensionExpr const* operation(nvinfer1::DimensionOperation, nvinfer1::IDimensionExpr const&,
+                                              nvinfer1::IDimensionExpr const&) override {
+      return nullptr;
+    }
+#if QWEN_PLUGINS_TENSORRT_MAJOR >= 10
+    nvinfer1::IDimensionExpr const* declareSizeTensor(int32_t, nvinfer1::IDimensionExpr const&,
+                                                      nvinfer1::IDimensionExpr const&) override {
+      return nullptr;
+    }
+#endif
+    ShapeExpressions& owner;
+  };
+
+  Implementation implementation_;
+  std::deque<Dimension> dimensions_;
+};
+
+// Fields as a caller passes them. Copies share the values, so that the fields' pointers hold.
+class Fields {
+ public:
+  Fields& add(char const* name, float value) { return add_value(name, value, nvinfer1::PluginFieldType::kFLOAT32); }
+  Fields& add(char const* name, int32_t value) { return add_value(name, value, nvinfer1::PluginFieldType::kINT32); }
+  Fields& add(char const* name, void const* data, nvinfer1::PluginFieldType type, int32_t length = 1) {
+    fields_.emplace_back(name, data, type, length);
+    return *this;
+  }
+
+  nvinfer1::PluginFieldCollection const* collection() {
+    collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
+    return &collection_;
+  }
+
+ private:
+  template <typename Value>
+  Fields& add_value(char const* name, Value value, nvinfer1::PluginFieldType type) {
+    values_.push_back(std::make_shared<Value>(value));
+    return add(name, values_.back().get(), type);
+  }
+
+  std::vector<std::shared_ptr<void>> values_;
+  std::vector<nvinfer1::PluginField> fields_;
+  nvinfer1::PluginFieldCollection collection_{};
+};
+
+inline nvinfer1::PluginTensorDesc tensor(nvinfer1::DataType type, std::initializer_list<Extent> extents,
+                                         nvinfer1::TensorFormat format = nvinfer1::TensorFormat::kLINEAR) {
+  nvinfer1::PluginTensorDesc desc{};
+  desc.type = type;
+  desc.format = format;
+  for (Extent const extent : extents) {
+    desc.dims.d[desc.dims.nbDims++] = extent;
+  }
+  return desc;
+}
+
+inline void* address(uintptr_t value) { return reinterpret_cast<void*>(value); }
+
+// What a creator must refuse, and a part of the message that it must log.
+struct BadFields {
+  Fields fields;
+  char const* message;
+};
+
+inline std::vector<BadFields> bad_fields_of_both_plugins() {
+  using nvinfer1::PluginFieldType;
+  static float const eps = 1e-6F;
+  static int32_t const one = 1;
+  auto good = [] { return Fields().add("type_id", 1).add("dyn_act_scaling", 1); };
+  return {
+      {good().add("eps", &eps, PluginFieldType::kFLOAT32, 2), "'eps' has 2 values"},
+      {good().add("eps", &eps, PluginFieldType::kFLOAT32, 0), "'eps' has 0 values"},
+      {good().add("eps", &eps, PluginFieldType::kFLOAT32, -1), "'eps' has -1 values"},
+      {good().add("eps", &one, PluginFieldType::kINT32), "'eps' has type INT32; expected FLOAT32"},
+      {good().add("eps", nullptr, PluginFieldType::kFLOAT32), "'eps' has no data"},
+      {good().add("eps", 0.0F), "'eps' is 0"},
+      {good().add("eps", -1.0F), "'eps' is -1"},
+      {good().add("eps", std::numeric_limits<float>::quiet_NaN()), "'eps' is nan"},
+      {good().add("eps", std::numeric_limits<float>::infinity()), "'eps' is inf"},
+      {good().add("type_id", 0), "'type_id' is given twice"},
+      {good().add("epsilon", 1e-6F), "unknown field 'epsilon'"},
+      {good().add(nullptr, 1e-6F), "a field has no name"},
+      {good().add("residual", 2), "'residual' is 2; expected 0 or 1"},
+      {good().add("unit_offset", -1), "'unit_offset' is -1; expected 0 or 1"},
+      {good().add("weight_type_id", 3), "'weight_type_id' is 3"},
+      {Fields().add("dyn_act_scaling", 1), "required field 'type_id' is missing"},
+      {Fields().add("dyn_act_scaling", 1).add("type_id", 3), "'type_id' is 3; expected 0 (float32), 1 (float16)"},
+      {Fields().add("dyn_act_scaling", 1).add("type_id", -1), "'type_id' is -1"},
+  };
+}

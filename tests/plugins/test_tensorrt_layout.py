@@ -1,0 +1,56 @@
+"""Our declarations of TensorRT's interfaces against the official headers: object layout and virtual tables.
+
+Where the headers are present: QWEN_PLUGINS_TENSORRT_HEADERS names folders with a NvInferRuntime.h, separated by colons,
+such as the include folders of several releases of TensorRT's public repository.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from compiling import CPP_TESTS, MAJORS, compile_command, plugin_sources, run_checked
+
+
+def headers_and_majors() -> list[tuple[Path, int]]:
+    folders = [Path(folder) for folder in os.environ.get("QWEN_PLUGINS_TENSORRT_HEADERS", "").split(":") if folder]
+    return [(folder, major_of(folder)) for folder in folders]
+
+
+def major_of(folder: Path) -> int:
+    text = (folder / "NvInferVersion.h").read_text()
+    found = re.search(r"define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) (\d+)", text)
+    assert found, f"{folder} has no version that this test can read"
+    return int(found[1])
+
+
+def virtual_tables(major: int, official: Path | None, folder: Path) -> dict[str, list[str]]:
+    """The compiler's listing of every table that TensorRT calls us through, or we call TensorRT through."""
+    folder.mkdir()
+    run_checked([*compile_command(major, official), "-fdump-lang-class", "-c", CPP_TESTS / "layout.cpp"], cwd=folder)
+    listing = next(folder.glob("*.class")).read_text()
+    tables = {}
+    for block in listing.split("\n\n"):
+        title, _, entries = block.partition("\n")
+        if re.match(r"Vtable for (probe::|qwen_plugins::.*(Adapter|Creator)<)", title):
+            tables[title] = entries.splitlines()
+    assert len(tables) == 8, sorted(tables)
+    return tables
+
+
+def printed_layout(major: int, official: Path | None, folder: Path) -> str:
+    program = folder / "layout"
+    sources = [CPP_TESTS / "layout.cpp", CPP_TESTS / "recorded_launches.cpp", *plugin_sources(major)]
+    run_checked([*compile_command(major, official), "-Wno-invalid-offsetof", *sources, "-o", program])
+    return run_checked([program])
+
+
+@pytest.mark.parametrize(("official", "major"), headers_and_majors() or [(None, 0)])
+def test_declarations_match_official_headers(official: Path | None, major: int, tmp_path: Path) -> None:
+    if official is None:
+        pytest.skip("QWEN_PLUGINS_TENSORRT_HEADERS names no folder with TensorRT's official headers")
+    assert major in MAJORS
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+
+    assert virtual_tables(major, None, ours) == virtual_tables(major, official, theirs)
+    assert printed_layout(major, None, ours) == printed_layout(major, official, theirs)
