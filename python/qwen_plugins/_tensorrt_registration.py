@@ -42,8 +42,8 @@ def tensorrt_library_path(version: str | int | None = None) -> Path:
 def register_tensorrt_plugins() -> bool:
     """Makes the plug-ins known to the installed TensorRT; does nothing where they are known already.
 
-    ``import qwen_plugins`` calls it. Where ``tensorrt`` is not installed nothing happens; where it is installed but can't
-    be used, a RuntimeWarning says why.
+    ``import qwen_plugins`` calls it. Where ``tensorrt`` is not installed nothing happens; where it is installed but
+    can't be used, a RuntimeWarning says why.
 
     Returns:
         Whether the plug-ins are registered now.

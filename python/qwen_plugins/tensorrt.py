@@ -25,8 +25,8 @@ except ImportError as error:
         f'qwen_plugins.tensorrt needs the tensorrt package: pip install "qwen-plugins[tensorrt]" ({error})'
     ) from error
 
-from ._tensorrt_registration import PLUGIN_NAMESPACE, find_creator, register_tensorrt_plugins
 from ._tensorrt_native import NativeLayers, is_strongly_typed
+from ._tensorrt_registration import PLUGIN_NAMESPACE, find_creator, register_tensorrt_plugins
 
 __all__ = ["configure_builder", "rms_norm", "rms_norm_quant"]
 
@@ -114,8 +114,8 @@ def rms_norm_quant(
     Args:
         network, x, weight, eps, residual, unit_offset, dtype, plugin, name: as in `rms_norm`.
         quant_dtype: ``tensorrt.int8``, or ``tensorrt.fp8`` (float8_e4m3fn) from TensorRT 10 on.
-        scale: one float32, an ``ITensor`` of shape [] or [1] or a number: static quantization, per tensor. None: dynamic,
-            per row, the scales being an output.
+        scale: one float32, an ``ITensor`` of shape [] or [1] or a number: static quantization, per tensor. None:
+            dynamic, per row, the scales being an output.
         smoothing: [hidden_size], an ``ITensor`` or an array, of ``dtype`` or float32: the divisor of each channel
             (SmoothQuant, Xiao et al. 2022).
 
@@ -297,7 +297,7 @@ def _check_quant_dtype(quant_dtype: Any) -> None:
     allowed = [trt.int8, *([trt.fp8] if _MAJOR >= 10 else [])]
     if quant_dtype not in allowed:
         raise ValueError(
-            f"quant_dtype is {quant_dtype}; TensorRT {trt.__version__} takes {' or '.join(map(str, allowed))} from a plug-in"
+            f"quant_dtype is {quant_dtype}; plug-ins in TensorRT {trt.__version__} give {' or '.join(map(str, allowed))}"
         )
 
 

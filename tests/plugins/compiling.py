@@ -33,7 +33,7 @@ def compile_command(major: int, official_headers: Path | None = None) -> list[st
 
 
 def cuda_headers() -> Path:
-    """The folder of cuda_runtime_api.h and nvtx3: of a CUDA toolkit, or of the packages nvidia-cuda-runtime and -nvtx."""
+    """The folder of cuda_runtime_api.h and nvtx3: a CUDA toolkit's, or that of the packages which pip installs."""
     candidates = [
         Path(os.environ[name]) / "include" for name in ("CUDAToolkit_ROOT", "CUDA_HOME") if name in os.environ
     ]
