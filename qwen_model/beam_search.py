@@ -45,7 +45,7 @@ class _Prompt:
             self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.num_beams]
         kept = np.argsort(-(sums + _NEVER * ended), kind="stable")[: self.num_beams]
         self.running = [[*self.running[beams[i]], int(tokens[i])] for i in kept]
-        self.scores = (sums + _NEVER * ended)[kept]
+        self.scores = (sums + _NEVER * ended)[kept].astype(np.float32)
         if len(self.finished) == self.num_beams and self.scores[0] / length <= self.finished[-1].score:
             self.done = True
         return beams[kept]

@@ -36,6 +36,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """--temperature and its like."""
     group = parser.add_argument_group("choice of tokens (greedy unless temperature, top-k or top-p is given)")
     group.add_argument("--temperature", type=float, metavar="T", help="divide the logits by T; 0 is greedy")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens")
@@ -45,6 +46,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
+    """What `add_sampling_arguments` found, checked."""
     from .sampling import SamplingOptions
 
     return SamplingOptions(
@@ -57,6 +59,7 @@ def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--engine-dir and --device."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
 

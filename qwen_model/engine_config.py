@@ -50,6 +50,7 @@ class EngineConfig:
     versions: dict[str, str]
 
     def write(self, engine_dir: Path) -> None:
+        """Write `config.json` into the engine's folder."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         (engine_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -40,6 +40,7 @@ class SamplingOptions:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken, after the repetition penalty."""
         if self.temperature is None:
             return self.top_k == 0 and self.top_p == 1.0
         return self.temperature == 0 or self.top_k == 1

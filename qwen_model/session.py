@@ -80,6 +80,7 @@ class Session:
     """A loaded engine. It works on one batch at a time and is not for several threads."""
 
     def __init__(self, config: EngineConfig, executor: Executor, tokenizer: Tokenizer | None = None):
+        """Usually made by `load_engine`."""
         self.config = config
         self.executor = executor
         self.tokenizer = tokenizer

@@ -46,6 +46,7 @@ class WeightSpec:
 
     @property
     def shape(self) -> Shape:
+        """Of the network's weight."""
         first = self.sources[0].shape
         return (sum(source.shape[0] for source in self.sources), *first[1:])
 
@@ -131,6 +132,7 @@ class Checkpoint:
     """
 
     def __init__(self, model_dir: Path):
+        """Find the files and read the names and shapes of their tensors."""
         self.model_dir = Path(model_dir)
         self.shapes: dict[str, Shape] = {}
         self._readers: dict[str, Callable[[str], torch.Tensor]] = {}
@@ -145,6 +147,7 @@ class Checkpoint:
             self._readers.update(dict.fromkeys(shapes, reader))
 
     def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the checkpoint, in its own type; mapped where that is possible."""
         return self._readers[name](name)
 
     def check(self, groups: Iterable[WeightGroup], tied_embedding: bool = False) -> None:
@@ -215,7 +218,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Shape], Callable[[str], tor
     from safetensors import safe_open
 
     file = safe_open(str(path), framework="pt")  # maps the file; closed with the reader
-    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor
+    names = file.keys()  # not a dict: it has no __iter__
+    return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor
 
 
 def _open_bin(path: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:

@@ -49,6 +49,7 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
 
 
 def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: the GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -66,6 +67,7 @@ def default_dtype(checkpoint_dtype: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """What an engine's `config.json` says about the software that built it."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
@@ -88,7 +90,8 @@ def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.
         raise QwenModelError(
             f"not enough GPU memory: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of key-value cache "
             f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) are needed, {free / gib:.2f} of "
-            f"{total / gib:.2f} GiB are free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
+            f"{total / gib:.2f} GiB are free; build with a smaller --max-batch-size, --max-input-len "
+            "or --max-output-len"
         )
 
 
@@ -112,7 +115,7 @@ class _Tokens:
 
 
 class _StepGraph:
-    """A decode step for one batch size, captured once and replayed: logits, and greedily chosen tokens."""
+    """A decode step for one number of sequences, captured once and then replayed."""
 
     def __init__(self, step: Callable[[], Tensor]):
         stream = torch.cuda.Stream()
@@ -140,13 +143,17 @@ class TorchExecutor:
         rmsnorm_plugin: bool = True,
         use_kernels: bool | None = None,
     ):
-        """`use_kernels`: attention and SwiGLU by our CUDA kernels; None: on a GPU."""
+        """Weights by the names of weights.py, all on one device and of one type.
+
+        use_kernels: attention and SwiGLU by our CUDA kernels, and decode steps as CUDA graphs; None: on a GPU, if there
+            are kernels for the model.
+        """
         self.config = config
         self.limits = limits
         embedding = weights["embedding.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
         on_gpu = self.device.type == "cuda"
-        use_kernels = on_gpu if use_kernels is None else use_kernels
+        use_kernels = on_gpu and _has_kernels(config) if use_kernels is None else use_kernels
         self.runs_ahead = on_gpu
 
         shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
@@ -158,29 +165,37 @@ class TorchExecutor:
         scale = self._table.query_scale
         self._query_scale = None if scale is None else torch.from_numpy(scale).to(self.device)
 
-        self._graphs: dict[int, _StepGraph] | None = {} if use_kernels and on_gpu else None
+        self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None  # by the number of sequences
         self._tokens = torch.zeros(limits.max_batch_size, dtype=torch.int64, device=self.device)
         self._past = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._offsets = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._host_past: list[int] = []
-        self._sampler = TorchSampler(SamplingOptions(), (), config.vocab_size, self.device)
+        self._sampler: TorchSampler | None = None  # None: greedy
         self._beam_logits: Tensor | None = None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
-        self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
-        return self._choose(self._prefill_logits(prompts))
+        """See `Executor`."""
+        self._sampler = None
+        if sampling.changes_logits:
+            self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
+        logits = self._prefill_logits(prompts)
+        self._choose_greedily(logits)
+        return self._chosen(logits)
 
     @torch.inference_mode()
     def decode(self) -> _Tokens:
-        return self._choose(self._decode_logits())
+        """See `Executor`."""
+        return self._chosen(self._decode_logits())
 
     @torch.inference_mode()
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
+        """See `Executor`."""
         return self._prefill_logits([prompt], last_token_only=False).float().cpu().numpy()
 
     @torch.inference_mode()
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
+        """See `Executor`."""
         logits = self._prefill_logits(prompts)
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_beams)
         self._reorder(rows)
@@ -188,6 +203,7 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
+        """See `Executor`."""
         if self._beam_logits is None:
             raise RuntimeError("begin_beams comes first")
         sums = self._beam_logits.float().log_softmax(-1)
@@ -198,15 +214,21 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
+        """See `Executor`."""
         if not np.array_equal(rows, np.arange(len(rows))):
             self._reorder(torch.from_numpy(rows).to(self.device))
         self._tokens[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
         self._beam_logits = self._decode_logits()
 
-    def _choose(self, logits: Tensor) -> _Tokens:
-        """Tokens for the next step, left on the device for it and sent to the host."""
-        tokens = self._sampler(logits)
-        self._tokens[: len(tokens)].copy_(tokens)
+    def _choose_greedily(self, logits: Tensor) -> None:
+        """Leave the tokens on the device for the next step."""
+        torch.argmax(logits, -1, out=self._tokens[: len(logits)])
+
+    def _chosen(self, logits: Tensor) -> _Tokens:
+        """The tokens after a step, sampled now or chosen greedily within it, on their way to the host."""
+        tokens = self._tokens[: len(logits)]
+        if self._sampler is not None:
+            tokens.copy_(self._sampler(logits))
         return _Tokens(tokens)
 
     def _prefill_logits(self, prompts: Sequence[Sequence[int]], last_token_only: bool = True) -> Tensor:
@@ -241,9 +263,10 @@ class TorchExecutor:
             logits = self._step(count)
         else:
             if count not in self._graphs:
-                past = self._past.clone()
+                before = self._past.clone(), self._tokens.clone()
                 self._graphs[count] = _StepGraph(lambda: self._step(count))
-                self._past.copy_(past)  # the graph's first, uncaptured call was one step too many
+                self._past.copy_(before[0])  # the first call, which is not captured, was one step too many
+                self._tokens.copy_(before[1])
             logits = self._graphs[count].replay()
         self._host_past = [past + 1 for past in self._host_past]
         return logits
@@ -254,6 +277,7 @@ class TorchExecutor:
         rows = past + self._offsets[:count]
         self._ops.batch = Batch([1] * count, self._host_past, self._rotary, rows, self._query_scale, past)
         logits = decoder(self._ops, self.config, self._tokens[:count])
+        self._choose_greedily(logits)
         past += 1
         return logits
 
@@ -266,6 +290,12 @@ class TorchExecutor:
             layer[: len(rows), :, :, :longest] = layer[rows, :, :, :longest]
         for state in (self._past, self._offsets):
             state[: len(rows)] = state[rows]
+
+
+def _has_kernels(config: ModelConfig) -> bool:
+    from .torch_kernels import supported
+
+    return supported(config)
 
 
 def _operations(

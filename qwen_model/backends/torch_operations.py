@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,23 @@ class Batch:
     query_scale: Tensor | None  # float32 [rows]: multiplies q
     device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
 
+    _places: tuple[Tensor, Tensor] | None = None
+
     @property
     def decoding(self) -> bool:
+        """Whether each sequence has one new token; else the tokens are prompts."""
         return self.past_lengths[0] > 0
+
+    def sequences_and_positions(self) -> tuple[Tensor, Tensor]:
+        """Of each token of the prompts, int32 [tokens]: which sequence it is of, and its position there."""
+        if self._places is None:
+            lengths = torch.tensor(self.lengths)
+            sequences = torch.arange(len(lengths)).repeat_interleave(lengths)
+            starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+            positions = torch.arange(len(sequences)) - starts
+            device = self.device_past_lengths.device
+            self._places = sequences.int().to(device), positions.int().to(device)
+        return self._places
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Neighbouring sequences of equal length: first sequence, their number, their length."""
@@ -46,34 +61,40 @@ class TorchOperations:
         self.config = config
         self.weights = weights
         self.cache = cache
-        self._normalise = _plugin_rms_norm() if rmsnorm_plugin else plain_rms_norm
+        self._rms_norm: Callable[..., Any] = _plugin_rms_norm() if rmsnorm_plugin else plain_rms_norm
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
+        """See `qwen_model.network.Operations`."""
         return F.embedding(input_ids, self.weights[weight])
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
         return F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
 
     def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `qwen_model.network.Operations`."""
         if residual is None:
-            return self._normalise(x, self.weights[weight], self.config.norm_eps), x
-        return self._normalise(x, self.weights[weight], self.config.norm_eps, residual=residual)
+            return self._rms_norm(x, self.weights[weight], self.config.norm_eps), x
+        return self._rms_norm(x, self.weights[weight], self.config.norm_eps, residual=residual)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
+        """See `qwen_model.network.Operations`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def last_token(self, x: Tensor) -> Tensor:
+        """See `qwen_model.network.Operations`."""
         if self.batch.decoding:
             return x
         ends = torch.tensor(self.batch.lengths).cumsum(0) - 1
         return x[ends.to(x.device)]
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
         q, k, v = self.split_heads(qkv)
         if q_norm is not None and k_norm is not None:
-            q = self._normalise(q, self.weights[q_norm], self.config.norm_eps)
-            k = self._normalise(k, self.weights[k_norm], self.config.norm_eps)
+            q = self._rms_norm(q, self.weights[q_norm], self.config.norm_eps)
+            k = self._rms_norm(k, self.weights[k_norm], self.config.norm_eps)
         q, k = self._rotate(q, True), self._rotate(k, False)
         self._write_cache(layer, k, v)
         return self._attend_cache(q, layer) if self.batch.decoding else self.attend_prompts(q, k, v)
@@ -112,9 +133,9 @@ class TorchOperations:
         start = 0
         for _, count, length in self.batch.runs():
             end = start + count * length
-            parts = [x[start:end].view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v)]
+            qs, ks, vs = (x[start:end].view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
             grouped = self.config.num_heads != self.config.num_kv_heads
-            out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=grouped)
             context[start:end] = out.transpose(1, 2).reshape(end - start, -1)
             start = end
         return context
@@ -142,7 +163,7 @@ def plain_rms_norm(
     return y if residual is None else (y, x)
 
 
-def _plugin_rms_norm():  # type: ignore[no-untyped-def]
+def _plugin_rms_norm() -> Callable[..., Any]:
     from qwen_plugins import rms_norm
 
     return rms_norm

@@ -16,6 +16,7 @@ class TorchSampler:
     def __init__(
         self, options: SamplingOptions, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
     ):
+        """Begin a batch; the prompts' tokens count as seen."""
         self.options = options
         self._generator = torch.Generator(device)
         if options.seed is None:

@@ -1,0 +1,123 @@
+// Device side of attention_heads.h.
+#pragma once
+
+#include "attention_heads.h"
+#include "elements.cuh"
+
+namespace qwen_plugins {
+
+// Elements from one position, and from one key-value head, to the next of either keys (0) or values (1) of a sequence.
+__device__ __forceinline__ int64_t cache_offset(const AttentionHeads& heads, const KvCache& cache, int64_t sequence,
+                                                int which, int kv_head) {
+  return ((sequence * 2 + which) * heads.num_kv_heads + kv_head) * cache.max_positions * heads.head_size;
+}
+
+__device__ __forceinline__ float sum_over_warp(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffU, value, offset);
+  return value;
+}
+
+// One warp makes one head of q or k ready for attention: normalised, rotated and scaled, as float32 values that T can
+// hold, in `out` [kHeadSize] (shared memory). `norm_weight` may be null; `cos_sin` is the token's row of the rotary
+// table.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void prepare_head(float* out, const T* x, const T* norm_weight, float norm_eps,
+                                             const float* cos_sin, int rotary_dim, float scale) {
+  constexpr int kPerLane = (kHeadSize + 31) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float values[kPerLane];
+  float sum_of_squares = 0.0F;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int d = lane + 32 * i;
+    values[i] = d < kHeadSize ? to_float(x[d]) : 0.0F;
+    sum_of_squares += values[i] * values[i];
+  }
+  if (norm_weight != nullptr) {
+    const float factor = rsqrtf(sum_over_warp(sum_of_squares) / kHeadSize + norm_eps);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int d = lane + 32 * i;
+      if (d < kHeadSize) values[i] = to_float(from_float<T>(values[i] * factor * to_float(norm_weight[d])));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (lane + 32 * i < kHeadSize) out[lane + 32 * i] = values[i];
+  }
+  __syncwarp();
+  const int half = rotary_dim / 2;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int d = lane + 32 * i;
+    if (d < rotary_dim) {
+      const bool first = d < half;
+      const int pair = first ? d : d - half;
+      const float other = first ? -out[d + half] : out[pair];
+      values[i] = values[i] * cos_sin[pair] + other * cos_sin[half + pair];
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (lane + 32 * i < kHeadSize) out[lane + 32 * i] = to_float(from_float<T>(values[i] * scale));
+  }
+  __syncwarp();
+}
+
+// The token's row of the rotary table and the factor of its q.
+__device__ __forceinline__ const float* rotary_row(const AttentionHeads& heads, int64_t token) {
+  return heads.rotary_dim == 0 ? nullptr : heads.rotary_table + heads.rotary_rows[token] * int64_t{heads.rotary_dim};
+}
+__device__ __forceinline__ float query_factor(const AttentionHeads& heads, int64_t token) {
+  return heads.query_scale == nullptr ? 1.0F : heads.query_scale[heads.rotary_rows[token]];
+}
+
+// The host's checks of what is written in attention_heads.h.
+inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
+  const bool sizes = heads.num_kv_heads > 0 && heads.num_heads > 0 && heads.num_heads % heads.num_kv_heads == 0 &&
+                     heads.rotary_dim >= 0 && heads.rotary_dim % 2 == 0 && heads.rotary_dim <= heads.head_size;
+  const bool table = (heads.rotary_dim == 0 && heads.query_scale == nullptr) ||
+                     (heads.rotary_table != nullptr && heads.rotary_rows != nullptr);
+  const bool norms = (heads.q_norm_weight == nullptr) == (heads.k_norm_weight == nullptr);
+  return sizes && table && norms && cache.data != nullptr && cache.max_positions > 0 &&
+         reinterpret_cast<uintptr_t>(cache.data) % sizeof(FullPack) == 0;
+}
+
+template <typename T, typename Launch>
+cudaError_t with_head_size(const AttentionHeads& heads, const Launch& launch) {
+  switch (heads.head_size) {
+    case 32:
+      return launch(T{}, std::integral_constant<int, 32>{});
+    case 64:
+      return launch(T{}, std::integral_constant<int, 64>{});
+    case 80:
+      return launch(T{}, std::integral_constant<int, 80>{});
+    case 96:
+      return launch(T{}, std::integral_constant<int, 96>{});
+    case 128:
+      return launch(T{}, std::integral_constant<int, 128>{});
+    case 256:
+      return launch(T{}, std::integral_constant<int, 256>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// Calls `launch(T{}, std::integral_constant<int, head_size>{})` for the element type and the head size of `heads`.
+template <typename Launch>
+cudaError_t with_type_and_head_size(const AttentionHeads& heads, const Launch& launch) {
+  switch (heads.dtype) {
+    case DataType::kFloat32:
+      return with_head_size<float>(heads, launch);
+    case DataType::kFloat16:
+      return with_head_size<__half>(heads, launch);
+    case DataType::kBFloat16:
+      return with_head_size<__nv_bfloat16>(heads, launch);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,41 @@
+// Attention of one new token a sequence over its key-value cache: what the host can launch.
+//
+// Everything between the qkv product and the output product of a decode step: q and k made ready (attention_heads.h), k
+// and v written to the cache, softmax(q · K^T * softmax_scale) · V over the cache with them. The sequence is split
+// among blocks; the last block of a sequence and key-value head combines their results (Dao et al., "Flash-Decoding",
+// 2023). Query heads that share a key-value head read the cache once.
+#pragma once
+
+#include "attention_heads.h"
+
+namespace qwen_plugins {
+
+struct DecodeAttentionParams {
+  AttentionHeads heads;
+  KvCache cache;
+  const void* qkv = nullptr;              // [sequences, num_heads + 2 * num_kv_heads, head_size]
+  int64_t qkv_row_stride = 0;             // elements
+  void* context = nullptr;                // [sequences, num_heads, head_size], contiguous
+  const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new token's position, below max_positions
+  int32_t sequences = 0;                  // sequence i has row i of the cache; 0 launches nothing
+  float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
+  // 16-byte aligned, of decode_attention_workspace(heads, workspace_sequences). Its counters must be zero before the
+  // first launch, and every launch leaves them zero. Not to be shared by launches that may overlap.
+  void* workspace = nullptr;
+  int32_t workspace_sequences = 0;  // at least `sequences`
+};
+
+// Bytes of workspace for up to this many sequences; the first `zeroed_bytes` of them are the counters.
+struct DecodeAttentionWorkspace {
+  int64_t bytes = 0;
+  int64_t zeroed_bytes = 0;
+};
+cudaError_t decode_attention_workspace(const AttentionHeads& heads, int32_t max_sequences,
+                                       DecodeAttentionWorkspace* result);
+
+// Launches on `stream` and returns at once: no synchronisation, no allocation; the launch depends on no value in device
+// memory, so that a CUDA graph of it serves sequences of any length. cudaErrorInvalidValue for parameters outside of
+// what is written above and in attention_heads.h, otherwise what the launch returned.
+cudaError_t launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream);
+
+}  // namespace qwen_plugins

@@ -1,0 +1,54 @@
+"""The operations that our CUDA kernels take over: attention's own work, and SwiGLU. They synchronise nothing."""
+
+from __future__ import annotations
+
+from qwen_plugins.decoder import (
+    HEAD_SIZES,
+    AttentionInputs,
+    decode_attention,
+    decode_attention_workspace,
+    rotary_cache,
+    swiglu,
+)
+from torch import Tensor
+
+from ..config import ModelConfig
+from .torch_operations import TorchOperations
+
+
+def supported(config: ModelConfig) -> bool:
+    """Whether there are kernels for this model's head size."""
+    return config.head_size in HEAD_SIZES
+
+
+class KernelOperations(TorchOperations):
+    """For a GPU. Attention over prompts, and the matrix products, are PyTorch's."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool):
+        """See `TorchOperations`."""
+        super().__init__(config, weights, cache, rmsnorm_plugin)
+        self._workspace: Tensor | None = None
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        return swiglu(gate_up)
+
+    def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        batch = self.batch
+        inputs = AttentionInputs(
+            num_heads=self.config.num_heads,
+            kv_cache=self.cache[layer],
+            rotary_table=batch.rotary_table,
+            rotary_rows=batch.rotary_rows,
+            query_scale=batch.query_scale,
+            q_norm=None if q_norm is None else self.weights[q_norm],
+            k_norm=None if k_norm is None else self.weights[k_norm],
+            norm_eps=self.config.norm_eps,
+        )
+        if batch.decoding:
+            if self._workspace is None:
+                self._workspace = decode_attention_workspace(inputs)
+            return decode_attention(qkv, inputs, batch.device_past_lengths, self._workspace)
+        rotary_cache(qkv, inputs, *batch.sequences_and_positions())
+        return self.attend_prompts(*self.split_heads(qkv))
