@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from .beam_search import beam_search
@@ -158,7 +159,7 @@ class Session:
         return frozenset(self.config.end_token_ids) | frozenset(of_tokenizer)
 
     def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
-        one = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence)))
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, Mapping)))
         return [self._encode(prompt, chat) for prompt in ([prompts] if one else prompts)]
 
     def _encode(self, prompt: Any, chat: bool) -> list[int]:

@@ -1,0 +1,47 @@
+"""A small engine of random weights that tests of behaviour share."""
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+import qwen_model
+from tests.qwen_model.checkpoints import hugging_face_model, save_hugging_face
+
+END_TOKENS = [290, 301]
+
+
+def save_byte_tokenizer(folder):
+    """One token for each byte, then nothing: text of every kind goes through, and ids up to 255 are characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A Qwen2 checkpoint with a tokenizer and two end tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    save_hugging_face(hugging_face_model("Qwen2ForCausalLM", seed=3), folder)
+    save_byte_tokenizer(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END_TOKENS}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_dir(model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines") / "engine"
+    qwen_model.build_engine(
+        model_dir, output_dir=folder, dtype="float32", max_batch_size=6, max_input_len=60, max_output_len=40
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session(engine_dir):
+    return qwen_model.load_engine(engine_dir, device="cpu")

@@ -1,0 +1,156 @@
+"""Batches, streams, ends and limits of a session on a small random engine."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qwen_model
+from qwen_model import QwenModelError, SamplingOptions
+from tests.qwen_model.checkpoints import random_prompt
+
+prompts = st.lists(st.integers(0, 316), min_size=1, max_size=60)
+
+
+@pytest.fixture
+def endless(session):
+    """The same engine without end tokens."""
+    config = dataclasses.replace(session.config, end_token_ids=())
+    return qwen_model.Session(config, session.executor, session.tokenizer)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.lists(prompts, min_size=1, max_size=6), new_tokens=st.integers(1, 12))
+def test_a_batch_gives_what_each_prompt_gives_alone(session, batch, new_tokens):
+    together = session.generate(batch, max_new_tokens=new_tokens).outputs
+    alone = [session.generate(prompt, max_new_tokens=new_tokens).outputs[0] for prompt in batch]
+    assert together == alone
+
+
+def test_nothing_of_a_request_is_left_for_the_next(endless):
+    first = endless.generate(random_prompt(30), max_new_tokens=20)
+    endless.generate([random_prompt(60, seed=i) for i in range(6)], max_new_tokens=40)
+    assert endless.generate(random_prompt(30), max_new_tokens=20).outputs == first.outputs
+
+
+def test_logits_of_prompts_and_of_decoding_agree(endless):
+    """The greedy token after each prefix, once computed with the cache and once from the whole prefix."""
+    prompt = random_prompt(5)
+    ids = endless.generate(prompt, max_new_tokens=30).outputs[0].output_ids
+    logits = endless.logits(prompt + ids)
+    assert ids == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_the_longest_prompt_and_output(endless):
+    result = endless.generate([random_prompt(60, seed=i) for i in range(6)], max_new_tokens=40)
+    assert [len(output.output_ids) for output in result.outputs] == [40] * 6
+    assert {output.finish_reason for output in result.outputs} == {"length"}
+
+
+def test_generation_stops_at_every_end_token(session, endless):
+    """Make the 8th and the 15th token of two sequences end tokens."""
+    batch = [random_prompt(4, seed=1), random_prompt(9, seed=2), random_prompt(2, seed=7)]
+    free = [output.output_ids for output in endless.generate(batch, max_new_tokens=40).outputs]
+    ends = (free[0][7], free[1][14])
+    config = dataclasses.replace(session.config, end_token_ids=ends)
+    outputs = qwen_model.Session(config, session.executor, session.tokenizer).generate(batch, max_new_tokens=40).outputs
+    for output, ids in zip(outputs, free, strict=True):
+        places = [i for i, token in enumerate(ids) if token in ends]
+        expected = ids[: places[0] + 1] if places else ids
+        assert output.output_ids == expected
+        assert output.finish_reason == ("stop" if places else "length")
+        assert output.text == session.tokenizer.decode(expected[:-1] if places else expected)
+
+
+# Sampled text varies more than what a random model says greedily: characters of every length, and broken ones.
+VARIED = SamplingOptions(temperature=1.0, seed=11)
+
+
+def test_stop_strings_cut_the_text(endless):
+    free = endless.generate("What", max_new_tokens=40, sampling=VARIED).outputs[0].text
+    stop = free[10:13]
+    output = endless.generate("What", max_new_tokens=40, sampling=VARIED, stop=["never there", stop]).outputs[0]
+    assert (output.text, output.finish_reason) == (free[: free.index(stop)], "stop")
+    assert len(output.output_ids) < 40
+
+
+def test_a_stream_is_the_same_text_in_pieces(endless):
+    free = endless.generate("What", max_new_tokens=40, sampling=VARIED).outputs[0]
+    for stop in ((), (free.text[12:15],), ("never there", free.text[9] + "~")):
+        whole = endless.generate("What", max_new_tokens=40, sampling=VARIED, stop=stop).outputs[0]
+        events = list(endless.stream("What", max_new_tokens=40, sampling=VARIED, stop=stop))
+        assert "".join(event.text for event in events) == whole.text
+        assert [event.token_id for event in events] == whole.output_ids
+        assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + [whole.finish_reason]
+
+
+def test_a_batch_streams_by_index(endless):
+    batch = [random_prompt(4, seed=1), random_prompt(9, seed=2)]
+    events = list(endless.stream(batch, max_new_tokens=10))
+    outputs = endless.generate(batch, max_new_tokens=10).outputs
+    for index, output in enumerate(outputs):
+        assert [event.token_id for event in events if event.index == index] == output.output_ids
+
+
+def test_a_stream_that_was_given_up_says_so(endless):
+    stream = endless.stream(random_prompt(4), max_new_tokens=10)
+    next(stream)
+    endless.generate(random_prompt(5), max_new_tokens=2)
+    with pytest.raises(QwenModelError, match="another request"):
+        list(stream)
+
+
+def test_chat_uses_the_template_and_ends_with_the_turn(session):
+    """The tokenizer knows the end of a turn, 257 here; the checkpoint's end tokens are others."""
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = session.tokenizer.apply_chat_template(messages)
+    config = dataclasses.replace(session.config, end_token_ids=(*session.config.end_token_ids, 257))
+    expected = qwen_model.Session(config, session.executor, session.tokenizer).generate(ids).outputs
+    assert session.generate("Hi", chat=True).outputs == expected
+    assert session.generate(messages, chat=True).outputs == expected
+    assert session.generate([messages], chat=True).outputs == expected
+
+
+def test_timing_counts_tokens(endless):
+    timing = endless.generate([random_prompt(7), random_prompt(3)], max_new_tokens=5).timing
+    assert (timing.prompt_tokens, timing.generated_tokens) == (10, 10)
+    assert timing.decode_tokens_per_second == pytest.approx(8 / timing.decode_seconds)
+
+
+def test_numpy_prompts(endless):
+    prompt = random_prompt(7)
+    assert endless.generate([np.array(prompt)]).outputs == endless.generate(prompt).outputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
+        ({"prompts": [[0] * 61]}, "61 tokens.*limit of 60.*--max-input-len"),
+        ({"prompts": [[1]] * 7}, "7 prompts.*limit of 6.*--max-batch-size"),
+        ({"prompts": [[1]] * 2, "num_beams": 4}, "2 prompts with 4 beams.*8 sequences.*limit of 6"),
+        ({"prompts": [[1, 317]]}, "token id 317.*0 to 316"),
+        ({"prompts": [[-1]]}, "token id -1"),
+        ({"prompts": [[1]], "max_new_tokens": 41}, "limit of 40.*--max-output-len"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "at least 1"),
+        ({"prompts": [[1]], "num_beams": 0}, "num_beams"),
+        ({"prompts": [[1]], "num_beams": 2, "sampling": SamplingOptions(top_k=4)}, "beam search"),
+        ({"prompts": [[1]], "stop": [""]}, "empty"),
+        ({"prompts": [[1]], "chat": True}, "chat template"),
+    ],
+)
+def test_errors(session, arguments, message):
+    with pytest.raises(QwenModelError, match=message):
+        session.generate(**arguments)
+
+
+def test_without_a_tokenizer(session):
+    bare = qwen_model.Session(session.config, session.executor)
+    assert bare.generate([1, 2, 3]).outputs[0].text is None
+    with pytest.raises(QwenModelError, match="no tokenizer.*--input-ids"):
+        bare.generate("text")
+    with pytest.raises(QwenModelError, match="stop strings need a tokenizer"):
+        bare.generate([1, 2, 3], stop="x")
