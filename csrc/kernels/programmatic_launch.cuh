@@ -1,0 +1,24 @@
+// Programmatic dependent launch (Hopper and later): a kernel may be launched while the one before it still runs.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace qwen_plugins {
+
+// Lets the next kernel of the stream start its launch. Without effect before Hopper, or where that kernel was not
+// launched with the attribute for it.
+__device__ __forceinline__ void trigger_dependent_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the kernels before this one have finished and their writes are visible. Every thread calls it before it
+// touches memory, weights included: a weight may be the output of the kernel just before.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace qwen_plugins

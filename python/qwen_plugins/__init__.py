@@ -1,0 +1,36 @@
+"""CUDA kernels and TensorRT plug-ins for Qwen and its relatives.
+
+Importing this package registers the plug-ins with an installed ``tensorrt`` (8.6, 10 or 11) and needs neither PyTorch nor a
+GPU. The functions on tensors import PyTorch when they are first used:
+
+    qwen_plugins.rms_norm(x, weight)          qwen_plugins.rms_norm_quant(x, weight)
+
+They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or with
+``import qwen_plugins.torch_ops``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qwen_plugins._tensorrt_registration import register_tensorrt_plugins, tensorrt_library_path
+
+if TYPE_CHECKING:
+    from qwen_plugins.torch_ops import rms_norm, rms_norm_quant
+
+__all__ = ["rms_norm", "rms_norm_quant", "tensorrt_library_path"]
+__version__ = "0.1.0"
+
+_TORCH_FUNCTIONS = ("rms_norm", "rms_norm_quant")
+
+register_tensorrt_plugins()
+
+
+def __getattr__(name: str) -> Any:
+    """Import PyTorch with the first use of a function that needs it."""
+    if name not in _TORCH_FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qwen_plugins import torch_ops
+
+    globals().update({function: getattr(torch_ops, function) for function in _TORCH_FUNCTIONS})
+    return globals()[name]

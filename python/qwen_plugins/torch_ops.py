@@ -1,0 +1,257 @@
+"""RMSNorm for PyTorch tensors, and the custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen_plugins import _rms_norm as implementation
+from qwen_plugins._rms_norm import Norm, Quantization
+
+__all__ = ["rms_norm", "rms_norm_quant"]
+
+_library = torch.library.Library("qwen_plugins", "DEF")
+_NORM_OPTIONS = "float eps, bool unit_offset, bool round_before_weight"
+_QUANT_OPTIONS = "Tensor? smoothing, float eps, ScalarType quant_dtype, bool unit_offset"
+for _schema in (
+    f"rms_norm(Tensor x, Tensor weight, {_NORM_OPTIONS}) -> Tensor",
+    f"rms_norm_residual(Tensor x, Tensor residual, Tensor weight, {_NORM_OPTIONS}) -> (Tensor, Tensor)",
+    f"rms_norm_out(Tensor x, Tensor weight, Tensor(a!) out, {_NORM_OPTIONS}) -> ()",
+    "rms_norm_residual_out(Tensor x, Tensor residual, Tensor weight, Tensor(a!) out, Tensor(b!) residual_out, "
+    f"{_NORM_OPTIONS}) -> ()",
+    f"rms_norm_quant(Tensor x, Tensor weight, Tensor scale, {_QUANT_OPTIONS}) -> Tensor",
+    f"rms_norm_quant_residual(Tensor x, Tensor residual, Tensor weight, Tensor scale, {_QUANT_OPTIONS})"
+    " -> (Tensor, Tensor)",
+    f"rms_norm_dynamic_quant(Tensor x, Tensor weight, {_QUANT_OPTIONS}) -> (Tensor, Tensor)",
+    f"rms_norm_dynamic_quant_residual(Tensor x, Tensor residual, Tensor weight, {_QUANT_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+    round_before_weight: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension: y = h / sqrt(mean(h²) + eps) · weight (Zhang and Sennrich, 2019).
+
+    h is x, or x + residual rounded to the type of x. Everything else is computed in float32 (float64 sums for float32
+    tensors) and rounded once. On the GPU this is one kernel on the current stream; it works inside CUDA graph capture and
+    torch.compile. No gradients.
+
+    Args:
+        x: [..., hidden_size], float16, bfloat16 or float32. The last dimension must be contiguous, the others may be
+            strided, such as the heads inside a packed projection.
+        weight: [hidden_size], in the type of x or float32.
+        eps: above 0.
+        residual: like x.
+        unit_offset: the weight is stored as its difference from 1 (Gemma, Qwen3-Next).
+        round_before_weight: round h / sqrt(...) to the type of x before the product with the weight, as the modules of
+            Hugging Face transformers do. Less exact, but equal to them in 16 bits.
+        out: where y is written, or (y, h) with a residual; like x, and x (or residual, for h) itself is allowed.
+
+    Returns:
+        y like x, contiguous; with a residual (y, h).
+
+    A row with NaN gives NaN throughout. A row with an infinity gives NaN there and 0 elsewhere, as the formula does; so do
+    bfloat16 rows whose sum of squares exceeds float32's range (elements beyond about 1e19).
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
+    """
+    ops = torch.ops.qwen_plugins
+    options = (eps, unit_offset, round_before_weight)
+    if residual is None:
+        if out is None:
+            return ops.rms_norm(x, weight, *options)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out must be a torch.Tensor where there is no residual, not {type(out).__name__}")
+        ops.rms_norm_out(x, weight, out, *options)
+        return out
+    if out is None:
+        return ops.rms_norm_residual(x, residual, weight, *options)
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"out must be a tuple (y, h) where there is a residual, not {type(out).__name__}")
+    ops.rms_norm_residual_out(x, residual, weight, *out, *options)
+    return out
+
+
+def rms_norm_quant(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    quant_dtype: torch.dtype = torch.int8,
+    scale: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[Tensor, ...] | Tensor:
+    """RMSNorm, then quantization: q = saturate(round(y / smoothing / scale)), rounding to nearest even.
+
+    y is that of rms_norm, not rounded in between. In one kernel, which reads x from memory once.
+
+    Args:
+        x: [..., hidden_size], float16, bfloat16 or float32, as for rms_norm.
+        weight: [hidden_size], in the type of x or float32.
+        eps: above 0.
+        quant_dtype: torch.int8 (-128 to 127) or torch.float8_e4m3fn (-448 to 448).
+        scale: one float32 on the device of x, above 0: static quantization of the whole tensor. None: dynamic, each row
+            (token) with its own scale, max|y / smoothing| / 127 (448 for float8_e4m3fn).
+        smoothing: [hidden_size], in the type of x or float32: divides y (SmoothQuant: Xiao et al., 2022).
+        residual: like x; h = x + residual is normalised and returned too.
+        unit_offset: the weight is stored as its difference from 1.
+
+    Returns:
+        q with a static scale, (q, scales) without; with a residual h comes last. q has the shape of x, scales that of x
+        with a last dimension of 1, float32: q · scales gives the row back.
+
+    A row of zeros gives zeros, and the smallest normal float32 as its scale. A row with NaN or infinity has the scale NaN;
+    its NaN elements are 0 as int8, which knows no NaN, and NaN as float8.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
+    """
+    ops = torch.ops.qwen_plugins
+    options = (smoothing, eps, quant_dtype, unit_offset)
+    if residual is None:
+        if scale is None:
+            return ops.rms_norm_dynamic_quant(x, weight, *options)
+        return ops.rms_norm_quant(x, weight, scale, *options)
+    if scale is None:
+        return ops.rms_norm_dynamic_quant_residual(x, residual, weight, *options)
+    return ops.rms_norm_quant_residual(x, residual, weight, scale, *options)
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _run_norm(norm: Norm, round_before_weight: bool, out: Tensor, residual_out: Tensor | None) -> None:
+    if norm.x.is_cuda:
+        implementation.norm_on_gpu(norm, round_before_weight, out, residual_out)
+    elif not norm.x.is_meta:
+        implementation.norm_on_cpu(norm, round_before_weight, out, residual_out)
+
+
+def _run_quant(norm: Norm, quantization: Quantization) -> tuple[Tensor, ...]:
+    """(q, scales where they are dynamic, h where there is a residual)."""
+    quantization.check(norm)
+    x = norm.x
+    q = _empty_like(x, quantization.dtype)
+    scales = None
+    if quantization.scale is None:
+        scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    residual_out = None if norm.residual is None else _empty_like(x)
+    if x.is_cuda:
+        implementation.quant_on_gpu(norm, quantization, q, scales, residual_out)
+    elif not x.is_meta:
+        implementation.quant_on_cpu(norm, quantization, q, scales, residual_out)
+    return tuple(tensor for tensor in (q, scales, residual_out) if tensor is not None)
+
+
+# The operators. The same Python function serves CPU, CUDA and fake (meta) tensors: it checks, allocates, and runs what is
+# there to run.
+
+
+def _operator_rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, round_before_weight: bool) -> Tensor:
+    norm = Norm(x, weight, eps, None, unit_offset)
+    out = _empty_like(x)
+    _run_norm(norm, round_before_weight, out, None)
+    return out
+
+
+def _operator_rms_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, round_before_weight: bool
+) -> tuple[Tensor, Tensor]:
+    norm = Norm(x, weight, eps, residual, unit_offset)
+    out, residual_out = _empty_like(x), _empty_like(x)
+    _run_norm(norm, round_before_weight, out, residual_out)
+    return out, residual_out
+
+
+def _operator_rms_norm_out(
+    x: Tensor, weight: Tensor, out: Tensor, eps: float, unit_offset: bool, round_before_weight: bool
+) -> None:
+    norm = Norm(x, weight, eps, None, unit_offset)
+    implementation.check_output("out", out, norm, inputs=("x",))
+    _run_norm(norm, round_before_weight, out, None)
+
+
+def _operator_rms_norm_residual_out(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    residual_out: Tensor,
+    eps: float,
+    unit_offset: bool,
+    round_before_weight: bool,
+) -> None:
+    norm = Norm(x, weight, eps, residual, unit_offset)
+    implementation.check_output("out[0]", out, norm, inputs=("x", "residual"))
+    implementation.check_output("out[1]", residual_out, norm, inputs=("x", "residual"), others=(out,))
+    _run_norm(norm, round_before_weight, out, residual_out)
+
+
+def _operator_rms_norm_quant(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    smoothing: Tensor | None,
+    eps: float,
+    quant_dtype: torch.dtype,
+    unit_offset: bool,
+) -> Tensor:
+    return _run_quant(Norm(x, weight, eps, None, unit_offset), Quantization(quant_dtype, scale, smoothing))[0]
+
+
+def _operator_rms_norm_quant_residual(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    smoothing: Tensor | None,
+    eps: float,
+    quant_dtype: torch.dtype,
+    unit_offset: bool,
+) -> tuple[Tensor, ...]:
+    return _run_quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, scale, smoothing))
+
+
+def _operator_rms_norm_dynamic_quant(
+    x: Tensor, weight: Tensor, smoothing: Tensor | None, eps: float, quant_dtype: torch.dtype, unit_offset: bool
+) -> tuple[Tensor, ...]:
+    return _run_quant(Norm(x, weight, eps, None, unit_offset), Quantization(quant_dtype, None, smoothing))
+
+
+def _operator_rms_norm_dynamic_quant_residual(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    smoothing: Tensor | None,
+    eps: float,
+    quant_dtype: torch.dtype,
+    unit_offset: bool,
+) -> tuple[Tensor, ...]:
+    return _run_quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, None, smoothing))
+
+
+for _operator in (
+    _operator_rms_norm,
+    _operator_rms_norm_residual,
+    _operator_rms_norm_out,
+    _operator_rms_norm_residual_out,
+    _operator_rms_norm_quant,
+    _operator_rms_norm_quant_residual,
+    _operator_rms_norm_dynamic_quant,
+    _operator_rms_norm_dynamic_quant_residual,
+):
+    for _key in ("CPU", "CUDA", "Meta"):
+        _library.impl(_operator.__name__.removeprefix("_operator_"), _operator, _key)

@@ -1,0 +1,66 @@
+"""RMSNorm in float64, and what the tests compare with it: distances in units in the last place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y in float64, h in the type of x)."""
+    h = x if residual is None else (x.double() + residual.double()).to(x.dtype)
+    wide = h.double()
+    y = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.double() + unit_offset)
+    return y, h
+
+
+def ulps_apart(actual: Tensor, exact: Tensor) -> Tensor:
+    """How many representable numbers lie between `actual` and `exact` (float64) rounded to the type of `actual`."""
+    return (_order(actual) - _order(exact.to(actual.dtype))).abs()
+
+
+def assert_within_one_ulp(actual: Tensor, exact: Tensor) -> None:
+    assert torch.equal(actual.isnan(), exact.isnan())
+    keep = ~exact.isnan()
+    distance = ulps_apart(actual[keep], exact[keep])
+    assert distance.numel() == 0 or distance.max().item() <= 1
+
+
+def _order(tensor: Tensor) -> Tensor:
+    """Integers in the order of the floating-point numbers, neighbours one apart."""
+    if tensor.element_size() == 4:
+        bits = tensor.contiguous().view(torch.int32).to(torch.int64)
+        magnitude = bits & 0x7FFFFFFF
+    else:
+        bits = tensor.contiguous().view(torch.int16).to(torch.int64)
+        magnitude = bits & 0x7FFF
+    return torch.where(bits < 0, -magnitude, magnitude)
+
+
+def assert_quantized(q: Tensor, scaled: Tensor) -> None:
+    """Check q against the exact values before rounding, float64, saturating and not NaN.
+
+    int8: equal to the rounded value, or one off where the exact value lies within float32 rounding of a tie. float8: the
+    nearest representable number, or a neighbour where the exact value lies that close to the middle between the two.
+    """
+    limit = LIMITS[q.dtype]
+    if q.dtype == torch.int8:
+        scaled = scaled.clamp(-128, limit)
+        error = (q.double() - scaled).abs()
+        allowed = torch.full_like(error, 0.5)
+    else:
+        scaled = scaled.clamp(-limit, limit)
+        error = (q.double() - scaled).abs()
+        exponent = torch.floor(torch.log2(scaled.abs().clamp(min=2.0**-6)))
+        allowed = 0.5 * 2.0 ** (exponent - 3)
+    float32_rounding = 8 * 2.0**-24 * scaled.abs()
+    assert bool((error <= allowed + float32_rounding).all()), f"off by {(error - allowed).max().item()} beyond a tie"
