@@ -1,0 +1,61 @@
+"""Inverse frequencies beside transformers, and the tables made of them."""
+
+import math
+
+import numpy as np
+import pytest
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qwen_model.config import read_config
+from qwen_model.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
+from tests.qwen_model.checkpoints import QWEN_V1
+
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}
+SCALINGS = [
+    {"rope_type": "linear", "factor": 2.5},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 16.0, "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+]
+
+
+@pytest.mark.parametrize("base", [10000.0, 1e6])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("length", [100, 700, 4001])
+def test_as_transformers(scaling, base, length):
+    theirs = transformers.LlamaConfig(**SIZES, rope_parameters={**scaling, "rope_theta": base})
+    expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu", seq_len=length)
+    values = {**SIZES, "architectures": ["LlamaForCausalLM"], "vocab_size": 9, "intermediate_size": 9}
+    ours = read_config({**values, "num_hidden_layers": 1, "rope_theta": base, "rope_scaling": scaling}).rotary
+    np.testing.assert_allclose(inverse_frequencies(ours, length), expected.numpy(), rtol=3e-6)
+    assert ours.attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 256, 257, 1000, 4096, 4097])
+def test_qwens_alpha(length):
+    """The formula as the design has it."""
+    assert qwen_ntk_alpha(length, 64) == max(2 ** math.ceil(math.log(length / 64, 2) + 1) - 1, 1)
+
+
+def test_qwens_table_has_a_block_for_each_stretch():
+    table = rotary_table(read_config(QWEN_V1), 300)
+    assert table.values.shape == (4 * 300, 16)
+    for length in (1, 64, 65, 128, 129, 256, 257, 300):
+        alpha = max(2 ** math.ceil(math.log(length / 64, 2) + 1) - 1, 1)
+        frequencies = (10000 * alpha ** (16 / 14)) ** (-np.arange(0, 16, 2) / 16)
+        angles = np.arange(300)[:, None] * frequencies
+        rows = table.values[table.offset(length) : table.offset(length) + 300]
+        np.testing.assert_allclose(rows, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-5)
+        assert table.prompt_rows(length) is None
+
+
+def test_logn_begins_after_the_trained_length():
+    table = rotary_table(read_config({**QWEN_V1, "use_dynamic_ntk": False}), 100)
+    expected = [math.log(i, 64) if i > 64 else 1.0 for i in range(1, 101)]
+    np.testing.assert_allclose(table.query_scale, expected, rtol=1e-6)
+    assert rotary_table(read_config(QWEN_V1), 64).query_scale is None

@@ -1,0 +1,167 @@
+"""Reading checkpoints of every form, naming what is wrong with them, and how each weight splits."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_model import QwenModelError
+from qwen_model.config import ModelConfig
+from qwen_model.weights import Checkpoint, weight_groups
+from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, save_hugging_face, save_reference
+
+
+def read_all(folder):
+    config = ModelConfig.from_model_dir(folder)
+    checkpoint = Checkpoint(folder)
+    groups = weight_groups(config)
+    checkpoint.check(groups, config.tied_embedding)
+    return {spec.name: checkpoint.read(spec) for group in groups for spec in group.specs}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_hugging_face(hugging_face_model("Qwen2ForCausalLM"), tmp_path_factory.mktemp("one") / "model")
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A function that writes the checkpoint with its tensors changed."""
+
+    def write(change):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        save_file(tensors, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return write
+
+
+def test_fused_weights(folder):
+    weights = read_all(folder)
+    model = load_file(folder / "model.safetensors")
+    prefix = "model.layers.1.self_attn"
+    for kind in ("weight", "bias"):
+        parts = [model[f"{prefix}.{name}_proj.{kind}"] for name in "qkv"]
+        torch.testing.assert_close(weights[f"layers.1.attention.qkv.{kind}"], torch.cat(parts))
+    assert weights["layers.2.mlp.gate_up.weight"].shape == (344, 84)
+
+
+def test_shards_and_bin_files_hold_the_same(folder, tmp_path):
+    expected = read_all(folder)
+    model = hugging_face_model("Qwen2ForCausalLM")
+    save_hugging_face(model, tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    assert_same(read_all(tmp_path / "shards"), expected)
+
+    state = model.state_dict()
+    config = (folder / "config.json").read_bytes()
+    for name in ("bin", "old", "bins"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(config)
+    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    weight_map = {name: f"part-{index % 2}.bin" for index, name in enumerate(state)}
+    for part in set(weight_map.values()):
+        torch.save({name: state[name] for name in state if weight_map[name] == part}, tmp_path / "bins" / part)
+    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for name in ("bin", "old", "bins"):
+        assert_same(read_all(tmp_path / name), expected)
+
+
+def test_bin_files_run_no_code(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"x": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(QwenModelError, match=r"pytorch_model\.bin cannot be read"):
+        Checkpoint(tmp_path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(broken):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(84)
+        tensors["lm_head.weight"] = torch.zeros(317, 83)
+
+    with pytest.raises(QwenModelError) as error:
+        read_all(broken(change))
+    assert "1 tensor missing: model.layers.1.mlp.up_proj.weight" in str(error.value)
+    assert "not known to this architecture: model.layers.0.self_attn.o_proj.bias" in str(error.value)
+    assert "of the wrong shape: lm_head.weight [317, 83], expected [317, 84]" in str(error.value)
+
+
+def test_buffers_of_old_checkpoints_are_let_be(broken):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(7)
+
+    read_all(broken(change))
+
+
+def test_a_tied_head_may_be_there_or_not(tmp_path):
+    model = hugging_face_model("Qwen2ForCausalLM", tie_word_embeddings=True)
+    folder = save_hugging_face(model, tmp_path / "model")
+    expected = read_all(folder)
+    assert "lm_head.weight" not in expected
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    assert_same(read_all(folder), expected)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "neither model.safetensors nor pytorch_model.bin"),
+        ({"model.safetensors": b"not at all"}, "model.safetensors cannot be read"),
+        ({"model.safetensors.index.json": b"{}"}, "not an index of shards"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'}, "gone.safetensors"),
+    ],
+)
+def test_folders_that_are_no_checkpoint(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(QwenModelError, match=message):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "fused"])
+def test_tensor_parallel_parts_give_the_whole(kind, tmp_path):
+    """Two devices, each with its half of every weight along the axis that the mapping names."""
+    if kind == "grouped":
+        folder = save_hugging_face(hugging_face_model("Qwen2ForCausalLM", attention_dropout=0.0), tmp_path / "model")
+    else:
+        model, config = qwen_v1(num_attention_heads=4, hidden_size=64)
+        folder = save_reference(model, config, tmp_path / "model")
+    model = ModelConfig.from_model_dir(folder)
+    weights = read_all(folder)
+    specs = {spec.name: spec for group in weight_groups(model) for spec in group.specs}
+
+    def part(name, rank):
+        spec, weight = specs[name], weights[name]
+        if spec.split_axis is None:
+            return weight
+        sections = weight.split(spec.sections or (weight.shape[0],)) if spec.split_axis == 0 else (weight,)
+        return torch.cat([section.chunk(2, spec.split_axis)[rank] for section in sections])
+
+    x = torch.randn(3, model.hidden_size)
+    gate, up = (x @ weights["layers.0.mlp.gate_up.weight"].T).chunk(2, -1)
+    whole = (torch.nn.functional.silu(gate) * up) @ weights["layers.0.mlp.down.weight"].T
+    partial = torch.zeros_like(whole)
+    for rank in range(2):
+        gate, up = (x @ part("layers.0.mlp.gate_up.weight", rank).T).chunk(2, -1)
+        partial += (torch.nn.functional.silu(gate) * up) @ part("layers.0.mlp.down.weight", rank).T
+    torch.testing.assert_close(partial, whole)
+
+    qkv = x @ weights["layers.0.attention.qkv.weight"].T + weights["layers.0.attention.qkv.bias"]
+    sizes = [model.num_heads * model.head_size] + [model.num_kv_heads * model.head_size] * 2
+    ranks = [x @ part("layers.0.attention.qkv.weight", r).T + part("layers.0.attention.qkv.bias", r) for r in range(2)]
+    for index, section in enumerate(qkv.split(sizes, -1)):
+        halves = [rank.split([size // 2 for size in sizes], -1)[index] for rank in ranks]
+        torch.testing.assert_close(torch.cat(halves, -1), section)
