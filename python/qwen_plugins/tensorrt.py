@@ -297,7 +297,7 @@ def _check_quant_dtype(quant_dtype: Any) -> None:
     allowed = [trt.int8, *([trt.fp8] if _MAJOR >= 10 else [])]
     if quant_dtype not in allowed:
         raise ValueError(
-            f"quant_dtype is {quant_dtype}; plug-ins in TensorRT {trt.__version__} give {' or '.join(map(str, allowed))}"
+            f"quant_dtype is {quant_dtype}; a plug-in gives {' or '.join(map(str, allowed))}"
         )
 
 

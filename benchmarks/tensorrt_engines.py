@@ -1,0 +1,215 @@
+"""Builds and runs small TensorRT engines from NumPy arrays: what benchmarks and tests of the plug-ins share.
+
+No torch: device memory, streams and graphs come from cuda-bindings.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+from cuda.bindings import runtime as cudart
+
+import qwen_plugins.tensorrt
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The values of a cuda-bindings call; RuntimeError where it failed."""
+    status, *values = result
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise RuntimeError(
+            f"{cudart.cudaGetErrorName(status)[1].decode()}: {cudart.cudaGetErrorString(status)[1].decode()}"
+        )
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class Log(trt.ILogger):
+    """Keeps the errors and warnings that TensorRT logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        """Keep a message, from a warning upwards."""
+        if severity <= trt.ILogger.WARNING:
+            self.messages.append(message)
+
+
+# TensorRT keeps the first logger of a process for whatever has no logger of its own.
+LOG = Log()
+
+
+@dataclass(frozen=True)
+class Input:
+    """A network input: its type, its shape with -1 for what is dynamic, and the values of the dynamic dimensions."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    dynamic_min: Sequence[int] = ()
+    dynamic_opt: Sequence[int] = ()
+    dynamic_max: Sequence[int] = ()
+
+    def with_values(self, values: Sequence[int]) -> tuple[int, ...]:
+        """The shape with its dynamic dimensions replaced in turn."""
+        remaining = iter(values)
+        return tuple(next(remaining) if extent == -1 else extent for extent in self.shape)
+
+
+def build_plan(
+    inputs: Mapping[str, Input],
+    describe: Callable[[Any, dict[str, Any]], Mapping[str, Any]],
+    *,
+    profiling: bool = False,
+) -> bytes:
+    """A serialised engine of the network that ``describe(network, input tensors)`` makes; it returns the outputs.
+
+    ``profiling`` keeps the layers' names and details in the engine.
+    """
+    builder = trt.Builder(LOG)
+    explicit_batch = 0 if _major() >= 10 else 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    network = builder.create_network(explicit_batch)
+    config = builder.create_builder_config()
+    qwen_plugins.tensorrt.configure_builder(config, network)
+    if profiling:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    profile = builder.create_optimization_profile()
+    tensors = {}
+    for name, given in inputs.items():
+        tensors[name] = network.add_input(name, given.dtype, given.shape)
+        if -1 in given.shape:
+            ranges = (given.dynamic_min, given.dynamic_opt, given.dynamic_max)
+            profile.set_shape(name, *(given.with_values(values) for values in ranges))
+    config.add_optimization_profile(profile)
+    for name, tensor in describe(network, tensors).items():
+        tensor.name = name
+        network.mark_output(tensor)
+        tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
+    LOG.messages.clear()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError("TensorRT built no engine:\n" + "\n".join(LOG.messages))
+    return bytes(plan)
+
+
+class DeviceArray:
+    """Device memory with the shape and type of an array; freed with the object."""
+
+    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.num_bytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        self.address = int(check(cudart.cudaMalloc(max(self.num_bytes, 16))))
+
+    def __del__(self) -> None:
+        cudart.cudaFree(self.address)
+
+    def upload(self, array: np.ndarray) -> "DeviceArray":
+        """Copy from the host."""
+        array = np.ascontiguousarray(array, self.dtype)
+        if array.shape != self.shape:
+            raise ValueError(f"got an array of shape {array.shape}; expected {self.shape}")
+        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        check(cudart.cudaMemcpy(self.address, array.ctypes.data, self.num_bytes, kind))
+        return self
+
+    def poison(self) -> "DeviceArray":
+        """All bytes 0xFF: NaN in every floating-point type, -1 in integers."""
+        check(cudart.cudaMemset(self.address, 0xFF, self.num_bytes))
+        return self
+
+    def download(self) -> np.ndarray:
+        """Copy to the host."""
+        array = np.empty(self.shape, self.dtype)
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        check(cudart.cudaMemcpy(array.ctypes.data, self.address, self.num_bytes, kind))
+        return array
+
+
+@dataclass
+class Execution:
+    """An execution context bound to inputs and outputs of fixed shapes."""
+
+    context: Any
+    stream: Any
+    inputs: dict[str, DeviceArray] = field(default_factory=dict)
+    outputs: dict[str, DeviceArray] = field(default_factory=dict)
+
+    def enqueue(self) -> None:
+        """Put the engine's work on the stream."""
+        if not self.context.execute_async_v3(int(self.stream)):
+            raise RuntimeError("TensorRT refused to run:\n" + "\n".join(LOG.messages))
+
+    def run(self) -> dict[str, np.ndarray]:
+        """Run once, with poisoned outputs, and return them."""
+        for output in self.outputs.values():
+            output.poison()
+        check(cudart.cudaDeviceSynchronize())
+        self.enqueue()
+        return self.results()
+
+    def results(self) -> dict[str, np.ndarray]:
+        """The outputs of what has been enqueued."""
+        check(cudart.cudaStreamSynchronize(self.stream))
+        return {name: output.download() for name, output in self.outputs.items()}
+
+
+class Engine:
+    """A deserialised plan."""
+
+    def __init__(self, plan: bytes) -> None:
+        self.runtime = trt.Runtime(LOG)
+        LOG.messages.clear()
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise RuntimeError("TensorRT could not read the plan:\n" + "\n".join(LOG.messages))
+
+    def bind(self, arrays: Mapping[str, np.ndarray], stream: Any = None) -> Execution:
+        """A new context with these inputs on the device and memory for the outputs."""
+        context = self.engine.create_execution_context()
+        execution = Execution(context, check(cudart.cudaStreamCreate()) if stream is None else stream)
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        outputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+        for name in set(names) - set(outputs):
+            dtype = trt.nptype(self.engine.get_tensor_dtype(name))
+            array = np.asarray(arrays[name], dtype)
+            if not context.set_input_shape(name, array.shape):
+                raise ValueError(f"shape {array.shape} of '{name}' is outside of the engine's profile")
+            execution.inputs[name] = DeviceArray(array.shape, dtype).upload(array)
+        for name in outputs:
+            dtype = trt.nptype(self.engine.get_tensor_dtype(name))
+            execution.outputs[name] = DeviceArray(context.get_tensor_shape(name), dtype)
+        for name, memory in (execution.inputs | execution.outputs).items():
+            context.set_tensor_address(name, memory.address)
+        return execution
+
+    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once in a context of its own and return the outputs."""
+        return self.bind(arrays).run()
+
+
+class Graph:
+    """A CUDA graph of whatever ``enqueue`` puts on ``stream``."""
+
+    def __init__(self, stream: Any, enqueue: Callable[[], None]) -> None:
+        self.stream = stream
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(cudart.cudaStreamBeginCapture(stream, mode))
+        enqueue()
+        self.graph = check(cudart.cudaStreamEndCapture(stream))
+        self.executable = check(cudart.cudaGraphInstantiate(self.graph, 0))
+
+    def launch(self) -> None:
+        """Put the graph on its stream."""
+        check(cudart.cudaGraphLaunch(self.executable, self.stream))
+
+    def node_types(self) -> list[str]:
+        """What the graph consists of: Kernel, Memcpy, Memset, ..."""
+        _, count = check(cudart.cudaGraphGetNodes(self.graph))
+        nodes, _ = check(cudart.cudaGraphGetNodes(self.graph, count))
+        return [check(cudart.cudaGraphNodeGetType(node)).name.removeprefix("cudaGraphNodeType") for node in nodes]
+
+
+def _major() -> int:
+    return int(trt.__version__.split(".")[0])

@@ -1,0 +1,125 @@
+"""Which library `import qwen_plugins` registers, with stand-ins for the tensorrt package; no TensorRT needed."""
+
+import sys
+import threading
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+from qwen_plugins import _tensorrt_registration as registration
+
+
+class Registry:
+    """Remembers what it loads, and has the package's creators once it has loaded something."""
+
+    def __init__(self, takes_libraries: bool = True) -> None:
+        self.loaded: list[str] = []
+        self.plugin_creator_list: list[types.SimpleNamespace] = []
+        self.takes_libraries = takes_libraries
+
+    def load_library(self, path: str) -> None:
+        self.loaded.append(path)
+        if self.takes_libraries:
+            self.plugin_creator_list += [
+                types.SimpleNamespace(name=name, plugin_version="1", plugin_namespace="qwen_plugins")
+                for name in registration.PLUGIN_NAMES
+            ]
+
+
+def install_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, registry: Registry) -> None:
+    module = types.ModuleType("tensorrt")
+    module.__spec__ = types.SimpleNamespace(name="tensorrt")
+    module.__version__ = version
+    module.get_plugin_registry = lambda: registry
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+
+
+@pytest.fixture
+def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A package folder that has every library, whatever this checkout has been built with."""
+    for name in ("libqwen_plugins_trt8.so", "libqwen_plugins_trt10.so", "libqwen_plugins_trt11.so"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys.modules["qwen_plugins"], "__path__", [str(tmp_path)])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("version", "library"),
+    [
+        ("8.6.0", "libqwen_plugins_trt8.so"),
+        ("8.6.1.post1", "libqwen_plugins_trt8.so"),
+        ("10.0.1", "libqwen_plugins_trt10.so"),
+        ("10.14.1.48", "libqwen_plugins_trt10.so"),
+        ("11.1.0", "libqwen_plugins_trt11.so"),
+    ],
+)
+def test_registers_the_library_of_the_installed_version_once(
+    monkeypatch: pytest.MonkeyPatch, library_folder: Path, version: str, library: str
+) -> None:
+    registry = Registry()
+    install_tensorrt(monkeypatch, version, registry)
+
+    threads = [threading.Thread(target=registration.register_tensorrt_plugins) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert registration.register_tensorrt_plugins()
+    assert registry.loaded == [str(library_folder / library)]
+    assert registration.tensorrt_library_path() == library_folder / library
+
+
+def test_path_for_a_named_version_needs_no_tensorrt(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+    assert registration.tensorrt_library_path("10.3") == library_folder / "libqwen_plugins_trt10.so"
+    assert registration.tensorrt_library_path(11) == library_folder / "libqwen_plugins_trt11.so"
+    with pytest.raises(ImportError, match=r"tensorrt is not installed: pip install"):
+        registration.tensorrt_library_path()
+
+
+@pytest.mark.parametrize("version", ["7.2.3", "8.5.3", "9.3.0", "12.0", "nightly"])
+def test_unsupported_versions_are_named(version: str, library_folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"TensorRT {version} is not supported; .* 8.6, 10 and 11"):
+        registration.tensorrt_library_path(version)
+
+
+def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.modules["qwen_plugins"], "__path__", [str(tmp_path)])
+
+    with pytest.raises(FileNotFoundError, match=r"libqwen_plugins_trt8.so is not in .*install it again"):
+        registration.tensorrt_library_path("8.6")
+
+
+def test_silent_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: None)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not registration.register_tensorrt_plugins()
+
+
+def test_warns_of_a_tensorrt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.8: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+
+    with pytest.warns(RuntimeWarning, match=r"not registered: the installed tensorrt can't be imported: libnvinfer"):
+        assert not registration.register_tensorrt_plugins()
+
+
+def test_warns_of_an_unsupported_version(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
+    install_tensorrt(monkeypatch, "7.2.3", Registry())
+
+    with pytest.warns(RuntimeWarning, match=r"not registered: TensorRT 7.2.3 is not supported"):
+        assert not registration.register_tensorrt_plugins()
+
+
+def test_warns_where_tensorrt_takes_no_library(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
+    install_tensorrt(monkeypatch, "8.6.0", Registry(takes_libraries=False))
+
+    with pytest.warns(RuntimeWarning, match=r"TensorRT 8.6.0 did not take the plug-in library"):
+        assert not registration.register_tensorrt_plugins()

@@ -1,0 +1,239 @@
+"""The plug-in library in a real TensorRT's registry: creators, plug-ins from fields, bytes, and what must be refused.
+
+Needs the tensorrt package (8.6), but no GPU.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_type=ImportError)
+if not trt.__version__.startswith("8.6."):
+    pytest.skip(f"these are the interfaces of TensorRT 8.6, not {trt.__version__}", allow_module_level=True)
+
+from compiling import CPP_TESTS, compile_command, plugin_sources, run_checked  # noqa: E402
+
+pytestmark = pytest.mark.tensorrt
+
+# The library that is tested, in place of the one that `import qwen_plugins` registers.
+LIBRARY_VARIABLE = "QWEN_PLUGINS_TEST_LIBRARY"
+
+NUMPY_TYPES = {
+    np.float16: trt.PluginFieldType.FLOAT16,
+    np.float32: trt.PluginFieldType.FLOAT32,
+    np.int8: trt.PluginFieldType.INT8,
+    np.int32: trt.PluginFieldType.INT32,
+}
+FIELDS = {
+    "RmsNorm": {"eps", "type_id", "weight_type_id", "residual", "unit_offset", "round_before_weight"},
+    "RmsNormQuantization": {
+        *("eps", "type_id", "weight_type_id", "dyn_act_scaling", "out_type_id", "residual"),
+        *("smoothing", "smoothing_type_id", "unit_offset"),
+    },
+}
+GOOD_FIELDS = {
+    "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
+    "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
+}
+
+
+@pytest.fixture(scope="module")
+def creators() -> dict[str, Any]:
+    if LIBRARY_VARIABLE in os.environ:
+        trt.get_plugin_registry().load_library(os.environ[LIBRARY_VARIABLE])
+    else:
+        import qwen_plugins  # noqa: F401
+    found = {}
+    for creator in trt.get_plugin_registry().plugin_creator_list:
+        if creator.plugin_namespace == "qwen_plugins":
+            assert creator.name not in found
+            found[creator.name] = creator
+    return found
+
+
+def collection(fields: dict[str, Any]) -> Any:
+    arrays = {name: np.atleast_1d(value) for name, value in fields.items()}
+    return trt.PluginFieldCollection(
+        [trt.PluginField(name, array, NUMPY_TYPES[array.dtype.type]) for name, array in arrays.items()]
+    )
+
+
+class ActingLogger(trt.ILogger):
+    """Runs an action while TensorRT knows this logger.
+
+    Without a GPU a Builder can't be made, but TensorRT says so to the logger that it was given, and at that moment the
+    logger is the registered one: what a plug-in logs then must arrive here.
+    """
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        super().__init__()
+        self.action: Callable[[], Any] | None = action
+        self.result: Any = None
+        self.errors: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        action, self.action = self.action, None
+        if action is not None:
+            self.result = action()
+        elif severity == trt.ILogger.ERROR and "[qwen_plugins]" in message:
+            self.errors.append(message)
+
+
+def result_and_logged_errors(action: Callable[[], Any]) -> tuple[Any, list[str]]:
+    logger = ActingLogger(action)
+    with contextlib.suppress(TypeError):  # there is no GPU
+        trt.Builder(logger)
+    assert logger.action is None, "TensorRT logged nothing, so that the action was not run"
+    return logger.result, logger.errors
+
+
+def assert_refused(action: Callable[[], Any], message: str) -> None:
+    result, errors = result_and_logged_errors(action)
+    assert result is None
+    assert len(errors) == 1, errors
+    assert message in errors[0]
+
+
+def test_creators_and_their_fields(creators: dict[str, Any]) -> None:
+    assert set(creators) == set(FIELDS)
+    for name, creator in creators.items():
+        fields = {field.name: field.type for field in creator.field_names}
+        assert set(fields) == FIELDS[name]
+        for field, kind in fields.items():
+            assert kind == (trt.PluginFieldType.FLOAT32 if field == "eps" else trt.PluginFieldType.INT32)
+        assert trt.get_plugin_registry().get_plugin_creator(name, "1", "qwen_plugins") is not None
+
+
+def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
+    import qwen_plugins
+    from qwen_plugins._tensorrt_registration import register_tensorrt_plugins
+
+    threads = [threading.Thread(target=register_tensorrt_plugins) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    trt.get_plugin_registry().load_library(str(qwen_plugins.tensorrt_library_path()))
+
+    names = [creator.name for creator in trt.get_plugin_registry().plugin_creator_list]
+    assert names.count("RmsNorm") == 1
+    assert names.count("RmsNormQuantization") == 1
+    assert creators["RmsNorm"].create_plugin("layer", collection(GOOD_FIELDS["RmsNorm"])) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "more_fields", "num_outputs"),
+    [
+        ("RmsNorm", {}, 1),
+        ("RmsNorm", {"type_id": np.int32(0), "unit_offset": np.int32(1)}, 1),
+        ("RmsNorm", {"residual": np.int32(1), "weight_type_id": np.int32(0), "round_before_weight": np.int32(1)}, 2),
+        ("RmsNormQuantization", {}, 2),
+        ("RmsNormQuantization", {"dyn_act_scaling": np.int32(0), "out_type_id": np.int32(2)}, 1),
+        ("RmsNormQuantization", {"residual": np.int32(1), "smoothing": np.int32(1)}, 3),
+    ],
+)
+def test_fields_to_plugin_to_bytes_and_back(
+    creators: dict[str, Any], name: str, more_fields: dict[str, Any], num_outputs: int
+) -> None:
+    plugin = creators[name].create_plugin("layer", collection(GOOD_FIELDS[name] | more_fields))
+
+    assert (plugin.plugin_type, plugin.plugin_version, plugin.plugin_namespace) == (name, "1", "qwen_plugins")
+    assert plugin.num_outputs == num_outputs
+    written = bytes(plugin.serialize())
+    assert len(written) == plugin.serialization_size
+    again = creators[name].deserialize_plugin("layer", written)
+    assert again.num_outputs == num_outputs
+    assert bytes(again.serialize()) == written
+    assert bytes(again.clone().serialize()) == written
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"eps": np.float16(1e-5)}, "field 'eps' has type PluginFieldType 0; expected FLOAT32"),
+        ({"eps": np.int32(1)}, "field 'eps' has type INT32; expected FLOAT32"),
+        ({"eps": np.float32([1e-5, 1e-5])}, "field 'eps' has 2 values; expected 1"),
+        ({"eps": np.float32(0)}, "field 'eps' is 0.000000; expected a finite number above 0"),
+        ({"eps": np.float32(np.nan)}, "field 'eps' is nan"),
+        ({"type_id": np.int8(1)}, "field 'type_id' has type PluginFieldType 3; expected INT32"),
+        ({"type_id": np.int32(3)}, "field 'type_id' is 3; expected 0 (float32), 1 (float16)"),
+        ({"type_id": np.int32(7)}, "field 'type_id' is 7; expected 0 (float32), 1 (float16)"),
+        ({"type_id": np.int32(-2147483648)}, "field 'type_id' is -2147483648"),
+        ({"type_id": None}, "required field 'type_id' is missing"),
+        ({"weight_type_id": np.int32(2)}, "field 'weight_type_id' is 2; expected 0 (float32), 1 (float16)"),
+        ({"residual": np.int32(7)}, "field 'residual' is 7; expected 0 or 1"),
+        ({"epsilon": np.float32(1e-5)}, "unknown field 'epsilon'; expected eps, type_id"),
+    ],
+)
+@pytest.mark.parametrize("name", FIELDS)
+def test_bad_fields_are_refused_with_an_error_in_the_log(
+    creators: dict[str, Any], name: str, changed: dict[str, Any], message: str
+) -> None:
+    merged = GOOD_FIELDS[name] | changed
+    fields = collection({field: value for field, value in merged.items() if value is not None})
+
+    assert_refused(lambda: creators[name].create_plugin("layer", fields), message)
+
+
+def test_quantized_types_are_checked(creators: dict[str, Any]) -> None:
+    fields = collection(GOOD_FIELDS["RmsNormQuantization"] | {"out_type_id": np.int32(6)})
+
+    refused = "field 'out_type_id' is 6; expected 2 (int8)"
+    assert_refused(lambda: creators["RmsNormQuantization"].create_plugin("layer", fields), refused)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_bad_bytes_are_refused_with_an_error_in_the_log(creators: dict[str, Any], name: str) -> None:
+    creator = creators[name]
+    good = bytes(creator.create_plugin("layer", collection(GOOD_FIELDS[name])).serialize())
+    rng = np.random.default_rng()
+    for size in (0, 1, 15, 16, len(good) - 1):
+        assert_refused(
+            lambda size=size: creator.deserialize_plugin("layer", good[:size]), f"has {size} bytes; expected"
+        )
+    assert_refused(lambda: creator.deserialize_plugin("layer", good + b"\0"), "bytes; expected")
+    assert_refused(lambda: creator.deserialize_plugin("layer", rng.bytes(len(good))), "not one of this library")
+    for position in range(len(good)):
+        changed = bytearray(good)
+        changed[position] ^= 1 << int(rng.integers(8))
+        assert_refused(
+            lambda changed=changed: creator.deserialize_plugin("layer", bytes(changed)), "serialised plug-in"
+        )
+
+
+def test_bytes_of_the_other_plugin_are_refused(creators: dict[str, Any]) -> None:
+    plugin = creators["RmsNorm"].create_plugin("layer", collection(GOOD_FIELDS["RmsNorm"]))
+    written = bytes(plugin.serialize())
+
+    refused = "6 attributes; this library reads version 1 with 9"
+    assert_refused(lambda: creators["RmsNormQuantization"].deserialize_plugin("layer", written), refused)
+
+
+@pytest.mark.skipif(LIBRARY_VARIABLE in os.environ, reason="this is the run under the address sanitizer")
+def test_all_of_this_under_the_address_sanitizer(tmp_path: Path) -> None:
+    """The tests above in a second process, with a library whose memory accesses are checked."""
+    library = tmp_path / "libqwen_plugins_trt8.so"
+    command = [*compile_command(8), "-shared", "-fPIC", "-fvisibility=hidden", "-fsanitize=address", "-g"]
+    run_checked([*command, *plugin_sources(8), CPP_TESTS / "recorded_launches.cpp", "-o", library])
+    # The sanitizer looks for libstdc++ when it starts, so that has to be there from the beginning as well.
+    preloaded = [
+        run_checked([command[0], f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        LIBRARY_VARIABLE: str(library),
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(tests, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "AddressSanitizer" not in result.stderr
