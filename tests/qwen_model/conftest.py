@@ -37,7 +37,7 @@ def model_dir(tmp_path_factory):
 def engine_dir(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines") / "engine"
     qwen_model.build_engine(
-        model_dir, output_dir=folder, dtype="float32", max_batch_size=6, max_input_len=60, max_output_len=40
+        model_dir, output_dir=folder, dtype="float32", max_batch_size=6, max_input_len=120, max_output_len=40
     )
     return folder
 

@@ -31,7 +31,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(session, batch, new_tokens):
 
 def test_nothing_of_a_request_is_left_for_the_next(endless):
     first = endless.generate(random_prompt(30), max_new_tokens=20)
-    endless.generate([random_prompt(60, seed=i) for i in range(6)], max_new_tokens=40)
+    endless.generate([random_prompt(120, seed=i) for i in range(6)], max_new_tokens=40)
     assert endless.generate(random_prompt(30), max_new_tokens=20).outputs == first.outputs
 
 
@@ -44,7 +44,7 @@ def test_logits_of_prompts_and_of_decoding_agree(endless):
 
 
 def test_the_longest_prompt_and_output(endless):
-    result = endless.generate([random_prompt(60, seed=i) for i in range(6)], max_new_tokens=40)
+    result = endless.generate([random_prompt(120, seed=i) for i in range(6)], max_new_tokens=40)
     assert [len(output.output_ids) for output in result.outputs] == [40] * 6
     assert {output.finish_reason for output in result.outputs} == {"length"}
 
@@ -129,7 +129,7 @@ def test_numpy_prompts(endless):
     [
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
-        ({"prompts": [[0] * 61]}, "61 tokens.*limit of 60.*--max-input-len"),
+        ({"prompts": [[0] * 121]}, "121 tokens.*limit of 120.*--max-input-len"),
         ({"prompts": [[1]] * 7}, "7 prompts.*limit of 6.*--max-batch-size"),
         ({"prompts": [[1]] * 2, "num_beams": 4}, "2 prompts with 4 beams.*8 sequences.*limit of 6"),
         ({"prompts": [[1, 317]]}, "token id 317.*0 to 316"),

@@ -1,0 +1,176 @@
+"""The commands as a user runs them: what is on standard output, what on standard error, and the exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import qwen_model
+from qwen_model import build, chat, run
+from qwen_model.build import parse_rotary_scaling
+from qwen_model.command_line import run_command
+from qwen_model.errors import QwenModelError
+from qwen_model.run import parse_token_ids
+from tests.qwen_model.checkpoints import random_prompt
+
+
+def python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command's main in this process: its exit status, standard output and standard error."""
+
+    def call(main, *arguments):
+        with pytest.raises(SystemExit) as exit_:
+            run_command(main, [str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_build_and_run_in_processes_of_their_own(model_dir, tmp_path):
+    built = python("-m", "qwen_model.build", "--model-dir", model_dir, "--output-dir", tmp_path / "engine")
+    assert built.returncode == 0, built.stderr
+    for part in ("Qwen2ForCausalLM", "million parameters", "8 sequences", "MiB of weights", "time"):
+        assert part in built.stdout
+    ran = python(
+        "-m", "qwen_model.run", "--engine-dir", tmp_path / "engine", "--device", "cpu", "--json", "Hi", "there"
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    assert set(result) == {"outputs", "timing"}
+    assert [set(output) for output in result["outputs"]] == [{"output_ids", "text", "finish_reason"}] * 2
+
+
+@pytest.mark.parametrize("module", ["qwen_model", "qwen_model.run", "qwen_model.build", "qwen_model.chat"])
+def test_nothing_heavy_is_imported_before_it_is_needed(module):
+    program = (
+        f"import sys, {module}; print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    assert python("-c", program).stdout.strip() == "[]"
+
+
+def test_run_imports_no_transformers(engine_dir):
+    program = (
+        "import sys\n"
+        "from qwen_model.run import main\n"
+        "main(sys.argv[1:])\n"
+        "print('transformers' in sys.modules, file=sys.stderr)\n"
+    )
+    result = python("-c", program, "--engine-dir", engine_dir, "--device", "cpu", "--chat", "Hi")
+    assert result.stderr.strip().endswith("False")
+
+
+def test_run_prints_what_the_library_generates(command, engine_dir, session):
+    ids = ",".join(map(str, random_prompt(5)))
+    status, out, err = command(
+        run.main,
+        "--engine-dir",
+        engine_dir,
+        "--device",
+        "cpu",
+        "--json",
+        "--max-new-tokens",
+        9,
+        "Hi",
+        "--input-ids",
+        ids,
+    )
+    expected = session.generate(["Hi", random_prompt(5)], max_new_tokens=9).outputs
+    outputs = json.loads(out)["outputs"]
+    assert (status, err) == (0, "")
+    assert [output["output_ids"] for output in outputs] == [output.output_ids for output in expected]
+    assert [output["text"] for output in outputs] == [output.text for output in expected]
+    assert [output["finish_reason"] for output in outputs] == [output.finish_reason for output in expected]
+
+
+def test_every_option_reaches_the_session(command, engine_dir, session):
+    sampling = qwen_model.SamplingOptions(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=3)
+    options = "--temperature 0.9 --top-k 50 --top-p 0.9 --repetition-penalty 1.1 --seed 3".split()
+    common = ["--engine-dir", engine_dir, "--device", "cpu", "Hi"]
+    expected = session.generate("Hi", sampling=sampling, max_new_tokens=30).outputs[0].text
+    assert command(run.main, *common, *options, "--max-new-tokens", 30) == (0, expected + "\n", "")
+    assert command(run.main, *common, *options, "--max-new-tokens", 30, "--stream") == (0, expected + "\n", "")
+    stop = expected[4:6]
+    cut = session.generate("Hi", sampling=sampling, max_new_tokens=30, stop=stop).outputs[0].text
+    assert command(run.main, *common, *options, "--max-new-tokens", 30, "--stop", stop) == (0, cut + "\n", "")
+    beams = session.generate("Hi", num_beams=3, max_new_tokens=30).outputs[0].text
+    assert command(run.main, *common, "--num-beams", 3, "--max-new-tokens", 30) == (0, beams + "\n", "")
+
+
+def test_input_file(command, engine_dir, session, tmp_path):
+    (tmp_path / "prompts.txt").write_text("first\n\nzweite Zeile mit ü\n", encoding="utf-8")
+    _, out, _ = command(
+        run.main, "--engine-dir", engine_dir, "--device", "cpu", "--json", "--input-file", tmp_path / "prompts.txt"
+    )
+    expected = session.generate(["first", "zweite Zeile mit ü"]).outputs
+    assert [output["text"] for output in json.loads(out)["outputs"]] == [output.text for output in expected]
+
+
+def test_chat_keeps_the_conversation(command, engine_dir, session, monkeypatch):
+    lines = iter(["one", "two"])
+
+    def next_line(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", next_line)
+    status, out, _ = command(chat.main, "--engine-dir", engine_dir, "--device", "cpu", "--max-new-tokens", 5)
+    messages = [{"role": "user", "content": "one"}]
+    first = session.generate(messages, chat=True, max_new_tokens=5).outputs[0].text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "two"}]
+    second = session.generate(messages, chat=True, max_new_tokens=5).outputs[0].text
+    assert (status, out) == (0, f"{first}\n{second}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine-dir", "nowhere", "Hi"], "error: nowhere is not an engine; make one with"),
+        (["--input-ids", "1,x"], "error: --input-ids takes whole numbers"),
+        (["--input-ids", "1,5000"], "error: the prompt has the token id 5000"),
+        (["--temperature", "-1", "Hi"], "error: temperature must be"),
+        (["--max-new-tokens", "1000", "Hi"], "error: max_new_tokens 1000 is more than"),
+        (["--input-file", "nowhere.txt"], "error: nowhere.txt cannot be read"),
+        (["--device", "abacus", "Hi"], "error: device must be"),
+    ],
+)
+def test_errors_are_one_line(command, engine_dir, arguments, message):
+    place = [] if "--engine-dir" in arguments else ["--engine-dir", engine_dir]
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    status, out, err = command(run.main, *place, *device, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--stream", "--json", "Hi"], ["--stream", "--num-beams", "2", "Hi"]])
+def test_usage_errors(command, arguments):
+    status, out, err = command(run.main, *arguments)
+    assert (status, out) == (2, "")
+    assert "usage:" in err
+
+
+def test_build_says_what_is_wrong(command, tmp_path):
+    status, out, err = command(build.main, "--model-dir", tmp_path, "--output-dir", tmp_path / "engine")
+    assert (status, out) == (1, "")
+    assert "is not a Hugging Face checkpoint" in err
+
+
+def test_rotary_scaling_argument():
+    assert parse_rotary_scaling("linear:4") == {"rope_type": "linear", "factor": 4.0}
+    assert parse_rotary_scaling("none") == {"rope_type": "none"}
+    assert parse_rotary_scaling('{"rope_type": "yarn", "factor": 2}') == {"rope_type": "yarn", "factor": 2}
+    for wrong in ("linear:x", "{"):
+        with pytest.raises(QwenModelError, match="--rotary-scaling"):
+            parse_rotary_scaling(wrong)
+
+
+def test_token_ids_argument():
+    assert parse_token_ids("1,2, 3") == parse_token_ids("1 2 3") == [1, 2, 3]

@@ -1,0 +1,226 @@
+"""Engines as folders: what is in them, that they are whole or not there, and what is said of those that are wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qwen_model
+from qwen_model import QwenModelError
+from qwen_model.backends import torch as back_end
+from qwen_model.engine_config import EngineConfig, Limits
+from tests.qwen_model.checkpoints import hugging_face_model, random_prompt, save_hugging_face
+
+
+def build(model_dir, output_dir, **options):
+    return qwen_model.build_engine(model_dir, output_dir=output_dir, **{"dtype": "float32", **options})
+
+
+def test_the_folder(model_dir, tmp_path):
+    steps = []
+    summary = build(model_dir, tmp_path / "deep" / "engine", progress=lambda done, total: steps.append((done, total)))
+    assert {path.name for path in summary.engine_dir.iterdir()} == {
+        "config.json",
+        "weights",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    weights = {}
+    for path in (summary.engine_dir / "weights").iterdir():
+        weights.update(load_file(path))
+    assert sum(weight.nbytes for weight in weights.values()) == summary.weight_bytes == steps[-1][0] == steps[-1][1]
+    assert sum(weight.numel() for weight in weights.values()) == summary.config.num_parameters
+    values = json.loads((summary.engine_dir / "config.json").read_text())
+    assert values["format_version"] == 1
+    assert values["backend"] == "torch"
+    assert values["rmsnorm_plugin"] is False
+    assert values["end_token_ids"] == [290, 301]
+    assert values["versions"]["torch"] == torch.__version__
+    assert EngineConfig.read(summary.engine_dir) == summary.config
+    assert [path.name for path in summary.engine_dir.parent.iterdir()] == ["engine"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(model_dir, tmp_path, dtype):
+    build(model_dir, tmp_path / "engine", dtype=dtype)
+    build(model_dir, tmp_path / "exact")
+    prompt = random_prompt(20)
+    logits = qwen_model.load_engine(tmp_path / "engine", device="cpu").logits(prompt)
+    exact = qwen_model.load_engine(tmp_path / "exact", device="cpu").logits(prompt)
+    assert abs(logits - exact).max() / abs(exact).max() < {"float16": 0.01, "bfloat16": 0.08}[dtype]
+
+
+def test_rmsnorm_plugin_gives_the_same(model_dir, tmp_path):
+    pytest.importorskip("qwen_plugins")
+    prompt = random_prompt(20)
+    outputs = []
+    for plugin in (False, True):
+        build(model_dir, tmp_path / f"{plugin}", rmsnorm_plugin=plugin)
+        outputs.append(qwen_model.load_engine(tmp_path / f"{plugin}", device="cpu").generate(prompt).outputs)
+    assert outputs[0] == outputs[1]
+
+
+def test_an_engine_is_replaced_and_other_folders_are_not(model_dir, tmp_path):
+    target = tmp_path / "engine"
+    target.mkdir()
+    build(model_dir, target, max_batch_size=3)
+    build(model_dir, target, max_batch_size=5)
+    assert EngineConfig.read(target).limits.max_batch_size == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("keep me")
+    with pytest.raises(QwenModelError, match="mine is there already and is not an engine"):
+        build(model_dir, tmp_path / "mine")
+    with pytest.raises(QwenModelError, match="is not a folder"):
+        build(model_dir, tmp_path / "mine" / "letter.txt")
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
+
+
+def test_a_build_that_fails_leaves_nothing(model_dir, tmp_path):
+    written = []
+
+    def fail(done, total):
+        written.append(done)
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(model_dir, tmp_path / "a" / "b" / "engine", progress=fail)
+    assert len(written) > 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_fails_leaves_the_engine_before_it(model_dir, tmp_path):
+    def fail(done, total):
+        raise OSError("disk full")
+
+    build(model_dir, tmp_path / "engine", max_batch_size=3)
+    with pytest.raises(QwenModelError, match="engine cannot be written: disk full"):
+        build(model_dir, tmp_path / "engine", progress=fail)
+    assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_a_build_that_is_terminated_leaves_nothing(model_dir, tmp_path):
+    """SIGTERM while the weights are written: the progress callback says when."""
+    program = (
+        "import sys, time, qwen_model.command_line as c, qwen_model.engine as e\n"
+        "def main(arguments):\n"
+        "    def progress(done, total):\n"
+        "        print('writing', flush=True); time.sleep(60)\n"
+        "    e.build_engine(sys.argv[1], output_dir=sys.argv[2], dtype='float32', progress=progress)\n"
+        "c.run_command(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, model_dir, tmp_path / "engine"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    process.terminate()
+    assert process.wait(30) == 128 + 15
+    process.stdout.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable(model_dir, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(QwenModelError, match="no permission to write"):
+        build(model_dir, tmp_path / "engine")
+    tmp_path.chmod(0o700)
+
+
+def test_limits_follow_the_model(tmp_path):
+    folder = save_hugging_face(hugging_face_model("LlamaForCausalLM", max_position_embeddings=100), tmp_path / "model")
+
+    def limits(**options):
+        summary = build(folder, tmp_path / "engine", **options)
+        return summary.config.limits, summary.warnings
+
+    assert limits() == (Limits(8, 66, 34), ())
+    assert limits(max_input_len=80) == (Limits(8, 80, 20), ())
+    assert limits(max_output_len=10) == (Limits(8, 60, 10), ())
+    _, warnings = limits(max_input_len=80, max_output_len=30)
+    assert "110 tokens are longer than the 100" in warnings[0]
+    scaled, warnings = limits(max_input_len=150, max_output_len=50, rotary_scaling={"rope_type": "linear", "factor": 2})
+    assert (scaled.max_positions, warnings) == (200, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "onnx"}, "backend must be one of torch, not 'onnx'"),
+        ({"dtype": "int3"}, "dtype must be one of float16, bfloat16, float32, not 'int3'"),
+        ({"max_batch_size": 0}, "max_batch_size must be a positive integer, not 0"),
+        ({"rotary_scaling": {"rope_type": "magic"}}, "'magic' is not supported"),
+    ],
+)
+def test_wrong_options(model_dir, tmp_path, options, message):
+    with pytest.raises(QwenModelError, match=message):
+        build(model_dir, tmp_path / "engine", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_model_folders(model_dir, tmp_path):
+    with pytest.raises(QwenModelError, match="nowhere is not a folder"):
+        build(tmp_path / "nowhere", tmp_path / "engine")
+    with pytest.raises(QwenModelError, match="not a Hugging Face checkpoint: it has no config.json"):
+        build(tmp_path, tmp_path / "engine")
+    shutil.copy(model_dir / "config.json", tmp_path)
+    with pytest.raises(QwenModelError, match="neither model.safetensors nor"):
+        build(tmp_path, tmp_path / "engine")
+
+
+def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
+    def load(**changes):
+        shutil.copytree(engine_dir, tmp_path / "engine", dirs_exist_ok=True)
+        path = tmp_path / "engine" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return qwen_model.load_engine(tmp_path / "engine", device="cpu")
+
+    with pytest.raises(QwenModelError, match="is an engine of format 7.*build it again"):
+        load(format_version=7)
+    with pytest.raises(QwenModelError, match="built for the back end 'tensorrt_llm'"):
+        load(backend="tensorrt_llm")
+    with pytest.raises(QwenModelError, match="damaged.*build the engine again"):
+        load(limits={"sheep": 3})
+    with pytest.raises(QwenModelError, match="is not an engine; make one with python -m qwen_model.build"):
+        qwen_model.load_engine(tmp_path / "nowhere")
+    with pytest.raises(QwenModelError, match="is not an engine"):
+        qwen_model.load_engine(model_dir)
+    load()
+    (tmp_path / "engine" / "weights" / "layer_001.safetensors").unlink()
+    with pytest.raises(QwenModelError, match=r"not whole: layer_001\.safetensors is missing"):
+        qwen_model.load_engine(tmp_path / "engine", device="cpu")
+
+
+@pytest.mark.parametrize(("name", "message"), [("abacus", "must be 'cpu' or 'cuda'"), ("cuda:99", "is not there")])
+def test_devices_that_are_not_there(engine_dir, name, message):
+    with pytest.raises(QwenModelError, match=message):
+        qwen_model.load_engine(engine_dir, device=name)
+
+
+def test_what_a_gpu_needs_is_said_before_it_is_taken(engine_dir, monkeypatch):
+    """Without a GPU: with one that has 1 MiB free."""
+    config = EngineConfig.read(engine_dir)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**34))
+    with pytest.raises(
+        QwenModelError, match=r"not enough GPU memory.*6 sequences of 160 tokens.*of 16\.00 GiB are free"
+    ):
+        back_end.check_memory(config.model, config.limits, "float32", torch.device("cuda"))
+
+
+def test_an_engine_survives_its_checkpoint(tmp_path):
+    folder = save_hugging_face(hugging_face_model("Qwen3ForCausalLM"), tmp_path / "model")
+    build(folder, tmp_path / "engine")
+    prompt = random_prompt(9)
+    before = qwen_model.load_engine(tmp_path / "engine", device="cpu").generate(prompt).outputs
+    shutil.rmtree(folder)
+    (tmp_path / "engine").rename(tmp_path / "elsewhere")
+    assert qwen_model.load_engine(tmp_path / "elsewhere", device="cpu").generate(prompt).outputs == before
