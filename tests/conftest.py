@@ -15,7 +15,9 @@ def _why_no_gpu() -> str | None:
     except ImportError:
         return "needs an NVIDIA GPU: neither torch nor cuda-bindings is installed to find one"
     error, count = runtime.cudaGetDeviceCount()
-    return None if error == runtime.cudaError_t.cudaSuccess and count > 0 else "needs an NVIDIA GPU: the driver finds none"
+    return (
+        None if error == runtime.cudaError_t.cudaSuccess and count > 0 else "needs an NVIDIA GPU: the driver finds none"
+    )
 
 
 def _why_no_tensorrt() -> str | None:

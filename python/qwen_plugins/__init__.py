@@ -1,12 +1,12 @@
 """CUDA kernels and TensorRT plug-ins for Qwen and its relatives.
 
-Importing this package registers the plug-ins with an installed ``tensorrt`` (8.6, 10 or 11) and needs neither PyTorch nor a
-GPU. The functions on tensors import PyTorch when they are first used:
+Importing this package registers the plug-ins with an installed ``tensorrt`` (8.6, 10 or 11) and needs neither PyTorch
+nor a GPU. The functions on tensors import PyTorch when they are first used:
 
     qwen_plugins.rms_norm(x, weight)          qwen_plugins.rms_norm_quant(x, weight)
 
-They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or with
-``import qwen_plugins.torch_ops``.
+They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or
+with ``import qwen_plugins.torch_ops``.
 """
 
 from __future__ import annotations

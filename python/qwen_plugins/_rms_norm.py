@@ -1,4 +1,4 @@
-"""What the RMSNorm operators check and compute, for tensors on a CPU and on a GPU. torch_ops.py makes operators of it."""
+"""What the RMSNorm operators of torch_ops.py check and compute, for tensors on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -109,23 +109,20 @@ def check_per_channel(name: str, tensor: Any, x: Tensor) -> None:
     check_last_dimension(name, tensor)
 
 
-def check_output(
-    name: str, output: Any, norm: Norm, *, inputs: tuple[str, ...], others: tuple[Tensor, ...] = ()
-) -> None:
-    """Check an output tensor: like x, and sharing memory with nothing but, exactly, one of the row operands `inputs`."""
-    check_like(name, output, norm.x)
+def check_output_memory(name: str, output: Tensor, norm: Norm, *, other_output: Tensor | None = None) -> None:
+    """Check that an output shares memory with nothing but, exactly, x or the residual: their rows are read first."""
     if any(size > 1 and stride == 0 for size, stride in zip(output.shape, output.stride(), strict=True)):
         raise ValueError(f"elements of {name} overlap each other: its strides are {tuple(output.stride())}")
     operands = {"x": norm.x, "residual": norm.residual, "weight": norm.weight}
     for other_name, other in operands.items():
         if other is None or not _share_memory(output, other):
             continue
-        if other_name in inputs and output.data_ptr() == other.data_ptr() and output.stride() == other.stride():
+        same = output.data_ptr() == other.data_ptr() and output.stride() == other.stride()
+        if same and other_name != "weight":
             continue
-        raise ValueError(
-            f"{name} overlaps {other_name}: it may be {' or '.join(inputs)} itself, or share no memory with it"
-        )
-    if any(_share_memory(output, other) for other in others):
+        allowed = " or ".join(n for n in ("x", "residual") if operands[n] is not None)
+        raise ValueError(f"{name} overlaps {other_name}: it may be {allowed} itself, or share no memory with it")
+    if other_output is not None and _share_memory(output, other_output):
         raise ValueError(f"{name} overlaps the other output")
 
 
@@ -222,7 +219,7 @@ def _merged_levels(shape: list[int], strides: list[list[int]]) -> tuple[list[int
 
 
 def _launches(x: Tensor, operands: list[Tensor]) -> list[tuple[tuple[int, int], list[_Strides], list[int]]]:
-    """(rows, strides by operand, byte offsets by operand) of each launch that covers all rows; one but for odd views."""
+    """(rows, strides by operand, byte offsets by operand) of each launch: one covers all rows but of odd views."""
     sizes, strides = _merged_levels(list(x.shape[:-1]), [list(t.stride()[:-1]) for t in operands])
     while len(sizes) < 2:
         sizes.insert(0, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ __all__ = ["rms_norm", "rms_norm_quant"]
 _library = torch.library.Library("qwen_plugins", "DEF")
 _NORM_OPTIONS = "float eps, bool unit_offset, bool round_before_weight"
 _QUANT_OPTIONS = "Tensor? smoothing, float eps, ScalarType quant_dtype, bool unit_offset"
-for _schema in (
+_SCHEMAS = (
     f"rms_norm(Tensor x, Tensor weight, {_NORM_OPTIONS}) -> Tensor",
     f"rms_norm_residual(Tensor x, Tensor residual, Tensor weight, {_NORM_OPTIONS}) -> (Tensor, Tensor)",
     f"rms_norm_out(Tensor x, Tensor weight, Tensor(a!) out, {_NORM_OPTIONS}) -> ()",
@@ -25,7 +28,9 @@ for _schema in (
     f"rms_norm_dynamic_quant(Tensor x, Tensor weight, {_QUANT_OPTIONS}) -> (Tensor, Tensor)",
     f"rms_norm_dynamic_quant_residual(Tensor x, Tensor residual, Tensor weight, {_QUANT_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
-):
+)
+_OPERATORS = [schema.split("(")[0] for schema in _SCHEMAS]
+for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
@@ -42,8 +47,8 @@ def rms_norm(
     """RMSNorm over the last dimension: y = h / sqrt(mean(h²) + eps) · weight (Zhang and Sennrich, 2019).
 
     h is x, or x + residual rounded to the type of x. Everything else is computed in float32 (float64 sums for float32
-    tensors) and rounded once. On the GPU this is one kernel on the current stream; it works inside CUDA graph capture and
-    torch.compile. No gradients.
+    tensors) and rounded once. On the GPU this is one kernel on the current stream; it works inside CUDA graph capture
+    and torch.compile. No gradients.
 
     Args:
         x: [..., hidden_size], float16, bfloat16 or float32. The last dimension must be contiguous, the others may be
@@ -59,8 +64,8 @@ def rms_norm(
     Returns:
         y like x, contiguous; with a residual (y, h).
 
-    A row with NaN gives NaN throughout. A row with an infinity gives NaN there and 0 elsewhere, as the formula does; so do
-    bfloat16 rows whose sum of squares exceeds float32's range (elements beyond about 1e19).
+    A row with NaN gives NaN throughout. A row with an infinity gives NaN there and 0 elsewhere, as the formula does.
+    bfloat16 rows whose sum of squares exceeds float32's range (elements beyond about 1e19) give 0.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
@@ -112,8 +117,8 @@ def rms_norm_quant(
         q with a static scale, (q, scales) without; with a residual h comes last. q has the shape of x, scales that of x
         with a last dimension of 1, float32: q · scales gives the row back.
 
-    A row of zeros gives zeros, and the smallest normal float32 as its scale. A row with NaN or infinity has the scale NaN;
-    its NaN elements are 0 as int8, which knows no NaN, and NaN as float8.
+    A row of zeros gives zeros, and the smallest normal float32 as its scale. A row with NaN or infinity has the scale
+    NaN; its NaN elements are 0 as int8, which knows no NaN, and NaN as float8.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
@@ -129,129 +134,127 @@ def rms_norm_quant(
     return ops.rms_norm_quant_residual(x, residual, weight, scale, *options)
 
 
+@dataclass(frozen=True)
+class _Operators:
+    """The operators for one kind of device. Their names are those of the schemas above."""
+
+    run_norm: Callable[[Norm, bool, Tensor, Tensor | None], None] | None  # None: fake tensors, nothing to run
+    run_quant: Callable[[Norm, Quantization, Tensor, Tensor | None, Tensor | None], None] | None
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, round_before_weight: bool) -> Tensor:
+        norm = Norm(x, weight, eps, None, unit_offset)
+        out = _empty_like(x)
+        if self.run_norm:
+            self.run_norm(norm, round_before_weight, out, None)
+        return out
+
+    def rms_norm_residual(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, round_before_weight: bool
+    ) -> tuple[Tensor, Tensor]:
+        norm = Norm(x, weight, eps, residual, unit_offset)
+        out, residual_out = _empty_like(x), _empty_like(x)
+        if self.run_norm:
+            self.run_norm(norm, round_before_weight, out, residual_out)
+        return out, residual_out
+
+    def rms_norm_out(
+        self, x: Tensor, weight: Tensor, out: Tensor, eps: float, unit_offset: bool, round_before_weight: bool
+    ) -> None:
+        norm = Norm(x, weight, eps, None, unit_offset)
+        implementation.check_like("out", out, x)
+        if self.run_norm:
+            implementation.check_output_memory("out", out, norm)
+            self.run_norm(norm, round_before_weight, out, None)
+
+    def rms_norm_residual_out(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        residual_out: Tensor,
+        eps: float,
+        unit_offset: bool,
+        round_before_weight: bool,
+    ) -> None:
+        norm = Norm(x, weight, eps, residual, unit_offset)
+        implementation.check_like("out[0]", out, x)
+        implementation.check_like("out[1]", residual_out, x)
+        if self.run_norm:
+            implementation.check_output_memory("out[0]", out, norm)
+            implementation.check_output_memory("out[1]", residual_out, norm, other_output=out)
+            self.run_norm(norm, round_before_weight, out, residual_out)
+
+    def rms_norm_quant(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        smoothing: Tensor | None,
+        eps: float,
+        quant_dtype: torch.dtype,
+        unit_offset: bool,
+    ) -> Tensor:
+        return self._quant(Norm(x, weight, eps, None, unit_offset), Quantization(quant_dtype, scale, smoothing))[0]
+
+    def rms_norm_quant_residual(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        smoothing: Tensor | None,
+        eps: float,
+        quant_dtype: torch.dtype,
+        unit_offset: bool,
+    ) -> tuple[Tensor, ...]:
+        return self._quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, scale, smoothing))
+
+    def rms_norm_dynamic_quant(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        smoothing: Tensor | None,
+        eps: float,
+        quant_dtype: torch.dtype,
+        unit_offset: bool,
+    ) -> tuple[Tensor, ...]:
+        return self._quant(Norm(x, weight, eps, None, unit_offset), Quantization(quant_dtype, None, smoothing))
+
+    def rms_norm_dynamic_quant_residual(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        smoothing: Tensor | None,
+        eps: float,
+        quant_dtype: torch.dtype,
+        unit_offset: bool,
+    ) -> tuple[Tensor, ...]:
+        return self._quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, None, smoothing))
+
+    def _quant(self, norm: Norm, quantization: Quantization) -> tuple[Tensor, ...]:
+        """(q, scales where they are dynamic, h where there is a residual)."""
+        quantization.check(norm)
+        x = norm.x
+        q = _empty_like(x, quantization.dtype)
+        scales = None
+        if quantization.scale is None:
+            scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+        residual_out = None if norm.residual is None else _empty_like(x)
+        if self.run_quant:
+            self.run_quant(norm, quantization, q, scales, residual_out)
+        return tuple(tensor for tensor in (q, scales, residual_out) if tensor is not None)
+
+
 def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
-def _run_norm(norm: Norm, round_before_weight: bool, out: Tensor, residual_out: Tensor | None) -> None:
-    if norm.x.is_cuda:
-        implementation.norm_on_gpu(norm, round_before_weight, out, residual_out)
-    elif not norm.x.is_meta:
-        implementation.norm_on_cpu(norm, round_before_weight, out, residual_out)
-
-
-def _run_quant(norm: Norm, quantization: Quantization) -> tuple[Tensor, ...]:
-    """(q, scales where they are dynamic, h where there is a residual)."""
-    quantization.check(norm)
-    x = norm.x
-    q = _empty_like(x, quantization.dtype)
-    scales = None
-    if quantization.scale is None:
-        scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    residual_out = None if norm.residual is None else _empty_like(x)
-    if x.is_cuda:
-        implementation.quant_on_gpu(norm, quantization, q, scales, residual_out)
-    elif not x.is_meta:
-        implementation.quant_on_cpu(norm, quantization, q, scales, residual_out)
-    return tuple(tensor for tensor in (q, scales, residual_out) if tensor is not None)
-
-
-# The operators. The same Python function serves CPU, CUDA and fake (meta) tensors: it checks, allocates, and runs what is
-# there to run.
-
-
-def _operator_rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, round_before_weight: bool) -> Tensor:
-    norm = Norm(x, weight, eps, None, unit_offset)
-    out = _empty_like(x)
-    _run_norm(norm, round_before_weight, out, None)
-    return out
-
-
-def _operator_rms_norm_residual(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, round_before_weight: bool
-) -> tuple[Tensor, Tensor]:
-    norm = Norm(x, weight, eps, residual, unit_offset)
-    out, residual_out = _empty_like(x), _empty_like(x)
-    _run_norm(norm, round_before_weight, out, residual_out)
-    return out, residual_out
-
-
-def _operator_rms_norm_out(
-    x: Tensor, weight: Tensor, out: Tensor, eps: float, unit_offset: bool, round_before_weight: bool
-) -> None:
-    norm = Norm(x, weight, eps, None, unit_offset)
-    implementation.check_output("out", out, norm, inputs=("x",))
-    _run_norm(norm, round_before_weight, out, None)
-
-
-def _operator_rms_norm_residual_out(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    residual_out: Tensor,
-    eps: float,
-    unit_offset: bool,
-    round_before_weight: bool,
-) -> None:
-    norm = Norm(x, weight, eps, residual, unit_offset)
-    implementation.check_output("out[0]", out, norm, inputs=("x", "residual"))
-    implementation.check_output("out[1]", residual_out, norm, inputs=("x", "residual"), others=(out,))
-    _run_norm(norm, round_before_weight, out, residual_out)
-
-
-def _operator_rms_norm_quant(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    smoothing: Tensor | None,
-    eps: float,
-    quant_dtype: torch.dtype,
-    unit_offset: bool,
-) -> Tensor:
-    return _run_quant(Norm(x, weight, eps, None, unit_offset), Quantization(quant_dtype, scale, smoothing))[0]
-
-
-def _operator_rms_norm_quant_residual(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    smoothing: Tensor | None,
-    eps: float,
-    quant_dtype: torch.dtype,
-    unit_offset: bool,
-) -> tuple[Tensor, ...]:
-    return _run_quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, scale, smoothing))
-
-
-def _operator_rms_norm_dynamic_quant(
-    x: Tensor, weight: Tensor, smoothing: Tensor | None, eps: float, quant_dtype: torch.dtype, unit_offset: bool
-) -> tuple[Tensor, ...]:
-    return _run_quant(Norm(x, weight, eps, None, unit_offset), Quantization(quant_dtype, None, smoothing))
-
-
-def _operator_rms_norm_dynamic_quant_residual(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    smoothing: Tensor | None,
-    eps: float,
-    quant_dtype: torch.dtype,
-    unit_offset: bool,
-) -> tuple[Tensor, ...]:
-    return _run_quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, None, smoothing))
-
-
-for _operator in (
-    _operator_rms_norm,
-    _operator_rms_norm_residual,
-    _operator_rms_norm_out,
-    _operator_rms_norm_residual_out,
-    _operator_rms_norm_quant,
-    _operator_rms_norm_quant_residual,
-    _operator_rms_norm_dynamic_quant,
-    _operator_rms_norm_dynamic_quant_residual,
-):
-    for _key in ("CPU", "CUDA", "Meta"):
-        _library.impl(_operator.__name__.removeprefix("_operator_"), _operator, _key)
+for _key, _operators in {
+    "CPU": _Operators(implementation.norm_on_cpu, implementation.quant_on_cpu),
+    "CUDA": _Operators(implementation.norm_on_gpu, implementation.quant_on_gpu),
+    "Meta": _Operators(None, None),
+}.items():
+    for _name in _OPERATORS:
+        _library.impl(_name, getattr(_operators, _name), _key)

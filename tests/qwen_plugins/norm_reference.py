@@ -49,8 +49,8 @@ def _order(tensor: Tensor) -> Tensor:
 def assert_quantized(q: Tensor, scaled: Tensor) -> None:
     """Check q against the exact values before rounding, float64, saturating and not NaN.
 
-    int8: equal to the rounded value, or one off where the exact value lies within float32 rounding of a tie. float8: the
-    nearest representable number, or a neighbour where the exact value lies that close to the middle between the two.
+    int8: equal to the rounded value, or one off where the exact value lies within float32 rounding of a tie. float8:
+    the nearest representable number, or a neighbour where the exact value lies so close to the middle of the two.
     """
     limit = LIMITS[q.dtype]
     if q.dtype == torch.int8:

@@ -62,7 +62,9 @@ def test_matches_float64(device, dtype, quant_dtype, static, hidden_size):
     check(x, weight, quant_dtype, static=static)
     check(x, weight, quant_dtype, static=static, residual=residual)
     check(x, weight, quant_dtype, static=static, smoothing=smoothing)
-    check(x, weight.float(), quant_dtype, static=static, smoothing=smoothing.float(), residual=residual, unit_offset=True)
+    check(
+        x, weight.float(), quant_dtype, static=static, smoothing=smoothing.float(), residual=residual, unit_offset=True
+    )
 
 
 @pytest.mark.gpu
@@ -162,7 +164,11 @@ WEIGHT = torch.ones(8)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"quant_dtype": torch.int4 if hasattr(torch, "int4") else torch.int16}, TypeError, "quant_dtype must be int8 or"),
+        (
+            {"quant_dtype": torch.int4 if hasattr(torch, "int4") else torch.int16},
+            TypeError,
+            "quant_dtype must be int8 or",
+        ),
         ({"scale": torch.ones(2)}, ValueError, r"scale must have one element, but its shape is \(2,\)"),
         ({"scale": torch.ones(1).double()}, TypeError, "scale must be float32, not float64"),
         ({"smoothing": torch.ones(7)}, ValueError, r"smoothing must have the shape \(8,\), not \(7,\)"),
