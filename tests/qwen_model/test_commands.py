@@ -90,7 +90,7 @@ def test_run_prints_what_the_library_generates(command, engine_dir, session):
 
 def test_every_option_reaches_the_session(command, engine_dir, session):
     sampling = qwen_model.SamplingOptions(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=3)
-    options = "--temperature 0.9 --top-k 50 --top-p 0.9 --repetition-penalty 1.1 --seed 3".split()
+    options = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--repetition-penalty", "1.1", "--seed", "3"]
     common = ["--engine-dir", engine_dir, "--device", "cpu", "Hi"]
     expected = session.generate("Hi", sampling=sampling, max_new_tokens=30).outputs[0].text
     assert command(run.main, *common, *options, "--max-new-tokens", 30) == (0, expected + "\n", "")

@@ -122,5 +122,5 @@ def test_errors(changes, message):
 def test_files_that_are_no_config(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(QwenModelError, match="no config.json|is not JSON|JSON object"):
+    with pytest.raises(QwenModelError, match=r"no config.json|is not JSON|JSON object"):
         ModelConfig.from_model_dir(tmp_path)

@@ -170,10 +170,10 @@ def test_wrong_options(model_dir, tmp_path, options, message):
 def test_wrong_model_folders(model_dir, tmp_path):
     with pytest.raises(QwenModelError, match="nowhere is not a folder"):
         build(tmp_path / "nowhere", tmp_path / "engine")
-    with pytest.raises(QwenModelError, match="not a Hugging Face checkpoint: it has no config.json"):
+    with pytest.raises(QwenModelError, match=r"not a Hugging Face checkpoint: it has no config.json"):
         build(tmp_path, tmp_path / "engine")
     shutil.copy(model_dir / "config.json", tmp_path)
-    with pytest.raises(QwenModelError, match="neither model.safetensors nor"):
+    with pytest.raises(QwenModelError, match=r"neither model.safetensors nor"):
         build(tmp_path, tmp_path / "engine")
 
 
@@ -184,13 +184,13 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         return qwen_model.load_engine(tmp_path / "engine", device="cpu")
 
-    with pytest.raises(QwenModelError, match="is an engine of format 7.*build it again"):
+    with pytest.raises(QwenModelError, match=r"is an engine of format 7.*build it again"):
         load(format_version=7)
     with pytest.raises(QwenModelError, match="built for the back end 'tensorrt_llm'"):
         load(backend="tensorrt_llm")
-    with pytest.raises(QwenModelError, match="damaged.*build the engine again"):
+    with pytest.raises(QwenModelError, match=r"damaged.*build the engine again"):
         load(limits={"sheep": 3})
-    with pytest.raises(QwenModelError, match="is not an engine; make one with python -m qwen_model.build"):
+    with pytest.raises(QwenModelError, match=r"is not an engine; make one with python -m qwen_model.build"):
         qwen_model.load_engine(tmp_path / "nowhere")
     with pytest.raises(QwenModelError, match="is not an engine"):
         qwen_model.load_engine(model_dir)

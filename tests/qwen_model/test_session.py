@@ -150,7 +150,7 @@ def test_errors(session, arguments, message):
 def test_without_a_tokenizer(session):
     bare = qwen_model.Session(session.config, session.executor)
     assert bare.generate([1, 2, 3]).outputs[0].text is None
-    with pytest.raises(QwenModelError, match="no tokenizer.*--input-ids"):
+    with pytest.raises(QwenModelError, match=r"no tokenizer.*--input-ids"):
         bare.generate("text")
     with pytest.raises(QwenModelError, match="stop strings need a tokenizer"):
         bare.generate([1, 2, 3], stop="x")

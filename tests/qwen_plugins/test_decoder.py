@@ -1,0 +1,194 @@
+"""SwiGLU, the rotary embedding with the cache, and decode attention, beside float64."""
+
+import pytest
+import torch
+
+from qwen_plugins import decoder
+from tests.qwen_plugins.decoder_reference import Case, relative_error
+from tests.qwen_plugins.decoder_reference import swiglu as exact_swiglu
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+HEADS = [(1, 1), (6, 6), (8, 4), (6, 2), (28, 4), (14, 1), (32, 2)]
+VARIANTS = [{}, {"qk_norm": True}, {"logn": True}, {"qk_norm": True, "logn": True, "part": 2}, {"part": 4}]
+
+
+def inputs_of(case: Case) -> decoder.AttentionInputs:
+    return decoder.AttentionInputs(
+        num_heads=case.num_heads,
+        kv_cache=case.cache,
+        rotary_table=case.rotary_table,
+        rotary_rows=case.rotary_rows,
+        query_scale=case.query_scale,
+        q_norm=case.q_norm,
+        k_norm=case.k_norm,
+        norm_eps=case.norm_eps,
+    )
+
+
+def make_case(heads, head_size, dtype, past_lengths, new_tokens, max_positions, variant, seed=0) -> Case:
+    options = dict(variant)
+    rotary_dim = head_size // options.pop("part", 1)
+    return Case(
+        *heads,
+        head_size,
+        rotary_dim,
+        dtype,
+        past_lengths,
+        new_tokens,
+        max_positions,
+        device="cuda",
+        seed=seed,
+        **options,
+    )
+
+
+def run_decode(case: Case, workspace=None) -> torch.Tensor:
+    inputs = inputs_of(case)
+    workspace = decoder.decode_attention_workspace(inputs) if workspace is None else workspace
+    past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
+    out = torch.full((len(past), case.num_heads * case.head_size), float("nan"), dtype=case.dtype, device="cuda")
+    return decoder.decode_attention(case.qkv, inputs, past, workspace, out=out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 11008), (3, 8), (7, 1), (64, 172), (5, 333), (2000, 96), (0, 16)])
+def test_swiglu(shape, dtype):
+    rows, size = shape
+    gate_up = (torch.randn(rows, 2 * size, device="cuda") * 4).to(dtype)
+    y = decoder.swiglu(gate_up)
+    assert y.shape == shape
+    if rows:
+        assert relative_error(y, exact_swiglu(gate_up)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [0, 1, 8])
+def test_swiglu_of_views(dtype, shift):
+    """Rows of a wider matrix, at addresses that packs do not fit."""
+    wide = torch.randn(9, 200, device="cuda").to(dtype)
+    view = wide[:, shift : shift + 128]
+    assert relative_error(decoder.swiglu(view), exact_swiglu(view)) < TOLERANCE[dtype]
+
+
+def test_swiglu_of_extremes():
+    gate = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 6e4, float("inf")], device="cuda", dtype=torch.float16)
+    y = decoder.swiglu(torch.cat([gate, torch.ones_like(gate)])[None])
+    assert not y.isnan().any()
+    torch.testing.assert_close(
+        y[0, :7].double().cpu(),
+        exact_swiglu(torch.cat([gate[:7], torch.ones_like(gate[:7])])[None])[0].cpu(),
+        atol=1e-3,
+        rtol=2e-3,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_rotary_cache(head_size, dtype, variant):
+    lengths = [5, 1, 17, 64]
+    case = make_case((6, 2), head_size, dtype, [0] * 4, lengths, 70, variant)
+    context, cache = case.reference()
+    del context
+    q, _, v = case._prepared()
+    before = case.qkv.clone()
+    decoder.rotary_cache(case.qkv, inputs_of(case), case.sequences.int().cuda(), case.positions.int().cuda())
+    assert relative_error(case.cache, cache) < TOLERANCE[dtype]
+    heads = case.qkv.unflatten(-1, (-1, head_size))
+    assert relative_error(heads[:, :6], q) < TOLERANCE[dtype]
+    torch.testing.assert_close(heads[:, 8:], before.unflatten(-1, (-1, head_size))[:, 8:], rtol=0, atol=0)
+    assert v.shape == heads[:, 8:].shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS[:4:3], ids=str)
+def test_decode_attention(head_size, dtype, heads, variant):
+    past_lengths = [0, 1, 63, 64, 65, 500, 299]
+    case = make_case(heads, head_size, dtype, past_lengths, [1] * 7, 501, variant)
+    expected, cache = case.reference()
+    assert relative_error(run_decode(case), expected) < TOLERANCE[dtype]
+    assert relative_error(case.cache, cache) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("past", [0, 7, 4095, 9000, 9999])
+@pytest.mark.parametrize("heads", [(32, 32), (28, 4)], ids=str)
+def test_one_sequence_fills_the_gpu(dtype, past, heads):
+    case = make_case(heads, 128, dtype, [past], [1], 10_000, {})
+    expected, _ = case.reference()
+    assert relative_error(run_decode(case), expected) < TOLERANCE[dtype]
+
+
+def test_variants_of_decode_attention():
+    for variant in VARIANTS:
+        case = make_case((14, 2), 64, torch.float32, [3, 700], [1, 1], 701, variant)
+        expected, _ = case.reference()
+        assert relative_error(run_decode(case), expected) < TOLERANCE[torch.float32]
+
+
+def test_a_workspace_serves_every_batch_size():
+    """Counters and partial results of batches of other sizes do not get in each other's way."""
+    big = make_case((8, 2), 64, torch.float32, [900] * 9, [1] * 9, 1000, {})
+    workspace = decoder.decode_attention_workspace(inputs_of(big))
+    for count in (1, 9, 2, 5, 1, 9):
+        past_lengths = [100 * i + 1 for i in range(count)]
+        case = make_case((8, 2), 64, torch.float32, past_lengths, [1] * count, 1000, {}, seed=count)
+        case.cache = torch.cat([case.cache, case.cache.new_zeros(10 - len(case.cache), *case.cache.shape[1:])])
+        expected, _ = case.reference()
+        assert relative_error(run_decode(case, workspace), expected) < TOLERANCE[torch.float32]
+
+
+def test_a_graph_follows_the_lengths():
+    """One capture; then each replay appends a token and attends to one more."""
+    case = make_case((8, 2), 128, torch.float16, [0, 250], [1, 1], 600, {})
+    inputs = inputs_of(case)
+    workspace = decoder.decode_attention_workspace(inputs)
+    past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
+    out = torch.empty(2, 8 * 128, dtype=torch.float16, device="cuda")
+    decoder.decode_attention(case.qkv, inputs, past, workspace, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decoder.decode_attention(case.qkv, inputs, past, workspace, out=out)
+    for _ in range(300):
+        expected, _ = case.reference()
+        graph.replay()
+        if case.past_lengths[0] % 60 == 0:
+            assert relative_error(out, expected) < TOLERANCE[torch.float16]
+        case.past_lengths = [length + 1 for length in case.past_lengths]
+        case.positions += 1
+        case.rotary_rows += 1
+        past += 1
+        case.qkv.copy_(torch.randn_like(case.qkv))
+
+
+def test_no_sequences():
+    case = make_case((4, 4), 64, torch.float16, [3], [1], 8, {})
+    inputs = inputs_of(case)
+    empty = decoder.AttentionInputs(4, case.cache, case.rotary_table, case.rotary_rows[:0])
+    past = torch.empty(0, dtype=torch.int32, device="cuda")
+    assert decoder.decode_attention(case.qkv[:0], empty, past, decoder.decode_attention_workspace(inputs)).shape == (
+        0,
+        256,
+    )
+
+
+def test_errors():
+    case = make_case((4, 2), 64, torch.float16, [3], [1], 8, {})
+    inputs = inputs_of(case)
+    workspace = decoder.decode_attention_workspace(inputs)
+    past = torch.tensor([3], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="512 columns, not 511"):
+        decoder.decode_attention(case.qkv[:, 1:], inputs, past, workspace)
+    with pytest.raises(ValueError, match="past_lengths must be contiguous int32"):
+        decoder.decode_attention(case.qkv, inputs, past.long(), workspace)
+    with pytest.raises(ValueError, match="type and device of qkv"):
+        decoder.decode_attention(case.qkv.float(), inputs, past, workspace)
+    with pytest.raises(ValueError, match="on an NVIDIA GPU, not on cpu"):
+        decoder.swiglu(case.qkv.cpu())
+    with pytest.raises(ValueError, match="even number of columns"):
+        decoder.swiglu(case.qkv[:, 1:])
