@@ -87,7 +87,8 @@ __device__ __forceinline__ void reduce_over_block(RowStatistics<T>& statistics) 
   const unsigned lane = threadIdx.x % 32;
   if (lane == 0) of_warp[threadIdx.x / 32] = statistics;
   __syncthreads();
-  statistics = lane < blockDim.x / 32 ? of_warp[lane] : RowStatistics<T>();
+  const unsigned warp = lane % (kMaxThreads / 32);  // lanes beyond the warps repeat, so that every lane gets the result
+  statistics = warp < blockDim.x / 32 ? of_warp[warp] : RowStatistics<T>();
 #pragma unroll
   for (int distance = kMaxThreads / 64; distance > 0; distance /= 2) {
     statistics.template add_lane<kNeedsLargest>(distance);
@@ -209,25 +210,25 @@ struct ThreadWeights {
   }
 };
 
-// How many blocks shall fit on a multiprocessor: what bounds the registers of a thread. More threads waiting for memory
-// beat a few registers more, but spilled registers cost more than either.
+// What a thread's registers are bounded to. More threads waiting for memory beat a few registers more, but spilled
+// registers cost more than either.
 template <typename T>
-constexpr int min_blocks(int packs, int max_threads, bool residual, WeightMode weight_mode) {
-  if (max_threads == 32) return 1;
-  const int registers = (weight_mode == WeightMode::kGeneral && packs > 2 && max_threads <= 512)         ? 96
-                        : (weight_mode == WeightMode::kGeneral || std::is_same_v<T, float> || packs > 2) ? 64
-                        : (residual && packs > 1)                                                        ? 40
-                                                                                                         : 32;
-  const int blocks = 65536 / registers / max_threads;
-  return blocks > 1 ? blocks : 1;
+constexpr int registers_for(int packs, int max_threads, bool residual, WeightMode weight_mode) {
+  if (max_threads == 32) return 128;
+  if (weight_mode == WeightMode::kGeneral && packs > 2 && max_threads <= 512) return 96;
+  if (weight_mode == WeightMode::kGeneral || std::is_same_v<T, float> || packs > 2) return 64;
+  return residual && packs > 1 ? 40 : 32;
 }
+
+constexpr int kRegistersOfMultiprocessor = 65536;
 
 // One row in registers, kPacks packs a thread. kMaxThreads == 32: a row for a power of two of a warp's lanes,
 // blockDim.y rows a block. Otherwise one row a block, blockDim.x a multiple of 32. A launch has one block for each of
 // its rows: a loop over rows with the next row's loads ahead was slower at every size.
 template <typename T, int kPacks, int kMaxThreads, bool kResidual, Output kOutput, WeightMode kWeightMode>
 __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
-                                  min_blocks<T>(kPacks, kMaxThreads, kResidual, kWeightMode))
+                                  kRegistersOfMultiprocessor / (kMaxThreads == 32 ? 128 : kMaxThreads) /
+                                      registers_for<T>(kPacks, kMaxThreads, kResidual, kWeightMode))
     rms_norm_row_in_registers(const __grid_constant__ RmsNormArguments p) {
   constexpr bool kQuantize = kOutput != Output::kSameType;
   constexpr bool kRowInWarp = kMaxThreads == 32;

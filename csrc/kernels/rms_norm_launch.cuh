@@ -36,48 +36,82 @@ inline int threads_for(int row_packs, int packs_per_thread) {
   return (row_packs + packs_per_thread * 32 - 1) / (packs_per_thread * 32) * 32;
 }
 
-// Measured on an H200 (docs/rms_norm.md). As long as all rows are on the chip at once, more threads a row are faster;
-// with more rows than that, fewer threads with more loads in flight each.
-inline RegisterShape choose_register_shape(int row_packs, int64_t rows, const DeviceProperties& device) {
-  const int64_t resident_threads = static_cast<int64_t>(device.multiprocessors) * 2048;
-  for (const int packs : {1, 2}) {
-    const int threads = threads_for(row_packs, packs);
-    if (threads <= 512 && rows * threads <= resident_threads) return {packs, threads};
-  }
-  if (row_packs <= 256) return {2, threads_for(row_packs, 2)};
-  return {4, threads_for(row_packs, 4)};
+// Whether all rows are on the chip at once, one block each.
+template <typename T>
+bool all_resident(int64_t rows, int packs_per_thread, int threads, bool residual, const DeviceProperties& device) {
+  const int registers = registers_for<T>(packs_per_thread, 1024, residual, WeightMode::kPlain);
+  const int64_t threads_of_multiprocessor = std::min(2048, kRegistersOfMultiprocessor / registers);
+  const int64_t rows_a_multiprocessor = (rows + device.multiprocessors - 1) / device.multiprocessors;
+  return threads <= 1024 && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
 }
 
-template <typename T, bool kResidual, Output kOutput, WeightMode kWeightMode>
-cudaError_t launch_in_registers(const RmsNormPlan& plan, const DeviceProperties& device, cudaStream_t stream) {
+// Measured on an H200 (docs/rms_norm.md). Up to one row a multiprocessor, small blocks start sooner. Then more threads
+// a row are faster as long as all rows are on the chip at once, and beyond that fewer threads with more loads in flight
+// each.
+template <typename T>
+RegisterShape choose_register_shape(int row_packs, int64_t rows, bool residual, bool quantize,
+                                    const DeviceProperties& device) {
+  int packs = row_packs <= 256 ? 2 : 4;
+  if (rows <= (row_packs > 512 ? device.multiprocessors / 2 : device.multiprocessors)) {
+    if (row_packs <= 256) packs = 1;
+    if (row_packs > 256 && row_packs <= 640 && (residual || quantize)) packs = 2;
+  } else if (all_resident<T>(rows, 1, threads_for(row_packs, 1), residual, device)) {
+    packs = 1;
+  } else if (all_resident<T>(rows, 2, threads_for(row_packs, 2), residual, device)) {
+    packs = 2;
+  }
+  return {packs, threads_for(row_packs, packs)};
+}
+
+template <typename T, bool kResidual, Output kOutput>
+cudaError_t launch_plain(const RmsNormPlan& plan, const DeviceProperties& device, cudaStream_t stream) {
   const RmsNormArguments& p = plan.arguments;
-  const auto launch = [&](auto* kernel, uint32_t blocks, dim3 threads) {
-    return launch_kernel(kernel, dim3(blocks, plan.groups), threads, 0, device, stream, p);
+  constexpr WeightMode kMode = WeightMode::kPlain;
+  const auto [packs, threads] = choose_register_shape<T>(p.length, static_cast<int64_t>(p.rows_in_group) * plan.groups,
+                                                         kResidual, kOutput != Output::kSameType, device);
+  const auto launch = [&, threads = threads](auto* kernel) {
+    return launch_kernel(kernel, dim3(p.rows_in_group, plan.groups), dim3(threads), 0, device, stream, p);
   };
-  if (p.length <= 32) {
-    unsigned lanes = 1;
-    while (lanes < static_cast<unsigned>(p.length)) lanes *= 2;
-    const unsigned rows_per_block = std::min(128 / lanes, std::max(1U, p.rows_in_group));
-    const uint32_t blocks = (p.rows_in_group + rows_per_block - 1) / rows_per_block;
-    return launch(rms_norm_row_in_registers<T, 1, 32, kResidual, kOutput, kWeightMode>, blocks,
-                  dim3(lanes, rows_per_block));
+  if (packs == 1 && threads <= 512) return launch(rms_norm_row_in_registers<T, 1, 512, kResidual, kOutput, kMode>);
+  if (packs == 1) return launch(rms_norm_row_in_registers<T, 1, 1024, kResidual, kOutput, kMode>);
+  if (packs == 2) return launch(rms_norm_row_in_registers<T, 2, 512, kResidual, kOutput, kMode>);
+  if (threads <= 256) return launch(rms_norm_row_in_registers<T, 4, 256, kResidual, kOutput, kMode>);
+  return launch(rms_norm_row_in_registers<T, 4, 1024, kResidual, kOutput, kMode>);
+}
+
+template <typename T, bool kResidual, Output kOutput>
+cudaError_t launch_general(const RmsNormPlan& plan, const DeviceProperties& device, cudaStream_t stream) {
+  const RmsNormArguments& p = plan.arguments;
+  constexpr WeightMode kMode = WeightMode::kGeneral;
+  const int packs = p.length <= 1024 ? 2 : 4;
+  const auto launch = [&](auto* kernel) {
+    return launch_kernel(kernel, dim3(p.rows_in_group, plan.groups), dim3(threads_for(p.length, packs)), 0, device,
+                         stream, p);
+  };
+  if (packs == 2) return launch(rms_norm_row_in_registers<T, 2, 512, kResidual, kOutput, kMode>);
+  return launch(rms_norm_row_in_registers<T, 4, 1024, kResidual, kOutput, kMode>);
+}
+
+template <typename T, bool kResidual, Output kOutput, WeightMode kMode>
+cudaError_t launch_in_warps(const RmsNormPlan& plan, const DeviceProperties& device, cudaStream_t stream) {
+  const RmsNormArguments& p = plan.arguments;
+  unsigned lanes = 1;
+  while (lanes < static_cast<unsigned>(p.length)) lanes *= 2;
+  const unsigned rows_a_block = 128 / lanes;
+  const dim3 blocks((p.rows_in_group + rows_a_block - 1) / rows_a_block, plan.groups);
+  return launch_kernel(rms_norm_row_in_registers<T, 1, 32, kResidual, kOutput, kMode>, blocks,
+                       dim3(lanes, rows_a_block), 0, device, stream, p);
+}
+
+template <typename T, bool kResidual, Output kOutput>
+cudaError_t launch_in_registers(const RmsNormPlan& plan, const DeviceProperties& device, cudaStream_t stream) {
+  const bool in_warps = plan.arguments.length <= 32;
+  if (plan.weight_mode == WeightMode::kGeneral) {
+    return in_warps ? launch_in_warps<T, kResidual, kOutput, WeightMode::kGeneral>(plan, device, stream)
+                    : launch_general<T, kResidual, kOutput>(plan, device, stream);
   }
-  const int64_t rows = static_cast<int64_t>(p.rows_in_group) * plan.groups;
-  const auto [packs, threads] = choose_register_shape(p.length, rows, device);
-  const uint32_t blocks = p.rows_in_group;
-  if (packs == 1) {
-    return launch(rms_norm_row_in_registers<T, 1, 512, kResidual, kOutput, kWeightMode>, blocks, dim3(threads));
-  }
-  if (packs == 2 && threads <= 256) {
-    return launch(rms_norm_row_in_registers<T, 2, 256, kResidual, kOutput, kWeightMode>, blocks, dim3(threads));
-  }
-  if (packs == 2) {
-    return launch(rms_norm_row_in_registers<T, 2, 512, kResidual, kOutput, kWeightMode>, blocks, dim3(threads));
-  }
-  if (threads <= 256) {
-    return launch(rms_norm_row_in_registers<T, 4, 256, kResidual, kOutput, kWeightMode>, blocks, dim3(threads));
-  }
-  return launch(rms_norm_row_in_registers<T, 4, 1024, kResidual, kOutput, kWeightMode>, blocks, dim3(threads));
+  return in_warps ? launch_in_warps<T, kResidual, kOutput, WeightMode::kPlain>(plan, device, stream)
+                  : launch_plain<T, kResidual, kOutput>(plan, device, stream);
 }
 
 template <typename T, bool kPacked, Output kOutput>
@@ -109,13 +143,8 @@ cudaError_t launch_with_output(RmsNormPlan plan, const DeviceProperties& device,
                        : launch_long_row<T, false, kOutput>(plan, device, stream);
   }
   plan.arguments.length = static_cast<int32_t>(row_packs);
-  const bool general = plan.weight_mode == WeightMode::kGeneral;
-  if (plan.residual) {
-    return general ? launch_in_registers<T, true, kOutput, WeightMode::kGeneral>(plan, device, stream)
-                   : launch_in_registers<T, true, kOutput, WeightMode::kPlain>(plan, device, stream);
-  }
-  return general ? launch_in_registers<T, false, kOutput, WeightMode::kGeneral>(plan, device, stream)
-                 : launch_in_registers<T, false, kOutput, WeightMode::kPlain>(plan, device, stream);
+  return plan.residual ? launch_in_registers<T, true, kOutput>(plan, device, stream)
+                       : launch_in_registers<T, false, kOutput>(plan, device, stream);
 }
 
 template <typename T>
