@@ -1,0 +1,69 @@
+"""What every benchmark writes beside its numbers: the machine, the versions, the commit."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("qwen-plugins", "torch", "transformers", "vllm", "tensorrt", "flashinfer-python", "triton", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions of what is installed, the commit and the date."""
+    return {
+        "machine": {"cpu": _cpu_name(), "gpu": _gpu(), "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_results(path: Path, results: Any) -> None:
+    """Write results and their environment as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({**environment(), "results": results}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return _output(query)
+
+
+def _commit() -> str | None:
+    """With a plus where files of the tree have changed since."""
+    folder = str(Path(__file__).parent)
+    commit = _output(["git", "-C", folder, "rev-parse", "HEAD"])
+    changed = _output(["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"])
+    return commit + "+" if commit and changed else commit
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
