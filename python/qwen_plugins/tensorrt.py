@@ -296,9 +296,7 @@ def _floating_types() -> tuple[Any, ...]:
 def _check_quant_dtype(quant_dtype: Any) -> None:
     allowed = [trt.int8, *([trt.fp8] if _MAJOR >= 10 else [])]
     if quant_dtype not in allowed:
-        raise ValueError(
-            f"quant_dtype is {quant_dtype}; a plug-in gives {' or '.join(map(str, allowed))}"
-        )
+        raise ValueError(f"quant_dtype is {quant_dtype}; a plug-in gives {' or '.join(map(str, allowed))}")
 
 
 def _tensor_shape(tensor: Any, what: str) -> tuple[int, ...]:

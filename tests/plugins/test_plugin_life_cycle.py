@@ -1,5 +1,6 @@
 """The whole life of each plug-in in C++, driven through the interfaces that TensorRT calls; no TensorRT, no GPU."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,17 @@ def test_life_cycle_under_sanitizers(major: int, tmp_path: Path) -> None:
     run_checked([*compile_command(major), "-Wall", "-Wextra", "-Werror", *SANITIZERS, *sources, "-o", program])
 
     assert "lives of plug-ins passed" in run_checked([program])
+
+
+def test_launches_are_in_nvtx_ranges(tmp_path: Path) -> None:
+    """A profiler sees each launch in a range that is named after the plug-in, and the range ends."""
+    program, listener = tmp_path / "life_cycle", tmp_path / "liblistener.so"
+    sources = [CPP_TESTS / "life_cycle_v3.cpp", CPP_TESTS / "recorded_launches.cpp", *plugin_sources(10)]
+    run_checked([*compile_command(10), *sources, "-o", program])
+    run_checked([*compile_command(10), "-shared", "-fPIC", CPP_TESTS / "nvtx_listener.cpp", "-o", listener])
+
+    lines = run_checked([program], env=os.environ | {"NVTX_INJECTION64_PATH": str(listener)}).splitlines()
+
+    pushed = [line for line in lines if line.startswith("push")]
+    assert set(pushed) == {"push RmsNorm@qwen_plugins", "push RmsNormQuantization@qwen_plugins"}
+    assert lines.count("pop") == len(pushed) >= 60

@@ -117,8 +117,15 @@ def assert_all_modes(
 
 @pytest.mark.parametrize(
     ("dtype", "hidden_size", "max_tokens"),
-    [("float16", 4096, 8192), ("float16", 8192, 2048), ("float16", 127, 8192), ("float16", 1, 8192), ("float32", 4096, 2048), ("float32", 127, 8192)],
-)  # fmt: skip
+    [
+        ("float16", 4096, 8192),
+        ("float16", 8192, 2048),
+        ("float16", 127, 8192),
+        ("float16", 1, 8192),
+        ("float32", 4096, 2048),
+        ("float32", 127, 8192),
+    ],
+)
 def test_every_mode_at_dynamic_shapes(dtype: str, hidden_size: int, max_tokens: int) -> None:
     rows = rows_input(dtype, hidden_size, max_tokens)
     weights = make_weights(dtype, hidden_size)
@@ -297,7 +304,7 @@ def test_a_chain_is_nothing_but_the_plugins() -> None:
 
 
 def test_wrong_inputs_fail_the_build_with_the_reason_in_the_log() -> None:
-    """A plug-in that is told of a residual which the network does not bring, past the checks of the Python functions."""
+    """A plug-in that is told of a residual which the network does not bring, past the Python functions' checks."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         creator = plugins.find_creator(trt, "RmsNorm")
