@@ -52,7 +52,7 @@ class Measurement:
     layers: int
     tokens: int
     microseconds: float
-    nodes: dict[str, int]
+    nodes: dict[str, float]
     overlapped: int
 
 

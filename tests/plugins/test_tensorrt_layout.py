@@ -1,4 +1,4 @@
-"""Our declarations of TensorRT's interfaces against the official headers: object layout and virtual tables.
+"""Our declarations of TensorRT's interfaces against the official headers: layout, virtual tables, and calls across.
 
 Where the headers are present: QWEN_PLUGINS_TENSORRT_HEADERS names folders with a NvInferRuntime.h, separated by colons,
 such as the include folders of several releases of TensorRT's public repository.
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from compiling import CPP_TESTS, MAJORS, compile_command, plugin_sources, run_checked
+from compiling import CPP_TESTS, CSRC, MAJORS, compile_command, plugin_sources, run_checked
 
 
 def headers_and_majors() -> list[tuple[Path, int]]:
@@ -45,12 +45,33 @@ def printed_layout(major: int, official: Path | None, folder: Path) -> str:
     return run_checked([program])
 
 
-@pytest.mark.parametrize(("official", "major"), headers_and_majors() or [(None, 0)])
-def test_declarations_match_official_headers(official: Path | None, major: int, tmp_path: Path) -> None:
-    if official is None:
+@pytest.fixture(params=headers_and_majors() or [None], ids=str)
+def official_and_major(request: pytest.FixtureRequest) -> tuple[Path, int]:
+    if request.param is None:
         pytest.skip("QWEN_PLUGINS_TENSORRT_HEADERS names no folder with TensorRT's official headers")
-    assert major in MAJORS
+    assert request.param[1] in MAJORS
+    return request.param
+
+
+def test_declarations_match_official_headers(official_and_major: tuple[Path, int], tmp_path: Path) -> None:
+    official, major = official_and_major
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
 
     assert virtual_tables(major, None, ours) == virtual_tables(major, official, theirs)
     assert printed_layout(major, None, ours) == printed_layout(major, official, theirs)
+
+
+def test_a_caller_with_official_headers_drives_our_library(
+    official_and_major: tuple[Path, int], tmp_path: Path
+) -> None:
+    """As in TensorRT: one side is compiled with the official headers, the library with our declarations."""
+    official, major = official_and_major
+    library, program = tmp_path / "libplugins.so", tmp_path / "life_cycle"
+    shared = ["-shared", "-fPIC", "-fvisibility=hidden", f"-Wl,--version-script={CSRC / 'plugins' / 'exports.map'}"]
+    run_checked([*compile_command(major), *shared, *plugin_sources(major), "-o", library])
+    life_cycle = CPP_TESTS / ("life_cycle_v2.cpp" if major == 8 else "life_cycle_v3.cpp")
+    # The library's calls of the kernels end in the program's stand-ins for them.
+    sources = ["-rdynamic", life_cycle, CPP_TESTS / "recorded_launches.cpp", library]
+    run_checked([*compile_command(major, official), *sources, "-o", program])
+
+    assert "lives of plug-ins passed" in run_checked([program])
