@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -10,7 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("qwen-plugins", "torch", "transformers", "vllm", "tensorrt", "flashinfer-python", "triton", "numpy")
+PACKAGES = (
+    "qwen-plugins",
+    "torch",
+    "transformers",
+    "vllm",
+    "tensorrt",
+    "flashinfer-python",
+    "liger-kernel",
+    "triton",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -55,7 +66,9 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str | None:
-    """With a plus where files of the tree have changed since."""
+    """With a plus where files of the tree have changed since. A tree without its history is told by the environment."""
+    if told := os.environ.get("QWEN_PLUGINS_COMMIT"):
+        return told
     folder = str(Path(__file__).parent)
     commit = _output(["git", "-C", folder, "rev-parse", "HEAD"])
     changed = _output(["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"])

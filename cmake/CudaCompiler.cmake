@@ -28,6 +28,8 @@ else()
   set(CUDAToolkit_ROOT ${pip_cuda_root})
   # nvcc.profile of the package points to lib64, its libraries are in lib.
   string(APPEND CMAKE_CUDA_FLAGS_INIT " -L${pip_cuda_root}/lib")
+  # CMake insists on finding the shared runtime too, which is linked nowhere and has no plain name there.
+  file(GLOB CUDA_CUDART ${pip_cuda_root}/lib/libcudart.so.*)
 endif()
 
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
