@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .beam_search import beam_search
 from .engine_config import EngineConfig
 from .errors import QwenModelError
-from .executor import Executor, FloatArray, IntArray
+from .executor import Executor, FloatArray, IntArray, PendingTokens
 from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -215,20 +216,19 @@ class Session:
                 )
 
     def _steps(self, request: _Request) -> Iterator[IntArray]:
-        """The tokens [prompts] of each step. A device that runs ahead gets the next step before these are read."""
+        """The tokens [prompts] of each step. A device that runs ahead has its next step before these are read."""
         self._running = request
-        pending = self.executor.prefill(request.prompts, request.sampling)
-        for step in range(1, request.max_new_tokens + 1):
-            more = step < request.max_new_tokens
-            following = self.executor.decode() if more and self.executor.runs_ahead else None
-            yield pending.wait()
-            if not more:
-                return
+        yield self.executor.prefill(request.prompts, request.sampling).wait()
+        in_flight: deque[PendingTokens] = deque()
+        for left in range(request.max_new_tokens - 1, 0, -1):
             if self._running is not request:
                 raise QwenModelError("this stream was given up: another request has been started on the session")
-            pending = self.executor.decode() if following is None else following
+            while len(in_flight) < min(left, 2 if self.executor.runs_ahead else 1):
+                in_flight.append(self.executor.decode())
+            yield in_flight.popleft().wait()
 
     def _run(self, request: _Request, timer: _Timer) -> Iterator[StreamEvent]:
+        self.executor.prepare(len(request.prompts))
         timer.start()
         for tokens in self._steps(request):
             timer.step()
@@ -255,9 +255,10 @@ class Session:
         count = self._new_tokens(max_new_tokens)
         self._check_prompts(token_ids, num_beams)
         ends = self._end_token_ids(chat)
-        if (len(ends) + 1) * num_beams > num_beams * self.config.model.vocab_size:
-            raise QwenModelError(f"num_beams {num_beams} is too many for the vocabulary")
+        if max(2, len(ends) + 1) > self.config.model.vocab_size:
+            raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
         self._running = None
+        self.executor.prepare(len(token_ids) * num_beams)
         timer = _Timer(token_ids)
         timer.start()
         found = beam_search(self.executor, token_ids, num_beams, count, ends, on_step=timer.step)

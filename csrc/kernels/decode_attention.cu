@@ -11,7 +11,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kVecSize = 8;     // elements of a key or value that one lane holds
 constexpr int kMinSplit = 64;   // positions: below it another block costs more than it brings
 constexpr int kMaxSplits = 32;  // what the last block has to combine
-constexpr int kBlocksPerSm = 4;
+constexpr int kBlocksPerSm = 3;  // that registers leave room for: all blocks of one sequence run at once
 // Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
 constexpr float kLowest = -1e30F;
 
@@ -333,7 +333,7 @@ dim3 grid_of(const DecodeAttentionParams& p, int multiprocessors) {
   const int per_block = heads_per_block(p.heads);
   const int shared = p.heads.num_heads / p.heads.num_kv_heads;
   const int blocks_y = p.heads.num_kv_heads * ((shared + per_block - 1) / per_block);
-  const int wanted = (kBlocksPerSm * multiprocessors + blocks_y * p.sequences - 1) / (blocks_y * p.sequences);
+  const int wanted = kBlocksPerSm * multiprocessors / (blocks_y * p.sequences);
   const int useful = (p.cache.max_positions + kMinSplit - 1) / kMinSplit;
   const int splits = std::max(1, std::min({wanted, useful, kMaxSplits}));
   return {static_cast<unsigned>(splits), static_cast<unsigned>(blocks_y), static_cast<unsigned>(p.sequences)};

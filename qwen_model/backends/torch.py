@@ -174,8 +174,18 @@ class TorchExecutor:
         self._beam_logits: Tensor | None = None
 
     @torch.inference_mode()
+    def prepare(self, num_sequences: int) -> None:
+        """See `Executor`."""
+        if self._graphs is None or num_sequences in self._graphs:
+            return
+        for state in (self._past, self._offsets, self._tokens):
+            state.zero_()
+        self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences))
+
+    @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
         """See `Executor`."""
+        self.prepare(len(prompts))
         self._sampler = None
         if sampling.changes_logits:
             self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
@@ -196,6 +206,7 @@ class TorchExecutor:
     @torch.inference_mode()
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
+        self.prepare(len(prompts) * num_beams)
         logits = self._prefill_logits(prompts)
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_beams)
         self._reorder(rows)
@@ -237,7 +248,7 @@ class TorchExecutor:
         table, scale, rows = self._prompt_rotary(lengths, offsets)
         count = len(lengths)
         past = torch.zeros(count, dtype=torch.int32, device=self.device)
-        self._ops.batch = Batch(lengths, [0] * count, table, rows, scale, past)
+        self._ops.batch = Batch(lengths, [0] * count, table, rows, scale, past, decoding=False)
         packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
         logits = decoder(self._ops, self.config, torch.from_numpy(packed).to(self.device), last_token_only)
         self._host_past = lengths
@@ -259,15 +270,7 @@ class TorchExecutor:
 
     def _decode_logits(self) -> Tensor:
         count = len(self._host_past)
-        if self._graphs is None:
-            logits = self._step(count)
-        else:
-            if count not in self._graphs:
-                before = self._past.clone(), self._tokens.clone()
-                self._graphs[count] = _StepGraph(lambda: self._step(count))
-                self._past.copy_(before[0])  # the first call, which is not captured, was one step too many
-                self._tokens.copy_(before[1])
-            logits = self._graphs[count].replay()
+        logits = self._step(count) if self._graphs is None else self._graphs[count].replay()
         self._host_past = [past + 1 for past in self._host_past]
         return logits
 
@@ -275,7 +278,8 @@ class TorchExecutor:
         """One token for each sequence, from `_tokens`. On a GPU this is captured: no host value that changes."""
         past = self._past[:count]
         rows = past + self._offsets[:count]
-        self._ops.batch = Batch([1] * count, self._host_past, self._rotary, rows, self._query_scale, past)
+        ones, table = [1] * count, self._rotary
+        self._ops.batch = Batch(ones, self._host_past, table, rows, self._query_scale, past, decoding=True)
         logits = decoder(self._ops, self.config, self._tokens[:count])
         self._choose_greedily(logits)
         past += 1

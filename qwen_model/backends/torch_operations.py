@@ -24,12 +24,8 @@ class Batch:
     query_scale: Tensor | None  # float32 [rows]: multiplies q
     device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
 
+    decoding: bool  # each sequence has one new token; else the tokens are prompts
     _places: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def decoding(self) -> bool:
-        """Whether each sequence has one new token; else the tokens are prompts."""
-        return self.past_lengths[0] > 0
 
     def sequences_and_positions(self) -> tuple[Tensor, Tensor]:
         """Of each token of the prompts, int32 [tokens]: which sequence it is of, and its position there."""

@@ -28,7 +28,13 @@ def attend(case: Case) -> torch.Tensor:
     operations = TorchOperations(config, weights, case.cache[None], rmsnorm_plugin=False)
     past = torch.tensor(case.past_lengths, dtype=torch.int32)
     operations.batch = Batch(
-        case.new_tokens, case.past_lengths, case.rotary_table, case.rotary_rows, case.query_scale, past
+        case.new_tokens,
+        case.past_lengths,
+        case.rotary_table,
+        case.rotary_rows,
+        case.query_scale,
+        past,
+        max(case.past_lengths) > 0,
     )
     return operations.gpt_attention(case.qkv, 0, *(("q", "k") if case.qk_norm else (None, None)))
 
