@@ -71,7 +71,9 @@ def build_plan(
     explicit_batch = 0 if _major() >= 10 else 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     network = builder.create_network(explicit_batch)
     config = builder.create_builder_config()
-    qwen_plugins.tensorrt.configure_builder(config, network)
+    if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        # Several contexts of one engine; later versions do that unasked.
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if profiling:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     profile = builder.create_optimization_profile()
@@ -86,6 +88,7 @@ def build_plan(
         tensor.name = name
         network.mark_output(tensor)
         tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
+    qwen_plugins.tensorrt.configure_builder(config, network)
     LOG.messages.clear()
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -143,14 +143,16 @@ def rms_norm_quant(
 
 
 def configure_builder(config: Any, network: Any) -> None:
-    """Sets the flags of an ``IBuilderConfig`` that `rms_norm` and `rms_norm_quant` need, and no other.
+    """Sets the flags of an ``IBuilderConfig`` that the layers of a finished network need, and no other.
 
-    In a network that is not strongly typed: ``FP16``, ``INT8`` and ``OBEY_PRECISION_CONSTRAINTS`` (and ``BF16`` where
-    there is one). In a strongly typed network the tensors' own types say everything, and nothing is set.
+    In a network that is not strongly typed: ``FP16``, ``OBEY_PRECISION_CONSTRAINTS``, ``BF16`` where there is one, and
+    ``INT8`` if there is an int8 tensor: TensorRT wants scales for the others otherwise. In a strongly typed network the
+    tensors' own types say everything, and nothing is set.
     """
     if is_strongly_typed(network):
         return
-    for flag in ("FP16", "BF16", "INT8", "OBEY_PRECISION_CONSTRAINTS"):
+    flags = ["FP16", "BF16", "OBEY_PRECISION_CONSTRAINTS", *(["INT8"] if _has_int8(network) else [])]
+    for flag in flags:
         if hasattr(trt.BuilderFlag, flag):
             config.set_flag(getattr(trt.BuilderFlag, flag))
 
@@ -287,6 +289,12 @@ def _set_int8_range(network: Any, tensor: Any, quant_dtype: Any) -> None:
     """Tells a network that is not strongly typed that one step of an int8 tensor is 1: the range is 127 steps."""
     if quant_dtype == trt.int8 and not is_strongly_typed(network):
         tensor.set_dynamic_range(-127.0, 127.0)
+
+
+def _has_int8(network: Any) -> bool:
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    tensors = [layer.get_output(i) for layer in layers for i in range(layer.num_outputs)]
+    return any(tensor.dtype == trt.int8 or tensor.dynamic_range is not None for tensor in tensors)
 
 
 def _floating_types() -> tuple[Any, ...]:

@@ -27,8 +27,8 @@ TYPES = {"float32": trt.float32, "float16": trt.float16}
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16}
 
 
-def rows_input(dtype: str, hidden_size: int, max_tokens: int = 8192) -> Input:
-    return Input(TYPES[dtype], (-1, hidden_size), (0,), (min(64, max_tokens),), (max_tokens,))
+def rows_input(dtype: str, hidden_size: int, max_tokens: int = 8192, *, min_tokens: int = 1) -> Input:
+    return Input(TYPES[dtype], (-1, hidden_size), (min_tokens,), (64,), (max_tokens,))
 
 
 def add_all_modes(
@@ -137,7 +137,7 @@ def test_every_mode_at_dynamic_shapes(dtype: str, hidden_size: int, max_tokens: 
 
 def test_no_tokens() -> None:
     weights = make_weights("float16", 64)
-    rows = rows_input("float16", 64)
+    rows = rows_input("float16", 64, min_tokens=0)
     engine = Engine(build_plan({"x": rows, "residual": rows}, add_all_modes(weights)))
     results = engine.run(make_rows("float16", 0, 64))
 
