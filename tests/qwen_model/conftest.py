@@ -4,12 +4,14 @@ import json
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 import qwen_model
 from tests.qwen_model.checkpoints import hugging_face_model, save_hugging_face
 
 END_TOKENS = [290, 301]
+torch.set_num_threads(1)  # in products this small threads only wait for each other
 
 
 def save_byte_tokenizer(folder):

@@ -1,6 +1,7 @@
 """The commands as a user runs them: what is on standard output, what on standard error, and the exit status."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,10 @@ from tests.qwen_model.checkpoints import random_prompt
 
 
 def python(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # those of a source tree too
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **options)
 
 
 @pytest.fixture
@@ -44,6 +48,14 @@ def test_build_and_run_in_processes_of_their_own(model_dir, tmp_path):
     result = json.loads(ran.stdout)
     assert set(result) == {"outputs", "timing"}
     assert [set(output) for output in result["outputs"]] == [{"output_ids", "text", "finish_reason"}] * 2
+
+
+def test_the_main_job_without_a_checkpoint(tmp_path):
+    """The README's commands: the packaged model continues a function."""
+    assert python("-m", "qwen_model.build", "--rmsnorm-plugin", cwd=tmp_path).returncode == 0
+    ran = python("-m", "qwen_model.run", "def add(a, b):\n    return", "--max-new-tokens", "8", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
 
 
 @pytest.mark.parametrize("module", ["qwen_model", "qwen_model.run", "qwen_model.build", "qwen_model.chat"])
