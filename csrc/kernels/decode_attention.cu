@@ -2,15 +2,17 @@
 
 #include "attention_heads.cuh"
 #include "decode_attention.h"
+#include "launch.h"
+#include "programmatic_launch.cuh"
 
 namespace qwen_plugins {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kVecSize = 8;     // elements of a key or value that one lane holds
-constexpr int kMinSplit = 64;   // positions: below it another block costs more than it brings
-constexpr int kMaxSplits = 32;  // what the last block has to combine
+constexpr int kVecSize = 8;      // elements of a key or value that one lane holds
+constexpr int kMinSplit = 64;    // positions: below it another block costs more than it brings
+constexpr int kMaxSplits = 32;   // what the last block has to combine
 constexpr int kBlocksPerSm = 3;  // that registers leave room for: all blocks of one sequence run at once
 // Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
 constexpr float kLowest = -1e30F;
@@ -263,6 +265,8 @@ __global__ void __launch_bounds__(kThreads) decode_attention(const __grid_consta
   __shared__ Partial warp_partials[kWarps][kHeads];
   __shared__ float warp_values[kWarps][kHeads][kHeadSize];
 
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
   Work work;
   if (!find_work<kHeads>(p, work)) return;
   prepare<T, kHeadSize, kHeads>(p, work, queries);
@@ -316,12 +320,6 @@ __global__ void __launch_bounds__(kThreads) decode_attention(const __grid_consta
   }
 }
 
-cudaError_t num_multiprocessors(int* result) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(result, cudaDevAttrMultiProcessorCount, device);
-}
-
 // Query heads that a block takes: all that share a key-value head, up to what registers and shared memory hold.
 int heads_per_block(const AttentionHeads& heads) {
   const int shared = heads.num_heads / heads.num_kv_heads;
@@ -340,23 +338,21 @@ dim3 grid_of(const DecodeAttentionParams& p, int multiprocessors) {
 }
 
 template <typename T, int kHeadSize>
-cudaError_t launch(const DecodeAttentionParams& p, dim3 grid, cudaStream_t stream) {
+cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  auto* kernel = decode_attention<T, kHeadSize, 1>;
   switch (heads_per_block(p.heads)) {
     case 1:
-      decode_attention<T, kHeadSize, 1><<<grid, kThreads, 0, stream>>>(p);
       break;
     case 2:
-      decode_attention<T, kHeadSize, 2><<<grid, kThreads, 0, stream>>>(p);
+      kernel = decode_attention<T, kHeadSize, 2>;
       break;
     case 4:
-      decode_attention<T, kHeadSize, 4><<<grid, kThreads, 0, stream>>>(p);
+      kernel = decode_attention<T, kHeadSize, 4>;
       break;
     default:
-      if constexpr (kHeadSize <= 128 && sizeof(T) == 2) {
-        decode_attention<T, kHeadSize, 8><<<grid, kThreads, 0, stream>>>(p);
-      }
+      if constexpr (kHeadSize <= 128 && sizeof(T) == 2) kernel = decode_attention<T, kHeadSize, 8>;
   }
-  return cudaGetLastError();
+  return launch_kernel(kernel, grid_of(p, device.multiprocessors), dim3(kThreads), 0, device, stream, p);
 }
 
 }  // namespace
@@ -382,11 +378,10 @@ cudaError_t launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t
       reinterpret_cast<uintptr_t>(p.workspace) % sizeof(FullPack) != 0) {
     return cudaErrorInvalidValue;
   }
-  int multiprocessors = 0;
-  if (const cudaError_t error = num_multiprocessors(&multiprocessors); error != cudaSuccess) return error;
-  const dim3 grid = grid_of(p, multiprocessors);
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return with_type_and_head_size(
-      p.heads, [&](auto type, auto head_size) { return launch<decltype(type), head_size.value>(p, grid, stream); });
+      p.heads, [&](auto type, auto head_size) { return launch<decltype(type), head_size.value>(p, device, stream); });
 }
 
 }  // namespace qwen_plugins

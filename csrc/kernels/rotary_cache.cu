@@ -1,6 +1,8 @@
 #include <limits>
 
 #include "attention_heads.cuh"
+#include "launch.h"
+#include "programmatic_launch.cuh"
 #include "rotary_cache.h"
 
 namespace qwen_plugins {
@@ -12,6 +14,8 @@ constexpr int kWarps = 8;
 template <typename T, int kHeadSize>
 __global__ void __launch_bounds__(32 * kWarps) rotary_cache(const __grid_constant__ RotaryCacheParams p) {
   __shared__ float rows[kWarps][kHeadSize];
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t token = blockIdx.x;
@@ -57,9 +61,11 @@ cudaError_t launch_rotary_cache(const RotaryCacheParams& p, cudaStream_t stream)
   }
   if (p.tokens == 0) return cudaSuccess;
   if (p.qkv == nullptr || p.sequences == nullptr || p.positions == nullptr) return cudaErrorInvalidValue;
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return with_type_and_head_size(p.heads, [&](auto type, auto head_size) {
-    rotary_cache<decltype(type), head_size.value><<<static_cast<unsigned>(p.tokens), 32 * kWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(rotary_cache<decltype(type), head_size.value>, dim3(static_cast<unsigned>(p.tokens)),
+                         dim3(32 * kWarps), 0, device, stream, p);
   });
 }
 

@@ -2,6 +2,8 @@
 #include <limits>
 
 #include "elements.cuh"
+#include "launch.h"
+#include "programmatic_launch.cuh"
 #include "swiglu.h"
 
 namespace qwen_plugins {
@@ -19,6 +21,8 @@ __device__ __forceinline__ float silu(float gate) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) swiglu_in_packs(const __grid_constant__ SwigluParams p) {
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
   constexpr int kElements = kVec<T>;
   const int64_t row = blockIdx.x;
   const auto* gates = reinterpret_cast<const FullPack*>(static_cast<const T*>(p.gate_up) + row * p.gate_up_row_stride);
@@ -40,6 +44,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_in_packs(const __grid_constan
 // For sizes or addresses that are not multiples of 16 bytes.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) swiglu_in_elements(const __grid_constant__ SwigluParams p) {
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const T* gates = static_cast<const T*>(p.gate_up) + row * p.gate_up_row_stride;
   T* out = static_cast<T*>(p.y) + row * p.size;
@@ -58,12 +64,10 @@ cudaError_t launch(const SwigluParams& p, cudaStream_t stream) {
   const int64_t units = in_packs ? p.size / kElements : p.size;
   const dim3 grid(static_cast<unsigned>(p.rows),
                   static_cast<unsigned>(std::min((units + kThreads - 1) / kThreads, kMaxGridY)));
-  if (in_packs) {
-    swiglu_in_packs<T><<<grid, kThreads, 0, stream>>>(p);
-  } else {
-    swiglu_in_elements<T><<<grid, kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
+  return launch_kernel(in_packs ? swiglu_in_packs<T> : swiglu_in_elements<T>, grid, dim3(kThreads), 0, device, stream,
+                       p);
 }
 
 }  // namespace
