@@ -45,14 +45,15 @@ bool all_resident(int64_t rows, int packs_per_thread, int threads, bool residual
   return threads <= 1024 && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
 }
 
-// Measured on an H200 (docs/rms_norm.md). Up to one row a multiprocessor, small blocks start sooner. Then more threads
+// Measured on an H200 (docs/rms_norm.md). With few rows, small blocks start sooner. Then more threads
 // a row are faster as long as all rows are on the chip at once, and beyond that fewer threads with more loads in flight
 // each.
 template <typename T>
 RegisterShape choose_register_shape(int row_packs, int64_t rows, bool residual, bool quantize,
                                     const DeviceProperties& device) {
   int packs = row_packs <= 256 ? 2 : 4;
-  if (rows <= (row_packs > 512 ? device.multiprocessors / 2 : device.multiprocessors)) {
+  const int few_rows = device.multiprocessors / (row_packs <= 512 ? 1 : row_packs <= 768 ? 2 : 4);
+  if (rows <= few_rows) {
     if (row_packs <= 256) packs = 1;
     if (row_packs > 256 && row_packs <= 640 && (residual || quantize)) packs = 2;
   } else if (all_resident<T>(rows, 1, threads_for(row_packs, 1), residual, device)) {
