@@ -302,7 +302,7 @@ def measure(
     first, rate = implementation.measure(load, options.repeats)
     # vLLM takes a fixed share of the memory, in a process of its own.
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu and name != "vllm" else None
-    sizes = dataclasses.astuple(load)
+    sizes = (load.batch_size, load.prompt_tokens, load.new_tokens)
     return Measurement(shape, name, options.dtype, *sizes, first, rate, memory)
 
 

@@ -79,19 +79,26 @@ def required_bytes(config: ModelConfig, limits: Limits, dtype: str) -> tuple[int
     return numbers * itemsize, cached * limits.max_batch_size * itemsize
 
 
+def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
+    """About what the largest prefill needs: the widest moment of a layer, in the MLP, beside the residual."""
+    columns = 3 * config.intermediate_size + 3 * config.hidden_size
+    return limits.max_batch_size * limits.max_input_len * columns * getattr(torch, dtype).itemsize
+
+
 def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
     """Say what is needed before the GPU runs out of memory half-way."""
     if device.type != "cuda":
         return
     weights, cache = required_bytes(config, limits, dtype)
+    activations = activation_bytes(config, limits, dtype)
     free, total = torch.cuda.mem_get_info(device)
-    if weights + cache > free:
+    if weights + cache + activations > free:
         gib = 2.0**30
         raise QwenModelError(
-            f"not enough GPU memory: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of key-value cache "
-            f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) are needed, {free / gib:.2f} of "
-            f"{total / gib:.2f} GiB are free; build with a smaller --max-batch-size, --max-input-len "
-            "or --max-output-len"
+            f"not enough GPU memory: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
+            f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
+            f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "
+            "--max-batch-size, --max-input-len or --max-output-len"
         )
 
 
@@ -106,7 +113,7 @@ class _Tokens:
         self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._host.copy_(tokens, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(tokens.device))
 
     def wait(self) -> IntArray:
         if self._event is not None:
@@ -180,7 +187,8 @@ class TorchExecutor:
             return
         for state in (self._past, self._offsets, self._tokens):
             state.zero_()
-        self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences))
+        with torch.cuda.device(self.device):
+            self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences))
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:

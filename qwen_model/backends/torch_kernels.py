@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from qwen_plugins.decoder import (
     HEAD_SIZES,
     AttentionInputs,
@@ -10,7 +12,6 @@ from qwen_plugins.decoder import (
     rotary_cache,
     swiglu,
 )
-from torch import Tensor
 
 from ..config import ModelConfig
 from .torch_operations import TorchOperations

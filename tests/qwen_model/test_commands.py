@@ -18,7 +18,7 @@ from tests.qwen_model.checkpoints import random_prompt
 
 def python(*arguments, **options):
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # those of a source tree too
-    environment = {**os.environ, "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **options)
 
