@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -38,13 +39,9 @@ class Batch:
             self._places = sequences.int().to(device), positions.int().to(device)
         return self._places
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """Neighbouring sequences of equal length: first sequence, their number, their length."""
-        first = 0
-        for i in range(1, len(self.lengths) + 1):
-            if i == len(self.lengths) or self.lengths[i] != self.lengths[first]:
-                yield first, i - first, self.lengths[first]
-                first = i
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbouring sequences of equal length: their number, their length."""
+        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
 
 class TorchOperations:
@@ -125,16 +122,15 @@ class TorchOperations:
 
     def attend_prompts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each prompt; neighbours of equal length go in one call."""
-        context = q.new_empty(len(q), self.config.num_heads * self.config.head_size)
-        start = 0
-        for _, count, length in self.batch.runs():
+        grouped = self.config.num_heads != self.config.num_kv_heads
+        contexts, start = [], 0
+        for count, length in self.batch.runs():
             end = start + count * length
             qs, ks, vs = (x[start:end].view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
-            grouped = self.config.num_heads != self.config.num_kv_heads
             out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=grouped)
-            context[start:end] = out.transpose(1, 2).reshape(end - start, -1)
+            contexts.append(out.transpose(1, 2).reshape(end - start, -1))
             start = end
-        return context
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
     def _attend_cache(self, q: Tensor, layer: int) -> Tensor:
         """Attention of one token a sequence over its cache. Query heads that share a key head become its rows."""

@@ -43,6 +43,17 @@ def test_logits_of_prompts_and_of_decoding_agree(endless):
     assert ids == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
+def test_a_device_that_runs_ahead_gives_the_same(session, endless, monkeypatch):
+    """As on a GPU, where the next step is asked for before the tokens of the last are read."""
+    batch = [random_prompt(4, seed=1), random_prompt(9, seed=2)]
+    cases = [{"max_new_tokens": count} for count in (1, 2, 3, 40)] + [{"sampling": SamplingOptions(top_k=20, seed=1)}]
+    for each in (session, endless):
+        expected = [each.generate(batch, **options).outputs for options in cases]
+        monkeypatch.setattr(each.executor, "runs_ahead", True)
+        assert [each.generate(batch, **options).outputs for options in cases] == expected
+        monkeypatch.undo()
+
+
 def test_the_longest_prompt_and_output(endless):
     result = endless.generate([random_prompt(120, seed=i) for i in range(6)], max_new_tokens=40)
     assert [len(output.output_ids) for output in result.outputs] == [40] * 6
