@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -86,20 +87,26 @@ def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
 
 
 def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
-    """Say what is needed before the GPU runs out of memory half-way."""
-    if device.type != "cuda":
-        return
+    """Say what is needed before the memory runs out half-way."""
     weights, cache = required_bytes(config, limits, dtype)
     activations = activation_bytes(config, limits, dtype)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = _memory(device)
     if weights + cache + activations > free:
         gib = 2.0**30
         raise QwenModelError(
-            f"not enough GPU memory: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
+            f"not enough {'GPU ' * (device.type == 'cuda')}memory: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
             f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
             f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "
             "--max-batch-size, --max-input-len or --max-output-len"
         )
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free and that there are. A CPU gives up caches and swaps for us: all of it counts as free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total
 
 
 class _Tokens:

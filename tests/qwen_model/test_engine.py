@@ -216,6 +216,16 @@ def test_what_a_gpu_needs_is_said_before_it_is_taken(engine_dir, monkeypatch):
         back_end.check_memory(config.model, config.limits, "float32", torch.device("cuda"))
 
 
+def test_what_a_cpu_needs_is_said_too(engine_dir, tmp_path):
+    shutil.copytree(engine_dir, tmp_path / "engine")
+    path = tmp_path / "engine" / "config.json"
+    values = json.loads(path.read_text())
+    values["limits"]["max_batch_size"] = 2**30
+    path.write_text(json.dumps(values))
+    with pytest.raises(QwenModelError, match=r"not enough memory.*GiB of key-value cache.*--max-batch-size"):
+        qwen_model.load_engine(tmp_path / "engine", device="cpu")
+
+
 def test_an_engine_survives_its_checkpoint(tmp_path):
     folder = save_hugging_face(hugging_face_model("Qwen3ForCausalLM"), tmp_path / "model")
     build(folder, tmp_path / "engine")
