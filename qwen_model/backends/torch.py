@@ -93,8 +93,9 @@ def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.
     free, total = _memory(device)
     if weights + cache + activations > free:
         gib = 2.0**30
+        kind = "GPU memory" if device.type == "cuda" else "memory"
         raise QwenModelError(
-            f"not enough {'GPU ' * (device.type == 'cuda')}memory: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
+            f"not enough {kind}: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
             f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
             f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "
             "--max-batch-size, --max-input-len or --max-output-len"
