@@ -71,6 +71,8 @@ def build_plan(
     explicit_batch = 0 if _major() >= 10 else 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     network = builder.create_network(explicit_batch)
     config = builder.create_builder_config()
+    # Neither cuBLAS nor cuDNN: nothing here has a use for them, and TensorRT 8.6 fails where they are not installed.
+    config.set_tactic_sources(0)
     if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         # Several contexts of one engine; later versions do that unasked.
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)

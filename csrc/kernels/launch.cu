@@ -9,6 +9,10 @@ namespace {
 cudaError_t query(int device, DeviceProperties& properties) {
   int major = 0;
   cudaError_t error = cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error =
+        cudaDeviceGetAttribute(&properties.threads_per_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  }
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&properties.max_shared_memory_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,

@@ -10,6 +10,7 @@ namespace qwen_plugins {
 
 struct DeviceProperties {
   int multiprocessors;
+  int threads_per_multiprocessor;
   int max_shared_memory_per_block;  // with the opt-in
   bool programmatic_launch;         // Hopper and later
 };

@@ -222,13 +222,28 @@ constexpr int registers_for(int packs, int max_threads, bool residual, WeightMod
 
 constexpr int kRegistersOfMultiprocessor = 65536;
 
+// Of the architecture that is compiled for; the host reads it from the device.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
+constexpr int kThreadsOfMultiprocessor = 1536;
+#else
+constexpr int kThreadsOfMultiprocessor = 2048;
+#endif
+
+template <typename T>
+constexpr int min_blocks(int packs, int max_threads, bool residual, WeightMode weight_mode) {
+  const int threads = max_threads == 32 ? 128 : max_threads;
+  const int by_registers =
+      kRegistersOfMultiprocessor / registers_for<T>(packs, max_threads, residual, weight_mode) / threads;
+  const int by_threads = kThreadsOfMultiprocessor / threads;
+  return by_registers < by_threads ? by_registers : by_threads;
+}
+
 // One row in registers, kPacks packs a thread. kMaxThreads == 32: a row for a power of two of a warp's lanes,
 // blockDim.y rows a block. Otherwise one row a block, blockDim.x a multiple of 32. A launch has one block for each of
 // its rows: a loop over rows with the next row's loads ahead was slower at every size.
 template <typename T, int kPacks, int kMaxThreads, bool kResidual, Output kOutput, WeightMode kWeightMode>
 __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
-                                  kRegistersOfMultiprocessor / (kMaxThreads == 32 ? 128 : kMaxThreads) /
-                                      registers_for<T>(kPacks, kMaxThreads, kResidual, kWeightMode))
+                                  min_blocks<T>(kPacks, kMaxThreads, kResidual, kWeightMode))
     rms_norm_row_in_registers(const __grid_constant__ RmsNormArguments p) {
   constexpr bool kQuantize = kOutput != Output::kSameType;
   constexpr bool kRowInWarp = kMaxThreads == 32;

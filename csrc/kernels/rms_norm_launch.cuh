@@ -40,7 +40,8 @@ inline int threads_for(int row_packs, int packs_per_thread) {
 template <typename T>
 bool all_resident(int64_t rows, int packs_per_thread, int threads, bool residual, const DeviceProperties& device) {
   const int registers = registers_for<T>(packs_per_thread, 1024, residual, WeightMode::kPlain);
-  const int64_t threads_of_multiprocessor = std::min(2048, kRegistersOfMultiprocessor / registers);
+  const int64_t threads_of_multiprocessor =
+      std::min(device.threads_per_multiprocessor, kRegistersOfMultiprocessor / registers);
   const int64_t rows_a_multiprocessor = (rows + device.multiprocessors - 1) / device.multiprocessors;
   return threads <= 1024 && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
 }

@@ -137,5 +137,5 @@ class NativeLayers:
     def _named(self, layer: Any, what: str) -> Any:
         if layer is None:
             raise RuntimeError(f"TensorRT could not add the layer '{self.name}/{what}'; its log has the reason")
-        layer.name = f"{self.name}/{what}"
+        layer.name = f"{self.name}/{what}_{self.network.num_layers}"  # TensorRT wants no name twice
         return layer

@@ -44,7 +44,7 @@ def rms_norm(
     round_before_weight: bool = False,
     dtype: Any = None,
     plugin: bool = True,
-    name: str = "rms_norm",
+    name: str | None = None,
 ) -> Any:
     """Adds y = h / sqrt(mean(h²) + eps) · weight over the last dimension, where h = x + residual, or x without one.
 
@@ -60,7 +60,8 @@ def rms_norm(
         dtype: ``tensorrt.DataType`` of x, residual and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where it
             reports float32 for a tensor that it will compute in float16.
         plugin: one RmsNorm plug-in layer, or TensorRT's own layers.
-        name: of the layer, and prefix of the names of native layers.
+        name: of the layer, and prefix of the names of native layers; no two layers of a network may share one. By
+            default rms_norm with a number.
 
     Returns:
         y, an ``ITensor`` with the shape of x; with a residual, (y, x + residual).
@@ -69,18 +70,18 @@ def rms_norm(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
-    arguments = _Arguments(network, x, weight, eps, residual, dtype, name)
+    arguments = _Arguments(network, x, weight, eps, residual, dtype, name or _free_name(network, "rms_norm"))
     if plugin:
         fields = arguments.fields() | {
             "unit_offset": int(unit_offset),
             "round_before_weight": int(round_before_weight),
         }
         inputs = [x, arguments.weight, *([] if residual is None else [residual])]
-        outputs = _add_plugin(network, "RmsNorm", inputs, fields, name)
+        outputs = _add_plugin(network, "RmsNorm", inputs, fields, arguments.name)
         _set_output_types(network, outputs, [arguments.dtype] * len(outputs))
         return outputs[0] if residual is None else tuple(outputs)
 
-    native = NativeLayers(network, name)
+    native = NativeLayers(network, arguments.name)
     h, y = native.rms_norm(
         x,
         arguments.weight,
@@ -107,7 +108,7 @@ def rms_norm_quant(
     unit_offset: bool = False,
     dtype: Any = None,
     plugin: bool = True,
-    name: str = "rms_norm_quant",
+    name: str | None = None,
 ) -> Any:
     """Adds `rms_norm` followed by quantization: q = saturate(round(y / smoothing / scale)).
 
@@ -127,14 +128,14 @@ def rms_norm_quant(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
-    arguments = _Arguments(network, x, weight, eps, residual, dtype, name)
+    arguments = _Arguments(network, x, weight, eps, residual, dtype, name or _free_name(network, "rms_norm_quant"))
     _check_quant_dtype(quant_dtype)
     smoothing = None if smoothing is None else arguments.channels(smoothing, "smoothing", trt.float32)
     scale = None if scale is None else arguments.per_tensor(scale, "scale")
     if plugin:
         outputs = _add_quantization_plugin(arguments, quant_dtype, scale, smoothing, unit_offset)
     else:
-        native = NativeLayers(network, name)
+        native = NativeLayers(network, arguments.name)
         h, y = native.rms_norm(x, arguments.weight, eps, residual, arguments.dtype, unit_offset=unit_offset)
         outputs = native.quantize(y, quant_dtype, scale, smoothing)
         outputs += [] if residual is None else [h]
@@ -305,6 +306,10 @@ def _check_quant_dtype(quant_dtype: Any) -> None:
     allowed = [trt.int8, *([trt.fp8] if _MAJOR >= 10 else [])]
     if quant_dtype not in allowed:
         raise ValueError(f"quant_dtype is {quant_dtype}; a plug-in gives {' or '.join(map(str, allowed))}")
+
+
+def _free_name(network: Any, prefix: str) -> str:
+    return f"{prefix}_{getattr(network, 'num_layers', 0)}"  # not yet known to be a network
 
 
 def _tensor_shape(tensor: Any, what: str) -> tuple[int, ...]:
