@@ -118,6 +118,8 @@ def decode_attention(
     if out is None:
         out = qkv.new_empty(shape)
     _check_output(out, shape, qkv)
+    if len(qkv) == 0:
+        return out
     with _device_of(qkv) as stream:
         _core().decode_attention(
             heads=_heads(inputs),
