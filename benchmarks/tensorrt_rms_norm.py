@@ -198,7 +198,11 @@ def measure_all(operations: list[str], implementations: list[str]) -> list[Measu
     for operation in operations:
         for num_layers in (1, CHAIN):
             for implementation in implementations:
-                engine = build(operation, num_layers, implementation == "plugin")
+                try:
+                    engine = build(operation, num_layers, implementation == "plugin")
+                except RuntimeError as error:  # TensorRT's own layers fail in more ways than one
+                    print(f"{operation} x{num_layers} {implementation}: {str(error)[-300:]}", flush=True)
+                    continue
                 for num_tokens in TOKENS:
                     results.append(measure(engine, operation, implementation, num_layers, num_tokens))
                     print(describe_line(results[-1]), flush=True)

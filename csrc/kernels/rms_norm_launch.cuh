@@ -43,7 +43,8 @@ bool all_resident(int64_t rows, int packs_per_thread, int threads, bool residual
   const int64_t threads_of_multiprocessor =
       std::min(device.threads_per_multiprocessor, kRegistersOfMultiprocessor / registers);
   const int64_t rows_a_multiprocessor = (rows + device.multiprocessors - 1) / device.multiprocessors;
-  return threads <= 1024 && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
+  const int most_threads = packs_per_thread == 1 ? 1024 : 512;  // of the kernels that launch_plain has
+  return threads <= most_threads && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
 }
 
 // Measured on an H200 (docs/rms_norm.md). With few rows, small blocks start sooner. Then more threads

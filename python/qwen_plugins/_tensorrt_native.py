@@ -92,7 +92,11 @@ class NativeLayers:
         if tensor.dtype == dtype:
             return tensor
         layer = self._named(self.network.add_cast(tensor, dtype), f"to_{str(dtype).rsplit('.', 1)[-1].lower()}")
-        return layer.get_output(0)
+        output = layer.get_output(0)
+        if not self.typed:  # else TensorRT 8.6 calls it float32 again, as a network's output for one
+            layer.set_output_type(0, dtype)
+            output.dtype = dtype
+        return output
 
     def _to_quantized(self, scaled: Any, quant_dtype: Any, largest: float) -> Any:
         if _MAJOR >= 10:

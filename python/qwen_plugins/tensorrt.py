@@ -139,7 +139,8 @@ def rms_norm_quant(
         h, y = native.rms_norm(x, arguments.weight, eps, residual, arguments.dtype, unit_offset=unit_offset)
         outputs = native.quantize(y, quant_dtype, scale, smoothing)
         outputs += [] if residual is None else [h]
-    _set_int8_range(network, outputs[0], quant_dtype)
+    if quant_dtype == trt.int8 and not is_strongly_typed(network):
+        _set_ranges(outputs)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -280,16 +281,28 @@ def _add_plugin(
 
 
 def _set_output_types(network: Any, outputs: Sequence[Any], types: Sequence[Any]) -> None:
-    """Where the builder chooses types, TensorRT forgets those of a plug-in's outputs (it calls them all float32)."""
-    if not is_strongly_typed(network):
-        for tensor, dtype in zip(outputs, types, strict=True):
-            tensor.dtype = dtype
+    """Set the types of the outputs of the network's last layer, a plug-in.
+
+    Where the builder chooses types, TensorRT 8.6 calls all of them float32, and converts a network's outputs to that,
+    unless both the layer and the tensor say otherwise.
+    """
+    if is_strongly_typed(network):
+        return
+    layer = network.get_layer(network.num_layers - 1)
+    for i, (tensor, dtype) in enumerate(zip(outputs, types, strict=True)):
+        layer.set_output_type(i, dtype)
+        tensor.dtype = dtype
 
 
-def _set_int8_range(network: Any, tensor: Any, quant_dtype: Any) -> None:
-    """Tells a network that is not strongly typed that one step of an int8 tensor is 1: the range is 127 steps."""
-    if quant_dtype == trt.int8 and not is_strongly_typed(network):
-        tensor.set_dynamic_range(-127.0, 127.0)
+def _set_ranges(outputs: Sequence[Any]) -> None:
+    """Tell a network that is not strongly typed that one step of the int8 tensor is 1: the range is 127 steps.
+
+    The other outputs of the layer have no int8 form, but TensorRT 8.6 refuses the layer while one of them has no range:
+    they get that of float16.
+    """
+    outputs[0].set_dynamic_range(-127.0, 127.0)
+    for tensor in outputs[1:]:
+        tensor.set_dynamic_range(-65504.0, 65504.0)
 
 
 def _has_int8(network: Any) -> bool:
