@@ -286,7 +286,7 @@ def test_a_chain_is_nothing_but_the_plugins() -> None:
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         y, h = tensors["x"], tensors["residual"]
         for i in range(32):
-            y, h = plugins.rms_norm(network, y, weight, EPS, residual=h, name=f"rms_norm_{i}")
+            y, h = plugins.rms_norm(network, y, weight, EPS, residual=h, dtype=trt.float16, name=f"rms_norm_{i}")
         return {"y": y, "h": h}
 
     rows = rows_input("float16", 4096)
