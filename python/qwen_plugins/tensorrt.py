@@ -141,6 +141,8 @@ def rms_norm_quant(
         outputs += [] if residual is None else [h]
     if quant_dtype == trt.int8 and not is_strongly_typed(network):
         _set_ranges(outputs)
+        if plugin and residual is not None:
+            _declare_types_explicit(network)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -303,6 +305,21 @@ def _set_ranges(outputs: Sequence[Any]) -> None:
     outputs[0].set_dynamic_range(-127.0, 127.0)
     for tensor in outputs[1:]:
         tensor.set_dynamic_range(-65504.0, 65504.0)
+
+
+def _declare_types_explicit(network: Any) -> None:
+    """Add, once, a quantization and dequantization of a constant, which nothing uses.
+
+    Without any, TensorRT 8.6 decides which tensors are int8, and refuses a layer with an int8 output whose other output
+    feeds a layer in floating point: every layer of a decoder with the residual. With one, it takes the types as set.
+    """
+    name = "explicit_types"
+    if any(network.get_layer(i).name.startswith(name) for i in range(network.num_layers)):
+        return
+    native = NativeLayers(network, name)
+    one = native.constant(np.ones((), np.float32), trt.float32, "one")
+    value = native.constant(np.ones(1, np.float32), trt.float32, "value")
+    network.add_dequantize(network.add_quantize(value, one).get_output(0), one)
 
 
 def _has_int8(network: Any) -> bool:

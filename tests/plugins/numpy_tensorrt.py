@@ -119,11 +119,14 @@ class INetworkDefinition:
     def add_cast(self, tensor: ITensor, dtype: DataType) -> Layer:
         return self.add(lambda _: tensor.array.astype(NUMPY_TYPES[dtype]))
 
-    def add_quantize(self, tensor: ITensor, scale: ITensor, dtype: DataType) -> Layer:
+    def add_quantize(self, tensor: ITensor, scale: ITensor, dtype: DataType = DataType.INT8) -> Layer:
         assert tensor.dtype == scale.dtype == DataType.FLOAT
         low, high = (-448, 448) if dtype == DataType.FP8 else (-128, 127)
         scaled = np.clip(tensor.array / scale.array, low, high)
         return self.add(lambda _: (np.round(scaled) if dtype == DataType.INT8 else scaled).astype(NUMPY_TYPES[dtype]))
+
+    def add_dequantize(self, tensor: ITensor, scale: ITensor) -> Layer:
+        return self.add(lambda _: tensor.array * scale.array)
 
     def add_plugin_v2(self, inputs: list[ITensor], plugin: types.SimpleNamespace) -> Layer:
         return self.add_plugin(inputs, plugin)

@@ -303,6 +303,31 @@ def test_a_chain_is_nothing_but_the_plugins() -> None:
     assert Graph(execution.stream, execution.enqueue).node_types() == ["Kernel"] * 32
 
 
+def test_a_chain_of_quantizations_with_the_residual() -> None:
+    """h of each layer feeds the next one, as in a decoder; every q is an output."""
+    weight = make_weights("float16", 512)["weight"]
+
+    def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        h, outputs = tensors["residual"], {}
+        for i in range(4):
+            outputs[f"q_{i}"], outputs[f"scales_{i}"], h = plugins.rms_norm_quant(
+                network, tensors["x"], weight, EPS, residual=h, dtype=trt.float16
+            )
+        return outputs | {"h": h}
+
+    rows = rows_input("float16", 512)
+    arrays = make_rows("float16", 33, 512)
+    results = Engine(build_plan({"x": rows, "residual": rows}, describe)).run(arrays)
+
+    h = arrays["residual"]
+    for i in range(4):
+        h = arrays["x"] + h
+        y = normalised(h) * weight.astype(np.float64)
+        assert results[f"q_{i}"].dtype == np.int8
+        assert_quantized(results[f"q_{i}"], y, results[f"scales_{i}"])
+    np.testing.assert_array_equal(results["h"], h)
+
+
 def test_wrong_inputs_fail_the_build_with_the_reason_in_the_log() -> None:
     """A plug-in that is told of a residual which the network does not bring, past the Python functions' checks."""
 
