@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command_line import DEFAULT_ENGINE_DIR, run_command
 from .errors import QwenModelError
+from .extras import import_extra
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
@@ -19,8 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
-    from tqdm import tqdm
-
+    tqdm = import_extra("tqdm", "qwen_model.build").tqdm
     from .engine import build_engine
 
     with tqdm(desc="weights", unit="B", unit_scale=True, leave=False) as bar:

@@ -30,7 +30,14 @@ def __getattr__(name: str) -> Any:
     """Import PyTorch with the first use of a function that needs it."""
     if name not in _TORCH_FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qwen_plugins import torch_ops
+    try:
+        from qwen_plugins import torch_ops
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f'qwen_plugins.{name} needs PyTorch: pip install "qwen-plugins[torch]"', name="torch"
+        ) from None
 
     globals().update({function: getattr(torch_ops, function) for function in _TORCH_FUNCTIONS})
     return globals()[name]

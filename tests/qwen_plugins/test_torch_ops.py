@@ -74,6 +74,13 @@ def test_importing_the_package_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_without_torch_the_error_names_the_extra():
+    code = "import sys; sys.modules['torch'] = None; import qwen_plugins; qwen_plugins.rms_norm"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert 'qwen_plugins.rms_norm needs PyTorch: pip install "qwen-plugins[torch]"' in result.stderr
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="has no attribute 'layer_norm'"):
         _ = qwen_plugins.layer_norm
