@@ -20,42 +20,47 @@ __device__ __forceinline__ float sum_over_warp(float value) {
 
 // One warp makes one head of q or k ready for attention: normalised, rotated and scaled, as float32 values that T can
 // hold, in `out` [kHeadSize] (shared memory). `norm_weight` may be null; `cos_sin` is the token's row of the rotary
-// table.
+// table. All loads are issued before the first of them is used.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prepare_head(float* out, const T* x, const T* norm_weight, float norm_eps,
                                              const float* cos_sin, int rotary_dim, float scale) {
   constexpr int kPerLane = (kHeadSize + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int half = rotary_dim / 2;
   float values[kPerLane];
-  float sum_of_squares = 0.0F;
+  float weights[kPerLane] = {};
+  float cosines[kPerLane] = {};
+  float sines[kPerLane] = {};
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int d = lane + 32 * i;
     values[i] = d < kHeadSize ? to_float(x[d]) : 0.0F;
-    sum_of_squares += values[i] * values[i];
+    if (norm_weight != nullptr && d < kHeadSize) weights[i] = to_float(norm_weight[d]);
+    if (d < rotary_dim) {
+      const int pair = d < half ? d : d - half;
+      cosines[i] = cos_sin[pair];
+      sines[i] = cos_sin[half + pair];
+    }
   }
   if (norm_weight != nullptr) {
+    float sum_of_squares = 0.0F;
+#pragma unroll
+    for (const float value : values) sum_of_squares += value * value;
     const float factor = rsqrtf(sum_over_warp(sum_of_squares) / kHeadSize + norm_eps);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int d = lane + 32 * i;
-      if (d < kHeadSize) values[i] = to_float(from_float<T>(values[i] * factor * to_float(norm_weight[d])));
-    }
+    for (int i = 0; i < kPerLane; ++i) values[i] = to_float(from_float<T>(values[i] * factor * weights[i]));
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     if (lane + 32 * i < kHeadSize) out[lane + 32 * i] = values[i];
   }
   __syncwarp();
-  const int half = rotary_dim / 2;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int d = lane + 32 * i;
     if (d < rotary_dim) {
-      const bool first = d < half;
-      const int pair = first ? d : d - half;
-      const float other = first ? -out[d + half] : out[pair];
-      values[i] = values[i] * cos_sin[pair] + other * cos_sin[half + pair];
+      const float other = d < half ? -out[d + half] : out[d - half];
+      values[i] = values[i] * cosines[i] + other * sines[i];
     }
   }
   __syncwarp();
