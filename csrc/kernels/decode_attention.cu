@@ -14,7 +14,6 @@ namespace {
 constexpr int kMaxWarps = 16;      // of a block that has a multiprocessor for itself
 constexpr int kMinWarps = 8;       // of blocks that share it
 constexpr int kVecSize = 8;        // elements of a key or value that one lane holds
-constexpr int kWholeLength = 768;  // up to it, one block reads a sequence faster than many combine their results
 constexpr int kMinSplit = 32;      // positions
 constexpr int kMaxSplits = 32;     // what the last block has to combine: one for each lane of a warp
 constexpr int kMaxBlockHeads = 8;  // query heads of a block
@@ -41,7 +40,8 @@ __device__ __forceinline__ float exp2_approximately(float x) {
 struct Arguments {
   DecodeAttentionParams params;
   int heads_per_kv_head;
-  int chunks;  // of those, for one block each
+  int chunks;        // of those, for one block each
+  int whole_length;  // up to it, one block reads a sequence faster than many combine their results
 };
 
 // Maximum of the scores, and sum of the weights 2^(score - maximum).
@@ -115,7 +115,7 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   work.kv_head = static_cast<int>(kv_head);
   work.first_head = work.kv_head * a.heads_per_kv_head + first;
   work.num_heads = min(kMaxBlockHeads, a.heads_per_kv_head - first);
-  if (work.past_length <= kWholeLength && work.num_heads <= grid_size) {
+  if (work.past_length <= a.whole_length && work.num_heads <= grid_size) {
     const bool exists = index < work.num_heads;
     work.writes_new_token = chunk == 0 && index == 0;
     work.first_head += index;
@@ -302,9 +302,12 @@ class WarpAttention {
  private:
   static constexpr int kLanes = round_up_to_power_of_two(kHeadSize / kVecSize);
   static constexpr int kGroups = 32 / kLanes;
-  // Positions of a group in flight: what registers hold, and enough for short sequences to need one step.
-  static constexpr int kUnroll = (kHeads > 2 ? 6 : kHeads > 1 ? 8 : 12) / static_cast<int>(sizeof(T));
-  static constexpr int kStep = kGroups * kUnroll;  // positions that a warp takes at a time
+  // Registers for keys and values in flight: what is left, and enough for short sequences to need one step.
+  static constexpr int kElements = kHeads * std::max(kHeadSize, 128);
+  static constexpr int kRegisters = kElements <= 128 ? 48 : kElements <= 256 ? 32 : 24;
+  static constexpr int kVectorRegisters = kVecSize * static_cast<int>(sizeof(T)) / 4;
+  static constexpr int kUnroll = kRegisters / (2 * kVectorRegisters);  // positions of a group at a time
+  static constexpr int kStep = kGroups * kUnroll;                      // and of a warp
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ __forceinline__ int group() { return lane() / kLanes; }
@@ -522,7 +525,10 @@ LaunchSize launch_size(const Arguments& a, int multiprocessors) {
 template <typename T, int kHeadSize>
 cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
-  const Arguments arguments{p, heads_per_kv_head, (heads_per_kv_head + kMaxBlockHeads - 1) / kMaxBlockHeads};
+  // More heads make a split's work longer, not a whole sequence's; measured with 1 and 7 heads.
+  const int whole_length = std::min(512 + 128 * (heads_per_kv_head - 1), 1280);
+  const Arguments arguments{p, heads_per_kv_head, (heads_per_kv_head + kMaxBlockHeads - 1) / kMaxBlockHeads,
+                            whole_length};
   auto* kernel = decode_attention<T, kHeadSize, kMaxWarpHeads<kHeadSize>>;
   if (heads_per_kv_head == 1) kernel = decode_attention<T, kHeadSize, 1>;
   if (heads_per_kv_head == 2) kernel = decode_attention<T, kHeadSize, 2>;

@@ -1,9 +1,10 @@
 // Attention of one new token a sequence over its key-value cache: what the host can launch.
 //
 // Everything between the qkv product and the output product of a decode step: q and k made ready (attention_heads.h), k
-// and v written to the cache, softmax(q · K^T * softmax_scale) · V over the cache with them. The sequence is split
-// among blocks; the last block of a sequence and key-value head combines their results (Dao et al., "Flash-Decoding",
-// 2023). Query heads that share a key-value head read the cache once.
+// and v written to the cache, softmax(q · K^T * softmax_scale) · V over the cache with them. A long sequence is split
+// among blocks, and query heads that share a key-value head read the cache once; the last block of a sequence and
+// key-value head combines the results (Dao et al., "Flash-Decoding", 2023). A short sequence is not: a block of its own
+// for each query head has less to wait for.
 #pragma once
 
 #include "attention_heads.h"

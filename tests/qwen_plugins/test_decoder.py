@@ -124,6 +124,18 @@ def test_one_sequence_fills_the_gpu(dtype, past, heads):
     assert relative_error(run_decode(case), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
+@pytest.mark.parametrize("heads", [(6, 6), (4, 2), (6, 2), (28, 4), (9, 1)], ids=str)
+def test_whole_and_split_sequences(head_size, dtype, heads):
+    """Lengths on both sides of where the kernel begins to split a sequence among blocks."""
+    past_lengths = [0, 511, 513, 700, 1281, 1999]
+    case = make_case(heads, head_size, dtype, past_lengths, [1] * 6, 2000, {"qk_norm": True})
+    expected, cache = case.reference()
+    assert relative_error(run_decode(case), expected) < TOLERANCE[dtype]
+    assert relative_error(case.cache, cache) < TOLERANCE[dtype]
+
+
 def test_variants_of_decode_attention():
     for variant in VARIANTS:
         case = make_case((14, 2), 64, torch.float32, [3, 700], [1, 1], 701, variant)
