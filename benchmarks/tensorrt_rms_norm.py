@@ -135,8 +135,9 @@ def input_names(operation: str, num_layers: int) -> list[str]:
     return ["x", "residual"] if operation.endswith("residual") else ["x"]
 
 
-def build(operation: str, num_layers: int, plugin: bool) -> Engine:
-    rows = Input(trt.float16, (-1, HIDDEN_SIZE), (TOKENS[0],), (64,), (TOKENS[-1],))
+def build(operation: str, num_layers: int, plugin: bool, num_tokens: int) -> Engine:
+    """An engine whose profile is made for this number of tokens, so that TensorRT tunes its own layers for it."""
+    rows = Input(trt.float16, (-1, HIDDEN_SIZE), (1,), (num_tokens,), (max(num_tokens, 64),))
     inputs = dict.fromkeys(input_names(operation, num_layers), rows)
     return Engine(build_plan(inputs, OPERATIONS[operation](num_layers, plugin)))
 
@@ -198,12 +199,12 @@ def measure_all(operations: list[str], implementations: list[str]) -> list[Measu
     for operation in operations:
         for num_layers in (1, CHAIN):
             for implementation in implementations:
-                try:
-                    engine = build(operation, num_layers, implementation == "plugin")
-                except RuntimeError as error:  # TensorRT's own layers fail in more ways than one
-                    print(f"{operation} x{num_layers} {implementation}: {str(error)[-300:]}", flush=True)
-                    continue
                 for num_tokens in TOKENS:
+                    try:
+                        engine = build(operation, num_layers, implementation == "plugin", num_tokens)
+                    except RuntimeError as error:  # TensorRT's own layers fail in more ways than one
+                        print(f"{operation} x{num_layers} {implementation}: {str(error)[-300:]}", flush=True)
+                        continue
                     results.append(measure(engine, operation, implementation, num_layers, num_tokens))
                     print(describe_line(results[-1]), flush=True)
     return results

@@ -45,7 +45,7 @@ class KernelRecorder:
 
 def record(recorder: KernelRecorder, implementation: str, num_tokens: int) -> dict[str, Any]:
     """The kernels of the last of several replays."""
-    execution = bind_rotating(build("rms_norm", CHAIN, implementation == "plugin"), num_tokens)[0]
+    execution = bind_rotating(build("rms_norm", CHAIN, implementation == "plugin", num_tokens), num_tokens)[0]
     execution.run()
     graph = Graph(execution.stream, execution.enqueue)
     for _ in range(3):

@@ -94,16 +94,17 @@ int64_t workspace_bytes(const AttentionHeads& heads, int32_t max_sequences) {
 }  // namespace
 
 void bind_decoder_kernels(py::module_& module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<AttentionHeads>(module, "AttentionHeads")
       .def(py::init(&make_heads), py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_size"),
            py::arg("rotary_dim"), py::arg("dtype"), py::arg("rotary_table"), py::arg("rotary_rows"),
            py::arg("query_scale"), py::arg("q_norm_weight"), py::arg("k_norm_weight"), py::arg("norm_eps"));
-  module.def("swiglu", &swiglu, py::kw_only(), py::arg("gate_up"), py::arg("y"), py::arg("gate_up_row_stride"),
-             py::arg("rows"), py::arg("size"), py::arg("dtype"), py::arg("stream"));
-  module.def("rotary_cache", &rotary_cache, py::kw_only(), py::arg("heads"), py::arg("cache"), py::arg("max_positions"),
-             py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("sequences"), py::arg("positions"), py::arg("tokens"),
-             py::arg("stream"));
-  module.def("decode_attention", &decode_attention, py::kw_only(), py::arg("heads"), py::arg("cache"),
+  module.def("swiglu", &swiglu, Unlocked(), py::kw_only(), py::arg("gate_up"), py::arg("y"),
+             py::arg("gate_up_row_stride"), py::arg("rows"), py::arg("size"), py::arg("dtype"), py::arg("stream"));
+  module.def("rotary_cache", &rotary_cache, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
+             py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("sequences"),
+             py::arg("positions"), py::arg("tokens"), py::arg("stream"));
+  module.def("decode_attention", &decode_attention, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("past_lengths"), py::arg("sequences"), py::arg("softmax_scale"), py::arg("workspace"),
              py::arg("workspace_sequences"), py::arg("stream"));

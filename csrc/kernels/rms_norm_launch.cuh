@@ -127,8 +127,9 @@ cudaError_t launch_long_row(RmsNormPlan plan, const DeviceProperties& device, cu
     shared_bytes = static_cast<size_t>(row_bytes);
   }
   if (shared_bytes > 48 * 1024 - 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // The attribute is the kernel's, and other threads launch it too: always the most that a row may take.
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   device.max_shared_memory_per_block - 1024);
     if (error != cudaSuccess) return error;
   }
   // About four groups of elements a thread; a row of one element has a warp.

@@ -20,7 +20,7 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
   char const* getPluginType() const noexcept override { return Plugin::kName; }
   char const* getPluginVersion() const noexcept override { return kPluginVersion; }
   char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
-  void setPluginNamespace(char const* name) noexcept override { namespace_ = name; }
+  void setPluginNamespace(char const* name) noexcept override { namespace_ = name == nullptr ? "" : name; }
 
   int32_t getNbOutputs() const noexcept override { return plugin_.roles().output_count(); }
 
@@ -84,7 +84,7 @@ class DynamicExtCreator final : public nvinfer1::IPluginCreator {
   char const* getPluginName() const noexcept override { return Plugin::kName; }
   char const* getPluginVersion() const noexcept override { return kPluginVersion; }
   char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
-  void setPluginNamespace(char const* name) noexcept override { namespace_ = name; }
+  void setPluginNamespace(char const* name) noexcept override { namespace_ = name == nullptr ? "" : name; }
   nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &field_names_; }
 
   nvinfer1::IPluginV2* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields) noexcept override {

@@ -35,8 +35,9 @@ class Norm:
         check_per_channel("weight", self.weight, self.x)
         if self.residual is not None:
             check_like("residual", self.residual, self.x)
-        if not (isinstance(self.eps, float | int) and math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps must be a finite number above 0, not {self.eps!r}")
+        smallest, largest = SMALLEST_SCALE, torch.finfo(torch.float32).max
+        if not (isinstance(self.eps, float | int) and smallest <= self.eps <= largest):
+            raise ValueError(f"eps must be a finite number above 0 that float32 can hold, not {self.eps!r}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def check_per_channel(name: str, tensor: Any, x: Tensor) -> None:
 
 def check_output_memory(name: str, output: Tensor, norm: Norm, *, other_output: Tensor | None = None) -> None:
     """Check that an output shares memory with nothing but, exactly, x or the residual: their rows are read first."""
-    if any(size > 1 and stride == 0 for size, stride in zip(output.shape, output.stride(), strict=True)):
+    if _overlaps_itself(output):
         raise ValueError(f"elements of {name} overlap each other: its strides are {tuple(output.stride())}")
     operands = {"x": norm.x, "residual": norm.residual, "weight": norm.weight}
     for other_name, other in operands.items():
@@ -126,8 +127,28 @@ def check_output_memory(name: str, output: Tensor, norm: Norm, *, other_output: 
         raise ValueError(f"{name} overlaps the other output")
 
 
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some dimension steps by less than the dimensions inside it reach; views that interleave count too."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.numel() > 0 and b.numel() > 0 and _extent(a)[0] < _extent(b)[1] and _extent(b)[0] < _extent(a)[1]
+    """Whether the memory of two tensors overlaps; of interleaved columns of one matrix, exactly."""
+    if a.numel() == 0 or b.numel() == 0 or _extent(a)[0] >= _extent(b)[1] or _extent(b)[0] >= _extent(a)[1]:
+        return False
+    if a.stride() != b.stride() or a.shape != b.shape or a.dim() < 2:
+        return True
+    # Equal strides: apart if within one step of the leading dimensions their last ones lie side by side.
+    step = min((s for s, n in zip(a.stride()[:-1], a.shape[:-1], strict=True) if n > 1), default=0) * a.element_size()
+    row = a.shape[-1] * a.element_size()
+    distance = abs(a.data_ptr() - b.data_ptr())
+    return step == 0 or distance % step < row or distance % step > step - row
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -84,19 +84,14 @@ class NativeLayers:
         else:
             array = np.ascontiguousarray(array, trt.nptype(dtype))
             weights = trt.Weights(array)
-        layer = self._named(self.network.add_constant(array.shape, weights), what)
-        return layer.get_output(0)
+        return self._typed_output(self._named(self.network.add_constant(array.shape, weights), what), dtype)
 
     def cast(self, tensor: Any, dtype: Any) -> Any:
         """The tensor in ``dtype``; itself where it has that type."""
         if tensor.dtype == dtype:
             return tensor
         layer = self._named(self.network.add_cast(tensor, dtype), f"to_{str(dtype).rsplit('.', 1)[-1].lower()}")
-        output = layer.get_output(0)
-        if not self.typed:  # else TensorRT 8.6 calls it float32 again, as a network's output for one
-            layer.set_output_type(0, dtype)
-            output.dtype = dtype
-        return output
+        return self._typed_output(layer, dtype)
 
     def _to_quantized(self, scaled: Any, quant_dtype: Any, largest: float) -> Any:
         if _MAJOR >= 10:
@@ -130,6 +125,13 @@ class NativeLayers:
         shuffle = self._named(self.network.add_shuffle(tensor), "broadcast")
         shuffle.reshape_dims = (1,) * (rank - 1) + (tuple(tensor.shape) or (1,))
         return shuffle.get_output(0)
+
+    def _typed_output(self, layer: Any, dtype: Any) -> Any:
+        output = layer.get_output(0)
+        if not self.typed:  # else TensorRT 8.6 calls it float32 again, as a network's output for one
+            layer.set_output_type(0, dtype)
+            output.dtype = dtype
+        return output
 
     def _computed_in_float32(self, layer: Any) -> Any:
         output = layer.get_output(0)

@@ -49,13 +49,13 @@ def register_tensorrt_plugins() -> bool:
         Whether the plug-ins are registered now.
     """
     with _lock:
-        if importlib.util.find_spec("tensorrt") is None:
-            return False
         try:
+            if importlib.util.find_spec("tensorrt") is None:
+                return False
             trt = _import_tensorrt()
             if not _is_registered(trt):
                 trt.get_plugin_registry().load_library(str(tensorrt_library_path()))
-        except (ImportError, OSError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             warnings.warn(f"the TensorRT plug-ins are not registered: {error}", RuntimeWarning, stacklevel=2)
             return False
         if not _is_registered(trt):

@@ -120,9 +120,11 @@ def decode_attention(
     _check_output(out, shape, qkv)
     if len(qkv) == 0:
         return out
+    heads = _heads(inputs)
+    _check_workspace(workspace, _core().decode_attention_workspace_bytes(heads, len(cache)), qkv)
     with _device_of(qkv) as stream:
         _core().decode_attention(
-            heads=_heads(inputs),
+            heads=heads,
             cache=cache.data_ptr(),
             max_positions=cache.shape[3],
             qkv=qkv.data_ptr(),
@@ -219,6 +221,15 @@ def _check_int32(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
     )
 
 
+def _check_workspace(workspace: Tensor, num_bytes: int, like: Tensor) -> None:
+    right = str(workspace.dtype) == "torch.uint8" and workspace.is_contiguous() and workspace.device == like.device
+    _check(
+        right and workspace.numel() >= num_bytes,
+        f"workspace must be that of decode_attention_workspace for this cache, {num_bytes} bytes on {like.device}, not "
+        f"{workspace.numel()} elements of {workspace.dtype} on {workspace.device}",
+    )
+
+
 def _check_qkv(qkv: Tensor, inputs: AttentionInputs) -> None:
     _check_matrix("qkv", qkv)
     cache, table = inputs.kv_cache, inputs.rotary_table
@@ -239,6 +250,14 @@ def _check_qkv(qkv: Tensor, inputs: AttentionInputs) -> None:
     _check(
         right and table.device == qkv.device, "rotary_table must be contiguous float32 [rows, rotary_dim] on the GPU"
     )
+    scale = inputs.query_scale
+    if scale is not None:
+        right = scale.dtype == table.dtype and tuple(scale.shape) == (len(table),) and scale.is_contiguous()
+        _check(
+            right and scale.device == qkv.device,
+            f"query_scale must be contiguous float32 [{len(table)}], as rotary_table has rows, on {qkv.device}, not "
+            f"{scale.dtype} {list(scale.shape)} on {scale.device}",
+        )
     _check((inputs.q_norm is None) == (inputs.k_norm is None), "q_norm and k_norm go together")
     for name, weight in (("q_norm", inputs.q_norm), ("k_norm", inputs.k_norm)):
         if weight is not None:

@@ -178,6 +178,7 @@ class _Arguments:
             raise TypeError(f"x has type {self.dtype}; expected one of {', '.join(map(str, _floating_types()))}")
         if residual is not None:
             self._check_residual()
+        self.types: dict[str, Any] = {}  # of the weight and the smoothing; TensorRT 8.6 forgets those of constants
         self.weight = self.channels(weight, "weight", self.dtype)
 
     def _check_residual(self) -> None:
@@ -200,10 +201,11 @@ class _Arguments:
         if len(shape) != 1 or not _may_be_equal(shape[0], hidden_size):
             raise ValueError(f"{what} has shape {shape}; {expected}")
         if not isinstance(value, trt.ITensor):
-            dtype = trt.float32 if value.dtype == np.float32 else default_type
-            return NativeLayers(self.network, self.name).constant(value, dtype, what)
+            self.types[what] = trt.float32 if value.dtype == np.float32 else default_type
+            return NativeLayers(self.network, self.name).constant(value, self.types[what], what)
         if value.dtype not in (self.dtype, trt.float32):
             raise TypeError(f"{what} has type {value.dtype}; expected {self.dtype} or {trt.float32}")
+        self.types[what] = value.dtype
         return value
 
     def per_tensor(self, value: Any, what: str) -> Any:
@@ -223,7 +225,7 @@ class _Arguments:
         return {
             "eps": self.eps,
             "type_id": int(self.dtype),
-            "weight_type_id": int(self.weight.dtype),
+            "weight_type_id": int(self.types["weight"]),
             "residual": int(self.residual is not None),
         }
 
@@ -238,7 +240,7 @@ def _add_quantization_plugin(
         "unit_offset": int(unit_offset),
     }
     if smoothing is not None:
-        fields["smoothing_type_id"] = int(smoothing.dtype)
+        fields["smoothing_type_id"] = int(arguments.types["smoothing"])
     optional = (arguments.residual, scale, smoothing)
     inputs = [arguments.x, arguments.weight, *(tensor for tensor in optional if tensor is not None)]
     outputs = _add_plugin(arguments.network, "RmsNormQuantization", inputs, fields, arguments.name)

@@ -70,6 +70,7 @@ def rms_norm(
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
+    _check_types(eps, x=x, weight=weight, residual=residual)
     ops = torch.ops.qwen_plugins
     options = (eps, unit_offset, round_before_weight)
     if residual is None:
@@ -123,6 +124,9 @@ def rms_norm_quant(
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
+    _check_types(eps, x=x, weight=weight, residual=residual, scale=scale, smoothing=smoothing)
+    if not isinstance(quant_dtype, torch.dtype):
+        raise TypeError(f"quant_dtype must be torch.int8 or torch.float8_e4m3fn, not {quant_dtype!r}")
     ops = torch.ops.qwen_plugins
     options = (smoothing, eps, quant_dtype, unit_offset)
     if residual is None:
@@ -132,6 +136,15 @@ def rms_norm_quant(
     if scale is None:
         return ops.rms_norm_dynamic_quant_residual(x, residual, weight, *options)
     return ops.rms_norm_quant_residual(x, residual, weight, scale, *options)
+
+
+def _check_types(eps: float, **tensors: Tensor | None) -> None:
+    """What PyTorch's dispatcher would say less clearly. The operators check everything else."""
+    if not isinstance(eps, float | int):
+        raise TypeError(f"eps must be a number, not {type(eps).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name not in ("x", "weight")):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
 
 
 @dataclass(frozen=True)

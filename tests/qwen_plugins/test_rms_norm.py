@@ -288,9 +288,11 @@ WEIGHT = torch.ones(8)
         ({"weight": torch.ones(1, 8)}, ValueError, r"weight must have the shape \(8,\), not \(1, 8\)"),
         ({"weight": WEIGHT.half()}, TypeError, "weight must be float32 for x in float32, not float16"),
         ({"weight": torch.ones(16)[::2]}, ValueError, "weight must be contiguous"),
-        ({"eps": 0.0}, ValueError, "eps must be a finite number above 0, not 0.0"),
+        ({"eps": 0.0}, ValueError, "eps must be a finite number above 0 that float32 can hold, not 0.0"),
         ({"eps": -1e-6}, ValueError, "eps must be"),
         ({"eps": float("nan")}, ValueError, "eps must be"),
+        ({"eps": 1e-50}, ValueError, "above 0 that float32 can hold, not 1e-50"),
+        ({"eps": 1e300}, ValueError, "eps must be"),
         ({"residual": torch.zeros(2, 7)}, ValueError, r"residual must have the shape of x, \(2, 8\), not \(2, 7\)"),
         ({"residual": X.half()}, TypeError, "residual must have the type of x, float32, not float16"),
         ({"residual": X.to("meta")}, ValueError, "residual must be on the device of x, cpu, but is on meta"),
@@ -320,6 +322,22 @@ def test_overlapping_output_is_refused_before_anything_is_written():
     assert torch.equal(storage, before)
 
 
-def test_not_a_tensor():
-    with pytest.raises((TypeError, RuntimeError), match="list"):
-        qwen_plugins.rms_norm([1.0], WEIGHT)
+def test_columns_of_one_matrix_are_no_overlap():
+    packed = torch.randn(4, 3, 128)
+    y = packed[..., 64:]
+    expected, _ = reference(packed[..., :64].clone(), torch.ones(64), 1e-6)
+    assert_within_one_ulp(qwen_plugins.rms_norm(packed[..., :64], torch.ones(64), out=y), expected)
+    with pytest.raises(ValueError, match="out overlaps x"):
+        qwen_plugins.rms_norm(packed[..., :64], torch.ones(64), out=packed[..., 32:96])
+    with pytest.raises(ValueError, match="elements of out overlap each other"):
+        qwen_plugins.rms_norm(torch.ones(4, 16), torch.ones(16), out=torch.zeros(100).as_strided((4, 16), (8, 1)))
+
+
+def test_wrong_types():
+    for x, weight, eps, name in (([1.0], WEIGHT, 1e-6, "x"), (X, None, 1e-6, "weight"), (X, WEIGHT, "a", "eps")):
+        with pytest.raises(TypeError, match=f"{name} must be a"):
+            qwen_plugins.rms_norm(x, weight, eps)
+    with pytest.raises(TypeError, match=r"scale must be a torch\.Tensor, not float"):
+        qwen_plugins.rms_norm_quant(X, WEIGHT, scale=0.1)
+    with pytest.raises(TypeError, match=r"quant_dtype must be torch\.int8 or"):
+        qwen_plugins.rms_norm_quant(X, WEIGHT, quant_dtype="int8")
