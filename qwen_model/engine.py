@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -211,20 +211,30 @@ def _written_whole(target: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / "engine")
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
+        _put_in_place(folder, target)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         if isinstance(error, OSError):
             raise QwenModelError(f"{target} cannot be written: {error}") from error
         raise
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; if that fails, what was there before is back."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        target.rename(aside / "engine")
+        folder.rename(target)
+    finally:
+        if not target.exists():
+            (aside / "engine").rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,10 +1,12 @@
 """Engines as folders: what is in them, that they are whole or not there, and what is said of those that are wrong."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,25 @@ def test_a_build_that_fails_leaves_the_engine_before_it(model_dir, tmp_path):
     build(model_dir, tmp_path / "engine", max_batch_size=3)
     with pytest.raises(QwenModelError, match="engine cannot be written: disk full"):
         build(model_dir, tmp_path / "engine", progress=fail)
+    assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit(143)], ids=repr)
+def test_the_old_engine_is_back_when_the_new_one_cannot_take_its_place(model_dir, tmp_path, monkeypatch, error):
+    """The first rename puts the old engine aside, the second, of the new one, fails."""
+    build(model_dir, tmp_path / "engine", max_batch_size=3)
+    rename, renamed = Path.rename, []
+
+    def failing_rename(path, target):
+        renamed.append(path)
+        if len(renamed) == 2:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises((QwenModelError, SystemExit), match=r"engine cannot be written.*No space left|143"):
+        build(model_dir, tmp_path / "engine", max_batch_size=5)
     assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
