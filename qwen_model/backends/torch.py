@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from ..sampling import SamplingOptions
 from ..weights import Checkpoint, WeightGroup, weight_groups
 from .torch_operations import Batch, TorchOperations
 from .torch_sampling import TorchSampler
+
+ONE_THREAD_WORK = 8e6
+"""Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
 
 
 def write_weights(
@@ -170,6 +174,7 @@ class TorchExecutor:
         on_gpu = self.device.type == "cuda"
         use_kernels = on_gpu and _has_kernels(config) if use_kernels is None else use_kernels
         self.runs_ahead = on_gpu
+        self._layer_size = sum(weight.numel() for name, weight in weights.items() if name.startswith("layers.0."))
 
         shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
@@ -266,7 +271,8 @@ class TorchExecutor:
         past = torch.zeros(count, dtype=torch.int32, device=self.device)
         self._ops.batch = Batch(lengths, [0] * count, table, rows, scale, past, decoding=False)
         packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
-        logits = decoder(self._ops, self.config, torch.from_numpy(packed).to(self.device), last_token_only)
+        with self._threads_for(len(packed)):
+            logits = decoder(self._ops, self.config, torch.from_numpy(packed).to(self.device), last_token_only)
         self._host_past = lengths
         self._past[:count] = torch.tensor(lengths, dtype=torch.int32)
         self._offsets[:count] = torch.tensor(offsets, dtype=torch.int32)
@@ -296,10 +302,24 @@ class TorchExecutor:
         rows = past + self._offsets[:count]
         ones, table = [1] * count, self._rotary
         self._ops.batch = Batch(ones, self._host_past, table, rows, self._query_scale, past, decoding=True)
-        logits = decoder(self._ops, self.config, self._tokens[:count])
-        self._choose_greedily(logits)
+        with self._threads_for(count):
+            logits = decoder(self._ops, self.config, self._tokens[:count])
+            self._choose_greedily(logits)
         past += 1
         return logits
+
+    @contextmanager
+    def _threads_for(self, num_tokens: int) -> Iterator[None]:
+        """One thread where the products are small; afterwards the process has the number of threads it had."""
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu" or threads == 1 or self._layer_size * num_tokens > ONE_THREAD_WORK:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _reorder(self, rows: Tensor) -> None:
         """Row i of the cache and of the lengths becomes what row `rows[i]` was."""

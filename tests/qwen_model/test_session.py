@@ -4,11 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_model
 from qwen_model import QwenModelError, SamplingOptions
+from qwen_model.backends import torch as torch_back_end
+from qwen_model.backends.torch_operations import TorchOperations
 from tests.qwen_model.checkpoints import random_prompt
 
 prompts = st.lists(st.integers(0, 316), min_size=1, max_size=60)
@@ -128,6 +131,22 @@ def test_timing_counts_tokens(endless):
     timing = endless.generate([random_prompt(7), random_prompt(3)], max_new_tokens=5).timing
     assert (timing.prompt_tokens, timing.generated_tokens) == (10, 10)
     assert timing.decode_tokens_per_second == pytest.approx(8 / timing.decode_seconds)
+
+
+def test_small_products_use_one_thread_and_the_process_keeps_its_number(endless, monkeypatch):
+    """A step of one token is small; a prompt is not, where the limit is set below it."""
+    seen = []
+    linear = TorchOperations.linear
+    monkeypatch.setattr(TorchOperations, "linear", lambda *args: seen.append(torch.get_num_threads()) or linear(*args))
+    monkeypatch.setattr(torch_back_end, "ONE_THREAD_WORK", 2 * endless.executor._layer_size)
+    torch.set_num_threads(2)
+    try:
+        endless.generate(random_prompt(9), max_new_tokens=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    half = len(seen) // 2
+    assert (set(seen[:half]), set(seen[half:])) == ({2}, {1})
 
 
 def test_numpy_prompts(endless):
