@@ -118,6 +118,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 def find_architecture(values: Mapping[str, Any]) -> Architecture:
     """The entry for a `config.json`: by its `architectures`, else by its `model_type`."""
     names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise QwenModelError(f"config.json: architectures must be a list of names, not {names!r}")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]

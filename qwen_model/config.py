@@ -91,34 +91,44 @@ class ModelConfig:
             RotaryConfig(dim=self.rotary.dim, base=self.rotary.base),
             original_max_positions=self.rotary.original_max_positions,
         )
-        return dataclasses.replace(self, rotary=_apply_scaling(rotary, scaling))
+        if not isinstance(scaling, Mapping):
+            raise QwenModelError(f"the rotary scaling must be an object like that of rope_scaling, not {scaling!r}")
+        config = dataclasses.replace(self, rotary=_apply_scaling(rotary, _Reader(scaling, "rotary scaling")))
+        _check(config)
+        return config
 
 
 class _Reader:
-    """Typed reading of one `config.json`; every error names the key, what was given and what was expected."""
+    """Typed reading of one JSON object; every error names the key, what was given and what was expected."""
 
-    def __init__(self, values: Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
         self.values = values
+        self.where = where
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
         if value is None:
             value = default
         if value is None:
-            raise QwenModelError(f"config.json has no {key!r}")
+            raise QwenModelError(f"{self.where} has no {key!r}")
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise QwenModelError(f"config.json: {key} must be a positive integer, not {value!r}")
+            raise QwenModelError(f"{self.where}: {key} must be a positive integer, not {value!r}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        return _number(self.values, key, default)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise QwenModelError(f"{self.where}: {key} must be a positive number, not {value!r}")
+        return float(value)
 
     def boolean(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise QwenModelError(f"config.json: {key} must be true or false, not {value!r}")
+            raise QwenModelError(f"{self.where}: {key} must be true or false, not {value!r}")
         return value
 
 
@@ -174,10 +184,13 @@ def _read_head_size(reader: _Reader, architecture: Architecture, hidden_size: in
 
 
 def _read_dtype(values: Mapping[str, Any]) -> str:
-    dtype = values.get("dtype") or values.get("torch_dtype")
-    if dtype is None and values.get("bf16"):  # Qwen v1
-        dtype = "bfloat16"
-    return dtype if dtype in DTYPES else "float16"
+    key = "dtype" if values.get("dtype") else "torch_dtype"
+    dtype = values.get(key)
+    if dtype is None:
+        return "bfloat16" if values.get("bf16") else "float16"  # bf16: Qwen v1
+    if dtype not in DTYPES:
+        raise QwenModelError(f"config.json: {key} {dtype!r} is not supported (only {', '.join(DTYPES)})")
+    return dtype
 
 
 def _reject_unsupported(values: Mapping[str, Any]) -> None:
@@ -185,11 +198,13 @@ def _reject_unsupported(values: Mapping[str, Any]) -> None:
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise QwenModelError(f"config.json: hidden_act {activation!r} is not supported (only 'silu')")
-    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
-        raise QwenModelError("config.json: sliding-window attention (use_sliding_window) is not supported")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise QwenModelError(f"config.json: quantized checkpoints are not supported (quant_method {method!r})")
+    _reject_sliding_window(values)
+    quantization = values.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise QwenModelError(
+            f"config.json: quantized checkpoints are not supported (quantization_config: quant_method {method!r})"
+        )
     if values.get("num_key_value_heads_per_layer"):
         raise QwenModelError("config.json: num_key_value_heads_per_layer is not supported: every layer must be alike")
     if values.get("scale_attn_weights") is False:
@@ -198,70 +213,99 @@ def _reject_unsupported(values: Mapping[str, Any]) -> None:
         raise QwenModelError("config.json: no_bias false is not supported")
 
 
+def _reject_sliding_window(values: Mapping[str, Any]) -> None:
+    """Qwen2 and Qwen3 have a switch for it, and a `sliding_window` that means nothing while that is off."""
+    if values.get("use_sliding_window"):
+        raise QwenModelError("config.json: sliding-window attention (use_sliding_window) is not supported")
+    window = values.get("sliding_window")
+    if window is not None and "use_sliding_window" not in values:
+        raise QwenModelError(f"config.json: sliding-window attention (sliding_window {window!r}) is not supported")
+    layer_types = values.get("layer_types")
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list):
+        raise QwenModelError(f"config.json: layer_types must be a list, not {layer_types!r}")
+    for kind in layer_types:
+        if kind != "full_attention":
+            raise QwenModelError(f"config.json: layer_types: {kind!r} is not supported (only 'full_attention')")
+
+
 def _read_rotary(reader: _Reader, architecture: Architecture, head_size: int, max_positions: int) -> RotaryConfig:
     values = reader.values
     # transformers 5 keeps all of it in rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
-    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    base = _number(parameters, "rope_theta", reader.number(architecture.keys.rotary_base, 10000.0))
-    fraction = _number(parameters, "partial_rotary_factor", reader.number(architecture.keys.rotary_fraction, 1.0))
+    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    parameters = values.get(key) or {}
+    if not isinstance(parameters, Mapping):
+        raise QwenModelError(f"config.json: {key} must be an object, not {parameters!r}")
+    scaling = _Reader(parameters, f"config.json: {key}")
+    base = scaling.number("rope_theta", reader.number(architecture.keys.rotary_base, 10000.0))
+    fraction = scaling.number("partial_rotary_factor", reader.number(architecture.keys.rotary_fraction, 1.0))
     rotary = RotaryConfig(dim=int(head_size * fraction), base=base, original_max_positions=max_positions)
     if architecture.qwen_v1_rotary and reader.boolean("use_dynamic_ntk"):
         return dataclasses.replace(rotary, scaling="qwen_dynamic")
-    return _apply_scaling(rotary, parameters)
+    return _apply_scaling(rotary, scaling)
 
 
-def _apply_scaling(rotary: RotaryConfig, parameters: Mapping[str, Any]) -> RotaryConfig:
+def _apply_scaling(rotary: RotaryConfig, reader: _Reader) -> RotaryConfig:
     """`rotary` with the scaling that a `rope_scaling` or `rope_parameters` object asks for."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind in ("default", "none", None):
+    kind = _scaling_kind(reader)
+    if kind == "none":
         return rotary
-    if kind not in ROTARY_SCALINGS:
-        raise QwenModelError(f"rotary scaling {kind!r} is not supported (supported: {', '.join(ROTARY_SCALINGS)})")
     rotary = dataclasses.replace(rotary, scaling=kind)
     if kind == "qwen_dynamic":
         return rotary
-    if parameters.get("factor") is None:
-        raise QwenModelError(f"rotary scaling {kind!r} needs a factor")
-    rotary = dataclasses.replace(rotary, factor=_number(parameters, "factor", 1.0))
-    if kind in ("llama3", "yarn") and parameters.get("original_max_position_embeddings"):
-        rotary = dataclasses.replace(rotary, original_max_positions=parameters["original_max_position_embeddings"])
+    if reader.values.get("factor") is None:
+        raise QwenModelError(f"{reader.where}: {kind!r} needs a factor")
+    rotary = dataclasses.replace(rotary, factor=reader.number("factor", 1.0))
+    if kind in ("llama3", "yarn"):
+        trained = reader.integer("original_max_position_embeddings", rotary.original_max_positions)
+        rotary = dataclasses.replace(rotary, original_max_positions=trained)
     if kind == "llama3":
         return dataclasses.replace(
             rotary,
-            low_freq_factor=_number(parameters, "low_freq_factor", 1.0),
-            high_freq_factor=_number(parameters, "high_freq_factor", 4.0),
+            low_freq_factor=reader.number("low_freq_factor", 1.0),
+            high_freq_factor=reader.number("high_freq_factor", 4.0),
         )
     if kind == "yarn":
         return dataclasses.replace(
             rotary,
-            beta_fast=_number(parameters, "beta_fast", 32.0),
-            beta_slow=_number(parameters, "beta_slow", 1.0),
-            truncate=bool(parameters.get("truncate", True)),
-            attention_factor=_yarn_attention_factor(rotary.factor, parameters),
+            beta_fast=reader.number("beta_fast", 32.0),
+            beta_slow=reader.number("beta_slow", 1.0),
+            truncate=reader.boolean("truncate", True),
+            attention_factor=_yarn_attention_factor(rotary.factor, reader),
         )
     return rotary
 
 
-def _yarn_attention_factor(factor: float, parameters: Mapping[str, Any]) -> float:
+def _scaling_kind(reader: _Reader) -> str:
+    """One of `ROTARY_SCALINGS`. Without a type there may be nothing that only a scaling needs."""
+    kind = reader.values.get("rope_type") or reader.values.get("type")
+    if kind is None:
+        unused = [
+            key for key in reader.values if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        ]
+        if unused:
+            raise QwenModelError(f"{reader.where} has {', '.join(map(repr, unused))} but no 'rope_type'")
+    if kind in ("default", None):
+        return "none"
+    if kind not in ROTARY_SCALINGS:
+        raise QwenModelError(
+            f"{reader.where}: rope_type {kind!r} is not supported (supported: {', '.join(ROTARY_SCALINGS)})"
+        )
+    return kind
+
+
+def _yarn_attention_factor(factor: float, reader: _Reader) -> float:
     """Peng et al., "YaRN" (2023), section 3.4, with the two mscales of DeepSeek, as transformers reads them."""
-    if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor", 1.0)
+    if reader.values.get("attention_factor") is not None:
+        return reader.number("attention_factor", 1.0)
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return mscale(_number(parameters, "mscale", 1.0)) / mscale(_number(parameters, "mscale_all_dim", 1.0))
+    if reader.values.get("mscale") and reader.values.get("mscale_all_dim"):
+        return mscale(reader.number("mscale", 1.0)) / mscale(reader.number("mscale_all_dim", 1.0))
     return mscale(1.0)
-
-
-def _number(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = values.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
-        raise QwenModelError(f"config.json: {key} must be a positive number, not {value!r}")
-    return float(value)
 
 
 def _check(config: ModelConfig) -> None:
@@ -275,4 +319,14 @@ def _check(config: ModelConfig) -> None:
         raise QwenModelError(
             f"the rotary embedding must cover an even number of the {config.head_size} elements of a head, "
             f"not {rotary_dim}"
+        )
+    rotary = config.rotary
+    if rotary.scaling in ("dynamic", "qwen_dynamic") and rotary_dim < 4:
+        raise QwenModelError(f"rotary scaling {rotary.scaling!r} needs heads of at least 4 elements, not {rotary_dim}")
+    if rotary.scaling == "yarn" and rotary.base <= 1:
+        raise QwenModelError(f"rotary scaling 'yarn' needs a rope_theta above 1, not {rotary.base}")
+    if rotary.scaling == "llama3" and rotary.low_freq_factor >= rotary.high_freq_factor:
+        raise QwenModelError(
+            f"rotary scaling 'llama3' needs a low_freq_factor below the high_freq_factor, "
+            f"not {rotary.low_freq_factor} and {rotary.high_freq_factor}"
         )

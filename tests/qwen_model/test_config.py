@@ -86,6 +86,15 @@ def test_rotary_scaling_in_place_of_the_checkpoints():
     assert config.with_rotary_scaling({"rope_type": "none"}).rotary.scaling == "none"
     dynamic = config.with_rotary_scaling({"rope_type": "dynamic", "factor": 3.0}).rotary
     assert (dynamic.scaling, dynamic.factor, dynamic.original_max_positions) == ("dynamic", 3.0, 128)
+    for wrong in ([1], {"factor": 2.0}, {"rope_type": "linear", "factor": "x"}):
+        with pytest.raises(QwenModelError, match="rotary scaling"):
+            config.with_rotary_scaling(wrong)
+
+
+def test_a_sliding_window_that_is_switched_off():
+    """As the published Qwen2 and Qwen3 have it."""
+    read_config({**LLAMA, "sliding_window": 64, "use_sliding_window": False})
+    read_config({**LLAMA, "sliding_window": None})
 
 
 @pytest.mark.parametrize(
@@ -103,13 +112,33 @@ def test_rotary_scaling_in_place_of_the_checkpoints():
         ({"rope_theta": "x"}, "rope_theta must be a positive number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: .sliding_attention. is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not supported.*yarn"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs a factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number"),
         ({"partial_rotary_factor": 0.2}, "even number of the 16 elements.*not 3"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, not 'LlamaForCausalLM'"),
+        ({"architectures": [3]}, "architectures must be a list of names"),
+        ({"layer_types": 3}, "layer_types must be a list, not 3"),
+        ({"layer_types": ["linear_attention"]}, "layer_types: 'linear_attention' is not supported"),
+        ({"sliding_window": 64}, "sliding_window 64"),
+        ({"quantization_config": "awq"}, "quantization_config.*'awq'"),
+        ({"torch_dtype": "float64"}, "torch_dtype 'float64' is not supported.*bfloat16"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+        ({"rope_scaling": [1]}, r"rope_scaling must be an object, not \[1\]"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling has 'factor' but no 'rope_type'"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters has 'full_attention' but no 'rope_type'"),
+        ({"rope_scaling": {"type": 3}}, "rope_type 3 is not supported"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "truncate": "no"}}, "truncate must be true or false, not 'no'"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "original_max_position_embeddings": "512"}},
+            "original_max_position_embeddings must be a positive integer, not '512'",
+        ),
+        ({"rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 1}, "rope_theta above 1"),
+        ({"rope_scaling": {"type": "llama3", **YARN, "low_freq_factor": 4}}, "low_freq_factor below"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "'dynamic' needs.*at least 4.*not 2"),
         ({"num_key_value_heads_per_layer": [1, 2]}, "num_key_value_heads_per_layer"),
     ],
 )
