@@ -166,7 +166,16 @@ def test_limits_follow_the_model(tmp_path):
 
     assert limits() == (Limits(8, 66, 34), ())
     assert limits(max_input_len=80) == (Limits(8, 80, 20), ())
-    assert limits(max_output_len=10) == (Limits(8, 60, 10), ())
+    assert limits(max_output_len=10) == (Limits(8, 90, 10), ())
+    for asked, text in (
+        (
+            {"max_input_len": 100},
+            "prompts of 100 tokens leave none of the model's 100 for max_output_len.*--max-input-len",
+        ),
+        ({"max_output_len": 300}, "300 tokens of output leave none of the model's 100 for max_input_len"),
+    ):
+        with pytest.raises(QwenModelError, match=text):
+            limits(**asked)
     _, warnings = limits(max_input_len=80, max_output_len=30)
     assert "110 tokens are longer than the 100" in warnings[0]
     scaled, warnings = limits(max_input_len=150, max_output_len=50, rotary_scaling={"rope_type": "linear", "factor": 2})
