@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .command_line import DEFAULT_ENGINE_DIR, run_command
@@ -12,7 +14,7 @@ from .errors import QwenModelError
 from .extras import import_extra
 
 if TYPE_CHECKING:
-    from .engine import BuildSummary
+    from .engine import BuildSummary, Progress
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,15 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
-    tqdm = import_extra("tqdm", "qwen_model.build").tqdm
     from .engine import build_engine
 
-    with tqdm(desc="weights", unit="B", unit_scale=True, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _progress_bar() as progress:
         summary = build_engine(
             options.model_dir,
             output_dir=options.output_dir,
@@ -69,6 +65,25 @@ def _parser() -> argparse.ArgumentParser:
         "that rope_scaling is in a config.json (default: as the checkpoint says)",
     )
     return parser
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar of the bytes written, from the first ones on; none where standard error is no terminal."""
+    tqdm = import_extra("tqdm", "qwen_model.build").tqdm
+    bar = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, disable=None)
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def parse_rotary_scaling(text: str) -> dict[str, Any]:

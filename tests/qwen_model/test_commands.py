@@ -172,7 +172,12 @@ def test_usage_errors(command, arguments):
 def test_build_says_what_is_wrong(command, tmp_path):
     status, out, err = command(build.main, "--model-dir", tmp_path, "--output-dir", tmp_path / "engine")
     assert (status, out) == (1, "")
-    assert "is not a Hugging Face checkpoint" in err
+    assert err.startswith(f"error: {tmp_path} is not a Hugging Face checkpoint")
+
+
+def test_a_log_gets_no_progress_bar(command, model_dir, tmp_path):
+    status, _, err = command(build.main, "--model-dir", model_dir, "--output-dir", tmp_path / "engine")
+    assert (status, err) == (0, "")
 
 
 def test_rotary_scaling_argument():
