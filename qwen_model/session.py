@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class Session:
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
         num_beams: int = 1,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         chat: bool = False,
     ) -> GenerationResult:
         """Generate for one prompt or a batch of them; each a text, a list of token ids or a list of messages.
@@ -106,7 +107,7 @@ class Session:
         stop: generation ends, and the text is cut, before any of these strings.
         chat: put each prompt, a user's turn or a list of messages, into the model's chat template.
         """
-        if num_beams != 1:
+        if _count("num_beams", num_beams) != 1:
             return self._generate_beams(prompts, max_new_tokens, sampling, num_beams, stop, chat)
         request = self._request(prompts, max_new_tokens, sampling, stop, chat)
         timer = _Timer(request.prompts)
@@ -121,7 +122,7 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         chat: bool = False,
     ) -> Iterator[StreamEvent]:
         """As `generate`, but each token as soon as it is there. Input is checked at once, not at the first token."""
@@ -130,29 +131,30 @@ class Session:
 
     def logits(self, input_ids: Sequence[int]) -> FloatArray:
         """Logits [tokens, vocab_size] after each token of one prompt."""
-        self._check_prompts([list(input_ids)], 1)
+        prompt = _plain(input_ids)
+        if not _all_are(prompt, int):
+            raise QwenModelError(f"input_ids must be a list of token ids, not {reprlib.repr(input_ids)}")
+        self._check_prompts([prompt], 1)
         self._running = None
-        return self.executor.prompt_logits(list(input_ids))
+        return self.executor.prompt_logits(prompt)
 
     def _request(
         self,
         prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int | None,
         sampling: SamplingOptions | None,
-        stop: str | Sequence[str],
+        stop: str | Sequence[str] | None,
         chat: bool,
     ) -> _Request:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = _stop_strings(stop)
         if stops and self.tokenizer is None:
             raise QwenModelError("stop strings need a tokenizer, and this engine has none")
-        if "" in stops:
-            raise QwenModelError("a stop string must not be empty")
         token_ids = self._token_ids(prompts, chat)
         count = self._new_tokens(max_new_tokens)
         self._check_prompts(token_ids, 1)
         ends = self._end_token_ids(chat)
         sequences = [_Sequence(index, ends, stops, count, self.tokenizer) for index in range(len(token_ids))]
-        return _Request(token_ids, sampling or SamplingOptions(), count, sequences)
+        return _Request(token_ids, _sampling(sampling), count, sequences)
 
     def _end_token_ids(self, chat: bool) -> frozenset[int]:
         """Those of the engine; a chat model also ends at the end of its turn, which its tokenizer knows."""
@@ -160,29 +162,36 @@ class Session:
         return frozenset(self.config.end_token_ids) | frozenset(of_tokenizer)
 
     def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, Mapping)))
-        return [self._encode(prompt, chat) for prompt in ([prompts] if one else prompts)]
+        plain = _plain(prompts)
+        if not isinstance(plain, (str, list)):
+            raise QwenModelError(f"prompts must be texts, lists of token ids or of messages, not {prompts!r}")
+        one = isinstance(plain, str) or (len(plain) > 0 and isinstance(plain[0], (int, Mapping)))
+        return [self._encode(prompt, chat) for prompt in ([plain] if one else plain)]
 
-    def _encode(self, prompt: Any, chat: bool) -> list[int]:
-        is_text = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-        if not is_text:
+    def _encode(self, given: Any, chat: bool) -> list[int]:
+        prompt = _plain(given)
+        if _all_are(prompt, int):
             if chat:
                 raise QwenModelError("the chat template needs prompts that are texts, not token ids")
-            return [int(token) for token in prompt]
+            return prompt
+        if not isinstance(prompt, str) and not _all_are(prompt, Mapping):
+            raise QwenModelError(
+                f"a prompt must be a text, a list of token ids or a list of messages, not {reprlib.repr(given)}"
+            )
         if self.tokenizer is None:
             raise QwenModelError("this engine has no tokenizer: give token ids (--input-ids) instead of text")
-        if not chat:
-            return self.tokenizer.encode(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.tokenizer.apply_chat_template(messages)
+        if chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self.tokenizer.apply_chat_template(messages)
+        if not isinstance(prompt, str):
+            raise QwenModelError("a list of messages needs chat=True")
+        return self.tokenizer.encode(prompt)
 
     def _new_tokens(self, max_new_tokens: int | None) -> int:
         limit = self.config.limits.max_output_len
         if max_new_tokens is None:
             return min(limit, DEFAULT_NEW_TOKENS)
-        if max_new_tokens < 1:
-            raise QwenModelError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if max_new_tokens > limit:
+        if _count("max_new_tokens", max_new_tokens) > limit:
             raise QwenModelError(
                 f"max_new_tokens {max_new_tokens} is more than the engine's limit of {limit}: "
                 "build it with a larger --max-output-len"
@@ -244,12 +253,10 @@ class Session:
         max_new_tokens: int | None,
         sampling: SamplingOptions | None,
         num_beams: int,
-        stop: str | Sequence[str],
+        stop: str | Sequence[str] | None,
         chat: bool,
     ) -> GenerationResult:
-        if num_beams < 1:
-            raise QwenModelError(f"num_beams must be at least 1, not {num_beams}")
-        if stop or (sampling is not None and sampling.changes_logits):
+        if _stop_strings(stop) or _sampling(sampling).changes_logits:
             raise QwenModelError("beam search is greedy: it takes no stop strings and no sampling options")
         token_ids = self._token_ids(prompts, chat)
         count = self._new_tokens(max_new_tokens)
@@ -270,6 +277,39 @@ class Session:
         ended = best[-1] in ends
         text = None if self.tokenizer is None else self.tokenizer.decode(best[:-1] if ended else best)
         return Output(best, text, "stop" if ended else "length", beams)
+
+
+def _plain(values: Any) -> Any:
+    """Arrays, tensors and sequences as lists, NumPy's integers as Python's; what is none of these as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
+        return values
+    return [int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value for value in values]
+
+
+def _all_are(values: Any, kind: type) -> bool:
+    """Whether it is a list of these and nothing else; True and False are no integers."""
+    return isinstance(values, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in values)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise QwenModelError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+        raise QwenModelError(f"stop must be a text or a list of texts, none of them empty, not {stop!r}")
+    return tuple(stops)
+
+
+def _sampling(options: SamplingOptions | None) -> SamplingOptions:
+    if options is not None and not isinstance(options, SamplingOptions):
+        raise QwenModelError(f"sampling must be a SamplingOptions, not {options!r}")
+    return options or SamplingOptions()
 
 
 @dataclass

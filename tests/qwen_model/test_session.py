@@ -149,9 +149,20 @@ def test_small_products_use_one_thread_and_the_process_keeps_its_number(endless,
     assert (set(seen[:half]), set(seen[half:])) == ({2}, {1})
 
 
-def test_numpy_prompts(endless):
+def test_prompts_of_numpy_and_pytorch(endless):
     prompt = random_prompt(7)
-    assert endless.generate([np.array(prompt)]).outputs == endless.generate(prompt).outputs
+    expected = endless.generate(prompt, stop=None).outputs
+    for same in (np.array(prompt), list(np.array(prompt)), torch.tensor(prompt), tuple(prompt)):
+        assert endless.generate(same).outputs == endless.generate([same]).outputs == expected
+        assert np.array_equal(endless.logits(same), endless.logits(prompt))
+    batch = [prompt, prompt[::-1]]
+    assert endless.generate(np.array(batch)).outputs == endless.generate(batch).outputs
+
+
+def test_logits_take_token_ids_only(session):
+    for wrong in ("text", None, [1.5], [[1, 2]]):
+        with pytest.raises(QwenModelError, match="input_ids must be a list of token ids"):
+            session.logits(wrong)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +181,24 @@ def test_numpy_prompts(endless):
         ({"prompts": [[1]], "num_beams": 2, "sampling": SamplingOptions(top_k=4)}, "beam search"),
         ({"prompts": [[1]], "stop": [""]}, "empty"),
         ({"prompts": [[1]], "chat": True}, "chat template"),
+        ({"prompts": None}, "prompts must be texts.*not None"),
+        ({"prompts": 3}, "prompts must be texts.*not 3"),
+        ({"prompts": b"abc"}, "prompts must be texts.*not b'abc'"),
+        ({"prompts": [b"abc"]}, "a prompt must be a text.*not b'abc'"),
+        ({"prompts": [1.7, 2.2]}, "a prompt must be a text.*not 1.7"),
+        ({"prompts": [[1.7, 2.2]]}, r"a prompt must be a text.*not \[1.7, 2.2\]"),
+        ({"prompts": [True, False]}, r"a prompt must be a text.*not \[True, False\]"),
+        ({"prompts": [[1, True]]}, "a prompt must be a text"),
+        ({"prompts": [1, "a"]}, "a prompt must be a text"),
+        ({"prompts": np.array([[0.5]])}, "a prompt must be a text"),
+        ({"prompts": [{"role": "user"}]}, "needs chat=True"),
+        ({"prompts": [{"role": "user"}], "chat": True}, "message 0 must be"),
+        ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens must be a whole number.*not 2.5"),
+        ({"prompts": [[1]], "max_new_tokens": True}, "max_new_tokens must be a whole number.*not True"),
+        ({"prompts": [[1]], "num_beams": 2.0}, "num_beams must be a whole number.*not 2.0"),
+        ({"prompts": [[1]], "stop": 3}, "stop must be a text.*not 3"),
+        ({"prompts": [[1]], "stop": [3]}, r"stop must be a text.*not \[3\]"),
+        ({"prompts": [[1]], "sampling": {"top_k": 3}}, "sampling must be a SamplingOptions"),
     ],
 )
 def test_errors(session, arguments, message):
