@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,19 @@ ONE_THREAD_WORK = 8e6
 """Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
 
 
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A GPU whose memory runs out is an error in one line: what was needed and what is free, as PyTorch says it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sentences = re.split(r"\.\s+", str(error))  # of several; the first say it, the rest is about the allocator
+        raise QwenModelError(
+            f"{'. '.join(sentences[:3])}; use a smaller batch or shorter prompts, or build with a smaller "
+            "--max-batch-size, --max-input-len or --max-output-len"
+        ) from error
+
+
 def write_weights(
     checkpoint: Checkpoint, groups: Sequence[WeightGroup], dtype: str, folder: Path, report: Callable[[int], None]
 ) -> None:
@@ -38,6 +52,7 @@ def write_weights(
         report(sum(tensor.nbytes for tensor in tensors.values()))
 
 
+@_memory_errors()
 def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
     """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one."""
     from safetensors.torch import load_file
@@ -193,6 +208,7 @@ class TorchExecutor:
         self._sampler: TorchSampler | None = None  # None: greedy
         self._beam_logits: Tensor | None = None
 
+    @_memory_errors()
     @torch.inference_mode()
     def prepare(self, num_sequences: int) -> None:
         """See `Executor`."""
@@ -203,6 +219,7 @@ class TorchExecutor:
         with torch.cuda.device(self.device):
             self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences))
 
+    @_memory_errors()
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
         """See `Executor`."""
@@ -214,16 +231,19 @@ class TorchExecutor:
         self._choose_greedily(logits)
         return self._chosen(logits)
 
+    @_memory_errors()
     @torch.inference_mode()
     def decode(self) -> _Tokens:
         """See `Executor`."""
         return self._chosen(self._decode_logits())
 
+    @_memory_errors()
     @torch.inference_mode()
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """See `Executor`."""
         return self._prefill_logits([prompt], last_token_only=False).float().cpu().numpy()
 
+    @_memory_errors()
     @torch.inference_mode()
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
@@ -233,6 +253,7 @@ class TorchExecutor:
         self._reorder(rows)
         self._beam_logits = logits[rows]
 
+    @_memory_errors()
     @torch.inference_mode()
     def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
         """See `Executor`."""
@@ -244,6 +265,7 @@ class TorchExecutor:
         found = places.cpu().numpy()
         return best.cpu().numpy(), found // self.config.vocab_size, found % self.config.vocab_size
 
+    @_memory_errors()
     @torch.inference_mode()
     def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
         """See `Executor`."""

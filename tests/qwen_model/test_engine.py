@@ -256,6 +256,28 @@ def test_what_a_cpu_needs_is_said_too(engine_dir, tmp_path):
         qwen_model.load_engine(tmp_path / "engine", device="cpu")
 
 
+def test_a_gpu_whose_memory_runs_out_half_way(engine_dir, monkeypatch):
+    def run_out(*args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 GiB of which 1.50 "
+            "GiB is free. Including non-PyTorch memory, this process has 138.21 GiB memory in use. Of the allocated"
+        )
+
+    session = qwen_model.load_engine(engine_dir, device="cpu")
+    expected = (
+        r"^CUDA out of memory\. Tried to allocate 20\.00 GiB\. GPU 0 has .* 1\.50 GiB is free; use a smaller batch"
+    )
+    monkeypatch.setattr(back_end, "decoder", run_out)
+    with pytest.raises(QwenModelError, match=expected):
+        session.generate([1, 2, 3])
+    with pytest.raises(QwenModelError, match=expected):
+        session.logits([1, 2, 3])
+    monkeypatch.undo()
+    monkeypatch.setattr(back_end, "rotary_table", run_out)
+    with pytest.raises(QwenModelError, match=expected):
+        qwen_model.load_engine(engine_dir, device="cpu")
+
+
 def test_an_engine_survives_its_checkpoint(tmp_path):
     folder = save_hugging_face(hugging_face_model("Qwen3ForCausalLM"), tmp_path / "model")
     build(folder, tmp_path / "engine")
