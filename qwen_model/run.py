@@ -15,6 +15,8 @@ from .errors import QwenModelError
 if TYPE_CHECKING:
     from .session import GenerationResult, Session
 
+HEADING_WIDTH = 72  # characters of a prompt
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Generate for every prompt of the command line or the file; text or one JSON object on standard output."""
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         _stream(session, prompts, settings)
         return
     result = session.generate(prompts, num_beams=options.num_beams, **settings)
-    print(_as_json(result) if options.json else _as_text(result))
+    print(_as_json(result) if options.json else _as_text(prompts, result))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,16 +92,27 @@ def _stream(session: Session, prompts: list[str | list[int]], settings: dict[str
     """Print each prompt's text as it comes; the prompts one after the other, so that their texts don't mix."""
     if session.tokenizer is None:
         raise QwenModelError("--stream prints text, and this engine has no tokenizer")
-    for prompt in prompts:
-        for event in session.stream([prompt], **settings):
+    streams = [session.stream([prompt], **settings) for prompt in prompts]  # all checked before the first is printed
+    for place, (prompt, events) in enumerate(zip(prompts, streams, strict=True)):
+        if len(prompts) > 1:
+            print(("\n" if place else "") + _heading(prompt))
+        for event in events:
             print(event.text, end="", flush=True)
         print()
 
 
-def _as_text(result: GenerationResult) -> str:
-    return "\n".join(
-        ",".join(map(str, output.output_ids)) if output.text is None else output.text for output in result.outputs
-    )
+def _as_text(prompts: list[str | list[int]], result: GenerationResult) -> str:
+    texts = [",".join(map(str, output.output_ids)) if output.text is None else output.text for output in result.outputs]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"{_heading(prompt)}\n{text}" for prompt, text in zip(prompts, texts, strict=True))
+
+
+def _heading(prompt: str | list[int]) -> str:
+    """The beginning of a prompt in one line, marked as `head` marks the names of several files."""
+    text = prompt if isinstance(prompt, str) else ",".join(map(str, prompt))
+    line = text.replace("\n", "\\n")
+    return f"==> {line if len(line) <= HEADING_WIDTH else line[: HEADING_WIDTH - 3] + '...'} <=="
 
 
 def _as_json(result: GenerationResult) -> str:

@@ -141,6 +141,52 @@ def test_chat_keeps_the_conversation(command, engine_dir, session, monkeypatch):
     assert (status, out) == (0, f"{first}\n{second}\n")
 
 
+def test_a_chat_that_grows_too_long_goes_on(command, engine_dir, monkeypatch):
+    """The engine's limit is 120 tokens, one for each character: one of these turns fits, two do not, 200 never do."""
+    lines = iter(["a" * 40, "b" * 200, "c" * 40])
+
+    def next_line(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    asked = []
+    stream = qwen_model.Session.stream
+
+    def seen_stream(session, prompts, **options):
+        asked.extend([message["content"] for message in messages] for messages in prompts)
+        return stream(session, prompts, **options)
+
+    monkeypatch.setattr("builtins.input", next_line)
+    monkeypatch.setattr(qwen_model.Session, "stream", seen_stream)
+    options = ("--engine-dir", engine_dir, "--device", "cpu", "--max-new-tokens", 3, "--system", "Be brief.")
+    status, out, err = command(chat.main, *options)
+    assert (status, out.count("\n")) == (0, 2)
+    assert asked == [["Be brief.", "a" * 40], ["Be brief.", "c" * 40]]
+    first, second = err.splitlines()
+    assert first.startswith("error: this message makes 2")
+    assert first.endswith("limit of 120")
+    assert second == "note: 1 of the oldest turns left out: the engine's limit is 120 tokens"
+
+
+def test_several_prompts_in_text_are_told_apart(command, engine_dir, session):
+    common = ("--engine-dir", engine_dir, "--device", "cpu", "--max-new-tokens", 5)
+    long = "x" * 100
+    texts = [session.generate(prompt, max_new_tokens=5).outputs[0].text for prompt in ("a\nb", long, [1, 2])]
+    headings = ["==> a\\nb <==", f"==> {'x' * 69}... <==", "==> 1,2 <=="]
+    expected = "\n\n".join(f"{heading}\n{text}" for heading, text in zip(headings, texts, strict=True)) + "\n"
+    for more in ((), ("--stream",)):
+        assert command(run.main, *common, *more, "a\nb", long, "--input-ids", "1,2") == (0, expected, "")
+
+
+def test_a_stream_checks_every_prompt_first(command, engine_dir):
+    options = ("--engine-dir", engine_dir, "--device", "cpu", "--stream")
+    status, out, err = command(run.main, *options, "fine", "--input-ids", "5000")
+    assert (status, out) == (1, "")
+    assert "token id 5000" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
