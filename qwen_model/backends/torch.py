@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,16 +150,20 @@ class _Tokens:
 
 
 class _StepGraph:
-    """A decode step for one number of sequences, captured once and then replayed."""
+    """A decode step for one number of sequences, captured once and then replayed.
 
-    def __init__(self, step: Callable[[], Tensor]):
+    The steps of an executor share a memory pool: they never run at the same time, and nothing in a pool, the logits
+    either, is needed once a step of another size runs.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], pool: Any):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()  # libraries initialise themselves in the first call, which must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self.logits = step()
 
     def replay(self) -> Tensor:
@@ -201,6 +206,7 @@ class TorchExecutor:
         self._query_scale = None if scale is None else torch.from_numpy(scale).to(self.device)
 
         self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None  # by the number of sequences
+        self._graph_pool: Any = torch.cuda.graph_pool_handle() if use_kernels else None
         self._tokens = torch.zeros(limits.max_batch_size, dtype=torch.int64, device=self.device)
         self._past = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._offsets = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
@@ -217,7 +223,7 @@ class TorchExecutor:
         for state in (self._past, self._offsets, self._tokens):
             state.zero_()
         with torch.cuda.device(self.device):
-            self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences))
+            self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
 
     @_memory_errors()
     @torch.inference_mode()

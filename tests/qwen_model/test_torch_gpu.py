@@ -121,6 +121,18 @@ def test_a_greedy_request_after_a_sampled_one(model):
     assert token_ids(session, PROMPTS[:3]) == greedy
 
 
+def test_batch_sizes_in_any_order(model):
+    """The graphs of all sizes share their memory: each is replayed after others were captured and replayed."""
+    _, folder = model
+    engine = build(folder, "float32")
+    gpu, cpu = (qwen_model.load_engine(engine, device=device) for device in ("cuda", "cpu"))
+    expected = token_ids(cpu, PROMPTS)
+    for count in (1, 3, 2, 1, 2, len(PROMPTS), 1, 3):
+        assert token_ids(gpu, PROMPTS[:count]) == expected[:count]
+        beams = [session.generate(PROMPTS[0], num_beams=2, max_new_tokens=16).outputs[0] for session in (gpu, cpu)]
+        assert beams[0].output_ids == beams[1].output_ids
+
+
 def test_qwen_v1_past_its_trained_length(tmp_path):
     reference, config = qwen_v1(hidden_size=128, num_attention_heads=2, kv_channels=64)
     save_reference(reference, config, tmp_path / "model")
