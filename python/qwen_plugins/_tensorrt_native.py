@@ -73,8 +73,8 @@ class NativeLayers:
         q = self._to_quantized(scaled, quant_dtype, largest)
         return [q, divisor] if dynamic else [q]
 
-    def constant(self, array: np.ndarray, dtype: Any, what: str) -> Any:
-        """A constant tensor of ``dtype`` with the shape and values of ``array``."""
+    def constant(self, array: np.ndarray, dtype: Any, what: str, *, keeps_type: bool = False) -> Any:
+        """A constant tensor of ``dtype`` with the shape and values of ``array``; TensorRT may change an untold type."""
         if dtype == getattr(trt, "bfloat16", None):
             import ml_dtypes  # NumPy itself has no bfloat16
 
@@ -84,7 +84,8 @@ class NativeLayers:
         else:
             array = np.ascontiguousarray(array, trt.nptype(dtype))
             weights = trt.Weights(array)
-        return self._typed_output(self._named(self.network.add_constant(array.shape, weights), what), dtype)
+        layer = self._named(self.network.add_constant(array.shape, weights), what)
+        return self._typed_output(layer, dtype) if keeps_type else layer.get_output(0)
 
     def cast(self, tensor: Any, dtype: Any) -> Any:
         """The tensor in ``dtype``; itself where it has that type."""

@@ -70,7 +70,7 @@ def rms_norm(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
-    arguments = _Arguments(network, x, weight, eps, residual, dtype, name or _free_name(network, "rms_norm"))
+    arguments = _Arguments(network, x, weight, eps, residual, dtype, name or _free_name(network, "rms_norm"), plugin)
     if plugin:
         fields = arguments.fields() | {
             "unit_offset": int(unit_offset),
@@ -128,7 +128,9 @@ def rms_norm_quant(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
-    arguments = _Arguments(network, x, weight, eps, residual, dtype, name or _free_name(network, "rms_norm_quant"))
+    arguments = _Arguments(
+        network, x, weight, eps, residual, dtype, name or _free_name(network, "rms_norm_quant"), plugin
+    )
     _check_quant_dtype(quant_dtype)
     smoothing = None if smoothing is None else arguments.channels(smoothing, "smoothing", trt.float32)
     scale = None if scale is None else arguments.per_tensor(scale, "scale")
@@ -164,7 +166,9 @@ def configure_builder(config: Any, network: Any) -> None:
 class _Arguments:
     """Checks what both functions take; `weight` becomes a tensor."""
 
-    def __init__(self, network: Any, x: Any, weight: Any, eps: float, residual: Any, dtype: Any, name: str) -> None:
+    def __init__(
+        self, network: Any, x: Any, weight: Any, eps: float, residual: Any, dtype: Any, name: str, plugin: bool
+    ) -> None:
         if not isinstance(network, trt.INetworkDefinition):
             raise TypeError(f"network is a {type(network).__name__}; expected a tensorrt.INetworkDefinition")
         self.network, self.x, self.residual, self.eps, self.name = network, x, residual, float(eps), name
@@ -178,6 +182,7 @@ class _Arguments:
             raise TypeError(f"x has type {self.dtype}; expected one of {', '.join(map(str, _floating_types()))}")
         if residual is not None:
             self._check_residual()
+        self.plugin = plugin
         self.types: dict[str, Any] = {}  # of the weight and the smoothing; TensorRT 8.6 forgets those of constants
         self.weight = self.channels(weight, "weight", self.dtype)
 
@@ -202,7 +207,9 @@ class _Arguments:
             raise ValueError(f"{what} has shape {shape}; {expected}")
         if not isinstance(value, trt.ITensor):
             self.types[what] = trt.float32 if value.dtype == np.float32 else default_type
-            return NativeLayers(self.network, self.name).constant(value, self.types[what], what)
+            # A plug-in reads it as it is; for native layers TensorRT may fold a conversion into the constant.
+            native = NativeLayers(self.network, self.name)
+            return native.constant(value, self.types[what], what, keeps_type=self.plugin)
         if value.dtype not in (self.dtype, trt.float32):
             raise TypeError(f"{what} has type {value.dtype}; expected {self.dtype} or {trt.float32}")
         self.types[what] = value.dtype
