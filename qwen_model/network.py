@@ -34,8 +34,8 @@ class Operations(Protocol[T]):
         new keys and values written to the cache, attention over the cache.
         """
 
-    def swiglu(self, gate_up: T) -> T:
-        """[tokens, 2 · intermediate_size], the gate first, to silu(gate) · up."""
+    def linear_swiglu(self, x: T, weight: str, bias: str | None = None) -> T:
+        """`linear` to [tokens, 2 · intermediate_size], the gate first, and of that silu(gate) · up."""
 
     def last_token(self, x: T) -> T:
         """The rows of the last token of each sequence: [sequences, hidden_size]."""
@@ -68,6 +68,6 @@ def decoder_layer(ops: Operations[T], config: ModelConfig, layer: int, x: T, res
     x = ops.linear(x, f"{name}.attention.output.weight", bias(f"{name}.attention.output", config.output_bias))
 
     x, residual = ops.rms_norm(x, f"{name}.post_attention_norm.weight", residual)
-    gate_up = ops.linear(x, f"{name}.mlp.gate_up.weight", bias(f"{name}.mlp.gate_up", config.mlp_bias))
-    x = ops.linear(ops.swiglu(gate_up), f"{name}.mlp.down.weight", bias(f"{name}.mlp.down", config.mlp_bias))
+    x = ops.linear_swiglu(x, f"{name}.mlp.gate_up.weight", bias(f"{name}.mlp.gate_up", config.mlp_bias))
+    x = ops.linear(x, f"{name}.mlp.down.weight", bias(f"{name}.mlp.down", config.mlp_bias))
     return x, residual

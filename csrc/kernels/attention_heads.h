@@ -2,7 +2,8 @@
 // before attention.
 //
 //   q, k = RMSNorm of each head       (only with norm weights: Qwen3)
-//   q, k = rotary embedding, NeoX style: element i turns with element i + rotary_dim / 2, i < rotary_dim / 2
+//   q, k = rotary embedding            (kNeox: element i turns with element i + rotary_dim / 2, i < rotary_dim / 2;
+//                                       kGptJ: element 2i with element 2i + 1)
 //   q    = q * query_scale            (only with it: Qwen v1's logn)
 //
 // Each line is computed in float32 and rounded to dtype. Su et al., "RoFormer" (2021).
@@ -16,6 +17,9 @@
 
 namespace qwen_plugins {
 
+// Values are part of the plug-ins' serialised form.
+enum class RotaryStyle : int32_t { kNeox = 0, kGptJ = 1 };
+
 struct AttentionHeads {
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;             // divides num_heads
@@ -24,7 +28,9 @@ struct AttentionHeads {
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of qkv, cache, norm weights and result
 
   const float* rotary_table = nullptr;   // [rows, rotary_dim]: cosines, then sines
-  const int32_t* rotary_rows = nullptr;  // [tokens]: the row of each token
+  // [sequences], on the device: a token at position p of sequence i uses row rotary_offsets[i] + p; null: row p
+  const int32_t* rotary_offsets = nullptr;
+  RotaryStyle rotary_style = RotaryStyle::kNeox;
   const float* query_scale = nullptr;    // [rows]; null: 1
   const void* q_norm_weight = nullptr;   // [head_size]; null: q and k are not normalised
   const void* k_norm_weight = nullptr;   // [head_size]

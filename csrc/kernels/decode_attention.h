@@ -20,19 +20,14 @@ struct DecodeAttentionParams {
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new token's position, below max_positions
   int32_t sequences = 0;                  // sequence i has row i of the cache; 0 launches nothing
   float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
-  // 16-byte aligned, of decode_attention_workspace(heads, workspace_sequences). Its counters must be zero before the
-  // first launch, and every launch leaves them zero. Not to be shared by launches that may overlap.
+  // 16-byte aligned, of decode_attention_workspace_bytes; its contents do not matter. Not to be shared by launches that
+  // may overlap, as the semaphores.
   void* workspace = nullptr;
-  int32_t workspace_sequences = 0;  // at least `sequences`
+  int32_t* semaphores = nullptr;  // [sequences, num_heads]: zero before the first launch, and every launch leaves them so
 };
 
-// Bytes of workspace for up to this many sequences; the first `zeroed_bytes` of them are the counters.
-struct DecodeAttentionWorkspace {
-  int64_t bytes = 0;
-  int64_t zeroed_bytes = 0;
-};
-cudaError_t decode_attention_workspace(const AttentionHeads& heads, int32_t max_sequences,
-                                       DecodeAttentionWorkspace* result);
+// Never less for fewer sequences: the workspace for the most sequences serves all.
+cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences, int64_t* bytes);
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation; the launch depends on no value in device
 // memory, so that a CUDA graph of it serves sequences of any length. cudaErrorInvalidValue for parameters outside of

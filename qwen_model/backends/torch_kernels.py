@@ -30,9 +30,9 @@ class KernelOperations(TorchOperations):
         super().__init__(config, weights, cache, rmsnorm_plugin)
         self._workspace: Tensor | None = None
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
+    def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return swiglu(gate_up)
+        return swiglu(self.linear(x, weight, bias))
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         """See `qwen_model.network.Operations`."""

@@ -70,9 +70,9 @@ class TorchOperations:
             return self._rms_norm(x, self.weights[weight], self.config.norm_eps), x
         return self._rms_norm(x, self.weights[weight], self.config.norm_eps, residual=residual)
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
+    def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def last_token(self, x: Tensor) -> Tensor:
