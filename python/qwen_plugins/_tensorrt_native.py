@@ -84,7 +84,11 @@ class NativeLayers:
         else:
             array = np.ascontiguousarray(array, trt.nptype(dtype))
             weights = trt.Weights(array)
-        layer = self._named(self.network.add_constant(array.shape, weights), what)
+        return self.weights(weights, array.shape, dtype, what, keeps_type=keeps_type)
+
+    def weights(self, weights: Any, shape: tuple[int, ...], dtype: Any, what: str, *, keeps_type: bool = False) -> Any:
+        """The same of ``tensorrt.Weights``, which have no shape."""
+        layer = self._named(self.network.add_constant(shape, weights), what)
         return self._typed_output(layer, dtype) if keeps_type else layer.get_output(0)
 
     def cast(self, tensor: Any, dtype: Any) -> Any:

@@ -73,7 +73,10 @@ class Weights:
             self.array = array_or_type
         else:  # type, address and number of elements
             dtype = NUMPY_TYPES[array_or_type]
-            self.array = np.frombuffer(ctypes.string_at(address, count * dtype.itemsize), dtype)
+            self.array = np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype)
+
+    size = property(lambda self: self.array.size)
+    dtype = property(lambda self: ITensor(self.array).dtype)
 
 
 class INetworkDefinition:
@@ -138,9 +141,12 @@ class INetworkDefinition:
     def add_plugin(self, inputs: list[ITensor], plugin: types.SimpleNamespace) -> Layer:
         plugin.inputs = inputs
         self.plugins.append(plugin)
-        fields = plugin.fields
-        num_outputs = 1 + fields["residual"] + fields.get("dyn_act_scaling", 0)
-        layer = Layer(lambda _: [inputs[0].array] * num_outputs, num_outputs)
+        if plugin.name == "GptAttention":
+            outputs = [inputs[0].array, inputs[1].array]
+        else:
+            num_outputs = 1 + plugin.fields.get("residual", 0) + plugin.fields.get("dyn_act_scaling", 0)
+            outputs = [inputs[0].array] * num_outputs
+        layer = Layer(lambda _: outputs, len(outputs))
         self.layers.append(layer)
         return layer
 
@@ -161,7 +167,7 @@ def make_module(version: str) -> types.ModuleType:
     """The module ``tensorrt`` of that version, its plug-ins registered."""
     module = types.ModuleType("tensorrt")
     module.__spec__ = types.SimpleNamespace(name="tensorrt")
-    creators = [Creator("RmsNorm"), Creator("RmsNormQuantization")]
+    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")]
     major = int(version.split(".")[0])
     names = {name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, "CLIP", "FLOAT32", "INT32")}
     operations = types.SimpleNamespace(**names)

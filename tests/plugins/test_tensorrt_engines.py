@@ -19,6 +19,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 import qwen_plugins.tensorrt as plugins  # noqa: E402
 from benchmarks.tensorrt_engines import LOG, Engine, Graph, Input, build_plan, check, cudart  # noqa: E402
+from qwen_plugins._tensorrt_registration import find_creator  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
@@ -333,7 +334,7 @@ def test_wrong_inputs_fail_the_build_with_the_reason_in_the_log() -> None:
     """A plug-in that is told of a residual which the network does not bring, past the Python functions' checks."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        creator = plugins.find_creator(trt, "RmsNorm")
+        creator = find_creator(trt, "RmsNorm")
         arrays = {name: np.array([1], np.int32) for name in ("type_id", "residual")}
         fields = [trt.PluginField(name, array, trt.PluginFieldType.INT32) for name, array in arrays.items()]
         plugin = creator.create_plugin("layer", trt.PluginFieldCollection(fields))

@@ -21,10 +21,10 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The package's functions on one version of TensorRT, and an empty network."""
     version, strongly_typed = request.param
     monkeypatch.setitem(sys.modules, "tensorrt", make_module(version))
-    for name in ("qwen_plugins.tensorrt", "qwen_plugins._tensorrt_native"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in modules_with_tensorrt():
+        monkeypatch.delitem(sys.modules, name)
     functions = importlib.import_module("qwen_plugins.tensorrt")
-    for name in ("qwen_plugins.tensorrt", "qwen_plugins._tensorrt_native"):
+    for name in modules_with_tensorrt():
         monkeypatch.setitem(sys.modules, name, sys.modules[name])  # forgotten after the test
     return types.SimpleNamespace(
         functions=functions,
@@ -32,6 +32,12 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         major=int(version.split(".")[0]),
         strongly_typed=strongly_typed,
     )
+
+
+def modules_with_tensorrt() -> list[str]:
+    """The package's modules that import tensorrt: all but the one that looks for it."""
+    prefixes = ("qwen_plugins.tensorrt", "qwen_plugins._tensorrt_")
+    return [name for name in sys.modules if name.startswith(prefixes) and not name.endswith("_registration")]
 
 
 def rows(*shape: int, dtype: type = np.float16) -> ITensor:
