@@ -18,15 +18,31 @@ __device__ __forceinline__ float sum_over_warp(float value) {
   return value;
 }
 
+// The two elements that a rotation turns together, in either style.
+struct RotaryPair {
+  int index;    // of the pair's cosine and sine
+  int partner;  // the other element
+  float sign;   // of the other element
+
+  __device__ __forceinline__ RotaryPair(RotaryStyle style, int element, int rotary_dim) {
+    const int half = rotary_dim / 2;
+    const bool neox = style == RotaryStyle::kNeox;
+    const bool first = neox ? element < half : element % 2 == 0;
+    const int distance = neox ? half : 1;
+    partner = first ? element + distance : element - distance;
+    index = neox ? min(element, partner) : element / 2;
+    sign = first ? -1.0F : 1.0F;
+  }
+};
+
 // One warp makes one head of q or k ready for attention: normalised, rotated and scaled, as float32 values that T can
 // hold, in `out` [kHeadSize] (shared memory). `norm_weight` may be null; `cos_sin` is the token's row of the rotary
 // table. All loads are issued before the first of them is used.
 template <typename T, int kHeadSize>
-__device__ __forceinline__ void prepare_head(float* out, const T* x, const T* norm_weight, float norm_eps,
-                                             const float* cos_sin, int rotary_dim, float scale) {
+__device__ __forceinline__ void prepare_head(float* out, const T* x, const T* norm_weight, const AttentionHeads& heads,
+                                             const float* cos_sin, float scale) {
   constexpr int kPerLane = (kHeadSize + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int half = rotary_dim / 2;
   float values[kPerLane];
   float weights[kPerLane] = {};
   float cosines[kPerLane] = {};
@@ -36,17 +52,17 @@ __device__ __forceinline__ void prepare_head(float* out, const T* x, const T* no
     const int d = lane + 32 * i;
     values[i] = d < kHeadSize ? to_float(x[d]) : 0.0F;
     if (norm_weight != nullptr && d < kHeadSize) weights[i] = to_float(norm_weight[d]);
-    if (d < rotary_dim) {
-      const int pair = d < half ? d : d - half;
-      cosines[i] = cos_sin[pair];
-      sines[i] = cos_sin[half + pair];
+    if (d < heads.rotary_dim) {
+      const RotaryPair pair(heads.rotary_style, d, heads.rotary_dim);
+      cosines[i] = cos_sin[pair.index];
+      sines[i] = cos_sin[heads.rotary_dim / 2 + pair.index];
     }
   }
   if (norm_weight != nullptr) {
     float sum_of_squares = 0.0F;
 #pragma unroll
     for (const float value : values) sum_of_squares += value * value;
-    const float factor = rsqrtf(sum_over_warp(sum_of_squares) / kHeadSize + norm_eps);
+    const float factor = rsqrtf(sum_over_warp(sum_of_squares) / kHeadSize + heads.norm_eps);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = to_float(from_float<T>(values[i] * factor * weights[i]));
   }
@@ -58,9 +74,9 @@ __device__ __forceinline__ void prepare_head(float* out, const T* x, const T* no
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int d = lane + 32 * i;
-    if (d < rotary_dim) {
-      const float other = d < half ? -out[d + half] : out[d - half];
-      values[i] = values[i] * cosines[i] + other * sines[i];
+    if (d < heads.rotary_dim) {
+      const RotaryPair pair(heads.rotary_style, d, heads.rotary_dim);
+      values[i] = values[i] * cosines[i] + pair.sign * out[pair.partner] * sines[i];
     }
   }
   __syncwarp();
@@ -71,22 +87,23 @@ __device__ __forceinline__ void prepare_head(float* out, const T* x, const T* no
   __syncwarp();
 }
 
-// The token's row of the rotary table and the factor of its q.
-__device__ __forceinline__ const float* rotary_row(const AttentionHeads& heads, int64_t token) {
-  return heads.rotary_dim == 0 ? nullptr : heads.rotary_table + heads.rotary_rows[token] * int64_t{heads.rotary_dim};
+// The row of a sequence's first position in the rotary table.
+__device__ __forceinline__ int rotary_offset(const AttentionHeads& heads, int sequence) {
+  return heads.rotary_offsets == nullptr ? 0 : heads.rotary_offsets[sequence];
 }
-__device__ __forceinline__ float query_factor(const AttentionHeads& heads, int64_t token) {
-  return heads.query_scale == nullptr ? 1.0F : heads.query_scale[heads.rotary_rows[token]];
+// The factor of q in a row.
+__device__ __forceinline__ float query_factor(const AttentionHeads& heads, int row) {
+  return heads.query_scale == nullptr ? 1.0F : heads.query_scale[row];
 }
 
 // The host's checks of what is written in attention_heads.h.
 inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
   const bool sizes = heads.num_kv_heads > 0 && heads.num_heads > 0 && heads.num_heads % heads.num_kv_heads == 0 &&
                      heads.rotary_dim >= 0 && heads.rotary_dim % 2 == 0 && heads.rotary_dim <= heads.head_size;
-  const bool table = (heads.rotary_dim == 0 && heads.query_scale == nullptr) ||
-                     (heads.rotary_table != nullptr && heads.rotary_rows != nullptr);
+  const bool table = heads.rotary_dim == 0 || heads.rotary_table != nullptr;
+  const bool style = heads.rotary_style == RotaryStyle::kNeox || heads.rotary_style == RotaryStyle::kGptJ;
   const bool norms = (heads.q_norm_weight == nullptr) == (heads.k_norm_weight == nullptr);
-  return sizes && table && norms && cache.data != nullptr && cache.max_positions > 0 &&
+  return sizes && table && style && norms && cache.data != nullptr && cache.max_positions > 0 &&
          reinterpret_cast<uintptr_t>(cache.data) % sizeof(FullPack) == 0;
 }
 

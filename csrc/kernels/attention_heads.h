@@ -27,13 +27,13 @@ struct AttentionHeads {
   int32_t rotary_dim = 0;               // even, at most head_size; 0: no rotary embedding
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of qkv, cache, norm weights and result
 
-  const float* rotary_table = nullptr;   // [rows, rotary_dim]: cosines, then sines
+  const float* rotary_table = nullptr;  // [rows, rotary_dim]: cosines, then sines
   // [sequences], on the device: a token at position p of sequence i uses row rotary_offsets[i] + p; null: row p
   const int32_t* rotary_offsets = nullptr;
   RotaryStyle rotary_style = RotaryStyle::kNeox;
-  const float* query_scale = nullptr;    // [rows]; null: 1
-  const void* q_norm_weight = nullptr;   // [head_size]; null: q and k are not normalised
-  const void* k_norm_weight = nullptr;   // [head_size]
+  const float* query_scale = nullptr;   // [rows]; null: 1
+  const void* q_norm_weight = nullptr;  // [head_size]; null: q and k are not normalised
+  const void* k_norm_weight = nullptr;  // [head_size]
   float norm_eps = 1e-6F;
 };
 

@@ -146,8 +146,8 @@ __device__ __forceinline__ void prepare_new_token(const DecodeAttentionParams& p
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int d = lane; d < kHeadSize; d += 32) new_value[d] = to_float(value[d]);
-  prepare_head<T, kHeadSize>(new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight),
-                             p.heads.norm_eps, cos_sin, p.heads.rotary_dim, 1.0F);
+  prepare_head<T, kHeadSize>(new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight), p.heads,
+                             cos_sin, 1.0F);
   if (!work.writes_new_token) return;
   T* const cache = static_cast<T*>(p.cache.data) + work.past_length * int64_t{kHeadSize};
   T* const key_place = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head);
@@ -168,10 +168,9 @@ __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Wo
   const int warps = static_cast<int>(blockDim.x) / 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < work.num_heads + 1; i += warps) {
     if (i < work.num_heads) {
-      const float q_factor = p.heads.query_scale == nullptr ? 1.0F : p.heads.query_scale[rotary_row];
       prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
-                                 static_cast<const T*>(p.heads.q_norm_weight), p.heads.norm_eps, cos_sin,
-                                 p.heads.rotary_dim, q_factor);
+                                 static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
+                                 query_factor(p.heads, rotary_row));
     } else if (work.has_new_token) {
       prepare_new_token<T, kHeadSize>(p, work, qkv, cos_sin, shared.new_key, shared.new_value);
     }
@@ -384,23 +383,17 @@ __device__ __forceinline__ float combine(int count, const Partial& of_lane, cons
   return result;
 }
 
-// Workspace: counters [sequences, num_heads] (as many as there can be groups of heads), then for each sequence, head
-// and split its maximum and sum, then its values [head_size].
+// Workspace: for each sequence, head and split its maximum and sum, then its values [head_size].
 struct Workspace {
-  int* counters;
   float2* partials;
   float* values;
 };
 
-__host__ __device__ constexpr int64_t counter_bytes(int64_t heads) { return (heads * 4 + 15) / 16 * 16; }
-
 __device__ __forceinline__ Workspace workspace_of(const DecodeAttentionParams& p) {
-  const int64_t heads = int64_t{p.workspace_sequences} * p.heads.num_heads;
-  char* const base = static_cast<char*>(p.workspace);
   Workspace workspace;
-  workspace.counters = reinterpret_cast<int*>(base);
-  workspace.partials = reinterpret_cast<float2*>(base + counter_bytes(heads));
-  workspace.values = reinterpret_cast<float*>(workspace.partials + heads * gridDim.x);
+  workspace.partials = static_cast<float2*>(p.workspace);
+  workspace.values =
+      reinterpret_cast<float*>(workspace.partials + int64_t{p.sequences} * p.heads.num_heads * gridDim.x);
   return workspace;
 }
 
@@ -481,7 +474,7 @@ __device__ __forceinline__ void attend_block(const DecodeAttentionParams& p, con
     if (d == 0) workspace.partials[split] = make_float2(total.maximum, total.sum);
   });
   if (work.num_splits == 1) return;
-  if (!is_last_block(workspace.counters + first_head, work.num_splits, shared.is_last_block)) return;
+  if (!is_last_block(p.semaphores + first_head, work.num_splits, shared.is_last_block)) return;
   combine_splits<T, kHeadSize>(p, work, workspace, first_head);
 }
 
@@ -492,7 +485,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) decode_attention(const __grid_
   wait_for_previous_kernel();
   Work work;
   work.past_length = a.params.past_lengths[blockIdx.z];
-  const int rotary_row = a.params.heads.rotary_rows == nullptr ? 0 : a.params.heads.rotary_rows[blockIdx.z];
+  const int rotary_row = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z)) + work.past_length;
   if (!find_work(a, work)) return;
   if constexpr (kHeads > 1) {
     if (work.num_heads == 1) {
@@ -538,25 +531,21 @@ cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& devic
 
 }  // namespace
 
-cudaError_t decode_attention_workspace(const AttentionHeads& heads, int32_t max_sequences,
-                                       DecodeAttentionWorkspace* result) {
-  if (heads.num_heads <= 0 || heads.head_size <= 0 || max_sequences < 0) return cudaErrorInvalidValue;
-  const int64_t rows = int64_t{max_sequences} * heads.num_heads;
-  result->zeroed_bytes = counter_bytes(rows);
-  result->bytes =
-      result->zeroed_bytes + rows * kMaxSplits * (heads.head_size + 2) * static_cast<int64_t>(sizeof(float));
+cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences, int64_t* bytes) {
+  if (heads.num_heads <= 0 || heads.head_size <= 0 || sequences < 0) return cudaErrorInvalidValue;
+  const int64_t rows = int64_t{sequences} * heads.num_heads;
+  *bytes = rows * kMaxSplits * (heads.head_size + 2) * static_cast<int64_t>(sizeof(float));
   return cudaSuccess;
 }
 
 cudaError_t launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t stream) {
   const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
-  if (!is_valid(p.heads, p.cache) || p.qkv_row_stride < columns || p.sequences < 0 || p.sequences > 65535 ||
-      p.workspace_sequences < p.sequences) {
+  if (!is_valid(p.heads, p.cache) || p.qkv_row_stride < columns || p.sequences < 0 || p.sequences > 65535) {
     return cudaErrorInvalidValue;
   }
   if (p.sequences == 0) return cudaSuccess;
   if (p.qkv == nullptr || p.context == nullptr || p.past_lengths == nullptr || p.workspace == nullptr ||
-      reinterpret_cast<uintptr_t>(p.workspace) % sizeof(FullPack) != 0) {
+      p.semaphores == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % sizeof(FullPack) != 0) {
     return cudaErrorInvalidValue;
   }
   DeviceProperties device;

@@ -23,7 +23,8 @@ struct DecodeAttentionParams {
   // 16-byte aligned, of decode_attention_workspace_bytes; its contents do not matter. Not to be shared by launches that
   // may overlap, as the semaphores.
   void* workspace = nullptr;
-  int32_t* semaphores = nullptr;  // [sequences, num_heads]: zero before the first launch, and every launch leaves them so
+  int32_t* semaphores =
+      nullptr;  // [sequences, num_heads]: zero before the first launch, and every launch leaves them so
 };
 
 // Never less for fewer sequences: the workspace for the most sequences serves all.

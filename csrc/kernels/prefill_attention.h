@@ -1,8 +1,8 @@
 // Causal attention of prompts over packed sequences: what the host can launch.
 //
-// Two kernels. The first makes q and k ready (attention_heads.h), writes k and v to the cache, and q where the context will
-// be. The second is attention on tensor cores with an online softmax (Dao, "FlashAttention-2", 2023): it reads q there,
-// keys and values from the cache, and puts the context in the place of q. No score matrix is ever in memory.
+// Two kernels. The first makes q and k ready (attention_heads.h), writes k and v to the cache, and q where the context
+// will be. The second is attention on tensor cores with an online softmax (Dao, "FlashAttention-2", 2023): it reads q
+// there, keys and values from the cache, and puts the context in the place of q. No score matrix is ever in memory.
 #pragma once
 
 #include "attention_heads.h"

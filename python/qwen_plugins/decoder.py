@@ -1,7 +1,8 @@
 """The decoder's kernels beside the normalisations, for PyTorch tensors on an NVIDIA GPU.
 
-`swiglu`, `rotary_cache` (what comes before attention over prompts) and `decode_attention`. They launch on PyTorch's
-current stream, wait for nothing, and can be captured in a CUDA graph.
+`swiglu`, and attention with the rotary embedding and the key-value cache inside: `prefill_attention` of prompts and
+`decode_attention` of one new token a sequence. They launch on PyTorch's current stream, wait for nothing, and can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+ROTARY_STYLES = {"neox": 0, "gptj": 1}  # csrc/kernels/attention_heads.h
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -42,11 +44,13 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention takes besides the projections; `rotary_rows` has one entry for each token of the call.
+    """What attention takes besides the projections and the lengths.
 
     kv_cache: keys and values of one layer, [sequences, 2, kv_heads, max_positions, head_size], contiguous.
-    rotary_table: float32 [rows, rotary_dim], cosines then sines; the rotation is in the NeoX style.
-    rotary_rows: int32 [tokens], the row of each token.
+    rotary_table: float32 [rows, rotary_dim], cosines then sines.
+    rotary_offsets: int32 [sequences] on the device: position p of sequence i has row `rotary_offsets[i] + p` of the
+        table and of query_scale (not checked); None: row p.
+    rotary_style: "neox", where element i turns with element i + rotary_dim / 2, or "gptj", 2i with 2i + 1.
     query_scale: float32 [rows], multiplies q; None: 1.
     q_norm, k_norm: [head_size], weights of an RMSNorm of each head before the rotation; None: none.
     """
@@ -54,49 +58,84 @@ class AttentionInputs:
     num_heads: int
     kv_cache: Tensor
     rotary_table: Tensor
-    rotary_rows: Tensor
+    rotary_offsets: Tensor | None = None
+    rotary_style: str = "neox"
     query_scale: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     norm_eps: float = 1e-6
 
 
-def rotary_cache(qkv: Tensor, inputs: AttentionInputs, sequences: Tensor, positions: Tensor) -> None:
-    """Normalise and rotate q and k in place, and write k and v to the cache.
+def prefill_attention(
+    qkv: Tensor,
+    inputs: AttentionInputs,
+    cu_seqlens: Tensor,
+    past_lengths: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of prompts, or of further parts of them: [tokens, heads · head_size].
 
-    `qkv` is packed, [tokens, (heads + 2 · kv_heads) · head_size]. Token i goes to position `positions[i]` of sequence
-    `sequences[i]`: both int32 [tokens], on the device, not checked.
+    qkv: [tokens, (heads + 2 · kv_heads) · head_size], the sequences' tokens one after the other; not changed.
+    cu_seqlens: int32 [sequences + 1] on the device: 0, then where each sequence ends in qkv (not checked).
+    past_lengths: int32 [sequences] on the device: tokens in the cache before these; None: none. The new keys and values
+        are written after them (not checked: there must be room); row i of the cache is sequence i's.
+    softmax_scale: None: 1 / sqrt(head_size).
     """
     _check_qkv(qkv, inputs)
-    _check_int32("sequences", sequences, len(qkv), qkv)
-    _check_int32("positions", positions, len(qkv), qkv)
+    cache = inputs.kv_cache
+    sequences = len(cu_seqlens) - 1
+    _check(0 <= sequences <= len(cache), f"{sequences} sequences do not fit in a cache of {len(cache)}")
+    _check_int32("cu_seqlens", cu_seqlens, sequences + 1, qkv)
+    if past_lengths is not None:
+        _check_int32("past_lengths", past_lengths, sequences, qkv)
+    _check_offsets(inputs, sequences, qkv)
+    _check(sequences > 0 or len(qkv) == 0, f"{len(qkv)} tokens of no sequence")
+    out = _context(out, qkv, inputs)
     with _device_of(qkv) as stream:
-        _core().rotary_cache(
+        _core().prefill_attention(
             heads=_heads(inputs),
-            cache=inputs.kv_cache.data_ptr(),
-            max_positions=inputs.kv_cache.shape[3],
+            cache=cache.data_ptr(),
+            max_positions=cache.shape[3],
             qkv=qkv.data_ptr(),
             qkv_row_stride=qkv.stride(0),
-            sequences=sequences.data_ptr(),
-            positions=positions.data_ptr(),
+            context=out.data_ptr(),
+            cu_seqlens=cu_seqlens.data_ptr(),
+            past_lengths=_address(past_lengths),
+            sequences=sequences,
             tokens=len(qkv),
+            softmax_scale=_softmax_scale(softmax_scale, cache),
             stream=stream,
         )
+    return out
 
 
-def decode_attention_workspace(inputs: AttentionInputs) -> Tensor:
-    """The workspace for up to as many sequences as the cache has; to be kept from launch to launch."""
+@dataclass(frozen=True)
+class DecodeAttentionWorkspace:
+    """Memory for one launch of `decode_attention` at a time; to be kept from launch to launch."""
+
+    partial_results: Tensor  # uint8; contents do not matter between launches
+    semaphores: Tensor  # int32 [sequences, heads]; zero between launches
+
+
+def decode_attention_workspace(inputs: AttentionInputs) -> DecodeAttentionWorkspace:
+    """The workspace for up to as many sequences as the cache has."""
     import torch
 
-    count = _core().decode_attention_workspace_bytes(_heads(inputs), inputs.kv_cache.shape[0])
-    return torch.zeros(count, dtype=torch.uint8, device=inputs.kv_cache.device)
+    cache = inputs.kv_cache
+    count = _core().decode_attention_workspace_bytes(_heads(inputs), len(cache))
+    return DecodeAttentionWorkspace(
+        torch.empty(count, dtype=torch.uint8, device=cache.device),
+        torch.zeros(len(cache), inputs.num_heads, dtype=torch.int32, device=cache.device),
+    )
 
 
 def decode_attention(
     qkv: Tensor,
     inputs: AttentionInputs,
     past_lengths: Tensor,
-    workspace: Tensor,
+    workspace: DecodeAttentionWorkspace,
     *,
     softmax_scale: float | None = None,
     out: Tensor | None = None,
@@ -113,15 +152,12 @@ def decode_attention(
     cache = inputs.kv_cache
     _check(len(qkv) <= len(cache), f"{len(qkv)} sequences do not fit in a cache of {len(cache)}")
     _check_int32("past_lengths", past_lengths, len(qkv), qkv)
-    head_size = cache.shape[4]
-    shape = (len(qkv), inputs.num_heads * head_size)
-    if out is None:
-        out = qkv.new_empty(shape)
-    _check_output(out, shape, qkv)
+    _check_offsets(inputs, len(qkv), qkv)
+    out = _context(out, qkv, inputs)
     if len(qkv) == 0:
         return out
     heads = _heads(inputs)
-    _check_workspace(workspace, _core().decode_attention_workspace_bytes(heads, len(cache)), qkv)
+    _check_workspace(workspace, _core().decode_attention_workspace_bytes(heads, len(qkv)), inputs, qkv)
     with _device_of(qkv) as stream:
         _core().decode_attention(
             heads=heads,
@@ -132,9 +168,9 @@ def decode_attention(
             context=out.data_ptr(),
             past_lengths=past_lengths.data_ptr(),
             sequences=len(qkv),
-            softmax_scale=head_size**-0.5 if softmax_scale is None else softmax_scale,
-            workspace=workspace.data_ptr(),
-            workspace_sequences=len(cache),
+            softmax_scale=_softmax_scale(softmax_scale, cache),
+            workspace=workspace.partial_results.data_ptr(),
+            semaphores=workspace.semaphores.data_ptr(),
             stream=stream,
         )
     return out
@@ -173,12 +209,18 @@ def _heads(inputs: AttentionInputs) -> Any:
         rotary_dim=inputs.rotary_table.shape[1],
         dtype=_data_type(cache.dtype),
         rotary_table=inputs.rotary_table.data_ptr(),
-        rotary_rows=inputs.rotary_rows.data_ptr(),
+        rotary_offsets=_address(inputs.rotary_offsets),
+        rotary_style=ROTARY_STYLES[inputs.rotary_style],
         query_scale=_address(inputs.query_scale),
         q_norm_weight=_address(inputs.q_norm),
         k_norm_weight=_address(inputs.k_norm),
         norm_eps=inputs.norm_eps,
     )
+
+
+def _softmax_scale(scale: float | None, cache: Tensor) -> float:
+    head_size: int = cache.shape[4]
+    return head_size**-0.5 if scale is None else scale
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -221,12 +263,30 @@ def _check_int32(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
     )
 
 
-def _check_workspace(workspace: Tensor, num_bytes: int, like: Tensor) -> None:
-    right = str(workspace.dtype) == "torch.uint8" and workspace.is_contiguous() and workspace.device == like.device
+def _check_offsets(inputs: AttentionInputs, sequences: int, like: Tensor) -> None:
+    if inputs.rotary_offsets is not None:
+        _check_int32("rotary_offsets", inputs.rotary_offsets, sequences, like)
+
+
+def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Where the result goes: `out` if it is right for it, or new memory."""
+    shape = (len(qkv), inputs.num_heads * inputs.kv_cache.shape[4])
+    if out is None:
+        return qkv.new_empty(shape)
+    _check_output(out, shape, qkv)
+    return out
+
+
+def _check_workspace(
+    workspace: DecodeAttentionWorkspace, num_bytes: int, inputs: AttentionInputs, like: Tensor
+) -> None:
+    partial, semaphores = workspace.partial_results, workspace.semaphores
+    right = partial.numel() >= num_bytes and semaphores.numel() >= len(like) * inputs.num_heads
     _check(
-        right and workspace.numel() >= num_bytes,
-        f"workspace must be that of decode_attention_workspace for this cache, {num_bytes} bytes on {like.device}, not "
-        f"{workspace.numel()} elements of {workspace.dtype} on {workspace.device}",
+        right and partial.device == like.device == semaphores.device,
+        f"workspace must be that of decode_attention_workspace for this cache and device, {like.device}: {num_bytes} "
+        f"bytes and {len(like) * inputs.num_heads} semaphores, not {partial.numel()} and {semaphores.numel()} on "
+        f"{partial.device}",
     )
 
 
@@ -245,7 +305,10 @@ def _check_qkv(qkv: Tensor, inputs: AttentionInputs) -> None:
     )
     columns = (inputs.num_heads + 2 * kv_heads) * head_size
     _check(qkv.shape[1] == columns, f"qkv must have {columns} columns, not {qkv.shape[1]}")
-    _check_int32("rotary_rows", inputs.rotary_rows, len(qkv), qkv)
+    _check(
+        inputs.rotary_style in ROTARY_STYLES,
+        f"rotary_style must be one of {list(ROTARY_STYLES)}, not {inputs.rotary_style!r}",
+    )
     right = str(table.dtype) == "torch.float32" and table.dim() == 2 and table.is_contiguous()
     _check(
         right and table.device == qkv.device, "rotary_table must be contiguous float32 [rows, rotary_dim] on the GPU"

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -294,10 +295,10 @@ class TorchExecutor:
     def _prefill_logits(self, prompts: Sequence[Sequence[int]], last_token_only: bool = True) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
         offsets = [self._table.offset(length) for length in lengths]
-        table, scale, rows = self._prompt_rotary(lengths, offsets)
+        table, scale, starts = self._prompt_rotary(lengths, offsets)
         count = len(lengths)
         past = torch.zeros(count, dtype=torch.int32, device=self.device)
-        self._ops.batch = Batch(lengths, [0] * count, table, rows, scale, past, decoding=False)
+        self._ops.batch = Batch(lengths, [0] * count, table, starts, scale, past, decoding=False)
         packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
         with self._threads_for(len(packed)):
             logits = decoder(self._ops, self.config, torch.from_numpy(packed).to(self.device), last_token_only)
@@ -307,16 +308,15 @@ class TorchExecutor:
         return logits
 
     def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Table, query scale and row of each token; a prompt with rows of its own makes a table for this batch."""
+        """Table, query scale and each prompt's first row; one with rows of its own makes a table for this batch."""
         own = [self._table.prompt_rows(length) for length in lengths]
-        starts = np.array(offsets)
+        starts = offsets
         table, scale = self._rotary, self._query_scale
         if any(rows is not None for rows in own):
             parts = [self._table.values[:n] if rows is None else rows for n, rows in zip(lengths, own, strict=True)]
             table = torch.from_numpy(np.concatenate(parts)).to(self.device)
-            starts = np.cumsum([0, *lengths[:-1]])
-        rows = [start + np.arange(length) for start, length in zip(starts, lengths, strict=True)]
-        return table, scale, torch.from_numpy(np.concatenate(rows).astype(np.int32)).to(self.device)
+            starts = [0, *accumulate(lengths[:-1])]
+        return table, scale, torch.tensor(starts, dtype=torch.int32).to(self.device)
 
     def _decode_logits(self) -> Tensor:
         count = len(self._host_past)
@@ -327,9 +327,8 @@ class TorchExecutor:
     def _step(self, count: int) -> Tensor:
         """One token for each sequence, from `_tokens`. On a GPU this is captured: no host value that changes."""
         past = self._past[:count]
-        rows = past + self._offsets[:count]
-        ones, table = [1] * count, self._rotary
-        self._ops.batch = Batch(ones, self._host_past, table, rows, self._query_scale, past, decoding=True)
+        offsets, scale = self._offsets[:count], self._query_scale
+        self._ops.batch = Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True)
         with self._threads_for(count):
             logits = decoder(self._ops, self.config, self._tokens[:count])
             self._choose_greedily(logits)

@@ -7,9 +7,10 @@ from torch import Tensor
 from qwen_plugins.decoder import (
     HEAD_SIZES,
     AttentionInputs,
+    DecodeAttentionWorkspace,
     decode_attention,
     decode_attention_workspace,
-    rotary_cache,
+    prefill_attention,
     swiglu,
 )
 
@@ -23,12 +24,12 @@ def supported(config: ModelConfig) -> bool:
 
 
 class KernelOperations(TorchOperations):
-    """For a GPU. Attention over prompts, and the matrix products, are PyTorch's."""
+    """For a GPU. The matrix products are PyTorch's."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool):
         """See `TorchOperations`."""
         super().__init__(config, weights, cache, rmsnorm_plugin)
-        self._workspace: Tensor | None = None
+        self._workspace: DecodeAttentionWorkspace | None = None
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
@@ -41,7 +42,7 @@ class KernelOperations(TorchOperations):
             num_heads=self.config.num_heads,
             kv_cache=self.cache[layer],
             rotary_table=batch.rotary_table,
-            rotary_rows=batch.rotary_rows,
+            rotary_offsets=batch.rotary_offsets,
             query_scale=batch.query_scale,
             q_norm=None if q_norm is None else self.weights[q_norm],
             k_norm=None if k_norm is None else self.weights[k_norm],
@@ -51,5 +52,4 @@ class KernelOperations(TorchOperations):
             if self._workspace is None:
                 self._workspace = decode_attention_workspace(inputs)
             return decode_attention(qkv, inputs, batch.device_past_lengths, self._workspace)
-        rotary_cache(qkv, inputs, *batch.sequences_and_positions())
-        return self.attend_prompts(*self.split_heads(qkv))
+        return prefill_attention(qkv, inputs, batch.cu_seqlens)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -21,23 +22,25 @@ class Batch:
     lengths: list[int]  # tokens of each sequence in this call: its prompt, or 1 while decoding
     past_lengths: list[int]  # tokens of each sequence in the cache before this call; 0 for prompts
     rotary_table: Tensor  # float32 [rows, rotary_dim]: cosines, then sines
-    rotary_rows: Tensor  # int32 [tokens]: the row of each token
+    rotary_offsets: Tensor  # int32 [sequences]: position p of sequence i has row rotary_offsets[i] + p
     query_scale: Tensor | None  # float32 [rows]: multiplies q
     device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
 
     decoding: bool  # each sequence has one new token; else the tokens are prompts
-    _places: tuple[Tensor, Tensor] | None = None
 
-    def sequences_and_positions(self) -> tuple[Tensor, Tensor]:
-        """Of each token of the prompts, int32 [tokens]: which sequence it is of, and its position there."""
-        if self._places is None:
-            lengths = torch.tensor(self.lengths)
-            sequences = torch.arange(len(lengths)).repeat_interleave(lengths)
-            starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-            positions = torch.arange(len(sequences)) - starts
-            device = self.device_past_lengths.device
-            self._places = sequences.int().to(device), positions.int().to(device)
-        return self._places
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [sequences + 1]: where each sequence begins in the packed tokens, and their end."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device_past_lengths.device)
+
+    @cached_property
+    def rotary_rows(self) -> Tensor:
+        """[tokens]: the row of each token in the rotary table."""
+        if self.decoding:
+            return self.rotary_offsets + self.device_past_lengths
+        lengths = torch.tensor(self.lengths, device=self.rotary_offsets.device)
+        positions = torch.cat([torch.arange(length, device=lengths.device) for length in self.lengths])
+        return self.rotary_offsets.repeat_interleave(lengths) + positions
 
     def runs(self) -> list[tuple[int, int]]:
         """Neighbouring sequences of equal length: their number, their length."""
@@ -79,8 +82,7 @@ class TorchOperations:
         """See `qwen_model.network.Operations`."""
         if self.batch.decoding:
             return x
-        ends = torch.tensor(self.batch.lengths).cumsum(0) - 1
-        return x[ends.to(x.device)]
+        return x[self.batch.cu_seqlens[1:] - 1]
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         """See `qwen_model.network.Operations`."""

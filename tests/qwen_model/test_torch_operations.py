@@ -31,7 +31,7 @@ def attend(case: Case) -> torch.Tensor:
         case.new_tokens,
         case.past_lengths,
         case.rotary_table,
-        case.rotary_rows,
+        case.rotary_offsets,
         case.query_scale,
         past,
         max(case.past_lengths) > 0,

@@ -28,6 +28,7 @@ class Case:
     max_positions: int
     qk_norm: bool = False
     logn: bool = False
+    rotary_style: str = "neox"
     device: str = "cpu"
     seed: int = 0
     norm_eps: float = 1e-6
@@ -47,8 +48,10 @@ class Case:
         for sequence, length in enumerate(self.past_lengths):
             cache[sequence, :, :, :length] = normal(2, self.num_kv_heads, length, self.head_size)
         self.cache = cache.to(**place)
-        self.offset = 3  # rows of the rotary table and positions are not the same
-        angles = torch.rand(self.max_positions + self.offset, self.rotary_dim // 2, generator=generator) * 2 * math.pi
+        # Rows of the rotary table and positions are not the same, nor the same for all sequences.
+        offsets = torch.tensor([3 + 2 * sequence for sequence in range(sequences)], dtype=torch.int32)
+        rows = self.max_positions + 3 + 2 * sequences
+        angles = torch.rand(rows, self.rotary_dim // 2, generator=generator) * 2 * math.pi
         self.rotary_table = torch.cat([angles.cos(), angles.sin()], -1).to(self.device)
         self.query_scale = None
         if self.logn:
@@ -60,7 +63,14 @@ class Case:
         self.sequences = torch.arange(sequences).repeat_interleave(torch.tensor(self.new_tokens))
         starts = [torch.arange(past, past + new) for past, new in zip(self.past_lengths, self.new_tokens, strict=True)]
         self.positions = torch.cat(starts)
-        self.rotary_rows = (self.positions + self.offset).int().to(self.device)
+        self.rotary_offsets = offsets.to(self.device)
+        lengths = torch.tensor(self.new_tokens, dtype=torch.int32)
+        self.cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().to(self.device)
+
+    @property
+    def rotary_rows(self) -> Tensor:
+        """[tokens], on the CPU: each token's row of the rotary table."""
+        return self.rotary_offsets.cpu()[self.sequences] + self.positions
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """The context [tokens, heads * head_size] and the cache afterwards, in float64 on the CPU."""
@@ -68,13 +78,17 @@ class Case:
         cache = self.cache.double().cpu()
         cache[self.sequences, 0, :, self.positions] = k
         cache[self.sequences, 1, :, self.positions] = v
+        group = self.num_heads // self.num_kv_heads
         context = []
-        for token, (sequence, position) in enumerate(zip(self.sequences, self.positions, strict=True)):
-            keys, values = cache[sequence, :, :, : position + 1]
-            group = self.num_heads // self.num_kv_heads
-            scores = torch.einsum("hd,hnd->hn", q[token], keys.repeat_interleave(group, 0)) / math.sqrt(self.head_size)
-            context.append(torch.einsum("hn,hnd->hd", scores.softmax(-1), values.repeat_interleave(group, 0)).flatten())
-        return torch.stack(context), cache
+        for sequence, past in enumerate(self.past_lengths):
+            own = self.sequences == sequence
+            length = past + self.new_tokens[sequence]
+            keys, values = cache[sequence, :, :, :length].repeat_interleave(group, 1)
+            scores = torch.einsum("thd,hnd->thn", q[own], keys) / math.sqrt(self.head_size)
+            future = torch.arange(length) > self.positions[own][:, None]
+            weights = scores.masked_fill(future[:, None], -math.inf).softmax(-1)
+            context.append(torch.einsum("thn,hnd->thd", weights, values).flatten(1))
+        return torch.cat(context), cache
 
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [tokens, heads, head_size], q and k normalised, rotated and scaled."""
@@ -82,10 +96,10 @@ class Case:
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
-        rows = self.rotary_table.double().cpu()[self.rotary_rows.cpu()]
+        rows = self.rotary_table.double().cpu()[self.rotary_rows]
         q, k = self._rotated(q, rows), self._rotated(k, rows)
         if self.query_scale is not None:
-            q = q * self.query_scale.double().cpu()[self.rotary_rows.cpu()][:, None, None]
+            q = q * self.query_scale.double().cpu()[self.rotary_rows][:, None, None]
         return q, k, v
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -94,8 +108,16 @@ class Case:
     def _rotated(self, x: Tensor, rows: Tensor) -> Tensor:
         half = self.rotary_dim // 2
         turn = torch.complex(rows[:, None, :half], rows[:, None, half:])
-        pairs = torch.complex(x[..., :half].contiguous(), x[..., half : 2 * half].contiguous()) * turn
-        return torch.cat([pairs.real, pairs.imag, x[..., 2 * half :]], -1)
+        if self.rotary_style == "gptj":
+            first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        else:
+            first, second = x[..., :half], x[..., half : 2 * half]
+        pairs = torch.complex(first.contiguous(), second.contiguous()) * turn
+        if self.rotary_style == "gptj":
+            rotated = torch.view_as_real(pairs).flatten(-2)
+        else:
+            rotated = torch.cat([pairs.real, pairs.imag], -1)
+        return torch.cat([rotated, x[..., 2 * half :]], -1)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

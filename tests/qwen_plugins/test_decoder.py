@@ -1,4 +1,6 @@
-"""SwiGLU, the rotary embedding with the cache, and decode attention, beside float64."""
+"""SwiGLU, and attention of prompts and of new tokens, beside float64."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,17 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HEADS = [(1, 1), (6, 6), (8, 4), (6, 2), (28, 4), (14, 1), (32, 2)]
-VARIANTS = [{}, {"qk_norm": True}, {"logn": True}, {"qk_norm": True, "logn": True, "part": 2}, {"part": 4}]
+VARIANTS = [
+    {},
+    {"qk_norm": True},
+    {"logn": True},
+    {"qk_norm": True, "logn": True, "part": 2},
+    {"part": 4},
+    {"rotary_style": "gptj"},
+    {"rotary_style": "gptj", "qk_norm": True, "part": 2},
+    {"rotary_dim": 6},
+    {"rotary_dim": 0, "logn": True},
+]
 
 
 def inputs_of(case: Case) -> decoder.AttentionInputs:
@@ -20,7 +32,8 @@ def inputs_of(case: Case) -> decoder.AttentionInputs:
         num_heads=case.num_heads,
         kv_cache=case.cache,
         rotary_table=case.rotary_table,
-        rotary_rows=case.rotary_rows,
+        rotary_offsets=case.rotary_offsets,
+        rotary_style=case.rotary_style,
         query_scale=case.query_scale,
         q_norm=case.q_norm,
         k_norm=case.k_norm,
@@ -30,7 +43,7 @@ def inputs_of(case: Case) -> decoder.AttentionInputs:
 
 def make_case(heads, head_size, dtype, past_lengths, new_tokens, max_positions, variant, seed=0) -> Case:
     options = dict(variant)
-    rotary_dim = head_size // options.pop("part", 1)
+    rotary_dim = options.pop("rotary_dim", head_size // options.pop("part", 1))
     return Case(
         *heads,
         head_size,
@@ -43,6 +56,15 @@ def make_case(heads, head_size, dtype, past_lengths, new_tokens, max_positions, 
         seed=seed,
         **options,
     )
+
+
+def run_prefill(case: Case) -> torch.Tensor:
+    past = None
+    if any(case.past_lengths):
+        past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
+    shape = (len(case.qkv), case.num_heads * case.head_size)
+    out = torch.full(shape, float("nan"), dtype=case.dtype, device="cuda")
+    return decoder.prefill_attention(case.qkv, inputs_of(case), case.cu_seqlens, past, out=out)
 
 
 def run_decode(case: Case, workspace=None) -> torch.Tensor:
@@ -85,28 +107,78 @@ def test_swiglu_of_extremes():
     )
 
 
+def check_prefill(case: Case) -> None:
+    expected, cache = case.reference()
+    before = case.qkv.clone()
+    assert relative_error(run_prefill(case), expected) < TOLERANCE[case.dtype]
+    # Where there should be no token the cache is NaN still.
+    assert relative_error(case.cache, cache) < TOLERANCE[case.dtype]
+    assert torch.equal(case.qkv, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_rotary_cache(head_size, dtype, variant):
-    lengths = [5, 1, 17, 64]
-    case = make_case((6, 2), head_size, dtype, [0] * 4, lengths, 70, variant)
-    context, cache = case.reference()
-    del context
-    q, _, v = case._prepared()
-    before = case.qkv.clone()
-    decoder.rotary_cache(case.qkv, inputs_of(case), case.sequences.int().cuda(), case.positions.int().cuda())
-    assert relative_error(case.cache, cache) < TOLERANCE[dtype]
-    heads = case.qkv.unflatten(-1, (-1, head_size))
-    assert relative_error(heads[:, :6], q) < TOLERANCE[dtype]
-    torch.testing.assert_close(heads[:, 8:], before.unflatten(-1, (-1, head_size))[:, 8:], rtol=0, atol=0)
-    assert v.shape == heads[:, 8:].shape
+def test_prefill_attention(head_size, dtype, variant):
+    """Ragged prompts around the sizes of tiles, one of them as long as the cache."""
+    check_prefill(make_case((6, 2), head_size, dtype, [0] * 8, [5, 1, 17, 64, 65, 128, 131, 300], 300, variant))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_prefill_after_past_tokens(heads, head_size, dtype):
+    """Parts of prompts: short and long ones after short and long pasts, and sequences without new tokens."""
+    past, new = [0, 70, 5, 400, 63, 200, 0], [40, 0, 130, 1, 2, 201, 0]
+    check_prefill(make_case(heads, head_size, dtype, past, new, 401, {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_short_prompts(dtype):
+    """More sequences than a warp has lanes, some of them empty."""
+    lengths = [(7 * i) % 23 for i in range(150)]
+    check_prefill(make_case((4, 2), 64, dtype, [i % 3 for i in range(150)], lengths, 32, {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_long_prompt(dtype):
+    check_prefill(make_case((2, 1), 128, dtype, [0], [3001], 3001, {"qk_norm": True}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parts_of_a_prompt_are_as_the_whole(dtype):
+    whole = make_case((4, 2), 128, dtype, [0, 0], [500, 300], 512, {})
+    parts = make_case((4, 2), 128, dtype, [0, 0], [500, 300], 512, {})
+    context = run_prefill(whole)
+    for begin, end in ((0, 129), (129, 130), (130, 300)):
+        rows = torch.cat([torch.arange(begin, end), 500 + torch.arange(begin, end)]).cuda()
+        size = end - begin
+        cu_seqlens = torch.tensor([0, size, 2 * size], dtype=torch.int32, device="cuda")
+        past = torch.tensor([begin, begin], dtype=torch.int32, device="cuda")
+        part = decoder.prefill_attention(parts.qkv[rows], inputs_of(parts), cu_seqlens, past)
+        assert relative_error(part, context[rows]) < TOLERANCE[dtype]
+    torch.testing.assert_close(parts.cache[:2, :, :, :300], whole.cache[:2, :, :, :300], rtol=0, atol=0)
+
+
+def test_scores_too_large_for_their_exponentials():
+    """Softmax subtracts the maximum, of the present tile and of those before it."""
+    case = make_case((2, 2), 64, torch.float16, [0], [200], 200, {})
+    case.qkv *= 16
+    check_prefill(case)
+
+
+def test_projections_in_wider_rows():
+    case = make_case((4, 2), 128, torch.bfloat16, [0, 0], [40, 33], 64, {})
+    wide = torch.cat([case.qkv, torch.full_like(case.qkv, float("nan"))], 1)
+    expected, _ = case.reference()
+    case.qkv = wide[:, : case.qkv.shape[1]]
+    assert relative_error(run_prefill(case), expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS[:4:3], ids=str)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3], VARIANTS[5]], ids=str)
 def test_decode_attention(head_size, dtype, heads, variant):
     past_lengths = [0, 1, 63, 64, 65, 500, 299]
     case = make_case(heads, head_size, dtype, past_lengths, [1] * 7, 501, variant)
@@ -173,7 +245,6 @@ def test_a_graph_follows_the_lengths():
             assert relative_error(out, expected) < TOLERANCE[torch.float16]
         case.past_lengths = [length + 1 for length in case.past_lengths]
         case.positions += 1
-        case.rotary_rows += 1
         past += 1
         case.qkv.copy_(torch.randn_like(case.qkv))
 
@@ -181,12 +252,12 @@ def test_a_graph_follows_the_lengths():
 def test_no_sequences():
     case = make_case((4, 4), 64, torch.float16, [3], [1], 8, {})
     inputs = inputs_of(case)
-    empty = decoder.AttentionInputs(4, case.cache, case.rotary_table, case.rotary_rows[:0])
+    empty = decoder.AttentionInputs(4, case.cache, case.rotary_table)
     past = torch.empty(0, dtype=torch.int32, device="cuda")
-    assert decoder.decode_attention(case.qkv[:0], empty, past, decoder.decode_attention_workspace(inputs)).shape == (
-        0,
-        256,
-    )
+    workspace = decoder.decode_attention_workspace(inputs)
+    assert decoder.decode_attention(case.qkv[:0], empty, past, workspace).shape == (0, 256)
+    cu_seqlens = torch.zeros(1, dtype=torch.int32, device="cuda")
+    assert decoder.prefill_attention(case.qkv[:0], empty, cu_seqlens).shape == (0, 256)
 
 
 def test_errors():
@@ -200,6 +271,12 @@ def test_errors():
         decoder.decode_attention(case.qkv, inputs, past.long(), workspace)
     with pytest.raises(ValueError, match="type and device of qkv"):
         decoder.decode_attention(case.qkv.float(), inputs, past, workspace)
+    with pytest.raises(ValueError, match="rotary_style must be one of"):
+        decoder.prefill_attention(case.qkv, replace(inputs, rotary_style="gpt"), case.cu_seqlens)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be contiguous int32 \[2\]"):
+        decoder.prefill_attention(case.qkv, inputs, case.cu_seqlens.long())
+    with pytest.raises(ValueError, match="rotary_offsets must be contiguous int32"):
+        decoder.decode_attention(case.qkv, replace(inputs, rotary_offsets=past.long()), past, workspace)
     with pytest.raises(ValueError, match="on an NVIDIA GPU, not on cpu"):
         decoder.swiglu(case.qkv.cpu())
     with pytest.raises(ValueError, match="even number of columns"):
