@@ -4,9 +4,11 @@
 
 #include "decoder_kernels.h"
 #include "rms_norm.h"
+#include "sampling.h"
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "CUDA kernels on raw device pointers. Use the functions of qwen_plugins, which check their arguments.";
   qwen_plugins::bind_rms_norm(module);
   qwen_plugins::bind_decoder_kernels(module);
+  qwen_plugins::bind_sampling(module);
 }

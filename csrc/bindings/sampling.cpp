@@ -1,0 +1,106 @@
+// Device pointers and streams come as integers; qwen_plugins/_sampling.py checks shapes and types.
+#include "sampling.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/gather_rows.h"
+#include "kernels/sampling.h"
+
+namespace py = pybind11;
+
+namespace qwen_plugins {
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+void gather_rows(Address table, Address ids, Address y, int64_t table_rows, int64_t row_size, int64_t rows,
+                 int32_t dtype, Address stream) {
+  GatherRowsParams params;
+  params.table = pointer<const void>(table);
+  params.ids = pointer<const int32_t>(ids);
+  params.y = pointer<void>(y);
+  params.table_rows = table_rows;
+  params.row_size = row_size;
+  params.rows = rows;
+  params.dtype = static_cast<DataType>(dtype);
+  check(launch_gather_rows(params, pointer<CUstream_st>(stream)), "gather_rows");
+}
+
+void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_t vocab_size, int32_t dtype,
+            Address settings, bool greedy, Address seen, Address tokens, Address past_lengths, Address workspace,
+            Address semaphores, Address stream) {
+  SamplingParams params;
+  params.logits = pointer<const void>(logits);
+  params.logits_row_stride = logits_row_stride;
+  params.sequences = sequences;
+  params.vocab_size = vocab_size;
+  params.dtype = static_cast<DataType>(dtype);
+  params.settings = pointer<SamplingSettings>(settings);
+  params.greedy = greedy;
+  params.seen = pointer<uint32_t>(seen);
+  params.tokens = pointer<int32_t>(tokens);
+  params.past_lengths = pointer<int32_t>(past_lengths);
+  params.workspace = pointer<void>(workspace);
+  params.semaphores = pointer<int32_t>(semaphores);
+  check(launch_sampling(params, pointer<CUstream_st>(stream)), "sampling");
+}
+
+void mark_seen(Address tokens, Address cu_seqlens, int32_t sequences, int32_t vocab_size, Address seen,
+               Address stream) {
+  MarkSeenParams params;
+  params.tokens = pointer<const int32_t>(tokens);
+  params.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+  params.sequences = sequences;
+  params.vocab_size = vocab_size;
+  params.seen = pointer<uint32_t>(seen);
+  check(launch_mark_seen(params, pointer<CUstream_st>(stream)), "mark_seen");
+}
+
+// As they lie in device memory.
+py::bytes settings_bytes(float temperature, int32_t top_k, float top_p, float repetition_penalty, uint64_t seed,
+                         uint64_t step) {
+  SamplingSettings settings;
+  settings.temperature = temperature;
+  settings.top_p = top_p;
+  settings.repetition_penalty = repetition_penalty;
+  settings.top_k = top_k;
+  settings.seed = seed;
+  settings.step = step;
+  return {reinterpret_cast<const char*>(&settings), sizeof(settings)};
+}
+
+int64_t workspace_bytes(int32_t max_sequences, int32_t vocab_size) {
+  int64_t bytes = 0;
+  check(sampling_workspace_bytes(max_sequences, vocab_size, &bytes), "sampling_workspace_bytes");
+  return bytes;
+}
+
+}  // namespace
+
+void bind_sampling(py::module_& module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def("gather_rows", &gather_rows, Unlocked(), py::kw_only(), py::arg("table"), py::arg("ids"), py::arg("y"),
+             py::arg("table_rows"), py::arg("row_size"), py::arg("rows"), py::arg("dtype"), py::arg("stream"));
+  module.def("sample", &sample, Unlocked(), py::kw_only(), py::arg("logits"), py::arg("logits_row_stride"),
+             py::arg("sequences"), py::arg("vocab_size"), py::arg("dtype"), py::arg("settings"), py::arg("greedy"),
+             py::arg("seen"), py::arg("tokens"), py::arg("past_lengths"), py::arg("workspace"), py::arg("semaphores"),
+             py::arg("stream"));
+  module.def("mark_seen", &mark_seen, Unlocked(), py::kw_only(), py::arg("tokens"), py::arg("cu_seqlens"),
+             py::arg("sequences"), py::arg("vocab_size"), py::arg("seen"), py::arg("stream"));
+  module.def("sampling_settings_bytes", &settings_bytes, py::kw_only(), py::arg("temperature"), py::arg("top_k"),
+             py::arg("top_p"), py::arg("repetition_penalty"), py::arg("seed"), py::arg("step"));
+  module.def("sampling_workspace_bytes", &workspace_bytes, py::arg("max_sequences"), py::arg("vocab_size"));
+  module.attr("MAX_VOCAB_SIZE") = kMaxVocabSize;
+}
+
+}  // namespace qwen_plugins

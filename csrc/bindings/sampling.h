@@ -1,0 +1,10 @@
+// Choosing tokens, and gathering rows by tokens, for Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace qwen_plugins {
+
+void bind_sampling(pybind11::module_& module);
+
+}  // namespace qwen_plugins

@@ -1,0 +1,209 @@
+"""Choosing the next token of each sequence, and gathering rows by tokens, for PyTorch tensors on an NVIDIA GPU.
+
+`sample`, with `mark_seen` for the tokens of prompts, and `gather_rows`. They launch on PyTorch's current stream, wait for
+nothing, and can be captured in a CUDA graph: what a request asks for is in device memory (`SamplingState`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen_plugins.decoder import (
+    _address,
+    _check,
+    _check_int32,
+    _check_matrix,
+    _check_output,
+    _core,
+    _data_type,
+    _device_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingState:
+    """What `sample` keeps on the device from launch to launch, for up to `max_sequences`; of `sampling_state`."""
+
+    max_sequences: int
+    vocab_size: int
+    settings: Tensor  # uint8: SamplingSettings of csrc/kernels/sampling.h
+    seen: Tensor  # int32 [max_sequences, (vocab_size + 31) // 32]: bits of the tokens that the penalty holds for
+    workspace: Tensor
+    semaphores: Tensor
+
+    def set(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        step: int = 0,
+    ) -> None:
+        """Begin a request, in the order of the stream: its settings, the number of its first draw, no token seen.
+
+        temperature above 0; top_k: 0 is all; top_p in (0, 1]; seed and step from 0 to 2**64 - 1. Without waiting.
+        """
+        import torch
+
+        _check(0 < temperature < float("inf"), f"temperature must be a number above 0, not {temperature}")
+        _check(0 <= top_k < 2**31, f"top_k must be at least 0, not {top_k}")
+        _check(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
+        _check(
+            0 < repetition_penalty < float("inf"),
+            f"repetition_penalty must be a number above 0, not {repetition_penalty}",
+        )
+        _check(0 <= seed < 2**64 and 0 <= step < 2**64, f"seed and step must be in 64 bits, not {seed} and {step}")
+        values = _core().sampling_settings_bytes(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            step=step,
+        )
+        pinned = torch.frombuffer(bytearray(values), dtype=torch.uint8).pin_memory()
+        self.settings.copy_(pinned, non_blocking=True)
+        self.seen.zero_()
+
+
+def sampling_state(max_sequences: int, vocab_size: int, device: torch.device | str) -> SamplingState:
+    """A state whose settings are those of `SamplingState.set()`; its device must be an NVIDIA GPU."""
+    import torch
+
+    _check(0 < max_sequences < 2**20, f"max_sequences must be from 1 to {2**20 - 1}, not {max_sequences}")
+    _check_vocab_size(vocab_size)
+    target = torch.device(device)
+    _check(target.type == "cuda", f"device must be an NVIDIA GPU, not {target}")
+    state = SamplingState(
+        max_sequences,
+        vocab_size,
+        settings=torch.zeros(len(_core().sampling_settings_bytes(**_DEFAULTS)), dtype=torch.uint8, device=target),
+        seen=torch.zeros(max_sequences, (vocab_size + 31) // 32, dtype=torch.int32, device=target),
+        workspace=torch.empty(
+            _core().sampling_workspace_bytes(max_sequences, vocab_size), dtype=torch.uint8, device=target
+        ),
+        semaphores=torch.zeros(max_sequences + 1, dtype=torch.int32, device=target),
+    )
+    state.set()
+    return state
+
+
+_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0, "step": 0}
+
+
+def sample(
+    logits: Tensor,
+    state: SamplingState,
+    *,
+    greedy: bool = False,
+    penalty: bool = True,
+    past_lengths: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The next token of each sequence, int32 [sequences], from logits [sequences, vocab_size].
+
+    As transformers: the repetition penalty of the tokens seen, then the temperature, the top_k most likely tokens, of
+    those the most likely ones that together have probability top_p, a draw. It depends on the logits, the state's
+    settings, the number of the draw and the place in the batch alone. Every draw adds 1 to the step in the settings.
+
+    logits: float32, float16 or bfloat16; rows may be strided. NaN counts as -infinity.
+    greedy: the largest logit after the penalty, the first of equal ones.
+    penalty: whether there is a repetition penalty; if so, the chosen tokens are seen from now on. A greedy choice
+        without it needs no settings, and leaves them as they are.
+    past_lengths: int32 [sequences], on the device: 1 is added to each.
+    """
+    _check_matrix("logits", logits)
+    sequences, vocab_size = logits.shape
+    right = sequences <= state.max_sequences and vocab_size == state.vocab_size
+    _check(
+        right and logits.device == state.settings.device,
+        f"logits must be [up to {state.max_sequences}, {state.vocab_size}] on {state.settings.device}, as the state, "
+        f"not {list(logits.shape)} on {logits.device}",
+    )
+    if past_lengths is not None:
+        _check_int32("past_lengths", past_lengths, sequences, logits)
+    if out is None:
+        out = logits.new_empty(sequences, dtype=state.seen.dtype)
+    _check_int32("out", out, sequences, logits)
+    with _device_of(logits) as stream:
+        _core().sample(
+            logits=logits.data_ptr(),
+            logits_row_stride=logits.stride(0),
+            sequences=sequences,
+            vocab_size=vocab_size,
+            dtype=_data_type(logits.dtype),
+            settings=0 if greedy and not penalty else state.settings.data_ptr(),
+            greedy=greedy and penalty,
+            seen=state.seen.data_ptr() if penalty else 0,
+            tokens=out.data_ptr(),
+            past_lengths=_address(past_lengths),
+            workspace=state.workspace.data_ptr(),
+            semaphores=state.semaphores.data_ptr(),
+            stream=stream,
+        )
+    return out
+
+
+def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
+    """Let the repetition penalty hold for these tokens.
+
+    tokens: int32 [tokens], those of all sequences one after the other; outside of the vocabulary they are ignored.
+    cu_seqlens: int32 [sequences + 1], on the device: where each sequence begins, and their end (not checked).
+    """
+    _check_int32("tokens", tokens, len(tokens), state.seen)
+    _check_int32("cu_seqlens", cu_seqlens, len(cu_seqlens), state.seen)
+    sequences = len(cu_seqlens) - 1
+    _check(
+        0 <= sequences <= state.max_sequences,
+        f"cu_seqlens must have 1 to {state.max_sequences + 1} elements, not {len(cu_seqlens)}",
+    )
+    with _device_of(tokens) as stream:
+        _core().mark_seen(
+            tokens=tokens.data_ptr(),
+            cu_seqlens=cu_seqlens.data_ptr(),
+            sequences=sequences,
+            vocab_size=state.vocab_size,
+            seen=state.seen.data_ptr(),
+            stream=stream,
+        )
+
+
+def gather_rows(table: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """table[ids], [len(ids), row_size]; an id outside of the table gives a row of zeros.
+
+    table: [rows, row_size], contiguous, float32, float16 or bfloat16.
+    ids: int32, on the device of the table.
+    """
+    _check_matrix("table", table)
+    _check(table.is_contiguous(), f"table must be contiguous, but its strides are {table.stride()}")
+    _check_int32("ids", ids, len(ids), table)
+    shape = (len(ids), table.shape[1])
+    if out is None:
+        out = table.new_empty(shape)
+    _check_output(out, shape, table)
+    if out.numel() == 0:
+        return out
+    with _device_of(table) as stream:
+        _core().gather_rows(
+            table=table.data_ptr(),
+            ids=ids.data_ptr(),
+            y=out.data_ptr(),
+            table_rows=len(table),
+            row_size=table.shape[1],
+            rows=len(ids),
+            dtype=_data_type(table.dtype),
+            stream=stream,
+        )
+    return out
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    limit = _core().MAX_VOCAB_SIZE
+    _check(0 < vocab_size <= limit, f"vocab_size must be from 1 to {limit}, not {vocab_size}")
