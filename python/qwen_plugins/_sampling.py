@@ -1,7 +1,7 @@
 """Choosing the next token of each sequence, and gathering rows by tokens, for PyTorch tensors on an NVIDIA GPU.
 
-`sample`, with `mark_seen` for the tokens of prompts, and `gather_rows`. They launch on PyTorch's current stream, wait for
-nothing, and can be captured in a CUDA graph: what a request asks for is in device memory (`SamplingState`).
+`sample`, with `mark_seen` for the tokens of prompts, and `gather_rows`. They launch on PyTorch's current stream, wait
+for nothing, and can be captured in a CUDA graph: what a request asks for is in device memory (`SamplingState`).
 """
 
 from __future__ import annotations
