@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_input_len=options.max_input_len,
             max_output_len=options.max_output_len,
             rotary_scaling=scaling,
+            timing_cache=options.timing_cache,
             progress=progress,
         )
     for warning in summary.warnings:
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
     parser.add_argument("--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="default: %(default)s")
-    parser.add_argument("--backend", default="torch", help="what runs the engine: torch (the default)")
+    parser.add_argument("--backend", default="torch", help="what runs the engine: torch (the default) or tensorrt")
     parser.add_argument(
         "--dtype",
         metavar="TYPE",
@@ -64,19 +65,29 @@ def _parser() -> argparse.ArgumentParser:
         help="for texts longer than the model was trained for: linear:4, dynamic:2, yarn:4, none, or the JSON object "
         "that rope_scaling is in a config.json (default: as the checkpoint says)",
     )
+    parser.add_argument(
+        "--timing-cache",
+        metavar="FILE",
+        help="what TensorRT's builder measures, kept for later builds (default: one in the user's cache folder)",
+    )
     return parser
 
 
 @contextmanager
 def _progress_bar() -> Iterator[Progress]:
-    """A bar of the bytes written, from the first ones on; none where standard error is no terminal."""
+    """A bar for each phase, from its first bytes on; none where standard error is no terminal."""
     tqdm = import_extra("tqdm", "qwen_model.build").tqdm
-    bar = None
+    bar, shown = None, ""
 
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, disable=None)
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal bar, shown
+        if bar is None or phase != shown:
+            if bar is not None:
+                bar.close()
+            bar, shown = (
+                tqdm(desc=phase, total=total or None, unit="B", unit_scale=True, leave=False, disable=None),
+                phase,
+            )
         bar.update(done - bar.n)
 
     try:

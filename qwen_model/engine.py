@@ -1,13 +1,14 @@
 """Building an engine from a checkpoint, and loading it.
 
-An engine is a folder: `config.json` (see engine_config.py), `weights/` with one safetensors file for the embedding, one
-for each layer and one for the output, and the tokenizer's files. It is written beside its place and renamed when
-whole.
+An engine is a folder: `config.json` (see engine_config.py), the tokenizer's files, and of the torch back end `weights/`
+with one safetensors file for the embedding, one for each layer and one for the output, of the TensorRT back end
+`model.plan`. It is written beside its place and renamed when whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -26,11 +27,21 @@ from .config import DTYPES, ModelConfig
 from .engine_config import BACKENDS, EngineConfig, Limits, read_engine_json
 from .errors import QwenModelError
 from .extras import import_extra
+from .memory import required_bytes
 from .session import Session
 from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
-from .weights import Checkpoint, weight_groups
+from .weights import Checkpoint, Framework, WeightGroup, weight_groups
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("weights", "TensorRT", "plan"), and the bytes done and in all (0: not known)."""
+
+
+FRAMEWORKS: dict[str, Framework] = {"torch": "torch", "tensorrt": "numpy"}
+MODULES = {
+    "torch": ("torch", "safetensors"),
+    "tensorrt": ("tensorrt", "cuda.bindings", "safetensors", "ml_dtypes"),
+}
+"""What each back end needs; the extra of the package that has its name brings it."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +67,17 @@ def build_engine(
     max_input_len: int | None = None,
     max_output_len: int | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Make an engine in `output_dir` from a Hugging Face checkpoint (None: the model in this package).
 
+    backend: "torch" or "tensorrt". A TensorRT engine is built where it is to run: for that GPU and TensorRT.
     dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's where there is a GPU, else "float32".
     rmsnorm_plugin: normalise with this project's RMSNorm rather than with the back end's own operations.
     rotary_scaling: as `rope_scaling` in a `config.json`, in its place.
-    progress: called with the bytes of weights written and their total.
+    timing_cache: file with what TensorRT's builder measured, read and written; None: one in the user's cache folder.
+    progress: see `Progress`.
 
     An engine that is in `output_dir` already is replaced; a folder with anything else in it is an error.
     """
@@ -79,10 +93,10 @@ def build_engine(
         model = model.with_rotary_scaling(rotary_scaling)
     limits = _limits(model, max_batch_size, max_input_len, max_output_len)
     groups = weight_groups(model)
-    checkpoint = Checkpoint(source)
+    back_end = _back_end(backend)
+    checkpoint = Checkpoint(source, FRAMEWORKS[backend])
     checkpoint.check(groups, model.tied_embedding)
 
-    back_end = _torch_back_end()
     config = EngineConfig(
         backend=backend,
         dtype=dtype or back_end.default_dtype(model.dtype),
@@ -93,18 +107,13 @@ def build_engine(
         num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
         versions={"qwen_model": _package_version(), "python": platform.python_version(), **back_end.versions()},
     )
-    weight_bytes, cache_bytes = back_end.required_bytes(model, limits, config.dtype)
+    weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
     with _written_whole(target) as folder:
-        (folder / "weights").mkdir()
-        done = 0
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress(done, weight_bytes)
-
-        back_end.write_weights(checkpoint, groups, config.dtype, folder / "weights", report)
+        report = progress or (lambda phase, done, total: None)
+        if backend == "torch":
+            _write_torch_weights(back_end, checkpoint, groups, config, folder, report)
+        else:
+            back_end.write_engine(folder, config, checkpoint.read, report, timing_cache and Path(timing_cache))
         copy_tokenizer_files(source, folder)
         config.write(folder)
     seconds = time.perf_counter() - start
@@ -115,14 +124,34 @@ def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None
     """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate."""
     folder = Path(engine_dir)
     config = EngineConfig.read(folder)
-    executor = _torch_back_end().load_executor(folder, config, device)
+    executor = _back_end(config.backend).load_executor(folder, config, device)
     return Session(config, executor, _load_tokenizer(folder))
 
 
-def _torch_back_end() -> ModuleType:
-    for module in ("torch", "safetensors"):
-        import_extra(module, "the torch back end")
-    return import_extra("qwen_model.backends.torch", "the torch back end")
+def _write_torch_weights(
+    back_end: ModuleType,
+    checkpoint: Checkpoint,
+    groups: list[WeightGroup],
+    config: EngineConfig,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    total, _ = required_bytes(config.model, config.limits, config.dtype)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("weights", done, total)
+
+    (folder / "weights").mkdir()
+    back_end.write_weights(checkpoint, groups, config.dtype, folder / "weights", report)
+
+
+def _back_end(name: str) -> ModuleType:
+    for module in MODULES[name]:
+        import_extra(module, f"the {name} back end", extra=name)
+    return importlib.import_module(f"qwen_model.backends.{name}")
 
 
 def read_end_token_ids(model_dir: Path) -> tuple[int, ...]:

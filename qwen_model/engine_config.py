@@ -14,7 +14,7 @@ from .errors import QwenModelError
 
 FORMAT = "qwen_model.engine"
 FORMAT_VERSION = 1
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "tensorrt")
 
 
 @dataclass(frozen=True)

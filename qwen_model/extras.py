@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .engine_config import BACKENDS
 from .errors import QwenModelError
 
 
-def import_extra(module: str, needed_for: str, extra: str = "torch") -> Any:
-    """The module of that name, or an error that says which extra of the package brings it.
+def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
+    """The module of that name, or an error that says which extra of the package brings it; None: any back end's.
 
     Raises:
-        QwenModelError: it is not installed.
+        QwenModelError: it is not installed, or it is and cannot be imported.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise QwenModelError(
-            f'{needed_for} needs {error.name}, which is not installed: pip install "qwen-plugins[{extra}]"'
-        ) from error
+        extras = " or ".join(f'pip install "qwen-plugins[{name}]"' for name in ([extra] if extra else BACKENDS))
+        raise QwenModelError(f"{needed_for} needs {error.name}, which is not installed: {extras}") from error
+    except ImportError as error:
+        raise QwenModelError(f"{needed_for} needs {module}, which cannot be imported: {error}") from error

@@ -10,16 +10,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
+
+import numpy as np
 
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
 from .errors import QwenModelError
 
-if TYPE_CHECKING:
-    import torch
-
 Shape = tuple[int, ...]
+Framework = Literal["torch", "numpy"]
+Weight = Any  # a torch.Tensor or a NumPy array, whose bfloat16 is that of ml_dtypes
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,26 @@ class Checkpoint:
     """The tensors of a Hugging Face checkpoint folder: their shapes at once, their values when asked for.
 
     Reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards (with PyTorch's safe loader, which
-    runs no code from the file).
+    runs no code from the file; not without PyTorch).
     """
 
-    def __init__(self, model_dir: Path):
-        """Find the files and read the names and shapes of their tensors."""
+    def __init__(self, model_dir: Path, framework: Framework = "torch"):
+        """Find the files and read the names and shapes of their tensors; `framework` says what tensors are given as."""
         self.model_dir = Path(model_dir)
+        self.framework = framework
         self.shapes: dict[str, Shape] = {}
-        self._readers: dict[str, Callable[[str], torch.Tensor]] = {}
+        self._readers: dict[str, Callable[[str], Weight]] = {}
         for path in _checkpoint_files(self.model_dir):
             try:
-                shapes, reader = (_open_safetensors if path.suffix == ".safetensors" else _open_bin)(path)
+                if path.suffix == ".safetensors":
+                    shapes, reader = _open_safetensors(path, framework)
+                elif framework == "torch":
+                    shapes, reader = _open_bin(path)
+                else:
+                    raise QwenModelError(
+                        f"{path} can only be read with PyTorch: use the torch back end, or save the checkpoint as "
+                        "safetensors (save_pretrained does)"
+                    )
             except QwenModelError:
                 raise
             except Exception as error:
@@ -146,7 +156,7 @@ class Checkpoint:
             self.shapes.update(shapes)
             self._readers.update(dict.fromkeys(shapes, reader))
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> Weight:
         """One tensor of the checkpoint, in its own type; mapped where that is possible."""
         return self._readers[name](name)
 
@@ -167,12 +177,16 @@ class Checkpoint:
         if problems:
             raise QwenModelError(f"{self.model_dir} does not fit its config.json: " + "; ".join(problems))
 
-    def read(self, spec: WeightSpec) -> torch.Tensor:
+    def read(self, spec: WeightSpec) -> Weight:
         """The weight of the network, in the checkpoint's own type."""
-        import torch
-
         parts = [self.tensor(source.name) for source in spec.sources]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        if self.framework == "torch":
+            import torch
+
+            return torch.cat(parts)
+        return np.concatenate(parts)
 
 
 def _described(what: str, names: list[str], shown: int = 8) -> list[str]:
@@ -214,15 +228,15 @@ def _shards(index: Path) -> list[Path]:
     return paths
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
+def _open_safetensors(path: Path, framework: Framework) -> tuple[dict[str, Shape], Callable[[str], Weight]]:
     from safetensors import safe_open
 
-    file = safe_open(str(path), framework="pt")  # maps the file; closed with the reader
+    file = safe_open(str(path), framework="pt" if framework == "torch" else "numpy")  # maps it; closed with the reader
     names = file.keys()  # not a dict: it has no __iter__
     return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor
 
 
-def _open_bin(path: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
+def _open_bin(path: Path) -> tuple[dict[str, Shape], Callable[[str], Weight]]:
     import torch
 
     try:

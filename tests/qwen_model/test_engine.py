@@ -25,7 +25,9 @@ def build(model_dir, output_dir, **options):
 
 def test_the_folder(model_dir, tmp_path):
     steps = []
-    summary = build(model_dir, tmp_path / "deep" / "engine", progress=lambda done, total: steps.append((done, total)))
+    summary = build(
+        model_dir, tmp_path / "deep" / "engine", progress=lambda phase, done, total: steps.append((done, total))
+    )
     assert {path.name for path in summary.engine_dir.iterdir()} == {
         "config.json",
         "weights",
@@ -87,7 +89,7 @@ def test_an_engine_is_replaced_and_other_folders_are_not(model_dir, tmp_path):
 def test_a_build_that_fails_leaves_nothing(model_dir, tmp_path):
     written = []
 
-    def fail(done, total):
+    def fail(phase, done, total):
         written.append(done)
         if done > total / 2:
             raise KeyboardInterrupt
@@ -99,7 +101,7 @@ def test_a_build_that_fails_leaves_nothing(model_dir, tmp_path):
 
 
 def test_a_build_that_fails_leaves_the_engine_before_it(model_dir, tmp_path):
-    def fail(done, total):
+    def fail(phase, done, total):
         raise OSError("disk full")
 
     build(model_dir, tmp_path / "engine", max_batch_size=3)
@@ -133,7 +135,7 @@ def test_a_build_that_is_terminated_leaves_nothing(model_dir, tmp_path):
     program = (
         "import sys, time, qwen_model.command_line as c, qwen_model.engine as e\n"
         "def main(arguments):\n"
-        "    def progress(done, total):\n"
+        "    def progress(phase, done, total):\n"
         "        print('writing', flush=True); time.sleep(60)\n"
         "    e.build_engine(sys.argv[1], output_dir=sys.argv[2], dtype='float32', progress=progress)\n"
         "c.run_command(main)\n"
@@ -185,7 +187,7 @@ def test_limits_follow_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "onnx"}, "backend must be one of torch, not 'onnx'"),
+        ({"backend": "onnx"}, "backend must be one of torch, tensorrt, not 'onnx'"),
         ({"dtype": "int3"}, "dtype must be one of float16, bfloat16, float32, not 'int3'"),
         ({"max_batch_size": 0}, "max_batch_size must be a positive integer, not 0"),
         ({"rotary_scaling": {"rope_type": "magic"}}, "'magic' is not supported"),

@@ -1,0 +1,275 @@
+"""The TensorRT back end: an engine is a plan, with the weights inside, of the network with our plug-ins. No torch.
+
+`write_engine` makes the plan, `load_executor` reads it. The plan has two optimization profiles: one step of decoding,
+and prompts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+
+import qwen_plugins
+
+from ..engine_config import EngineConfig
+from ..errors import QwenModelError
+from ..memory import required_bytes
+from ..network import decoder
+from ..rotary import rotary_table
+from ..weights import WeightSpec, weight_groups
+from . import cuda_runtime as cuda
+from . import tensorrt_versions as versions_of
+from .tensorrt_executor import TensorRTExecutor
+from .tensorrt_operations import TensorRTOperations
+
+PLAN = "model.plan"
+DECODE, PREFILL = 0, 1  # optimization profiles
+LOGIT_ROWS = 256
+"""Tokens of a prompt whose logits `prompt_logits` takes at a time."""
+WRITE_BYTES = 64 << 20
+
+Progress = Callable[[str, int, int], None]
+ReadWeight = Callable[[WeightSpec], npt.NDArray[Any]]
+
+
+def default_dtype(checkpoint_dtype: str) -> str:
+    """The checkpoint's type; float16 for bfloat16 where this TensorRT has none."""
+    return checkpoint_dtype if checkpoint_dtype in versions_of.dtypes() else "float16"
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in versions_of.dtypes():
+        raise QwenModelError(
+            f"TensorRT {trt.__version__} has no {dtype}: use --dtype {' or '.join(versions_of.dtypes())}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What an engine's `config.json` says about what built it; an engine only runs where these are the same."""
+    name, capability = cuda.device_name_and_capability()
+    return {
+        "tensorrt": trt.__version__,
+        "qwen_plugins": qwen_plugins.__version__,
+        "gpu": name,
+        "compute_capability": capability,
+    }
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the first dimension of an input may be in a profile, and what the profile is made for."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """Its type, its shape with -1 for a first dimension that changes, and how far in decoding and for prompts."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    decode: Range | None = None
+    prefill: Range | None = None
+
+
+def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
+    """Every input of the network, by its name."""
+    model, limits = config.model, config.limits
+    batch, tokens = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
+    rows = logit_rows(config)
+    sequences = NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, batch))
+    inputs = {
+        "input_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, limits.max_input_len, tokens)),
+        "cu_seqlens": NetworkInput(trt.int32, (-1,), Range(2, 2, batch + 1), Range(2, 2, batch + 1)),
+        "past_lengths": sequences,
+        "rotary_offsets": sequences,
+        "last_token_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, rows)),
+        "semaphores": NetworkInput(trt.int32, (batch, model.num_heads)),
+    }
+    table = rotary_table(model, limits.max_positions)
+    kept = len(table.values)
+    # Prompts with rows of their own bring a table as long as they are.
+    most = max(kept, tokens) if model.rotary.scaling == "dynamic" else kept
+    table_range = (Range(kept, kept, kept), Range(1, kept, most))
+    inputs["rotary_table"] = NetworkInput(trt.float32, (-1, model.rotary.dim), *table_range)
+    if table.query_scale is not None:
+        inputs["query_scale"] = NetworkInput(trt.float32, (-1,), *table_range)
+    cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
+    for layer in range(model.num_layers):
+        inputs[f"past_key_value_{layer}"] = NetworkInput(versions_of.dtypes()[config.dtype], cache)
+    return inputs
+
+
+def logit_rows(config: EngineConfig) -> int:
+    """The most rows of logits that one pass through the network gives."""
+    return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
+
+
+def write_engine(
+    folder: Path,
+    config: EngineConfig,
+    read_weight: ReadWeight,
+    progress: Progress,
+    timing_cache: Path | None = None,
+) -> None:
+    """Build the plan and write it to `folder`.
+
+    read_weight: gives each weight of weights.py as an array of any floating-point type.
+    progress: called with what is being done, how much of it is done, and the whole (0: not known).
+    timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
+    """
+    _check_gpu()
+    _check_dtype(config.dtype)
+    builder = trt.Builder(versions_of.LOG)
+    network = versions_of.create_network(builder)
+    _define(network, config, _reporting(read_weight, config, progress))
+    builder_config = versions_of.create_config(builder, network)
+    _add_profiles(builder, builder_config, network_inputs(config))
+    cache = default_timing_cache() if timing_cache is None else timing_cache
+    versions_of.set_timing_cache(builder_config, cache)
+    progress("TensorRT", 0, 0)
+    versions_of.LOG.take()
+    plan = builder.build_serialized_network(network, builder_config)
+    if plan is None:
+        raise RuntimeError(f"TensorRT built no engine:\n{versions_of.LOG.take()}")
+    _write_whole(cache, versions_of.timing_cache_bytes(builder_config))
+    del network, builder_config, builder  # the weights' memory
+    _write_plan(folder / PLAN, memoryview(plan), progress)
+
+
+def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt.NDArray[Any]]) -> None:
+    inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
+    dtype = versions_of.dtypes()[config.dtype]
+    ops = TensorRTOperations(network, config.model, dtype, inputs, read_weight, config.rmsnorm_plugin)
+    outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
+    outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
+    for name, tensor in outputs.items():
+        tensor.name = name
+        network.mark_output(tensor)
+    for tensor in (*inputs.values(), *outputs.values()):
+        tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
+
+
+def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
+    """Weights by their names; tells how many bytes of them have been read."""
+    specs = {spec.name: spec for group in weight_groups(config.model) for spec in group.specs}
+    total, _ = required_bytes(config.model, config.limits, config.dtype)
+    itemsize = np.dtype(versions_of.numpy_dtype(config.dtype)).itemsize
+    done: dict[str, int] = {}
+
+    def read(name: str) -> npt.NDArray[Any]:
+        weight = read_weight(specs[name])
+        done[name] = weight.size * itemsize
+        progress("weights", sum(done.values()), total)
+        return weight
+
+    return read
+
+
+def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
+    for kind in ("decode", "prefill"):  # DECODE, PREFILL
+        profile = builder.create_optimization_profile()
+        for name, given in inputs.items():
+            extent: Range | None = getattr(given, kind)
+            if extent is not None:
+                profile.set_shape(name, *((size, *given.shape[1:]) for size in (extent.min, extent.opt, extent.max)))
+        builder_config.add_optimization_profile(profile)
+
+
+def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
+    with path.open("wb") as file:
+        for start in range(0, plan.nbytes, WRITE_BYTES):
+            file.write(plan[start : start + WRITE_BYTES])
+            progress("plan", min(start + WRITE_BYTES, plan.nbytes), plan.nbytes)
+
+
+def default_timing_cache() -> Path:
+    """One file for each TensorRT and GPU, in the user's cache folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_model"
+    gpu, _ = cuda.device_name_and_capability()
+    return folder / f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """A cache that cannot be written is no reason to lose an engine that has been built: the next build is slower."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
+    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU."""
+    cuda.set_device(_device_index(device))
+    _check_versions(engine_dir, config)
+    path = engine_dir / PLAN
+    if not path.is_file():
+        raise QwenModelError(f"{engine_dir} is not whole: {PLAN} is missing; build the engine again")
+    _check_memory(config, path.stat().st_size)
+    return TensorRTExecutor(config, _read_plan(path), DECODE, PREFILL, logit_rows(config))
+
+
+def _read_plan(path: Path) -> Any:
+    versions_of.LOG.take()
+    runtime = trt.Runtime(versions_of.LOG)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{versions_of.LOG.take()}")
+    return engine
+
+
+def _device_index(device: str | None) -> int:
+    _check_gpu()
+    kind, _, index = (device or "cuda").partition(":")
+    if kind != "cuda" or not (index or "0").isdigit():
+        raise QwenModelError(f"a TensorRT engine runs on a GPU: device must be 'cuda' or 'cuda:N', not {device!r}")
+    if int(index or 0) >= cuda.device_count():
+        raise QwenModelError(f"device {device!r} is not there: the driver has {cuda.device_count()} CUDA devices")
+    return int(index or 0)
+
+
+def _check_gpu() -> None:
+    if cuda.device_count() == 0:
+        raise QwenModelError("the TensorRT back end needs an NVIDIA GPU, for building too: the driver finds none")
+
+
+def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
+    here = versions()
+    other = [
+        f"{name} {config.versions.get(name)}, here {now}"
+        for name, now in here.items()
+        if config.versions.get(name) != now
+    ]
+    if other:
+        raise QwenModelError(
+            f"{engine_dir} was built for {'; '.join(other)}: build it again here (python -m qwen_model.build --backend "
+            f"tensorrt --output-dir {engine_dir})"
+        )
+
+
+def _check_memory(config: EngineConfig, plan_bytes: int) -> None:
+    """Say what is needed before the memory runs out half-way; what prompts need comes on top."""
+    _, cache = required_bytes(config.model, config.limits, config.dtype)
+    free, total = cuda.memory_info()
+    if plan_bytes + cache > free:
+        gib = 2.0**30
+        raise QwenModelError(
+            f"not enough GPU memory: {plan_bytes / gib:.2f} GiB for the plan and {cache / gib:.2f} GiB of key-value "
+            f"cache ({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) are needed, "
+            f"{free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller --max-batch-size, "
+            "--max-input-len or --max-output-len"
+        )

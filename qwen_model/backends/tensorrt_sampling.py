@@ -1,0 +1,97 @@
+"""Choosing the next token on the GPU by our kernel (csrc/kernels/sampling.h), without a framework."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen_plugins import _core
+
+from ..sampling import SamplingOptions
+from . import cuda_runtime as cuda
+
+DATA_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}  # csrc/kernels/data_type.h
+
+
+class DeviceSampler:
+    """The kernel's settings and buffers, for one batch at a time. Nothing waits for the device."""
+
+    def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
+        """`dtype` is that of the logits, which are [sequences, vocab_size]."""
+        self._vocab_size = vocab_size
+        self._dtype = DATA_TYPES[dtype]
+        self._stream = stream
+        self._settings = cuda.DeviceArray((len(_settings(SamplingOptions())),), np.uint8)
+        self._seen = cuda.DeviceArray((max_batch_size, (vocab_size + 31) // 32), np.uint32)
+        self._workspace = cuda.DeviceMemory(_core.sampling_workspace_bytes(max_batch_size, vocab_size))
+        self._semaphores = cuda.DeviceArray((max_batch_size + 1,), np.int32)
+        self._semaphores.fill(0, stream)
+        self._options = SamplingOptions()
+
+    def begin(self, options: SamplingOptions, prompts: Sequence[Sequence[int]]) -> None:
+        """Begin a batch; the prompts' tokens count as seen."""
+        self._options = options
+        self._settings.upload(np.frombuffer(_settings(options), np.uint8), self._stream)
+        if options.repetition_penalty != 1.0:
+            self._seen.upload(seen_bits(prompts, self._vocab_size), self._stream)
+
+    def greedy(
+        self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray, past_lengths: cuda.DeviceArray | None
+    ) -> None:
+        """The likeliest token of each sequence; adds 1 to the past lengths."""
+        self._launch(logits, count, tokens, settings=0, seen=0, past_lengths=past_lengths)
+
+    def sample(self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray) -> None:
+        """As the options of `begin` say."""
+        penalised = self._options.repetition_penalty != 1.0
+        seen = self._seen.address if penalised else 0
+        self._launch(logits, count, tokens, settings=self._settings.address, seen=seen, past_lengths=None)
+
+    def _launch(
+        self,
+        logits: cuda.DeviceArray,
+        count: int,
+        tokens: cuda.DeviceArray,
+        *,
+        settings: int,
+        seen: int,
+        past_lengths: cuda.DeviceArray | None,
+    ) -> None:
+        _core.sample(
+            logits=logits.address,
+            logits_row_stride=self._vocab_size,
+            sequences=count,
+            vocab_size=self._vocab_size,
+            dtype=self._dtype,
+            settings=settings,
+            greedy=self._options.greedy,
+            seen=seen,
+            tokens=tokens.address,
+            past_lengths=0 if past_lengths is None else past_lengths.address,
+            workspace=self._workspace.address,
+            semaphores=self._semaphores.address,
+            stream=self._stream.handle,
+        )
+
+
+def _settings(options: SamplingOptions) -> bytes:
+    """As they lie in device memory."""
+    return _core.sampling_settings_bytes(
+        temperature=options.temperature or 1.0,  # 0 is greedy, and does not look at it
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=secrets.randbits(63) if options.seed is None else options.seed,
+        step=0,
+    )
+
+
+def seen_bits(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """uint32 [prompts, (vocab_size + 31) / 32]: bit i % 32 of word i / 32 is set if token i is in the prompt."""
+    words = (vocab_size + 31) // 32
+    seen = np.zeros((len(prompts), words * 32), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[np.asarray(prompt)] = True
+    return np.packbits(seen, axis=-1, bitorder="little").view("<u4")

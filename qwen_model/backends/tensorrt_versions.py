@@ -1,0 +1,133 @@
+"""What differs between TensorRT 8.6, 10 and 11, for building and for running; plug-in layers are qwen_plugins' work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+
+from qwen_plugins._tensorrt_native import NativeLayers, is_strongly_typed
+from qwen_plugins.tensorrt import configure_builder
+
+from ..errors import QwenModelError
+
+MAJOR = int(trt.__version__.split(".")[0])
+
+
+class Log(trt.ILogger):
+    """Keeps the errors and warnings that TensorRT logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        """Keep a message, from a warning upwards."""
+        if severity <= trt.ILogger.WARNING:
+            self.messages.append(message)
+
+    def take(self) -> str:
+        """The messages since the last call, the last few of them if there are many."""
+        text = "\n".join(self.messages[-8:])
+        self.messages.clear()
+        return text or "TensorRT said nothing"
+
+
+# TensorRT keeps the first logger of a process for whatever has no logger of its own.
+LOG = Log()
+
+
+def dtypes() -> dict[str, Any]:
+    """The types that engines can have with this TensorRT, by name."""
+    found = {"float32": trt.float32, "float16": trt.float16}
+    return {**found, "bfloat16": trt.bfloat16} if hasattr(trt, "bfloat16") else found
+
+
+def numpy_dtype(name: str) -> npt.DTypeLike:
+    """NumPy's type of that name; bfloat16 is that of ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def create_network(builder: Any) -> Any:
+    """A network with dynamic shapes; strongly typed where there is such a thing."""
+    flags = 0
+    if MAJOR < 10:
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    elif hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # all are, from 11 on
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return builder.create_network(flags)
+
+
+def create_config(builder: Any, network: Any) -> Any:
+    """What the builder is told, but for profiles and the timing cache."""
+    config = builder.create_builder_config()
+    configure_builder(config, network)
+    if hasattr(config, "set_tactic_sources"):
+        # Neither cuBLAS nor cuDNN: nothing here has a use for them, and 8.6 fails where they are not installed.
+        config.set_tactic_sources(0)
+    if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        # Several contexts of one profile; later versions do that unasked.
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    if MAJOR < 10:
+        config.set_flag(trt.BuilderFlag.DIRECT_IO)  # no copies of inputs and outputs: the cache is both
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    return config
+
+
+def add_constant(network: Any, array: npt.NDArray[Any], dtype: Any, name: str) -> Any:
+    """A constant tensor of that type."""
+    return NativeLayers(network, name).constant(array, dtype, "constant", keeps_type=True)
+
+
+def set_type(layer: Any, dtype: Any, network: Any) -> Any:
+    """The layer's output, of this type. In a strongly typed network types follow from the inputs."""
+    output = layer.get_output(0)
+    if not is_strongly_typed(network):
+        layer.precision = dtype
+        layer.set_output_type(0, dtype)
+        output.dtype = dtype
+    return output
+
+
+def set_timing_cache(config: Any, path: Path) -> None:
+    """Let the builder know what it measured in earlier builds; a file of another machine is not used."""
+    try:
+        known = path.read_bytes()
+    except FileNotFoundError:
+        known = b""
+    except OSError as error:
+        raise QwenModelError(f"the timing cache {path} cannot be read: {error.strerror}") from error
+    if not known or not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def timing_cache_bytes(config: Any) -> bytes:
+    """What is to be kept for later builds."""
+    return bytes(config.get_timing_cache().serialize())
+
+
+def activation_bytes(engine: Any) -> int:
+    """Device memory that a context needs, for the profile that needs most."""
+    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
+
+
+def create_context(engine: Any, profile: int, address: int, num_bytes: int, stream: int) -> Any:
+    """An execution context of that profile in device memory that it may share with others on the same stream."""
+    if hasattr(trt, "ExecutionContextAllocationStrategy"):
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    else:
+        context = engine.create_execution_context_without_device_memory()
+    if context is None or not context.set_optimization_profile_async(profile, stream):
+        raise RuntimeError(f"TensorRT made no execution context:\n{LOG.take()}")
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(address, num_bytes)
+    else:
+        context.device_memory = address
+    return context

@@ -1,0 +1,171 @@
+"""cuda.bindings.runtime with the host's memory as the device's: work is done at once, or when its graph is launched."""
+
+import ctypes
+import enum
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+cudaError_t = enum.Enum(
+    "cudaError_t",
+    {"cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorMemoryAllocation": 2, "cudaErrorNoDevice": 100},
+)
+
+
+@dataclass
+class Device:
+    """The one that there is."""
+
+    name: str = "NumPy"
+    count: int = 1
+    total_bytes: int = 8 << 30
+    allocations: dict[int, np.ndarray] = field(default_factory=dict)
+    capture: list[Callable[[], None]] | None = None
+    graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    handles: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
+device = Device()
+OK = cudaError_t.cudaSuccess
+
+
+def used_bytes() -> int:
+    return sum(memory.nbytes for memory in device.allocations.values())
+
+
+def enqueue(work: Callable[[], None]) -> None:
+    """Do it now, or put it into the graph that is being captured."""
+    if device.capture is None:
+        work()
+    else:
+        device.capture.append(work)
+
+
+def view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array at an address, which must lie within memory that has been allocated and not freed."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    inside = any(
+        start <= address and address + num_bytes <= start + memory.nbytes
+        for start, memory in device.allocations.items()
+    )
+    assert inside, f"{num_bytes} bytes at {address:#x} are not allocated"
+    return np.frombuffer((ctypes.c_byte * num_bytes).from_address(address), dtype).reshape(shape)
+
+
+def allocate(num_bytes: int) -> tuple[cudaError_t, int]:
+    if used_bytes() + num_bytes > device.total_bytes:
+        return cudaError_t.cudaErrorMemoryAllocation, 0
+    memory = np.full(num_bytes, 0xFF, np.uint8)  # NaN in every type
+    device.allocations[memory.ctypes.data] = memory
+    return OK, memory.ctypes.data
+
+
+def free(address: int) -> tuple[cudaError_t]:
+    del device.allocations[address]
+    return (OK,)
+
+
+def copy(target: int, source: int, num_bytes: int, kind: str, stream: int) -> tuple[cudaError_t]:
+    enqueue(lambda: ctypes.memmove(target, source, num_bytes) and None)
+    return (OK,)
+
+
+def copy_2d(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: str, stream: int
+) -> tuple[cudaError_t]:
+    for row in range(height):
+        copy(target + row * target_pitch, source + row * source_pitch, width, kind, stream)
+    return (OK,)
+
+
+def fill(address: int, byte: int, num_bytes: int, stream: int) -> tuple[cudaError_t]:
+    enqueue(lambda: ctypes.memset(address, byte, num_bytes) and None)
+    return (OK,)
+
+
+def begin_capture(stream: int, mode: str) -> tuple[cudaError_t]:
+    assert device.capture is None
+    device.capture = []
+    return (OK,)
+
+
+def end_capture(stream: int) -> tuple[cudaError_t, int]:
+    graph = next(device.handles)
+    assert device.capture is not None
+    device.graphs[graph], device.capture = device.capture, None
+    return OK, graph
+
+
+def launch(graph: int, stream: int) -> tuple[cudaError_t]:
+    for work in device.graphs[graph]:
+        enqueue(work)
+    return (OK,)
+
+
+def destroy_graph(graph: int) -> tuple[cudaError_t]:
+    device.graphs.pop(graph, None)
+    return (OK,)
+
+
+def device_count() -> tuple[cudaError_t, int]:
+    return (OK, device.count) if device.count else (cudaError_t.cudaErrorNoDevice, 0)
+
+
+def properties(index: int) -> tuple[cudaError_t, types.SimpleNamespace]:
+    name = device.name.encode().ljust(256, b"\0")
+    return OK, types.SimpleNamespace(name=name, major=9, minor=0)
+
+
+def succeed(*arguments: object) -> tuple[cudaError_t]:
+    return (OK,)
+
+
+def new_handle(*arguments: object) -> tuple[cudaError_t, int]:
+    return OK, next(device.handles)
+
+
+runtime = types.ModuleType("cuda.bindings.runtime")
+runtime.__dict__.update(
+    cudaError_t=cudaError_t,
+    cudaMemcpyKind=types.SimpleNamespace(
+        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="within"
+    ),
+    cudaStreamCaptureMode=types.SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread"),
+    cudaStreamNonBlocking=1,
+    cudaEventDisableTiming=2,
+    cudaEventDefault=0,
+    cudaHostAllocDefault=0,
+    cudaMalloc=allocate,
+    cudaFree=free,
+    cudaHostAlloc=lambda num_bytes, flags: allocate(num_bytes),
+    cudaFreeHost=free,
+    cudaMemcpyAsync=copy,
+    cudaMemcpy2DAsync=copy_2d,
+    cudaMemsetAsync=fill,
+    cudaStreamCreateWithFlags=new_handle,
+    cudaStreamDestroy=succeed,
+    cudaStreamSynchronize=succeed,
+    cudaEventCreateWithFlags=new_handle,
+    cudaEventDestroy=succeed,
+    cudaEventRecord=succeed,
+    cudaEventSynchronize=succeed,
+    cudaEventElapsedTime=lambda start, end: (OK, 1.0),
+    cudaStreamBeginCapture=begin_capture,
+    cudaStreamEndCapture=end_capture,
+    cudaGraphInstantiate=lambda graph, flags: (OK, graph),
+    cudaGraphLaunch=launch,
+    cudaGraphExecDestroy=succeed,
+    cudaGraphDestroy=destroy_graph,
+    cudaGetDeviceCount=device_count,
+    cudaGetDevice=lambda: (OK, 0),
+    cudaSetDevice=succeed,
+    cudaGetDeviceProperties=properties,
+    cudaMemGetInfo=lambda: (OK, device.total_bytes - used_bytes(), device.total_bytes),
+    cudaGetLastError=succeed,
+    cudaDeviceSynchronize=succeed,
+    cudaGetErrorName=lambda status: (OK, status.name.encode()),
+    cudaGetErrorString=lambda status: (OK, b"as the stand-in says"),
+)

@@ -1,0 +1,75 @@
+"""qwen_plugins._core in NumPy: the functions that the TensorRT back end calls, on addresses."""
+
+import struct
+import types
+
+import ml_dtypes
+import numpy as np
+
+from tests.qwen_model.stand_ins.numpy_cuda import enqueue, view
+
+DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 7: np.dtype(ml_dtypes.bfloat16)}
+SETTINGS = struct.Struct("<fffiQQ")  # temperature, top_p, repetition_penalty, top_k, seed, step
+
+
+def settings_bytes(
+    *, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int, step: int
+) -> bytes:
+    return SETTINGS.pack(temperature, top_p, repetition_penalty, top_k, seed, step)
+
+
+def sample(
+    *,
+    logits: int,
+    logits_row_stride: int,
+    sequences: int,
+    vocab_size: int,
+    dtype: int,
+    settings: int,
+    greedy: bool,
+    seen: int,
+    tokens: int,
+    past_lengths: int,
+    workspace: int,
+    semaphores: int,
+    stream: int,
+) -> None:
+    assert logits_row_stride == vocab_size
+    assert not view(semaphores, (sequences + 1,), np.dtype(np.int32)).any()
+
+    def run() -> None:
+        rows = view(logits, (sequences, vocab_size), DTYPES[dtype]).astype(np.float32)
+        values = SETTINGS.unpack(view(settings, (SETTINGS.size,), np.dtype(np.uint8)).tobytes()) if settings else None
+        bits = view(seen, (sequences, (vocab_size + 31) // 32), np.dtype(np.uint32)) if seen else None
+        for i, row in enumerate(rows):
+            if values is not None and bits is not None:
+                known = np.unpackbits(bits[i].view(np.uint8), bitorder="little")[:vocab_size].astype(bool)
+                row = np.where(known, np.where(row > 0, row / values[2], row * values[2]), row)
+            token = int(row.argmax()) if greedy or values is None else draw(row, values, i)
+            view(tokens, (sequences,), np.dtype(np.int32))[i] = token
+            if bits is not None:
+                bits[i, token // 32] |= np.uint32(1 << token % 32)
+        if past_lengths:
+            view(past_lengths, (sequences,), np.dtype(np.int32))[:] += 1
+        if values is not None:
+            view(settings + SETTINGS.size - 8, (1,), np.dtype(np.uint64))[0] += 1
+
+    enqueue(run)
+
+
+def draw(row: np.ndarray, values: tuple, index: int) -> int:
+    temperature, top_p, _, top_k, seed, step = values
+    order = np.argsort(-row, kind="stable")[: top_k or None]
+    probabilities = np.exp((row[order] - row[order[0]]) / temperature)
+    probabilities /= probabilities.sum()
+    kept = np.cumsum(probabilities) - probabilities < top_p
+    probabilities = probabilities[kept] / probabilities[kept].sum()
+    return int(np.random.default_rng([seed, step, index]).choice(order[kept], p=probabilities))
+
+
+core = types.ModuleType("qwen_plugins._core")
+core.__dict__.update(
+    sample=sample,
+    sampling_settings_bytes=settings_bytes,
+    sampling_workspace_bytes=lambda max_sequences, vocab_size: 16,
+)

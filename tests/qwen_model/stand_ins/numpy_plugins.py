@@ -1,0 +1,101 @@
+"""Our plug-ins in NumPy: what they compute, in float32, rounded to their type."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+
+
+def rms_norm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    x, weight, *residual = inputs
+    assert len(residual) == fields["residual"]
+    h = x + residual[0] if residual else x
+    y = normalise(h, weight, fields["eps"]).astype(x.dtype)
+    return [y, h] if residual else [y]
+
+
+def normalise(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    wide = h.astype(np.float32)
+    return wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps)) * weight.astype(np.float32)
+
+
+def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    x, weight, *bias = inputs
+    assert len(bias) == fields["bias"]
+    assert fields["constant_weight"] == 1
+    z = x.astype(np.float32) @ weight.astype(np.float32).T
+    if bias:
+        z = z + bias[0].astype(np.float32)
+    if fields["activation"]:
+        gate, up = np.split(z, 2, axis=-1)
+        z = gate / (1 + np.exp(-gate)) * up
+    return [z.astype(x.dtype)]
+
+
+def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    """Writes the new keys and values to the cache in place."""
+    qkv, cache, cu_seqlens, past_lengths, offsets, *rest = inputs
+    heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], fields["head_size"]
+    table = rest.pop(0)
+    semaphores = rest.pop(0)
+    assert semaphores.shape == (len(cache), heads)
+    assert not semaphores.any()
+    query_scale = rest.pop(0) if fields["query_scale"] else None
+    norms = rest if fields["qk_norm"] else None
+    decoding = len(qkv) == len(past_lengths)
+    context = np.empty((len(qkv), heads, size), qkv.dtype)
+    for sequence, past in enumerate(past_lengths):
+        start, end = (sequence, sequence + 1) if decoding else cu_seqlens[sequence : sequence + 2]
+        tokens = qkv[start:end].reshape(end - start, -1, size)
+        q, k, v = np.split(tokens, [heads, heads + kv_heads], axis=1)
+        positions = past + np.arange(end - start)
+        rows = offsets[sequence] + positions
+        assert rows.min() >= 0
+        assert rows.max() < len(table)
+        if norms is not None:
+            q = normalise(q, norms[0], fields["norm_eps"]).astype(q.dtype)
+            k = normalise(k, norms[1], fields["norm_eps"]).astype(k.dtype)
+        q, k = rotate(q, table[rows]), rotate(k, table[rows])
+        if query_scale is not None:
+            q = (q.astype(np.float32) * query_scale[rows][:, None, None]).astype(q.dtype)
+        cache[sequence, 0, :, positions] = k
+        cache[sequence, 1, :, positions] = v
+        keys, values = cache[sequence, :, :, : past + end - start].astype(np.float32)
+        context[start:end] = attend(q, keys, values, positions).astype(qkv.dtype)
+    return [context.reshape(len(qkv), -1), cache]
+
+
+def rotate(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    dim = rows.shape[-1]
+    cos, sin = np.split(rows[:, None], 2, axis=-1)
+    first, second = np.split(x[..., :dim].astype(np.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, x[..., dim:].astype(np.float32)]
+    return np.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[tokens, heads, head_size] over [kv_heads, length, head_size]; each token sees what is not after it."""
+    group = q.shape[1] // len(keys)
+    keys, values = np.repeat(keys, group, axis=0), np.repeat(values, group, axis=0)
+    scores = np.einsum("thd,hld->htl", q.astype(np.float32), keys) / np.sqrt(np.float32(q.shape[-1]))
+    scores[:, positions[:, None] < np.arange(keys.shape[1])] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("htl,hld->thd", weights / weights.sum(-1, keepdims=True), values)
+
+
+PLUGINS: dict[str, Callable[[dict[str, Any], Arrays], Arrays]] = {
+    "RmsNorm": rms_norm,
+    "Gemm": gemm,
+    "GptAttention": gpt_attention,
+}
+
+
+def output_shapes(name: str, fields: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """With -1 for what is not known yet."""
+    if name == "RmsNorm":
+        return [shapes[0]] * (1 + fields["residual"])
+    if name == "Gemm":
+        return [(*shapes[0][:-1], shapes[1][0] // (2 if fields["activation"] else 1))]
+    return [(shapes[0][0], fields["num_heads"] * fields["head_size"]), shapes[1]]

@@ -1,0 +1,434 @@
+"""The module tensorrt in NumPy, of any version: a network is a graph of layers that runs when its engine does.
+
+Unlike tests/plugins/numpy_tensorrt.py, which computes while the network is defined, this has dynamic shapes, profiles,
+plans, contexts and addresses. A plan is a number: it can be read in the process that wrote it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import itertools
+import json
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tests.qwen_model.stand_ins.numpy_cuda import enqueue, view
+from tests.qwen_model.stand_ins.numpy_plugins import PLUGINS, output_shapes
+
+
+class DataType(enum.Enum):
+    FLOAT, HALF, INT8, INT32, BF16 = 0, 1, 2, 3, 7
+
+    def __int__(self) -> int:
+        return self.value
+
+
+NUMPY_TYPES = {
+    DataType.FLOAT: np.dtype(np.float32),
+    DataType.HALF: np.dtype(np.float16),
+    DataType.INT8: np.dtype(np.int8),
+    DataType.INT32: np.dtype(np.int32),
+    DataType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+ELEMENTWISE = {"SUM": np.add, "PROD": np.multiply, "DIV": np.divide, "MAX": np.maximum}
+UNARY = {"SQRT": np.sqrt, "ABS": np.abs, "ROUND": np.round}
+REDUCE = {"AVG": np.mean, "MAX": np.max}
+HEADER = b"a plan of the stand-in, number "
+
+Shape = tuple[int, ...]
+Arrays = list[np.ndarray]
+
+
+class ITensor:
+    def __init__(self, network: INetworkDefinition, shape: Shape, dtype: DataType, is_input: bool = False) -> None:
+        self.network, self.shape, self.known_type, self.is_input = network, shape, dtype, is_input
+        self.name = ""
+        self.allowed_formats = 0
+        self.dynamic_range: None = None
+
+    @property
+    def dtype(self) -> DataType:
+        """TensorRT 8.6 says float32 of tensors inside a network, whatever they are."""
+        return self.known_type if self.is_input or self.network.strongly_typed else DataType.FLOAT
+
+    @dtype.setter
+    def dtype(self, dtype: DataType) -> None:
+        assert not self.network.strongly_typed, "types are not set in a strongly typed network"
+        self.known_type = dtype
+
+
+class Layer:
+    def __init__(
+        self,
+        network: INetworkDefinition,
+        inputs: list[ITensor],
+        outputs: list[tuple[Shape, DataType]],
+        compute: Callable[[Arrays], Arrays],
+    ) -> None:
+        self.network, self.inputs, self.compute = network, inputs, compute
+        self.outputs = [ITensor(network, shape, dtype) for shape, dtype in outputs]
+        self.num_outputs = len(outputs)
+        self.name = f"(Unnamed Layer* {network.num_layers})"
+        self.precision: DataType | None = None
+        self.set_types: dict[int, DataType] = {}
+
+    def get_output(self, index: int) -> ITensor:
+        return self.outputs[index]
+
+    def set_output_type(self, index: int, dtype: DataType) -> None:
+        assert not self.network.strongly_typed, "types are not set in a strongly typed network"
+        self.set_types[index] = dtype
+
+    def run(self, arrays: dict[ITensor, np.ndarray]) -> None:
+        results = self.compute([arrays[tensor] for tensor in self.inputs])
+        for index, (tensor, result) in enumerate(zip(self.outputs, results, strict=True)):
+            if not self.network.strongly_typed:
+                asked = self.set_types.get(index, tensor.known_type)
+                assert asked == tensor.known_type, f"{self.name}: the layer's and the tensor's types differ"
+                if result.dtype != NUMPY_TYPES[asked]:
+                    result = result.astype(NUMPY_TYPES[asked])
+            arrays[tensor] = result
+
+
+class Shuffle(Layer):
+    reshape_dims: Shape = ()
+
+
+class Weights:
+    def __init__(self, array_or_type: Any, address: int = 0, count: int = 0) -> None:
+        if isinstance(array_or_type, np.ndarray):
+            self.array = array_or_type
+        else:
+            dtype = NUMPY_TYPES[array_or_type]
+            self.array = np.frombuffer((ctypes.c_byte * (count * dtype.itemsize)).from_address(address), dtype)
+
+
+class INetworkDefinition:
+    def __init__(self, strongly_typed: bool) -> None:
+        self.strongly_typed = strongly_typed
+        self.layers: list[Layer] = []
+        self.inputs: list[ITensor] = []
+        self.outputs: list[ITensor] = []
+
+    num_layers = property(lambda self: len(self.layers))
+
+    def get_layer(self, index: int) -> Layer:
+        return self.layers[index]
+
+    def get_flag(self, flag: object) -> bool:
+        return self.strongly_typed
+
+    def add_input(self, name: str, dtype: DataType, shape: Shape) -> ITensor:
+        tensor = ITensor(self, tuple(shape), dtype, is_input=True)
+        tensor.name = name
+        self.inputs.append(tensor)
+        return tensor
+
+    def mark_output(self, tensor: ITensor) -> None:
+        self.outputs.append(tensor)
+
+    def add(self, layer: Layer) -> Layer:
+        self.layers.append(layer)
+        return layer
+
+    def add_constant(self, shape: Shape, weights: Weights) -> Layer:
+        dtype = next(known for known, numpy in NUMPY_TYPES.items() if numpy == weights.array.dtype)
+        return self.add(Layer(self, [], [(tuple(shape), dtype)], lambda _: [weights.array.reshape(shape)]))
+
+    def add_gather(self, table: ITensor, rows: ITensor, axis: int) -> Layer:
+        assert axis == 0
+        outputs = [((*rows.shape, *table.shape[1:]), table.known_type)]
+        return self.add(Layer(self, [table, rows], outputs, lambda inputs: [inputs[0][inputs[1]]]))
+
+    def add_elementwise(self, a: ITensor, b: ITensor, operation: str) -> Layer:
+        assert len(a.shape) == len(b.shape)
+        assert not self.strongly_typed or a.known_type == b.known_type
+        shape = tuple(max(x, y) if min(x, y) > 0 else -1 for x, y in zip(a.shape, b.shape, strict=True))
+        compute = ELEMENTWISE[operation]
+        return self.add(Layer(self, [a, b], [(shape, a.known_type)], lambda inputs: [compute(*wide(inputs))]))
+
+    def add_unary(self, tensor: ITensor, operation: str) -> Layer:
+        compute = UNARY[operation]
+        return self.add(
+            Layer(self, [tensor], [(tensor.shape, tensor.known_type)], lambda inputs: [compute(*wide(inputs))])
+        )
+
+    def add_reduce(self, tensor: ITensor, operation: str, axes: int, keep_dims: bool) -> Layer:
+        assert axes == 1 << (len(tensor.shape) - 1)
+        compute, shape = REDUCE[operation], (*tensor.shape[:-1], 1)
+        return self.add(
+            Layer(
+                self,
+                [tensor],
+                [(shape, tensor.known_type)],
+                lambda inputs: [compute(*wide(inputs), axis=-1, keepdims=True)],
+            )
+        )
+
+    def add_shuffle(self, tensor: ITensor) -> Layer:
+        layer = Shuffle(self, [tensor], [((1, *tensor.shape), tensor.known_type)], lambda inputs: inputs)
+        layer.compute = lambda inputs: [inputs[0].reshape(layer.reshape_dims)]
+        return self.add(layer)
+
+    def add_cast(self, tensor: ITensor, dtype: DataType) -> Layer:
+        return self.add(
+            Layer(self, [tensor], [(tensor.shape, dtype)], lambda inputs: [inputs[0].astype(NUMPY_TYPES[dtype])])
+        )
+
+    def add_plugin_v2(self, inputs: list[ITensor], plugin: types.SimpleNamespace) -> Layer:
+        dtype = DataType(plugin.fields["type_id"])
+        shapes = output_shapes(plugin.name, plugin.fields, [tensor.shape for tensor in inputs])
+
+        def compute(arrays: Arrays) -> Arrays:
+            floating = {array.dtype for array in arrays[:2] if array.dtype.kind != "i"}
+            assert floating == {NUMPY_TYPES[dtype]}, f"{plugin.name} of {dtype} was given {floating}"
+            return PLUGINS[plugin.name](plugin.fields, arrays)
+
+        return self.add(Layer(self, inputs, [(shape, dtype) for shape in shapes], compute))
+
+    def add_plugin_v3(self, inputs: list[ITensor], shape_inputs: list[ITensor], plugin: Any) -> Layer:
+        assert shape_inputs == []
+        assert plugin.phase == "build"
+        return self.add_plugin_v2(inputs, plugin)
+
+
+def wide(arrays: Arrays) -> Arrays:
+    """Native layers of networks without types compute in float32."""
+    return [array.astype(np.float32) for array in arrays]
+
+
+class Creator:
+    plugin_version, plugin_namespace = "1", "qwen_plugins"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def create_plugin(self, layer: str, fields: list[types.SimpleNamespace], phase: str | None = None) -> Any:
+        values = {field.name: field.array[0].item() for field in fields}
+        return types.SimpleNamespace(name=self.name, layer=layer, fields=values, phase=phase)
+
+
+class Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[Shape, Shape, Shape]] = {}
+
+    def set_shape(self, name: str, low: Shape, opt: Shape, high: Shape) -> None:
+        self.shapes[name] = low, opt, high
+
+
+class BuilderConfig:
+    def __init__(self) -> None:
+        self.profiles: list[Profile] = []
+        self.flags: set[str] = set()
+        self.cache = b""
+        self.profiling_verbosity = ""
+
+    def add_optimization_profile(self, profile: Profile) -> None:
+        self.profiles.append(profile)
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.add(flag)
+
+    def set_tactic_sources(self, sources: int) -> None:
+        assert sources == 0
+
+    def set_preview_feature(self, feature: str, on: bool) -> None:
+        self.flags.add(feature)
+
+    def create_timing_cache(self, content: bytes) -> bytes:
+        return content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        self.cache = cache
+        return cache in (b"", b"measured")
+
+    def get_timing_cache(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(serialize=lambda: b"measured")
+
+
+class Builder:
+    def __init__(self, log: Any) -> None:
+        self.log = log
+
+    def create_network(self, flags: int) -> INetworkDefinition:
+        return INetworkDefinition(MAJOR >= 11 or bool(MAJOR >= 10 and flags & 2))
+
+    def create_builder_config(self) -> BuilderConfig:
+        return BuilderConfig()
+
+    def create_optimization_profile(self) -> Profile:
+        return Profile()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: BuilderConfig) -> Any:
+        names = [layer.name for layer in network.layers]
+        if len(set(names)) < len(names):
+            self.log.log(1, "two layers have one name")
+            return None
+        for profile in config.profiles:
+            dynamic = {tensor.name for tensor in network.inputs if -1 in tensor.shape}
+            assert dynamic == set(profile.shapes)
+        number = next(NUMBERS)
+        PLANS[number] = network, config
+        return HEADER + str(number).encode()
+
+
+class Runtime:
+    def __init__(self, log: Any) -> None:
+        self.log = log
+
+    def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
+        text = bytes(memoryview(plan))
+        if not text.startswith(HEADER):
+            self.log.log(1, "Serialization assertion failed")
+            return None
+        return Engine(*PLANS[int(text.removeprefix(HEADER))])
+
+
+class Engine:
+    def __init__(self, network: INetworkDefinition, config: BuilderConfig) -> None:
+        self.network, self.config = network, config
+        self.tensors = {tensor.name: tensor for tensor in (*network.inputs, *network.outputs)}
+        self.names = list(self.tensors)
+        self.num_io_tensors = len(self.names)
+        self.num_optimization_profiles = len(config.profiles)
+        self.num_layers = len(network.layers)
+        setattr(self, "device_memory_size_v2" if MAJOR >= 10 else "device_memory_size", 1 << 10)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "INPUT" if self.tensors[name].is_input else "OUTPUT"
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return self.tensors[name].known_type
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        return self.tensors[name].shape
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[Shape, ...]:
+        return self.config.profiles[profile].shapes.get(name, (self.tensors[name].shape,) * 3)
+
+    def create_execution_context(self, strategy: str) -> Context:
+        assert MAJOR >= 10
+        return Context(self)
+
+    def create_execution_context_without_device_memory(self) -> Context:
+        assert MAJOR < 10
+        return Context(self)
+
+    def create_engine_inspector(self) -> types.SimpleNamespace:
+        layers = [{"Name": layer.name, "LayerType": type(layer).__name__} for layer in self.network.layers]
+        return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.profile = engine, -1
+        self.shapes: dict[str, Shape] = {}
+        self.addresses: dict[str, int] = {}
+        self.profiler: Any = None
+        if MAJOR >= 10:
+            self.set_device_memory = lambda address, size: view(address, (size,), np.dtype(np.uint8)) is not None
+        self.device_memory = 0
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert name in self.engine.tensors
+        self.addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
+        fits = len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+        if fits:
+            self.shapes[name] = tuple(shape)
+        return fits
+
+    def execute_async_v3(self, stream: int) -> bool:
+        network = self.engine.network
+        inputs = [
+            (tensor, self.addresses[tensor.name], self.shapes[tensor.name] if -1 in tensor.shape else tensor.shape)
+            for tensor in network.inputs
+        ]
+        outputs = [(tensor, self.addresses[tensor.name]) for tensor in network.outputs]
+        enqueue(lambda: self._run(inputs, outputs))
+        return True
+
+    def _run(self, inputs: list[tuple[ITensor, int, Shape]], outputs: list[tuple[ITensor, int]]) -> None:
+        network = self.engine.network
+        arrays = {tensor: view(address, shape, NUMPY_TYPES[tensor.known_type]) for tensor, address, shape in inputs}
+        for layer in network.layers:
+            layer.run(arrays)
+            if self.profiler is not None:
+                self.profiler.report_layer_time(layer.name, 0.001)
+        for tensor, address in outputs:
+            result = arrays[tensor]
+            target = view(address, result.shape, NUMPY_TYPES[tensor.known_type])
+            if result.ctypes.data != address:
+                assert not tensor.name.startswith("present"), "the cache was not changed in place"
+                target[:] = result
+
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class IProfiler:
+    pass
+
+
+PLANS: dict[int, tuple[INetworkDefinition, BuilderConfig]] = {}
+NUMBERS: Iterator[int] = itertools.count()
+MAJOR = 0
+
+
+def make_module(version: str) -> types.ModuleType:
+    """The module ``tensorrt`` of that version, our plug-ins registered. One version at a time."""
+    global MAJOR
+    MAJOR = int(version.split(".")[0])
+    module = types.ModuleType("tensorrt")
+    module.__spec__ = types.SimpleNamespace(name="tensorrt")  # type: ignore[assignment]
+    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")]
+    operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, "FLOAT32", "INT32")})
+    flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")
+    classes = (DataType, ITensor, INetworkDefinition, Weights, Builder, Runtime, ILogger, IProfiler)
+    module.__dict__.update(
+        __version__=version,
+        **{kind.__name__: kind for kind in classes},
+        **{"float32": DataType.FLOAT, "float16": DataType.HALF, "int8": DataType.INT8, "int32": DataType.INT32},
+        nptype=NUMPY_TYPES.__getitem__,
+        **{f"{kind}Operation": operations for kind in ("ElementWise", "Unary", "Reduce")},
+        PluginFieldType=operations,
+        PluginField=lambda name, array, kind: types.SimpleNamespace(name=name, array=array, kind=kind),
+        PluginFieldCollection=list,
+        BuilderFlag=flags,
+        TensorFormat=types.SimpleNamespace(LINEAR=0),
+        TensorIOMode=types.SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT"),
+        ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"),
+        LayerInformationFormat=types.SimpleNamespace(JSON="json"),
+        NetworkDefinitionCreationFlag=types.SimpleNamespace(
+            **({"EXPLICIT_BATCH": 0} if MAJOR < 10 else {"STRONGLY_TYPED": 1} if MAJOR < 11 else {})
+        ),
+        get_plugin_registry=lambda: types.SimpleNamespace(
+            **{"all_creators" if MAJOR >= 10 else "plugin_creator_list": creators}
+        ),
+    )
+    if MAJOR >= 10:
+        module.__dict__.update(
+            bfloat16=DataType.BF16,
+            TensorRTPhase=types.SimpleNamespace(BUILD="build", RUNTIME="runtime"),
+            ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed"),
+        )
+    else:
+        flags.DIRECT_IO = "DIRECT_IO"
+        module.PreviewFeature = types.SimpleNamespace(PROFILE_SHARING_0806="PROFILE_SHARING_0806")
+    return module
