@@ -169,6 +169,23 @@ void require_positive(char const* name, float value) {
   }
 }
 
+void require_positive(char const* name, int32_t value) {
+  if (value <= 0) {
+    fail("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected a number above 0");
+  }
+}
+
+void require_one_of(char const* name, int32_t value, std::vector<int32_t> const& allowed) {
+  std::string expected;
+  for (int32_t const number : allowed) {
+    if (value == number) {
+      return;
+    }
+    expected += (expected.empty() ? "" : ", ") + std::to_string(number);
+  }
+  fail("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected one of " + expected);
+}
+
 void require_type(char const* name, int32_t value, std::vector<DataType> const& allowed) {
   std::string expected;
   for (DataType const type : allowed) {

@@ -32,6 +32,8 @@ void deserialize(AttributeSpecs const& specs, char const* plugin_name, void cons
 // Rules that several plug-ins share; `name` is the attribute's.
 void require_flag(char const* name, int32_t value);
 void require_positive(char const* name, float value);
+void require_positive(char const* name, int32_t value);
+void require_one_of(char const* name, int32_t value, std::vector<int32_t> const& allowed);
 void require_type(char const* name, int32_t value, std::vector<nvinfer1::DataType> const& allowed);
 
 // float32, float16, and bfloat16 where this TensorRT has it.

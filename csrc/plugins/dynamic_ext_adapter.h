@@ -5,17 +5,15 @@
 
 #include "attributes.h"
 #include "log.h"
+#include "plugin_base.h"
 #include "tensorrt_api.h"
 
 namespace qwen_plugins {
 
-constexpr char const* kPluginVersion = "1";
-constexpr char const* kPluginNamespace = "qwen_plugins";
-
 template <typename Plugin>
 class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
  public:
-  explicit DynamicExtAdapter(typename Plugin::Attributes const& attributes) : plugin_(attributes) {}
+  DynamicExtAdapter(typename Plugin::Attributes const& attributes, Phase phase) : plugin_(attributes), phase_(phase) {}
 
   char const* getPluginType() const noexcept override { return Plugin::kName; }
   char const* getPluginVersion() const noexcept override { return kPluginVersion; }
@@ -44,15 +42,18 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
                        int32_t) noexcept override {}
   int32_t initialize() noexcept override { return 0; }
   void terminate() noexcept override {}
-  size_t getWorkspaceSize(nvinfer1::PluginTensorDesc const*, int32_t, nvinfer1::PluginTensorDesc const*,
+
+  // TensorRT asks with the largest shapes of the profiles.
+  size_t getWorkspaceSize(nvinfer1::PluginTensorDesc const* inputs, int32_t, nvinfer1::PluginTensorDesc const*,
                           int32_t) const noexcept override {
-    return 0;
+    return guarded(Plugin::kName, size_t{0}, [&] { return plugin_.workspace_bytes(inputs); });
   }
 
   int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*,
-                  void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept override {
+                  void const* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
     return guarded(Plugin::kName, 1, [&] {
-      plugin_.enqueue(input_descs, inputs, outputs, stream);
+      enqueue_in_range(plugin_, phase_, {input_descs, inputs, outputs, workspace, stream});
       return 0;
     });
   }
@@ -72,9 +73,10 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
 
  private:
   DynamicExtAdapter(DynamicExtAdapter const& other)
-      : nvinfer1::IPluginV2DynamicExt(), plugin_(other.plugin_), namespace_(other.namespace_) {}
+      : nvinfer1::IPluginV2DynamicExt(), plugin_(other.plugin_), phase_(other.phase_), namespace_(other.namespace_) {}
 
   Plugin plugin_;
+  Phase phase_;
   std::string namespace_ = kPluginNamespace;
 };
 
@@ -91,7 +93,7 @@ class DynamicExtCreator final : public nvinfer1::IPluginCreator {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV2*>(nullptr), [&] {
       typename Plugin::Attributes attributes;
       read_fields(Plugin::attribute_specs(), fields, &attributes);
-      return make(attributes);
+      return make(attributes, Phase::kBuild);
     });
   }
 
@@ -99,13 +101,13 @@ class DynamicExtCreator final : public nvinfer1::IPluginCreator {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV2*>(nullptr), [&] {
       typename Plugin::Attributes attributes;
       deserialize(Plugin::attribute_specs(), Plugin::kName, data, size, &attributes);
-      return make(attributes);
+      return make(attributes, Phase::kRuntime);
     });
   }
 
  private:
-  nvinfer1::IPluginV2* make(typename Plugin::Attributes const& attributes) const {
-    auto* plugin = new DynamicExtAdapter<Plugin>(attributes);
+  nvinfer1::IPluginV2* make(typename Plugin::Attributes const& attributes, Phase phase) const {
+    auto* plugin = new DynamicExtAdapter<Plugin>(attributes, phase);
     plugin->setPluginNamespace(getPluginNamespace());
     return plugin;
   }

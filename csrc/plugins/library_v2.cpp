@@ -1,5 +1,7 @@
 // What TensorRT 8.6's IPluginRegistry::loadLibrary looks up by name.
 #include "dynamic_ext_adapter.h"
+#include "gemm/gemm_plugin.h"
+#include "gpt_attention/gpt_attention_plugin.h"
 #include "rms_norm/rms_norm_plugin.h"
 #include "rms_norm_quantization/rms_norm_quantization_plugin.h"
 
@@ -10,7 +12,9 @@ QWEN_PLUGINS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qwen
 QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
   static qwen_plugins::DynamicExtCreator<qwen_plugins::RmsNormPlugin> rms_norm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::RmsNormQuantizationPlugin> rms_norm_quantization;
-  static nvinfer1::IPluginCreator* const creators[] = {&rms_norm, &rms_norm_quantization};
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::GemmPlugin> gemm;
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::GptAttentionPlugin> gpt_attention;
+  static nvinfer1::IPluginCreator* const creators[] = {&rms_norm, &rms_norm_quantization, &gemm, &gpt_attention};
   count = static_cast<int32_t>(std::size(creators));
   return creators;
 }

@@ -1,4 +1,6 @@
 // What IPluginRegistry::loadLibrary of TensorRT 10 and 11 looks up by name.
+#include "gemm/gemm_plugin.h"
+#include "gpt_attention/gpt_attention_plugin.h"
 #include "plugin_v3_adapter.h"
 #include "rms_norm/rms_norm_plugin.h"
 #include "rms_norm_quantization/rms_norm_quantization_plugin.h"
@@ -10,7 +12,10 @@ QWEN_PLUGINS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qwen
 QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static qwen_plugins::PluginV3Creator<qwen_plugins::RmsNormPlugin> rms_norm;
   static qwen_plugins::PluginV3Creator<qwen_plugins::RmsNormQuantizationPlugin> rms_norm_quantization;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&rms_norm, &rms_norm_quantization};
+  static qwen_plugins::PluginV3Creator<qwen_plugins::GemmPlugin> gemm;
+  static qwen_plugins::PluginV3Creator<qwen_plugins::GptAttentionPlugin> gpt_attention;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&rms_norm, &rms_norm_quantization, &gemm,
+                                                                &gpt_attention};
   count = static_cast<int32_t>(std::size(creators));
   return creators;
 }

@@ -1,14 +1,14 @@
 // Puts a plug-in class behind IPluginV3 of TensorRT 10 and 11, and its attributes behind an IPluginCreatorV3One.
 #pragma once
 
+#include <vector>
+
 #include "attributes.h"
 #include "log.h"
+#include "plugin_base.h"
 #include "tensorrt_api.h"
 
 namespace qwen_plugins {
-
-constexpr char const* kPluginVersion = "1";
-constexpr char const* kPluginNamespace = "qwen_plugins";
 
 // One object is the plug-in and its three capabilities.
 template <typename Plugin>
@@ -17,7 +17,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
                               public nvinfer1::IPluginV3OneBuild,
                               public nvinfer1::IPluginV3OneRuntime {
  public:
-  explicit PluginV3Adapter(typename Plugin::Attributes const& attributes) : plugin_(attributes) {}
+  PluginV3Adapter(typename Plugin::Attributes const& attributes, Phase phase) : plugin_(attributes), phase_(phase) {}
   PluginV3Adapter(PluginV3Adapter const&) = delete;  // the fields point into this object
   PluginV3Adapter& operator=(PluginV3Adapter const&) = delete;
 
@@ -35,7 +35,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
 
   nvinfer1::IPluginV3* clone() noexcept override {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV3*>(nullptr),
-                   [&] { return new PluginV3Adapter(plugin_.attributes()); });
+                   [&] { return new PluginV3Adapter(plugin_.attributes(), phase_); });
   }
 
   char const* getPluginName() const noexcept override { return Plugin::kName; }
@@ -68,6 +68,18 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
     return plugin_.roles().supports(position, tensors[position].desc);
   }
 
+  size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count,
+                          nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept override {
+    return guarded(Plugin::kName, size_t{0}, [&] {
+      std::vector<nvinfer1::PluginTensorDesc> largest;
+      for (int32_t i = 0; i < input_count; ++i) {
+        largest.push_back(inputs[i].desc);
+        largest.back().dims = inputs[i].max;
+      }
+      return plugin_.workspace_bytes(largest.data());
+    });
+  }
+
   // Nothing depends on the shapes before enqueue.
   int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
                           int32_t) noexcept override {
@@ -76,12 +88,13 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
 
   int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count,
                         nvinfer1::PluginTensorDesc const*, int32_t) noexcept override {
-    return succeeded([&] { plugin_.roles().check_inputs(inputs, input_count); });
+    return succeeded([&] { plugin_.check_shapes(inputs, input_count); });
   }
 
   int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*,
-                  void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept override {
-    return succeeded([&] { plugin_.enqueue(input_descs, inputs, outputs, stream); });
+                  void const* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
+    return succeeded([&] { enqueue_in_range(plugin_, phase_, {input_descs, inputs, outputs, workspace, stream}); });
   }
 
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
@@ -98,6 +111,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
   }
 
   Plugin plugin_;
+  Phase phase_;
   std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), &plugin_.attributes());
   nvinfer1::PluginFieldCollection fields_to_serialize_{static_cast<int32_t>(fields_.size()), fields_.data()};
 };
@@ -112,11 +126,12 @@ class PluginV3Creator final : public nvinfer1::IPluginCreatorV3One {
 
   // Building and running take the same fields: TensorRT brings back those of getFieldsToSerialize.
   nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
-                                    nvinfer1::TensorRTPhase) noexcept override {
+                                    nvinfer1::TensorRTPhase phase) noexcept override {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV3*>(nullptr), [&] {
       typename Plugin::Attributes attributes;
       read_fields(Plugin::attribute_specs(), fields, &attributes);
-      return new PluginV3Adapter<Plugin>(attributes);
+      bool const building = phase == nvinfer1::TensorRTPhase::kBUILD;
+      return new PluginV3Adapter<Plugin>(attributes, building ? Phase::kBuild : Phase::kRuntime);
     });
   }
 

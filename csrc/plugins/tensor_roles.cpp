@@ -1,8 +1,8 @@
 #include "tensor_roles.h"
 
-#include <array>
+#include <algorithm>
+#include <cstring>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 namespace qwen_plugins {
@@ -12,95 +12,191 @@ using nvinfer1::Dims;
 using nvinfer1::DimsExprs;
 using nvinfer1::IDimensionExpr;
 
-constexpr int64_t kUnknown = -1;
-
-// Dimensions of one tensor as numbers, whether they came from an expression or from a description.
-struct Extents {
-  int32_t rank;
-  std::array<int64_t, Dims::MAX_DIMS> d;
-};
-
 Extents extents(Dims const& dims) {
-  Extents result{dims.nbDims, {}};
-  for (int32_t i = 0; i < dims.nbDims; ++i) {
+  Extents result;
+  result.rank = dims.nbDims;
+  for (int32_t i = 0; i < dims.nbDims && i < Dims::MAX_DIMS; ++i) {
     result.d[i] = dims.d[i];
   }
   return result;
 }
 
 Extents extents(DimsExprs const& dims) {
-  Extents result{dims.nbDims, {}};
-  for (int32_t i = 0; i < dims.nbDims; ++i) {
+  Extents result;
+  result.rank = dims.nbDims;
+  for (int32_t i = 0; i < dims.nbDims && i < Dims::MAX_DIMS; ++i) {
     IDimensionExpr const* dim = dims.d[i];
-    result.d[i] = dim != nullptr && dim->isConstant() ? static_cast<int64_t>(dim->getConstantValue()) : kUnknown;
+    bool const known = dim != nullptr && dim->isConstant();
+    result.d[i] = known ? static_cast<int64_t>(dim->getConstantValue()) : Extents::kUnknown;
   }
   return result;
 }
 
-std::string to_string(Extents const& shape) {
+bool may_be_equal(int64_t a, int64_t b) { return a == b || a == Extents::kUnknown || b == Extents::kUnknown; }
+
+bool is_leading(Dimension const& dimension) {
+  return dimension.name != nullptr && std::strcmp(dimension.name, "...") == 0;
+}
+
+std::string joined(std::vector<std::string> const& dims) {
   std::string text = "[";
-  for (int32_t i = 0; i < shape.rank; ++i) {
-    text += (i == 0 ? "" : ", ") + (shape.d[i] == kUnknown ? std::string("?") : std::to_string(shape.d[i]));
+  for (std::string const& dim : dims) {
+    text += (text.size() == 1 ? "" : ", ") + dim;
   }
   return text + "]";
 }
 
-bool may_be_equal(int64_t a, int64_t b) { return a == b || a == kUnknown || b == kUnknown; }
+std::string to_string(int64_t extent) { return extent == Extents::kUnknown ? "?" : std::to_string(extent); }
 
-bool fits(Extents const& tensor, TensorShape shape, Extents const& x) {
-  switch (shape) {
-    case TensorShape::kChannels:
-      return tensor.rank == 1 && may_be_equal(tensor.d[0], x.d[x.rank - 1]);
-    case TensorShape::kPerTensor:
-      return tensor.rank == 0 || (tensor.rank == 1 && may_be_equal(tensor.d[0], 1));
-    case TensorShape::kRows:
-    case TensorShape::kPerRow:
-      break;
+std::string to_string(Extents const& shape) {
+  std::vector<std::string> dims;
+  for (int32_t i = 0; i < shape.rank && i < Dims::MAX_DIMS; ++i) {
+    dims.push_back(to_string(shape.d[i]));
   }
-  if (tensor.rank != x.rank) {
+  return joined(dims);
+}
+
+std::string to_string(Pattern const& pattern) {
+  std::vector<std::string> dims;
+  for (Dimension const& dimension : pattern) {
+    if (dimension.name == nullptr) {
+      dims.push_back(std::to_string(dimension.number));
+    } else {
+      dims.push_back((dimension.times == 1 ? "" : std::to_string(dimension.times) + " * ") + dimension.name +
+                     (dimension.plus == 0 ? "" : " + " + std::to_string(dimension.plus)));
+    }
+  }
+  return joined(dims);
+}
+
+int32_t find(std::vector<TensorRole> const& roles, char const* name) {
+  auto const has_name = [name](TensorRole const& role) { return std::strcmp(role.name, name) == 0; };
+  auto const found = std::find_if(roles.begin(), roles.end(), has_name);
+  return found == roles.end() ? -1 : static_cast<int32_t>(found - roles.begin());
+}
+
+// The number that the dimension's name stands for, as an expression of its extent.
+IDimensionExpr const* solved(Dimension const& dimension, int64_t size, IDimensionExpr const* extent,
+                             nvinfer1::IExprBuilder& builder) {
+  if (dimension.times == 1 && dimension.plus == 0) {
+    return extent;
+  }
+  if (size != Extents::kUnknown) {
+    return builder.constant(size);
+  }
+  using nvinfer1::DimensionOperation;
+  IDimensionExpr const* product =
+      builder.operation(DimensionOperation::kSUB, *extent, *builder.constant(dimension.plus));
+  return builder.operation(DimensionOperation::kFLOOR_DIV, *product, *builder.constant(dimension.times));
+}
+
+}  // namespace
+
+int64_t Sizes::operator[](char const* name) const {
+  Named const* named = find(name);
+  if (named == nullptr) {
+    throw std::logic_error(std::string("no tensor has a dimension '") + name + "'");
+  }
+  return named->size;
+}
+
+int64_t Sizes::leading() const {
+  int64_t product = 1;
+  for (int32_t i = 0; i < leading_.rank; ++i) {
+    product *= leading_.d[i];
+  }
+  return product;
+}
+
+Sizes::Named const* Sizes::find(char const* name) const {
+  for (int32_t i = 0; i < named_count_; ++i) {
+    if (std::strcmp(named_[i].dimension->name, name) == 0) {
+      return &named_[i];
+    }
+  }
+  return nullptr;
+}
+
+// Whether the tensor fits the role and all tensors before it. Names that occur for the first time get their numbers.
+bool Sizes::bind(TensorRole const& role, Extents const& tensor, int32_t input) {
+  if (tensor.rank < 0 || tensor.rank > Dims::MAX_DIMS) {
     return false;
   }
-  for (int32_t i = 0; i < x.rank; ++i) {
-    bool const replaced = shape == TensorShape::kPerRow && i == x.rank - 1;
-    if (!may_be_equal(tensor.d[i], replaced ? 1 : x.d[i])) {
+  if (role.or_scalar && tensor.rank == 0) {
+    return true;
+  }
+  auto const pattern_rank = static_cast<int32_t>(role.shape.size());
+  bool const leads = pattern_rank > 0 && is_leading(role.shape[0]);
+  int32_t const leading_rank = leads ? tensor.rank - (pattern_rank - 1) : 0;
+  if (leads ? !bind_leading(tensor, leading_rank) : tensor.rank != pattern_rank) {
+    return false;
+  }
+  for (int32_t axis = leading_rank; axis < tensor.rank; ++axis) {
+    if (!bind(role.shape[axis - leading_rank + (leads ? 1 : 0)], tensor.d[axis], input, axis)) {
       return false;
     }
   }
   return true;
 }
 
-char const* description(TensorShape shape) {
-  switch (shape) {
-    case TensorShape::kRows:
-      return "the shape of x";
-    case TensorShape::kPerRow:
-      return "the shape of x with 1 as last dimension";
-    case TensorShape::kChannels:
-      return "[last dimension of x]";
-    case TensorShape::kPerTensor:
-      return "[] or [1]";
+bool Sizes::bind_leading(Extents const& tensor, int32_t rank) {
+  if (!has_leading_ && rank >= 0) {
+    has_leading_ = true;
+    leading_ = tensor;
+    leading_.rank = rank;
   }
-  return "";
+  if (rank != leading_.rank) {
+    return false;
+  }
+  for (int32_t i = 0; i < rank; ++i) {
+    if (!may_be_equal(tensor.d[i], leading_.d[i])) {
+      return false;
+    }
+  }
+  return true;
 }
 
-void check_input(TensorRole const& role, Extents const& tensor, Extents const& x) {
-  if (tensor.rank < 0 || tensor.rank > Dims::MAX_DIMS || !fits(tensor, role.shape, x)) {
-    throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(tensor) +
-                                "; expected " + description(role.shape) + ", and x has shape " + to_string(x));
+bool Sizes::bind(Dimension const& dimension, int64_t extent, int32_t input, int32_t axis) {
+  if (dimension.name == nullptr) {
+    return may_be_equal(dimension.number, extent);
   }
+  bool const known = extent != Extents::kUnknown;
+  if (known && (extent < dimension.plus || (extent - dimension.plus) % dimension.times != 0)) {
+    return false;
+  }
+  int64_t const size = known ? (extent - dimension.plus) / dimension.times : Extents::kUnknown;
+  Named const* const before = find(dimension.name);
+  if (before == nullptr) {
+    named_.at(named_count_++) = {&dimension, input, axis, size};
+    return true;
+  }
+  return may_be_equal(before->size, size);
 }
 
-void check_x(Extents const& x) {
-  if (x.rank < 1 || x.rank > Dims::MAX_DIMS) {
-    throw std::invalid_argument("input 'x' has " + std::to_string(x.rank) + " dimensions; expected 1 to " +
-                                std::to_string(Dims::MAX_DIMS));
+std::string Sizes::resolved(Pattern const& pattern) const {
+  std::vector<std::string> dims;
+  for (Dimension const& dimension : pattern) {
+    if (dimension.name == nullptr) {
+      dims.push_back(std::to_string(dimension.number));
+    } else if (is_leading(dimension)) {
+      for (int32_t i = 0; i < leading_.rank; ++i) {
+        dims.push_back(to_string(leading_.d[i]));
+      }
+    } else {
+      Named const* const named = find(dimension.name);
+      bool const known = named != nullptr && named->size != Extents::kUnknown;
+      dims.push_back(known ? std::to_string(dimension.times * named->size + dimension.plus) : "?");
+    }
   }
+  return joined(dims);
 }
-
-}  // namespace
 
 TensorRoles::TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs)
     : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {}
+
+int32_t TensorRoles::find_input(char const* name) const { return find(inputs_, name); }
+
+int32_t TensorRoles::find_output(char const* name) const { return find(outputs_, name); }
 
 void TensorRoles::check_input_count(int32_t count) const {
   if (count == input_count()) {
@@ -114,6 +210,23 @@ void TensorRoles::check_input_count(int32_t count) const {
                               " with these fields: " + names);
 }
 
+template <typename Shape>
+Sizes TensorRoles::bind(Shape const& shape_of, int32_t input_count) const {
+  check_input_count(input_count);
+  Sizes sizes;
+  for (int32_t i = 0; i < input_count; ++i) {
+    TensorRole const& role = inputs_[i];
+    Extents const shape = extents(shape_of(i));
+    Sizes const before = sizes;
+    if (!sizes.bind(role, shape, i)) {
+      throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(shape) +
+                                  "; expected " + to_string(role.shape) + (role.or_scalar ? " or []" : "") +
+                                  (i == 0 ? "" : ", here " + before.resolved(role.shape)));
+    }
+  }
+  return sizes;
+}
+
 nvinfer1::DataType TensorRoles::output_type(int32_t output) const {
   if (output < 0 || output >= output_count()) {
     throw std::invalid_argument("there is no output " + std::to_string(output) + "; there are " +
@@ -125,17 +238,25 @@ nvinfer1::DataType TensorRoles::output_type(int32_t output) const {
 DimsExprs TensorRoles::output_shape(int32_t output, DimsExprs const* inputs, int32_t input_count,
                                     nvinfer1::IExprBuilder& builder) const {
   output_type(output);  // checks the index
-  check_input_count(input_count);
-  Extents const x = extents(inputs[0]);
-  check_x(x);
-  for (int32_t i = 1; i < input_count; ++i) {
-    check_input(inputs_[i], extents(inputs[i]), x);
-  }
-  DimsExprs shape = inputs[0];
-  if (outputs_[output].shape == TensorShape::kPerRow) {
-    shape.d[shape.nbDims - 1] = builder.constant(1);
+  Sizes const sizes = bind([inputs](int32_t i) -> DimsExprs const& { return inputs[i]; }, input_count);
+  DimsExprs shape{};
+  for (Dimension const& dimension : outputs_[output].shape) {
+    if (dimension.name == nullptr) {
+      shape.d[shape.nbDims++] = builder.constant(dimension.number);
+    } else if (is_leading(dimension)) {
+      for (int32_t i = 0; i < sizes.leading_.rank; ++i) {
+        shape.d[shape.nbDims++] = inputs[0].d[i];
+      }
+    } else {
+      Sizes::Named const* const named = sizes.find(dimension.name);
+      shape.d[shape.nbDims++] = solved(*named->dimension, named->size, inputs[named->input].d[named->axis], builder);
+    }
   }
   return shape;
+}
+
+Sizes TensorRoles::sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const {
+  return bind([inputs](int32_t i) -> Dims const& { return inputs[i].dims; }, input_count);
 }
 
 bool TensorRoles::supports(int32_t position, nvinfer1::PluginTensorDesc const& desc) const {
@@ -144,23 +265,6 @@ bool TensorRoles::supports(int32_t position, nvinfer1::PluginTensorDesc const& d
   }
   TensorRole const& role = position < input_count() ? inputs_[position] : outputs_[position - input_count()];
   return desc.type == role.type && desc.format == nvinfer1::TensorFormat::kLINEAR;
-}
-
-void TensorRoles::check_inputs(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const {
-  check_input_count(input_count);
-  Extents const x = extents(inputs[0].dims);
-  check_x(x);
-  for (int32_t i = 1; i < input_count; ++i) {
-    check_input(inputs_[i], extents(inputs[i].dims), x);
-  }
-}
-
-RowsOfX TensorRoles::rows_of(nvinfer1::PluginTensorDesc const& x) {
-  RowsOfX rows{1, x.dims.d[x.dims.nbDims - 1]};
-  for (int32_t i = 0; i < x.dims.nbDims - 1; ++i) {
-    rows.count *= x.dims.d[i];
-  }
-  return rows;
 }
 
 }  // namespace qwen_plugins

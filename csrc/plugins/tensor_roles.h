@@ -1,54 +1,98 @@
-// What each input and output of a plug-in is. Both plug-ins work row by row over the last dimension of x, so the role
-// of a tensor settles its type, its shape and what TensorRT is told about either.
+// What each input and output of a plug-in is: its name, its one type, and its shape as a pattern. The pattern settles
+// what TensorRT is told about outputs, which inputs are refused, and the sizes that a launch needs.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "tensorrt_api.h"
 
 namespace qwen_plugins {
 
-enum class TensorShape {
-  kRows,       // the shape of x: [..., hidden_size]
-  kPerRow,     // [..., 1]
-  kChannels,   // [hidden_size]
-  kPerTensor,  // one value: [] or [1]
+// A dimension of a pattern: a number, or times * name + plus. A name stands for the same number in all tensors of a
+// plug-in. The name "...", at the front only, stands for any dimensions, the same in all tensors.
+struct Dimension {
+  Dimension(int64_t given) : number(given) {}
+  Dimension(char const* given) : name(given) {}
+  Dimension(int64_t given_times, char const* given, int64_t given_plus = 0)
+      : name(given), times(given_times), plus(given_plus) {}
+
+  char const* name = nullptr;
+  int64_t number = 0;
+  int64_t times = 1;
+  int64_t plus = 0;
 };
+
+using Pattern = std::vector<Dimension>;
 
 struct TensorRole {
   char const* name;
   nvinfer1::DataType type;
-  TensorShape shape;
+  Pattern shape;
+  bool or_scalar = false;  // no dimensions will do as well
 };
 
-// Rows of x, and how long they are.
-struct RowsOfX {
-  int64_t count;
-  int64_t hidden_size;
+// Dimensions of one tensor as numbers; those that are not known yet are kUnknown, and fit anything.
+struct Extents {
+  static constexpr int64_t kUnknown = -1;
+  int32_t rank = 0;
+  std::array<int64_t, nvinfer1::Dims::MAX_DIMS> d{};
 };
 
-// The inputs, first of all x, and the outputs, in the order in which TensorRT passes them.
+// What the names in the patterns stand for, once the inputs' shapes are known.
+class Sizes {
+ public:
+  int64_t operator[](char const* name) const;
+  int64_t leading() const;  // the product of the dimensions "..."
+
+ private:
+  friend class TensorRoles;
+
+  struct Named {
+    Dimension const* dimension;  // where the name occurred first, in this input and axis
+    int32_t input;
+    int32_t axis;
+    int64_t size;
+  };
+
+  Named const* find(char const* name) const;
+  bool bind(TensorRole const& role, Extents const& tensor, int32_t input);
+  bool bind(Dimension const& dimension, int64_t extent, int32_t input, int32_t axis);
+  bool bind_leading(Extents const& tensor, int32_t rank);
+  std::string resolved(Pattern const& pattern) const;
+
+  std::array<Named, 8> named_{};
+  int32_t named_count_ = 0;
+  bool has_leading_ = false;
+  Extents leading_;
+};
+
+// The inputs and the outputs in the order in which TensorRT passes them. The first input has all of "...".
 class TensorRoles {
  public:
   TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs);
 
   int32_t input_count() const { return static_cast<int32_t>(inputs_.size()); }
   int32_t output_count() const { return static_cast<int32_t>(outputs_.size()); }
+  // The index of that name, -1 if there is none.
+  int32_t find_input(char const* name) const;
+  int32_t find_output(char const* name) const;
 
   // These throw std::invalid_argument where TensorRT asks for what does not exist or brings shapes that do not fit.
   nvinfer1::DataType output_type(int32_t output) const;
   nvinfer1::DimsExprs output_shape(int32_t output, nvinfer1::DimsExprs const* inputs, int32_t input_count,
                                    nvinfer1::IExprBuilder& builder) const;
+  Sizes sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const;
+  Sizes sizes(nvinfer1::PluginTensorDesc const* inputs) const { return sizes(inputs, input_count()); }
   // Whether the tensor at `position` (inputs, then outputs) has its one type in linear layout: with a single choice
   // TensorRT has nothing to time, and puts no reformatting between two plug-ins.
   bool supports(int32_t position, nvinfer1::PluginTensorDesc const& desc) const;
-  // Dimensions that are not known yet are -1 and fit anything.
-  void check_inputs(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const;
-
-  static RowsOfX rows_of(nvinfer1::PluginTensorDesc const& x);
 
  private:
+  template <typename Shape>
+  Sizes bind(Shape const& shape_of, int32_t input_count) const;
   void check_input_count(int32_t count) const;
 
   std::vector<TensorRole> inputs_;

@@ -10,7 +10,7 @@ from typing import Any
 
 PLUGIN_NAMESPACE = "qwen_plugins"
 PLUGIN_VERSION = "1"
-PLUGIN_NAMES = ("RmsNorm", "RmsNormQuantization")
+PLUGIN_NAMES = ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")
 
 _LIBRARIES = {8: "libqwen_plugins_trt8.so", 10: "libqwen_plugins_trt10.so", 11: "libqwen_plugins_trt11.so"}
 _lock = threading.Lock()

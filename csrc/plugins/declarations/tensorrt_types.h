@@ -89,7 +89,7 @@ struct PluginFieldCollection {
 
 // Shape expressions: the public classes forward to an implementation object that TensorRT owns.
 class IDimensionExpr;
-enum class DimensionOperation : int32_t { kSUM = 0, kPROD = 1 };
+enum class DimensionOperation : int32_t { kSUM = 0, kPROD = 1, kSUB = 4, kFLOOR_DIV = 7 };
 
 namespace apiv {
 
@@ -141,6 +141,10 @@ class IDimensionExpr : public INoCopy {
 class IExprBuilder : public INoCopy {
  public:
   IDimensionExpr const* constant(DimensionSize value) noexcept { return mImpl->constant(value); }
+  IDimensionExpr const* operation(DimensionOperation operation, IDimensionExpr const& first,
+                                  IDimensionExpr const& second) noexcept {
+    return mImpl->operation(operation, first, second);
+  }
 
  protected:
   apiv::VExprBuilder* mImpl;

@@ -3,40 +3,28 @@
 
 #include <cstdint>
 
-#include "kernels/rms_norm.h"
-#include "plugins/attributes.h"
-#include "plugins/tensor_roles.h"
+#include "plugins/plugin_base.h"
 
 namespace qwen_plugins {
 
-class RmsNormPlugin {
- public:
-  struct Attributes {
-    float eps = 1e-6F;
-    int32_t type_id = -1;
-    int32_t weight_type_id = -1;  // -1: type_id
-    int32_t residual = 0;
-    int32_t unit_offset = 0;
-    int32_t round_before_weight = 0;
-  };
+struct RmsNormAttributes {
+  float eps = 1e-6F;
+  int32_t type_id = -1;
+  int32_t weight_type_id = -1;  // -1: type_id
+  int32_t residual = 0;
+  int32_t unit_offset = 0;
+  int32_t round_before_weight = 0;
+};
 
+class RmsNormPlugin : public PluginBase<RmsNormAttributes> {
+ public:
   static constexpr char const* kName = "RmsNorm";
   static AttributeSpecs const& attribute_specs();
-  // Replaces defaults by what they stand for, and throws std::invalid_argument for values that make no sense.
-  static Attributes checked(Attributes attributes);
 
   explicit RmsNormPlugin(Attributes const& attributes);
 
-  Attributes const& attributes() const { return attributes_; }
-  TensorRoles const& roles() const { return roles_; }
-
   // The launch for tensors of these shapes; zero rows launch nothing.
-  void enqueue(nvinfer1::PluginTensorDesc const* input_descs, void const* const* inputs, void* const* outputs,
-               cudaStream_t stream) const;
-
- private:
-  Attributes attributes_;
-  TensorRoles roles_;
+  void enqueue(Execution const& execution) const;
 };
 
 }  // namespace qwen_plugins

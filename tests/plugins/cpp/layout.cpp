@@ -105,6 +105,8 @@ int main() {
   VALUE(DataType::kINT32);
   VALUE(DataType::kFP8);
   VALUE(TensorFormat::kLINEAR);
+  VALUE(DimensionOperation::kSUB);
+  VALUE(DimensionOperation::kFLOOR_DIV);
   VALUE(PluginFieldType::kFLOAT16);
   VALUE(PluginFieldType::kFLOAT32);
   VALUE(PluginFieldType::kINT32);

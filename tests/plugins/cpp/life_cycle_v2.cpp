@@ -2,10 +2,9 @@
 // bytes out and in, runtime phase, and what must fail.
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 
-#include "expected_launches.h"
+#include "all_modes.h"
 #include "recorded_launches.h"
 #include "tensorrt_double.h"
 
@@ -21,23 +20,26 @@ struct Destroy {
 };
 using Plugin = std::unique_ptr<IPluginV2DynamicExt, Destroy>;
 
-IPluginCreator& creator_of(bool quantization) {
+IPluginCreator& creator_of(char const* plugin) {
   int32_t count = 0;
   IPluginCreator* const* creators = getPluginCreators(count);
-  CHECK(count == 2);
-  return *creators[quantization ? 1 : 0];
+  IPluginCreator* const* found = std::find_if(creators, creators + count, [plugin](IPluginCreator* creator) {
+    return std::strcmp(creator->getPluginName(), plugin) == 0;
+  });
+  CHECK(found != creators + count);
+  return **found;
 }
 
 void check_creators() {
-  char const* const names[] = {"RmsNorm", "RmsNormQuantization"};
-  int32_t const field_counts[] = {6, 9};
-  for (int i = 0; i < 2; ++i) {
-    IPluginCreator& creator = creator_of(i == 1);
+  int32_t count = 0;
+  getPluginCreators(count);
+  CHECK(count == static_cast<int32_t>(expected_creators().size()));
+  for (ExpectedCreator const& expected : expected_creators()) {
+    IPluginCreator& creator = creator_of(expected.name);
     CHECK(creator.getTensorRTVersion() / 100 == 86);
-    CHECK(std::strcmp(creator.getPluginName(), names[i]) == 0);
     CHECK(std::strcmp(creator.getPluginVersion(), "1") == 0);
     CHECK(std::strcmp(creator.getPluginNamespace(), "qwen_plugins") == 0);
-    CHECK(creator.getFieldNames()->nbFields == field_counts[i]);
+    CHECK(creator.getFieldNames()->nbFields == expected.field_count);
   }
 }
 
@@ -50,11 +52,11 @@ Plugin as_dynamic(IPluginV2* plugin) {
 }
 
 Plugin create(Mode& mode) {
-  return as_dynamic(creator_of(mode.quantization).createPlugin("layer", mode.fields.collection()));
+  return as_dynamic(creator_of(mode.plugin).createPlugin("layer", mode.fields.collection()));
 }
 
 void check_types(Plugin const& plugin, Mode const& mode) {
-  CHECK(std::strcmp(plugin->getPluginType(), mode.quantization ? "RmsNormQuantization" : "RmsNorm") == 0);
+  CHECK(std::strcmp(plugin->getPluginType(), mode.plugin) == 0);
   CHECK(std::strcmp(plugin->getPluginNamespace(), "qwen_plugins") == 0);
   CHECK(plugin->getNbOutputs() == static_cast<int32_t>(mode.outputs.size()));
   for (size_t i = 0; i < mode.outputs.size(); ++i) {
@@ -64,16 +66,11 @@ void check_types(Plugin const& plugin, Mode const& mode) {
 
 void check_shapes(Plugin const& plugin, Mode const& mode) {
   ShapeExpressions builder;
-  std::vector<DimsExprs> inputs;
-  for (PluginTensorDesc const& desc : mode.inputs) {
-    bool const like_x = desc.dims.nbDims == 3;
-    inputs.push_back(like_x ? builder.shape({-1, 3, 64}) : builder.shape({desc.dims.d[0]}));
-  }
+  std::vector<DimsExprs> const inputs = shapes_while_building(mode, builder);
   for (size_t i = 0; i < mode.outputs.size(); ++i) {
     DimsExprs const shape = plugin->getOutputDimensions(static_cast<int32_t>(i), inputs.data(),
                                                         static_cast<int32_t>(inputs.size()), builder);
-    CHECK(shape.nbDims == 3 && shape.d[0] == inputs[0].d[0] && shape.d[1] == inputs[0].d[1]);
-    CHECK(shape.d[2]->getConstantValue() == mode.outputs[i].dims.d[2]);
+    check_shape(shape, mode.outputs[i].dims, mode, inputs);
   }
 }
 
@@ -94,7 +91,7 @@ void check_format_table(Plugin const& plugin, Mode const& mode) {
       }
     }
   }
-  CHECK(plugin->getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == 0);
+  CHECK(plugin->getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == mode.workspace_bytes);
 }
 
 std::vector<char> bytes_of(Plugin const& plugin) {
@@ -106,6 +103,11 @@ std::vector<char> bytes_of(Plugin const& plugin) {
   return bytes;
 }
 
+int32_t enqueue(Plugin const& plugin, Mode const& mode, void* const* inputs, void* const* outputs) {
+  return plugin->enqueue(mode.inputs.data(), mode.outputs.data(), inputs, outputs, workspace_address(),
+                         static_cast<cudaStream_t>(stream_address()));
+}
+
 void check_life(Mode& mode) {
   Plugin plugin = create(mode);
   check_types(plugin, mode);
@@ -114,74 +116,87 @@ void check_life(Mode& mode) {
   Plugin clone(plugin->clone());
   plugin.reset();
   check_types(clone, mode);
+  check_launch_while_building(mode, [&](void* const* in, void* const* out) { return enqueue(clone, mode, in, out); });
   std::vector<char> const bytes = bytes_of(clone);
   clone.reset();
-  Plugin deserialised =
-      as_dynamic(creator_of(mode.quantization).deserializePlugin("layer", bytes.data(), bytes.size()));
+  Plugin deserialised = as_dynamic(creator_of(mode.plugin).deserializePlugin("layer", bytes.data(), bytes.size()));
   CHECK(bytes_of(deserialised) == bytes);
   CHECK(deserialised->initialize() == 0);
-  check_launch(mode, [&](void* const* in, void* const* out) {
-    return deserialised->enqueue(mode.inputs.data(), mode.outputs.data(), in, out, nullptr,
-                                 static_cast<cudaStream_t>(address(0x5EAD)));
-  });
-  deserialised->terminate();
+  Plugin in_context(deserialised->clone());
+  check_launch(mode, [&](void* const* in, void* const* out) { return enqueue(in_context, mode, in, out); });
+  in_context->terminate();
+}
+
+Plugin at_runtime(Mode& mode) {
+  std::vector<char> const bytes = bytes_of(create(mode));
+  return as_dynamic(creator_of(mode.plugin).deserializePlugin("layer", bytes.data(), bytes.size()));
 }
 
 void check_zero_volume(Log& log) {
-  Mode mode = rms_norm_mode(DataType::kHALF, DataType::kHALF, false);
-  Plugin plugin = create(mode);
+  for (Mode mode : modes_without_rows()) {
+    Plugin plugin = at_runtime(mode);
+    recorded = {};
+    void* none[16] = {};
+    CHECK(enqueue(plugin, mode, none, none) == 0);
+    CHECK(recorded.count == 0 && log.is_empty());
+  }
+}
+
+// Past and present in the same memory: nothing is copied.
+void check_in_place() {
+  Mode mode = gpt_attention_mode({});
+  Plugin plugin = at_runtime(mode);
   recorded = {};
-  PluginTensorDesc const inputs[] = {tensor(DataType::kHALF, {0, 3, 64}), tensor(DataType::kHALF, {64})};
-  void* none[2] = {};
-  CHECK(plugin->enqueue(inputs, inputs, none, none, nullptr, nullptr) == 0);
-  CHECK(recorded.count == 0 && log.is_empty());
+  Addresses const inputs = addresses(mode.inputs.size(), 0x10000);
+  void* const outputs[] = {address(0x900000), inputs[1]};
+  CHECK(enqueue(plugin, mode, inputs.data(), outputs) == 0);
+  CHECK(recorded.prefill_attention.value().cache.data == inputs[1] && !recorded.copy.has_value());
 }
 
 void check_bad_fields(Log& log) {
-  for (BadFields& bad : bad_fields_of_both_plugins()) {
-    // The list names a field of the quantizing plug-in only, so that one is asked.
-    CHECK(creator_of(true).createPlugin("layer", bad.fields.collection()) == nullptr);
+  for (BadFields& bad : all_bad_fields()) {
+    CHECK(creator_of(bad.plugin).createPlugin("layer", bad.fields.collection()) == nullptr);
     CHECK(log.got_one_error_with(bad.message));
   }
-  for (bool const quantization : {false, true}) {
-    CHECK(creator_of(quantization).createPlugin("layer", nullptr) == nullptr);
+  for (ExpectedCreator const& expected : expected_creators()) {
+    CHECK(creator_of(expected.name).createPlugin("layer", nullptr) == nullptr);
     CHECK(log.got_one_error_with("no field collection"));
   }
   // What only later versions of TensorRT have.
   Fields bfloat16 = Fields().add("type_id", 7);
-  CHECK(creator_of(false).createPlugin("layer", bfloat16.collection()) == nullptr);
+  CHECK(creator_of("RmsNorm").createPlugin("layer", bfloat16.collection()) == nullptr);
   CHECK(log.got_one_error_with("'type_id' is 7; expected 0 (float32), 1 (float16)"));
   Fields float8 = Fields().add("type_id", 1).add("dyn_act_scaling", 1).add("out_type_id", 6);
-  CHECK(creator_of(true).createPlugin("layer", float8.collection()) == nullptr);
+  CHECK(creator_of("RmsNormQuantization").createPlugin("layer", float8.collection()) == nullptr);
   CHECK(log.got_one_error_with("'out_type_id' is 6; expected 2 (int8)"));
 }
 
 void check_bad_bytes(Log& log) {
   Mode mode = rms_norm_mode(DataType::kHALF, DataType::kHALF, true);
   std::vector<char> const good = bytes_of(create(mode));
-  auto fails = [&](std::vector<char> const& bytes, bool quantization, char const* message) {
+  auto fails = [&](std::vector<char> const& bytes, char const* plugin, char const* message) {
     // A copy of exact size, so that the address sanitizer sees a read past its end.
     std::unique_ptr<char[]> copy(new char[bytes.size()]);
     std::copy(bytes.begin(), bytes.end(), copy.get());
-    CHECK(creator_of(quantization).deserializePlugin("layer", copy.get(), bytes.size()) == nullptr);
+    CHECK(creator_of(plugin).deserializePlugin("layer", copy.get(), bytes.size()) == nullptr);
     CHECK(log.got_one_error_with(message));
   };
   for (size_t size = 0; size < good.size(); ++size) {
-    fails({good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size)}, false, "bytes; expected 40 bytes");
+    fails({good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size)}, "RmsNorm", "bytes; expected 40 bytes");
   }
   std::vector<char> longer = good;
   longer.push_back(0);
-  fails(longer, false, "has 41 bytes; expected 40 bytes");
+  fails(longer, "RmsNorm", "has 41 bytes; expected 40 bytes");
   for (size_t i = 0; i < good.size(); ++i) {
     std::vector<char> corrupted = good;
     corrupted[i] ^= 0x10;
-    fails(corrupted, false, "serialised plug-in");
+    fails(corrupted, "RmsNorm", "serialised plug-in");
   }
   std::vector<char> newer = good;
   newer[4] = 2;
-  fails(newer, false, "format version 2");
-  fails(good, true, "6 attributes; this library reads version 1 with 9");
-  CHECK(creator_of(false).deserializePlugin("layer", nullptr, 40) == nullptr);
+  fails(newer, "RmsNorm", "format version 2");
+  fails(good, "RmsNormQuantization", "6 attributes; this library reads version 1 with 9");
+  CHECK(creator_of("RmsNorm").deserializePlugin("layer", nullptr, 40) == nullptr);
   CHECK(log.got_one_error_with("has 0 bytes"));
 }
 
@@ -196,24 +211,29 @@ void check_bad_shapes(Log& log) {
   };
   DimsExprs const x = builder.shape({-1, 64});
   fails({x, builder.shape({64})}, 0, "got 2 inputs; expected 3 with these fields: x, weight, residual");
-  fails({x, builder.shape({63}), x}, 0, "input 'weight' has shape [63]; expected [last dimension of x]");
+  fails({x, builder.shape({63}), x}, 0, "input 'weight' has shape [63]; expected [hidden_size], here [64]");
   fails({x, builder.shape({64}), builder.shape({-1, 32})}, 1, "input 'residual' has shape [?, 32]");
-  fails({builder.shape({}), builder.shape({64}), x}, 0, "input 'x' has 0 dimensions");
+  fails({builder.shape({}), builder.shape({64}), x}, 0, "input 'x' has shape []; expected [..., hidden_size]");
   fails({x, builder.shape({64}), x}, 2, "there is no output 2");
 }
 
 void check_bad_runtime(Log& log) {
-  Mode mode = rms_norm_mode(DataType::kHALF, DataType::kHALF, false);
-  Plugin plugin = create(mode);
-  PluginTensorDesc const wrong[] = {tensor(DataType::kHALF, {2, 64}), tensor(DataType::kHALF, {32})};
-  void* none[2] = {};
-  recorded = {};
-  CHECK(plugin->enqueue(wrong, wrong, none, none, nullptr, nullptr) != 0);
-  CHECK(log.got_one_error_with("input 'weight' has shape [32]"));
-  CHECK(recorded.count == 0);
-  recorded.answer = cudaErrorInvalidValue;
-  CHECK(plugin->enqueue(mode.inputs.data(), mode.outputs.data(), none, none, nullptr, nullptr) != 0);
-  CHECK(log.got_one_error_with("launch of 6 rows of 64 failed: recorded error"));
+  void* none[16] = {};
+  for (BadShapes& bad : bad_shapes_at_runtime()) {
+    Plugin plugin = at_runtime(bad.mode);
+    recorded = {};
+    bad.mode.inputs[bad.input] = bad.given;
+    CHECK(enqueue(plugin, bad.mode, none, none) != 0);
+    CHECK(log.got_one_error_with(bad.message));
+    CHECK(recorded.count == 0 && !recorded.copy.has_value());
+  }
+  for (auto& [mode, message] : modes_and_failures()) {
+    Plugin plugin = at_runtime(mode);
+    recorded = {};
+    recorded.answer = cudaErrorInvalidValue;
+    CHECK(enqueue(plugin, mode, none, none) != 0);
+    CHECK(log.got_one_error_with(message));
+  }
 }
 
 }  // namespace
@@ -230,6 +250,7 @@ int main() {
   }
   CHECK(log.is_empty());
   check_zero_volume(log);
+  check_in_place();
   check_bad_fields(log);
   check_bad_bytes(log);
   check_bad_shapes(log);

@@ -1,10 +1,10 @@
 // The life of every plug-in on TensorRT 10 and 11, driven as TensorRT drives it: entry points, creator, build phase,
 // clone, fields out and in, runtime phase, and what must fail.
+#include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 
-#include "expected_launches.h"
+#include "all_modes.h"
 #include "recorded_launches.h"
 #include "tensorrt_double.h"
 
@@ -15,13 +15,18 @@ namespace {
 
 using namespace nvinfer1;
 
-IPluginCreatorV3One& creator_of(bool quantization) {
+IPluginCreatorV3One& creator_of(char const* plugin) {
   int32_t count = 0;
   IPluginCreatorInterface* const* creators = getCreators(count);
-  CHECK(count == 2);
-  IPluginCreatorInterface* creator = creators[quantization ? 1 : 0];
-  CHECK(std::strcmp(creator->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
-  return static_cast<IPluginCreatorV3One&>(*creator);
+  for (int32_t i = 0; i < count; ++i) {
+    CHECK(std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
+    auto& creator = static_cast<IPluginCreatorV3One&>(*creators[i]);
+    if (std::strcmp(creator.getPluginName(), plugin) == 0) {
+      return creator;
+    }
+  }
+  CHECK(!"a creator of this name");
+  std::abort();
 }
 
 template <typename Capability>
@@ -42,23 +47,23 @@ IPluginV3OneRuntime& runtime_of(IPluginV3& plugin) {
 }
 
 void check_creators() {
-  char const* const names[] = {"RmsNorm", "RmsNormQuantization"};
-  int32_t const field_counts[] = {6, 9};
-  for (int i = 0; i < 2; ++i) {
-    IPluginCreatorV3One& creator = creator_of(i == 1);
-    CHECK(std::strcmp(creator.getPluginName(), names[i]) == 0);
+  int32_t count = 0;
+  getCreators(count);
+  CHECK(count == static_cast<int32_t>(expected_creators().size()));
+  for (ExpectedCreator const& expected : expected_creators()) {
+    IPluginCreatorV3One& creator = creator_of(expected.name);
     CHECK(std::strcmp(creator.getPluginVersion(), "1") == 0);
     CHECK(std::strcmp(creator.getPluginNamespace(), "qwen_plugins") == 0);
-    PluginFieldCollection const* fields = creator.getFieldNames();
-    CHECK(fields->nbFields == field_counts[i]);
-    CHECK(std::strcmp(fields->fields[0].name, "eps") == 0 && fields->fields[0].type == PluginFieldType::kFLOAT32);
-    CHECK(std::strcmp(fields->fields[1].name, "type_id") == 0 && fields->fields[1].type == PluginFieldType::kINT32);
+    CHECK(creator.getFieldNames()->nbFields == expected.field_count);
   }
+  PluginFieldCollection const* fields = creator_of("RmsNorm").getFieldNames();
+  CHECK(std::strcmp(fields->fields[0].name, "eps") == 0 && fields->fields[0].type == PluginFieldType::kFLOAT32);
+  CHECK(std::strcmp(fields->fields[1].name, "type_id") == 0 && fields->fields[1].type == PluginFieldType::kINT32);
 }
 
 std::unique_ptr<IPluginV3> create(Mode& mode) {
   std::unique_ptr<IPluginV3> plugin(
-      creator_of(mode.quantization).createPlugin("layer", mode.fields.collection(), TensorRTPhase::kBUILD));
+      creator_of(mode.plugin).createPlugin("layer", mode.fields.collection(), TensorRTPhase::kBUILD));
   CHECK(plugin != nullptr);
   return plugin;
 }
@@ -66,7 +71,7 @@ std::unique_ptr<IPluginV3> create(Mode& mode) {
 void check_core(IPluginV3& plugin, Mode const& mode) {
   CHECK(std::strcmp(plugin.getInterfaceInfo().kind, "PLUGIN") == 0);
   auto& core = capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE, "PLUGIN_V3ONE_CORE");
-  CHECK(std::strcmp(core.getPluginName(), mode.quantization ? "RmsNormQuantization" : "RmsNorm") == 0);
+  CHECK(std::strcmp(core.getPluginName(), mode.plugin) == 0);
   CHECK(std::strcmp(core.getPluginVersion(), "1") == 0);
   CHECK(std::strcmp(core.getPluginNamespace(), "qwen_plugins") == 0);
   CHECK(plugin.getCapabilityInterface(static_cast<PluginCapabilityType>(9)) == nullptr);
@@ -89,17 +94,12 @@ void check_types(IPluginV3OneBuild& build, Mode const& mode) {
 
 void check_shapes(IPluginV3OneBuild& build, Mode const& mode) {
   ShapeExpressions builder;
-  std::vector<DimsExprs> inputs;
-  for (PluginTensorDesc const& desc : mode.inputs) {
-    bool const like_x = desc.dims.nbDims == 3;
-    inputs.push_back(like_x ? builder.shape({-1, 3, 64}) : builder.shape({desc.dims.d[0]}));
-  }
+  std::vector<DimsExprs> const inputs = shapes_while_building(mode, builder);
   std::vector<DimsExprs> outputs(mode.outputs.size());
   CHECK(build.getOutputShapes(inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0, outputs.data(),
                               static_cast<int32_t>(outputs.size()), builder) == 0);
   for (size_t i = 0; i < outputs.size(); ++i) {
-    CHECK(outputs[i].nbDims == 3 && outputs[i].d[0] == inputs[0].d[0] && outputs[i].d[1] == inputs[0].d[1]);
-    CHECK(outputs[i].d[2]->getConstantValue() == mode.outputs[i].dims.d[2]);
+    check_shape(outputs[i], mode.outputs[i].dims, mode, inputs);
   }
 }
 
@@ -109,6 +109,8 @@ void check_format_table(IPluginV3OneBuild& build, Mode const& mode) {
   for (auto const* descs : {&mode.inputs, &mode.outputs}) {
     for (PluginTensorDesc const& desc : *descs) {
       tensors.push_back({desc, desc.dims, desc.dims, desc.dims});
+      Dims& dims = tensors.back().desc.dims;
+      std::replace_if(dims.d, dims.d + dims.nbDims, [&](Extent extent) { return is_dynamic(mode, extent); }, -1);
     }
   }
   auto const inputs = static_cast<int32_t>(mode.inputs.size());
@@ -125,7 +127,7 @@ void check_format_table(IPluginV3OneBuild& build, Mode const& mode) {
     }
   }
   CHECK(build.configurePlugin(tensors.data(), inputs, tensors.data() + inputs, outputs) == 0);
-  CHECK(build.getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == 0);
+  CHECK(build.getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == mode.workspace_bytes);
 }
 
 // What TensorRT does between the phases: the fields are copied into the engine and come back from it.
@@ -143,20 +145,19 @@ std::unique_ptr<IPluginV3> serialise_and_create(IPluginV3& plugin, Mode const& m
     copy.add(names[i].c_str(), values[i].data(), fields->fields[i].type, fields->fields[i].length);
   }
   std::unique_ptr<IPluginV3> made(
-      creator_of(mode.quantization).createPlugin("layer", copy.collection(), TensorRTPhase::kRUNTIME));
+      creator_of(mode.plugin).createPlugin("layer", copy.collection(), TensorRTPhase::kRUNTIME));
   CHECK(made != nullptr);
   return made;
 }
 
-void check_runtime(IPluginV3& plugin, Mode const& mode) {
-  IPluginV3OneRuntime& runtime = runtime_of(plugin);
-  auto const inputs = static_cast<int32_t>(mode.inputs.size());
-  auto const outputs = static_cast<int32_t>(mode.outputs.size());
-  CHECK(runtime.onShapeChange(mode.inputs.data(), inputs, mode.outputs.data(), outputs) == 0);
-  check_launch(mode, [&](void* const* in, void* const* out) {
-    return runtime.enqueue(mode.inputs.data(), mode.outputs.data(), in, out, nullptr,
-                           static_cast<cudaStream_t>(address(0x5EAD)));
-  });
+int32_t enqueue(IPluginV3& plugin, Mode const& mode, void* const* inputs, void* const* outputs) {
+  return runtime_of(plugin).enqueue(mode.inputs.data(), mode.outputs.data(), inputs, outputs, workspace_address(),
+                                    static_cast<cudaStream_t>(stream_address()));
+}
+
+int32_t change_shapes(IPluginV3& plugin, Mode const& mode) {
+  return runtime_of(plugin).onShapeChange(mode.inputs.data(), static_cast<int32_t>(mode.inputs.size()),
+                                          mode.outputs.data(), static_cast<int32_t>(mode.outputs.size()));
 }
 
 void check_life(Mode& mode) {
@@ -168,38 +169,41 @@ void check_life(Mode& mode) {
   std::unique_ptr<IPluginV3> clone(plugin->clone());
   plugin.reset();
   check_types(build_of(*clone), mode);
+  check_launch_while_building(mode, [&](void* const* in, void* const* out) { return enqueue(*clone, mode, in, out); });
   std::unique_ptr<IPluginV3> deserialised = serialise_and_create(*clone, mode);
   clone.reset();
   std::unique_ptr<IPluginV3> attached(runtime_of(*deserialised).attachToContext(nullptr));
   deserialised.reset();
-  check_runtime(*attached, mode);
+  CHECK(change_shapes(*attached, mode) == 0);
+  check_launch(mode, [&](void* const* in, void* const* out) { return enqueue(*attached, mode, in, out); });
 }
 
 void check_zero_volume(Log& log) {
-  Mode mode = rms_norm_mode(DataType::kHALF, DataType::kHALF, false);
-  std::unique_ptr<IPluginV3> plugin = create(mode);
-  recorded = {};
-  PluginTensorDesc const inputs[] = {tensor(DataType::kHALF, {0, 3, 64}), tensor(DataType::kHALF, {64})};
-  void* none[2] = {};
-  CHECK(runtime_of(*plugin).enqueue(inputs, inputs, none, none, nullptr, nullptr) == 0);
-  CHECK(recorded.count == 0 && log.is_empty());
+  for (Mode mode : modes_without_rows()) {
+    std::unique_ptr<IPluginV3> plugin = serialise_and_create(*create(mode), mode);
+    recorded = {};
+    void* none[16] = {};
+    CHECK(enqueue(*plugin, mode, none, none) == 0);
+    CHECK(recorded.count == 0 && log.is_empty());
+  }
 }
 
 void check_bad_fields(Log& log) {
-  for (BadFields& bad : bad_fields_of_both_plugins()) {
-    // The list names a field of the quantizing plug-in only, so that one is asked.
-    CHECK(creator_of(true).createPlugin("layer", bad.fields.collection(), TensorRTPhase::kBUILD) == nullptr);
+  for (BadFields& bad : all_bad_fields()) {
+    CHECK(creator_of(bad.plugin).createPlugin("layer", bad.fields.collection(), TensorRTPhase::kBUILD) == nullptr);
     CHECK(log.got_one_error_with(bad.message));
   }
-  for (bool const quantization : {false, true}) {
-    CHECK(creator_of(quantization).createPlugin("layer", nullptr, TensorRTPhase::kRUNTIME) == nullptr);
+  for (ExpectedCreator const& expected : expected_creators()) {
+    IPluginCreatorV3One& creator = creator_of(expected.name);
+    CHECK(creator.createPlugin("layer", nullptr, TensorRTPhase::kRUNTIME) == nullptr);
     CHECK(log.got_one_error_with("no field collection"));
     PluginFieldCollection const dangling{3, nullptr};
-    CHECK(creator_of(quantization).createPlugin("layer", &dangling, TensorRTPhase::kRUNTIME) == nullptr);
+    CHECK(creator.createPlugin("layer", &dangling, TensorRTPhase::kRUNTIME) == nullptr);
     CHECK(log.got_one_error_with("no field collection"));
   }
   Fields bad_out_type = Fields().add("type_id", 1).add("dyn_act_scaling", 1).add("out_type_id", 1);
-  CHECK(creator_of(true).createPlugin("layer", bad_out_type.collection(), TensorRTPhase::kBUILD) == nullptr);
+  IPluginCreatorV3One& creator = creator_of("RmsNormQuantization");
+  CHECK(creator.createPlugin("layer", bad_out_type.collection(), TensorRTPhase::kBUILD) == nullptr);
   CHECK(log.got_one_error_with("'out_type_id' is 1; expected 2 (int8), 6 (float8_e4m3fn)"));
 }
 
@@ -215,29 +219,45 @@ void check_bad_shapes(Log& log) {
   };
   DimsExprs const x = builder.shape({-1, 64});
   fails({x, builder.shape({64})}, 2, "got 2 inputs; expected 3 with these fields: x, weight, residual");
-  fails({x, builder.shape({63}), x}, 2, "input 'weight' has shape [63]; expected [last dimension of x]");
+  fails({x, builder.shape({63}), x}, 2, "input 'weight' has shape [63]; expected [hidden_size], here [64]");
   fails({x, builder.shape({1, 64}), x}, 2, "input 'weight' has shape [1, 64]");
   fails({x, builder.shape({64}), builder.shape({-1, 32})}, 2, "input 'residual' has shape [?, 32]");
   fails({x, builder.shape({64}), builder.shape({64})}, 2, "input 'residual' has shape [64]");
-  fails({builder.shape({}), builder.shape({64}), x}, 2, "input 'x' has 0 dimensions");
+  fails({builder.shape({}), builder.shape({64}), x}, 2, "input 'x' has shape []; expected [..., hidden_size]");
   fails({x, builder.shape({64}), x}, 3, "there is no output 2");
 }
 
-void check_bad_runtime(Log& log) {
-  Mode mode = rms_norm_mode(DataType::kHALF, DataType::kHALF, false);
+// An out_features that is known only when the engine runs: half of it is an expression.
+void check_unknown_out_features() {
+  Mode mode = gemm_mode(DataType::kHALF, false, true, true);
   std::unique_ptr<IPluginV3> plugin = create(mode);
-  IPluginV3OneRuntime& runtime = runtime_of(*plugin);
-  PluginTensorDesc const wrong[] = {tensor(DataType::kHALF, {2, 64}), tensor(DataType::kHALF, {32})};
-  void* none[2] = {};
-  recorded = {};
-  CHECK(runtime.onShapeChange(wrong, 2, wrong, 1) != 0);
-  CHECK(log.got_one_error_with("input 'weight' has shape [32]"));
-  CHECK(runtime.enqueue(wrong, wrong, none, none, nullptr, nullptr) != 0);
-  CHECK(log.got_one_error_with("input 'weight' has shape [32]"));
-  CHECK(recorded.count == 0);
-  recorded.answer = cudaErrorInvalidValue;
-  CHECK(runtime.enqueue(mode.inputs.data(), mode.outputs.data(), none, none, nullptr, nullptr) != 0);
-  CHECK(log.got_one_error_with("launch of 6 rows of 64 failed: recorded error"));
+  ShapeExpressions builder;
+  DimsExprs const inputs[] = {builder.shape({3, 64}), builder.shape({-1, 64})};
+  DimsExprs output{};
+  CHECK(build_of(*plugin).getOutputShapes(inputs, 2, nullptr, 0, &output, 1, builder) == 0);
+  CHECK(output.nbDims == 2 && output.d[0] == inputs[0].d[0]);
+  CHECK(!output.d[1]->isConstant() && output.d[1] != inputs[1].d[0]);
+}
+
+void check_bad_runtime(Log& log) {
+  void* none[16] = {};
+  for (BadShapes& bad : bad_shapes_at_runtime()) {
+    std::unique_ptr<IPluginV3> plugin = serialise_and_create(*create(bad.mode), bad.mode);
+    recorded = {};
+    bad.mode.inputs[bad.input] = bad.given;
+    CHECK(change_shapes(*plugin, bad.mode) != 0);
+    CHECK(log.got_one_error_with(bad.message));
+    CHECK(enqueue(*plugin, bad.mode, none, none) != 0);
+    CHECK(log.got_one_error_with(bad.message));
+    CHECK(recorded.count == 0 && !recorded.copy.has_value());
+  }
+  for (auto& [mode, message] : modes_and_failures()) {
+    std::unique_ptr<IPluginV3> plugin = serialise_and_create(*create(mode), mode);
+    recorded = {};
+    recorded.answer = cudaErrorInvalidValue;
+    CHECK(enqueue(*plugin, mode, none, none) != 0);
+    CHECK(log.got_one_error_with(message));
+  }
 }
 
 }  // namespace
@@ -256,6 +276,7 @@ int main() {
   check_zero_volume(log);
   check_bad_fields(log);
   check_bad_shapes(log);
+  check_unknown_out_features();
   check_bad_runtime(log);
   setLoggerFinder(nullptr);
   std::printf("%d lives of plug-ins passed\n", lives);

@@ -2,22 +2,54 @@
 
 RecordedLaunches recorded;
 
-namespace qwen_plugins {
+namespace {
 
-cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
-  recorded.rms_norm = params;
+template <typename Params>
+cudaError_t record(std::optional<Params>& slot, Params const& params, cudaStream_t stream) {
+  slot = params;
   recorded.stream = stream;
   ++recorded.count;
   return recorded.answer;
 }
 
+}  // namespace
+
+namespace qwen_plugins {
+
+cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
+  return record(recorded.rms_norm, params, stream);
+}
+
 cudaError_t launch_rms_norm_quant(const RmsNormQuantParams& params, cudaStream_t stream) {
-  recorded.rms_norm_quant = params;
-  recorded.stream = stream;
-  ++recorded.count;
+  return record(recorded.rms_norm_quant, params, stream);
+}
+
+cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes) {
+  *bytes = recorded_gemm_workspace(shape.rows);
   return recorded.answer;
+}
+
+cudaError_t launch_gemm(const GemmParams& params, cudaStream_t stream) { return record(recorded.gemm, params, stream); }
+
+cudaError_t launch_prefill_attention(const PrefillAttentionParams& params, cudaStream_t stream) {
+  return record(recorded.prefill_attention, params, stream);
+}
+
+cudaError_t decode_attention_workspace_bytes(const AttentionHeads&, int32_t sequences, int64_t* bytes) {
+  *bytes = recorded_attention_workspace(sequences);
+  return recorded.answer;
+}
+
+cudaError_t launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
+  return record(recorded.decode_attention, params, stream);
 }
 
 }  // namespace qwen_plugins
 
 extern "C" const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "recorded error"; }
+
+extern "C" cudaError_t CUDARTAPI cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                                 cudaStream_t) {
+  recorded.copy = RecordedCopy{to, from, bytes};
+  return cudaSuccess;
+}

@@ -3,14 +3,31 @@
 
 #include <optional>
 
+#include "kernels/decode_attention.h"
+#include "kernels/gemm.h"
+#include "kernels/prefill_attention.h"
 #include "kernels/rms_norm.h"
+
+struct RecordedCopy {
+  void* to;
+  void const* from;
+  size_t bytes;
+};
 
 struct RecordedLaunches {
   std::optional<qwen_plugins::RmsNormParams> rms_norm;
   std::optional<qwen_plugins::RmsNormQuantParams> rms_norm_quant;
+  std::optional<qwen_plugins::GemmParams> gemm;
+  std::optional<qwen_plugins::PrefillAttentionParams> prefill_attention;
+  std::optional<qwen_plugins::DecodeAttentionParams> decode_attention;
+  std::optional<RecordedCopy> copy;
   cudaStream_t stream = nullptr;
-  int count = 0;
+  int count = 0;                     // of launches
   cudaError_t answer = cudaSuccess;  // what the launchers return
 };
 
 extern RecordedLaunches recorded;
+
+// What the stand-ins for gemm_workspace_bytes and decode_attention_workspace_bytes say.
+constexpr int64_t recorded_gemm_workspace(int64_t rows) { return 1000 + rows; }
+constexpr int64_t recorded_attention_workspace(int64_t sequences) { return 2000 + sequences; }

@@ -1,0 +1,34 @@
+// The Gemm plug-in, whatever the TensorRT. README.md has its inputs, outputs and attributes.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/gemm.h"
+#include "plugins/plugin_base.h"
+
+namespace qwen_plugins {
+
+struct GemmAttributes {
+  int32_t type_id = -1;
+  int32_t bias = 0;
+  int32_t activation = static_cast<int32_t>(Activation::kNone);
+  int32_t constant_weight = 1;
+};
+
+class GemmPlugin : public PluginBase<GemmAttributes> {
+ public:
+  static constexpr char const* kName = "Gemm";
+  static AttributeSpecs const& attribute_specs();
+
+  explicit GemmPlugin(Attributes const& attributes);
+
+  size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
+
+  // The launch for tensors of these shapes; zero rows launch nothing.
+  void enqueue(Execution const& execution) const;
+
+ private:
+  GemmShape shape(Sizes const& sizes) const;
+};
+
+}  // namespace qwen_plugins

@@ -1,0 +1,198 @@
+#include "gpt_attention_plugin.h"
+
+#include <cmath>
+
+#include "kernels/decode_attention.h"
+#include "kernels/prefill_attention.h"
+
+namespace qwen_plugins {
+namespace {
+
+using nvinfer1::PluginFieldType;
+using Attributes = GptAttentionAttributes;
+
+[[noreturn]] void refuse(std::string const& message) { throw std::invalid_argument(message); }
+
+int64_t packed_heads(Attributes const& attributes) {
+  return int64_t{attributes.num_heads} + 2 * int64_t{attributes.num_kv_heads};
+}
+
+void check_rotary_embedding(Attributes const& attributes) {
+  int32_t const dim = attributes.rotary_embedding_dim;
+  if (dim < 0 || dim > attributes.head_size || dim % 2 != 0) {
+    refuse("field 'rotary_embedding_dim' is " + std::to_string(dim) +
+           "; expected an even number from 0 to head_size, " + std::to_string(attributes.head_size));
+  }
+  require_one_of("position_embedding_type", attributes.position_embedding_type, {0, 1, 2});
+  bool const learned = attributes.position_embedding_type == static_cast<int32_t>(PositionEmbedding::kLearnedAbsolute);
+  if (learned != (dim == 0)) {
+    refuse("field 'position_embedding_type' is " + std::to_string(attributes.position_embedding_type) +
+           " and 'rotary_embedding_dim' " + std::to_string(dim) +
+           "; expected 0 (learned_absolute) with 0, or 1 (rope_gptj) or 2 (rope_gpt_neox) with more");
+  }
+}
+
+Attributes checked(Attributes attributes) {
+  require_type("type_id", attributes.type_id, floating_types());
+  require_positive("num_heads", attributes.num_heads);
+  require_positive("num_kv_heads", attributes.num_kv_heads);
+  if (attributes.num_heads % attributes.num_kv_heads != 0) {
+    refuse("field 'num_kv_heads' is " + std::to_string(attributes.num_kv_heads) +
+           "; expected a divisor of num_heads, " + std::to_string(attributes.num_heads));
+  }
+  require_one_of("head_size", attributes.head_size, {32, 64, 80, 96, 128, 256});
+  check_rotary_embedding(attributes);
+  require_positive("q_scaling", attributes.q_scaling);
+  require_flag("query_scale", attributes.query_scale);
+  require_flag("qk_norm", attributes.qk_norm);
+  require_positive("norm_eps", attributes.norm_eps);
+  return attributes;
+}
+
+TensorRoles make_roles(Attributes const& attributes) {
+  using nvinfer1::DataType;
+  auto const type = static_cast<DataType>(attributes.type_id);
+  int64_t const head_size = attributes.head_size;
+  Pattern const cache{"max_batch", 2, attributes.num_kv_heads, "max_positions", head_size};
+  std::vector<TensorRole> inputs{
+      {"qkv", type, {"tokens", packed_heads(attributes) * head_size}},
+      {"past_key_value", type, cache},
+      {"cu_seqlens", DataType::kINT32, {Dimension(1, "sequences", 1)}},
+      {"past_lengths", DataType::kINT32, {"sequences"}},
+      {"rotary_offsets", DataType::kINT32, {"sequences"}},
+  };
+  if (attributes.rotary_embedding_dim != 0) {
+    inputs.push_back({"rotary_table", DataType::kFLOAT, {"rows", attributes.rotary_embedding_dim}});
+  }
+  inputs.push_back({"semaphores", DataType::kINT32, {"max_batch", attributes.num_heads}});
+  if (attributes.query_scale != 0) {
+    inputs.push_back({"query_scale", DataType::kFLOAT, {"rows"}});
+  }
+  if (attributes.qk_norm != 0) {
+    inputs.push_back({"q_norm_weight", type, {head_size}});
+    inputs.push_back({"k_norm_weight", type, {head_size}});
+  }
+  return {inputs,
+          {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", type, cache}}};
+}
+
+// TensorRT gives the memory of past and present as two: in place if they are bound to one.
+void copy_unless_in_place(void const* past, void* present, Sizes const& sizes, Attributes const& attributes,
+                          cudaStream_t stream) {
+  if (past == present) {
+    return;
+  }
+  int64_t const elements =
+      sizes["max_batch"] * 2 * attributes.num_kv_heads * sizes["max_positions"] * attributes.head_size;
+  auto const bytes = static_cast<size_t>(elements * size_of(static_cast<DataType>(attributes.type_id)));
+  check_cuda(cudaMemcpyAsync(present, past, bytes, cudaMemcpyDeviceToDevice, stream),
+             [&] { return "copy of " + std::to_string(bytes) + " bytes of past to present_key_value"; });
+}
+
+void check_sizes(Sizes const& sizes) {
+  if (sizes["sequences"] > sizes["max_batch"]) {
+    refuse("'past_lengths' has " + std::to_string(sizes["sequences"]) + " sequences; expected at most " +
+           std::to_string(sizes["max_batch"]) + ", the first dimension of past_key_value");
+  }
+  if (sizes["tokens"] < sizes["sequences"]) {
+    refuse("'qkv' has " + std::to_string(sizes["tokens"]) + " tokens; expected at least one for each of the " +
+           std::to_string(sizes["sequences"]) + " sequences");
+  }
+}
+
+}  // namespace
+
+AttributeSpecs const& GptAttentionPlugin::attribute_specs() {
+  static AttributeSpecs const specs{
+      {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+      {"num_heads", PluginFieldType::kINT32, offsetof(Attributes, num_heads), true},
+      {"num_kv_heads", PluginFieldType::kINT32, offsetof(Attributes, num_kv_heads), true},
+      {"head_size", PluginFieldType::kINT32, offsetof(Attributes, head_size), true},
+      {"rotary_embedding_dim", PluginFieldType::kINT32, offsetof(Attributes, rotary_embedding_dim), false},
+      {"position_embedding_type", PluginFieldType::kINT32, offsetof(Attributes, position_embedding_type), false},
+      {"q_scaling", PluginFieldType::kFLOAT32, offsetof(Attributes, q_scaling), false},
+      {"query_scale", PluginFieldType::kINT32, offsetof(Attributes, query_scale), false},
+      {"qk_norm", PluginFieldType::kINT32, offsetof(Attributes, qk_norm), false},
+      {"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), false},
+  };
+  return specs;
+}
+
+GptAttentionPlugin::GptAttentionPlugin(Attributes const& attributes) : PluginBase(checked(attributes), make_roles) {}
+
+AttentionHeads GptAttentionPlugin::heads(Execution const& execution) const {
+  AttentionHeads heads;
+  heads.num_heads = attributes().num_heads;
+  heads.num_kv_heads = attributes().num_kv_heads;
+  heads.head_size = attributes().head_size;
+  heads.rotary_dim = attributes().rotary_embedding_dim;
+  heads.dtype = static_cast<DataType>(attributes().type_id);
+  heads.rotary_table = static_cast<float const*>(input(execution, "rotary_table"));
+  heads.rotary_offsets = static_cast<int32_t const*>(input(execution, "rotary_offsets"));
+  bool const gpt_j = attributes().position_embedding_type == static_cast<int32_t>(PositionEmbedding::kRopeGptJ);
+  heads.rotary_style = gpt_j ? RotaryStyle::kGptJ : RotaryStyle::kNeox;
+  heads.query_scale = static_cast<float const*>(input(execution, "query_scale"));
+  heads.q_norm_weight = input(execution, "q_norm_weight");
+  heads.k_norm_weight = input(execution, "k_norm_weight");
+  heads.norm_eps = attributes().norm_eps;
+  return heads;
+}
+
+template <typename Params>
+void GptAttentionPlugin::set_common(Execution const& execution, Sizes const& sizes, Params& params) const {
+  params.heads = heads(execution);
+  params.cache.data = output(execution, "present_key_value");
+  params.cache.max_positions = static_cast<int32_t>(sizes["max_positions"]);
+  params.qkv = input(execution, "qkv");
+  params.qkv_row_stride = packed_heads(attributes()) * attributes().head_size;
+  params.context = output(execution, "context");
+  params.past_lengths = static_cast<int32_t const*>(input(execution, "past_lengths"));
+  params.sequences = static_cast<int32_t>(sizes["sequences"]);
+  params.softmax_scale = 1.0F / (attributes().q_scaling * std::sqrt(static_cast<float>(attributes().head_size)));
+}
+
+void GptAttentionPlugin::check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const {
+  check_sizes(roles().sizes(inputs, count));
+}
+
+size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
+  auto const sequences = static_cast<int32_t>(roles().sizes(largest_inputs)["sequences"]);
+  void const* const none[16] = {};  // no tensor has an address yet
+  int64_t bytes = 0;
+  check_cuda(
+      decode_attention_workspace_bytes(heads({largest_inputs, none, nullptr, nullptr, nullptr}), sequences, &bytes),
+      [&] { return "workspace of attention of " + std::to_string(sequences) + " sequences"; });
+  return static_cast<size_t>(bytes);
+}
+
+void GptAttentionPlugin::enqueue(Execution const& execution) const {
+  Sizes const sizes = roles().sizes(execution.input_descs);
+  check_sizes(sizes);
+  copy_unless_in_place(input(execution, "past_key_value"), output(execution, "present_key_value"), sizes, attributes(),
+                       execution.stream);
+  int64_t const tokens = sizes["tokens"];
+  if (tokens == 0) {
+    return;
+  }
+  cudaError_t status = cudaSuccess;
+  if (tokens == sizes["sequences"]) {
+    DecodeAttentionParams params;
+    set_common(execution, sizes, params);
+    params.workspace = execution.workspace;
+    // An input as far as TensorRT is concerned: every launch leaves it as it was.
+    params.semaphores = static_cast<int32_t*>(const_cast<void*>(input(execution, "semaphores")));
+    status = launch_decode_attention(params, execution.stream);
+  } else {
+    PrefillAttentionParams params;
+    set_common(execution, sizes, params);
+    params.cu_seqlens = static_cast<int32_t const*>(input(execution, "cu_seqlens"));
+    params.tokens = tokens;
+    status = launch_prefill_attention(params, execution.stream);
+  }
+  check_cuda(status, [&] {
+    return "launch of attention of " + std::to_string(tokens) + " tokens in " + std::to_string(sizes["sequences"]) +
+           " sequences";
+  });
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,48 @@
+// The GptAttention plug-in, whatever the TensorRT. README.md has its inputs, outputs and attributes.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention_heads.h"
+#include "plugins/plugin_base.h"
+
+namespace qwen_plugins {
+
+// TensorRT-LLM's numbers.
+enum class PositionEmbedding : int32_t { kLearnedAbsolute = 0, kRopeGptJ = 1, kRopeGptNeox = 2 };
+
+struct GptAttentionAttributes {
+  int32_t type_id = -1;
+  int32_t num_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_size = 0;
+  int32_t rotary_embedding_dim = 0;
+  int32_t position_embedding_type = static_cast<int32_t>(PositionEmbedding::kLearnedAbsolute);
+  float q_scaling = 1.0F;
+  int32_t query_scale = 0;
+  int32_t qk_norm = 0;
+  float norm_eps = 1e-6F;
+};
+
+class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
+ public:
+  static constexpr char const* kName = "GptAttention";
+  static constexpr bool kSafeOnAnyData = false;  // lengths are indices
+  static AttributeSpecs const& attribute_specs();
+
+  explicit GptAttentionPlugin(Attributes const& attributes);
+
+  void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const;
+  size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
+
+  // The launch for tensors of these shapes: the kernel for decoding where there are as many tokens as sequences, else
+  // the one for prompts. The cache is copied first unless past and present are the same memory.
+  void enqueue(Execution const& execution) const;
+
+ private:
+  AttentionHeads heads(Execution const& execution) const;
+  template <typename Params>
+  void set_common(Execution const& execution, Sizes const& sizes, Params& params) const;
+};
+
+}  // namespace qwen_plugins

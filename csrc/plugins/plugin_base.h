@@ -1,0 +1,98 @@
+// What every plug-in class has in common, whatever the TensorRT.
+//
+// A plug-in class `Plugin` adds to this
+//   static constexpr char const* kName;
+//   static AttributeSpecs const& attribute_specs();  // of Plugin::Attributes
+//   explicit Plugin(Attributes const&);              // throws std::invalid_argument for values that make no sense
+//   void enqueue(Execution const&) const;            // throws for shapes and launches that fail
+// and, if it needs any, its own workspace_bytes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "attributes.h"
+#include "nvtx_range.h"
+#include "tensor_roles.h"
+#include "tensorrt_api.h"
+
+namespace qwen_plugins {
+
+constexpr char const* kPluginVersion = "1";
+constexpr char const* kPluginNamespace = "qwen_plugins";
+
+// What TensorRT hands to enqueue.
+struct Execution {
+  nvinfer1::PluginTensorDesc const* input_descs;
+  void const* const* inputs;
+  void* const* outputs;
+  void* workspace;
+  cudaStream_t stream;
+};
+
+template <typename AttributesType>
+class PluginBase {
+ public:
+  using Attributes = AttributesType;
+
+  Attributes const& attributes() const { return attributes_; }
+  TensorRoles const& roles() const { return roles_; }
+
+  // Whether enqueue may be called with anything in its inputs. While TensorRT builds an engine it runs layers on memory
+  // that holds nothing in particular; a plug-in that takes addresses from its inputs hides this and is left out then.
+  static constexpr bool kSafeOnAnyData = true;
+
+  // Throws std::invalid_argument for shapes that no launch will be made for; a plug-in that asks for more hides this.
+  void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const { roles_.sizes(inputs, count); }
+
+  // Enough for tensors of these shapes and all smaller ones. The plug-ins with a workspace hide this with their own.
+  size_t workspace_bytes(nvinfer1::PluginTensorDesc const* /*largest_inputs*/) const { return 0; }
+
+ protected:
+  PluginBase(Attributes const& checked, TensorRoles (*make_roles)(Attributes const&))
+      : attributes_(checked), roles_(make_roles(checked)) {}
+
+  // The address of a tensor; null where the attributes say that there is none of this name.
+  void const* input(Execution const& execution, char const* name) const {
+    int32_t const index = roles_.find_input(name);
+    return index < 0 ? nullptr : execution.inputs[index];
+  }
+  void* output(Execution const& execution, char const* name) const {
+    int32_t const index = roles_.find_output(name);
+    return index < 0 ? nullptr : execution.outputs[index];
+  }
+
+ private:
+  Attributes attributes_;
+  TensorRoles roles_;
+};
+
+template <typename Plugin>
+struct RangeName {
+  static constexpr char const* message = Plugin::kName;
+};
+
+// Building: the plug-in was made from a network's fields, and not from an engine's.
+enum class Phase { kBuild, kRuntime };
+
+// The plug-in's launches, in an NVTX range of its name.
+template <typename Plugin>
+void enqueue_in_range(Plugin const& plugin, Phase phase, Execution const& execution) {
+  if (phase == Phase::kBuild && !Plugin::kSafeOnAnyData) {
+    return;
+  }
+  NvtxRange<RangeName<Plugin>> const range;
+  plugin.enqueue(execution);
+}
+
+// Throws where CUDA reports an error; `describe()` says what failed.
+template <typename Describe>
+void check_cuda(cudaError_t status, Describe const& describe) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(describe() + " failed: " + cudaGetErrorString(status));
+  }
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,50 @@
+// What both RMSNorm plug-ins share: attributes, tensors and the launch.
+#pragma once
+
+#include "kernels/rms_norm.h"
+#include "plugins/plugin_base.h"
+
+namespace qwen_plugins {
+
+// Replaces defaults by what they stand for, and throws std::invalid_argument for values that make no sense.
+template <typename Attributes>
+void check_rms_norm_attributes(Attributes& attributes) {
+  require_positive("eps", attributes.eps);
+  require_type("type_id", attributes.type_id, floating_types());
+  if (attributes.weight_type_id == -1) {
+    attributes.weight_type_id = attributes.type_id;
+  }
+  require_type("weight_type_id", attributes.weight_type_id,
+               {nvinfer1::DataType::kFLOAT, static_cast<nvinfer1::DataType>(attributes.type_id)});
+  require_flag("residual", attributes.residual);
+  require_flag("unit_offset", attributes.unit_offset);
+}
+
+// All but the addresses. TensorRT's linear tensors have contiguous rows.
+template <typename Attributes>
+void set_rms_norm_params(Attributes const& attributes, Sizes const& sizes, RmsNormParams& params) {
+  int64_t const count = sizes.leading();
+  params.rows = {count, count};
+  params.hidden_size = sizes["hidden_size"];
+  RowStrides const contiguous{count * params.hidden_size, params.hidden_size};
+  params.x_strides = contiguous;
+  params.residual_strides = contiguous;
+  params.residual_out_strides = contiguous;
+  params.eps = attributes.eps;
+  params.dtype = static_cast<DataType>(attributes.type_id);
+  params.weight_dtype = static_cast<DataType>(attributes.weight_type_id);
+  params.unit_offset = attributes.unit_offset != 0;
+}
+
+// Nothing where there are no elements; throws if the launch fails.
+template <typename Params>
+void launch_rows(Params const& params, cudaError_t (*launch)(Params const&, cudaStream_t), cudaStream_t stream) {
+  if (params.rows.total == 0 || params.hidden_size == 0) {
+    return;
+  }
+  check_cuda(launch(params, stream), [&] {
+    return "launch of " + std::to_string(params.rows.total) + " rows of " + std::to_string(params.hidden_size);
+  });
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,159 @@
+// The modes of every plug-in, the plug-ins in the order of the library, and fields that each must refuse.
+#pragma once
+
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "gemm_modes.h"
+#include "gpt_attention_modes.h"
+#include "rms_norm_modes.h"
+
+struct ExpectedCreator {
+  char const* name;
+  int32_t field_count;
+};
+
+inline std::vector<ExpectedCreator> expected_creators() {
+  return {{"RmsNorm", 6}, {"RmsNormQuantization", 9}, {"Gemm", 4}, {"GptAttention", 10}};
+}
+
+inline std::vector<Mode> all_modes() {
+  std::vector<Mode> all;
+  for (std::vector<Mode> const& modes : {rms_norm_modes(), gemm_modes(), gpt_attention_modes()}) {
+    all.insert(all.end(), modes.begin(), modes.end());
+  }
+  return all;
+}
+
+// What a creator must refuse, and a part of the message that it must log.
+struct BadFields {
+  char const* plugin;
+  Fields fields;
+  char const* message;
+};
+
+inline std::vector<BadFields> bad_rms_norm_fields() {
+  using nvinfer1::PluginFieldType;
+  static float const eps = 1e-6F;
+  static int32_t const one = 1;
+  char const* const name = "RmsNormQuantization";
+  auto good = [] { return Fields().add("type_id", 1).add("dyn_act_scaling", 1); };
+  return {
+      {name, good().add("eps", &eps, PluginFieldType::kFLOAT32, 2), "'eps' has 2 values"},
+      {name, good().add("eps", &eps, PluginFieldType::kFLOAT32, 0), "'eps' has 0 values"},
+      {name, good().add("eps", &eps, PluginFieldType::kFLOAT32, -1), "'eps' has -1 values"},
+      {name, good().add("eps", &one, PluginFieldType::kINT32), "'eps' has type INT32; expected FLOAT32"},
+      {name, good().add("eps", nullptr, PluginFieldType::kFLOAT32), "'eps' has no data"},
+      {name, good().add("eps", 0.0F), "'eps' is 0"},
+      {name, good().add("eps", -1.0F), "'eps' is -1"},
+      {name, good().add("eps", std::numeric_limits<float>::quiet_NaN()), "'eps' is nan"},
+      {name, good().add("eps", std::numeric_limits<float>::infinity()), "'eps' is inf"},
+      {name, good().add("type_id", 0), "'type_id' is given twice"},
+      {name, good().add("epsilon", 1e-6F), "unknown field 'epsilon'"},
+      {name, good().add(nullptr, 1e-6F), "a field has no name"},
+      {name, good().add("residual", 2), "'residual' is 2; expected 0 or 1"},
+      {name, good().add("unit_offset", -1), "'unit_offset' is -1; expected 0 or 1"},
+      {name, good().add("weight_type_id", 3), "'weight_type_id' is 3"},
+      {name, Fields().add("dyn_act_scaling", 1), "required field 'type_id' is missing"},
+      {name, Fields().add("dyn_act_scaling", 1).add("type_id", 3), "'type_id' is 3; expected 0 (float32), 1 (float16)"},
+      {name, Fields().add("dyn_act_scaling", 1).add("type_id", -1), "'type_id' is -1"},
+  };
+}
+
+inline std::vector<BadFields> bad_decoder_fields() {
+  auto gemm = [] { return Fields().add("type_id", 1); };
+  auto heads = [](int32_t num_heads, int32_t num_kv_heads, int32_t head_size) {
+    return Fields()
+        .add("type_id", 1)
+        .add("num_heads", num_heads)
+        .add("num_kv_heads", num_kv_heads)
+        .add("head_size", head_size);
+  };
+  auto good = [&] { return heads(8, 2, 64); };
+  char const* const name = "GptAttention";
+  return {
+      {"Gemm", Fields(), "required field 'type_id' is missing"},
+      {"Gemm", Fields().add("type_id", 2), "'type_id' is 2; expected 0 (float32), 1 (float16)"},
+      {"Gemm", gemm().add("bias", 2), "'bias' is 2; expected 0 or 1"},
+      {"Gemm", gemm().add("activation", 2), "'activation' is 2; expected one of 0, 1"},
+      {"Gemm", gemm().add("constant_weight", -1), "'constant_weight' is -1; expected 0 or 1"},
+      {name, Fields().add("type_id", 1).add("num_heads", 8), "required field 'num_kv_heads' is missing"},
+      {name, heads(0, 2, 64), "'num_heads' is 0; expected a number above 0"},
+      {name, heads(8, -1, 64), "'num_kv_heads' is -1; expected a number above 0"},
+      {name, heads(8, 3, 64), "'num_kv_heads' is 3; expected a divisor of num_heads, 8"},
+      {name, heads(8, 2, 65), "'head_size' is 65; expected one of 32, 64, 80, 96, 128, 256"},
+      {name, good().add("rotary_embedding_dim", 66), "'rotary_embedding_dim' is 66; expected an even number from 0 to"},
+      {name, good().add("rotary_embedding_dim", 31), "'rotary_embedding_dim' is 31"},
+      {name, good().add("rotary_embedding_dim", -2), "'rotary_embedding_dim' is -2"},
+      {name, good().add("rotary_embedding_dim", 64), "'position_embedding_type' is 0 and 'rotary_embedding_dim' 64"},
+      {name, good().add("position_embedding_type", 2), "'position_embedding_type' is 2 and 'rotary_embedding_dim' 0"},
+      {name, good().add("position_embedding_type", 3), "'position_embedding_type' is 3; expected one of 0, 1, 2"},
+      {name, good().add("q_scaling", 0.0F), "'q_scaling' is 0"},
+      {name, good().add("norm_eps", -1e-6F), "'norm_eps' is -"},
+      {name, good().add("qk_norm", 2), "'qk_norm' is 2; expected 0 or 1"},
+      {name, good().add("query_scale", 2), "'query_scale' is 2; expected 0 or 1"},
+  };
+}
+
+inline std::vector<BadFields> all_bad_fields() {
+  std::vector<BadFields> all = bad_rms_norm_fields();
+  std::vector<BadFields> const more = bad_decoder_fields();
+  all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+// Inputs that no launch may be made for, past the checks of an engine's build.
+struct BadShapes {
+  Mode mode;
+  size_t input;
+  nvinfer1::PluginTensorDesc given;
+  char const* message;
+};
+
+inline std::vector<BadShapes> bad_shapes_at_runtime() {
+  using nvinfer1::DataType;
+  DataType const half = DataType::kHALF;
+  DataType const int32 = DataType::kINT32;
+  Mode const rms_norm = rms_norm_mode(half, half, false);
+  Mode const gemm = gemm_mode(half, true, true, true);
+  Mode const attention = gpt_attention_mode({});
+  return {
+      {rms_norm, 1, tensor(half, {32}), "input 'weight' has shape [32]; expected [hidden_size], here [64]"},
+      {gemm, 1, tensor(half, {48, 32}), "input 'weight' has shape [48, 32]; expected [2 * columns, in_features]"},
+      {gemm, 1, tensor(half, {47, 64}), "input 'weight' has shape [47, 64]; expected [2 * columns, in_features]"},
+      {gemm, 2, tensor(half, {24}), "input 'bias' has shape [24]; expected [2 * columns], here [48]"},
+      {attention, 0, tensor(half, {7, 384}), "input 'qkv' has shape [7, 384]; expected [tokens, 640]"},
+      {attention, 1, tensor(half, {4, 2, 6, 100, 64}), "expected [max_batch, 2, 2, max_positions, 64]"},
+      {attention, 2, tensor(int32, {0}), "input 'cu_seqlens' has shape [0]; expected [sequences + 1]"},
+      {attention, 3, tensor(int32, {4}), "input 'past_lengths' has shape [4]; expected [sequences], here [3]"},
+      {attention, 6, tensor(int32, {3, 6}),
+       "input 'semaphores' has shape [3, 6]; expected [max_batch, 6], here [4, 6]"},
+      {attention, 0, tensor(half, {2, 640}), "'qkv' has 2 tokens; expected at least one for each of the 3 sequences"},
+  };
+}
+
+inline std::vector<Mode> modes_without_rows() {
+  using nvinfer1::DataType;
+  DataType const half = DataType::kHALF;
+  Mode rms_norm = rms_norm_mode(half, half, false);
+  rms_norm.inputs[0] = tensor(half, {0, 3, 64});
+  Mode gemm = gemm_mode(half, true, true, true);
+  gemm.inputs[0] = tensor(half, {5, 0, 64});
+  Mode attention = gpt_attention_mode({});
+  attention.inputs[0] = tensor(half, {0, 640});
+  attention.inputs[2] = tensor(DataType::kINT32, {1});
+  attention.inputs[3] = attention.inputs[4] = tensor(DataType::kINT32, {0});
+  return {rms_norm, gemm, attention};
+}
+
+// What is logged where a launcher reports an error.
+inline std::vector<std::pair<Mode, char const*>> modes_and_failures() {
+  nvinfer1::DataType const half = nvinfer1::DataType::kHALF;
+  AttentionMode decode;
+  decode.decode = true;
+  return {{rms_norm_mode(half, half, false), "launch of 6 rows of 64 failed: recorded error"},
+          {gemm_mode(half, false, false, true), "15 rows of 64 times [48, 64] failed: recorded error"},
+          {gpt_attention_mode({}), "launch of attention of 7 tokens in 3 sequences failed: recorded error"},
+          {gpt_attention_mode(decode), "launch of attention of 3 tokens in 3 sequences failed: recorded error"}};
+}

@@ -1,0 +1,98 @@
+// The modes of GptAttention.
+#pragma once
+
+#include <cmath>
+
+#include "mode.h"
+
+struct AttentionMode {
+  nvinfer1::DataType type = nvinfer1::DataType::kHALF;
+  bool decode = false;
+  int32_t position_embedding_type = 2;
+  bool query_scale = false;
+  bool qk_norm = false;
+};
+
+inline void check_heads(qwen_plugins::AttentionHeads const& heads, AttentionMode const& given,
+                        Addresses const& inputs) {
+  CHECK(heads.num_heads == 6 && heads.num_kv_heads == 2 && heads.head_size == 64);
+  CHECK(static_cast<int32_t>(heads.dtype) == int_of(given.type));
+  bool const rope = given.position_embedding_type != 0;
+  CHECK(heads.rotary_dim == (rope ? 48 : 0));
+  CHECK(heads.rotary_table == (rope ? inputs[5] : nullptr));
+  CHECK(heads.rotary_offsets == inputs[4]);
+  bool const gpt_j = given.position_embedding_type == 1;
+  CHECK(heads.rotary_style == (gpt_j ? qwen_plugins::RotaryStyle::kGptJ : qwen_plugins::RotaryStyle::kNeox));
+  CHECK(heads.query_scale == (given.query_scale ? inputs[rope ? 7 : 6] : nullptr));
+  CHECK(heads.q_norm_weight == (given.qk_norm ? inputs[inputs.size() - 2] : nullptr));
+  CHECK(heads.k_norm_weight == (given.qk_norm ? inputs.back() : nullptr));
+  CHECK(heads.norm_eps == 1e-5F);
+}
+
+template <typename Params>
+void check_attention(Params const& params, AttentionMode const& given, Addresses const& inputs,
+                     Addresses const& outputs) {
+  check_heads(params.heads, given, inputs);
+  CHECK(params.qkv == inputs[0] && params.qkv_row_stride == 640);
+  CHECK(params.past_lengths == inputs[3] && params.sequences == 3);
+  CHECK(params.context == outputs[0] && params.cache.data == outputs[1] && params.cache.max_positions == 100);
+  CHECK(std::abs(params.softmax_scale - 1.0F / (1.5F * 8.0F)) < 1e-7F);
+}
+
+// Three sequences of a batch of at most 4, caches of 100 positions, 6 heads on 2 of 64 elements; 7 tokens, or 3.
+inline Mode gpt_attention_mode(AttentionMode const& given) {
+  using nvinfer1::DataType;
+  Extent const tokens = given.decode ? 3 : 7;
+  Mode mode{"GptAttention", {}, {}, {}, {100, 7, 3}, {}};
+  mode.fields.add("type_id", int_of(given.type)).add("num_heads", 6).add("num_kv_heads", 2).add("head_size", 64);
+  mode.fields.add("q_scaling", 1.5F).add("norm_eps", 1e-5F);
+  mode.fields.add("position_embedding_type", given.position_embedding_type);
+  mode.fields.add("query_scale", given.query_scale ? 1 : 0).add("qk_norm", given.qk_norm ? 1 : 0);
+  mode.inputs = {tensor(given.type, {tokens, 640}), tensor(given.type, {4, 2, 2, 100, 64}),
+                 tensor(DataType::kINT32, {4}), tensor(DataType::kINT32, {3}), tensor(DataType::kINT32, {3})};
+  mode.outputs = {tensor(given.type, {tokens, 384}), tensor(given.type, {4, 2, 2, 100, 64})};
+  if (given.position_embedding_type != 0) {
+    mode.fields.add("rotary_embedding_dim", 48);
+    mode.inputs.push_back(tensor(DataType::kFLOAT, {200, 48}));
+  }
+  mode.inputs.push_back(tensor(DataType::kINT32, {4, 6}));
+  if (given.query_scale) {
+    mode.inputs.push_back(tensor(DataType::kFLOAT, {200}));
+  }
+  if (given.qk_norm) {
+    mode.inputs.insert(mode.inputs.end(), 2, tensor(given.type, {64}));
+  }
+  mode.workspace_bytes = recorded_attention_workspace(3);
+  mode.runs_while_building = false;
+  mode.check_launch = [given](Addresses const& inputs, Addresses const& outputs) {
+    RecordedCopy const& copy = recorded.copy.value();
+    size_t const element = given.type == DataType::kFLOAT ? 4 : 2;
+    CHECK(copy.to == outputs[1] && copy.from == inputs[1] && copy.bytes == 4 * 2 * 2 * 100 * 64 * element);
+    if (given.decode) {
+      qwen_plugins::DecodeAttentionParams const& params = recorded.decode_attention.value();
+      check_attention(params, given, inputs, outputs);
+      CHECK(params.workspace == workspace_address());
+      CHECK(params.semaphores == inputs[given.position_embedding_type != 0 ? 6 : 5]);
+    } else {
+      qwen_plugins::PrefillAttentionParams const& params = recorded.prefill_attention.value();
+      check_attention(params, given, inputs, outputs);
+      CHECK(params.cu_seqlens == inputs[2] && params.tokens == 7);
+    }
+  };
+  return mode;
+}
+
+inline std::vector<Mode> gpt_attention_modes() {
+  std::vector<Mode> modes;
+  for (nvinfer1::DataType const type : tested_types()) {
+    for (bool const decode : {false, true}) {
+      for (int32_t const position_embedding_type : {0, 1, 2}) {
+        for (int const bits : {0, 1, 2, 3}) {
+          modes.push_back(
+              gpt_attention_mode({type, decode, position_embedding_type, (bits & 1) != 0, (bits & 2) != 0}));
+        }
+      }
+    }
+  }
+  return modes;
+}
