@@ -12,7 +12,6 @@ namespace {
 constexpr int kArgmaxThreads = 256;
 constexpr int kMarkThreads = 256;
 constexpr int kMaxBlocks = 256;  // of one sequence; the last one reads a choice of each with one thread
-constexpr int kMaxCluster = 8;
 constexpr float kSmallestTemperature = 1e-30F;
 // Below it logits are divided by so little that noise is lost in the rounding of their sum, unless the largest logit is
 // subtracted first, which needs it known.
@@ -30,11 +29,8 @@ __device__ __forceinline__ Range share_of(int part, int parts, int32_t groups) {
 template <typename T, int kWidth, typename Score>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range, Score score) {
   Choice best = 0;
-  for (int32_t group = range.begin + static_cast<int32_t>(threadIdx.x); group < range.end;
-       group += static_cast<int32_t>(blockDim.x)) {
-    float values[kWidth];
-    row.load(values, group);
-    score(values, group * kWidth);
+  row.template for_each<4>(range.begin, range.end, [&](float (&values)[kWidth], int32_t first) {
+    score(values, first);
     int32_t place = 0;
 #pragma unroll
     for (int i = 1; i < kWidth; ++i) {
@@ -43,8 +39,8 @@ __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range
         place = i;
       }
     }
-    best = larger(best, make_choice(values[0], group * kWidth + place));
-  }
+    best = larger(best, make_choice(values[0], first + place));
+  });
   return best;
 }
 
@@ -77,23 +73,19 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
   }
   const Noise noise(settings, sequence);
   Choice best = 0;
-  for (int32_t group = range.begin + static_cast<int32_t>(threadIdx.x); group < range.end; group += kCutThreads) {
-    float values[kWidth], added[kWidth];
-    row.load(values, group);
+  row.template for_each<2>(range.begin, range.end, [&](float (&values)[kWidth], int32_t first) {
     uint32_t allowed = 0;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const int32_t token = group * kWidth + i;
-      if (token < p.vocab_size && make_choice(values[i], token) >= floor) allowed |= 1U << i;
-    }
-    if (allowed == 0) continue;
-    noise.get(added, group * kWidth);
+    for (int i = 0; i < kWidth; ++i) allowed |= make_choice(values[i], first + i) >= floor ? 1U << i : 0;
+    if (allowed == 0) return;
+    float added[kWidth];
+    noise.get(added, first);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const float relative = values[i] == largest ? 0.0F : (values[i] - largest) * inverse_temperature;
-      if ((allowed >> i & 1) != 0) best = larger(best, make_choice(relative + added[i], group * kWidth + i));
+      if ((allowed >> i & 1) != 0) best = larger(best, make_choice(relative + added[i], first + i));
     }
-  }
+  });
   best = Cluster::largest(best);
   if (Cluster::rank() == 0 && threadIdx.x == 0) finish(p, sequence, best);
 }
@@ -146,12 +138,13 @@ Grid argmax_grid(const SamplingParams& p, int groups, const DeviceProperties& de
 
 Grid sample_grid(const SamplingParams& p, int groups, const DeviceProperties& device) {
   constexpr int kFewestGroups = 128;  // that are worth a block: four warps with noise to compute
-  int cluster = device.programmatic_launch ? kMaxCluster : 1;  // the same chips have both
+  int cluster = device.programmatic_launch ? Cluster::kMaxSize : 1;  // the same chips have both
   while (cluster > 1 && (cluster * p.sequences > device.multiprocessors || cluster / 2 * kCutThreads >= groups)) {
     cluster /= 2;
   }
   const int wanted = (groups + kFewestGroups - 1) / kFewestGroups;
-  const int blocks = std::clamp(device.multiprocessors / p.sequences, 1, std::min(wanted, kMaxBlocks - kMaxCluster));
+  const int blocks =
+      std::clamp(device.multiprocessors / p.sequences, 1, std::min(wanted, kMaxBlocks - Cluster::kMaxSize));
   return {kCutThreads, (blocks + cluster - 1) / cluster * cluster, cluster};
 }
 
@@ -178,7 +171,7 @@ template <typename T, int kWidth>
 cudaError_t launch_in_groups(const SamplingParams& p, cudaStream_t stream) {
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
-  const int groups = (p.vocab_size + kWidth - 1) / kWidth;
+  const int groups = p.vocab_size / kWidth;
   if (p.settings == nullptr || p.greedy) {
     return launch_on_grid(argmax<T, kWidth>, p, argmax_grid(p, groups, device), device, stream);
   }
@@ -187,7 +180,7 @@ cudaError_t launch_in_groups(const SamplingParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch(const SamplingParams& p, cudaStream_t stream) {
-  const bool in_packs = reinterpret_cast<uintptr_t>(p.logits) % sizeof(FullPack) == 0 &&
+  const bool in_packs = reinterpret_cast<uintptr_t>(p.logits) % sizeof(FullPack) == 0 && p.vocab_size % kVec<T> == 0 &&
                         (p.logits_row_stride % kVec<T> == 0 || p.sequences == 1);
   return in_packs ? launch_in_groups<T, kVec<T>>(p, stream) : launch_in_groups<T, 1>(p, stream);
 }

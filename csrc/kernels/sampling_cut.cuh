@@ -10,12 +10,15 @@
 namespace qwen_plugins {
 
 constexpr int kCutThreads = 1024;
-constexpr int kBins = 2048;
+constexpr int kDigitBits = 8;
+constexpr int kBins = 1 << kDigitBits;
+constexpr int kCopies = 16;  // of each bin: most logits are near each other, and lanes that add to one place take turns
 
 using Weight = unsigned long long;
 
 // Top-k: the k-th token.
 struct CountWeights {
+  static constexpr bool kSumsIn32Bits = true;
   Weight k;
   __device__ __forceinline__ Weight operator()(float) const { return 1; }
   __device__ __forceinline__ Weight target(Weight) const { return k; }
@@ -23,6 +26,7 @@ struct CountWeights {
 
 // Top-p: probabilities relative to the likeliest token's, in units of 2^-40: kMaxVocabSize of them fit in 64 bits.
 struct ProbabilityWeights {
+  static constexpr bool kSumsIn32Bits = false;
   float largest;
   float inverse_temperature;
   float top_p;
@@ -43,104 +47,121 @@ struct Bin {
 };
 
 struct CutMemory {
-  alignas(16) Weight bins[kBins];
-  Weight of_warps[kCutThreads / 32];
+  alignas(16) uint32_t low[kBins][kCopies];  // the halves of sums
+  alignas(16) uint32_t high[kBins][kCopies];
+  Weight totals[2][kBins];  // of this block, for the others; of two digits in turn
+  Weight of_warps[kBins / 32];
   Bin found;
 };
 
-// Shared memory adds 32 bits at a time without a loop; the carry is this thread's if it sees the sum wrap around.
-__device__ __forceinline__ void add_weight(Weight* bin, Weight weight) {
-  auto* halves = reinterpret_cast<uint32_t*>(bin);
+template <typename Weights>
+__device__ __forceinline__ void add_weight(CutMemory& memory, uint32_t bin, Weight weight) {
+  const int copy = static_cast<int>(threadIdx.x) % kCopies;
   const auto low = static_cast<uint32_t>(weight);
-  uint32_t high = static_cast<uint32_t>(weight >> 32);
-  if (low != 0) high += atomicAdd(halves, low) > ~low ? 1 : 0;
-  if (high != 0) atomicAdd(halves + 1, high);
+  if constexpr (Weights::kSumsIn32Bits) {
+    atomicAdd(&memory.low[bin][copy], low);
+  } else {
+    // Shared memory adds 32 bits at a time without a loop; the carry is this thread's if it sees the sum wrap around.
+    auto high = static_cast<uint32_t>(weight >> 32);
+    if (low != 0) high += atomicAdd(&memory.low[bin][copy], low) > ~low ? 1 : 0;
+    if (high != 0) atomicAdd(&memory.high[bin][copy], high);
+  }
 }
 
-// The sum of this thread's weight and those of the threads before it; `total`: of all.
-__device__ __forceinline__ Weight inclusive_sum(Weight weight, Weight* of_warps, Weight* total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const Weight other = __shfl_up_sync(0xffffffffU, weight, distance);
-    if (lane >= distance) weight += other;
+__device__ __forceinline__ void clear_bins(CutMemory& memory) {
+  constexpr int kPacks = kBins * kCopies / 4;
+  for (int i = threadIdx.x; i < kPacks; i += kCutThreads) {
+    reinterpret_cast<FullPack*>(memory.low)[i] = FullPack{};
+    reinterpret_cast<FullPack*>(memory.high)[i] = FullPack{};
   }
-  if (lane == 31) of_warps[warp] = weight;
-  __syncthreads();
-  Weight before = 0, sum = 0;
-#pragma unroll
-  for (int other = 0; other < kCutThreads / 32; ++other) {
-    if (other == warp) before = sum;
-    sum += of_warps[other];
-  }
-  *total = sum;
-  return before + weight;
 }
 
-// By the cluster's first block: adds up the bins of all blocks and tells them in which one the target is reached, going
-// down from the highest. `target(total)` is asked for once the total is known.
+// This block's sums of all copies. Four threads have a bin, each four copies of it.
+__device__ __forceinline__ void add_copies(CutMemory& memory, Weight (&totals)[kBins]) {
+  constexpr int kThreads = kCutThreads / kBins;
+  static_assert(kThreads * 4 == kCopies);
+  const int bin = threadIdx.x / kThreads, part = threadIdx.x % kThreads;
+  const FullPack low = reinterpret_cast<const FullPack*>(memory.low[bin])[part];
+  const FullPack high = reinterpret_cast<const FullPack*>(memory.high[bin])[part];
+  Weight sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum += static_cast<Weight>(high.words[i]) << 32 | low.words[i];
+#pragma unroll
+  for (int distance = 1; distance < kThreads; distance *= 2) sum += __shfl_xor_sync(0xffffffffU, sum, distance);
+  if (part == 0) totals[bin] = sum;
+}
+
+// Adds up the bins of all blocks, and finds the one in which the target is reached, going down from the highest.
+// `target(total)` is asked for once the total is known. Every block of the cluster does it for itself.
 template <typename Target>
-__device__ __forceinline__ void find_bin(CutMemory& memory, Target target) {
-  constexpr int kOfThread = kBins / kCutThreads;
-  static_assert(kOfThread == 2);
-  const int low_bin = kBins - kOfThread * (static_cast<int>(threadIdx.x) + 1);
-  Weight high = 0, low = 0;
-  for (int other = 0; other < Cluster::size(); ++other) {
-    const auto pair = *reinterpret_cast<const ulonglong2*>(Cluster::of(memory.bins, other) + low_bin);
-    low += pair.x;
-    high += pair.y;
+__device__ __forceinline__ Bin find_bin(CutMemory& memory, Weight (&totals)[kBins], Target target) {
+  const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Weight own = 0, sum = 0;
+  if (bin >= 0) {
+#pragma unroll
+    for (int other = 0; other < Cluster::kMaxSize; ++other) {
+      if (other < Cluster::size()) own += Cluster::of(totals, other)[bin];
+    }
+    sum = own;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const Weight before = __shfl_up_sync(0xffffffffU, sum, distance);
+      if (lane >= distance) sum += before;
+    }
+    if (lane == 31) memory.of_warps[warp] = sum;
   }
-  Weight total;
-  const Weight sum = inclusive_sum(high + low, memory.of_warps, &total);
-  const Weight before = sum - high - low;
-  const Weight wanted = target(total);
-  if (before >= wanted || sum < wanted) return;
-  const bool is_high = before + high >= wanted;
-  const Bin found = is_high ? Bin{static_cast<uint32_t>(low_bin + 1), high, wanted - before}
-                            : Bin{static_cast<uint32_t>(low_bin), low, wanted - before - high};
-  for (int other = 0; other < Cluster::size(); ++other) *Cluster::of(&memory.found, other) = found;
+  __syncthreads();
+  if (bin >= 0) {
+    Weight total = 0;
+#pragma unroll
+    for (int other = 0; other < kBins / 32; ++other) {
+      if (other == warp) sum += total;
+      total += memory.of_warps[other];
+    }
+    const Weight wanted = target(total), before = sum - own;
+    if (before < wanted && sum >= wanted) memory.found = {static_cast<uint32_t>(bin), own, wanted - before};
+  }
+  __syncthreads();
+  return memory.found;
 }
-
-// Digits of a Choice from its highest bits down: three of the logit, three of the token (which decides between equals).
-__device__ __forceinline__ int digit_bits(int digit) { return digit % 3 == 2 ? 10 : 11; }
 
 // The choice at which the weights reach their target; only choices from `floor` up count. Called by all threads of a
-// cluster, whose blocks have the groups from `begin` to `end`.
+// cluster, whose blocks have the groups from `begin` to `end`. Digit by digit from the highest bits of the choices
+// down: first those of the logit, then those of the token, which decides between equals.
 template <typename T, int kWidth, typename Weights>
 __device__ __noinline__ Choice find_cut(const Row<T, kWidth>& row, int32_t begin, int32_t end, Choice floor,
                                         const Weights& weights, CutMemory& memory) {
   Choice prefix = 0;
   Weight remaining = 0;
   int shift = 64;
-  for (int digit = 0; digit < 6; ++digit) {
-    const int bits = digit_bits(digit);
-    shift -= bits;
-    for (int bin = threadIdx.x; bin < kBins; bin += kCutThreads) memory.bins[bin] = 0;
+  while (shift > 0) {
+    const bool is_first = shift == 64;
+    shift -= kDigitBits;
+    clear_bins(memory);
     __syncthreads();
-    for (int32_t group = begin + static_cast<int32_t>(threadIdx.x); group < end; group += kCutThreads) {
-      float values[kWidth];
-      row.load(values, group);
+    row.template for_each<2>(begin, end, [&](float (&values)[kWidth], int32_t first) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        const Choice choice = make_choice(values[i], group * kWidth + i);
+        const Choice choice = make_choice(values[i], first + i);
         const Choice leading = choice >> shift;
-        if (choice < floor || leading >> bits != prefix || group * kWidth + i >= row.vocab_size) continue;
-        add_weight(&memory.bins[leading & ((1U << bits) - 1)], weights(values[i]));
+        if (choice >= floor && leading >> kDigitBits == prefix) {
+          add_weight<Weights>(memory, leading % kBins, weights(values[i]));
+        }
       }
-    }
+    });
+    __syncthreads();
+    auto& totals = memory.totals[shift / kDigitBits % 2];
+    add_copies(memory, totals);
     Cluster::sync();
-    if (Cluster::rank() == 0) {
-      find_bin(memory, [&](Weight total) { return digit == 0 ? weights.target(total) : remaining; });
-    }
-    Cluster::sync();
-    const Bin found = memory.found;
+    const Bin found = find_bin(memory, totals, [&](Weight sum) { return is_first ? weights.target(sum) : remaining; });
     remaining = found.remaining;
-    prefix = prefix << bits | found.index;
+    prefix = prefix << kDigitBits | found.index;
     if (remaining == found.total) break;  // all of this bin
-    // Past the logit's digits all that is left has the same one, and the same weight: all of it, if even the last
-    // counts.
+    // Past the logit's digits all that is left has the same logit and weight: all of it, if even the last one counts.
     if (shift == 32 && remaining > found.total - weights(score_of(prefix << 32))) break;
   }
+  Cluster::sync();  // nobody reads this block's memory any more
   return prefix << shift;
 }
 

@@ -4,6 +4,8 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
 #include "elements.cuh"
 #include "sampling.h"
 
@@ -28,12 +30,12 @@ __device__ __forceinline__ int32_t token_of(Choice choice) {
   return static_cast<int32_t>(~static_cast<uint32_t>(choice));
 }
 
-// The logits of a sequence, in groups of kWidth: a full pack or one.
+// The logits of a sequence, in groups of kWidth: full packs or single ones.
 template <typename T, int kWidth>
 struct Row {
   const T* logits;
   const uint32_t* seen;  // null: no penalty
-  int32_t vocab_size;
+  int32_t vocab_size;    // a multiple of kWidth
   float penalty;
 
   __device__ __forceinline__ Row(const SamplingParams& p, int32_t sequence, float repetition_penalty)
@@ -44,21 +46,46 @@ struct Row {
         vocab_size(p.vocab_size),
         penalty(repetition_penalty) {}
 
-  __device__ __forceinline__ int32_t groups() const { return (vocab_size + kWidth - 1) / kWidth; }
+  __device__ __forceinline__ int32_t groups() const { return vocab_size / kWidth; }
 
-  // After the repetition penalty. NaN, and what lies past the end, is -infinity.
-  __device__ __forceinline__ void load(float (&values)[kWidth], int32_t group) const {
-    const int32_t first = group * kWidth;
-    if (first + kWidth <= vocab_size) {
-      Span<T, kWidth>::load(values, logits, group);
-    } else {
+  // Calls visit(values, first token) for this thread's groups of those from `begin` to `end`: logits after the
+  // repetition penalty, NaN as -infinity. A few groups are loaded before the first is used.
+  template <int kAtOnce, typename Visit>
+  __device__ __forceinline__ void for_each(int32_t begin, int32_t end, Visit visit) const {
+    const auto step = static_cast<int32_t>(blockDim.x);
+    for (int32_t group = begin + static_cast<int32_t>(threadIdx.x); group < end; group += kAtOnce * step) {
+      Group groups[kAtOnce];
+      uint32_t marks[kAtOnce] = {};
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        values[i] = first + i < vocab_size ? to_float(logits[first + i]) : -INFINITY;
+      for (int i = 0; i < kAtOnce; ++i) {
+        groups[i] = reinterpret_cast<const Group*>(logits)[min(group + i * step, end - 1)];
+      }
+      if (seen != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t first = min(group + i * step, end - 1) * kWidth;  // a group lies within one word
+          marks[i] = seen[first / 32] >> (first % 32);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (group + i * step >= end) break;
+        float values[kWidth];
+        to_values(values, groups[i], marks[i]);
+        visit(values, (group + i * step) * kWidth);
       }
     }
-    // A group lies within one word of `seen`.
-    const uint32_t marks = seen == nullptr ? 0 : seen[first / 32] >> (first % 32);
+  }
+
+ private:
+  using Group = std::conditional_t<kWidth == 1, T, FullPack>;
+
+  __device__ __forceinline__ void to_values(float (&values)[kWidth], const Group& group, uint32_t marks) const {
+    if constexpr (kWidth == 1) {
+      values[0] = to_float(group);
+    } else {
+      unpack<T>(values, group);
+    }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       values[i] = fmaxf(values[i], -INFINITY);
@@ -109,9 +136,12 @@ struct Noise {
 
  private:
   static __device__ __forceinline__ float gumbel(uint32_t random) {
-    // Exponentially distributed, exact in its small values: they are the ones that win.
-    const float uniform = fminf((static_cast<float>(random) + 0.5F) * 0x1p-32F, 1.0F - 0x1p-24F);
-    return -__logf(-log1pf(-uniform));
+    // The exponentially distributed -log(1 - u), to a relative error of a few 1e-6; small ones, which win, from its
+    // series.
+    const float u = fminf((static_cast<float>(random) + 0.5F) * 0x1p-32F, 1.0F - 0x1p-24F);
+    const float series =
+        u * fmaf(u, fmaf(u, fmaf(u, fmaf(u, fmaf(u, 1.0F / 6, 1.0F / 5), 1.0F / 4), 1.0F / 3), 1.0F / 2), 1.0F);
+    return -__logf(u < 0x1p-4F ? series : -__logf(1.0F - u));
   }
 };
 
@@ -172,6 +202,8 @@ __device__ __forceinline__ void finish_together(const SamplingParams& p, int32_t
 
 // Blocks of a cluster (Hopper and later) share their memory; elsewhere a block is alone.
 struct Cluster {
+  static constexpr int kMaxSize = 8;
+
   static __device__ __forceinline__ int rank() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     return static_cast<int>(cooperative_groups::this_cluster().block_rank());
@@ -210,7 +242,10 @@ struct Cluster {
     if (threadIdx.x == 0) of_block = choice;
     sync();
     choice = 0;
-    for (int other = 0; other < size(); ++other) choice = larger(choice, *of(&of_block, other));
+#pragma unroll
+    for (int other = 0; other < kMaxSize; ++other) {
+      if (other < size()) choice = larger(choice, *of(&of_block, other));
+    }
     sync();
     return choice;
   }

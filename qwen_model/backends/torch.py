@@ -23,7 +23,7 @@ from ..rotary import rotary_table
 from ..sampling import SamplingOptions
 from ..weights import Checkpoint, WeightGroup, weight_groups
 from .torch_operations import Batch, TorchOperations
-from .torch_sampling import TorchSampler
+from .torch_sampling import Choice, KernelSampler, TorchSampler
 
 ONE_THREAD_WORK = 8e6
 """Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
@@ -147,7 +147,7 @@ class _Tokens:
     def wait(self) -> IntArray:
         if self._event is not None:
             self._event.synchronize()
-        return self._host.numpy()
+        return self._host.long().numpy()
 
 
 class _StepGraph:
@@ -206,56 +206,72 @@ class TorchExecutor:
         scale = self._table.query_scale
         self._query_scale = None if scale is None else torch.from_numpy(scale).to(self.device)
 
-        self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None  # by the number of sequences
+        self._graphs: dict[tuple[int, Choice], _StepGraph] | None = {} if use_kernels else None
         self._graph_pool: Any = torch.cuda.graph_pool_handle() if use_kernels else None
-        self._tokens = torch.zeros(limits.max_batch_size, dtype=torch.int64, device=self.device)
+        token_dtype = torch.int32 if use_kernels else torch.int64
+        self._tokens = torch.zeros(limits.max_batch_size, dtype=token_dtype, device=self.device)
         self._past = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._offsets = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._host_past: list[int] = []
-        self._sampler: TorchSampler | None = None  # None: greedy
+        self._choice = Choice.of(SamplingOptions())
+        self._kernel_sampler: KernelSampler | None = None
+        if use_kernels:
+            self._kernel_sampler = KernelSampler(limits.max_batch_size, config.vocab_size, self.device)
+        self._sampler: TorchSampler | None = None  # without kernels
         self._beam_logits: Tensor | None = None
 
     @_memory_errors()
     @torch.inference_mode()
     def prepare(self, num_sequences: int) -> None:
-        """See `Executor`."""
-        if self._graphs is None or num_sequences in self._graphs:
+        """See `Executor`. Steps that sample are prepared with the first prompts that ask for it."""
+        self._prepare(num_sequences, SamplingOptions())
+
+    def _prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
+        """Have the graph of a step for so many sequences that chooses tokens so, and let the next steps be such."""
+        self._choice = Choice.of(sampling)
+        if self._graphs is None or (num_sequences, self._choice) in self._graphs:
             return
         for state in (self._past, self._offsets, self._tokens):
             state.zero_()
         with torch.cuda.device(self.device):
-            self._graphs[num_sequences] = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
+            graph = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
+        self._graphs[num_sequences, self._choice] = graph
 
     @_memory_errors()
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
         """See `Executor`."""
-        self.prepare(len(prompts))
-        self._sampler = None
-        if sampling.changes_logits:
+        self._prepare(len(prompts), sampling)
+        packed = self._packed(prompts)
+        logits = self._prefill_logits(prompts, packed)
+        if self._kernel_sampler is None:
             self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
-        logits = self._prefill_logits(prompts)
-        self._choose_greedily(logits)
-        return self._chosen(logits)
+        else:
+            self._kernel_sampler.begin(sampling, packed, self._ops.batch.cu_seqlens)
+        self._choose(logits)
+        return _Tokens(self._tokens[: len(prompts)])
 
     @_memory_errors()
     @torch.inference_mode()
     def decode(self) -> _Tokens:
         """See `Executor`."""
-        return self._chosen(self._decode_logits())
+        logits = self._decode_logits()
+        return _Tokens(self._tokens[: len(logits)])
 
     @_memory_errors()
     @torch.inference_mode()
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """See `Executor`."""
-        return self._prefill_logits([prompt], last_token_only=False).float().cpu().numpy()
+        logits = self._prefill_logits([prompt], self._packed([prompt]), last_token_only=False)
+        return logits.float().cpu().numpy()
 
     @_memory_errors()
     @torch.inference_mode()
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
-        self.prepare(len(prompts) * num_beams)
-        logits = self._prefill_logits(prompts)
+        self._prepare(len(prompts) * num_beams, SamplingOptions())
+        self._sampler = None
+        logits = self._prefill_logits(prompts, self._packed(prompts))
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_beams)
         self._reorder(rows)
         self._beam_logits = logits[rows]
@@ -281,27 +297,31 @@ class TorchExecutor:
         self._tokens[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
         self._beam_logits = self._decode_logits()
 
-    def _choose_greedily(self, logits: Tensor) -> None:
-        """Leave the tokens on the device for the next step."""
-        torch.argmax(logits, -1, out=self._tokens[: len(logits)])
-
-    def _chosen(self, logits: Tensor) -> _Tokens:
-        """The tokens after a step, sampled now or chosen greedily within it, on their way to the host."""
+    def _choose(self, logits: Tensor, past_lengths: Tensor | None = None) -> None:
+        """Leave the tokens on the device for the next step, and add 1 to the lengths."""
         tokens = self._tokens[: len(logits)]
-        if self._sampler is not None:
+        if self._kernel_sampler is not None:
+            self._kernel_sampler(logits, self._choice, tokens, past_lengths)
+            return
+        if self._sampler is not None:  # beam search chooses its tokens itself
             tokens.copy_(self._sampler(logits))
-        return _Tokens(tokens)
+        if past_lengths is not None:
+            past_lengths += 1
 
-    def _prefill_logits(self, prompts: Sequence[Sequence[int]], last_token_only: bool = True) -> Tensor:
+    def _packed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The prompts' tokens one after the other, on the device."""
+        packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+        return torch.from_numpy(packed).to(self._tokens.dtype).to(self.device)
+
+    def _prefill_logits(self, prompts: Sequence[Sequence[int]], packed: Tensor, last_token_only: bool = True) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
         offsets = [self._table.offset(length) for length in lengths]
         table, scale, starts = self._prompt_rotary(lengths, offsets)
         count = len(lengths)
         past = torch.zeros(count, dtype=torch.int32, device=self.device)
         self._ops.batch = Batch(lengths, [0] * count, table, starts, scale, past, decoding=False)
-        packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
         with self._threads_for(len(packed)):
-            logits = decoder(self._ops, self.config, torch.from_numpy(packed).to(self.device), last_token_only)
+            logits = decoder(self._ops, self.config, packed, last_token_only)
         self._host_past = lengths
         self._past[:count] = torch.tensor(lengths, dtype=torch.int32)
         self._offsets[:count] = torch.tensor(offsets, dtype=torch.int32)
@@ -320,7 +340,7 @@ class TorchExecutor:
 
     def _decode_logits(self) -> Tensor:
         count = len(self._host_past)
-        logits = self._step(count) if self._graphs is None else self._graphs[count].replay()
+        logits = self._step(count) if self._graphs is None else self._graphs[count, self._choice].replay()
         self._host_past = [past + 1 for past in self._host_past]
         return logits
 
@@ -331,8 +351,7 @@ class TorchExecutor:
         self._ops.batch = Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True)
         with self._threads_for(count):
             logits = decoder(self._ops, self.config, self._tokens[:count])
-            self._choose_greedily(logits)
-        past += 1
+            self._choose(logits, past)
         return logits
 
     @contextmanager

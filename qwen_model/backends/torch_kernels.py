@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qwen_plugins._sampling import gather_rows
 from qwen_plugins.decoder import (
     HEAD_SIZES,
     AttentionInputs,
@@ -30,6 +31,14 @@ class KernelOperations(TorchOperations):
         """See `TorchOperations`."""
         super().__init__(config, weights, cache, rmsnorm_plugin)
         self._workspace: DecodeAttentionWorkspace | None = None
+
+    def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        return gather_rows(self.weights[weight], input_ids)
+
+    def last_token(self, x: Tensor) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        return x if self.batch.decoding else gather_rows(x, self.batch.cu_seqlens[1:] - 1)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""

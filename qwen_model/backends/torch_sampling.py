@@ -1,8 +1,10 @@
-"""Choosing the next token with PyTorch, on the device of the logits and without waiting for it."""
+"""Choosing the next token, on the device of the logits and without waiting for it: with our kernel, or with PyTorch."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +12,59 @@ from torch import Tensor
 from ..sampling import SamplingOptions
 
 
+class Choice(NamedTuple):
+    """What of a request's options a captured step is made for; the others it reads on the device."""
+
+    greedy: bool
+    penalty: bool
+
+    @classmethod
+    def of(cls, options: SamplingOptions) -> Choice:
+        """The kind of choice that these options ask for."""
+        return cls(options.greedy, options.repetition_penalty != 1.0)
+
+
+class KernelSampler:
+    """The choice of tokens of an executor's batches, one after the other, by our kernel on an NVIDIA GPU."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
+        """Sequences and vocabulary of the logits; what the kernel needs is allocated now."""
+        from qwen_plugins._sampling import sampling_state
+
+        self._state = sampling_state(max_sequences, vocab_size, device)
+
+    def begin(self, options: SamplingOptions, tokens: Tensor, cu_seqlens: Tensor) -> None:
+        """Begin a batch; the prompts' tokens, packed, count as seen."""
+        from qwen_plugins._sampling import mark_seen
+
+        if not options.changes_logits:
+            return
+        self._state.set(
+            temperature=options.temperature or 1.0,  # 0: greedy
+            top_k=min(options.top_k, self._state.vocab_size),
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=secrets.randbits(63) if options.seed is None else options.seed,
+        )
+        if options.repetition_penalty != 1.0:
+            mark_seen(tokens, cu_seqlens, self._state)
+
+    def __call__(self, logits: Tensor, choice: Choice, tokens: Tensor, past_lengths: Tensor | None) -> None:
+        """Put the tokens [sequences] of logits [sequences, vocab_size] into `tokens`; add 1 to the lengths."""
+        from qwen_plugins._sampling import sample
+
+        sample(
+            logits,
+            self._state,
+            greedy=choice.greedy,
+            penalty=choice.penalty,
+            past_lengths=past_lengths,
+            out=tokens,
+        )
+
+
 class TorchSampler:
-    """One batch's choice of tokens; keeps which tokens each sequence has seen, and the random numbers' state."""
+    """One batch's choice of tokens with PyTorch; keeps which tokens each sequence has seen, and the random numbers."""
 
     def __init__(
         self, options: SamplingOptions, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device

@@ -113,12 +113,25 @@ def test_sampling_is_repeated_by_its_seed(model):
 
 
 def test_a_greedy_request_after_a_sampled_one(model):
-    """The graph of a decode step chooses greedily; sampling comes after it and must leave no trace."""
+    """A step's graph is for one kind of choice; what another left behind must leave no trace."""
     _, folder = model
     session = qwen_model.load_engine(build(folder, "float32"), device="cuda")
     greedy = token_ids(session, PROMPTS[:3])
-    token_ids(session, PROMPTS[:3], sampling=SamplingOptions(temperature=2.0))
-    assert token_ids(session, PROMPTS[:3]) == greedy
+    for options in ({"temperature": 2.0}, {"top_k": 5}, {"repetition_penalty": 1.5}, {"top_p": 0.3, "seed": 3}):
+        token_ids(session, PROMPTS[:3], sampling=SamplingOptions(**options))
+        assert token_ids(session, PROMPTS[:3]) == greedy
+
+
+def test_repetition_penalty_is_the_cpus(model):
+    """Greedy, or among the one token that top_p leaves; prompts' tokens count."""
+    _, folder = model
+    engine = build(folder, "float32")
+    gpu, cpu = (qwen_model.load_engine(engine, device=device) for device in ("cuda", "cpu"))
+    plain = token_ids(cpu, PROMPTS)
+    for options in ({}, {"temperature": 0.8, "top_p": 1e-6}):
+        sampling = SamplingOptions(repetition_penalty=1.4, **options)
+        expected = token_ids(cpu, PROMPTS, sampling=sampling)
+        assert token_ids(gpu, PROMPTS, sampling=sampling) == expected != plain
 
 
 def test_batch_sizes_in_any_order(model):
