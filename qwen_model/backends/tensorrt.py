@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import tensorrt as trt
 
@@ -161,15 +160,15 @@ def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt
 
 
 def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
-    """Weights by their names; tells how many bytes of them have been read."""
+    """Weights by their names, in the engine's type; tells how many bytes of them have been read."""
     specs = {spec.name: spec for group in weight_groups(config.model) for spec in group.specs}
     total, _ = required_bytes(config.model, config.limits, config.dtype)
-    itemsize = np.dtype(versions_of.numpy_dtype(config.dtype)).itemsize
+    dtype = versions_of.numpy_dtype(config.dtype)
     done: dict[str, int] = {}
 
     def read(name: str) -> npt.NDArray[Any]:
-        weight = read_weight(specs[name])
-        done[name] = weight.size * itemsize
+        weight = read_weight(specs[name]).astype(dtype, copy=False)
+        done[name] = weight.nbytes
         progress("weights", sum(done.values()), total)
         return weight
 
@@ -225,8 +224,10 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
 def _read_plan(path: Path) -> Any:
     versions_of.LOG.take()
     runtime = trt.Runtime(versions_of.LOG)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        engine = runtime.deserialize_cuda_engine(plan)
+    engine = None
+    if path.stat().st_size > 0:  # else there is nothing to map
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{versions_of.LOG.take()}")
     return engine

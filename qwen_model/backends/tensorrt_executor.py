@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tensorrt as trt
 
 from ..engine_config import EngineConfig
 from ..executor import FloatArray, IntArray
@@ -64,6 +66,22 @@ class _Batch:
         return cls(*(cuda.DeviceArray((size,), np.int32) for size in sizes))
 
 
+class _LayerTimes(trt.IProfiler):
+    """Collects what a context says of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._times: dict[str, list[float]] = {}
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        """TensorRT calls this for each layer of each run."""
+        self._times.setdefault(layer_name, []).append(ms)
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds of each layer over all runs but the first."""
+        return {name: statistics.median(times[1:]) for name, times in self._times.items()}
+
+
 class TensorRTExecutor:
     """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
 
@@ -81,7 +99,7 @@ class TensorRTExecutor:
         self.config = config
         self.engine = engine
         self.stream = cuda.Stream()
-        self._decode_profile, self._logit_rows = decode_profile, logit_rows
+        self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows
         self._decode = _Batch.allocate(batch, batch, batch)
         self._prompts = _Batch.allocate(batch * limits.max_input_len, batch, logit_rows)
         self._logits = cuda.DeviceArray((logit_rows, model.vocab_size), dtype)
@@ -175,6 +193,29 @@ class TensorRTExecutor:
         self._step()
         self._beam_logits = self._logits.download(self.stream, len(rows)).astype(np.float32)
 
+    def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
+        """Milliseconds of each layer, of the "prefill" of these prompts and of one "decode" step after it: medians.
+
+        TensorRT times each layer on its own, so that a step takes less than their sum. Forgets the batch.
+        """
+        found = {}
+        prefill, decode = _LayerTimes(), _LayerTimes()
+        context = self._context(self._prefill_profile)
+        context.profiler = prefill
+        for _ in range(repeats + 1):  # the first is to warm up
+            self._run_prompts(prompts, context=context)
+            self.stream.synchronize()
+        found["prefill"] = prefill.medians()
+        context = self._context(self._decode_profile)
+        self._bind(context, self._decode, len(prompts), len(prompts), len(prompts))
+        context.profiler = decode
+        for _ in range(repeats + 1):
+            self._enqueue(context)
+            self.stream.synchronize()
+        found["decode"] = decode.medians()
+        self._forget()
+        return found
+
     def _context(self, profile: int) -> Any:
         """An execution context with everything bound that stays where it is, but for `_bind`."""
         memory = self._activations
@@ -231,18 +272,20 @@ class TensorRTExecutor:
         past: int = 0,
         prompt_length: int | None = None,
         last_token_ids: npt.NDArray[Any] | None = None,
+        context: Any = None,
     ) -> None:
         """Logits after the prompts, and the state from which decoding goes on.
 
         past, prompt_length, last_token_ids: for the tokens from `past` on of one prompt of that length, and the logits
         of these rows; without them each prompt is whole, and the logits are those after each.
+        context: other than the one for prompts.
         """
         self._forget()
         lengths = [len(prompt) for prompt in prompts]
         whole = lengths if prompt_length is None else [prompt_length]
         ends = np.cumsum(lengths)
         rows = ends - 1 if last_token_ids is None else last_token_ids
-        batch, context, stream = self._prompts, self._prefill_context, self.stream
+        batch, context, stream = self._prompts, context or self._prefill_context, self.stream
         self._bind(context, batch, int(ends[-1]), len(lengths), len(rows))
         batch.input_ids.upload(np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts]), stream)
         batch.cu_seqlens.upload([0, *ends], stream)

@@ -1,11 +1,16 @@
 """The TensorRT back end on TensorRT, CUDA and kernels in NumPy, beside the torch back end: logits, tokens, errors."""
 
+import json
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 
 import qwen_model
 from tests.qwen_model import checkpoints, stand_ins
 from tests.qwen_model.checkpoints import random_prompt
+from tests.qwen_model.conftest import save_byte_tokenizer
+from tests.qwen_model.stand_ins import numpy_cuda
 
 VERSIONS = ["8.6.0", "10.14.1", "11.1.0"]
 LIMITS = {"max_batch_size": 6, "max_input_len": 60, "max_output_len": 30}
@@ -76,3 +81,232 @@ def test_rotary_scalings(trt, scaling, tmp_path):
     ours, theirs = (which.generate(prompts, max_new_tokens=20) for which in (session, expected))
     assert [output.output_ids for output in ours.outputs] == [output.output_ids for output in theirs.outputs]
     np.testing.assert_allclose(session.logits(prompts[0]), expected.logits(prompts[0]), atol=2e-4)
+
+
+@pytest.fixture
+def sessions(trt, model_dir, tmp_path):
+    """Of the torch and of the TensorRT back end, for the checkpoint that has a tokenizer and end tokens."""
+    return both(model_dir, tmp_path, rmsnorm_plugin=True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model("Qwen2ForCausalLM", folder)
+    save_byte_tokenizer(folder / "model")
+    return folder / "model"
+
+
+def same(ours, theirs):
+    assert [output.output_ids for output in ours.outputs] == [output.output_ids for output in theirs.outputs]
+    assert [output.text for output in ours.outputs] == [output.text for output in theirs.outputs]
+
+
+def test_streams_are_the_same(sessions):
+    expected, session = sessions
+    prompts = [random_prompt(9, seed=1), random_prompt(30, seed=2)]
+    assert list(session.stream(prompts, max_new_tokens=12)) == list(expected.stream(prompts, max_new_tokens=12))
+
+
+def test_repetition_penalty_is_the_same(sessions):
+    expected, session = sessions
+    options = {"max_new_tokens": 20, "sampling": qwen_model.SamplingOptions(repetition_penalty=1.7)}
+    prompts = [random_prompt(40, seed=1), random_prompt(3, seed=2)]
+    same(session.generate(prompts, **options), expected.generate(prompts, **options))
+    same(session.generate(prompts, max_new_tokens=20), expected.generate(prompts, max_new_tokens=20))
+
+
+def test_sampling_repeats_with_its_seed(sessions):
+    _, session = sessions
+    prompts = [random_prompt(8, seed=1), random_prompt(20, seed=2)]
+
+    def sampled(**options):
+        sampling = qwen_model.SamplingOptions(temperature=1.5, **options)
+        return [output.output_ids for output in session.generate(prompts, max_new_tokens=15, sampling=sampling).outputs]
+
+    assert sampled(seed=1) == sampled(seed=1) != sampled(seed=2)
+    greedy = [output.output_ids for output in session.generate(prompts, max_new_tokens=15).outputs]
+    assert sampled(top_k=1) == sampled(top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize("num_beams", [2, 3])
+def test_beams_are_the_same(sessions, num_beams):
+    expected, session = sessions
+    prompts = [random_prompt(31, seed=1), random_prompt(5, seed=2)]
+    ours, theirs = (which.generate(prompts, max_new_tokens=18, num_beams=num_beams) for which in (session, expected))
+    same(ours, theirs)
+    for output, other in zip(ours.outputs, theirs.outputs, strict=True):
+        assert [beam.output_ids for beam in output.beams] == [beam.output_ids for beam in other.beams]
+        np.testing.assert_allclose([b.score for b in output.beams], [b.score for b in other.beams], atol=1e-4)
+
+
+def test_a_session_is_as_good_as_new_after_requests_that_fail_or_stop(sessions):
+    expected, session = sessions
+    prompts = [random_prompt(20, seed=3), random_prompt(11, seed=4)]
+    answer = expected.generate(prompts, max_new_tokens=10)
+    for _ in range(2):
+        same(session.generate(prompts, max_new_tokens=10), answer)
+        with pytest.raises(qwen_model.QwenModelError, match="limit of 60"):
+            session.generate(random_prompt(61))
+        stream = session.stream(prompts, max_new_tokens=20)
+        for _ in range(7):
+            next(stream)
+        stream.close()
+
+
+def test_memory_stays_as_it_is(sessions):
+    _, session = sessions
+    used = []
+    for seed in range(5):
+        prompts = [random_prompt(5 + 7 * seed, seed=seed)] * (1 + seed % 3)
+        session.generate(prompts, max_new_tokens=8)
+        session.generate(prompts[0], num_beams=2, max_new_tokens=4)
+        session.logits(prompts[0])
+        used.append(numpy_cuda.used_bytes())
+    assert used[3:] == used[3:4] * 2
+
+
+def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypatch):
+    from qwen_model.backends import tensorrt
+
+    monkeypatch.setattr(tensorrt, "LOGIT_ROWS", 7)
+    expected, session = both(model_dir, tmp_path)
+    for length in (60, 50, 49, 1):
+        prompt = random_prompt(length, seed=length)
+        np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
+
+
+def test_half_precision(trt, model_dir, tmp_path):
+    dtype = "float16" if trt.__version__.startswith("8.") else "bfloat16"
+    expected, session = both(model_dir, tmp_path, dtype=dtype, rmsnorm_plugin=True)
+    prompt = random_prompt(30)
+    ours, theirs = session.logits(prompt), expected.logits(prompt)
+    assert np.abs(ours - theirs).max() < (0.05 if dtype == "float16" else 0.4) * np.abs(theirs).max()
+
+
+def build(model_dir, folder, **options):
+    settings = {"backend": "tensorrt", "dtype": "float32", **LIMITS, **options}
+    return qwen_model.build_engine(model_dir, output_dir=folder, **settings)
+
+
+def test_the_folder_and_the_progress(trt, model_dir, tmp_path):
+    steps = []
+    summary = build(model_dir, tmp_path / "engine", progress=lambda *step: steps.append(step))
+    names = {path.name for path in (tmp_path / "engine").iterdir()}
+    assert names == {"config.json", "model.plan", "tokenizer.json", "tokenizer_config.json"}
+    weights = [step for step in steps if step[0] == "weights"]
+    assert weights[-1][1:] == (summary.weight_bytes, summary.weight_bytes)
+    assert list(dict.fromkeys(step[0] for step in steps)) == ["weights", "TensorRT", "plan"]
+    assert summary.config.versions["tensorrt"] == trt.__version__
+    assert summary.config.versions["gpu"] == "NumPy"
+
+
+def test_timing_caches_are_kept(trt, model_dir, tmp_path):
+    build(model_dir, tmp_path / "engine")
+    assert [path.read_bytes() for path in (tmp_path / "cache" / "qwen_model").iterdir()] == [b"measured"]
+    build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "here" / "cache")
+    assert (tmp_path / "here" / "cache").read_bytes() == b"measured"
+    (tmp_path / "other").write_bytes(b"of another machine")
+    build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == b"measured"
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "gpu", "compute_capability", "qwen_plugins"])
+def test_an_engine_for_something_else_says_so(trt, model_dir, tmp_path, name):
+    engine = build(model_dir, tmp_path / "engine").engine_dir
+    config = json.loads((engine / "config.json").read_text())
+    here = config["versions"][name]
+    config["versions"][name] = "another"
+    (engine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(qwen_model.QwenModelError, match=f"built for {name} another, here {here}: build it again"):
+        qwen_model.load_engine(engine)
+
+
+def test_damaged_and_missing_plans(trt, model_dir, tmp_path):
+    engine = build(model_dir, tmp_path / "engine").engine_dir
+    (engine / "model.plan").write_bytes(b"something else")
+    with pytest.raises(qwen_model.QwenModelError, match=r"model.plan is damaged(.|\n)*Serialization assertion"):
+        qwen_model.load_engine(engine)
+    (engine / "model.plan").write_bytes(b"")
+    with pytest.raises(qwen_model.QwenModelError, match=r"model\.plan is damaged"):
+        qwen_model.load_engine(engine)
+    (engine / "model.plan").unlink()
+    with pytest.raises(qwen_model.QwenModelError, match=r"model\.plan is missing"):
+        qwen_model.load_engine(engine)
+
+
+def test_devices(trt, model_dir, tmp_path, monkeypatch):
+    engine = build(model_dir, tmp_path / "engine").engine_dir
+    with pytest.raises(qwen_model.QwenModelError, match="'cuda' or 'cuda:N', not 'cpu'"):
+        qwen_model.load_engine(engine, device="cpu")
+    with pytest.raises(qwen_model.QwenModelError, match="'cuda:1' is not there"):
+        qwen_model.load_engine(engine, device="cuda:1")
+    monkeypatch.setattr(numpy_cuda.device, "total_bytes", 1 << 10)
+    with pytest.raises(qwen_model.QwenModelError, match="not enough GPU memory"):
+        qwen_model.load_engine(engine)
+    monkeypatch.setattr(numpy_cuda.device, "count", 0)
+    with pytest.raises(qwen_model.QwenModelError, match="the driver finds none"):
+        qwen_model.load_engine(engine)
+    with pytest.raises(qwen_model.QwenModelError, match="the driver finds none"):
+        build(model_dir, tmp_path / "other")
+
+
+def test_what_this_back_end_cannot_build(trt, tmp_path):
+    narrow = checkpoints.hugging_face_model("Qwen2ForCausalLM")
+    checkpoints.save_hugging_face(narrow, tmp_path / "narrow")
+    with pytest.raises(qwen_model.QwenModelError, match=r"head_size is 14; expected one of 32.*use the torch back end"):
+        build(tmp_path / "narrow", tmp_path / "engine")
+    if trt.__version__.startswith("8."):
+        with pytest.raises(qwen_model.QwenModelError, match="has no bfloat16: use --dtype float32 or float16"):
+            build(tmp_path / "narrow", tmp_path / "engine", dtype="bfloat16")
+    (tmp_path / "narrow" / "model.safetensors").unlink()
+    (tmp_path / "narrow" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(qwen_model.QwenModelError, match=r"only be read with PyTorch.*safetensors"):
+        build(tmp_path / "narrow", tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_bfloat16_checkpoints_become_what_there_is(trt, tmp_path):
+    model = checkpoints.hugging_face_model("Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4).bfloat16()
+    checkpoints.save_hugging_face(model, tmp_path / "model")
+    summary = build(tmp_path / "model", tmp_path / "engine", dtype=None)
+    assert summary.config.dtype == ("float16" if trt.__version__.startswith("8.") else "bfloat16")
+    assert len(qwen_model.load_engine(tmp_path / "engine").generate([1, 2, 3]).outputs[0].output_ids) == 30
+
+
+def test_inspect(trt, model_dir, tmp_path, capsys):
+    from qwen_model import inspect
+
+    engine = str(build(model_dir, tmp_path / "engine").engine_dir)
+    inspect.main([engine, "--picture", str(tmp_path / "picture.svg")])
+    printed = capsys.readouterr().out
+    assert "prefill of 1 x 60 tokens" in printed
+    assert "layers.*.attention.qkv" in printed
+    ElementTree.parse(tmp_path / "picture.svg")
+    inspect.main([engine, "--json", "--sequences", "3", "--prompt-tokens", "5"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["tensors"][0]["name"] == "input_ids"
+    assert "layers.2.mlp.down" in [layer["name"] for layer in found["layers"]["decode"]]
+    for arguments, message in (
+        (["--sequences", "9"], "--sequences must be 1 to 6"),
+        (["--prompt-tokens", "61"], "must be 1 to 60"),
+        (["--picture", "x.png"], "ends in .svg"),
+    ):
+        with pytest.raises(qwen_model.QwenModelError, match=message):
+            inspect.main([engine, *arguments])
+
+
+def test_the_commands(trt, model_dir, tmp_path, capsys):
+    from qwen_model import build as build_command
+    from qwen_model import perplexity, run
+
+    engine, limits = str(tmp_path / "engine"), ["--max-input-len", "64", "--max-output-len", "16"]
+    arguments = ["--backend", "tensorrt", "--rmsnorm-plugin", "--model-dir", str(model_dir), "--output-dir", engine]
+    build_command.main([*arguments, "--dtype", "float32", *limits])
+    assert "back end    tensorrt, float32, RMSNorm kernel" in capsys.readouterr().out
+    run.main(["--engine-dir", engine, "--json", "--max-new-tokens", "5", "abc", "de"])
+    assert [len(output["output_ids"]) for output in json.loads(capsys.readouterr().out)["outputs"]] == [5, 5]
+    run.main(["--engine-dir", engine, "--stream", "--max-new-tokens", "5", "abc"])
+    (tmp_path / "text").write_text("a text " * 20)
+    perplexity.main(["--engine-dir", engine, "--text-file", str(tmp_path / "text"), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["window"] == 64

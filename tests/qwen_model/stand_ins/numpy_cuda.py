@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-cudaError_t = enum.Enum(
+cudaError_t = enum.Enum(  # noqa: N816
     "cudaError_t",
     {"cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorMemoryAllocation": 2, "cudaErrorNoDevice": 100},
 )

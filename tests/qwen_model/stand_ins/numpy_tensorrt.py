@@ -75,24 +75,18 @@ class Layer:
         self.num_outputs = len(outputs)
         self.name = f"(Unnamed Layer* {network.num_layers})"
         self.precision: DataType | None = None
-        self.set_types: dict[int, DataType] = {}
 
     def get_output(self, index: int) -> ITensor:
         return self.outputs[index]
 
     def set_output_type(self, index: int, dtype: DataType) -> None:
         assert not self.network.strongly_typed, "types are not set in a strongly typed network"
-        self.set_types[index] = dtype
+        self.outputs[index].known_type = dtype
 
     def run(self, arrays: dict[ITensor, np.ndarray]) -> None:
         results = self.compute([arrays[tensor] for tensor in self.inputs])
-        for index, (tensor, result) in enumerate(zip(self.outputs, results, strict=True)):
-            if not self.network.strongly_typed:
-                asked = self.set_types.get(index, tensor.known_type)
-                assert asked == tensor.known_type, f"{self.name}: the layer's and the tensor's types differ"
-                if result.dtype != NUMPY_TYPES[asked]:
-                    result = result.astype(NUMPY_TYPES[asked])
-            arrays[tensor] = result
+        for tensor, result in zip(self.outputs, results, strict=True):
+            arrays[tensor] = result.astype(NUMPY_TYPES[tensor.known_type], copy=False)
 
 
 class Shuffle(Layer):

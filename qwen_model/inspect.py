@@ -1,0 +1,200 @@
+"""python -m qwen_model.inspect: what is in a TensorRT engine, and where its time goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
+
+from .command_line import run_command
+from .errors import QwenModelError
+
+if TYPE_CHECKING:
+    from .backends.tensorrt_inspection import LayerInfo, TensorInfo
+
+DEFAULT_PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the command prints."""
+
+    engine_dir: str
+    config: dict[str, Any]
+    num_sequences: int
+    prompt_tokens: int
+    tensors: list[TensorInfo]
+    layers: dict[str, list[LayerInfo]]  # of "prefill" and "decode"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Layers of one name but for the number in it, together."""
+
+    name: str
+    kind: str
+    count: int
+    milliseconds: float
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print tables or one JSON object; draw the time of each kind of layer on request."""
+    options = _parser().parse_args(arguments)
+    if options.picture is not None and options.picture.suffix != ".svg":
+        raise QwenModelError(f"--picture draws an SVG: give a name that ends in .svg, not {options.picture}")
+    found = inspect_engine(options.engine_dir, options.sequences, options.prompt_tokens, options.device)
+    if options.picture is not None:
+        options.picture.write_text(picture(found), encoding="utf-8")
+    print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
+
+
+def inspect_engine(
+    engine_dir: str, num_sequences: int = 1, prompt_tokens: int | None = None, device: str | None = None
+) -> Inspection:
+    """Load an engine, run it, and say what is in it and how long each layer takes.
+
+    num_sequences: of a decode step, and prompts of a prefill.
+    prompt_tokens: of each prompt; None: 128, or the engine's limit if that is lower.
+    """
+    from .engine import load_engine
+
+    session = load_engine(engine_dir, device=device)
+    config = session.config
+    if config.backend != "tensorrt":
+        raise QwenModelError(
+            f"{engine_dir} is an engine of the {config.backend} back end; only TensorRT's are inspected"
+        )
+    from .backends import tensorrt_inspection
+
+    limits = config.limits
+    tokens = min(DEFAULT_PROMPT_TOKENS, limits.max_input_len) if prompt_tokens is None else prompt_tokens
+    for name, value, limit in (
+        ("--sequences", num_sequences, limits.max_batch_size),
+        ("--prompt-tokens", tokens, limits.max_input_len),
+    ):
+        if not 1 <= value <= limit:
+            raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
+    prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
+    executor: Any = session.executor
+    return Inspection(
+        str(engine_dir),
+        asdict(config),
+        num_sequences,
+        tokens,
+        tensorrt_inspection.tensors(executor.engine),
+        tensorrt_inspection.layers(executor, prompts),
+    )
+
+
+def shares(layers: list[LayerInfo]) -> list[Share]:
+    """Layers that differ in a number alone are one line, the slowest first."""
+    groups: dict[str, list[LayerInfo]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"\d+", "*", layer.name), []).append(layer)
+    found = [
+        Share(name, group[0].kind, len(group), sum(layer.milliseconds for layer in group))
+        for name, group in groups.items()
+    ]
+    return sorted(found, key=lambda share: -share.milliseconds)
+
+
+def text(found: Inspection, every_layer: bool = False) -> str:
+    """Tables for people."""
+    config = found.config
+    limits = config["limits"]
+    lines = [
+        f"engine    {found.engine_dir}: {config['model']['architecture']}, {config['dtype']}, "
+        f"{config['num_parameters'] / 1e6:,.1f} million parameters",
+        f"built by  {', '.join(f'{name} {version}' for name, version in config['versions'].items())}",
+        f"limits    {limits['max_batch_size']} sequences, prompts of {limits['max_input_len']} tokens, outputs of "
+        f"{limits['max_output_len']} tokens",
+        "",
+        "inputs and outputs (decode and prefill: smallest, usual, largest first dimension)",
+        *_table([_tensor_row(tensor) for tensor in _without_repeats(found.tensors)]),
+    ]
+    loads = {
+        "prefill": f"prefill of {found.num_sequences} x {found.prompt_tokens} tokens",
+        "decode": f"one step of decode, {found.num_sequences} sequences",
+    }
+    for phase, layers in found.layers.items():
+        total = sum(layer.milliseconds for layer in layers)
+        lines += ["", f"{loads[phase]}: {total:.3f} ms in {len(layers)} layers, each timed on its own"]
+        rows = [Share(layer.name, layer.kind, 1, layer.milliseconds) for layer in layers]
+        lines += _table([_share_row(share, total) for share in (rows if every_layer else shares(layers))])
+    return "\n".join(lines)
+
+
+def _tensor_row(tensor: TensorInfo) -> list[str]:
+    limits = [" ".join(str(shape[0]) for shape in profile) if -1 in tensor.shape else "" for profile in tensor.profiles]
+    return [tensor.name, tensor.mode, tensor.dtype, str(list(tensor.shape)), *limits]
+
+
+def _without_repeats(tensors: list[TensorInfo]) -> list[TensorInfo]:
+    """The caches of all layers but the first are like it."""
+    return [tensor for tensor in tensors if not re.search(r"_key_value_[1-9]", tensor.name)]
+
+
+def _share_row(share: Share, total: float) -> list[str]:
+    return [
+        f"{share.milliseconds:9.4f} ms",
+        f"{100 * share.milliseconds / total:5.1f} %",
+        f"{share.count:4} x",
+        share.name,
+        share.kind,
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    columns = max(len(row) for row in rows)
+    padded = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(len(row[column]) for row in padded) for column in range(columns)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in padded]
+
+
+BAR_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 22, 330, 420
+
+
+def picture(found: Inspection) -> str:
+    """An SVG: a bar for each kind of layer, in decode and in prefill."""
+    parts, y = [], 10
+    for phase, layers in found.layers.items():
+        total = sum(layer.milliseconds for layer in layers)
+        y += 24
+        parts.append(f'<text x="10" y="{y}" font-weight="bold">{phase}: {total:.3f} ms</text>')
+        groups = shares(layers)
+        for share in groups:
+            y += BAR_HEIGHT
+            width = BAR_WIDTH * share.milliseconds / groups[0].milliseconds
+            parts += [
+                f'<text x="10" y="{y}">{share.count} x {escape(share.name)}</text>',
+                f'<rect x="{LABEL_WIDTH}" y="{y - 12}" width="{width:.1f}" height="15" fill="#4878a8"/>',
+                f'<text x="{LABEL_WIDTH + width + 6:.1f}" y="{y}">{share.milliseconds:.3f} ms, '
+                f"{100 * share.milliseconds / total:.1f} %</text>",
+            ]
+        y += 16
+    width = LABEL_WIDTH + BAR_WIDTH + 140
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" font-family="sans-serif" font-size="12">'
+    )
+    return "\n".join([head, f'<rect width="{width}" height="{y}" fill="white"/>', *parts, "</svg>\n"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Profiles, inputs, outputs and layers of a TensorRT engine, and the time of each layer."
+    parser = argparse.ArgumentParser(prog="python -m qwen_model.inspect", description=description)
+    parser.add_argument("engine_dir", metavar="ENGINE", help="folder of an engine built with --backend tensorrt")
+    parser.add_argument("--sequences", type=int, default=1, metavar="N", help="to run with (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of each prompt (default: up to 128)")
+    parser.add_argument("--all", action="store_true", help="every layer in its order, not those of one kind together")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the time of each kind of layer")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, ... (default: the first GPU)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
