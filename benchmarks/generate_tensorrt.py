@@ -1,0 +1,114 @@
+"""Implementations for benchmarks.generate that are TensorRT engines. No PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.generate import COMMON, SHAPES, Implementation, Load
+from qwen_model.backends import cuda_runtime, tensorrt, tensorrt_versions
+from qwen_model.config import read_config
+from qwen_model.engine import build_engine, load_engine
+from qwen_model.engine_config import EngineConfig, Limits
+from qwen_model.session import Session
+from qwen_model.weights import WeightSpec
+
+IMPLEMENTATIONS = ("tensorrt", "native_norms")
+NUMBERS = 1 << 24
+
+
+def default_device() -> str:
+    return "cuda"
+
+
+def reset_memory() -> None:
+    """Let go of what nothing refers to."""
+    gc.collect()
+
+
+def memory_gib(implementation: str) -> float:
+    """What is taken of the device's memory now, by everyone."""
+    free, total = cuda_runtime.memory_info()
+    return (total - free) / 2**30
+
+
+class RandomWeights:
+    """Normally distributed, the same numbers again and again: a new one for each weight would take minutes."""
+
+    def __init__(self, dtype: str):
+        numbers = np.random.default_rng(0).standard_normal(NUMBERS, np.float32) * 0.02
+        self._numbers = numbers.astype(tensorrt_versions.numpy_dtype(dtype))
+        self._start = 0
+
+    def read(self, spec: WeightSpec) -> npt.NDArray[Any]:
+        """See `qwen_model.backends.tensorrt.write_engine`; norms multiply by 1."""
+        if len(spec.shape) == 1:
+            return np.ones(spec.shape, self._numbers.dtype)
+        self._start = (self._start + 7919) % NUMBERS  # another place each time
+        return np.resize(np.roll(self._numbers, self._start), spec.shape)
+
+
+class TensorRTEngine(Implementation):
+    """A session on an engine."""
+
+    def __init__(self, session: Session):
+        self.vocab_size = session.config.model.vocab_size
+        self._session = session
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        """See `Implementation`."""
+        timing = self._session.generate(prompts, max_new_tokens=new_tokens).timing
+        return timing.prefill_seconds, timing.decode_seconds
+
+
+def random_session(shape: str, dtype: str, rmsnorm_plugin: bool, largest: Load) -> Session:
+    """An engine of that shape, built and loaded; says how long both took."""
+    model = read_config({**COMMON, **SHAPES[shape]})
+    limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
+    config = EngineConfig("tensorrt", dtype, rmsnorm_plugin, limits, model, (), 0, tensorrt.versions())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start = time.perf_counter()
+        tensorrt.write_engine(folder, config, RandomWeights(dtype).read, lambda phase, done, total: None)
+        built = time.perf_counter()
+        executor = tensorrt.load_executor(folder, config)
+        size = (folder / tensorrt.PLAN).stat().st_size / 2**30
+    loaded = time.perf_counter()
+    print(f"{shape}: built in {built - start:.1f} s, {size:.2f} GiB, loaded in {loaded - built:.1f} s", flush=True)
+    return Session(config, executor)
+
+
+def packaged_session(dtype: str, rmsnorm_plugin: bool, largest: Load) -> Session:
+    """The model in the package, which does not stop at its end tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_engine(
+            output_dir=Path(folder) / "engine",
+            backend="tensorrt",
+            dtype=dtype,
+            rmsnorm_plugin=rmsnorm_plugin,
+            max_batch_size=largest.batch_size,
+            max_input_len=largest.prompt_tokens,
+            max_output_len=largest.new_tokens,
+        )
+        session = load_engine(Path(folder) / "engine")
+    session.config = dataclasses.replace(session.config, end_token_ids=())
+    return session
+
+
+def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:
+    """Each implementation in turn; the one before must be let go by then."""
+    for name in options.implementations:
+        plugin = name == "tensorrt"
+        if shape == "packaged":
+            yield name, TensorRTEngine(packaged_session(options.dtype, plugin, largest))
+        else:
+            yield name, TensorRTEngine(random_session(shape, options.dtype, plugin, largest))

@@ -1,0 +1,214 @@
+"""Implementations for benchmarks.generate that need PyTorch: our torch back end and what stands beside it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.generate import COMMON, SHAPES, Implementation, Load
+from qwen_model.backends.torch import TorchExecutor
+from qwen_model.config import ModelConfig, read_config
+from qwen_model.engine import build_engine, load_engine
+from qwen_model.engine_config import EngineConfig, Limits
+from qwen_model.session import Session
+from qwen_model.weights import weight_groups
+
+IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def reset_memory() -> None:
+    """Let go of what nothing refers to, and measure from here on."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_gib(implementation: str) -> float | None:
+    """The most since `reset_memory`."""
+    # vLLM takes a fixed share of the memory, in a process of its own.
+    on_gpu = torch.cuda.is_available() and implementation != "vllm"
+    return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    weights = {}
+    for group in weight_groups(config):
+        for spec in group.specs:
+            weight = torch.empty(spec.shape, dtype=dtype, device=device)
+            weights[spec.name] = weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, 0.02)
+    return weights
+
+
+class QwenModel(Implementation):
+    """This project's torch back end."""
+
+    def __init__(self, session: Session):
+        self.vocab_size = session.config.model.vocab_size
+        self._session = session
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        """See `Implementation`."""
+        timing = self._session.generate(prompts, max_new_tokens=new_tokens).timing
+        return timing.prefill_seconds, timing.decode_seconds
+
+
+class Products(Implementation):
+    """The matrix products of a decode step alone."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
+        self.vocab_size = config.vocab_size
+        self._weights = [weight for name, weight in weights.items() if weight.dim() == 2 and name != "embedding.weight"]
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        """Products generate nothing: see `measure`."""
+        raise NotImplementedError
+
+    def measure(self, load: Load, repeats: int) -> tuple[float | None, float]:
+        """There is no first token; each replay of the graph counts as a token a sequence."""
+        sizes = {weight.shape[1] for weight in self._weights}
+        like = self._weights[0]
+        inputs = {n: torch.randn(load.batch_size, n, dtype=like.dtype, device=like.device) for n in sizes}
+
+        def step() -> None:
+            for weight in self._weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        rates = []
+        for _ in range(repeats + 1):  # the first is to warm up
+            start = time.perf_counter()
+            for _ in range(load.new_tokens):
+                graph.replay()
+            torch.cuda.synchronize()
+            rates.append(load.batch_size * load.new_tokens / (time.perf_counter() - start))
+        return None, statistics.median(rates[1:])
+
+
+class Transformers(Implementation):
+    """Hugging Face transformers, as `generate` runs by default."""
+
+    def __init__(self, values: dict[str, Any], dtype: torch.dtype, device: str):
+        import transformers
+
+        settings = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                self._model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings)).eval()
+        finally:
+            torch.set_default_dtype(before)
+        self._model.generation_config.eos_token_id = None
+        self.vocab_size = values["vocab_size"]
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        """The first token's time is that of generating one."""
+        ids = torch.tensor(prompts, device=self._model.device)
+        times = []
+        for count in (1, new_tokens):
+            start = time.perf_counter()
+            self._model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+            if ids.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return times[0], times[1] - times[0]
+
+
+class Vllm(Implementation):
+    """vLLM with random weights of its own making."""
+
+    def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
+        import vllm
+
+        folder = Path(tempfile.mkdtemp())
+        (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": dtype}))
+        self.vocab_size = values["vocab_size"]
+        self._sampling = vllm.SamplingParams
+        self._engine = vllm.LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype=dtype,
+            max_model_len=largest.prompt_tokens + largest.new_tokens,
+            max_num_seqs=largest.batch_size,
+            gpu_memory_utilization=0.7,
+            enable_prefix_caching=False,
+        )
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        """The first token's time is that of generating one."""
+        times = []
+        for count in (1, new_tokens):
+            options = self._sampling(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+            start = time.perf_counter()
+            self._engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
+            times.append(time.perf_counter() - start)
+        return times[0], times[1] - times[0]
+
+
+def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Load) -> Session:
+    limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
+    engine = EngineConfig("torch", "", True, limits, config, (), 0, {})
+    return Session(engine, TorchExecutor(config, limits, weights, rmsnorm_plugin=True))
+
+
+def packaged_session(dtype: str, device: str, largest: Load) -> Session:
+    """The model in the package, which does not stop at its end tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "engine"
+        build_engine(
+            output_dir=target,
+            dtype=dtype,
+            rmsnorm_plugin=True,
+            max_batch_size=largest.batch_size,
+            max_input_len=largest.prompt_tokens,
+            max_output_len=largest.new_tokens,
+        )
+        session = load_engine(target, device=device)
+    session.config = dataclasses.replace(session.config, end_token_ids=())
+    return session
+
+
+def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:
+    """Each implementation in turn; the one before must be let go by then."""
+    dtype = getattr(torch, options.dtype)
+    if shape == "packaged":
+        yield "qwen_model", QwenModel(packaged_session(options.dtype, options.device, largest))
+        return
+    values = {**COMMON, **SHAPES[shape]}
+    config = read_config(values)
+    weights: dict[str, Tensor] = {}
+    if {"qwen_model", "products"} & set(options.implementations):
+        weights = random_weights(config, dtype, options.device)
+    if "qwen_model" in options.implementations:
+        yield "qwen_model", QwenModel(random_session(config, weights, largest))
+    if "products" in options.implementations and options.device != "cpu":
+        yield "products", Products(config, weights)
+    weights.clear()
+    for name, make in (
+        ("transformers", lambda: Transformers(values, dtype, options.device)),
+        ("vllm", lambda: Vllm(values, options.dtype, largest)),
+    ):
+        if name in options.implementations and importlib.util.find_spec(name) is not None:
+            yield name, make()
