@@ -27,6 +27,7 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     for name in modules_with_tensorrt():
         monkeypatch.setitem(sys.modules, name, sys.modules[name])  # forgotten after the test
     return types.SimpleNamespace(
+        trt=sys.modules["tensorrt"],
         functions=functions,
         network=INetworkDefinition(strongly_typed),
         major=int(version.split(".")[0]),
@@ -180,4 +181,201 @@ def test_bad_arguments(tensorrt: Any, changed: dict[str, Any], error: type[Excep
     if not changed.keys() & {"quant_dtype", "scale", "smoothing"}:
         with pytest.raises(error, match=message):
             tensorrt.functions.rms_norm(**arguments)
+    assert tensorrt.network.plugins == []
+
+
+def test_gemm_gets_its_fields_and_inputs(tensorrt: Any) -> None:
+    x, weight, bias = rows(2, 3, 64), rows(96, 64).array, rows(96).array
+    y = tensorrt.functions.gemm(tensorrt.network, x, weight, bias, activation="swiglu", name="gate_up")
+
+    (plugin,) = tensorrt.network.plugins
+    assert (plugin.name, plugin.layer) == ("Gemm", "gate_up")
+    assert plugin.fields == {"type_id": 1, "bias": 1, "activation": 1, "constant_weight": 1}
+    assert set(plugin.kinds.values()) == {"INT32"}
+    assert plugin.inputs[0] is x
+    np.testing.assert_array_equal(plugin.inputs[1].array, weight)
+    np.testing.assert_array_equal(plugin.inputs[2].array, bias)
+    assert y.dtype == DataType.HALF
+
+
+def test_gemm_does_not_copy_a_weight_of_the_right_type(tensorrt: Any) -> None:
+    x, weight = rows(5, 64), rows(96, 64).array
+    tensorrt.functions.gemm(tensorrt.network, x, weight)
+    tensorrt.functions.gemm(tensorrt.network, x, tensorrt.trt.Weights(weight))
+    tensorrt.functions.gemm(tensorrt.network, x, weight.astype(np.float32))
+
+    as_array, as_weights, converted = (plugin.inputs[1].array for plugin in tensorrt.network.plugins)
+    assert np.shares_memory(as_array, weight)
+    assert np.shares_memory(as_weights, weight)
+    assert as_weights.shape == (96, 64)
+    np.testing.assert_array_equal(converted, weight)
+
+
+def test_gemm_of_bfloat16(tensorrt: Any) -> None:
+    import ml_dtypes
+
+    if tensorrt.major < 10:
+        pytest.skip("TensorRT 8.6 has no bfloat16")
+    weight = rows(96, 64).array.astype(ml_dtypes.bfloat16)
+    tensorrt.functions.gemm(tensorrt.network, rows(5, 64, dtype=ml_dtypes.bfloat16), weight)
+    given = tensorrt.network.plugins[0].inputs[1]
+    assert given.dtype == DataType.BF16
+    assert np.shares_memory(given.array, weight)
+
+
+@pytest.mark.parametrize("given", [True, False, None])
+def test_which_weights_are_constant(tensorrt: Any, given: bool | None) -> None:
+    """Unless told otherwise: those that come as arrays."""
+    x = rows(5, 64)
+    tensorrt.functions.gemm(tensorrt.network, x, rows(96, 64), constant_weight=given)
+    tensorrt.functions.gemm(tensorrt.network, x, rows(96, 64).array, rows(96), constant_weight=given)
+    tensorrt.functions.gemm(tensorrt.network, x, rows(96, 64).array, rows(96).array, constant_weight=given)
+
+    assert [plugin.fields["constant_weight"] for plugin in tensorrt.network.plugins] == [
+        *[int(bool(given))] * 2,
+        1 if given is None else int(given),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"network": None}, TypeError, "network is a NoneType; expected a tensorrt.INetworkDefinition"),
+        ({"x": np.ones((2, 64))}, TypeError, "x is a ndarray; expected a tensorrt.ITensor"),
+        ({"x": ITensor(np.ones((), np.float16))}, ValueError, r"x has shape \(\); expected \[..., in_features\]"),
+        ({"x": ITensor(np.ones((2, 64), np.int8))}, TypeError, "x has type DataType.INT8; expected one of"),
+        ({"weight": np.ones((96, 63))}, ValueError, r"weight has shape \(96, 63\); .* here \(-1, 64\)"),
+        ({"weight": np.ones(64)}, ValueError, r"weight has shape \(64,\); expected \[out_features, in_features\]"),
+        ({"weight": rows(96, 63)}, ValueError, r"weight has shape \(96, 63\); expected"),
+        ({"weight": np.ones((0, 64))}, ValueError, "weight has 0 rows; expected a known number"),
+        (
+            {"weight": np.ones((95, 64)), "bias": None, "activation": "swiglu"},
+            ValueError,
+            "weight has 95 rows; .* even",
+        ),
+        ({"weight": np.array([["a"] * 64])}, TypeError, "weight has type <U1; expected a floating-point array"),
+        ({"bias": np.ones(95)}, ValueError, r"bias has shape \(95,\); expected \[out_features\], here \(96,\)"),
+        ({"bias": rows(1, 96)}, ValueError, r"bias has shape \(1, 96\); expected \[out_features\]"),
+        ({"activation": "gelu"}, ValueError, "activation is 'gelu'; expected None or 'swiglu'"),
+    ],
+)
+def test_bad_arguments_of_gemm(tensorrt: Any, changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"network": tensorrt.network, "x": rows(2, 64), "weight": np.ones((96, 64)), "bias": np.ones(96)}
+    with pytest.raises(error, match=message):
+        tensorrt.functions.gemm(**(arguments | changed))
+    assert tensorrt.network.plugins == []
+
+
+def test_gemm_of_weights_of_a_wrong_size_or_type(tensorrt: Any) -> None:
+    for array, message in (
+        (np.ones(95 * 64 + 1, np.float16), r"weight has 6081 elements; expected \[out_features, in_features\]"),
+        (np.ones(96 * 64, np.float32), "weight has type DataType.FLOAT; expected DataType.HALF"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            tensorrt.functions.gemm(tensorrt.network, rows(2, 64), tensorrt.trt.Weights(array))
+
+
+def attention_arguments(network: Any) -> dict[str, Any]:
+    """Eight tokens of three sequences, four heads on two of 64 elements; caches of 20 positions for four sequences."""
+    integers = {"cu_seqlens": (4,), "past_lengths": (3,), "rotary_offsets": (3,), "semaphores": (4, 4)}
+    return {
+        "network": network,
+        "qkv": rows(8, 512),
+        "past_key_value": rows(4, 2, 2, 20, 64),
+        **{name: ITensor(np.zeros(shape, np.int32)) for name, shape in integers.items()},
+        "rotary_table": np.ones((20, 64), np.float32),
+        **{"num_heads": 4, "num_kv_heads": 2, "head_size": 64},
+    }
+
+
+def test_gpt_attention_gets_its_fields_and_inputs(tensorrt: Any) -> None:
+    arguments = attention_arguments(tensorrt.network)
+    optional = {"query_scale": np.ones(20), "q_norm_weight": rows(64), "k_norm_weight": np.ones(64)}
+    context, present = tensorrt.functions.gpt_attention(
+        **arguments, **optional, q_scaling=2.0, norm_eps=1e-5, name="attention"
+    )
+
+    (plugin,) = tensorrt.network.plugins
+    assert (plugin.name, plugin.layer) == ("GptAttention", "attention")
+    assert plugin.fields.pop("norm_eps") == pytest.approx(1e-5)
+    assert plugin.fields == {
+        **{"type_id": 1, "num_heads": 4, "num_kv_heads": 2, "head_size": 64, "rotary_embedding_dim": 64},
+        **{"position_embedding_type": 2, "q_scaling": 2.0, "query_scale": 1, "qk_norm": 1},
+    }
+    floats = {"q_scaling", "norm_eps"}
+    assert plugin.kinds == {name: "FLOAT32" if name in floats else "INT32" for name in plugin.kinds}
+    given = plugin.inputs
+    names = ("qkv", "past_key_value", "cu_seqlens", "past_lengths", "rotary_offsets")
+    assert given[:5] == [arguments[name] for name in names]
+    assert given[6] is arguments["semaphores"]
+    assert given[8] is optional["q_norm_weight"]
+    assert [tensor.dtype for tensor in (given[5], given[7], given[9])] == [DataType.FLOAT] * 2 + [DataType.HALF]
+    assert context.dtype == present.dtype == DataType.HALF
+
+
+@pytest.mark.parametrize(
+    ("changed", "rotary_dim", "number"),
+    [
+        ({}, 64, 2),
+        ({"rotary_embedding_dim": 32, "rotary_table": np.ones((20, 32))}, 32, 2),
+        ({"position_embedding_type": "rope_gptj"}, 64, 1),
+        ({"rotary_table": None}, 0, 0),
+        ({"rotary_table": None, "position_embedding_type": "learned_absolute"}, 0, 0),
+        ({"rotary_table": None, "rotary_embedding_dim": 0}, 0, 0),
+    ],
+)
+def test_position_embeddings(tensorrt: Any, changed: dict[str, Any], rotary_dim: int, number: int) -> None:
+    tensorrt.functions.gpt_attention(**(attention_arguments(tensorrt.network) | changed))
+
+    (plugin,) = tensorrt.network.plugins
+    assert (plugin.fields["rotary_embedding_dim"], plugin.fields["position_embedding_type"]) == (rotary_dim, number)
+    assert len(plugin.inputs) == (7 if rotary_dim else 6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"network": None}, TypeError, "network is a NoneType"),
+        ({"qkv": np.ones((8, 512))}, TypeError, "qkv is a ndarray; expected a tensorrt.ITensor"),
+        ({"qkv": rows(8, 256)}, ValueError, r"qkv has shape \(8, 256\); expected \[tokens, .* here \(-1, 512\)"),
+        (
+            {"past_key_value": rows(4, 2, 4, 20, 64)},
+            ValueError,
+            r"past_key_value has shape .* here \(-1, 2, 2, -1, 64\)",
+        ),
+        (
+            {"past_key_value": rows(4, 2, 2, 20, 64, dtype=np.float32)},
+            TypeError,
+            "past_key_value has type DataType.FLOAT",
+        ),
+        ({"past_lengths": rows(3)}, TypeError, "past_lengths has type DataType.HALF; expected DataType.INT32"),
+        ({"cu_seqlens": np.zeros(4, np.int32)}, TypeError, "cu_seqlens is a ndarray"),
+        ({"semaphores": ITensor(np.zeros((4, 2), np.int32))}, ValueError, r"semaphores has shape \(4, 2\)"),
+        ({"rotary_table": np.ones((20, 32))}, ValueError, r"rotary_table has shape \(20, 32\)"),
+        (
+            {"rotary_embedding_dim": 63},
+            ValueError,
+            "rotary_embedding_dim is 63; expected an even number up to head_size",
+        ),
+        ({"rotary_embedding_dim": 0}, ValueError, "rotary_embedding_dim is 0; expected no rotary_table with it"),
+        ({"rotary_table": None, "rotary_embedding_dim": 64}, ValueError, "is 64; expected a rotary_table with it"),
+        (
+            {"position_embedding_type": "alibi"},
+            ValueError,
+            "position_embedding_type is 'alibi'; expected one of learned",
+        ),
+        ({"position_embedding_type": "learned_absolute"}, ValueError, "'learned_absolute'; expected no rotary_table"),
+        ({"num_kv_heads": 3}, ValueError, "num_heads is 4 and num_kv_heads 3; expected a divisor of num_heads"),
+        ({"head_size": 72}, ValueError, "head_size is 72; expected one of 32, 64, 80, 96, 128, 256"),
+        ({"q_scaling": 0.0}, ValueError, "q_scaling is 0.0; expected a finite number above 0"),
+        ({"norm_eps": float("nan")}, ValueError, "norm_eps is nan"),
+        ({"q_norm_weight": np.ones(64)}, ValueError, "only one of q_norm_weight and k_norm_weight"),
+        ({"query_scale": np.ones((20, 1))}, ValueError, r"query_scale has shape \(20, 1\); expected \[rows\]"),
+    ],
+)
+def test_bad_arguments_of_gpt_attention(
+    tensorrt: Any, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tensorrt.functions.gpt_attention(**(attention_arguments(tensorrt.network) | changed))
     assert tensorrt.network.plugins == []

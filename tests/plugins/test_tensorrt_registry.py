@@ -70,8 +70,12 @@ def creators() -> dict[str, Any]:
     return found
 
 
+KEPT: list[dict[str, np.ndarray]] = []  # a PluginField refers to the memory of its array
+
+
 def collection(fields: dict[str, Any]) -> Any:
     arrays = {name: np.atleast_1d(value) for name, value in fields.items()}
+    KEPT.append(arrays)
     return trt.PluginFieldCollection(
         [trt.PluginField(name, array, NUMPY_TYPES[array.dtype.type]) for name, array in arrays.items()]
     )
