@@ -1,0 +1,352 @@
+"""Engines with Gemm and GptAttention on a real TensorRT and a GPU, against float64.
+
+pytest tests/plugins -m tensorrt
+
+Needs tensorrt, cuda-bindings and NumPy; no torch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_type=ImportError)
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+
+import qwen_plugins.tensorrt as plugins  # noqa: E402
+from benchmarks.tensorrt_engines import LOG, Engine, Execution, Graph, Input, build_plan, check, cudart  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
+
+TYPES = {"float32": trt.float32, "float16": trt.float16}
+TOLERANCE = {"float32": 3e-5, "float16": 4e-3}
+
+
+def normal(*shape: int, dtype: str = "float16", scale: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng().standard_normal(shape, np.float32) * scale).astype(dtype)
+
+
+def assert_close(actual: np.ndarray, exact: np.ndarray, dtype: str) -> None:
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(actual.astype(np.float64), exact, rtol=tolerance, atol=tolerance)
+
+
+# Gemm
+
+
+def gemm_input(dtype: str, in_features: int, max_rows: int, min_rows: int = 1) -> Input:
+    return Input(TYPES[dtype], (-1, in_features), (min_rows,), (8,), (max_rows,))
+
+
+def swiglu(z: np.ndarray) -> np.ndarray:
+    gate, up = np.split(z, 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(64, 96), (256, 512), (4096, 1024), (1000, 300), (11008, 256), (127, 130)]
+)
+def test_gemm(dtype: str, in_features: int, out_features: int) -> None:
+    weight = normal(out_features, in_features, dtype=dtype, scale=in_features**-0.5)
+    bias = normal(out_features, dtype=dtype)
+
+    def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        x = tensors["x"]
+        return {
+            "plain": plugins.gemm(network, x, weight),
+            "bias": plugins.gemm(network, x, weight, bias),
+            "swiglu": plugins.gemm(network, x, weight, bias, activation="swiglu"),
+        }
+
+    engine = Engine(build_plan({"x": gemm_input(dtype, in_features, 512)}, describe))
+    for num_rows in (1, 2, 3, 4, 7, 8, 16, 17, 40, 129, 512):
+        x = normal(num_rows, in_features, dtype=dtype)
+        results = engine.run({"x": x})
+        z = x.astype(np.float64) @ weight.astype(np.float64).T
+        assert_close(results["plain"], z, dtype)
+        assert_close(results["bias"], z + bias, dtype)
+        assert_close(results["swiglu"], swiglu(z + bias), dtype)
+
+
+def test_gemm_of_no_rows_and_of_more_dimensions() -> None:
+    weight = normal(96, 64, scale=0.125)
+    inputs = {"x": gemm_input("float16", 64, 16, min_rows=0), "x4": Input(trt.float16, (2, 3, 1, 64))}
+    engine = Engine(
+        build_plan(
+            inputs, lambda network, tensors: {"y_" + n: plugins.gemm(network, t, weight) for n, t in tensors.items()}
+        )
+    )
+    x4 = normal(2, 3, 1, 64)
+    results = engine.run({"x": normal(0, 64), "x4": x4})
+
+    assert results["y_x"].shape == (0, 96)
+    assert_close(results["y_x4"], x4.astype(np.float64) @ weight.astype(np.float64).T, "float16")
+
+
+def test_gemm_with_its_weight_as_an_input() -> None:
+    inputs = {
+        "x": gemm_input("float16", 256, 64),
+        "weight": Input(trt.float16, (128, 256)),
+        "bias": Input(trt.float16, (128,)),
+    }
+    engine = Engine(build_plan(inputs, lambda network, tensors: {"y": plugins.gemm(network, *tensors.values())}))
+    arrays = {"x": normal(9, 256), "weight": normal(128, 256, scale=1 / 16), "bias": normal(128)}
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+
+    assert_close(engine.run(arrays)["y"], wide["x"] @ wide["weight"].T + wide["bias"], "float16")
+
+
+def test_a_chain_of_a_decoder_is_nothing_but_kernels() -> None:
+    """Norm, product, SwiGLU, product and residual, four times: no reformatting between them, in a graph as without."""
+    norm, hidden, intermediate = normal(256, scale=0.1) + np.float16(1), 256, 512
+    gate_up, down = normal(2 * intermediate, hidden, scale=1 / 16), normal(hidden, intermediate, scale=1 / 32)
+
+    def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        x, h = tensors["x"], tensors["h"]
+        for _ in range(4):
+            x, h = plugins.rms_norm(network, x, norm, residual=h, dtype=trt.float16)
+            x = plugins.gemm(network, x, gate_up, activation="swiglu", dtype=trt.float16)
+            x = plugins.gemm(network, x, down, dtype=trt.float16)
+        return {"x_out": x, "h_out": h}
+
+    rows = gemm_input("float16", hidden, 64)
+    execution = Engine(build_plan({"x": rows, "h": rows}, describe)).bind(
+        {"x": normal(4, hidden), "h": normal(4, hidden)}
+    )
+    expected = execution.run()
+    graph = Graph(execution.stream, execution.enqueue)
+    assert set(graph.node_types()) == {"Kernel"}
+    for output in execution.outputs.values():
+        output.poison()
+    check(cudart.cudaDeviceSynchronize())
+    graph.launch()
+    for name, array in execution.results().items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+# GptAttention
+
+MAX_BATCH, MAX_POSITIONS, ROWS = 4, 96, 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    rotary_dim: int = 64
+    style: str = "rope_gpt_neox"
+    qk_norm: bool = False
+    query_scale: bool = False
+    q_scaling: float = 1.0
+    dtype: str = "float16"
+
+    @property
+    def packed(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+
+
+class Attention:
+    """One GptAttention as an engine, and the same in float64."""
+
+    def __init__(self, heads: Heads) -> None:
+        self.heads = heads
+        rng = np.random.default_rng()
+        angles = rng.uniform(0, 2 * np.pi, (ROWS, heads.rotary_dim // 2))
+        self.table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        self.query_scale = rng.uniform(0.5, 1.5, ROWS).astype(np.float32) if heads.query_scale else None
+        self.norms = [normal(heads.head_size, dtype=heads.dtype, scale=0.2) + np.ones((), heads.dtype) for _ in "qk"]
+        self.plan = build_plan(self._inputs(), self._describe)
+
+    def _inputs(self) -> dict[str, Input]:
+        heads, sequences = self.heads, ((1,), (2,), (MAX_BATCH,))
+        dtype = TYPES[heads.dtype]
+        return {
+            "qkv": Input(dtype, (-1, heads.packed), (1,), (8,), (256,)),
+            "past": Input(dtype, (MAX_BATCH, 2, heads.num_kv_heads, MAX_POSITIONS, heads.head_size)),
+            "cu_seqlens": Input(trt.int32, (-1,), (2,), (3,), (MAX_BATCH + 1,)),
+            "past_lengths": Input(trt.int32, (-1,), *sequences),
+            "rotary_offsets": Input(trt.int32, (-1,), *sequences),
+            "semaphores": Input(trt.int32, (MAX_BATCH, heads.num_heads)),
+        }
+
+    def _describe(self, network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        heads = self.heads
+        norms = dict(zip(("q_norm_weight", "k_norm_weight"), self.norms, strict=True)) if heads.qk_norm else {}
+        qkv, past, cu_seqlens, past_lengths, rotary_offsets, semaphores = tensors.values()
+        context, present = plugins.gpt_attention(
+            *(network, qkv, past, cu_seqlens, past_lengths, rotary_offsets),
+            *(self.table if heads.rotary_dim else None, semaphores),
+            **{"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads, "head_size": heads.head_size},
+            rotary_embedding_dim=heads.rotary_dim,
+            position_embedding_type=heads.style,
+            query_scale=self.query_scale,
+            q_scaling=heads.q_scaling,
+            norm_eps=1e-5,
+            **norms,
+        )
+        return {"context": context, "present": present}
+
+    def exact(self, qkv: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Context, keys and values [heads, tokens, head_size] of a whole sequence."""
+        heads, (query, kv) = self.heads, (self.heads.num_heads, self.heads.num_kv_heads)
+        split = qkv.astype(np.float64).reshape(len(qkv), query + 2 * kv, heads.head_size).transpose(1, 0, 2)
+        q, k, v = split[:query], split[query : query + kv], split[query + kv :]
+        rows = offset + np.arange(len(qkv))
+        if heads.qk_norm:
+            q, k = (self._normalised(x, weight) for x, weight in zip((q, k), self.norms, strict=True))
+        q, k = self._rotated(q, rows), self._rotated(k, rows)
+        if self.query_scale is not None:
+            q = self._rounded(q * self.query_scale[rows, None])
+        scores = q @ np.repeat(k, query // kv, axis=0).transpose(0, 2, 1) / (heads.q_scaling * heads.head_size**0.5)
+        scores = np.where(np.tri(len(qkv), dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        context = weights / weights.sum(axis=-1, keepdims=True) @ np.repeat(v, query // kv, axis=0)
+        return context.transpose(1, 0, 2).reshape(len(qkv), -1), k, v
+
+    def _rounded(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(self.heads.dtype).astype(np.float64)
+
+    def _normalised(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return self._rounded(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * weight.astype(np.float64))
+
+    def _rotated(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        dim = self.heads.rotary_dim
+        if dim == 0:
+            return x
+        cos, sin = np.split(self.table[rows].astype(np.float64), 2, axis=1)
+        first = slice(0, dim // 2) if self.heads.style == "rope_gpt_neox" else slice(0, dim, 2)
+        second = slice(dim // 2, dim) if self.heads.style == "rope_gpt_neox" else slice(1, dim, 2)
+        y = x.copy()
+        y[..., first] = x[..., first] * cos - x[..., second] * sin
+        y[..., second] = x[..., second] * cos + x[..., first] * sin
+        return self._rounded(y)
+
+
+class Conversation:
+    """Sequences that grow by steps, on the GPU and in float64."""
+
+    def __init__(self, attention: Attention, in_place: bool, offsets: Sequence[int]) -> None:
+        self.attention, self.in_place = attention, in_place
+        self.engine = Engine(attention.plan)
+        heads = attention.heads
+        self.cache = normal(MAX_BATCH, 2, heads.num_kv_heads, MAX_POSITIONS, heads.head_size, dtype=heads.dtype)
+        self.offsets = np.array(offsets, np.int32)
+        self.histories = [np.empty((0, heads.packed), heads.dtype) for _ in offsets]
+
+    def step(self, lengths: Sequence[int]) -> None:
+        """New tokens for every sequence; the results are checked."""
+        past_lengths = np.array([len(history) for history in self.histories], np.int32)
+        execution = self.bind(lengths, past_lengths)
+        results = execution.run()
+        assert not execution.inputs["semaphores"].download().any()
+        before, self.cache = self.cache, results["present"]
+        if not self.in_place:
+            np.testing.assert_array_equal(execution.inputs["past"].download(), before)
+        self.assert_right(results["context"], before, past_lengths)
+
+    def bind(self, lengths: Sequence[int], past_lengths: np.ndarray) -> Execution:
+        """New random tokens in a context of these shapes."""
+        heads = self.attention.heads
+        new = [normal(length, heads.packed, dtype=heads.dtype) for length in lengths]
+        self.histories = [np.concatenate(pair) for pair in zip(self.histories, new, strict=True)]
+        execution = self.engine.bind(
+            {
+                "qkv": np.concatenate(new),
+                "past": self.cache,
+                "cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+                "past_lengths": past_lengths,
+                "rotary_offsets": self.offsets,
+                "semaphores": np.zeros((MAX_BATCH, heads.num_heads), np.int32),
+            }
+        )
+        if self.in_place:
+            past = execution.inputs["past"]
+            execution.context.set_tensor_address("present", past.address)
+            execution.outputs = {"context": execution.outputs["context"]}
+            run = execution.run
+            execution.run = lambda: run() | {"present": past.download()}
+        return execution
+
+    def assert_right(self, context: np.ndarray, before: np.ndarray, past_lengths: np.ndarray) -> None:
+        """The new tokens' context, all of the cache up to them, and nothing written anywhere else."""
+        dtype = self.attention.heads.dtype
+        untouched = np.ones(self.cache.shape, bool)
+        start = 0
+        for row, (history, past) in enumerate(zip(self.histories, past_lengths, strict=True)):
+            exact, keys, values = self.attention.exact(history, int(self.offsets[row]))
+            count = len(history) - past
+            assert_close(context[start : start + count], exact[past:], dtype)
+            assert_close(self.cache[row, :, :, : len(history)], np.stack([keys, values]), dtype)
+            untouched[row, :, :, past : len(history)] = False
+            start += count
+        np.testing.assert_array_equal(self.cache[untouched], before[untouched])
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(),
+        Heads(num_heads=2, num_kv_heads=2, head_size=128, rotary_dim=128),
+        Heads(num_heads=8, num_kv_heads=1, head_size=80, rotary_dim=32),
+        Heads(num_heads=3, num_kv_heads=3, head_size=96, rotary_dim=48, style="rope_gptj"),
+        Heads(head_size=128, rotary_dim=128, qk_norm=True),
+        Heads(query_scale=True, q_scaling=2.0),
+        Heads(rotary_dim=0, style="learned_absolute"),
+        Heads(head_size=256, rotary_dim=64, qk_norm=True, query_scale=True, style="rope_gptj"),
+        Heads(dtype="float32"),
+        Heads(dtype="float32", head_size=32, rotary_dim=16, qk_norm=True, query_scale=True),
+    ],
+    ids=str,
+)
+def test_prompts_then_tokens(heads: Heads) -> None:
+    attention = Attention(heads)
+    for in_place in (True, False):
+        conversation = Conversation(attention, in_place, offsets=(0, 100, 7))
+        for lengths in ((5, 1, 33), (1, 1, 1), (1, 1, 1), (2, 1, 7), (1, 1, 1)):
+            conversation.step(lengths)
+        alone = Conversation(attention, in_place, offsets=(0,))
+        for length in (1, 1, 90, 1, 1):
+            alone.step((length,))
+
+
+def test_a_graph_of_decode_serves_all_lengths() -> None:
+    attention = Attention(Heads(head_size=128, rotary_dim=128))
+    conversation = Conversation(attention, True, offsets=(0, 100, 7, 50))
+    conversation.step((5, 1, 33, 20))
+    past_lengths = np.array([len(history) for history in conversation.histories], np.int32)
+    execution = conversation.bind((1, 1, 1, 1), past_lengths)
+    conversation.histories = [history[:-1] for history in conversation.histories]
+    execution.run()  # TensorRT prepares a context in its first run
+    graph = Graph(execution.stream, execution.enqueue)
+    assert set(graph.node_types()) == {"Kernel"}
+    conversation.cache = execution.inputs["past"].download()
+    for _ in range(3):
+        past_lengths = np.array([len(history) for history in conversation.histories], np.int32)
+        new = normal(4, attention.heads.packed)
+        conversation.histories = [
+            np.concatenate([history, row[None]]) for history, row in zip(conversation.histories, new, strict=True)
+        ]
+        execution.inputs["qkv"].upload(new)
+        execution.inputs["past_lengths"].upload(past_lengths)
+        execution.outputs["context"].poison()
+        check(cudart.cudaDeviceSynchronize())
+        graph.launch()
+        context = execution.results()["context"]
+        before, conversation.cache = conversation.cache, execution.inputs["past"].download()
+        conversation.assert_right(context, before, past_lengths)
+
+
+def test_more_sequences_than_the_cache_has_are_refused_with_the_reason_in_the_log() -> None:
+    """Shapes that the profile allows one by one."""
+    attention = Attention(Heads())
+    conversation = Conversation(attention, True, offsets=(0, 0, 0))
+    execution = conversation.bind((1, 1, 1), np.zeros(3, np.int32))
+    execution.context.set_input_shape("past_lengths", (2,))
+    LOG.messages.clear()
+    with pytest.raises(RuntimeError, match="TensorRT refused to run"):
+        execution.enqueue()
+    assert any("input 'past_lengths' has shape [2]; expected [sequences], here [3]" in line for line in LOG.messages)
