@@ -76,7 +76,10 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
   row.template for_each<2>(range.begin, range.end, [&](float (&values)[kWidth], int32_t first) {
     uint32_t allowed = 0;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) allowed |= make_choice(values[i], first + i) >= floor ? 1U << i : 0;
+    for (int i = 0; i < kWidth; ++i) {
+      if (ordered_bits(values[i]) < static_cast<uint32_t>(floor >> 32)) continue;
+      allowed |= make_choice(values[i], first + i) >= floor ? 1U << i : 0;
+    }
     if (allowed == 0) return;
     float added[kWidth];
     noise.get(added, first);
@@ -142,10 +145,10 @@ Grid sample_grid(const SamplingParams& p, int groups, const DeviceProperties& de
   while (cluster > 1 && (cluster * p.sequences > device.multiprocessors || cluster / 2 * kCutThreads >= groups)) {
     cluster /= 2;
   }
-  const int wanted = (groups + kFewestGroups - 1) / kFewestGroups;
-  const int blocks =
-      std::clamp(device.multiprocessors / p.sequences, 1, std::min(wanted, kMaxBlocks - Cluster::kMaxSize));
-  return {kCutThreads, (blocks + cluster - 1) / cluster * cluster, cluster};
+  // A block has a multiprocessor for itself; of all of them, not every one finds seven neighbours for a cluster.
+  const int wanted = std::min((groups + kFewestGroups - 1) / kFewestGroups, kMaxBlocks);
+  const int blocks = std::min(device.multiprocessors * 3 / 4 / p.sequences, wanted);
+  return {kCutThreads, std::max(blocks / cluster, 1) * cluster, cluster};
 }
 
 cudaError_t launch_on_grid(void (*kernel)(SamplingParams, int), const SamplingParams& p, const Grid& grid,

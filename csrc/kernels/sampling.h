@@ -24,7 +24,7 @@ struct SamplingSettings {
   uint64_t step = 0;  // which draw of the seed comes next; every launch adds 1
 };
 
-constexpr int32_t kMaxVocabSize = 1 << 23;
+constexpr int32_t kMaxVocabSize = 1 << 19;
 
 struct SamplingParams {
   const void* logits = nullptr;  // [sequences, vocab_size], dtype

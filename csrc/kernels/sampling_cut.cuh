@@ -18,21 +18,27 @@ using Weight = unsigned long long;
 
 // Top-k: the k-th token.
 struct CountWeights {
-  static constexpr bool kSumsIn32Bits = true;
   Weight k;
   __device__ __forceinline__ Weight operator()(float) const { return 1; }
   __device__ __forceinline__ Weight target(Weight) const { return k; }
 };
 
-// Top-p: probabilities relative to the likeliest token's, in units of 2^-40: kMaxVocabSize of them fit in 64 bits.
+// A weight is added in two halves, so that shared memory need not carry from one to the other: a copy of a bin is given
+// at most kMaxVocabSize / kCopies weights, whose halves add up to less than 2^32.
+constexpr int kHalfBits = 17;
+constexpr Weight kMaxWeight = (Weight{1} << 2 * kHalfBits) - 1;
+static_assert((Weight{1} << kHalfBits) * (kMaxVocabSize / kCopies) <= Weight{1} << 32);
+
+// Top-p: probabilities, where the likeliest token's is kMaxWeight.
 struct ProbabilityWeights {
-  static constexpr bool kSumsIn32Bits = false;
   float largest;
   float inverse_temperature;
   float top_p;
   __device__ __forceinline__ Weight operator()(float value) const {
-    if (value == largest) return 1ULL << 40;  // infinities too
-    return __float2ull_rn(expf((value - largest) * inverse_temperature) * 0x1p40F);
+    if (value == largest) return kMaxWeight;  // infinities too
+    const Weight weight =
+        __float2ull_rn(expf((value - largest) * inverse_temperature) * static_cast<float>(kMaxWeight));
+    return weight < kMaxWeight ? weight : kMaxWeight;
   }
   __device__ __forceinline__ Weight target(Weight total) const {
     const auto reached = static_cast<Weight>(ceil(static_cast<double>(total) * top_p));
@@ -54,18 +60,12 @@ struct CutMemory {
   Bin found;
 };
 
-template <typename Weights>
 __device__ __forceinline__ void add_weight(CutMemory& memory, uint32_t bin, Weight weight) {
   const int copy = static_cast<int>(threadIdx.x) % kCopies;
-  const auto low = static_cast<uint32_t>(weight);
-  if constexpr (Weights::kSumsIn32Bits) {
-    atomicAdd(&memory.low[bin][copy], low);
-  } else {
-    // Shared memory adds 32 bits at a time without a loop; the carry is this thread's if it sees the sum wrap around.
-    auto high = static_cast<uint32_t>(weight >> 32);
-    if (low != 0) high += atomicAdd(&memory.low[bin][copy], low) > ~low ? 1 : 0;
-    if (high != 0) atomicAdd(&memory.high[bin][copy], high);
-  }
+  const uint32_t low = static_cast<uint32_t>(weight) & ((1U << kHalfBits) - 1);
+  const auto high = static_cast<uint32_t>(weight >> kHalfBits);
+  if (low != 0) atomicAdd(&memory.low[bin][copy], low);
+  if (high != 0) atomicAdd(&memory.high[bin][copy], high);
 }
 
 __device__ __forceinline__ void clear_bins(CutMemory& memory) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void add_copies(CutMemory& memory, Weight (&totals)[k
   const FullPack high = reinterpret_cast<const FullPack*>(memory.high[bin])[part];
   Weight sum = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum += static_cast<Weight>(high.words[i]) << 32 | low.words[i];
+  for (int i = 0; i < 4; ++i) sum += (static_cast<Weight>(high.words[i]) << kHalfBits) + low.words[i];
 #pragma unroll
   for (int distance = 1; distance < kThreads; distance *= 2) sum += __shfl_xor_sync(0xffffffffU, sum, distance);
   if (part == 0) totals[bin] = sum;
@@ -140,13 +140,18 @@ __device__ __noinline__ Choice find_cut(const Row<T, kWidth>& row, int32_t begin
     shift -= kDigitBits;
     clear_bins(memory);
     __syncthreads();
+    // Logits that may have the prefix, by 32 bits: after the first digits hardly any.
+    const int unknown = shift + kDigitBits - 32;  // bits of a logit that the prefix leaves open
+    const uint32_t lowest = is_first ? 0 : static_cast<uint32_t>(prefix << (shift + kDigitBits) >> 32);
+    const uint32_t span = unknown >= 32 ? 0xffffffffU : unknown <= 0 ? 0 : (1U << unknown) - 1;
     row.template for_each<2>(begin, end, [&](float (&values)[kWidth], int32_t first) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
+        if (ordered_bits(values[i]) - lowest > span) continue;
         const Choice choice = make_choice(values[i], first + i);
         const Choice leading = choice >> shift;
         if (choice >= floor && leading >> kDigitBits == prefix) {
-          add_weight<Weights>(memory, leading % kBins, weights(values[i]));
+          add_weight(memory, leading % kBins, weights(values[i]));
         }
       }
     });

@@ -1,0 +1,266 @@
+"""Where the microseconds of a decode step of the torch back end go: each kernel of a layer, and the whole step by kind.
+
+    python -m benchmarks.decode_timeline [--shape qwen-7b] [--batch-sizes 1 8 64]   # records; needs an NVIDIA GPU
+    python -m benchmarks.decode_timeline --draw                                   # draws; needs matplotlib alone
+
+Replays of the step's CUDA graph are traced with CUPTI through torch.profiler. Programmatic launches overlap kernels:
+time belongs to the oldest kernel that runs, so that the kinds and the gaps add up to the step. Tracing costs something
+itself; the time of a step without it is recorded beside. The floor is the bytes of the weights and of the cache over
+4.55 TB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import write_results
+
+READ_BANDWIDTH = 4.55e12  # bytes per second, the best that was measured on an H200
+STEPS = 9
+KINDS = {  # the first pattern that a kernel's name has
+    "attention": "attention",
+    "norms": "rms_norm",
+    "sampling": "argmax|sample",
+    "embedding": "gather_rows",
+    "products": "gemm|gemv|cutlass|nvjet|splitK|cublas",
+    "SwiGLU": "swiglu",
+    "copies": "Memcpy|Memset",
+}
+COLORS = {
+    "products": "#76b900",
+    "attention": "#3b7dd8",
+    "norms": "#f2a541",
+    "SwiGLU": "#b07cc6",
+    "sampling": "#d1495b",
+    "embedding": "#66a182",
+    "copies": "#8d99ae",
+    "other": "#555555",
+    "gaps": "#e3e6ea",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One run of a kernel; nanoseconds."""
+
+    name: str
+    start: int
+    end: int
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS, or "other"."""
+        return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), "other")
+
+
+def kernel_times(executor: Any, steps: int) -> list[Kernel]:
+    """All that ran on the GPU in so many decode steps, in the order of their starts."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            executor.decode()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
+    kernels = [Kernel(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in events]
+    return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def microseconds_untraced(executor: Any, steps: int) -> float:
+    """Of one step, by CUDA events around several."""
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    executor.decode()
+    begin.record()
+    for _ in range(steps):
+        executor.decode()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / steps
+
+
+def split_steps(kernels: list[Kernel]) -> list[list[Kernel]]:
+    """Steps begin where the embedding is gathered; the first and the last, which may not be whole, are left out."""
+    starts = [i for i, kernel in enumerate(kernels) if kernel.kind == "embedding"]
+    steps = [kernels[begin:end] for begin, end in pairwise(starts)]
+    return steps[1:]
+
+
+def attribute(step: list[Kernel], end: int) -> dict[str, float]:
+    """Microseconds by kind up to `end`, where the next step begins; a moment belongs to the oldest kernel that runs."""
+    spent = dict.fromkeys([*COLORS], 0.0)
+    covered = step[0].start
+    for kernel in step:
+        spent["gaps"] += max(0, kernel.start - covered) / 1e3
+        covered = max(covered, kernel.start)
+        spent[kernel.kind] += max(0, kernel.end - covered) / 1e3
+        covered = max(covered, kernel.end)
+    spent["gaps"] += max(0, end - covered) / 1e3
+    return {kind: time for kind, time in spent.items() if time > 0}
+
+
+def layer_of(step: list[Kernel]) -> list[Kernel]:
+    """The kernels of a layer in the middle, and the first of the next: from the norm before attention on."""
+    attentions = [i for i, kernel in enumerate(step) if kernel.kind == "attention"]
+    per_layer = attentions[-1] - attentions[-2]
+    first = attentions[len(attentions) // 2]
+    while step[first].kind != "norms":
+        first -= 1
+    return step[first : first + per_layer + 1]
+
+
+def floor_bytes(config: Any, itemsize: int, batch_size: int, context: int) -> dict[str, int]:
+    """What a step must read: every weight but the rows of the embedding that are not asked for, and the cache."""
+    from qwen_model.weights import weight_groups
+
+    sizes = {spec.name: spec.shape for group in weight_groups(config) for spec in group.specs}
+    weights = sum(
+        itemsize * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
+        for name, shape in sizes.items()
+        if name != "embedding.weight" or config.tied_embedding
+    )
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * context * batch_size * itemsize
+    return {"weights": weights, "cache": cache}
+
+
+def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -> list[dict[str, Any]]:
+    import torch
+
+    from benchmarks.generate import COMMON, SHAPES, Load
+    from benchmarks.generate_torch import random_session, random_weights
+    from qwen_model.config import read_config
+    from qwen_model.sampling import SamplingOptions
+
+    config = read_config({**COMMON, **SHAPES[shape]})
+    weights = random_weights(config, getattr(torch, dtype), "cuda")
+    session = random_session(config, weights, Load(max(batch_sizes), prompt_tokens, 4 * STEPS))
+    recordings = []
+    for batch_size in batch_sizes:
+        executor = session.executor
+        executor.prefill(Load(batch_size, prompt_tokens, 1).prompts(config.vocab_size, seed=0), SamplingOptions())
+        untraced = microseconds_untraced(executor, STEPS)
+        kernels = kernel_times(executor, STEPS + 3)
+        steps = split_steps(kernels)
+        ends = [step[0].start for step in steps[1:]]
+        summaries = [attribute(step, end) for step, end in zip(steps, ends, strict=False)]
+        kinds = [kind for kind in COLORS if any(kind in summary for summary in summaries)]
+        spent = {kind: statistics.median(summary.get(kind, 0.0) for summary in summaries) for kind in kinds}
+        middle = steps[len(steps) // 2]
+        layer = layer_of(middle)
+        bytes_read = floor_bytes(config, getattr(torch, dtype).itemsize, batch_size, prompt_tokens + 2 * STEPS)
+        recordings.append(
+            {
+                "shape": shape,
+                "dtype": dtype,
+                "batch_size": batch_size,
+                "prompt_tokens": prompt_tokens,
+                "kernels_per_step": len(middle),
+                "microseconds_per_step": untraced,
+                "microseconds_by_kind_traced": spent,
+                "floor_bytes": bytes_read,
+                "floor_microseconds": sum(bytes_read.values()) / READ_BANDWIDTH * 1e6,
+                "layer": [
+                    {"name": k.name, "kind": k.kind, "start": k.start - layer[0].start, "end": k.end - layer[0].start}
+                    for k in layer
+                ],
+                "outside_layers": sorted({k.name for k in middle if k.kind in ("sampling", "embedding", "other")}),
+            }
+        )
+        print(describe(recordings[-1]), flush=True)
+    return recordings
+
+
+def describe(recording: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{kind} {time:.1f}" for kind, time in recording["microseconds_by_kind_traced"].items())
+    return (
+        f"{recording['shape']} batch {recording['batch_size']}: {recording['microseconds_per_step']:.0f} us a step, "
+        f"floor {recording['floor_microseconds']:.0f}; traced {recording['kernels_per_step']} kernels: {kinds}"
+    )
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """For each batch size a layer's kernels, and beside the floor the whole step by kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    recordings = content["results"]
+    figure, panels = plt.subplots(
+        2 * len(recordings), 1, figsize=(12, 4.2 * len(recordings)), height_ratios=[3, 1.6] * len(recordings)
+    )
+    for recording, layer, step in zip(recordings, panels[::2], panels[1::2], strict=True):
+        draw_layer(recording, layer)
+        draw_step(recording, step)
+    machine = content["machine"]["gpu"]
+    shape, dtype = recordings[0]["shape"], recordings[0]["dtype"]
+    figure.suptitle(f"A decode step of the torch back end, shape of {shape}, {dtype}, {machine}", fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(f"written: {path}")
+
+
+def draw_layer(recording: dict[str, Any], panel: Any) -> None:
+    kernels = recording["layer"]
+    for row, kernel in enumerate(kernels):
+        start, duration = kernel["start"] / 1e3, (kernel["end"] - kernel["start"]) / 1e3
+        panel.barh(-row, duration, left=start, height=0.75, color=COLORS[kernel["kind"]])
+        panel.text(start + duration, -row, f" {duration:.1f} µs", va="center", fontsize=7)
+    panel.set_yticks([-row for row in range(len(kernels))], [short_name(k["name"]) for k in kernels], fontsize=7)
+    panel.margins(x=0.07)
+    panel.set(title=f"batch {recording['batch_size']}: a layer and the next one's first kernel, traced", xlabel="µs")
+    panel.title.set_fontsize(9)
+    panel.grid(axis="x", alpha=0.3)
+
+
+def draw_step(recording: dict[str, Any], panel: Any) -> None:
+    left = 0.0
+    for kind, time in recording["microseconds_by_kind_traced"].items():
+        panel.barh(1, time, left=left, color=COLORS[kind], label=f"{kind} {time:.0f} µs")
+        left += time
+    panel.barh(0, recording["floor_microseconds"], color="#222222")
+    step = recording["microseconds_per_step"]
+    panel.axvline(step, color="#222222", linestyle=":", linewidth=1)
+    panel.set_yticks(
+        [0, 1], [f"floor {recording['floor_microseconds']:.0f} µs", f"traced step {left:.0f} µs"], fontsize=8
+    )
+    panel.set(ylim=(-0.6, 1.6), xlabel=f"µs; dotted: the step without tracing, {step:.0f}")
+    panel.legend(frameon=False, fontsize=7, ncols=9, loc="lower center", bbox_to_anchor=(0.5, 0.95))
+
+
+def short_name(name: str) -> str:
+    """Without its namespaces, template arguments and parameters."""
+    plain = re.sub(r"\(anonymous namespace\)::|^void ", "", name)
+    return re.split(r"[<(]", plain)[0].split("::")[-1][:40]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen-7b", help="of benchmarks.generate")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_timeline.json"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/decode_timeline.svg"))
+    parser.add_argument("--draw", action="store_true", help="only draw what was recorded")
+    options = parser.parse_args()
+    if options.draw:
+        draw(json.loads(options.results.read_text(encoding="utf-8")), options.picture)
+        return
+    write_results(options.results, record(options.shape, options.batch_sizes, options.prompt_tokens, options.dtype))
+    print(options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Choosing tokens from logits of 151,936: ours beside PyTorch and flashinfer (where it can be imported), on one GPU.
+
+    python -m benchmarks.sampling [--batch-sizes 1 8 64] [--dtype float16]
+
+Each figure is the time of one call among many inside a replayed CUDA graph, in microseconds: the median over replays.
+The logits, normally distributed, lie in the L2 cache, where the product before leaves them when a model decodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import write_results
+from qwen_plugins._sampling import sample, sampling_state
+
+CALLS = 40  # in a graph
+REPLAYS = 15
+OPTIONS: dict[str, dict[str, Any]] = {
+    "argmax": {},
+    "temperature": {"temperature": 0.8},
+    "top_k": {"top_k": 50},
+    "top_p": {"top_p": 0.9},
+    "top_k + top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "top_k + top_p + penalty": {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
+}
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(CALLS):
+                call()
+        times = []
+        for _ in range(REPLAYS + 1):  # the first is to warm up
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+    return statistics.median(times[1:])
+
+
+def ours(logits: Tensor, name: str) -> Callable[[], Any]:
+    options = OPTIONS[name]
+    state = sampling_state(len(logits), logits.shape[1], logits.device)
+    state.set(**options)
+    tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+    greedy, penalty = not options, "repetition_penalty" in options
+    return lambda: sample(logits, state, greedy=greedy, penalty=penalty, out=tokens)
+
+
+def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
+    """As gpt-fast and others do it: topk or sort, softmax, and the exponential race in place of multinomial."""
+    options = OPTIONS[name]
+    if not options:
+        return lambda: logits.argmax(-1)
+    if "repetition_penalty" in options:
+        return None
+
+    def call() -> Tensor:
+        values, tokens = logits.float() / options.get("temperature", 1.0), None
+        if "top_k" in options:
+            values, tokens = values.topk(options["top_k"])
+        elif "top_p" in options:
+            values, tokens = values.sort(descending=True)
+        probabilities = values.softmax(-1)
+        if "top_p" in options:
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= options["top_p"], 0.0)
+        drawn = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1, keepdim=True)
+        return drawn if tokens is None else tokens.gather(-1, drawn)
+
+    return call
+
+
+def flashinfer(logits: Tensor, name: str) -> Callable[[], Any] | None:
+    """Its samplers without sorting, from probabilities; its top_k + top_p in the order top k first."""
+    from flashinfer import sampling
+
+    options = OPTIONS[name]
+    if not options or "repetition_penalty" in options:
+        return None
+
+    def call() -> Tensor:
+        scaled = logits.float() / options.get("temperature", 1.0)
+        if "top_k" in options and "top_p" in options:
+            return sampling.top_k_top_p_sampling_from_logits(scaled, options["top_k"], options["top_p"])
+        probabilities = scaled.softmax(-1)
+        if "top_k" in options:
+            return sampling.top_k_sampling_from_probs(probabilities, options["top_k"])
+        if "top_p" in options:
+            return sampling.top_p_sampling_from_probs(probabilities, options["top_p"])
+        return sampling.sampling_from_probs(probabilities)
+
+    return call
+
+
+def run(batch_sizes: list[int], vocab_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    results = []
+    for batch_size in batch_sizes:
+        logits = (torch.randn(batch_size, vocab_size, device="cuda") * 3).to(dtype)
+        for name in OPTIONS:
+            for implementation, make in (("qwen_plugins", ours), ("PyTorch", pytorch), ("flashinfer", flashinfer)):
+                try:
+                    call = make(logits, name)
+                    time = None if call is None else microseconds(call)
+                except Exception as error:  # a peer that is not installed, or cannot be captured
+                    if implementation == "qwen_plugins":
+                        raise
+                    print(f"{implementation}, {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+                    continue
+                if time is not None:
+                    print(f"batch {batch_size:3} {name:24} {implementation:13} {time:8.2f} us", flush=True)
+                    results.append(
+                        {
+                            "batch_size": batch_size,
+                            "operation": name,
+                            "implementation": implementation,
+                            "vocab_size": vocab_size,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "microseconds": time,
+                        }
+                    )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--vocab-size", type=int, default=151936)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/sampling.json"))
+    options = parser.parse_args()
+    write_results(options.results, run(options.batch_sizes, options.vocab_size, getattr(torch, options.dtype)))
+    print(options.results)
+
+
+if __name__ == "__main__":
+    main()
