@@ -53,6 +53,7 @@ def _check_dtype(dtype: str) -> None:
 
 def versions() -> dict[str, str]:
     """What an engine's `config.json` says about what built it; an engine only runs where these are the same."""
+    _check_gpu()
     name, capability = cuda.device_name_and_capability()
     return {
         "tensorrt": trt.__version__,
@@ -127,7 +128,6 @@ def write_engine(
     progress: called with what is being done, how much of it is done, and the whole (0: not known).
     timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
     """
-    _check_gpu()
     _check_dtype(config.dtype)
     builder = trt.Builder(versions_of.LOG)
     network = versions_of.create_network(builder)

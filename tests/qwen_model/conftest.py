@@ -1,21 +1,24 @@
-"""A small engine of random weights that tests of behaviour share."""
+"""A small engine of random weights that tests of behaviour share. No PyTorch is needed to import this."""
 
+import importlib.util
 import json
 
 import pytest
-import tokenizers
-import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 import qwen_model
-from tests.qwen_model.checkpoints import hugging_face_model, save_hugging_face
 
 END_TOKENS = [290, 301]
-torch.set_num_threads(1)  # in products this small threads only wait for each other
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    torch.set_num_threads(1)  # in products this small threads only wait for each other
 
 
 def save_byte_tokenizer(folder):
     """One token for each byte, then nothing: text of every kind goes through, and ids up to 255 are characters."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,6 +31,8 @@ def save_byte_tokenizer(folder):
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A Qwen2 checkpoint with a tokenizer and two end tokens."""
+    from tests.qwen_model.checkpoints import hugging_face_model, save_hugging_face
+
     folder = tmp_path_factory.mktemp("model")
     save_hugging_face(hugging_face_model("Qwen2ForCausalLM", seed=3), folder)
     save_byte_tokenizer(folder)

@@ -11,6 +11,7 @@ from tests.qwen_model import checkpoints, stand_ins
 from tests.qwen_model.checkpoints import random_prompt
 from tests.qwen_model.conftest import save_byte_tokenizer
 from tests.qwen_model.stand_ins import numpy_cuda
+from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 
 VERSIONS = ["8.6.0", "10.14.1", "11.1.0"]
 LIMITS = {"max_batch_size": 6, "max_input_len": 60, "max_output_len": 30}
@@ -21,19 +22,6 @@ def trt(request, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with stand_ins.installed(request.param) as module:
         yield module
-
-
-def save_model(architecture, folder):
-    """A random checkpoint with heads of a size that the attention plug-in has."""
-    if architecture == "QWenLMHeadModel":
-        model, config = checkpoints.qwen_v1(hidden_size=96, num_attention_heads=3, kv_channels=32, seq_length=24)
-        return checkpoints.save_reference(model, config, folder / "qwen")
-    if architecture == "DeciCoderForCausalLM":
-        model, config = checkpoints.decicoder(hidden_size=128, num_attention_heads=4)
-        return checkpoints.save_reference(model, config, folder / "deci")
-    head = {"head_dim": 32} if architecture == "Qwen3ForCausalLM" else {}
-    model = checkpoints.hugging_face_model(architecture, hidden_size=128, num_attention_heads=4, **head)
-    return checkpoints.save_hugging_face(model, folder / "model")
 
 
 def both(model_dir, tmp_path, **options):
@@ -47,19 +35,10 @@ def both(model_dir, tmp_path, **options):
     return found
 
 
-ARCHITECTURES = [
-    "QWenLMHeadModel",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "LlamaForCausalLM",
-    "DeciCoderForCausalLM",
-]
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rmsnorm_plugin", [True, False], ids=["plugin", "native"])
 def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, rmsnorm_plugin, tmp_path):
-    expected, session = both(save_model(architecture, tmp_path), tmp_path, rmsnorm_plugin=rmsnorm_plugin)
+    expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, rmsnorm_plugin=rmsnorm_plugin)
     prompt = random_prompt(50)
     np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
     prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
@@ -91,10 +70,9 @@ def sessions(trt, model_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_model("Qwen2ForCausalLM", folder)
-    save_byte_tokenizer(folder / "model")
-    return folder / "model"
+    folder = save_model("Qwen2ForCausalLM", tmp_path_factory.mktemp("models") / "model")
+    save_byte_tokenizer(folder)
+    return folder
 
 
 def same(ours, theirs):

@@ -1,0 +1,98 @@
+"""Checkpoints of every architecture and what the torch back end makes of them, for test_tensorrt_gpu.py.
+
+    python -m tests.qwen_model.tensorrt_reference FOLDER [--device cuda] [--dtypes float32 float16]
+
+TensorRT and PyTorch need not be on one machine, nor in one Python: the test reads FOLDER, named in the environment
+variable QWEN_MODEL_REFERENCE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qwen_model
+
+ARCHITECTURES = [
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "LlamaForCausalLM",
+    "DeciCoderForCausalLM",
+]
+LIMITS = {"max_batch_size": 6, "max_input_len": 80, "max_output_len": 65}
+PROMPT_LENGTHS = (1, 40, 77, 7, 7)
+LOGITS_OF = 2
+NEW_TOKENS, BEAM_TOKENS, NUM_BEAMS, CANDIDATES = 64, 16, 3, 5
+
+
+def save_model(architecture: str, folder: Path) -> Path:
+    """A random checkpoint with heads of a size that the attention plug-in has."""
+    from tests.qwen_model import checkpoints
+
+    if architecture == "QWenLMHeadModel":
+        model, config = checkpoints.qwen_v1(hidden_size=96, num_attention_heads=3, kv_channels=32, seq_length=24)
+        return checkpoints.save_reference(model, config, folder)
+    if architecture == "DeciCoderForCausalLM":
+        model, config = checkpoints.decicoder(hidden_size=128, num_attention_heads=4)
+        return checkpoints.save_reference(model, config, folder)
+    head = {"head_dim": 32} if architecture == "Qwen3ForCausalLM" else {}
+    model = checkpoints.hugging_face_model(architecture, hidden_size=128, num_attention_heads=4, **head)
+    return checkpoints.save_hugging_face(model, folder)
+
+
+def expected(session: qwen_model.Session) -> dict[str, np.ndarray]:
+    """What `test_tensorrt_gpu` compares with."""
+    from tests.qwen_model.checkpoints import random_prompt
+
+    vocab_size = session.config.model.vocab_size
+    prompts = [random_prompt(length, seed, vocab_size) for seed, length in enumerate(PROMPT_LENGTHS)]
+    found: dict[str, Any] = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
+    found["logits"] = session.logits(prompts[LOGITS_OF])
+    found["tokens"], found["scores"] = candidates(session.executor, prompts)
+    beams = session.generate(prompts[1:3], max_new_tokens=BEAM_TOKENS, num_beams=NUM_BEAMS).outputs
+    found |= {f"beams_{i}": output.output_ids for i, output in enumerate(beams)}
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def candidates(executor: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy decoding: the likeliest tokens of each step, [steps, prompts, CANDIDATES], and their log-probabilities.
+
+    The first is the one that goes on; the others tell a tie from an error.
+    """
+    tokens, scores = [], []
+    executor.begin_beams(prompts, 1)
+    for _ in range(NEW_TOKENS):
+        best, _, found = executor.beam_candidates(np.zeros((len(prompts), 1), np.float32), CANDIDATES)
+        tokens.append(found)
+        scores.append(best)
+        executor.decode_beams(np.arange(len(prompts)), found[:, 0])
+    return np.stack(tokens), np.stack(scores)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"])
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for architecture in [*ARCHITECTURES, "packaged"]:
+        model_dir = None if architecture == "packaged" else options.folder / architecture
+        if model_dir is not None and not model_dir.exists():
+            save_model(architecture, model_dir)
+        for dtype in options.dtypes:
+            with tempfile.TemporaryDirectory() as name:
+                engine = Path(name) / "engine"
+                qwen_model.build_engine(model_dir, output_dir=engine, dtype=dtype, rmsnorm_plugin=True, **LIMITS)
+                session = qwen_model.load_engine(engine, device=options.device)
+            np.savez_compressed(options.folder / f"{architecture}-{dtype}.npz", **expected(session))
+            print(architecture, dtype, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Engines of a real TensorRT, beside what the torch back end made of the same checkpoints.
+
+    python -m tests.qwen_model.tensorrt_reference FOLDER                        # where there is PyTorch
+    QWEN_MODEL_REFERENCE=FOLDER pytest tests/qwen_model/test_tensorrt_gpu.py    # where there is TensorRT
+
+The second needs no PyTorch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qwen_model
+from tests.qwen_model.tensorrt_reference import (
+    ARCHITECTURES,
+    BEAM_TOKENS,
+    CANDIDATES,
+    LIMITS,
+    LOGITS_OF,
+    NEW_TOKENS,
+    NUM_BEAMS,
+    PROMPT_LENGTHS,
+    candidates,
+)
+
+REFERENCE = os.environ.get("QWEN_MODEL_REFERENCE")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.tensorrt,
+    pytest.mark.skipif(REFERENCE is None, reason="QWEN_MODEL_REFERENCE does not name the torch back end's results"),
+]
+MODELS = [*ARCHITECTURES, "packaged"]
+# Of log-probabilities and logits, beside their size: what the order of sums in the type comes to over the layers.
+TOLERANCES = {"float32": 2e-3, "float16": 0.06}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Builds an engine when it is first asked for, and loads it each time."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def load(model, dtype, rmsnorm_plugin=True):
+        engine = folder / f"{model}-{dtype}-{rmsnorm_plugin}"
+        if not engine.exists():
+            qwen_model.build_engine(
+                None if model == "packaged" else Path(REFERENCE) / model,
+                output_dir=engine,
+                backend="tensorrt",
+                dtype=dtype,
+                rmsnorm_plugin=rmsnorm_plugin,
+                timing_cache=folder / "timing",
+                **LIMITS,
+            )
+        return qwen_model.load_engine(engine)
+
+    return load
+
+
+def reference(model, dtype):
+    arrays = dict(np.load(Path(REFERENCE) / f"{model}-{dtype}.npz"))
+    return arrays, [arrays[f"prompt_{i}"].tolist() for i in range(len(PROMPT_LENGTHS))]
+
+
+def assert_same_but_for_ties(tokens, expected, scores, tolerance):
+    """[steps, prompts]; up to the first token that the reference found as good as its own."""
+    for prompt in range(tokens.shape[1]):
+        for step in range(len(tokens)):
+            ours = tokens[step, prompt]
+            if ours == expected[step, prompt, 0]:
+                continue
+            place = np.flatnonzero(expected[step, prompt] == ours)
+            assert len(place), f"prompt {prompt}, token {step}: {ours} is not among the likeliest"
+            gap = scores[step, prompt, 0] - scores[step, prompt, place[0]]
+            assert gap <= tolerance, f"prompt {prompt}, token {step}: {ours} is {gap} less likely"
+            break
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("rmsnorm_plugin", [True, False], ids=["plugin", "native"])
+def test_logits_and_greedy_tokens(engines, model, dtype, rmsnorm_plugin):
+    arrays, prompts = reference(model, dtype)
+    session = engines(model, dtype, rmsnorm_plugin)
+    tolerance = TOLERANCES[dtype]
+    logits, expected = session.logits(prompts[LOGITS_OF]), arrays["logits"]
+    np.testing.assert_allclose(logits, expected, atol=tolerance * max(1.0, np.abs(expected).max() / 4))
+    tokens, _ = candidates(session.executor, prompts)
+    assert tokens.shape == (NEW_TOKENS, len(prompts), CANDIDATES)
+    assert_same_but_for_ties(tokens[:, :, 0], arrays["tokens"], arrays["scores"], tolerance)
+    outputs = session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs
+    for i, output in enumerate(outputs):  # the graph's own choice; it ends at an end token
+        assert output.output_ids == tokens[: len(output.output_ids), i, 0].tolist()
+
+
+@pytest.mark.parametrize("model", ["Qwen2ForCausalLM", "packaged"])
+def test_beams(engines, model):
+    arrays, prompts = reference(model, "float32")
+    outputs = engines(model, "float32").generate(prompts[1:3], max_new_tokens=BEAM_TOKENS, num_beams=NUM_BEAMS).outputs
+    assert [output.output_ids for output in outputs] == [arrays[f"beams_{i}"].tolist() for i in range(2)]
+
+
+def test_every_batch_size_gives_what_one_prompt_gives(engines):
+    _, prompts = reference("Qwen2ForCausalLM", "float32")
+    session = engines("Qwen2ForCausalLM", "float32")
+    alone = [session.generate(prompt, max_new_tokens=20).outputs[0].output_ids for prompt in prompts]
+    for count in range(1, len(prompts) + 1):
+        together = session.generate(prompts[:count], max_new_tokens=20).outputs
+        assert [output.output_ids for output in together] == alone[:count]
+
+
+def test_sampling(engines):
+    _, prompts = reference("packaged", "float16")
+    session = engines("packaged", "float16")
+
+    def sampled(**options):
+        sampling = qwen_model.SamplingOptions(temperature=1.2, **options)
+        return [output.output_ids for output in session.generate(prompts, max_new_tokens=24, sampling=sampling).outputs]
+
+    greedy = [output.output_ids for output in session.generate(prompts, max_new_tokens=24).outputs]
+    assert sampled(seed=1, top_p=0.9) == sampled(seed=1, top_p=0.9) != sampled(seed=2, top_p=0.9)
+    assert sampled(top_k=1) == greedy
+    penalised = session.generate(
+        prompts, max_new_tokens=24, sampling=qwen_model.SamplingOptions(repetition_penalty=1e4)
+    ).outputs
+    for output in penalised:  # nothing comes twice
+        assert len(set(output.output_ids)) == len(output.output_ids)
+
+
+def test_an_engine_runs_in_another_process(engines, tmp_path):
+    _, prompts = reference("packaged", "float16")
+    tokens = engines("packaged", "float16").generate(prompts[1], max_new_tokens=16).outputs[0].output_ids
+    engine = tmp_path / "engine"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+    limits = ["--max-input-len", "80", "--max-output-len", "16", "--max-batch-size", "2"]
+    options = ["--backend", "tensorrt", "--rmsnorm-plugin", "--dtype", "float16", *limits]
+    run("qwen_model.build", *options, "--output-dir", str(engine))
+    ids = ",".join(map(str, prompts[1]))
+    found = json.loads(run("qwen_model.run", "--engine-dir", str(engine), "--input-ids", ids, "--json"))
+    assert found["outputs"][0]["output_ids"] == tokens
+    assert "layers.*.attention" in run("qwen_model.inspect", str(engine))
