@@ -47,7 +47,7 @@ def gpt_attention(
 ) -> tuple[Any, Any]:
     """Adds causal attention of packed sequences over their key-value cache, with what happens to q and k before it.
 
-    In this order, each in float32 and rounded to ``dtype``: RMSNorm of each head of q and k where norm weights are
+    In this order, each computed in float32: RMSNorm of each head of q and k where norm weights are
     given, the rotary embedding, q times its query_scale; then k and v go to the cache, and the context of each token is
     softmax(q · Kᵀ / (q_scaling · √head_size)) · V over its sequence up to itself.
 

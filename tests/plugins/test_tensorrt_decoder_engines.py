@@ -200,7 +200,8 @@ class Attention:
             q, k = (self._normalised(x, weight) for x, weight in zip((q, k), self.norms, strict=True))
         q, k = self._rotated(q, rows), self._rotated(k, rows)
         if self.query_scale is not None:
-            q = self._rounded(q * self.query_scale[rows, None])
+            q = q * self.query_scale[rows, None]
+        q, k = self._rounded(q), self._rounded(k)
         scores = q @ np.repeat(k, query // kv, axis=0).transpose(0, 2, 1) / (heads.q_scaling * heads.head_size**0.5)
         scores = np.where(np.tri(len(qkv), dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -223,7 +224,7 @@ class Attention:
         y = x.copy()
         y[..., first] = x[..., first] * cos - x[..., second] * sin
         y[..., second] = x[..., second] * cos + x[..., first] * sin
-        return self._rounded(y)
+        return y
 
 
 class Conversation:
