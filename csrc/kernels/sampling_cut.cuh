@@ -126,48 +126,87 @@ __device__ __forceinline__ Bin find_bin(CutMemory& memory, Weight (&totals)[kBin
   return memory.found;
 }
 
+// The leading bits of a choice: those of its logit first, then those of its token, which decides between equal logits.
+struct Prefix {
+  Choice bits = 0;
+  int open = 64;  // bits of the choice that are not known yet
+
+  __device__ __forceinline__ Choice lowest() const { return open == 64 ? 0 : bits << open; }
+  __device__ __forceinline__ void append(Choice next, int count) {
+    bits = bits << count | next;
+    open -= count;
+  }
+  // The last bits of a logit that are zeros in every float of its type; of a negative one, ordered bits are ones there.
+  __device__ __forceinline__ void append_zeros_of_logit() {
+    const int count = open - kLogitEnd;
+    const bool is_negative = (bits >> (63 - open) & 1) == 0;
+    append(is_negative ? (Choice{1} << count) - 1 : 0, count);
+  }
+  // The first bits of ~token are ones in every token.
+  __device__ __forceinline__ void append_ones_of_token() {
+    constexpr int kTokenBits = 19;
+    static_assert(kMaxVocabSize == 1 << kTokenBits);
+    append((Choice{1} << (kLogitEnd - kTokenBits)) - 1, kLogitEnd - kTokenBits);
+  }
+
+  static constexpr int kLogitEnd = 32;
+};
+
+// Adds up by the next `digit_bits` bits the weights of the choices with this prefix, from `floor` up.
+template <typename T, int kWidth, typename Weights>
+__device__ __forceinline__ void fill_bins(const Row<T, kWidth>& row, int32_t begin, int32_t end, Choice floor,
+                                          const Weights& weights, const Prefix& prefix, int digit_bits,
+                                          CutMemory& memory) {
+  // Logits that may have the prefix, by 32 bits: after the first digits hardly any.
+  const auto lowest = static_cast<uint32_t>(prefix.lowest() >> 32);
+  const int unknown = prefix.open - 32;
+  const uint32_t span = unknown >= 32 ? 0xffffffffU : unknown <= 0 ? 0 : (1U << unknown) - 1;
+  const int shift = prefix.open - digit_bits;
+  row.template for_each<3>(begin, end, [&](float (&values)[kWidth], int32_t first) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (ordered_bits(values[i]) - lowest > span) continue;
+      const Choice choice = make_choice(values[i], first + i);
+      const Choice leading = choice >> shift;
+      if (choice >= floor && leading >> digit_bits == prefix.bits) {
+        add_weight(memory, leading & ((1U << digit_bits) - 1), weights(values[i]));
+      }
+    }
+  });
+}
+
 // The choice at which the weights reach their target; only choices from `floor` up count. Called by all threads of a
-// cluster, whose blocks have the groups from `begin` to `end`. Digit by digit from the highest bits of the choices
-// down: first those of the logit, then those of the token, which decides between equals.
+// cluster, whose blocks have the groups from `begin` to `end`.
 template <typename T, int kWidth, typename Weights>
 __device__ __noinline__ Choice find_cut(const Row<T, kWidth>& row, int32_t begin, int32_t end, Choice floor,
                                         const Weights& weights, CutMemory& memory) {
-  Choice prefix = 0;
+  Prefix prefix;
   Weight remaining = 0;
-  int shift = 64;
-  while (shift > 0) {
-    const bool is_first = shift == 64;
-    shift -= kDigitBits;
+  for (int digit = 0; prefix.open > 0; ++digit) {
+    const int digit_bits = min(kDigitBits, prefix.open);
     clear_bins(memory);
     __syncthreads();
-    // Logits that may have the prefix, by 32 bits: after the first digits hardly any.
-    const int unknown = shift + kDigitBits - 32;  // bits of a logit that the prefix leaves open
-    const uint32_t lowest = is_first ? 0 : static_cast<uint32_t>(prefix << (shift + kDigitBits) >> 32);
-    const uint32_t span = unknown >= 32 ? 0xffffffffU : unknown <= 0 ? 0 : (1U << unknown) - 1;
-    row.template for_each<2>(begin, end, [&](float (&values)[kWidth], int32_t first) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        if (ordered_bits(values[i]) - lowest > span) continue;
-        const Choice choice = make_choice(values[i], first + i);
-        const Choice leading = choice >> shift;
-        if (choice >= floor && leading >> kDigitBits == prefix) {
-          add_weight(memory, leading % kBins, weights(values[i]));
-        }
-      }
-    });
+    fill_bins(row, begin, end, floor, weights, prefix, digit_bits, memory);
     __syncthreads();
-    auto& totals = memory.totals[shift / kDigitBits % 2];
+    auto& totals = memory.totals[digit % 2];
     add_copies(memory, totals);
     Cluster::sync();
-    const Bin found = find_bin(memory, totals, [&](Weight sum) { return is_first ? weights.target(sum) : remaining; });
+    const Bin found =
+        find_bin(memory, totals, [&](Weight sum) { return digit == 0 ? weights.target(sum) : remaining; });
     remaining = found.remaining;
-    prefix = prefix << kDigitBits | found.index;
+    prefix.append(found.index, digit_bits);
     if (remaining == found.total) break;  // all of this bin
-    // Past the logit's digits all that is left has the same logit and weight: all of it, if even the last one counts.
-    if (shift == 32 && remaining > found.total - weights(score_of(prefix << 32))) break;
+    if (prefix.open > Prefix::kLogitEnd && prefix.open <= Prefix::kLogitEnd + row.zero_bits()) {
+      prefix.append_zeros_of_logit();
+    }
+    if (prefix.open == Prefix::kLogitEnd) {
+      // What is left has one logit and one weight: all of it, if even the last one counts.
+      if (remaining > found.total - weights(score_of(prefix.lowest()))) break;
+      prefix.append_ones_of_token();
+    }
   }
   Cluster::sync();  // nobody reads this block's memory any more
-  return prefix << shift;
+  return prefix.lowest();
 }
 
 }  // namespace qwen_plugins

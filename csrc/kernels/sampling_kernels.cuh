@@ -48,6 +48,12 @@ struct Row {
 
   __device__ __forceinline__ int32_t groups() const { return vocab_size / kWidth; }
 
+  // Low bits that are zeros in all logits, as floats.
+  __device__ __forceinline__ int zero_bits() const {
+    if (seen != nullptr || std::is_same_v<T, float>) return 0;
+    return std::is_same_v<T, __half> ? 13 : 16;
+  }
+
   // Calls visit(values, first token) for this thread's groups of those from `begin` to `end`: logits after the
   // repetition penalty, NaN as -infinity. A few groups are loaded before the first is used.
   template <int kAtOnce, typename Visit>
