@@ -4,6 +4,7 @@ Importing this package registers the plug-ins with an installed ``tensorrt`` (8.
 nor a GPU. The functions on tensors import PyTorch when they are first used:
 
     qwen_plugins.rms_norm(x, weight)          qwen_plugins.rms_norm_quant(x, weight)
+    qwen_plugins.gemm(x, weight, bias)
 
 They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or
 with ``import qwen_plugins.torch_ops``.
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from qwen_plugins._tensorrt_registration import register_tensorrt_plugins, tensorrt_library_path
 
 if TYPE_CHECKING:
-    from qwen_plugins.torch_ops import rms_norm, rms_norm_quant
+    from qwen_plugins.torch_ops import cublas_lt_status, gemm, rms_norm, rms_norm_quant
 
-__all__ = ["rms_norm", "rms_norm_quant", "tensorrt_library_path"]
+__all__ = ["cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant", "tensorrt_library_path"]
 __version__ = "0.1.0"
 
-_TORCH_FUNCTIONS = ("rms_norm", "rms_norm_quant")
+_TORCH_FUNCTIONS = ("cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant")
 
 register_tensorrt_plugins()
 

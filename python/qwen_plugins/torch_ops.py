@@ -1,4 +1,4 @@
-"""RMSNorm for PyTorch tensors, and the custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
+"""RMSNorm and matrix products for PyTorch: the custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen_plugins import _gemm
 from qwen_plugins import _rms_norm as implementation
 from qwen_plugins._rms_norm import Norm, Quantization
 
-__all__ = ["rms_norm", "rms_norm_quant"]
+__all__ = ["cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant"]
 
 _library = torch.library.Library("qwen_plugins", "DEF")
 _NORM_OPTIONS = "float eps, bool unit_offset, bool round_before_weight"
@@ -32,6 +33,55 @@ _SCHEMAS = (
 _OPERATORS = [schema.split("(")[0] for schema in _SCHEMAS]
 for _schema in _SCHEMAS:
     _library.define(_schema)
+_library.define("gemm(Tensor x, Tensor weight, Tensor? bias, str? activation, bool constant_weight) -> Tensor")
+
+
+def gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    constant_weight: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x · weightᵀ + bias, summed in float32; with activation="swiglu" silu(gate) · up of the product's two halves.
+
+    On the GPU it is one kernel of ours for few rows (decoding), which reads the weight at the memory's speed, and
+    cuBLASLt for many, where it can be loaded: `qwen_plugins.cublas_lt_status()` tells. It is launched on the current
+    stream and works inside CUDA graph capture and torch.compile. No gradients.
+
+    Args:
+        x: [..., in_features], float16, bfloat16 or float32.
+        weight: [out_features, in_features], contiguous, in the type of x. With SwiGLU (Shazeer, 2020) its first half
+            are the rows of the gate, the second those of what the gate lets through.
+        bias: [out_features], in the type of x.
+        activation: None or "swiglu".
+        constant_weight: no kernel that may still run in the stream writes weight or bias; reading them then begins
+            before that kernel is done.
+        out: where y is written, contiguous; it shares no memory with the others.
+
+    Returns:
+        y, [..., out_features], with SwiGLU [..., out_features / 2], in the type of x.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
+    """
+    if out is None and (torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS):
+        _check_types(1.0, x=x, weight=weight, bias=bias)
+        return torch.ops.qwen_plugins.gemm(x, weight, bias, activation, constant_weight)
+    return _gemm.gemm(x, weight, bias, activation, constant_weight, out)
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # for which the dispatcher has nothing to do
+
+
+def cublas_lt_status() -> str:
+    """The file of cuBLASLt that gemm uses for many rows, or why it uses none.
+
+    The environment variable QWEN_PLUGINS_CUBLASLT names another file, or is "none".
+    """
+    return _gemm.cublas_lt_status()
 
 
 def rms_norm(
@@ -271,3 +321,6 @@ for _key, _operators in {
 }.items():
     for _name in _OPERATORS:
         _library.impl(_name, getattr(_operators, _name), _key)
+
+for _key in ("CPU", "CUDA", "Meta"):
+    _library.impl("gemm", _gemm.gemm, _key)

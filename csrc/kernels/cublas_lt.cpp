@@ -1,0 +1,105 @@
+#include "cublas_lt.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <vector>
+
+namespace qwen_plugins {
+namespace {
+
+constexpr const char* kNames[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+
+struct Candidate {
+  std::string file;
+  int flags = RTLD_NOW | RTLD_LOCAL;
+};
+
+// The folder two above the shared object that this code is in: site-packages, where it was installed with pip.
+std::string site_packages() {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&load_cublas_lt), &info) == 0 || info.dli_fname == nullptr) return {};
+  std::string path = info.dli_fname;
+  for (int i = 0; i < 2; ++i) {
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos) return {};
+    path.resize(slash);
+  }
+  return path;
+}
+
+std::vector<Candidate> candidates() {
+  if (const char* given = std::getenv("QWEN_PLUGINS_CUBLASLT"); given != nullptr && *given != '\0') {
+    if (std::string(given) == "none") return {};
+    return {{given}};
+  }
+  std::vector<Candidate> found;
+  for (const char* name : kNames) found.push_back({name, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD});
+  if (const std::string site = site_packages(); !site.empty()) {
+    found.push_back({site + "/nvidia/cu13/lib/" + kNames[0]});
+    found.push_back({site + "/nvidia/cublas/lib/" + kNames[0]});
+    found.push_back({site + "/nvidia/cublas/lib/" + kNames[1]});
+  }
+  for (const char* name : kNames) found.push_back({name});
+  for (const char* name : kNames) found.push_back({std::string("/usr/local/cuda/lib64/") + name});
+  return found;
+}
+
+template <typename Function>
+bool find(void* library, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  return function != nullptr;
+}
+
+bool find_all(void* library, CublasLt& lt) {
+  return find(library, "cublasLtCreate", lt.create) &&
+         find(library, "cublasLtMatmulDescCreate", lt.descriptor_create) &&
+         find(library, "cublasLtMatmulDescDestroy", lt.descriptor_destroy) &&
+         find(library, "cublasLtMatmulDescSetAttribute", lt.descriptor_set) &&
+         find(library, "cublasLtMatrixLayoutCreate", lt.layout_create) &&
+         find(library, "cublasLtMatrixLayoutDestroy", lt.layout_destroy) &&
+         find(library, "cublasLtMatmulPreferenceCreate", lt.preference_create) &&
+         find(library, "cublasLtMatmulPreferenceDestroy", lt.preference_destroy) &&
+         find(library, "cublasLtMatmulPreferenceSetAttribute", lt.preference_set) &&
+         find(library, "cublasLtMatmulAlgoGetHeuristic", lt.heuristic) && find(library, "cublasLtMatmul", lt.matmul);
+}
+
+struct Loaded {
+  bool usable = false;
+  CublasLt functions{};
+  std::string status;
+
+  Loaded() {
+    const std::vector<Candidate> files = candidates();
+    if (files.empty()) status = "cuBLASLt is switched off: QWEN_PLUGINS_CUBLASLT is none";
+    for (const Candidate& candidate : files) {
+      void* library = dlopen(candidate.file.c_str(), candidate.flags);
+      if (library == nullptr) {
+        const char* why = dlerror();
+        if (!(candidate.flags & RTLD_NOLOAD))
+          status += (status.empty() ? "" : "; ") + std::string(why ? why : "unknown");
+        continue;
+      }
+      if (find_all(library, functions)) {
+        usable = true;
+        status = candidate.file;
+        return;
+      }
+      status += (status.empty() ? "" : "; ") + candidate.file + " lacks functions of cuBLASLt";
+      dlclose(library);
+    }
+  }
+};
+
+const Loaded& loaded() {
+  static const Loaded once;
+  return once;
+}
+
+}  // namespace
+
+const CublasLt* load_cublas_lt() { return loaded().usable ? &loaded().functions : nullptr; }
+
+const std::string& cublas_lt_status() { return loaded().status; }
+
+}  // namespace qwen_plugins

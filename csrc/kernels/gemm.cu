@@ -1,0 +1,103 @@
+#include <algorithm>
+#include <limits>
+
+#include "gemm.h"
+#include "gemm_cublas_lt.h"
+#include "gemm_plain.h"
+#include "gemm_stream.h"
+#include "launch.h"
+#include "swiglu.h"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // bytes, of what gemm_stream reads
+
+bool is_valid(const GemmShape& shape) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 2;
+  const bool swiglu = shape.activation == Activation::kSwiglu;
+  return shape.rows >= 0 && shape.rows <= kMax && shape.in_features > 0 && shape.in_features <= kMax &&
+         shape.out_features > 0 && shape.out_features <= kMax &&
+         (swiglu ? shape.out_features % 2 == 0 : shape.activation == Activation::kNone) &&
+         (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 || shape.dtype == DataType::kBFloat16);
+}
+
+int64_t columns_of(const GemmShape& shape) {
+  return shape.activation == Activation::kSwiglu ? shape.out_features / 2 : shape.out_features;
+}
+
+// Whether gemm_stream can take operands of this shape whose addresses are aligned.
+bool is_streamable(const GemmShape& shape) {
+  return shape.dtype != DataType::kFloat32 && shape.in_features * size_of(shape.dtype) % kAlignment == 0;
+}
+
+// Whether it is also no slower than cuBLASLt: measured on an H200, docs/gemm.md.
+bool is_for_stream(const GemmShape& shape) { return is_streamable(shape) && shape.rows <= kMaxStreamedRows; }
+
+bool is_aligned(const GemmParams& p) {
+  const auto misaligned = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
+                          static_cast<uintptr_t>(p.shape.rows > 1 ? p.x_row_stride * size_of(p.shape.dtype) : 0);
+  return misaligned % kAlignment == 0;
+}
+
+// The product of rows [first, first + count).
+GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
+  const int64_t size = size_of(params.shape.dtype);
+  GemmParams part = params;
+  part.shape.rows = count;
+  part.x = static_cast<const char*>(params.x) + first * params.x_row_stride * size;
+  part.y = static_cast<char*>(params.y) + first * columns_of(params.shape) * size;
+  return part;
+}
+
+cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
+  if (p.shape.activation == Activation::kNone) return launch_gemm_cublas_lt(p, p.y, p.workspace, stream);
+  SwigluParams swiglu;
+  void* product = static_cast<char*>(p.workspace) + kCublasLtWorkspaceBytes;
+  swiglu.gate_up = product;
+  swiglu.y = p.y;
+  swiglu.gate_up_row_stride = p.shape.out_features;
+  swiglu.rows = p.shape.rows;
+  swiglu.size = p.shape.out_features / 2;
+  swiglu.dtype = p.shape.dtype;
+  const cudaError_t error = launch_gemm_cublas_lt(p, product, p.workspace, stream);
+  return error == cudaSuccess ? launch_swiglu(swiglu, stream) : error;
+}
+
+// Few rows, or few at a time.
+cudaError_t launch_own_kernels(const GemmParams& p, cudaStream_t stream) {
+  if (!is_streamable(p.shape) || !is_aligned(p)) return launch_gemm_plain(p, stream);
+  cudaError_t error = cudaSuccess;
+  for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += kMaxStreamedRows) {
+    const GemmParams part = rows_of(p, row, std::min(kMaxStreamedRows, p.shape.rows - row));
+    error = p.shape.dtype == DataType::kFloat16 ? launch_gemm_stream_float16(part, stream)
+                                                : launch_gemm_stream_bfloat16(part, stream);
+  }
+  return error;
+}
+
+}  // namespace
+
+cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes) {
+  if (!is_valid(shape) || bytes == nullptr) return cudaErrorInvalidValue;
+  *bytes = 0;
+  if (shape.rows == 0 || is_for_stream(shape)) return cudaSuccess;
+  *bytes = kCublasLtWorkspaceBytes;
+  if (shape.activation == Activation::kSwiglu) *bytes += shape.rows * shape.out_features * size_of(shape.dtype);
+  return cudaSuccess;
+}
+
+cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {
+  if (!is_valid(p.shape)) return cudaErrorInvalidValue;
+  if (p.shape.rows == 0) return cudaSuccess;
+  if (p.x == nullptr || p.weight == nullptr || p.y == nullptr) return cudaErrorInvalidValue;
+  if (p.shape.rows > 1 && p.x_row_stride < p.shape.in_features) return cudaErrorInvalidValue;
+  if (is_for_stream(p.shape)) return launch_own_kernels(p, stream);
+  int64_t bytes = 0;
+  if (const cudaError_t error = gemm_workspace_bytes(p.shape, &bytes); error != cudaSuccess) return error;
+  if (p.workspace == nullptr || p.workspace_bytes < bytes) return cudaErrorInvalidValue;
+  const cudaError_t error = launch_with_cublas_lt(p, stream);
+  return error == cudaErrorNotSupported ? launch_own_kernels(p, stream) : error;
+}
+
+}  // namespace qwen_plugins

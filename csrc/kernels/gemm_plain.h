@@ -1,0 +1,12 @@
+// The matrix product of any type, size and alignment: right, and slow.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "gemm.h"
+
+namespace qwen_plugins {
+
+cudaError_t launch_gemm_plain(const GemmParams& params, cudaStream_t stream);
+
+}  // namespace qwen_plugins

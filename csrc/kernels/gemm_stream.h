@@ -1,0 +1,42 @@
+// The matrix product for few rows, which streams the weight: what gemm.cu launches.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace qwen_plugins {
+
+// Up to this many rows at once.
+constexpr int64_t kMaxStreamedRows = 16;
+
+// By the type of the operands; x, weight and the rows of both begin at 16 bytes.
+cudaError_t launch_gemm_stream_float16(const GemmParams& params, cudaStream_t stream);
+cudaError_t launch_gemm_stream_bfloat16(const GemmParams& params, cudaStream_t stream);
+
+// Parameters of the kernel. A tile is 8 weight rows: two halves of 4, whose columns of y are the same with SwiGLU (gate
+// and up) and neighbours without.
+struct StreamArguments {
+  const void* weight;
+  const void* x;
+  const void* bias;
+  void* y;
+  int64_t x_row_stride;  // elements
+  int64_t half_stride;   // elements of weight from the first half of a tile to the second
+  int64_t tile_stride;   // elements of weight from a tile to the next
+  int32_t half_bias;     // what the second half adds to its column to find its bias
+  int32_t half_columns;  // from the first half to the second
+  int32_t tile_columns;
+  int32_t columns;  // of y
+  int32_t rows;     // of x
+  int32_t in_features;
+  int32_t chunks;          // of k
+  int32_t chunks_of_warp;  // at most
+  int32_t groups;          // of tiles
+  bool swiglu;
+  bool constant_weight;
+};
+
+}  // namespace qwen_plugins

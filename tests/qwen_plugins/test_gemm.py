@@ -1,0 +1,297 @@
+"""gemm against float64; layouts; inside captured graphs; errors. On the CPU too, where it is the same case."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qwen_plugins
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+HALF_TYPES = [torch.float16, torch.bfloat16]
+ACTIVATIONS = [None, "swiglu"]
+
+
+def make(*shape: int, dtype: torch.dtype, device: str, magnitude: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, dtype=torch.float32, device=device) * magnitude).to(dtype)
+
+
+def reference(x, weight, bias, activation):
+    """(y, what its rounding errors are in proportion to), both float64."""
+    x, weight = x.double(), weight.double()
+    z = x @ weight.T
+    size = x.abs() @ weight.abs().T
+    if bias is not None:
+        z, size = z + bias.double(), size + bias.double().abs()
+    if activation is None:
+        return z, size
+    gate, up = z.chunk(2, dim=-1)
+    gate_size, up_size = size.chunk(2, dim=-1)
+    silu = gate * torch.sigmoid(gate)
+    # The slope of silu is at most 1.1.
+    return silu * up, 1.1 * gate_size * up.abs() + silu.abs() * up_size
+
+
+def check(x, weight, bias=None, activation=None, **options):
+    y = qwen_plugins.gemm(x, weight, bias, activation=activation, **options)
+    expected, size = reference(x, weight, bias, activation)
+    assert y.shape == expected.shape
+    assert y.dtype == x.dtype
+    assert y.is_contiguous()
+    # On the CPU, PyTorch rounds the product before the activation, and some of its sums.
+    precision = torch.finfo(x.dtype).eps
+    intermediate = 2.0**-21 if x.is_cuda else precision + 2.0**-21
+    tolerance = 0.51 * precision * expected.abs() + intermediate * size + torch.finfo(x.dtype).tiny
+    wrong = ~((y.double() - expected).abs() <= tolerance)
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[0].tolist()}"
+    return y
+
+
+def operands(rows, in_features, out_features, dtype, device, bias=True, activation=None):
+    factor = 2 if activation == "swiglu" else 1
+    x = make(rows, in_features, dtype=dtype, device=device)
+    weight = make(factor * out_features, in_features, dtype=dtype, device=device, magnitude=in_features**-0.5)
+    return x, weight, make(factor * out_features, dtype=dtype, device=device) if bias else None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(1, 1), (8, 1), (64, 8), (72, 33), (520, 300), (1024, 4), (2056, 517), (77, 65)]
+)
+def test_matches_float64(device, dtype, activation, in_features, out_features):
+    for rows in (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 100):
+        for bias in (True, False):
+            x, weight, b = operands(rows, in_features, out_features, dtype, device, bias, activation)
+            check(x, weight, b, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("in_features", [3584, 4096, 11008, 18944, 40000, 131072])
+def test_long_rows_match_float64(dtype, activation, in_features):
+    for rows in (1, 2, 4, 8, 11, 16, 40):
+        x, weight, bias = operands(rows, in_features, 1200, dtype, "cuda", True, activation)
+        check(x, weight, bias, activation)
+
+
+@pytest.mark.gpu
+@settings(max_examples=300, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 40),
+    in_features=st.one_of(st.integers(1, 5000), st.integers(1, 700).map(lambda n: 8 * n)),
+    out_features=st.integers(1, 5000),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    constant_weight=st.booleans(),
+    padding=st.sampled_from([0, 1, 8, 24]),
+    offset=st.sampled_from([0, 0, 1, 8]),
+    seed=st.integers(0, 2**31),
+)
+def test_random_cases(dtype, rows, in_features, out_features, activation, bias, constant_weight, padding, offset, seed):
+    torch.manual_seed(seed)
+    x, weight, b = operands(rows, in_features, out_features, dtype, "cuda", bias, activation)
+    storage = torch.full((offset + rows * (in_features + padding),), torch.nan, dtype=dtype, device="cuda")
+    strided = storage[offset:].view(rows, in_features + padding)[:, :in_features]
+    strided.copy_(x)
+    out = torch.full((rows * out_features + 64,), torch.nan, dtype=dtype, device="cuda")
+    y = check(strided, weight, b, activation, constant_weight=constant_weight, out=out[:-64].view(rows, out_features))
+    assert y.data_ptr() == out.data_ptr()
+    assert out[-64:].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_leading_dimensions_and_layouts(device, dtype):
+    x, weight, bias = operands(60, 64, 24, dtype, device)
+    for view in (x.view(3, 4, 5, 64), x.view(3, 20, 64).transpose(0, 1), x[::2], x[5], x[:, :64][:1].expand(7, 64)):
+        check(view, weight, bias)
+    check(make(64, 60, dtype=dtype, device=device).t(), weight, bias)
+    check(make(6, 5, 1, dtype=dtype, device=device).transpose(0, 1), make(3, 1, dtype=dtype, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 16, 33])
+@pytest.mark.parametrize("offset", [1, 3, 4, 8])
+def test_misaligned_operands(dtype, rows, offset):
+    x, weight, bias = operands(rows, 512, 96, dtype, "cuda")
+
+    def moved(tensor):
+        return torch.cat([tensor.new_full((offset,), torch.nan), tensor.flatten()])[offset:].view(tensor.shape)
+
+    for activation in ACTIVATIONS:
+        check(moved(x), weight, bias, activation)
+        check(x, moved(weight), bias, activation)
+        check(x, weight, moved(bias), activation)
+        columns = 96 if activation is None else 48
+        buffer = x.new_full((offset + rows * columns,), torch.nan)
+        check(x, weight, bias, activation, out=buffer[offset:].view(rows, columns))
+        assert buffer[:offset].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_extremes(rows):
+    x, weight, bias = operands(rows, 256, 64, torch.float16, "cuda")
+    x[0, 3] = torch.inf
+    weight[5] = 0
+    y = qwen_plugins.gemm(x, weight, bias)
+    assert y[0, 5].isnan()
+    assert y[0, 6].isinf()
+    assert y[1:].isfinite().all()
+    # float32 sums: 256 · 200 · 200 is far beyond float16.
+    large = torch.full((rows, 256), 200.0, dtype=torch.float16, device="cuda")
+    signs = torch.ones(8, 256, dtype=torch.float16, device="cuda")
+    signs[:, ::2] = -1
+    assert torch.equal(qwen_plugins.gemm(large, 200 * signs), torch.zeros(rows, 8, dtype=torch.float16, device="cuda"))
+    assert qwen_plugins.gemm(large, 200 * signs.abs()).isinf().all()
+    # Gates far from zero: silu is 0 or the gate itself.
+    gate_up = torch.cat([torch.full((4, 256), -1.0), torch.full((4, 256), 1.0), torch.ones(8, 256)])
+    y = qwen_plugins.gemm(torch.ones_like(large), gate_up.half().cuda(), activation="swiglu")
+    assert torch.equal(y, torch.tensor([-0.0] * 4 + [65536.0] * 4).half().cuda().expand(rows, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 12, 16, 32, 200])
+@pytest.mark.parametrize("constant_weight", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_captured_graph_behind_the_kernels_that_make_its_inputs(rows, constant_weight, activation):
+    """Every product reads what the one before it, or a copy, has just written; also as the first call of its shape."""
+    size = 1032 + 8 * rows  # shapes that no other test has used: cuBLASLt is asked for the first time in the capture
+    layers = 12
+    x = make(rows, size, dtype=torch.float16, device="cuda")
+    factor = 2 if activation else 1
+    weights = [
+        make(factor * size, size, dtype=torch.float16, device="cuda", magnitude=size**-0.5) for _ in range(layers)
+    ]
+    used = weights if constant_weight else [torch.zeros_like(weight) for weight in weights]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    outputs = []
+    with torch.cuda.graph(graph):
+        h = x
+        for weight, copy in zip(weights, used, strict=True):
+            if not constant_weight:
+                copy.copy_(weight)
+            h = qwen_plugins.gemm(h, copy, activation=activation, constant_weight=constant_weight)
+            outputs.append(h)
+    for _ in range(3):
+        x.copy_(make(rows, size, dtype=torch.float16, device="cuda"))
+        for output in outputs:
+            output.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        h = x
+        for weight, output in zip(weights, outputs, strict=True):
+            expected, scale = reference(h, weight, None, activation)
+            assert ((output.double() - expected).abs() <= 2**-11 * expected.abs() + 2**-20 * scale + 1e-7).all()
+            h = output
+
+
+@pytest.mark.gpu
+def test_waits_for_a_weight_that_is_not_constant():
+    expected_weight = make(4096, 4096, dtype=torch.float16, device="cuda", magnitude=0.02)
+    for rows in (1, 8, 16, 17):
+        for _ in range(10):
+            x = make(rows, 4096, dtype=torch.float16, device="cuda")
+            weight = torch.full_like(expected_weight, torch.nan)
+            weight.copy_(expected_weight)
+            check(x, weight)
+
+
+@pytest.mark.gpu
+def test_streams_and_other_devices():
+    x, weight, bias = operands(8, 4096, 4096, torch.float16, "cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        check(x + 1, weight, bias)
+    if torch.cuda.device_count() > 1:
+        check(x.to("cuda:1"), weight.to("cuda:1"), bias.to("cuda:1"))
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+def test_allocates_nothing_but_its_output_for_few_rows():
+    x, weight, bias = operands(8, 4096, 4096, torch.float16, "cuda")
+    out = torch.empty(8, 4096, dtype=torch.float16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    qwen_plugins.gemm(x, weight, bias, out=out)
+    assert torch.cuda.max_memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_cublas_lt_is_found_beside_pytorch():
+    assert "libcublasLt.so" in qwen_plugins.cublas_lt_status()
+
+
+@pytest.mark.gpu
+def test_without_cublas_lt():
+    selected = (
+        "test_matches_float64 and cuda and 520 or test_misaligned or test_extremes or test_captured or switched_off"
+    )
+    environment = os.environ | {"QWEN_PLUGINS_CUBLASLT": "none", "QWEN_PLUGINS_TEST_INNER": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(os.environ.get("QWEN_PLUGINS_CUBLASLT") != "none", reason="for test_without_cublas_lt")
+def test_says_that_it_is_switched_off():
+    assert "QWEN_PLUGINS_CUBLASLT is none" in qwen_plugins.cublas_lt_status()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_compile(device):
+    x, weight, bias = operands(4, 64, 32, torch.float32, device)
+    compiled = torch.compile(
+        lambda a, w, b: qwen_plugins.gemm(a, w, b, activation="swiglu") + 1, fullgraph=True, backend="aot_eager"
+    )
+    expected = qwen_plugins.gemm(x, weight, bias, activation="swiglu") + 1
+    assert torch.equal(compiled(x, weight, bias), expected)
+
+
+X, WEIGHT = torch.zeros(2, 8), torch.zeros(6, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, r"x must be a torch\.Tensor, not list"),
+        ({"weight": None}, TypeError, r"weight must be a torch\.Tensor, not NoneType"),
+        ({"x": X.int()}, TypeError, "x must be float16 or bfloat16 or float32, not int32"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"shape is \(\)"),
+        ({"x": torch.zeros(2, 0)}, ValueError, "last dimension of at least 1"),
+        ({"x": X.clone().requires_grad_()}, ValueError, "torch.no_grad"),
+        ({"weight": torch.zeros(6, 7)}, ValueError, r"shape \(out_features, 8\) for x of \(2, 8\), not \(6, 7\)"),
+        ({"weight": torch.zeros(8)}, ValueError, r"shape \(out_features, 8\)"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, r"not \(0, 8\)"),
+        ({"weight": torch.zeros(8, 6).t()}, ValueError, r"weight must be contiguous, but its strides are \(1, 6\)"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must have the type of x, float32, not float16"),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device of x, cpu, but is on meta"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must have the shape \(6,\), not \(5,\)"),
+        ({"bias": torch.zeros(12)[::2]}, ValueError, "bias must be contiguous"),
+        ({"bias": torch.zeros(6).half()}, TypeError, "bias must have the type of x"),
+        ({"activation": "gelu"}, ValueError, "activation must be None or \"swiglu\", not 'gelu'"),
+        ({"weight": torch.zeros(5, 8), "activation": "swiglu"}, ValueError, "even number of rows with swiglu, not 5"),
+        ({"out": torch.zeros(2, 5)}, ValueError, r"out must have the shape \(2, 6\), not \(2, 5\)"),
+        ({"out": torch.zeros(6, 2).t()}, ValueError, "out must be contiguous"),
+        ({"out": WEIGHT.view(-1)[:12].view(2, 6)}, ValueError, "out shares memory with weight"),
+    ],
+)
+def test_errors(arguments, error, message):
+    given = {"x": X, "weight": WEIGHT} | arguments
+    with pytest.raises(error, match=message):
+        qwen_plugins.gemm(given.pop("x"), given.pop("weight"), **given)
