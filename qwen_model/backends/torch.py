@@ -319,8 +319,8 @@ class TorchExecutor:
         table, scale, starts = self._prompt_rotary(lengths, offsets)
         count = len(lengths)
         past = torch.zeros(count, dtype=torch.int32, device=self.device)
-        self._ops.batch = Batch(lengths, [0] * count, table, starts, scale, past, decoding=False)
-        with self._threads_for(len(packed)):
+        with self._running(len(packed)):
+            self._ops.begin(Batch(lengths, [0] * count, table, starts, scale, past, decoding=False))
             logits = decoder(self._ops, self.config, packed, last_token_only)
         self._host_past = lengths
         self._past[:count] = torch.tensor(lengths, dtype=torch.int32)
@@ -340,7 +340,11 @@ class TorchExecutor:
 
     def _decode_logits(self) -> Tensor:
         count = len(self._host_past)
-        logits = self._step(count) if self._graphs is None else self._graphs[count, self._choice].replay()
+        if self._graphs is None:
+            logits = self._step(count)
+        else:
+            with torch.cuda.device(self.device):
+                logits = self._graphs[count, self._choice].replay()
         self._host_past = [past + 1 for past in self._host_past]
         return logits
 
@@ -348,17 +352,21 @@ class TorchExecutor:
         """One token for each sequence, from `_tokens`. On a GPU this is captured: no host value that changes."""
         past = self._past[:count]
         offsets, scale = self._offsets[:count], self._query_scale
-        self._ops.batch = Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True)
-        with self._threads_for(count):
+        with self._running(count):
+            self._ops.begin(Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True))
             logits = decoder(self._ops, self.config, self._tokens[:count])
             self._choose(logits, past)
         return logits
 
     @contextmanager
-    def _threads_for(self, num_tokens: int) -> Iterator[None]:
-        """One thread where the products are small; afterwards the process has the number of threads it had."""
+    def _running(self, num_tokens: int) -> Iterator[None]:
+        """On a GPU it is the current one; on a CPU small products get one thread, and afterwards all is as before."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                yield
+            return
         threads = torch.get_num_threads()
-        if self.device.type != "cpu" or threads == 1 or self._layer_size * num_tokens > ONE_THREAD_WORK:
+        if threads == 1 or self._layer_size * num_tokens > ONE_THREAD_WORK:
             yield
             return
         torch.set_num_threads(1)

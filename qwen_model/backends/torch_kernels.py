@@ -1,22 +1,21 @@
-"""The operations that our CUDA kernels take over: attention's own work, and SwiGLU. They synchronise nothing."""
+"""The operations of the network by our CUDA kernels. They wait for nothing, and can be captured in a CUDA graph.
+
+The launchers are called directly, not through the functions of qwen_plugins: their operands are made here, checking
+them again takes several times as long as launching, and before a short prompt's first token the GPU would wait for it.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from qwen_plugins._sampling import gather_rows
-from qwen_plugins.decoder import (
-    HEAD_SIZES,
-    AttentionInputs,
-    DecodeAttentionWorkspace,
-    decode_attention,
-    decode_attention_workspace,
-    prefill_attention,
-    swiglu,
-)
+from qwen_plugins import _core
+from qwen_plugins.decoder import HEAD_SIZES, AttentionInputs, decode_attention_workspace
 
 from ..config import ModelConfig
-from .torch_operations import TorchOperations
+from .torch_operations import Batch, TorchOperations
+
+_NO_ACTIVATION, _SWIGLU = 0, 1  # of csrc/kernels/gemm.h
 
 
 def supported(config: ModelConfig) -> bool:
@@ -25,40 +24,150 @@ def supported(config: ModelConfig) -> bool:
 
 
 class KernelOperations(TorchOperations):
-    """For a GPU. The matrix products are PyTorch's."""
+    """For a GPU. Everything it is given and makes is contiguous and of one type."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool):
         """See `TorchOperations`."""
         super().__init__(config, weights, cache, rmsnorm_plugin)
-        self._workspace: DecodeAttentionWorkspace | None = None
+        self._rmsnorm_plugin = rmsnorm_plugin
+        self._dtype = int(getattr(_core.DataType, str(cache.dtype).removeprefix("torch.")))
+        any_table = torch.empty(1, config.rotary.dim, device=cache.device)
+        inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
+        self._workspace = decode_attention_workspace(inputs)
+        self._heads: dict[tuple[str | None, str | None], _core.AttentionHeads] = {}
+        self._stream = 0
+
+    def begin(self, batch: Batch) -> None:
+        """See `TorchOperations`."""
+        super().begin(batch)
+        self._heads.clear()
+        self._stream = torch.cuda.current_stream(self.cache.device).cuda_stream
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return gather_rows(self.weights[weight], input_ids)
+        return self._gather_rows(self.weights[weight], input_ids)
 
     def last_token(self, x: Tensor) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return x if self.batch.decoding else gather_rows(x, self.batch.cu_seqlens[1:] - 1)
+        return x if self.batch.decoding else self._gather_rows(x, self.batch.cu_seqlens[1:] - 1)
+
+    def _gather_rows(self, table: Tensor, ids: Tensor) -> Tensor:
+        y = table.new_empty(len(ids), table.shape[1])
+        _core.gather_rows(
+            table=table.data_ptr(),
+            ids=ids.data_ptr(),
+            y=y.data_ptr(),
+            table_rows=len(table),
+            row_size=table.shape[1],
+            rows=len(ids),
+            dtype=self._dtype,
+            stream=self._stream,
+        )
+        return y
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        return self._gemm(x, weight, bias, _NO_ACTIVATION)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return swiglu(self.linear(x, weight, bias))
+        return self._gemm(x, weight, bias, _SWIGLU)
+
+    def _gemm(self, x: Tensor, weight: str, bias: str | None, activation: int) -> Tensor:
+        rows, in_features = x.shape
+        matrix = self.weights[weight]
+        out_features = matrix.shape[0]
+        y = x.new_empty(rows, out_features // 2 if activation == _SWIGLU else out_features)
+        size = _core.gemm_workspace_bytes(rows, in_features, out_features, activation, self._dtype)
+        workspace = x.new_empty(size, dtype=torch.uint8) if size else None
+        _core.gemm(
+            x.data_ptr(),
+            in_features,
+            matrix.data_ptr(),
+            0 if bias is None else self.weights[bias].data_ptr(),
+            y.data_ptr(),
+            rows,
+            in_features,
+            out_features,
+            activation,
+            self._dtype,
+            True,  # weights are constant
+            0 if workspace is None else workspace.data_ptr(),
+            size,
+            self._stream,
+        )
+        return y
+
+    def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `qwen_model.network.Operations`."""
+        if not self._rmsnorm_plugin:
+            return super().rms_norm(x, weight, residual)
+        rows, hidden_size = x.shape
+        strides = (0, hidden_size)
+        y = torch.empty_like(x)
+        h = x if residual is None else torch.empty_like(x)
+        operands = _core.RmsNormOperands(
+            x.data_ptr(),
+            strides,
+            0 if residual is None else residual.data_ptr(),
+            strides,
+            0 if residual is None else h.data_ptr(),
+            strides,
+            self.weights[weight].data_ptr(),
+            (rows, rows),
+            hidden_size,
+            self._dtype,
+            self._dtype,
+            self.config.norm_eps,
+            False,
+        )
+        _core.rms_norm(operands, y.data_ptr(), strides, False, self._stream)
+        return y, h
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        batch = self.batch
-        inputs = AttentionInputs(
-            num_heads=self.config.num_heads,
-            kv_cache=self.cache[layer],
-            rotary_table=batch.rotary_table,
-            rotary_offsets=batch.rotary_offsets,
-            query_scale=batch.query_scale,
-            q_norm=None if q_norm is None else self.weights[q_norm],
-            k_norm=None if k_norm is None else self.weights[k_norm],
-            norm_eps=self.config.norm_eps,
-        )
+        batch, config = self.batch, self.config
+        context = qkv.new_empty(len(qkv), config.num_heads * config.head_size)
+        operands = {
+            "heads": self._attention_heads(q_norm, k_norm),
+            "cache": self.cache[layer].data_ptr(),
+            "max_positions": self.cache.shape[4],
+            "qkv": qkv.data_ptr(),
+            "qkv_row_stride": qkv.shape[1],
+            "context": context.data_ptr(),
+            "sequences": len(batch.lengths),
+            "softmax_scale": config.head_size**-0.5,
+            "stream": self._stream,
+        }
         if batch.decoding:
-            if self._workspace is None:
-                self._workspace = decode_attention_workspace(inputs)
-            return decode_attention(qkv, inputs, batch.device_past_lengths, self._workspace)
-        return prefill_attention(qkv, inputs, batch.cu_seqlens)
+            _core.decode_attention(
+                past_lengths=batch.device_past_lengths.data_ptr(),
+                workspace=self._workspace.partial_results.data_ptr(),
+                semaphores=self._workspace.semaphores.data_ptr(),
+                **operands,
+            )
+        else:
+            _core.prefill_attention(
+                past_lengths=0, cu_seqlens=batch.cu_seqlens.data_ptr(), tokens=len(qkv), **operands
+            )
+        return context
+
+    def _attention_heads(self, q_norm: str | None, k_norm: str | None) -> _core.AttentionHeads:
+        """What all layers have in common; those with weights of their own to normalise q and k have one each."""
+        if (q_norm, k_norm) not in self._heads:
+            config, batch = self.config, self.batch
+            self._heads[q_norm, k_norm] = _core.AttentionHeads(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_size=config.head_size,
+                rotary_dim=batch.rotary_table.shape[1],
+                dtype=self._dtype,
+                rotary_table=batch.rotary_table.data_ptr(),
+                rotary_offsets=batch.rotary_offsets.data_ptr(),
+                rotary_style=0,  # NeoX
+                query_scale=0 if batch.query_scale is None else batch.query_scale.data_ptr(),
+                q_norm_weight=0 if q_norm is None else self.weights[q_norm].data_ptr(),
+                k_norm_weight=0 if k_norm is None else self.weights[k_norm].data_ptr(),
+                norm_eps=config.norm_eps,
+            )
+        return self._heads[q_norm, k_norm]

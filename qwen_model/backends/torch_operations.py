@@ -48,7 +48,7 @@ class Batch:
 
 
 class TorchOperations:
-    """Every operation with PyTorch's own functions. `batch` is set before each pass through the network."""
+    """Every operation with PyTorch's own functions. `begin` comes before each pass through the network."""
 
     batch: Batch
 
@@ -58,6 +58,10 @@ class TorchOperations:
         self.weights = weights
         self.cache = cache
         self._rms_norm: Callable[..., Any] = _plugin_rms_norm() if rmsnorm_plugin else plain_rms_norm
+
+    def begin(self, batch: Batch) -> None:
+        """The sequences that the next pass is about, on the stream that is current now."""
+        self.batch = batch
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
         """See `qwen_model.network.Operations`."""
