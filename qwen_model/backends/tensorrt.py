@@ -155,6 +155,7 @@ def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt
     for name, tensor in outputs.items():
         tensor.name = name
         network.mark_output(tensor)
+        versions_of.set_tensor_type(tensor, dtype, network)
     for tensor in (*inputs.values(), *outputs.values()):
         tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 

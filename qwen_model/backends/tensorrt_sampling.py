@@ -41,13 +41,14 @@ class DeviceSampler:
         self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray, past_lengths: cuda.DeviceArray | None
     ) -> None:
         """The likeliest token of each sequence; adds 1 to the past lengths."""
-        self._launch(logits, count, tokens, settings=0, seen=0, past_lengths=past_lengths)
+        self._launch(logits, count, tokens, settings=0, greedy=True, seen=0, past_lengths=past_lengths)
 
     def sample(self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray) -> None:
         """As the options of `begin` say."""
         penalised = self._options.repetition_penalty != 1.0
         seen = self._seen.address if penalised else 0
-        self._launch(logits, count, tokens, settings=self._settings.address, seen=seen, past_lengths=None)
+        settings, greedy = self._settings.address, self._options.greedy
+        self._launch(logits, count, tokens, settings=settings, greedy=greedy, seen=seen, past_lengths=None)
 
     def _launch(
         self,
@@ -56,6 +57,7 @@ class DeviceSampler:
         tokens: cuda.DeviceArray,
         *,
         settings: int,
+        greedy: bool,
         seen: int,
         past_lengths: cuda.DeviceArray | None,
     ) -> None:
@@ -66,7 +68,7 @@ class DeviceSampler:
             vocab_size=self._vocab_size,
             dtype=self._dtype,
             settings=settings,
-            greedy=self._options.greedy,
+            greedy=greedy,
             seen=seen,
             tokens=tokens.address,
             past_lengths=0 if past_lengths is None else past_lengths.address,

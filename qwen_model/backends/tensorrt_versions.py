@@ -96,6 +96,12 @@ def set_type(layer: Any, dtype: Any, network: Any) -> Any:
     return output
 
 
+def set_tensor_type(tensor: Any, dtype: Any, network: Any) -> None:
+    """An output of the network, of this type: marking it as such made it float32 in TensorRT 8.6."""
+    if not is_strongly_typed(network):
+        tensor.dtype = dtype
+
+
 def set_timing_cache(config: Any, path: Path) -> None:
     """Let the builder know what it measured in earlier builds; a file of another machine is not used."""
     try:

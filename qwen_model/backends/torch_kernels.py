@@ -147,9 +147,7 @@ class KernelOperations(TorchOperations):
                 **operands,
             )
         else:
-            _core.prefill_attention(
-                past_lengths=0, cu_seqlens=batch.cu_seqlens.data_ptr(), tokens=len(qkv), **operands
-            )
+            _core.prefill_attention(past_lengths=0, cu_seqlens=batch.cu_seqlens.data_ptr(), tokens=len(qkv), **operands)
         return context
 
     def _attention_heads(self, q_norm: str | None, k_norm: str | None) -> _core.AttentionHeads:
