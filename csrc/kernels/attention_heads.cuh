@@ -12,6 +12,43 @@ __device__ __forceinline__ int64_t cache_offset(const AttentionHeads& heads, con
   return ((sequence * 2 + which) * heads.num_kv_heads + kv_head) * cache.max_positions * heads.head_size;
 }
 
+// Neighbouring elements of a head, what one lane loads of it: keys and values of the cache too come by these.
+constexpr int kVecSize = 8;
+template <typename T>
+struct Vector {
+  FullPack packs[kVecSize / kVec<T>];
+};
+
+template <typename T>
+__device__ __forceinline__ void to_floats(float (&out)[kVecSize], const Vector<T>& vector) {
+#pragma unroll
+  for (int i = 0; i < kVecSize / kVec<T>; ++i) {
+    float part[kVec<T>];
+    unpack<T>(part, vector.packs[i]);
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) out[i * kVec<T> + j] = part[j];
+  }
+}
+template <typename T>
+__device__ __forceinline__ Vector<T> from_floats(const float (&values)[kVecSize]) {
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < kVecSize / kVec<T>; ++i) {
+    float part[kVec<T>];
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) part[j] = values[i * kVec<T> + j];
+    vector.packs[i] = pack<T>(part);
+  }
+  return vector;
+}
+
+// Lanes for a head of vectors; those beyond its end are idle.
+template <int kHeadSize>
+constexpr int kHeadLanes = kHeadSize <= 32    ? 4
+                           : kHeadSize <= 64  ? 8
+                           : kHeadSize <= 128 ? 16
+                                              : 32;
+
 __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffU, value, offset);

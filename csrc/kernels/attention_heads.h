@@ -6,7 +6,7 @@
 //                                       kGptJ: element 2i with element 2i + 1)
 //   q    = q * query_scale            (only with it: Qwen v1's logn)
 //
-// Each line is computed in float32 and rounded to dtype. Su et al., "RoFormer" (2021).
+// Computed in float32, and rounded to dtype after the first line and after the last. Su et al., "RoFormer" (2021).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -7,18 +7,18 @@ namespace qwen_plugins {
 namespace {
 
 cudaError_t query(int device, DeviceProperties& properties) {
-  int major = 0;
   cudaError_t error = cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error =
         cudaDeviceGetAttribute(&properties.threads_per_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor, device);
   }
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&properties.major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&properties.max_shared_memory_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    device);
   }
-  properties.programmatic_launch = major >= 9;
+  properties.programmatic_launch = properties.major >= 9;
   return error;
 }
 

@@ -9,6 +9,7 @@
 namespace qwen_plugins {
 
 struct DeviceProperties {
+  int major;  // of the compute capability
   int multiprocessors;
   int threads_per_multiprocessor;
   int max_shared_memory_per_block;  // with the opt-in

@@ -3,6 +3,8 @@
 #include "attention_heads.cuh"
 #include "launch.h"
 #include "prefill_attention.h"
+#include "prefill_attention_hopper.h"
+#include "prefill_attention_tiles.cuh"
 #include "programmatic_launch.cuh"
 
 namespace qwen_plugins {
@@ -22,44 +24,158 @@ __device__ __forceinline__ int sequence_of(const int32_t* cu_seqlens, int sequen
   }
 }
 
-__device__ __forceinline__ int past_length(const PrefillAttentionParams& p, int sequence) {
-  return p.past_lengths == nullptr ? 0 : p.past_lengths[sequence];
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Vector<T>*>(from);
+  float values[kVecSize];
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = to_float(from[i]);
+  return from_floats<T>(values);
 }
 
-// One block a token; each warp takes heads of q, k and v in turn.
+// Where a packed token is, and its row of the rotary table.
+struct Token {
+  int sequence;
+  int position;
+  int rotary_row;
+
+  __device__ __forceinline__ Token(const PrefillAttentionParams& p, int64_t index) {
+    sequence = sequence_of(p.cu_seqlens, p.sequences, index);
+    position = past_length(p, sequence) + static_cast<int>(index) - p.cu_seqlens[sequence];
+    rotary_row = rotary_offset(p.heads, sequence) + position;
+  }
+};
+
+// What happens to the elements that a lane has of every head of a token.
+template <typename T, int kHeadSize>
+class LaneOfHeads {
+ public:
+  static constexpr int kLanes = kHeadLanes<kHeadSize>;
+
+  __device__ __forceinline__ LaneOfHeads(const AttentionHeads& heads, int rotary_row, T* scratch)
+      : heads_(heads), scratch_(scratch), rotary_row_(rotary_row) {
+    const float* const cos_sin = heads.rotary_table + rotary_row * int64_t{heads.rotary_dim};
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {
+      if (element() + i >= heads.rotary_dim) continue;
+      const RotaryPair pair(heads.rotary_style, element() + i, heads.rotary_dim);
+      cosines_[i] = cos_sin[pair.index];
+      sines_[i] = pair.sign * cos_sin[heads.rotary_dim / 2 + pair.index];
+    }
+  }
+
+  static __device__ __forceinline__ int element() { return static_cast<int>(threadIdx.x) % kLanes * kVecSize; }
+  static __device__ __forceinline__ bool in_head() { return element() < kHeadSize; }
+
+  // Normalised, rotated and scaled; all lanes of a warp call it together.
+  __device__ __forceinline__ Vector<T> prepare(Vector<T> x, bool is_query) const {
+    float values[kVecSize];
+    if (heads_.q_norm_weight != nullptr) {
+      x = normalise(x, static_cast<const T*>(is_query ? heads_.q_norm_weight : heads_.k_norm_weight));
+    }
+    to_floats<T>(values, x);
+    if (heads_.rotary_dim > 0) rotate(values, x);
+    if (is_query && heads_.query_scale != nullptr) {
+      const float factor = heads_.query_scale[rotary_row_];
+#pragma unroll
+      for (float& value : values) value *= factor;
+    }
+    return from_floats<T>(values);
+  }
+
+ private:
+  __device__ __forceinline__ Vector<T> normalise(const Vector<T>& x, const T* weight) const {
+    float values[kVecSize];
+    to_floats<T>(values, x);
+    float sum_of_squares = 0.0F;
+#pragma unroll
+    for (const float value : values) sum_of_squares += value * value;
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      sum_of_squares += __shfl_xor_sync(0xffffffffU, sum_of_squares, offset);
+    }
+    const float factor = rsqrtf(sum_of_squares / kHeadSize + heads_.norm_eps);
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {
+      values[i] = in_head() ? values[i] * factor * to_float(weight[element() + i]) : 0.0F;
+    }
+    return from_floats<T>(values);
+  }
+
+  // The other elements of the pairs come through shared memory: as a vector, if they are one.
+  __device__ __forceinline__ void rotate(float (&values)[kVecSize], const Vector<T>& x) const {
+    const int half = heads_.rotary_dim / 2;
+    if (in_head()) *reinterpret_cast<Vector<T>*>(scratch_ + element()) = x;
+    __syncwarp();
+    float others[kVecSize] = {};
+    if (heads_.rotary_style == RotaryStyle::kNeox && half % kVecSize == 0) {
+      const int place = element() < half ? element() + half : element() - half;
+      if (element() < heads_.rotary_dim) to_floats<T>(others, *reinterpret_cast<const Vector<T>*>(scratch_ + place));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVecSize; ++i) {
+        const RotaryPair pair(heads_.rotary_style, element() + i, heads_.rotary_dim);
+        if (element() + i < heads_.rotary_dim) others[i] = to_float(scratch_[pair.partner]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {
+      if (element() + i < heads_.rotary_dim) values[i] = values[i] * cosines_[i] + others[i] * sines_[i];
+    }
+  }
+
+  const AttentionHeads& heads_;
+  T* scratch_;  // of this head
+  int rotary_row_;
+  float cosines_[kVecSize] = {};
+  float sines_[kVecSize] = {};
+};
+
+// One block a token; each group of lanes takes heads of q, k and v in turn, several loads ahead.
 template <typename T, int kHeadSize>
 __global__ void __launch_bounds__(32 * kPrepareWarps) prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
-  __shared__ float rows[kPrepareWarps][kHeadSize];
+  using Lane = LaneOfHeads<T, kHeadSize>;
+  constexpr int kHeadsAtOnce = kPrepareWarps * 32 / Lane::kLanes;
+  constexpr int kAhead = 3;
+  __shared__ __align__(16) T scratch[kHeadsAtOnce][kHeadSize];
   trigger_dependent_launch();
   wait_for_previous_kernel();
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t token = blockIdx.x;
-  const int sequence = sequence_of(p.cu_seqlens, p.sequences, token);
-  const int position = past_length(p, sequence) + static_cast<int>(token) - p.cu_seqlens[sequence];
-  const int row = rotary_offset(p.heads, sequence) + position;
-  const float* const cos_sin = p.heads.rotary_table + row * int64_t{p.heads.rotary_dim};
-  const float q_factor = query_factor(p.heads, row);
-  const T* const qkv = static_cast<const T*>(p.qkv) + token * p.qkv_row_stride;
-  T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize;
-  T* const cache = static_cast<T*>(p.cache.data) + position * int64_t{kHeadSize};
+  const int group = static_cast<int>(threadIdx.x) / Lane::kLanes;
   const int first_k = p.heads.num_heads;
   const int first_v = first_k + p.heads.num_kv_heads;
-
-  for (int head = warp; head < first_v + p.heads.num_kv_heads; head += kPrepareWarps) {
-    const T* const x = qkv + head * kHeadSize;
-    if (head >= first_v) {
-      T* const to = cache + cache_offset(p.heads, p.cache, sequence, 1, head - first_v);
-      for (int d = lane; d < kHeadSize; d += 32) to[d] = x[d];
-      continue;
+  const int num_rows = first_v + p.heads.num_kv_heads;
+  const T* const qkv = static_cast<const T*>(p.qkv) + token * p.qkv_row_stride + Lane::element();
+  const bool aligned = reinterpret_cast<uintptr_t>(p.qkv) % sizeof(FullPack) == 0 &&
+                       p.qkv_row_stride * int64_t{sizeof(T)} % int64_t{sizeof(FullPack)} == 0;
+  Vector<T> vectors[kAhead];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int head = first + i * kHeadsAtOnce + group;
+      vectors[i] = {};
+      if (head < num_rows && Lane::in_head()) vectors[i] = load_vector(qkv + head * kHeadSize, aligned);
     }
-    const bool is_query = head < first_k;
-    const auto* norm = static_cast<const T*>(is_query ? p.heads.q_norm_weight : p.heads.k_norm_weight);
-    prepare_head<T, kHeadSize>(rows[warp], x, norm, p.heads, cos_sin, is_query ? q_factor : 1.0F);
-    T* const to =
-        is_query ? context + head * kHeadSize : cache + cache_offset(p.heads, p.cache, sequence, 0, head - first_k);
-    for (int d = lane; d < kHeadSize; d += 32) to[d] = from_float<T>(rows[warp][d]);
-    __syncwarp();
+  };
+  load(0);
+  const Token place(p, token);
+  const Lane lane(p.heads, place.rotary_row, scratch[group]);
+  T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize;
+  T* const cache = static_cast<T*>(p.cache.data) + place.position * int64_t{kHeadSize};
+  for (int first = 0; first < num_rows; first += kAhead * kHeadsAtOnce) {
+    if (first > 0) load(first);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int head = first + i * kHeadsAtOnce + group;
+      const Vector<T> prepared = lane.prepare(vectors[i], head < first_k);
+      if (head >= num_rows || !Lane::in_head()) continue;
+      const int which = head < first_v ? 0 : 1;
+      T* const to = head < first_k ? context + head * kHeadSize
+                                   : cache + cache_offset(p.heads, p.cache, place.sequence, which,
+                                                          head - (which == 0 ? first_k : first_v));
+      *reinterpret_cast<Vector<T>*>(to + Lane::element()) = head < first_v ? prepared : vectors[i];
+    }
   }
 }
 
@@ -108,14 +224,33 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   }
 }
 
+template <typename T, typename Shape>
+cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  auto* const kernel = attend_tile<T, Shape>;
+  constexpr int kSharedBytes = Shape::kSharedElements * static_cast<int>(sizeof(T));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  // The most tiles that so many tokens can make of so many sequences.
+  const int64_t tiles = (p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows;
+  const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(p.heads.num_heads));
+  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, p);
+}
+
 template <typename T, int kHeadSize>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   const dim3 tokens(static_cast<unsigned>(p.tokens));
   const cudaError_t error =
       launch_kernel(prepare_tokens<T, kHeadSize>, tokens, dim3(32 * kPrepareWarps), 0, device, stream, p);
   if (error != cudaSuccess) return error;
-  const dim3 blocks(tokens.x, static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
-  return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
+  if constexpr (std::is_same_v<T, float>) {
+    const dim3 blocks(tokens.x, static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
+    return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
+  } else {
+#ifdef QWEN_PLUGINS_HOPPER
+    if (has_hopper_kernel(p.heads, device)) return launch_hopper_attention(p, device, stream);
+#endif
+    return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>>(p, device, stream);
+  }
 }
 
 }  // namespace

@@ -1,0 +1,112 @@
+// What a block of decode_attention.cu works on, and what its warps tell each other.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_heads.cuh"
+#include "decode_attention.h"
+#include "tensor_cores.cuh"
+
+namespace qwen_plugins::decoding {
+
+constexpr int kMinSplit = 32;   // positions
+constexpr int kMaxSplits = 32;  // what the last block has to combine: one for each lane of a warp
+// Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
+constexpr float kLowest = -1e30F;
+
+struct Arguments {
+  DecodeAttentionParams params;
+  int heads_per_kv_head;
+  int block_heads;   // of those, for one block
+  int chunks;        // blocks for all of those
+  int whole_length;  // up to it, one block reads a sequence faster than many combine their results
+};
+
+// Maximum of the scores, and sum of the weights 2^(score - maximum).
+struct Partial {
+  float maximum = kLowest;
+  float sum = 0.0F;
+
+  Partial() = default;
+  __device__ __forceinline__ explicit Partial(float2 pair) : maximum(pair.x), sum(pair.y) {}
+};
+
+// Shared memory of a block whose warps each have a partial result for each of its query heads.
+template <int kHeadSize, int kHeads, int kWarps>
+struct alignas(16) Shared {
+  float queries[kHeads][kHeadSize];
+  float new_key[kHeadSize];
+  float new_value[kHeadSize];
+  float values[kWarps * kHeads][kHeadSize];
+  float2 partials[kWarps * kHeads];  // maximum and sum
+  bool is_last_block;
+};
+
+struct Work {
+  int sequence;
+  int kv_head;
+  int first_head;  // of the query heads
+  int num_heads;
+  int past_length;
+  int begin;  // positions of the cache before the new token's
+  int end;
+  int num_splits;
+  bool has_new_token;
+  bool writes_new_token;
+};
+
+// The grid is for the longest sequences; a short one is split less, and the blocks that it does not need leave.
+__device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
+  const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
+  const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
+  const int index = static_cast<int>(blockIdx.x);
+  const int grid_size = static_cast<int>(gridDim.x);
+  work.sequence = static_cast<int>(blockIdx.z);
+  work.past_length = a.params.past_lengths[work.sequence];
+  work.kv_head = static_cast<int>(kv_head);
+  work.first_head = work.kv_head * a.heads_per_kv_head + chunk * a.block_heads;
+  work.num_heads = min(a.block_heads, a.heads_per_kv_head - chunk * a.block_heads);
+  if (work.past_length <= a.whole_length && work.num_heads <= grid_size) {
+    const bool exists = index < work.num_heads;
+    work.writes_new_token = chunk == 0 && index == 0;
+    work.first_head += index;
+    work.num_heads = 1;
+    work.begin = 0;
+    work.end = work.past_length;
+    work.num_splits = 1;
+    work.has_new_token = true;
+    return exists;
+  }
+  const int split_size = max(kMinSplit, static_cast<int>(static_cast<unsigned>(work.past_length + grid_size - 1) /
+                                                         static_cast<unsigned>(grid_size)));
+  work.num_splits = max(1, static_cast<int>(static_cast<unsigned>(work.past_length + split_size - 1) /
+                                            static_cast<unsigned>(split_size)));
+  work.begin = index * split_size;
+  work.end = min(work.begin + split_size, work.past_length);
+  work.has_new_token = index == work.num_splits - 1;
+  work.writes_new_token = work.has_new_token && chunk == 0;
+  return index < work.num_splits;
+}
+
+__device__ __forceinline__ void load_shared(float (&out)[kVecSize], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kVecSize / 4; ++i) {
+    const float4 part = reinterpret_cast<const float4*>(from)[i];
+    out[4 * i] = part.x;
+    out[4 * i + 1] = part.y;
+    out[4 * i + 2] = part.z;
+    out[4 * i + 3] = part.w;
+  }
+}
+
+template <int kLanes>
+__device__ __forceinline__ float dot(const float (&q)[kVecSize], const float (&key)[kVecSize]) {
+  float score = 0.0F;
+#pragma unroll
+  for (int j = 0; j < kVecSize; ++j) score += q[j] * key[j];
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffffU, score, offset);
+  return score;
+}
+
+}  // namespace qwen_plugins::decoding

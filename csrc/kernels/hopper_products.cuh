@@ -1,0 +1,100 @@
+// Hopper's products of four warps (wgmma, sm_90a): how their operands lie in shared memory, and the instructions.
+#pragma once
+
+#include "elements.cuh"
+
+namespace qwen_plugins {
+
+// A tile in shared memory is panels of 64 columns: rows of 128 bytes one after the other, whose eight 16-byte chunks
+// are exchanged by the row (the 128-byte swizzle). A panel begins at a multiple of 1024 bytes.
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+
+// The byte of a chunk of 8 columns within a tile of `rows` rows.
+__device__ __forceinline__ int chunk_offset(int rows, int row, int chunk) {
+  return (chunk / 8 * rows + row) * kPanelRowBytes + (chunk % 8 ^ row % 8) * 16;
+}
+
+// What tells an instruction where an operand is. `panel_bytes` is the distance of panels, which counts where the
+// columns are not what is summed over.
+__device__ __forceinline__ uint64_t operand(uint32_t shared_address, int panel_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{8 * kPanelRowBytes / 16} << 32;
+  return kSwizzle128 | kEightRows | static_cast<uint64_t>(panel_bytes / 16) << 16 | (shared_address & 0x3ffff) >> 4;
+}
+
+// Before the first product, and wherever registers of a product were written.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// What threads wrote to shared memory becomes visible to products, after a barrier.
+__device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// clang-format off
+#define QWEN_TILES_4(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])
+#define QWEN_TILES_32(c) QWEN_TILES_4(c, 0), QWEN_TILES_4(c, 1), QWEN_TILES_4(c, 2), QWEN_TILES_4(c, 3), \
+    QWEN_TILES_4(c, 4), QWEN_TILES_4(c, 5), QWEN_TILES_4(c, 6), QWEN_TILES_4(c, 7)
+#define QWEN_TILES_64(c) QWEN_TILES_32(c), QWEN_TILES_4(c, 8), QWEN_TILES_4(c, 9), QWEN_TILES_4(c, 10), QWEN_TILES_4(c, 11), \
+    QWEN_TILES_4(c, 12), QWEN_TILES_4(c, 13), QWEN_TILES_4(c, 14), QWEN_TILES_4(c, 15)
+#define QWEN_REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define QWEN_REGISTERS_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// Both operands in shared memory, columns summed over in both; c = 0 first if not `accumulate`.
+#define QWEN_PRODUCT_SHARED(type, c, a, b, accumulate) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" QWEN_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}" \
+               : QWEN_TILES_64(c) : "l"(a), "l"(b), "r"(accumulate))
+// The first operand in registers; of the second, rows are summed over.
+#define QWEN_PRODUCT_REGISTERS(type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " \
+               operand_b ", 1, 1, 1, 1;" \
+               : tiles(c) : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b))
+#define QWEN_PRODUCT_64(type, c, a, b) \
+  QWEN_PRODUCT_REGISTERS(type, "64", QWEN_TILES_32, QWEN_REGISTERS_32, "%32", "%33", "%34", "%35", "%36", c, a, b)
+#define QWEN_PRODUCT_128(type, c, a, b) \
+  QWEN_PRODUCT_REGISTERS(type, "128", QWEN_TILES_64, QWEN_REGISTERS_64, "%64", "%65", "%66", "%67", "%68", c, a, b)
+// clang-format on
+
+// c [64 x 128] (+)= a [64 x 16] · b [128 x 16]^T. Each warp has 16 rows of c, in the layout of multiply_tiles.
+template <typename T>
+__device__ __forceinline__ void multiply_async(float (&c)[16][4], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    QWEN_PRODUCT_SHARED("f16", c, a, b, static_cast<int>(accumulate));
+  } else {
+    QWEN_PRODUCT_SHARED("bf16", c, a, b, static_cast<int>(accumulate));
+  }
+}
+
+// c [64 x 8 kTiles] += a [64 x 16] · b [16 x 8 kTiles], a in registers in the layout of multiply_tiles.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kTiles == 8 || kTiles == 16);
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kTiles == 8) QWEN_PRODUCT_64("f16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_PRODUCT_128("f16", c, a, b);
+  } else {
+    if constexpr (kTiles == 8) QWEN_PRODUCT_64("bf16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_PRODUCT_128("bf16", c, a, b);
+  }
+}
+
+#undef QWEN_PRODUCT_128
+#undef QWEN_PRODUCT_64
+#undef QWEN_PRODUCT_REGISTERS
+#undef QWEN_PRODUCT_SHARED
+#undef QWEN_REGISTERS_64
+#undef QWEN_REGISTERS_32
+#undef QWEN_TILES_64
+#undef QWEN_TILES_32
+#undef QWEN_TILES_4
+
+}  // namespace qwen_plugins
