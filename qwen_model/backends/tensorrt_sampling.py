@@ -23,7 +23,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._dtype = DATA_TYPES[dtype]
         self._stream = stream
-        self._settings = cuda.DeviceArray((len(_settings(SamplingOptions())),), np.uint8)
+        self._settings = cuda.DeviceArray((len(_settings(SamplingOptions(), vocab_size)),), np.uint8)
         self._seen = cuda.DeviceArray((max_batch_size, (vocab_size + 31) // 32), np.uint32)
         self._workspace = cuda.DeviceMemory(_core.sampling_workspace_bytes(max_batch_size, vocab_size))
         self._semaphores = cuda.DeviceArray((max_batch_size + 1,), np.int32)
@@ -33,7 +33,7 @@ class DeviceSampler:
     def begin(self, options: SamplingOptions, prompts: Sequence[Sequence[int]]) -> None:
         """Begin a batch; the prompts' tokens count as seen."""
         self._options = options
-        self._settings.upload(np.frombuffer(_settings(options), np.uint8), self._stream)
+        self._settings.upload(np.frombuffer(_settings(options, self._vocab_size), np.uint8), self._stream)
         if options.repetition_penalty != 1.0:
             self._seen.upload(seen_bits(prompts, self._vocab_size), self._stream)
 
@@ -41,7 +41,7 @@ class DeviceSampler:
         self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray, past_lengths: cuda.DeviceArray | None
     ) -> None:
         """The likeliest token of each sequence; adds 1 to the past lengths."""
-        self._launch(logits, count, tokens, settings=0, greedy=True, seen=0, past_lengths=past_lengths)
+        self._launch(logits, count, tokens, settings=0, greedy=False, seen=0, past_lengths=past_lengths)
 
     def sample(self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray) -> None:
         """As the options of `begin` say."""
@@ -78,11 +78,11 @@ class DeviceSampler:
         )
 
 
-def _settings(options: SamplingOptions) -> bytes:
+def _settings(options: SamplingOptions, vocab_size: int) -> bytes:
     """As they lie in device memory."""
     return _core.sampling_settings_bytes(
         temperature=options.temperature or 1.0,  # 0 is greedy, and does not look at it
-        top_k=options.top_k,
+        top_k=min(options.top_k, vocab_size),
         top_p=options.top_p,
         repetition_penalty=options.repetition_penalty,
         seed=secrets.randbits(63) if options.seed is None else options.seed,

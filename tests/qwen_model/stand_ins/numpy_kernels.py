@@ -35,6 +35,7 @@ def sample(
     stream: int,
 ) -> None:
     assert logits_row_stride == vocab_size
+    assert not (greedy and not settings)
     assert not view(semaphores, (sequences + 1,), np.dtype(np.int32)).any()
 
     def run() -> None:
