@@ -221,6 +221,7 @@ constexpr int registers_for(int packs, int max_threads, bool residual, WeightMod
 }
 
 constexpr int kRegistersOfMultiprocessor = 65536;
+constexpr unsigned kFewRows = 16;  // of a decode step
 
 // Of the architecture that is compiled for; the host reads it from the device.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
@@ -257,6 +258,11 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   const auto index = [&](int j) { return static_cast<int>(threadIdx.x + j * blockDim.x); };
   const auto inside = [&](int j) { return row_exists && index(j) <= last; };
 
+  // While a decoder generates, the products between two normalisations sweep the weight out of the L2 cache.
+  if (kWeightMode == WeightMode::kPlain && gridDim.x <= kFewRows) {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) prefetch_to_l2(static_cast<const FullPack*>(p.weight) + min(index(j), last));
+  }
   wait_for_previous_kernel();
   FullPack h[kPacks];
   FullPack residual[kResidual ? kPacks : 1];
