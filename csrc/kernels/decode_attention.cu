@@ -14,6 +14,8 @@ namespace {
 
 using namespace decoding;
 
+constexpr int kPrefetched = 128;  // positions
+
 // The new key and value for this block, and to the cache if that is this block's task.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prepare_new_token(const DecodeAttentionParams& p, const Work& work, const T* qkv,
@@ -168,15 +170,37 @@ __device__ __forceinline__ void attend_block(const DecodeAttentionParams& p, con
   combine_splits<T, kHeadSize>(p, work, workspace, first_head);
 }
 
+// Has this block's first keys and values on their way to the L2 cache while the kernel before may still run. It is a hint
+// alone, for which nothing need be right: not the length either, which that kernel may yet change.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void prefetch_cache(const Arguments& a) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x >= 2) return;
+  const DecodeAttentionParams& p = a.params;
+  if (!a.prefetches) return;
+  Work work;
+  work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
+  work.past_length = max(0, min(work.past_length, p.cache.max_positions - 1));
+  if (!find_work(a, work)) return;
+  const int bytes = min(work.end - work.begin, kPrefetched) * kHeadSize * static_cast<int>(sizeof(T));
+  const int which = static_cast<int>(threadIdx.x);
+  const T* const from = static_cast<const T*>(p.cache.data) + work.begin * int64_t{kHeadSize} +
+                        cache_offset(p.heads, p.cache, work.sequence, which, work.kv_head);
+  if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // The shared memory of a block with several query heads has room for that of one with a single head.
 template <typename T, int kHeadSize, typename Attention>
 __global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(const __grid_constant__ Arguments a) {
   using Single = VectorAttention<T, kHeadSize>;
   extern __shared__ __align__(16) char shared[];
   trigger_dependent_launch();
+  prefetch_cache<T, kHeadSize>(a);
   wait_for_previous_kernel();
   const int offset = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z));
   Work work;
+  work.past_length = a.params.past_lengths[blockIdx.z];
   if (!find_work(a, work)) return;
   const int rotary_row = offset + work.past_length;
   if (Attention::kHeads == 1 || work.num_heads == 1) {
@@ -196,9 +220,9 @@ cudaError_t launch_blocks(const DecodeAttentionParams& p, int whole_length, cons
   using SharedMemory = typename Attention::SharedMemory;
   const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
   const int chunks = (heads_per_kv_head + Attention::kHeads - 1) / Attention::kHeads;
-  const Arguments arguments{p, heads_per_kv_head, Attention::kHeads, chunks, whole_length};
   const int64_t blocks = int64_t{p.heads.num_kv_heads} * chunks * p.sequences;
   const bool large = int64_t{p.heads.num_heads} * p.sequences <= device.multiprocessors;
+  const Arguments arguments{p, heads_per_kv_head, Attention::kHeads, chunks, whole_length, large};
   const int wanted = static_cast<int>((large ? 1 : 2) * device.multiprocessors / blocks);
   const int useful =
       std::max(std::min(heads_per_kv_head, Attention::kHeads), (p.cache.max_positions + kMinSplit - 1) / kMinSplit);

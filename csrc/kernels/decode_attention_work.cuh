@@ -20,6 +20,7 @@ struct Arguments {
   int block_heads;   // of those, for one block
   int chunks;        // blocks for all of those
   int whole_length;  // up to it, one block reads a sequence faster than many combine their results
+  bool prefetches;   // while the kernel before runs: where all blocks run at once
 };
 
 // Maximum of the scores, and sum of the weights 2^(score - maximum).
@@ -55,14 +56,14 @@ struct Work {
   bool writes_new_token;
 };
 
-// The grid is for the longest sequences; a short one is split less, and the blocks that it does not need leave.
+// Fills in the rest of `work`, whose past_length is known. The grid is for the longest sequences; a short one is split
+// less, and the blocks that it does not need leave.
 __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
   const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
   const int index = static_cast<int>(blockIdx.x);
   const int grid_size = static_cast<int>(gridDim.x);
   work.sequence = static_cast<int>(blockIdx.z);
-  work.past_length = a.params.past_lengths[work.sequence];
   work.kv_head = static_cast<int>(kv_head);
   work.first_head = work.kv_head * a.heads_per_kv_head + chunk * a.block_heads;
   work.num_heads = min(a.block_heads, a.heads_per_kv_head - chunk * a.block_heads);

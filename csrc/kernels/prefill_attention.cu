@@ -10,7 +10,8 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr int kPrepareWarps = 8;
+constexpr int kPrepareThreads = 256;
+constexpr int kPrepareHeads = 8;
 constexpr int kPlainWarps = 4;
 
 // The sequence of a packed token: how many end at or before it. Each lane looks at one end at a time.
@@ -22,6 +23,18 @@ __device__ __forceinline__ int sequence_of(const int32_t* cu_seqlens, int sequen
     const unsigned votes = __ballot_sync(0xffffffffU, ended);
     if (votes != 0xffffffffU) return first + __popc(votes);
   }
+}
+
+// The same, where groups of lanes have tokens of their own.
+template <int kLanes>
+__device__ __forceinline__ int sequence_of_group(const PrefillAttentionParams& p, int64_t token) {
+  int sequence = 0;
+#pragma unroll
+  for (int first = 0; first < 32; first += kLanes) {
+    const int found = sequence_of(p.cu_seqlens, p.sequences, __shfl_sync(0xffffffffU, token, first));
+    if (static_cast<int>(threadIdx.x) % 32 / kLanes == first / kLanes) sequence = found;
+  }
+  return sequence;
 }
 
 template <typename T>
@@ -39,8 +52,8 @@ struct Token {
   int position;
   int rotary_row;
 
-  __device__ __forceinline__ Token(const PrefillAttentionParams& p, int64_t index) {
-    sequence = sequence_of(p.cu_seqlens, p.sequences, index);
+  __device__ __forceinline__ Token(const PrefillAttentionParams& p, int64_t index, int its_sequence)
+      : sequence(its_sequence) {
     position = past_length(p, sequence) + static_cast<int>(index) - p.cu_seqlens[sequence];
     rotary_row = rotary_offset(p.heads, sequence) + position;
   }
@@ -132,50 +145,45 @@ class LaneOfHeads {
   float sines_[kVecSize] = {};
 };
 
-// One block a token; each group of lanes takes heads of q, k and v in turn, several loads ahead.
+// A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k and v: then both the rows of qkv
+// and those of the cache are long. All is loaded before any of it is used.
 template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(32 * kPrepareWarps) prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
+__global__ void __launch_bounds__(kPrepareThreads) prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
   using Lane = LaneOfHeads<T, kHeadSize>;
-  constexpr int kHeadsAtOnce = kPrepareWarps * 32 / Lane::kLanes;
-  constexpr int kAhead = 3;
-  __shared__ __align__(16) T scratch[kHeadsAtOnce][kHeadSize];
+  __shared__ __align__(16) T scratch[kPrepareThreads / Lane::kLanes][kHeadSize];
   trigger_dependent_launch();
   wait_for_previous_kernel();
-  const int64_t token = blockIdx.x;
   const int group = static_cast<int>(threadIdx.x) / Lane::kLanes;
+  const int64_t first_token = int64_t{blockIdx.x} * (kPrepareThreads / Lane::kLanes);
+  const int64_t token = min(first_token + group, p.tokens - 1);
+  const bool writes = first_token + group < p.tokens && Lane::in_head();
+  const int first_head = static_cast<int>(blockIdx.y) * kPrepareHeads;
   const int first_k = p.heads.num_heads;
   const int first_v = first_k + p.heads.num_kv_heads;
-  const int num_rows = first_v + p.heads.num_kv_heads;
+  const int end = min(first_head + kPrepareHeads, first_v + p.heads.num_kv_heads);
   const T* const qkv = static_cast<const T*>(p.qkv) + token * p.qkv_row_stride + Lane::element();
   const bool aligned = reinterpret_cast<uintptr_t>(p.qkv) % sizeof(FullPack) == 0 &&
                        p.qkv_row_stride * int64_t{sizeof(T)} % int64_t{sizeof(FullPack)} == 0;
-  Vector<T> vectors[kAhead];
-  const auto load = [&](int first) {
+  Vector<T> vectors[kPrepareHeads];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int head = first + i * kHeadsAtOnce + group;
-      vectors[i] = {};
-      if (head < num_rows && Lane::in_head()) vectors[i] = load_vector(qkv + head * kHeadSize, aligned);
-    }
-  };
-  load(0);
-  const Token place(p, token);
+  for (int i = 0; i < kPrepareHeads; ++i) {
+    vectors[i] = {};
+    if (first_head + i < end && writes) vectors[i] = load_vector(qkv + (first_head + i) * kHeadSize, aligned);
+  }
+  const Token place(p, token, sequence_of_group<Lane::kLanes>(p, token));
   const Lane lane(p.heads, place.rotary_row, scratch[group]);
-  T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize;
-  T* const cache = static_cast<T*>(p.cache.data) + place.position * int64_t{kHeadSize};
-  for (int first = 0; first < num_rows; first += kAhead * kHeadsAtOnce) {
-    if (first > 0) load(first);
+  T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize + Lane::element();
+  T* const cache = static_cast<T*>(p.cache.data) + place.position * int64_t{kHeadSize} + Lane::element();
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int head = first + i * kHeadsAtOnce + group;
-      const Vector<T> prepared = lane.prepare(vectors[i], head < first_k);
-      if (head >= num_rows || !Lane::in_head()) continue;
-      const int which = head < first_v ? 0 : 1;
-      T* const to = head < first_k ? context + head * kHeadSize
-                                   : cache + cache_offset(p.heads, p.cache, place.sequence, which,
-                                                          head - (which == 0 ? first_k : first_v));
-      *reinterpret_cast<Vector<T>*>(to + Lane::element()) = head < first_v ? prepared : vectors[i];
-    }
+  for (int i = 0; i < kPrepareHeads; ++i) {
+    const int head = first_head + i;
+    if (head >= end) break;
+    if (head < first_v) vectors[i] = lane.prepare(vectors[i], head < first_k);
+    const int which = head < first_v ? 0 : 1;
+    const int kv_head = head - (which == 0 ? first_k : first_v);
+    T* const to = head < first_k ? context + head * kHeadSize
+                                 : cache + cache_offset(p.heads, p.cache, place.sequence, which, kv_head);
+    if (writes) *reinterpret_cast<Vector<T>*>(to) = vectors[i];
   }
 }
 
@@ -189,12 +197,11 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   const int head = static_cast<int>(blockIdx.y * kPlainWarps + threadIdx.x / 32);
   if (head >= p.heads.num_heads) return;
   const int64_t token = blockIdx.x;
-  const int sequence = sequence_of(p.cu_seqlens, p.sequences, token);
-  const int position = past_length(p, sequence) + static_cast<int>(token) - p.cu_seqlens[sequence];
+  const Token place(p, token, sequence_of(p.cu_seqlens, p.sequences, token));
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
   const T* const cache = static_cast<const T*>(p.cache.data);
-  const T* const keys = cache + cache_offset(p.heads, p.cache, sequence, 0, kv_head);
-  const T* const values = cache + cache_offset(p.heads, p.cache, sequence, 1, kv_head);
+  const T* const keys = cache + cache_offset(p.heads, p.cache, place.sequence, 0, kv_head);
+  const T* const values = cache + cache_offset(p.heads, p.cache, place.sequence, 1, kv_head);
   T* const context = static_cast<T*>(p.context) + (token * p.heads.num_heads + head) * kHeadSize;
   float q[kPerLane] = {};
   float result[kPerLane] = {};
@@ -203,7 +210,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   }
   float maximum = -INFINITY;
   float sum = 0.0F;
-  for (int64_t key = 0; key <= position; ++key) {
+  for (int64_t key = 0; key <= place.position; ++key) {
     float score = 0.0F;
     for (int i = 0; i < kPerLane; ++i) {
       if (lane + 32 * i < kHeadSize) score += q[i] * to_float(keys[key * kHeadSize + lane + 32 * i]);
@@ -238,12 +245,15 @@ cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties
 
 template <typename T, int kHeadSize>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
-  const dim3 tokens(static_cast<unsigned>(p.tokens));
+  constexpr int kTokens = kPrepareThreads / kHeadLanes<kHeadSize>;
+  const int rows = p.heads.num_heads + 2 * p.heads.num_kv_heads;
+  const dim3 parts(static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens),
+                   static_cast<unsigned>((rows + kPrepareHeads - 1) / kPrepareHeads));
   const cudaError_t error =
-      launch_kernel(prepare_tokens<T, kHeadSize>, tokens, dim3(32 * kPrepareWarps), 0, device, stream, p);
+      launch_kernel(prepare_tokens<T, kHeadSize>, parts, dim3(kPrepareThreads), 0, device, stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<T, float>) {
-    const dim3 blocks(tokens.x, static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
+    const dim3 blocks(static_cast<unsigned>(p.tokens), static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
     return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
   } else {
 #ifdef QWEN_PLUGINS_HOPPER
