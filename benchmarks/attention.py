@@ -1,0 +1,429 @@
+"""Attention of prompts and of new tokens beside PyTorch, FlashAttention and flashinfer on one GPU.
+
+    python -m benchmarks.attention [--dtype float16] [--phases decode prefill] [--models Qwen-7B ...]
+    python -m benchmarks.attention --report benchmarks/results/attention.json
+
+The first measures, prints tables and writes benchmarks/results/attention.json; the second prints the tables of such a
+file as Markdown and draws docs/images/attention.png. Peers take part where they can be imported.
+
+Each figure is the time of one call among many inside a replayed CUDA graph: the median over replays. Calls take turns
+on several sets of buffers, together more than three times the L2 cache, as the layers of a model do. Ours includes the
+rotary embedding and writing the new keys and values to the cache; the peers find all of that done. PyTorch's decode
+attention gets the query heads that share keys as rows of one head, the fastest way to call it; FlashAttention and
+flashinfer have pages of 256 positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import write_results
+
+RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+OURS = "qwen_plugins"
+HEAD_SIZE = 128
+PAGE = 256
+READ_SPEED = 4.55e6  # bytes a microsecond: what an H200 reads
+MODELS = {"Qwen-7B": (32, 32), "Qwen2.5-7B": (28, 4), "64/8 heads": (64, 8)}  # heads, key-value heads
+DECODE = [  # sequences, tokens of each
+    *[(1, n) for n in (160, 256, 512, 1024, 4096, 16384, 65536)],
+    *[(8, n) for n in (256, 2048, 8192)],
+    *[(64, n) for n in (256, 1024)],
+    (4, 32768),
+]
+PREFILL = [(1, 256), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (8, 1024), (32, 256)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size; `tokens` of a sequence are those in the cache, the new one included, or those of a prompt."""
+
+    phase: str
+    model: str
+    sequences: int
+    tokens: int
+    dtype: str
+
+    @property
+    def new_tokens(self) -> int:
+        """Of all sequences."""
+        return self.sequences * (self.tokens if self.phase == "prefill" else 1)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of all tokens."""
+        return 4 * self.sequences * self.tokens * MODELS[self.model][1] * HEAD_SIZE
+
+    @property
+    def operations(self) -> float:
+        """Of prefill: two products for each pair of a query and a key that it sees."""
+        return 2.0 * MODELS[self.model][0] * HEAD_SIZE * self.sequences * self.tokens * (self.tokens + 1)
+
+
+class Buffers:
+    """One set of operands; the peers' own layouts are made when they are first asked for."""
+
+    def __init__(self, problem: Problem):
+        import torch
+
+        self.problem = problem
+        self.heads, self.kv_heads = MODELS[problem.model]
+        self._options: dict[str, Any] = {"dtype": getattr(torch, problem.dtype), "device": "cuda"}
+        self.qkv = torch.randn(problem.new_tokens, (self.heads + 2 * self.kv_heads) * HEAD_SIZE, **self._options)
+        self.cache = torch.randn(problem.sequences, 2, self.kv_heads, problem.tokens, HEAD_SIZE, **self._options)
+        self.out = self.qkv.new_empty(problem.new_tokens, self.heads * HEAD_SIZE)
+
+    def _int32(self, values: Any) -> Any:
+        import torch
+
+        return torch.tensor(list(values), dtype=torch.int32, device="cuda")
+
+    @cached_property
+    def cu_seqlens(self) -> Any:
+        """Where each sequence begins in `qkv`, and the end."""
+        step = self.problem.new_tokens // self.problem.sequences
+        return self._int32(step * i for i in range(self.problem.sequences + 1))
+
+    @cached_property
+    def lengths(self) -> Any:
+        """Of each sequence, the new token included."""
+        return self._int32([self.problem.tokens] * self.problem.sequences)
+
+    @cached_property
+    def past_lengths(self) -> Any:
+        """Of each sequence, without the new token."""
+        return self.lengths - 1
+
+    @cached_property
+    def inputs(self) -> Any:
+        """What our functions take."""
+        import torch
+
+        from qwen_plugins.decoder import AttentionInputs
+
+        angles = torch.rand(self.problem.tokens, HEAD_SIZE // 2, device="cuda") * 6.28
+        return AttentionInputs(self.heads, self.cache, torch.cat([angles.cos(), angles.sin()], -1))
+
+    @cached_property
+    def workspace(self) -> Any:
+        """For our decode attention."""
+        from qwen_plugins.decoder import decode_attention_workspace
+
+        return decode_attention_workspace(self.inputs)
+
+    @cached_property
+    def packed(self) -> tuple[Any, Any, Any]:
+        """q, k and v of prompts, [tokens, heads, head_size] each."""
+        q, k, v = self.qkv.unflatten(-1, (-1, HEAD_SIZE)).split([self.heads, self.kv_heads, self.kv_heads], 1)
+        return q.contiguous(), k.contiguous(), v.contiguous()
+
+    @cached_property
+    def by_sequence(self) -> tuple[Any, ...]:
+        """The same as [sequences, heads, tokens, head_size]."""
+        shape = (self.problem.sequences, self.problem.tokens)
+        return tuple(x.unflatten(0, shape).transpose(1, 2) for x in self.packed)
+
+    @cached_property
+    def new_queries(self) -> Any:
+        """q of the new tokens, [sequences, kv_heads, heads of each, head_size]."""
+        return self.qkv[:, : self.heads * HEAD_SIZE].contiguous().unflatten(-1, (self.kv_heads, -1, HEAD_SIZE))
+
+    @cached_property
+    def pages(self) -> tuple[Any, Any]:
+        """Pages [pages, 2, PAGE, kv_heads, head_size], and which are whose: int32 [sequences, pages of each]."""
+        import torch
+
+        each = -(-self.problem.tokens // PAGE)
+        count = each * self.problem.sequences
+        pages = torch.randn(count, 2, PAGE, self.kv_heads, HEAD_SIZE, **self._options)
+        return pages, torch.arange(count, dtype=torch.int32, device="cuda").view(-1, each)
+
+
+Call = Callable[[Buffers], Any]
+
+
+def _ours() -> dict[str, dict[str, Call]]:
+    from qwen_plugins.decoder import decode_attention, prefill_attention
+
+    return {
+        "decode": {OURS: lambda b: decode_attention(b.qkv, b.inputs, b.past_lengths, b.workspace, out=b.out)},
+        "prefill": {OURS: lambda b: prefill_attention(b.qkv, b.inputs, b.cu_seqlens, out=b.out)},
+    }
+
+
+def _pytorch() -> dict[str, dict[str, Call]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    def prefill(b: Buffers) -> Any:
+        return sdpa(*b.by_sequence, is_causal=True, enable_gqa=b.heads != b.kv_heads)
+
+    def decode(b: Buffers) -> Any:
+        return sdpa(b.new_queries, b.cache[:, 0], b.cache[:, 1])
+
+    def with_backend(call: Call, backend: Any) -> Call:
+        def run(b: Buffers) -> Any:
+            with sdpa_kernel(backend):
+                return call(b)
+
+        return run
+
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    calls: dict[str, dict[str, Call]] = {"decode": {"PyTorch": decode}, "prefill": {"PyTorch": prefill}}
+    for name, backend in backends.items():
+        calls["decode"][f"PyTorch, {name}"] = with_backend(decode, backend)
+        calls["prefill"][f"PyTorch, {name}"] = with_backend(prefill, backend)
+    return calls
+
+
+def _flash_attention() -> dict[str, dict[str, Call]]:
+    """Version 3 as vLLM carries it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    def prefill(b: Buffers) -> Any:
+        tokens = b.problem.tokens
+        return flash_attn_varlen_func(
+            *b.packed, tokens, b.cu_seqlens, tokens, cu_seqlens_k=b.cu_seqlens, causal=True, fa_version=3
+        )
+
+    def decode(b: Buffers) -> Any:
+        pages, table = b.pages
+        return flash_attn_varlen_func(
+            b.new_queries.flatten(1, 2),
+            pages[:, 0],
+            pages[:, 1],
+            1,
+            b.cu_seqlens,
+            b.problem.tokens,
+            seqused_k=b.lengths,
+            block_table=table,
+            causal=True,
+            fa_version=3,
+        )
+
+    return {"decode": {"FlashAttention 3": decode}, "prefill": {"FlashAttention 3": prefill}}
+
+
+def _flashinfer() -> dict[str, dict[str, Call]]:
+    import torch
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    planned: dict[int, Any] = {}  # by the set of buffers
+
+    def plan(b: Buffers) -> Any:
+        pages, table = b.pages
+        group = b.heads // b.kv_heads
+        memory = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(memory, "NHD", use_tensor_cores=group > 1)
+        indptr = torch.arange(len(table) + 1, dtype=torch.int32, device="cuda") * table.shape[1]
+        last = torch.full((len(table),), (b.problem.tokens - 1) % PAGE + 1, dtype=torch.int32, device="cuda")
+        kinds = {"q_data_type": b.qkv.dtype, "kv_data_type": b.qkv.dtype}
+        wrapper.plan(indptr, table.flatten(), last, b.heads, b.kv_heads, HEAD_SIZE, PAGE, **kinds)
+        return wrapper, pages
+
+    def decode(b: Buffers) -> Any:
+        if id(b) not in planned:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("planned for all sets before the graph is captured")
+            planned[id(b)] = plan(b)
+        wrapper, pages = planned[id(b)]
+        return wrapper.run(b.new_queries.flatten(1, 2), pages)
+
+    return {"decode": {"flashinfer": decode}, "prefill": {}}
+
+
+def gather_calls() -> dict[str, dict[str, Call]]:
+    """The calls by phase and provider, of everything that can be imported."""
+    calls: dict[str, dict[str, Call]] = {"decode": {}, "prefill": {}}
+    for find in (_ours, _pytorch, _flash_attention, _flashinfer):
+        try:
+            found = find()
+        except Exception as error:
+            # Peers fail to import in many ways: missing parts, compilers, other versions of PyTorch.
+            print(f"without {find.__name__.strip('_')}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        for phase, providers in found.items():
+            calls[phase].update(providers)
+    return calls
+
+
+def make_sets(problem: Problem) -> list[Buffers]:
+    """As many as are together more than three times the L2 cache."""
+    import torch
+
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    return [Buffers(problem) for _ in range(min(max(2, -(-3 * l2_bytes // problem.cache_bytes)), 40))]
+
+
+def time_call(call: Call, sets: list[Buffers]) -> float:
+    """Microseconds of one call inside a CUDA graph."""
+    import torch
+
+    rounds = max(1, 40 // len(sets)) if sets[0].problem.phase == "decode" else 1
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, plans and allocates what it will
+        for buffers in sets:
+            call(buffers)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for buffers in sets:
+                call(buffers)
+    times = []
+    for replay in range(13):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 3:
+            times.append(start.elapsed_time(end) * 1000 / (rounds * len(sets)))
+    return statistics.median(times)
+
+
+def measure(problems: list[Problem]) -> list[dict[str, Any]]:
+    """One record for each problem and provider."""
+    import torch
+
+    calls = gather_calls()
+    records = []
+    for problem in problems:
+        sets = make_sets(problem)
+        here = []
+        for provider, call in calls[problem.phase].items():
+            record = {**vars(problem), "provider": provider}
+            try:
+                record["microseconds"] = round(time_call(call, sets), 3)
+            except Exception as error:
+                record["error"] = f"{type(error).__name__}: {error}"[:300]
+                torch.cuda.synchronize()
+            here.append(record)
+        line = ", ".join(f"{r['provider']} {r.get('microseconds', 'failed')}" for r in here)
+        print(
+            f"{problem.phase} {problem.model} {problem.sequences} x {problem.tokens}: {line}",
+            file=sys.stderr,
+            flush=True,
+        )
+        records += here
+        del sets
+    return records
+
+
+def _problem(record: dict[str, Any]) -> Problem:
+    return Problem(*(record[name] for name in ("phase", "model", "sequences", "tokens", "dtype")))
+
+
+def table(records: list[dict[str, Any]], phase: str, model: str) -> str:
+    """A Markdown table in microseconds, with what part of the limit (decode) or how many TFLOP/s (prefill) ours are."""
+    mine = [r for r in records if (r["phase"], r["model"]) == (phase, model)]
+    providers = list(dict.fromkeys(r["provider"] for r in mine))
+    last = "ours / limit" if phase == "decode" else "ours, TFLOP/s"
+    lines = [f"| sequences x tokens | {' | '.join(providers)} | {last} |", "|---" * (len(providers) + 2) + "|"]
+    for problem in dict.fromkeys(map(_problem, mine)):
+        times = {r["provider"]: r.get("microseconds") for r in mine if _problem(r) == problem}
+        cells = ["–" if times[p] is None else _short(times[p]) for p in providers]
+        ours = times[OURS]
+        if phase == "decode":
+            cells.append(f"{ours / (problem.cache_bytes / READ_SPEED):.2f}")
+        else:
+            cells.append(f"{problem.operations / ours * 1e-6:.0f}")
+        lines.append(f"| {problem.sequences} x {problem.tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _short(microseconds: float) -> str:
+    return f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.1f}"
+
+
+def tables(records: list[dict[str, Any]]) -> str:
+    found = dict.fromkeys((r["phase"], r["model"]) for r in records)
+    parts = []
+    for phase, model in found:
+        heads = "/".join(map(str, MODELS[model]))
+        parts.append(f"**{phase}, {model}** ({heads} heads), microseconds\n\n{table(records, phase, model)}")
+    return "\n\n".join(parts)
+
+
+def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bandwidth of decode and TFLOP/s of prefill, one panel for each model."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    models = list(dict.fromkeys(r["model"] for r in records))
+    figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 9), squeeze=False)
+    for row, phase in enumerate(("decode", "prefill")):
+        for axis, model in zip(axes[row], models, strict=True):
+            here = [r for r in records if (r["phase"], r["model"]) == (phase, model) and "microseconds" in r]
+            for provider in dict.fromkeys(r["provider"] for r in here):
+                points = sorted(
+                    (r["tokens"], _problem(r).cache_bytes / r["microseconds"] * 1e-6)
+                    if phase == "decode"
+                    else (r["tokens"], _problem(r).operations / r["microseconds"] * 1e-6)
+                    for r in here
+                    if r["provider"] == provider and r["sequences"] == 1
+                )
+                if not points:
+                    continue
+                ours = provider == OURS
+                axis.plot(*zip(*points, strict=True), marker="o", label=provider, linewidth=3 if ours else 1.5)
+            axis.set_xscale("log", base=2)
+            axis.set_title(f"{phase}, {model}, one sequence")
+            axis.set_ylabel("TB/s of the cache" if phase == "decode" else "TFLOP/s")
+            axis.set_xlabel("tokens")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def report(path: Path) -> None:
+    """Print the tables of a results file and draw its plot."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    records = content["results"]["records"]
+    print(tables(records))
+    title = f"{content['machine']['gpu']}, {records[0]['dtype']}, inside a CUDA graph"
+    plot(records, IMAGES / f"{path.stem}.png", title)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--phases", choices=["decode", "prefill"], nargs="+", default=["decode", "prefill"])
+    parser.add_argument("--models", choices=list(MODELS), nargs="+", default=list(MODELS))
+    parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
+    parser.add_argument("--report", type=Path, metavar="RESULTS", help="print and draw results instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.report:
+        report(arguments.report)
+        return
+    sizes = {"decode": DECODE, "prefill": PREFILL}
+    problems = [
+        Problem(phase, model, sequences, tokens, arguments.dtype)
+        for phase in arguments.phases
+        for model in arguments.models
+        for sequences, tokens in sizes[phase]
+    ]
+    records = measure(problems)
+    write_results(arguments.output, {"records": records})
+    print(tables(records))
+
+
+if __name__ == "__main__":
+    main()
