@@ -53,7 +53,7 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
                   void const* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
     return guarded(Plugin::kName, 1, [&] {
-      enqueue_in_range(plugin_, phase_, {input_descs, inputs, outputs, workspace, stream});
+      enqueue_in_range(plugin_, {input_descs, inputs, outputs, workspace, stream, phase_});
       return 0;
     });
   }

@@ -23,13 +23,19 @@ namespace qwen_plugins {
 constexpr char const* kPluginVersion = "1";
 constexpr char const* kPluginNamespace = "qwen_plugins";
 
-// What TensorRT hands to enqueue.
+// Whether a plug-in object was made from a network's fields or came out of a serialised engine.
+enum class Phase { kBuild, kRuntime };
+
+// What TensorRT hands to enqueue, and in which phase the object was made. While TensorRT builds an engine it may run a
+// layer to time it, on memory that holds nothing in particular. But an engine that was never serialised (build_engine)
+// runs the same objects, on what its user gives it.
 struct Execution {
   nvinfer1::PluginTensorDesc const* input_descs;
   void const* const* inputs;
   void* const* outputs;
   void* workspace;
   cudaStream_t stream;
+  Phase phase;
 };
 
 template <typename AttributesType>
@@ -39,10 +45,6 @@ class PluginBase {
 
   Attributes const& attributes() const { return attributes_; }
   TensorRoles const& roles() const { return roles_; }
-
-  // Whether enqueue may be called with anything in its inputs. While TensorRT builds an engine it runs layers on memory
-  // that holds nothing in particular; a plug-in that takes addresses from its inputs hides this and is left out then.
-  static constexpr bool kSafeOnAnyData = true;
 
   // Throws std::invalid_argument for shapes that no launch will be made for; a plug-in that asks for more hides this.
   void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const { roles_.sizes(inputs, count); }
@@ -74,15 +76,9 @@ struct RangeName {
   static constexpr char const* message = Plugin::kName;
 };
 
-// Building: the plug-in was made from a network's fields, and not from an engine's.
-enum class Phase { kBuild, kRuntime };
-
 // The plug-in's launches, in an NVTX range of its name.
 template <typename Plugin>
-void enqueue_in_range(Plugin const& plugin, Phase phase, Execution const& execution) {
-  if (phase == Phase::kBuild && !Plugin::kSafeOnAnyData) {
-    return;
-  }
+void enqueue_in_range(Plugin const& plugin, Execution const& execution) {
   NvtxRange<RangeName<Plugin>> const range;
   plugin.enqueue(execution);
 }
@@ -91,7 +87,7 @@ void enqueue_in_range(Plugin const& plugin, Phase phase, Execution const& execut
 template <typename Describe>
 void check_cuda(cudaError_t status, Describe const& describe) {
   if (status != cudaSuccess) {
-    throw std::runtime_error(describe() + " failed: " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string(describe()) + " failed: " + cudaGetErrorString(status));
   }
 }
 

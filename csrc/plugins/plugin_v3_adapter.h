@@ -94,7 +94,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
   int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*,
                   void const* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
-    return succeeded([&] { enqueue_in_range(plugin_, phase_, {input_descs, inputs, outputs, workspace, stream}); });
+    return succeeded([&] { enqueue_in_range(plugin_, {input_descs, inputs, outputs, workspace, stream, phase_}); });
   }
 
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }

@@ -100,6 +100,14 @@ void check_sizes(Sizes const& sizes) {
   }
 }
 
+std::vector<int32_t> downloaded(void const* values, int64_t count, cudaStream_t stream) {
+  std::vector<int32_t> host(static_cast<size_t>(count));
+  check_cuda(cudaMemcpyAsync(host.data(), values, host.size() * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
+             [] { return "reading the lengths (an engine to be captured must have been serialised)"; });
+  check_cuda(cudaStreamSynchronize(stream), [] { return "reading the lengths"; });
+  return host;
+}
+
 }  // namespace
 
 AttributeSpecs const& GptAttentionPlugin::attribute_specs() {
@@ -155,19 +163,46 @@ void GptAttentionPlugin::check_shapes(nvinfer1::PluginTensorDesc const* inputs, 
   check_sizes(roles().sizes(inputs, count));
 }
 
+// Reads the lengths on the host and waits for them: what a launch would trust, in memory that may hold anything.
+bool GptAttentionPlugin::lengths_make_sense(Execution const& execution, Sizes const& sizes) const {
+  int64_t const sequences = sizes["sequences"];
+  auto const download = [&](char const* name, int64_t count) {
+    return downloaded(input(execution, name), count, execution.stream);
+  };
+  std::vector<int32_t> const bounds = download("cu_seqlens", sequences + 1);
+  std::vector<int32_t> const pasts = download("past_lengths", sequences);
+  std::vector<int32_t> const offsets = download("rotary_offsets", sequences);
+  bool const has_rows = attributes().rotary_embedding_dim != 0 || attributes().query_scale != 0;
+  if (bounds.front() != 0 || bounds.back() != sizes["tokens"]) {
+    return false;
+  }
+  for (int64_t i = 0; i < sequences; ++i) {
+    int64_t const tokens = int64_t{bounds[i + 1]} - bounds[i];
+    int64_t const end = pasts[i] + tokens;
+    bool const has_place = tokens >= 1 && pasts[i] >= 0 && end <= sizes["max_positions"];
+    if (!has_place || (has_rows && (offsets[i] < 0 || offsets[i] + end > sizes["rows"]))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
   auto const sequences = static_cast<int32_t>(roles().sizes(largest_inputs)["sequences"]);
   void const* const none[16] = {};  // no tensor has an address yet
   int64_t bytes = 0;
-  check_cuda(
-      decode_attention_workspace_bytes(heads({largest_inputs, none, nullptr, nullptr, nullptr}), sequences, &bytes),
-      [&] { return "workspace of attention of " + std::to_string(sequences) + " sequences"; });
+  check_cuda(decode_attention_workspace_bytes(heads({largest_inputs, none, nullptr, nullptr, nullptr, Phase::kBuild}),
+                                              sequences, &bytes),
+             [&] { return "workspace of attention of " + std::to_string(sequences) + " sequences"; });
   return static_cast<size_t>(bytes);
 }
 
 void GptAttentionPlugin::enqueue(Execution const& execution) const {
   Sizes const sizes = roles().sizes(execution.input_descs);
   check_sizes(sizes);
+  if (execution.phase == Phase::kBuild && !lengths_make_sense(execution, sizes)) {
+    return;  // nobody reads the result
+  }
   copy_unless_in_place(input(execution, "past_key_value"), output(execution, "present_key_value"), sizes, attributes(),
                        execution.stream);
   int64_t const tokens = sizes["tokens"];

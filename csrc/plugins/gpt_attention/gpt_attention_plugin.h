@@ -27,7 +27,6 @@ struct GptAttentionAttributes {
 class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
  public:
   static constexpr char const* kName = "GptAttention";
-  static constexpr bool kSafeOnAnyData = false;  // lengths are indices
   static AttributeSpecs const& attribute_specs();
 
   explicit GptAttentionPlugin(Attributes const& attributes);
@@ -40,6 +39,7 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
   void enqueue(Execution const& execution) const;
 
  private:
+  bool lengths_make_sense(Execution const& execution, Sizes const& sizes) const;
   AttentionHeads heads(Execution const& execution) const;
   template <typename Params>
   void set_common(Execution const& execution, Sizes const& sizes, Params& params) const;

@@ -63,7 +63,7 @@ inline Mode gpt_attention_mode(AttentionMode const& given) {
     mode.inputs.insert(mode.inputs.end(), 2, tensor(given.type, {64}));
   }
   mode.workspace_bytes = recorded_attention_workspace(3);
-  mode.runs_while_building = false;
+  mode.runs_on_anything = false;
   mode.check_launch = [given](Addresses const& inputs, Addresses const& outputs) {
     RecordedCopy const& copy = recorded.copy.value();
     size_t const element = given.type == DataType::kFLOAT ? 4 : 2;
@@ -95,4 +95,38 @@ inline std::vector<Mode> gpt_attention_modes() {
     }
   }
   return modes;
+}
+
+// Lengths of the three sequences of seven tokens, and whether a plug-in that was made from fields launches with them.
+struct Lengths {
+  std::vector<int32_t> cu_seqlens;
+  std::vector<int32_t> past_lengths;
+  std::vector<int32_t> rotary_offsets;
+  bool make_sense;
+};
+
+inline std::vector<Lengths> lengths_while_building() {
+  std::vector<int32_t> const bounds{0, 2, 3, 7};
+  return {
+      {bounds, {0, 5, 96}, {0, 7, 100}, true},  // up to the ends of cache and table
+      {bounds, {0, 5, 97}, {0, 7, 0}, false},      {bounds, {0, 5, 96}, {0, 7, 101}, false},
+      {bounds, {0, -1, 0}, {0, 0, 0}, false},      {bounds, {0, 0, 0}, {-1, 0, 0}, false},
+      {{1, 2, 3, 7}, {0, 0, 0}, {0, 0, 0}, false}, {{0, 2, 3, 8}, {0, 0, 0}, {0, 0, 0}, false},
+      {{0, 4, 3, 7}, {0, 0, 0}, {0, 0, 0}, false}, {{0, 2, 3, 7}, {2147483647, 0, 0}, {2147483647, 0, 0}, false},
+      {{0, 0, 0, 0}, {0, 0, 0}, {0, 0, 0}, false},
+  };
+}
+
+// `enqueue(mode, inputs, outputs)` of a plug-in made from the fields of gpt_attention_mode({}).
+template <typename Enqueue>
+void check_lengths_while_building(Mode const& mode, Enqueue const& enqueue) {
+  Addresses const inputs = addresses(mode.inputs.size(), 0x10000);
+  Addresses const outputs = addresses(mode.outputs.size(), 0x900000);
+  for (Lengths const& lengths : lengths_while_building()) {
+    recorded = {};
+    recorded.device_memory = {
+        {inputs[2], lengths.cu_seqlens}, {inputs[3], lengths.past_lengths}, {inputs[4], lengths.rotary_offsets}};
+    CHECK(enqueue(inputs.data(), outputs.data()) == 0);
+    CHECK(recorded.count == (lengths.make_sense ? 1 : 0));
+  }
 }

@@ -153,6 +153,12 @@ void check_in_place() {
   CHECK(recorded.prefill_attention.value().cache.data == inputs[1] && !recorded.copy.has_value());
 }
 
+void check_attention_while_building() {
+  Mode mode = gpt_attention_mode({});
+  Plugin plugin = create(mode);
+  check_lengths_while_building(mode, [&](void* const* in, void* const* out) { return enqueue(plugin, mode, in, out); });
+}
+
 void check_bad_fields(Log& log) {
   for (BadFields& bad : all_bad_fields()) {
     CHECK(creator_of(bad.plugin).createPlugin("layer", bad.fields.collection()) == nullptr);
@@ -250,6 +256,7 @@ int main() {
   }
   CHECK(log.is_empty());
   check_zero_volume(log);
+  check_attention_while_building();
   check_in_place();
   check_bad_fields(log);
   check_bad_bytes(log);

@@ -188,6 +188,13 @@ void check_zero_volume(Log& log) {
   }
 }
 
+void check_attention_while_building() {
+  Mode mode = gpt_attention_mode({});
+  std::unique_ptr<IPluginV3> plugin = create(mode);
+  check_lengths_while_building(mode,
+                               [&](void* const* in, void* const* out) { return enqueue(*plugin, mode, in, out); });
+}
+
 void check_bad_fields(Log& log) {
   for (BadFields& bad : all_bad_fields()) {
     CHECK(creator_of(bad.plugin).createPlugin("layer", bad.fields.collection(), TensorRTPhase::kBUILD) == nullptr);
@@ -274,6 +281,7 @@ int main() {
   }
   CHECK(log.is_empty());
   check_zero_volume(log);
+  check_attention_while_building();
   check_bad_fields(log);
   check_bad_shapes(log);
   check_unknown_out_features();

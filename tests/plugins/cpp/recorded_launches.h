@@ -1,7 +1,9 @@
 // Stands in for the kernels where there is no GPU: the launchers write down what they were called with.
 #pragma once
 
+#include <map>
 #include <optional>
+#include <vector>
 
 #include "kernels/decode_attention.h"
 #include "kernels/gemm.h"
@@ -20,7 +22,8 @@ struct RecordedLaunches {
   std::optional<qwen_plugins::GemmParams> gemm;
   std::optional<qwen_plugins::PrefillAttentionParams> prefill_attention;
   std::optional<qwen_plugins::DecodeAttentionParams> decode_attention;
-  std::optional<RecordedCopy> copy;
+  std::optional<RecordedCopy> copy;                           // on the device
+  std::map<void const*, std::vector<int32_t>> device_memory;  // what copies to the host find; -1 elsewhere
   cudaStream_t stream = nullptr;
   int count = 0;                     // of launches
   cudaError_t answer = cudaSuccess;  // what the launchers return
