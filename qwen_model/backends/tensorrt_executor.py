@@ -23,6 +23,10 @@ STEPS_IN_FLIGHT = 4
 """So many steps' tokens are kept until they are read. A session asks for two at most before it reads the first."""
 
 
+WARM_UP_TOKENS = 256
+"""Enough for the products to be those of long prompts, which a library does."""
+
+
 class _PendingTokens:
     """Tokens on their way to the host."""
 
@@ -125,6 +129,8 @@ class TensorRTExecutor:
         """See `Executor`."""
         if num_sequences in self._graphs:
             return
+        if not self._graphs:
+            self._warm_up()
         context = self._context(self._decode_profile)
         self._bind(context, self._decode, num_sequences, num_sequences, num_sequences)
         for state in (self._decode.input_ids, self._decode.past_lengths, self._decode.rotary_offsets):
@@ -137,6 +143,7 @@ class TensorRTExecutor:
         step()  # TensorRT prepares itself in the first run for a shape, which must not be captured
         self.stream.synchronize()
         self._graphs[num_sequences] = cuda.Graph(self.stream, step), context
+        self._forget()
 
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
         """See `Executor`."""
@@ -180,7 +187,7 @@ class TensorRTExecutor:
         logits = self._beam_logits - self._beam_logits.max(-1, keepdims=True)
         sums = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) + scores.reshape(-1, 1)
         sums = sums.reshape(len(scores), -1)
-        places = np.argpartition(-sums, count - 1)[:, :count]
+        places = np.sort(np.argpartition(-sums, count - 1)[:, :count])  # of equal ones the lower comes first
         order = np.argsort(-np.take_along_axis(sums, places, -1), kind="stable")
         places = np.take_along_axis(places, order, -1)
         best = np.take_along_axis(sums, places, -1)
@@ -192,6 +199,12 @@ class TensorRTExecutor:
         self._decode.input_ids.upload(tokens, self.stream)
         self._step()
         self._beam_logits = self._logits.download(self.stream, len(rows)).astype(np.float32)
+
+    def _warm_up(self) -> None:
+        """Let libraries initialise themselves before the first prompts."""
+        length = min(self.config.limits.max_input_len, WARM_UP_TOKENS)
+        self._run_prompts([[0] * length])
+        self.stream.synchronize()
 
     def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
         """Milliseconds of each layer, of the "prefill" of these prompts and of one "decode" step after it: medians.
