@@ -351,3 +351,30 @@ def test_more_sequences_than_the_cache_has_are_refused_with_the_reason_in_the_lo
     with pytest.raises(RuntimeError, match="TensorRT refused to run"):
         execution.enqueue()
     assert any("input 'past_lengths' has shape [2]; expected [sequences], here [3]" in line for line in LOG.messages)
+
+
+def test_an_engine_that_was_never_serialised() -> None:
+    """build_engine of 8.6 runs the plug-in objects of the network: right there, too."""
+    if not hasattr(trt.Builder, "build_engine"):
+        pytest.skip("this TensorRT has no build_engine")
+    builder = trt.Builder(LOG)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    shapes = {"cu_seqlens": (2,), "past_lengths": (1,), "rotary_offsets": (1,), "semaphores": (1, 1)}
+    qkv = network.add_input("qkv", trt.float16, (1, 192))
+    past = network.add_input("past", trt.float16, (1, 2, 1, 32, 64))
+    cu_seqlens, past_lengths, offsets, semaphores = (network.add_input(n, trt.int32, s) for n, s in shapes.items())
+    heads = {"num_heads": 1, "num_kv_heads": 1, "head_size": 64}
+    tensors = (qkv, past, cu_seqlens, past_lengths, offsets, None, semaphores)
+    for tensor, name in zip(plugins.gpt_attention(network, *tensors, **heads), ("context", "present"), strict=True):
+        tensor.name = name
+        network.mark_output(tensor)
+    config = builder.create_builder_config()
+    config.set_tactic_sources(0)
+    plugins.configure_builder(config, network)
+    engine = Engine.__new__(Engine)
+    engine.engine = builder.build_engine(network, config)
+    arrays = {"qkv": normal(1, 192), "past": normal(1, 2, 1, 32, 64)}
+    arrays |= {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    arrays["cu_seqlens"][1] = 1
+
+    np.testing.assert_array_equal(engine.run(arrays)["context"], arrays["qkv"][:, 128:])  # it attends to itself alone
