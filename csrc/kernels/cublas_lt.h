@@ -19,8 +19,10 @@ constexpr int kCompute32F = 68;  // cublasComputeType_t
 constexpr int kTransposed = 1;   // cublasOperation_t
 enum DescriptorAttribute { kTransA = 3, kEpilogue = 7, kBiasPointer = 8 };
 constexpr uint32_t kEpilogueBias = 4;
+constexpr uint32_t kReduceInComputeType = 2;  // cublasLtReductionScheme_t
 enum PreferenceAttribute {
   kMaxWorkspaceBytes = 1,
+  kReductionSchemes = 3,
   kMinAlignmentA = 5,
   kMinAlignmentB = 6,
   kMinAlignmentC = 7,

@@ -81,6 +81,8 @@ struct Plan {
     int found = 0;
     const bool chose =
         prefer(cublas_lt::kMaxWorkspaceBytes, static_cast<uint64_t>(kCublasLtWorkspaceBytes)) &&
+        // Sums of parts of k in float32 too, where cuBLASLt may by default take the type of z.
+        prefer(cublas_lt::kReductionSchemes, cublas_lt::kReduceInComputeType) &&
         prefer(cublas_lt::kMinAlignmentA, key.weight_alignment) && prefer(cublas_lt::kMinAlignmentB, key.x_alignment) &&
         prefer(cublas_lt::kMinAlignmentC, key.z_alignment) && prefer(cublas_lt::kMinAlignmentD, key.z_alignment) &&
         lt.heuristic(handle, descriptor, weight, x, z, z, preference, 1, &chosen, &found) == kSuccess && found == 1 &&

@@ -7,9 +7,9 @@
 // The warps of a block split k in chunks of 64 elements, 128 bytes of a row. Each warp has its own ring of copies in
 // flight, which runs on from tile to tile: no barrier but one for each group of tiles, when the warps' sums are added.
 //
-// One block for each multiprocessor, small enough for two and a normalisation beside them: with programmatic dependent
-// launch the next product of the stream starts at once and fills its ring while the kernels before it run. It has to
-// start that early: blocks that start when others have left are spread unevenly over the multiprocessors.
+// One block for each multiprocessor, with more than half of its shared memory: two would else share one while another
+// has none. With programmatic dependent launch the next product's blocks start as this one's leave, fill their rings
+// while the slowest of this one and what comes between (a normalisation) run, and wait only for x.
 #pragma once
 
 #include "elements.cuh"
@@ -46,7 +46,7 @@ struct StreamShape {
   static constexpr int kTileSums = 8 * kXTiles * kTileRows;
   static constexpr int kSums = kTiles * kTileSums;
   static constexpr int kSumBytes = 2 * kWarps * kSums * static_cast<int>(sizeof(float));
-  static constexpr int kMinBlocks = kWarps == 16 ? 2 : 3;
+  static constexpr int kMinBlocks = kWarps == 16 ? 2 : 3;  // leaves registers for a normalisation beside a block
 
   static constexpr int64_t shared_bytes(int64_t rows, int64_t in_features) {
     constexpr int64_t kChunksAtOnce = kWarps * kChunk;
@@ -149,14 +149,31 @@ class WeightCopies {
   const T* first;  // what this lane copies first of chunk 0
 };
 
-// A chunk of the rows of x into lines in shared memory.
+// Of a chunk of x, 8 lanes the line of one row.
 template <typename T>
-__device__ __forceinline__ void copy_x(const StreamArguments& p, int chunk, uint32_t lines) {
+__device__ __forceinline__ void copy_x_line(const StreamArguments& p, int chunk, int row, uint32_t lines) {
   const int pack = lane_of_thread() % kLinePacks;
   const int k = chunk * kChunk + pack * kVec<T>;
+  copy_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k, k < p.in_features);
+}
+
+// A chunk of all rows of x.
+template <typename T>
+__device__ __forceinline__ void copy_x_chunk(const StreamArguments& p, int chunk, uint32_t lines) {
   for (int row = lane_of_thread() / kLinePacks; row < p.rows; row += 32 / kLinePacks) {
-    copy_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k,
-               k < p.in_features);
+    copy_x_line<T>(p, chunk, row, lines);
+  }
+}
+
+// All chunks of x that this warp multiplies, as many lines at once as there are lanes for, be they of one chunk or
+// more.
+template <typename T, typename Shape>
+__device__ __forceinline__ void copy_x_of_warp(const StreamArguments& p, uint32_t lines) {
+  int i = 0;
+  for (int row = lane_of_thread() / kLinePacks;; row += 32 / kLinePacks) {
+    for (; row >= p.rows; row -= p.rows) ++i;
+    if (i >= p.chunks_of_warp) return;
+    copy_x_line<T>(p, warp_of_thread() + i * Shape::kWarps, row, lines + i * p.rows * kLineBytes);
   }
 }
 
@@ -241,13 +258,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const auto begin_x = [&] {
     if constexpr (kStreamsX) {
       for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
-        copy_x<T>(p, chunk, shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
+        copy_x_chunk<T>(p, chunk, shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
         chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
       }
     } else {
-      for (int i = 0; i < p.chunks_of_warp; ++i) {
-        copy_x<T>(p, warp_of_thread() + i * Shape::kWarps, shared_address(x_lines + i * x_bytes));
-      }
+      copy_x_of_warp<T, Shape>(p, shared_address(x_lines));
     }
     commit_copies();
   };
@@ -298,7 +313,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         multiply_chunk<T, Shape>(sums[tile], x, weight);
         __syncwarp();  // all lanes have read what the next copies overwrite
         if (kStreamsX && tile == 0 && copies.group < p.groups) {
-          copy_x<T>(p, copies.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
+          copy_x_chunk<T>(p, copies.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
         }
         copies.copy(tile, shared_address(stage));
         commit_copies();

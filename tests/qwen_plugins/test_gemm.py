@@ -45,12 +45,14 @@ def check(x, weight, bias=None, activation=None, **options):
     assert y.shape == expected.shape
     assert y.dtype == x.dtype
     assert y.is_contiguous()
-    # On the CPU, PyTorch rounds the product before the activation, and some of its sums.
+    # Our kernels round once. cuBLASLt may round before the bias and does before the activation; on the CPU PyTorch
+    # rounds some sums.
     precision = torch.finfo(x.dtype).eps
-    intermediate = 2.0**-21 if x.is_cuda else precision + 2.0**-21
+    ours = x.is_cuda and expected.shape[:-1].numel() <= 16 and x.shape[-1] % 8 == 0
+    intermediate = 2.0**-21 if ours else precision + 2.0**-21
     tolerance = 0.51 * precision * expected.abs() + intermediate * size + torch.finfo(x.dtype).tiny
     wrong = ~((y.double() - expected).abs() <= tolerance)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[0].tolist()}"
+    assert not wrong.any(), f"{x.shape}: {int(wrong.sum())} wrong, first at {wrong.nonzero()[0].tolist()}"
     return y
 
 
@@ -195,7 +197,8 @@ def test_captured_graph_behind_the_kernels_that_make_its_inputs(rows, constant_w
         h = x
         for weight, output in zip(weights, outputs, strict=True):
             expected, scale = reference(h, weight, None, activation)
-            assert ((output.double() - expected).abs() <= 2**-11 * expected.abs() + 2**-20 * scale + 1e-7).all()
+            intermediate = 2**-20 if rows <= 16 else 2**-10
+            assert ((output.double() - expected).abs() <= 2**-11 * expected.abs() + intermediate * scale + 1e-7).all()
             h = output
 
 

@@ -1,0 +1,324 @@
+"""The matrix products of a decoder, one by one and a whole decode step of them, beside cuBLAS on one GPU.
+
+    python -m benchmarks.gemm [--models qwen-7b ...] [--rows 1 2 ...] [--dtype float16]
+    python -m benchmarks.gemm --report benchmarks/results/gemm.json
+
+The first measures, prints tables and writes benchmarks/results/gemm.json; the second prints the tables of such a file
+as Markdown and draws the plot into docs/images.
+
+Each figure is a median over replays of a CUDA graph. "One by one": the time of one product among many of the same
+shape, whose weights take turns in more than 1 GB of memory, so that none is still in the L2 cache. They come one after
+another: ours overlap (programmatic dependent launch with constant weights), as they do when a model decodes. "Decode
+step": the four products of every layer and the last one, with weights of their own (14 GB), and our RMSNorm with the
+residual between them: everything of a step but attention and sampling. The floor is to read the weights at 4.55 TB/s,
+which is the most that anything reads from the memory of an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import write_results
+
+ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048]
+STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
+RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+OURS, CUBLAS = "qwen_plugins", "cuBLAS"
+BYTES_PER_MICROSECOND = 4.55e6
+ROTATED_BYTES = 1.1e9
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of a layer; the gate and up projections are one with SwiGLU."""
+
+    name: str
+    in_features: int
+    out_features: int
+    swiglu: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Of the weight."""
+        return self.in_features * self.out_features
+
+    @property
+    def floor(self) -> float:
+        """Microseconds to read the weight."""
+        return 2 * self.elements / BYTES_PER_MICROSECOND
+
+
+@dataclass(frozen=True)
+class Model:
+    """The products of a layer in their order, and the one after the last layer."""
+
+    layers: int
+    products: tuple[Product, ...]
+    head: Product
+
+    @property
+    def elements(self) -> int:
+        """Of all weights."""
+        return self.layers * sum(product.elements for product in self.products) + self.head.elements
+
+    @property
+    def floor(self) -> float:
+        """Microseconds to read all weights."""
+        return 2 * self.elements / BYTES_PER_MICROSECOND
+
+
+MODELS = {
+    "qwen-7b": Model(
+        32,
+        (
+            Product("qkv", 4096, 12288),
+            Product("o", 4096, 4096),
+            Product("gate-up", 4096, 22016, swiglu=True),
+            Product("down", 11008, 4096),
+        ),
+        Product("head", 4096, 151936),
+    ),
+    "qwen2.5-7b": Model(
+        28,
+        (
+            Product("qkv", 3584, 4608),
+            Product("o", 3584, 3584),
+            Product("gate-up", 3584, 37888, swiglu=True),
+            Product("down", 18944, 3584),
+        ),
+        Product("head", 3584, 152064),
+    ),
+}
+
+Call = Callable[[Product, Any, Any], Any]
+
+
+def providers() -> dict[str, Call]:
+    """How each multiplies x with a weight, activation included."""
+    import torch.nn.functional as F
+
+    import qwen_plugins
+    from qwen_plugins.decoder import swiglu
+
+    def ours(product: Product, x: Any, weight: Any) -> Any:
+        return qwen_plugins.gemm(x, weight, activation="swiglu" if product.swiglu else None, constant_weight=True)
+
+    def cublas(product: Product, x: Any, weight: Any) -> Any:
+        z = F.linear(x, weight)
+        return swiglu(z) if product.swiglu else z
+
+    return {OURS: ours, CUBLAS: cublas}
+
+
+def time_graph(record: Callable[[], None], replays: int = 9) -> float:
+    """Microseconds of one replay."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        record()
+    times = []
+    for replay in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 2:
+            times.append(start.elapsed_time(end) * 1000)
+    return statistics.median(times)
+
+
+def time_product(product: Product, rows: int, call: Call, memory: Any) -> float:
+    """Microseconds of one product among many whose weights take turns in `memory`."""
+    import torch
+
+    copies = max(2, int(ROTATED_BYTES / (2 * product.elements)))
+    weights = [
+        memory[i * product.elements :][: product.elements].view(product.out_features, product.in_features)
+        for i in range(copies)
+    ]
+    calls = max(16, copies)
+    x = torch.randn(rows, product.in_features, dtype=memory.dtype, device="cuda")
+    call(product, x, weights[0])
+
+    def record() -> None:
+        for i in range(calls):
+            call(product, x, weights[i % copies])
+
+    return time_graph(record) / calls
+
+
+def time_step(model: Model, rows: int, call: Call, memory: Any) -> float:
+    """Microseconds of all products and normalisations of a decode step."""
+    import torch
+
+    import qwen_plugins
+
+    hidden_size = model.head.in_features
+    x = torch.randn(rows, hidden_size, dtype=memory.dtype, device="cuda")
+    norm_weight = torch.ones(hidden_size, dtype=memory.dtype, device="cuda")
+
+    def record() -> None:
+        position = 0
+
+        def multiply(product: Product, operand: Any) -> Any:
+            nonlocal position
+            weight = memory[position:][: product.elements].view(product.out_features, product.in_features)
+            position += product.elements
+            return call(product, operand, weight)
+
+        h, residual = x, x.clone()
+        qkv, o, gate_up, down = model.products
+        for _ in range(model.layers):
+            h, residual = qwen_plugins.rms_norm(h, norm_weight, residual=residual)
+            h = multiply(o, multiply(qkv, h)[:, : o.in_features])
+            h, residual = qwen_plugins.rms_norm(h, norm_weight, residual=residual)
+            h = multiply(down, multiply(gate_up, h))
+        h, residual = qwen_plugins.rms_norm(h, norm_weight, residual=residual)
+        multiply(model.head, h)
+
+    record()  # makes what is made at the first call
+    return time_graph(record)
+
+
+def measure(models: list[str], rows: list[int], step_rows: list[int], dtype_name: str) -> dict[str, Any]:
+    """One record for each product or step, provider and number of rows."""
+    import torch
+
+    import qwen_plugins
+
+    dtype = getattr(torch, dtype_name)
+    products, steps = [], []
+    calls = providers()
+    for name in models:
+        model = MODELS[name]
+        memory = torch.empty(max(model.elements, 2 * model.head.elements), dtype=dtype, device="cuda")
+        for part in memory.split(1 << 28):
+            part.normal_(std=0.02)
+        for product in (*model.products, model.head):
+            for count in rows:
+                record = {"model": name, "product": product.name, "rows": count}
+                record |= {p: round(time_product(product, count, call, memory), 3) for p, call in calls.items()}
+                products.append(record)
+            print(f"{name} {product.name}: done", file=sys.stderr, flush=True)
+        for count in step_rows:
+            steps.append({"model": name, "rows": count})
+            steps[-1] |= {p: round(time_step(model, count, call, memory), 1) for p, call in calls.items()}
+            print(f"{name} step of {count} rows: {steps[-1]}", file=sys.stderr, flush=True)
+        del memory
+    return {"dtype": dtype_name, "cublas_lt": qwen_plugins.cublas_lt_status(), "products": products, "steps": steps}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Markdown: microseconds, and the floor's share of them for the rows where memory decides."""
+    lines = []
+    for name in dict.fromkeys(record["model"] for record in results["steps"] + results["products"]):
+        model = MODELS[name]
+        lines += [
+            f"### {name}, {results['dtype']}: decode step, microseconds",
+            "",
+            f"The floor is {model.floor:.0f}.",
+            "",
+            f"| rows | {OURS} | of the floor | {CUBLAS} | of the floor | tokens/s at most |",
+            "|---|---|---|---|---|---|",
+        ]
+        for record in results["steps"]:
+            if record["model"] == name:
+                ours, cublas = record[OURS], record[CUBLAS]
+                tokens = 1e6 * record["rows"] / ours
+                lines.append(
+                    f"| {record['rows']} | {ours:.0f} | {model.floor / ours:.1%} | {cublas:.0f} | "
+                    f"{model.floor / cublas:.1%} | {tokens:.0f} |"
+                )
+        lines += ["", f"### {name}, {results['dtype']}: one by one, microseconds, ours / cuBLAS", ""]
+        products = (*model.products, model.head)
+        lines += [
+            "| rows | " + " | ".join(f"{p.name} {p.in_features}→{p.out_features}" for p in products) + " |",
+            "|---" * (len(products) + 1) + "|",
+            "| floor | " + " | ".join(f"{p.floor:.1f}" for p in products) + " |",
+        ]
+        for count in dict.fromkeys(r["rows"] for r in results["products"] if r["model"] == name):
+            cells = []
+            for product in products:
+                record = _find(results["products"], name, product.name, count)
+                share = f" ({product.floor / record[OURS]:.0%})" if count <= 16 else ""
+                cells.append(f"{record[OURS]:.1f}{share} / {record[CUBLAS]:.1f}")
+            lines.append(f"| {count} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _find(records: list[dict[str, Any]], model: str, product: str, rows: int) -> dict[str, Any]:
+    return next(r for r in records if (r["model"], r["product"], r["rows"]) == (model, product, rows))
+
+
+def summary(results: dict[str, Any], noise: float = 0.02) -> str:
+    """Where cuBLAS is the faster one by more than what repeated measurements differ by."""
+    behind = [r for r in results["products"] if r[OURS] > r[CUBLAS] * (1 + noise)]
+    lines = [f"slower than cuBLAS by more than {noise:.0%} at {len(behind)} of {len(results['products'])} sizes"]
+    lines += [f"  {r['model']} {r['product']}, {r['rows']} rows: {r[OURS]:.2f}, {r[CUBLAS]:.2f}" for r in behind]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path, title: str) -> None:
+    """Time over rows, a panel for each product, as multiples of the floor."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    names = list(dict.fromkeys(r["model"] for r in results["products"]))
+    figure, axes = plt.subplots(len(names), 5, figsize=(20, 4 * len(names)), squeeze=False, sharey=True)
+    for line, name in zip(axes, names, strict=True):
+        model = MODELS[name]
+        for axis, product in zip(line, (*model.products, model.head), strict=True):
+            records = [r for r in results["products"] if r["model"] == name and r["product"] == product.name]
+            for provider, width in ((CUBLAS, 1.5), (OURS, 3)):
+                points = [(r["rows"], 100 * product.floor / r[provider]) for r in records if r["rows"] <= 256]
+                axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=provider)
+            axis.set_xscale("log", base=2)
+            axis.set_title(f"{name} {product.name}, {product.in_features}→{product.out_features}", fontsize=10)
+            axis.set_xlabel("rows")
+            axis.set_ylabel("% of 4.55 TB/s")
+            axis.set_ylim(0, 105)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", choices=list(MODELS), nargs="+", default=list(MODELS))
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--step-rows", type=int, nargs="+", default=STEP_ROWS)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gemm.json")
+    parser.add_argument("--report", type=Path, metavar="RESULTS", help="print and draw results instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.report:
+        content = json.loads(arguments.report.read_text(encoding="utf-8"))
+        results = content["results"]
+        plot(results, IMAGES / f"{arguments.report.stem}.png", f"{content['machine']['gpu']}, {results['dtype']}")
+    else:
+        results = measure(arguments.models, arguments.rows, arguments.step_rows, arguments.dtype)
+        write_results(arguments.output, results)
+    print(tables(results))
+    print(summary(results))
+
+
+if __name__ == "__main__":
+    main()
