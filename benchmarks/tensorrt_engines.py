@@ -12,33 +12,10 @@ import tensorrt as trt
 from cuda.bindings import runtime as cudart
 
 import qwen_plugins.tensorrt
+from qwen_model.backends.cuda_runtime import DeviceMemory, Graph, Stream, check
+from qwen_model.backends.tensorrt_versions import LOG, create_network
 
-
-def check(result: tuple[Any, ...]) -> Any:
-    """The values of a cuda-bindings call; RuntimeError where it failed."""
-    status, *values = result
-    if status != cudart.cudaError_t.cudaSuccess:
-        raise RuntimeError(
-            f"{cudart.cudaGetErrorName(status)[1].decode()}: {cudart.cudaGetErrorString(status)[1].decode()}"
-        )
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-class Log(trt.ILogger):
-    """Keeps the errors and warnings that TensorRT logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        """Keep a message, from a warning upwards."""
-        if severity <= trt.ILogger.WARNING:
-            self.messages.append(message)
-
-
-# TensorRT keeps the first logger of a process for whatever has no logger of its own.
-LOG = Log()
+__all__ = ["LOG", "DeviceArray", "Engine", "Execution", "Graph", "Input", "build_plan", "check", "cudart"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +45,7 @@ def build_plan(
     ``profiling`` keeps the layers' names and details in the engine.
     """
     builder = trt.Builder(LOG)
-    explicit_batch = 0 if _major() >= 10 else 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
-    network = builder.create_network(explicit_batch)
+    network = create_network(builder)
     config = builder.create_builder_config()
     # Neither cuBLAS nor cuDNN: nothing here has a use for them, and TensorRT 8.6 fails where they are not installed.
     config.set_tactic_sources(0)
@@ -98,17 +74,13 @@ def build_plan(
     return bytes(plan)
 
 
-class DeviceArray:
-    """Device memory with the shape and type of an array; freed with the object."""
+class DeviceArray(DeviceMemory):
+    """Device memory with the shape and type of an array; what is done with it is done when the call returns."""
 
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
-        self.num_bytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-        self.address = int(check(cudart.cudaMalloc(max(self.num_bytes, 16))))
-
-    def __del__(self) -> None:
-        cudart.cudaFree(self.address)
+        super().__init__(int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize)
 
     def upload(self, array: np.ndarray) -> "DeviceArray":
         """Copy from the host."""
@@ -117,11 +89,13 @@ class DeviceArray:
             raise ValueError(f"got an array of shape {array.shape}; expected {self.shape}")
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         check(cudart.cudaMemcpy(self.address, array.ctypes.data, self.num_bytes, kind))
+        check(cudart.cudaDeviceSynchronize())
         return self
 
     def poison(self) -> "DeviceArray":
         """All bytes 0xFF: NaN in every floating-point type, -1 in integers."""
         check(cudart.cudaMemset(self.address, 0xFF, self.num_bytes))
+        check(cudart.cudaDeviceSynchronize())
         return self
 
     def download(self) -> np.ndarray:
@@ -137,13 +111,13 @@ class Execution:
     """An execution context bound to inputs and outputs of fixed shapes."""
 
     context: Any
-    stream: Any
+    stream: Stream
     inputs: dict[str, DeviceArray] = field(default_factory=dict)
     outputs: dict[str, DeviceArray] = field(default_factory=dict)
 
     def enqueue(self) -> None:
         """Put the engine's work on the stream."""
-        if not self.context.execute_async_v3(int(self.stream)):
+        if not self.context.execute_async_v3(self.stream.handle):
             raise RuntimeError("TensorRT refused to run:\n" + "\n".join(LOG.messages))
 
     def run(self) -> dict[str, np.ndarray]:
@@ -156,7 +130,7 @@ class Execution:
 
     def results(self) -> dict[str, np.ndarray]:
         """The outputs of what has been enqueued."""
-        check(cudart.cudaStreamSynchronize(self.stream))
+        self.stream.synchronize()
         return {name: output.download() for name, output in self.outputs.items()}
 
 
@@ -170,10 +144,10 @@ class Engine:
         if self.engine is None:
             raise RuntimeError("TensorRT could not read the plan:\n" + "\n".join(LOG.messages))
 
-    def bind(self, arrays: Mapping[str, np.ndarray], stream: Any = None) -> Execution:
+    def bind(self, arrays: Mapping[str, np.ndarray], stream: Stream | None = None) -> Execution:
         """A new context with these inputs on the device and memory for the outputs."""
         context = self.engine.create_execution_context()
-        execution = Execution(context, check(cudart.cudaStreamCreate()) if stream is None else stream)
+        execution = Execution(context, stream or Stream())
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         outputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         for name in set(names) - set(outputs):
@@ -192,29 +166,3 @@ class Engine:
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once in a context of its own and return the outputs."""
         return self.bind(arrays).run()
-
-
-class Graph:
-    """A CUDA graph of whatever ``enqueue`` puts on ``stream``."""
-
-    def __init__(self, stream: Any, enqueue: Callable[[], None]) -> None:
-        self.stream = stream
-        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        check(cudart.cudaStreamBeginCapture(stream, mode))
-        enqueue()
-        self.graph = check(cudart.cudaStreamEndCapture(stream))
-        self.executable = check(cudart.cudaGraphInstantiate(self.graph, 0))
-
-    def launch(self) -> None:
-        """Put the graph on its stream."""
-        check(cudart.cudaGraphLaunch(self.executable, self.stream))
-
-    def node_types(self) -> list[str]:
-        """What the graph consists of: Kernel, Memcpy, Memset, ..."""
-        _, count = check(cudart.cudaGraphGetNodes(self.graph))
-        nodes, _ = check(cudart.cudaGraphGetNodes(self.graph, count))
-        return [check(cudart.cudaGraphNodeGetType(node)).name.removeprefix("cudaGraphNodeType") for node in nodes]
-
-
-def _major() -> int:
-    return int(trt.__version__.split(".")[0])

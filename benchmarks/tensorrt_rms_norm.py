@@ -167,9 +167,9 @@ def median_microseconds(graph: Graph) -> float:
     start, stop = check(cudart.cudaEventCreate()), check(cudart.cudaEventCreate())
     times = []
     for i in range(REPLAYS + 5):
-        check(cudart.cudaEventRecord(start, graph.stream))
+        check(cudart.cudaEventRecord(start, graph.stream.handle))
         graph.launch()
-        check(cudart.cudaEventRecord(stop, graph.stream))
+        check(cudart.cudaEventRecord(stop, graph.stream.handle))
         check(cudart.cudaEventSynchronize(stop))
         if i >= 5:
             times.append(check(cudart.cudaEventElapsedTime(start, stop)) * 1000)

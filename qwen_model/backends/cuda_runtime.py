@@ -74,6 +74,9 @@ class Stream:
         if hasattr(self, "handle"):
             cudart.cudaStreamDestroy(self.handle)
 
+    def __int__(self) -> int:
+        return self.handle
+
     def synchronize(self) -> None:
         """Wait until everything on it is done."""
         check(cudart.cudaStreamSynchronize(self.handle))
@@ -171,28 +174,28 @@ class Graph:
     """A CUDA graph of whatever `enqueue` puts on the stream."""
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
-        self._stream = stream
+        self.stream = stream
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         check(cudart.cudaStreamBeginCapture(stream.handle, mode))
         try:
             enqueue()
         finally:
             status, graph = cudart.cudaStreamEndCapture(stream.handle)
-        self._graph = check((status, graph))
-        self._executable = check(cudart.cudaGraphInstantiate(self._graph, 0))
+        self.graph = check((status, graph))
+        self._executable = check(cudart.cudaGraphInstantiate(self.graph, 0))
 
     def __del__(self) -> None:
         if hasattr(self, "_executable"):
             cudart.cudaGraphExecDestroy(self._executable)
-        if hasattr(self, "_graph"):
-            cudart.cudaGraphDestroy(self._graph)
+        if hasattr(self, "graph"):
+            cudart.cudaGraphDestroy(self.graph)
 
     def launch(self) -> None:
         """Put the graph on its stream."""
-        check(cudart.cudaGraphLaunch(self._executable, self._stream.handle))
+        check(cudart.cudaGraphLaunch(self._executable, self.stream.handle))
 
     def node_types(self) -> list[str]:
         """What the graph consists of: Kernel, Memcpy, Memset, ..."""
-        _, count = check(cudart.cudaGraphGetNodes(self._graph))
-        nodes, _ = check(cudart.cudaGraphGetNodes(self._graph, count))
+        _, count = check(cudart.cudaGraphGetNodes(self.graph))
+        nodes, _ = check(cudart.cudaGraphGetNodes(self.graph, count))
         return [check(cudart.cudaGraphNodeGetType(node)).name.removeprefix("cudaGraphNodeType") for node in nodes]
