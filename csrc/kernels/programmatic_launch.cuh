@@ -21,10 +21,10 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Brings the line of `address` to the L2 cache. It is no access to the memory: it may come before
+// Brings the line of `address` to the L2 cache, to stay there. It is no access to the memory: it may come before
 // wait_for_previous_kernel(), whoever writes there.
 __device__ __forceinline__ void prefetch_to_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(address));
 }
 
 }  // namespace qwen_plugins

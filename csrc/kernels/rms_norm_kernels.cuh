@@ -258,10 +258,15 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   const auto index = [&](int j) { return static_cast<int>(threadIdx.x + j * blockDim.x); };
   const auto inside = [&](int j) { return row_exists && index(j) <= last; };
 
-  // While a decoder generates, the products between two normalisations sweep the weight out of the L2 cache.
+  const auto* residual_row =
+      reinterpret_cast<const FullPack*>(at(static_cast<const T*>(p.residual), p.residual_rows, row));
+  // While a decoder generates, the products between two normalisations sweep both out of the L2 cache.
   if (kWeightMode == WeightMode::kPlain && gridDim.x <= kFewRows) {
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) prefetch_to_l2(static_cast<const FullPack*>(p.weight) + min(index(j), last));
+    for (int j = 0; j < kPacks; ++j) {
+      prefetch_to_l2(static_cast<const FullPack*>(p.weight) + min(index(j), last));
+      if constexpr (kResidual) prefetch_to_l2(residual_row + min(index(j), last));
+    }
   }
   wait_for_previous_kernel();
   FullPack h[kPacks];
@@ -271,9 +276,8 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) h[j] = x[min(index(j), last)];
   if constexpr (kResidual) {
-    const auto* r = reinterpret_cast<const FullPack*>(at(static_cast<const T*>(p.residual), p.residual_rows, row));
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) residual[j] = r[min(index(j), last)];
+    for (int j = 0; j < kPacks; ++j) residual[j] = residual_row[min(index(j), last)];
   }
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) weights.load(j, min(index(j), last), p);
