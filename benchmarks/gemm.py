@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,27 +119,30 @@ def providers() -> dict[str, Call]:
     return {OURS: ours, CUBLAS: cublas}
 
 
-def time_graph(record: Callable[[], None], replays: int = 9) -> float:
-    """Microseconds of one replay."""
+def time_in_turns(recordings: dict[str, Callable[[], None]], replays: int = 9) -> dict[str, float]:
+    """Microseconds of one replay of each recorded graph. They take turns: the chip's clock is the same for all."""
     import torch
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        record()
-    times = []
+    graphs = {name: torch.cuda.CUDAGraph() for name in recordings}
+    times: dict[str, list[float]] = {name: [] for name in recordings}
+    for name, record in recordings.items():
+        record()  # makes what is made at the first call
+        with torch.cuda.graph(graphs[name]):
+            record()
     for replay in range(replays + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 2:
-            times.append(start.elapsed_time(end) * 1000)
-    return statistics.median(times)
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 2:
+                times[name].append(start.elapsed_time(end) * 1000)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def time_product(product: Product, rows: int, call: Call, memory: Any) -> float:
-    """Microseconds of one product among many whose weights take turns in `memory`."""
+def time_product(product: Product, rows: int, calls: dict[str, Call], memory: Any) -> dict[str, float]:
+    """Microseconds of one product among many whose weights take turns in `memory`, by provider."""
     import torch
 
     copies = max(2, int(ROTATED_BYTES / (2 * product.elements)))
@@ -146,19 +150,22 @@ def time_product(product: Product, rows: int, call: Call, memory: Any) -> float:
         memory[i * product.elements :][: product.elements].view(product.out_features, product.in_features)
         for i in range(copies)
     ]
-    calls = max(16, copies)
+    count = max(16, copies)
     x = torch.randn(rows, product.in_features, dtype=memory.dtype, device="cuda")
-    call(product, x, weights[0])
 
-    def record() -> None:
-        for i in range(calls):
-            call(product, x, weights[i % copies])
+    def recording(call: Call) -> Callable[[], None]:
+        def record() -> None:
+            for i in range(count):
+                call(product, x, weights[i % copies])
 
-    return time_graph(record) / calls
+        return record
+
+    times = time_in_turns({provider: recording(call) for provider, call in calls.items()})
+    return {provider: round(time / count, 3) for provider, time in times.items()}
 
 
-def time_step(model: Model, rows: int, call: Call, memory: Any) -> float:
-    """Microseconds of all products and normalisations of a decode step."""
+def time_step(model: Model, rows: int, calls: dict[str, Call], memory: Any) -> dict[str, float]:
+    """Microseconds of all products and normalisations of a decode step, by provider of the products."""
     import torch
 
     import qwen_plugins
@@ -167,7 +174,7 @@ def time_step(model: Model, rows: int, call: Call, memory: Any) -> float:
     x = torch.randn(rows, hidden_size, dtype=memory.dtype, device="cuda")
     norm_weight = torch.ones(hidden_size, dtype=memory.dtype, device="cuda")
 
-    def record() -> None:
+    def record(call: Call) -> None:
         position = 0
 
         def multiply(product: Product, operand: Any) -> Any:
@@ -186,8 +193,8 @@ def time_step(model: Model, rows: int, call: Call, memory: Any) -> float:
         h, residual = qwen_plugins.rms_norm(h, norm_weight, residual=residual)
         multiply(model.head, h)
 
-    record()  # makes what is made at the first call
-    return time_graph(record)
+    times = time_in_turns({provider: partial(record, call) for provider, call in calls.items()})
+    return {provider: round(time, 1) for provider, time in times.items()}
 
 
 def measure(models: list[str], rows: list[int], step_rows: list[int], dtype_name: str) -> dict[str, Any]:
@@ -204,16 +211,14 @@ def measure(models: list[str], rows: list[int], step_rows: list[int], dtype_name
         memory = torch.empty(max(model.elements, 2 * model.head.elements), dtype=dtype, device="cuda")
         for part in memory.split(1 << 28):
             part.normal_(std=0.02)
-        for product in (*model.products, model.head):
-            for count in rows:
-                record = {"model": name, "product": product.name, "rows": count}
-                record |= {p: round(time_product(product, count, call, memory), 3) for p, call in calls.items()}
-                products.append(record)
-            print(f"{name} {product.name}: done", file=sys.stderr, flush=True)
         for count in step_rows:
-            steps.append({"model": name, "rows": count})
-            steps[-1] |= {p: round(time_step(model, count, call, memory), 1) for p, call in calls.items()}
-            print(f"{name} step of {count} rows: {steps[-1]}", file=sys.stderr, flush=True)
+            steps.append({"model": name, "rows": count, **time_step(model, count, calls, memory)})
+            print(f"{name}, step of {count} rows: {steps[-1]}", file=sys.stderr, flush=True)
+        for count in rows:
+            for product in (*model.products, model.head):
+                times = time_product(product, count, calls, memory)
+                products.append({"model": name, "product": product.name, "rows": count, **times})
+            print(f"{name}, {count} rows: done", file=sys.stderr, flush=True)
         del memory
     return {"dtype": dtype_name, "cublas_lt": qwen_plugins.cublas_lt_status(), "products": products, "steps": steps}
 

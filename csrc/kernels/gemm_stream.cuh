@@ -157,23 +157,31 @@ __device__ __forceinline__ void copy_x_line(const StreamArguments& p, int chunk,
   copy_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k, k < p.in_features);
 }
 
+constexpr int kLinesAtOnce = 32 / kLinePacks;
+
 // A chunk of all rows of x.
-template <typename T>
+template <typename T, typename Shape>
 __device__ __forceinline__ void copy_x_chunk(const StreamArguments& p, int chunk, uint32_t lines) {
-  for (int row = lane_of_thread() / kLinePacks; row < p.rows; row += 32 / kLinePacks) {
-    copy_x_line<T>(p, chunk, row, lines);
+#pragma unroll
+  for (int first = 0; first < 8 * Shape::kXTiles; first += kLinesAtOnce) {
+    const int row = first + lane_of_thread() / kLinePacks;
+    if (row < p.rows) copy_x_line<T>(p, chunk, row, lines);
   }
 }
 
-// All chunks of x that this warp multiplies, as many lines at once as there are lanes for, be they of one chunk or
-// more.
+// All chunks of x that this warp multiplies. Few rows: several chunks at once, that no lanes stand idle.
 template <typename T, typename Shape>
 __device__ __forceinline__ void copy_x_of_warp(const StreamArguments& p, uint32_t lines) {
-  int i = 0;
-  for (int row = lane_of_thread() / kLinePacks;; row += 32 / kLinePacks) {
-    for (; row >= p.rows; row -= p.rows) ++i;
-    if (i >= p.chunks_of_warp) return;
-    copy_x_line<T>(p, warp_of_thread() + i * Shape::kWarps, row, lines + i * p.rows * kLineBytes);
+  const auto chunk = [](int i) { return warp_of_thread() + i * Shape::kWarps; };
+  const auto place = [&](int i) { return lines + i * p.rows * kLineBytes; };
+  if (p.rows >= kLinesAtOnce) {
+    for (int i = 0; i < p.chunks_of_warp; ++i) copy_x_chunk<T, Shape>(p, chunk(i), place(i));
+    return;
+  }
+  for (int row = 0; row < p.rows; ++row) {
+    for (int i = lane_of_thread() / kLinePacks; i < p.chunks_of_warp; i += kLinesAtOnce) {
+      copy_x_line<T>(p, chunk(i), row, place(i));
+    }
   }
 }
 
@@ -258,7 +266,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const auto begin_x = [&] {
     if constexpr (kStreamsX) {
       for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
-        copy_x_chunk<T>(p, chunk, shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
+        copy_x_chunk<T, Shape>(p, chunk,
+                               shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
         chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
       }
     } else {
@@ -313,7 +322,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         multiply_chunk<T, Shape>(sums[tile], x, weight);
         __syncwarp();  // all lanes have read what the next copies overwrite
         if (kStreamsX && tile == 0 && copies.group < p.groups) {
-          copy_x_chunk<T>(p, copies.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
+          copy_x_chunk<T, Shape>(p, copies.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
         }
         copies.copy(tile, shared_address(stage));
         commit_copies();
