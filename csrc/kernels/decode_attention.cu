@@ -170,24 +170,20 @@ __device__ __forceinline__ void attend_block(const DecodeAttentionParams& p, con
   combine_splits<T, kHeadSize>(p, work, workspace, first_head);
 }
 
-// Has this block's first keys and values on their way to the L2 cache while the kernel before may still run. It is a hint
-// alone, for which nothing need be right: not the length either, which that kernel may yet change.
+// Has this block's first keys and values on their way to the L2 cache while the kernel before may still run. It is a
+// hint alone, for which nothing need be right: not the length either, which that kernel may yet change.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prefetch_cache(const Arguments& a) {
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x >= 2) return;
+  if (threadIdx.x >= 2) return;  // keys and values
   const DecodeAttentionParams& p = a.params;
   if (!a.prefetches) return;
   Work work;
   work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
   work.past_length = max(0, min(work.past_length, p.cache.max_positions - 1));
   if (!find_work(a, work)) return;
-  const int bytes = min(work.end - work.begin, kPrefetched) * kHeadSize * static_cast<int>(sizeof(T));
-  const int which = static_cast<int>(threadIdx.x);
-  const T* const from = static_cast<const T*>(p.cache.data) + work.begin * int64_t{kHeadSize} +
-                        cache_offset(p.heads, p.cache, work.sequence, which, work.kv_head);
-  if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
+  const T* const rows = static_cast<const T*>(p.cache.data) +
+                        cache_offset(p.heads, p.cache, work.sequence, static_cast<int>(threadIdx.x), work.kv_head);
+  prefetch_rows<T, kHeadSize>(rows, work.begin, min(work.end, work.begin + kPrefetched));
 }
 
 // The shared memory of a block with several query heads has room for that of one with a single head.

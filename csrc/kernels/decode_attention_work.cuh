@@ -89,6 +89,18 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   return index < work.num_splits;
 }
 
+// A hint that positions [begin, end) of keys or values, which start at `rows`, will be read: has them come to the L2
+// cache.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void prefetch_rows(const T* rows, int begin, int end) {
+#if __CUDA_ARCH__ >= 900
+  if (begin >= end) return;
+  const int bytes = (end - begin) * kHeadSize * static_cast<int>(sizeof(T));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows + begin * int64_t{kHeadSize}), "r"(bytes)
+               : "memory");
+#endif
+}
+
 __device__ __forceinline__ void load_shared(float (&out)[kVecSize], const float* from) {
 #pragma unroll
   for (int i = 0; i < kVecSize / 4; ++i) {

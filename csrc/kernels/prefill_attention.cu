@@ -145,8 +145,8 @@ class LaneOfHeads {
   float sines_[kVecSize] = {};
 };
 
-// A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k and v: then both the rows of qkv
-// and those of the cache are long. All is loaded before any of it is used.
+// A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k and v: then both the rows of
+// qkv and those of the cache are long. All is loaded before any of it is used.
 template <typename T, int kHeadSize>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
   using Lane = LaneOfHeads<T, kHeadSize>;
@@ -239,7 +239,7 @@ cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties
   if (error != cudaSuccess) return error;
   // The most tiles that so many tokens can make of so many sequences.
   const int64_t tiles = (p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows;
-  const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(p.heads.num_heads));
+  const dim3 blocks(static_cast<unsigned>(p.heads.num_heads), static_cast<unsigned>(tiles));  // long tiles first
   return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, p);
 }
 
@@ -253,7 +253,8 @@ cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& devi
       launch_kernel(prepare_tokens<T, kHeadSize>, parts, dim3(kPrepareThreads), 0, device, stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<T, float>) {
-    const dim3 blocks(static_cast<unsigned>(p.tokens), static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
+    const dim3 blocks(static_cast<unsigned>(p.tokens),
+                      static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
     return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
   } else {
 #ifdef QWEN_PLUGINS_HOPPER

@@ -90,13 +90,13 @@ class HopperAttention : public TileSoftmax<T, Shape> {
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    attend_on_hopper(const __grid_constant__ PrefillAttentionParams p, bool heads_first) {
+    attend_on_hopper(const __grid_constant__ PrefillAttentionParams p) {
   extern __shared__ char unaligned[];
   trigger_dependent_launch();
   wait_for_previous_kernel();
   QueryTile tile;
-  const int head = static_cast<int>(heads_first ? blockIdx.x : blockIdx.y);
-  if (!find_tile(p, static_cast<int>(heads_first ? blockIdx.y : blockIdx.x), Shape::kRows, tile)) return;
+  const int head = static_cast<int>(blockIdx.x);
+  if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
   const T* const cache = static_cast<const T*>(p.cache.data);
   const T* const keys = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
@@ -165,10 +165,8 @@ cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& devi
   // The most tiles that so many tokens can make of so many sequences.
   const auto tiles = static_cast<unsigned>((p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows);
   const auto heads = static_cast<unsigned>(p.heads.num_heads);
-  // All heads together balance better, if their keys and values stay in the L2 cache.
-  const bool heads_first = p.tokens * p.heads.num_kv_heads * kHeadSize * 4 < int64_t{24} << 20;
-  const dim3 blocks = heads_first ? dim3(heads, tiles) : dim3(tiles, heads);
-  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, p, heads_first);
+  const dim3 blocks(heads, tiles);  // the long tiles of all heads first
+  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, p);
 }
 
 }  // namespace

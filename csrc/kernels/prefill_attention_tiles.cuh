@@ -285,8 +285,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   trigger_dependent_launch();
   wait_for_previous_kernel();
   QueryTile tile;
-  if (!find_tile(p, static_cast<int>(blockIdx.x), Shape::kRows, tile)) return;
-  const int head = static_cast<int>(blockIdx.y);
+  if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
+  const int head = static_cast<int>(blockIdx.x);
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
   const T* const cache = static_cast<const T*>(p.cache.data);
   const T* const keys = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
