@@ -165,7 +165,8 @@ def _pytorch() -> dict[str, dict[str, Call]]:
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     def prefill(b: Buffers) -> Any:
-        return sdpa(*b.by_sequence, is_causal=True, enable_gqa=b.heads != b.kv_heads)
+        q, k, v = b.by_sequence
+        return sdpa(q, k, v, is_causal=True, enable_gqa=b.heads != b.kv_heads)
 
     def decode(b: Buffers) -> Any:
         return sdpa(b.new_queries, b.cache[:, 0], b.cache[:, 1])
@@ -331,13 +332,14 @@ def table(records: list[dict[str, Any]], phase: str, model: str) -> str:
     last = "ours / limit" if phase == "decode" else "ours, TFLOP/s"
     lines = [f"| sequences x tokens | {' | '.join(providers)} | {last} |", "|---" * (len(providers) + 2) + "|"]
     for problem in dict.fromkeys(map(_problem, mine)):
-        times = {r["provider"]: r.get("microseconds") for r in mine if _problem(r) == problem}
-        cells = ["–" if times[p] is None else _short(times[p]) for p in providers]
-        ours = times[OURS]
-        if phase == "decode":
-            cells.append(f"{ours / (problem.cache_bytes / READ_SPEED):.2f}")
+        times = {r["provider"]: r["microseconds"] for r in mine if _problem(r) == problem and "microseconds" in r}
+        cells = [_short(times[p]) if p in times else "–" for p in providers]
+        if OURS not in times:
+            cells.append("–")
+        elif phase == "decode":
+            cells.append(f"{times[OURS] / (problem.cache_bytes / READ_SPEED):.2f}")
         else:
-            cells.append(f"{problem.operations / ours * 1e-6:.0f}")
+            cells.append(f"{problem.operations / times[OURS] * 1e-6:.0f}")
         lines.append(f"| {problem.sequences} x {problem.tokens} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -347,6 +349,7 @@ def _short(microseconds: float) -> str:
 
 
 def tables(records: list[dict[str, Any]]) -> str:
+    """A table for each phase and model."""
     found = dict.fromkeys((r["phase"], r["model"]) for r in records)
     parts = []
     for phase, model in found:
