@@ -1,12 +1,10 @@
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "gemm.h"
 #include "gemm_cublas_lt.h"
 #include "gemm_plain.h"
 #include "gemm_stream.h"
-#include "launch.h"
 #include "swiglu.h"
 
 namespace qwen_plugins {
@@ -33,15 +31,7 @@ bool is_streamable(const GemmShape& shape) {
 }
 
 // Whether it is also no slower than cuBLASLt: measured on an H200, docs/gemm.md.
-bool is_for_stream(const GemmShape& shape) {
-  if (!is_streamable(shape) || shape.rows > kMaxStreamedRows) return false;
-  if (shape.rows <= kMaxStreamedRows / 2) return true;
-  // With this much of x to load, cuBLASLt wins where the tiles leave many multiprocessors without work at the end.
-  DeviceProperties device;
-  if (current_device_properties(device) != cudaSuccess) return true;
-  const double rounds = static_cast<double>(shape.out_features) / kStreamedRowsOfGroup / device.multiprocessors;
-  return rounds >= 0.8 * std::ceil(rounds) || rounds > 4;
-}
+bool is_for_stream(const GemmShape& shape) { return is_streamable(shape) && shape.rows <= kMaxStreamedRows; }
 
 bool is_aligned(const GemmParams& p) {
   const auto misaligned = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |

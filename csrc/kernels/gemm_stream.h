@@ -12,9 +12,6 @@ namespace qwen_plugins {
 // Up to this many rows at once.
 constexpr int64_t kMaxStreamedRows = 16;
 
-// Rows of the weight that a block works on at a time, where x is not too large.
-constexpr int64_t kStreamedRowsOfGroup = 16;
-
 // By the type of the operands; x, weight and the rows of both begin at 16 bytes.
 cudaError_t launch_gemm_stream_float16(const GemmParams& params, cudaStream_t stream);
 cudaError_t launch_gemm_stream_bfloat16(const GemmParams& params, cudaStream_t stream);

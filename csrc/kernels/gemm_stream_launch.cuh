@@ -11,8 +11,8 @@ namespace qwen_plugins {
 // With 8 or with 16 rows of x; where the multiprocessor has the memory, and elsewhere. Measured: docs/gemm.md.
 using KeepsX8 = StreamShape<1, 2, XPlace::kShared, 16, 4>;
 using StreamsX8 = StreamShape<1, 4, XPlace::kStreamed, 16, 2>;
-using KeepsX16 = StreamShape<2, 2, XPlace::kShared, 16, 2>;
-using StreamsX16 = StreamShape<2, 2, XPlace::kStreamed, 16, 2>;
+using KeepsX16 = StreamShape<2, 1, XPlace::kShared, 16, 4>;
+using StreamsX16 = StreamShape<2, 4, XPlace::kStreamed, 8, 3>;
 using SmallX8 = StreamShape<1, 1, XPlace::kStreamed, 16, 2>;
 using SmallX16 = StreamShape<2, 1, XPlace::kStreamed, 8, 3>;
 
