@@ -78,8 +78,10 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
     work.has_new_token = true;
     return exists;
   }
-  const int split_size = max(kMinSplit, static_cast<int>(static_cast<unsigned>(work.past_length + grid_size - 1) /
-                                                         static_cast<unsigned>(grid_size)));
+  // Without a block for each of its heads a sequence is better split earlier; measured with 7 and 8 heads.
+  const int splits = work.past_length <= a.whole_length / 3 ? 1 : grid_size;
+  const int split_size = max(kMinSplit, static_cast<int>(static_cast<unsigned>(work.past_length + splits - 1) /
+                                                         static_cast<unsigned>(splits)));
   work.num_splits = max(1, static_cast<int>(static_cast<unsigned>(work.past_length + split_size - 1) /
                                             static_cast<unsigned>(split_size)));
   work.begin = index * split_size;
