@@ -3,8 +3,8 @@
 //   z = x · weight^T + bias,  accumulated in float32
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
-// Few rows (decoding) are read by a kernel of ours at the memory's speed; many rows go to cuBLASLt where it can be loaded,
-// else through the same kernel again and again.
+// Few rows (decoding) are read by a kernel of ours at the memory's speed; many rows go to cuBLASLt where it can be
+// loaded, else through the same kernel again and again.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,14 +35,16 @@ struct GemmParams {
   int64_t x_row_stride = 0;      // elements
   // No kernel that may still run in the stream writes weight or bias: reading them may begin before it is done.
   bool constant_weight = false;
-  void* workspace = nullptr;  // 256-byte aligned; its contents do not matter. Not to be shared by launches that overlap.
+  // 256-byte aligned; its contents do not matter. Not to be shared by launches that overlap.
+  void* workspace = nullptr;
   int64_t workspace_bytes = 0;  // of gemm_workspace_bytes(shape) at least
 };
 
 // Never less for fewer rows: the workspace for the most rows serves all.
 cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes);
 
-// Launches on `stream` and returns at once: no synchronisation, no allocation after the first call for a device.
+// Launches on `stream` and returns at once: no synchronisation, no allocation after the first call for a device. Works
+// while the stream is captured, at the first call too.
 // cudaErrorInvalidValue for parameters outside of what is written above, otherwise what the launch returned.
 cudaError_t launch_gemm(const GemmParams& params, cudaStream_t stream);
 
