@@ -120,7 +120,8 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         "prefill": f"prefill of {found.num_sequences} x {found.prompt_tokens} tokens",
         "decode": f"one step of decode, {found.num_sequences} sequences",
     }
-    for phase, layers in found.layers.items():
+    for phase, every in found.layers.items():
+        layers = [layer for layer in every if layer.kind != "Constant"]  # which take no time
         total = sum(layer.milliseconds for layer in layers)
         lines += ["", f"{loads[phase]}: {total:.3f} ms in {len(layers)} layers, each timed on its own"]
         rows = [Share(layer.name, layer.kind, 1, layer.milliseconds) for layer in layers]

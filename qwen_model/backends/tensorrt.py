@@ -140,7 +140,7 @@ def write_engine(
     versions_of.LOG.take()
     plan = builder.build_serialized_network(network, builder_config)
     if plan is None:
-        raise RuntimeError(f"TensorRT built no engine:\n{versions_of.LOG.take()}")
+        raise QwenModelError(f"TensorRT built no engine. It says:\n{versions_of.LOG.take()}")
     _write_whole(cache, versions_of.timing_cache_bytes(builder_config))
     del network, builder_config, builder  # the weights' memory
     _write_plan(folder / PLAN, memoryview(plan), progress)
