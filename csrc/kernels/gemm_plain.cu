@@ -1,10 +1,10 @@
 #include <algorithm>
 
 #include "elements.cuh"
-#include "gemm_activation.cuh"
 #include "gemm_plain.h"
 #include "launch.h"
 #include "programmatic_launch.cuh"
+#include "silu.cuh"
 
 namespace qwen_plugins {
 namespace {

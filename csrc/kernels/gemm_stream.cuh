@@ -13,9 +13,9 @@
 #pragma once
 
 #include "elements.cuh"
-#include "gemm_activation.cuh"
 #include "gemm_stream.h"
 #include "programmatic_launch.cuh"
+#include "silu.cuh"
 
 namespace qwen_plugins {
 

@@ -4,6 +4,7 @@
 #include "elements.cuh"
 #include "launch.h"
 #include "programmatic_launch.cuh"
+#include "silu.cuh"
 #include "swiglu.h"
 
 namespace qwen_plugins {
@@ -11,13 +12,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int64_t kMaxGridY = 65535;
-
-template <typename T>
-__device__ __forceinline__ float silu(float gate) {
-  // The fast exponential is good to a few units in the last place of a float32: too little only for float32 itself.
-  if constexpr (std::is_same_v<T, float>) return gate / (1.0F + expf(-gate));
-  return __fdividef(gate, 1.0F + __expf(-gate));
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) swiglu_in_packs(const __grid_constant__ SwigluParams p) {
