@@ -7,7 +7,9 @@ Llama 3, YaRN) and of Qwen v1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -78,13 +80,22 @@ def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attenti
 
 
 @dataclass(frozen=True)
+class PromptTable:
+    """What a `RotaryTable` is for decoding, for one batch of prompts: position p of prompt i has row `starts[i] + p`."""
+
+    values: FloatArray  # [tokens, dim]: cosines, then sines
+    query_scale: FloatArray | None  # [tokens]
+    starts: list[int]
+
+
+@dataclass(frozen=True)
 class RotaryTable:
     """Cosines and sines for an engine's positions: a token at position p of a sequence uses row `offset + p`.
 
     The offset depends on the prompt's length alone. Qwen v1 fixes the stretch of the base when it sees the prompt, so
     there is one block of rows for each stretch that can occur. Dynamic NTK as in transformers computes the base
     anew at each step from the present length: the row of position p is that of length p + 1, and only a prompt longer
-    than the trained length needs rows of its own (`prompt_rows`).
+    than the trained length needs rows of its own (`prompt_table`).
     """
 
     config: ModelConfig
@@ -100,11 +111,21 @@ class RotaryTable:
         alpha = qwen_ntk_alpha(prompt_length, rotary.original_max_positions)
         return (alpha.bit_length() - 1) * self.max_positions
 
-    def prompt_rows(self, prompt_length: int) -> FloatArray | None:
-        """Rows [prompt_length, dim] for the prompt itself, where those of `values` are not right for it."""
+    def prompt_table(self, prompt_lengths: Sequence[int]) -> PromptTable | None:
+        """A table for these prompts alone, where the rows of `values` are not right for one of them; else None."""
         rotary = self.config.rotary
-        if rotary.scaling != "dynamic" or prompt_length <= rotary.original_max_positions:
+        if rotary.scaling != "dynamic" or max(prompt_lengths) <= rotary.original_max_positions:
             return None
+        values = np.concatenate([self._prompt_rows(length) for length in prompt_lengths])
+        scale = self.query_scale
+        scales = None if scale is None else np.concatenate([scale[:length] for length in prompt_lengths])
+        return PromptTable(values, scales, [0, *accumulate(prompt_lengths[:-1])])
+
+    def _prompt_rows(self, prompt_length: int) -> FloatArray:
+        """[prompt_length, dim], with dynamic NTK."""
+        rotary = self.config.rotary
+        if prompt_length <= rotary.original_max_positions:
+            return self.values[:prompt_length]
         return cos_sin(np.arange(prompt_length), inverse_frequencies(rotary, prompt_length))
 
 

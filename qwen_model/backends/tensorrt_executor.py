@@ -312,19 +312,14 @@ class TensorRTExecutor:
         self._host_past = lengths
 
     def _bind_own_rotary(self, context: Any, lengths: list[int]) -> list[int] | None:
-        """Where a prompt needs rows of its own: a table for this batch, and where each prompt begins in it."""
-        own = [self._table.prompt_rows(length) for length in lengths]
-        if all(rows is None for rows in own):
+        """Where prompts need a table of their own: where each begins in it."""
+        own = self._table.prompt_table(lengths)
+        if own is None:
             return None
-        parts = [self._table.values[:n] if rows is None else rows for n, rows in zip(lengths, own, strict=True)]
-        scale = self._table.query_scale
-        scales = None if scale is None else np.concatenate([scale[:n] for n in lengths])
-        self._own_rotary = (  # kept until the next prompts: the device reads it later
-            self._on_device(np.concatenate(parts)),
-            None if scales is None else self._on_device(scales),
-        )
+        scale = None if own.query_scale is None else self._on_device(own.query_scale)
+        self._own_rotary = self._on_device(own.values), scale  # kept until the next prompts: the device reads it later
         self._bind_rotary(context, *self._own_rotary)
-        return [0, *np.cumsum(lengths[:-1]).tolist()]
+        return own.starts
 
     def _reorder(self, rows: IntArray) -> None:
         """Row i of the cache and of the lengths becomes what row `rows[i]` was."""

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..config import ModelConfig
 from ..engine_config import EngineConfig, Limits
 from ..errors import QwenModelError
 from ..executor import FloatArray, IntArray
+from ..memory import required_bytes
 from ..network import decoder
 from ..rotary import rotary_table
 from ..sampling import SamplingOptions
@@ -91,14 +91,6 @@ def default_dtype(checkpoint_dtype: str) -> str:
 def versions() -> dict[str, str]:
     """What an engine's `config.json` says about the software that built it."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
-
-
-def required_bytes(config: ModelConfig, limits: Limits, dtype: str) -> tuple[int, int]:
-    """Device memory of the weights and of the key-value cache."""
-    itemsize = getattr(torch, dtype).itemsize
-    numbers = sum(int(np.prod(spec.shape)) for group in weight_groups(config) for spec in group.specs)
-    cached = 2 * config.num_layers * config.num_kv_heads * config.head_size * limits.max_positions
-    return numbers * itemsize, cached * limits.max_batch_size * itemsize
 
 
 def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
@@ -328,14 +320,12 @@ class TorchExecutor:
         return logits
 
     def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Table, query scale and each prompt's first row; one with rows of its own makes a table for this batch."""
-        own = [self._table.prompt_rows(length) for length in lengths]
-        starts = offsets
-        table, scale = self._rotary, self._query_scale
-        if any(rows is not None for rows in own):
-            parts = [self._table.values[:n] if rows is None else rows for n, rows in zip(lengths, own, strict=True)]
-            table = torch.from_numpy(np.concatenate(parts)).to(self.device)
-            starts = [0, *accumulate(lengths[:-1])]
+        """Table, query scale and each prompt's first row: the engine's, or those of a table for this batch."""
+        table, scale, starts = self._rotary, self._query_scale, offsets
+        if (own := self._table.prompt_table(lengths)) is not None:
+            table = torch.from_numpy(own.values).to(self.device)
+            scale = None if own.query_scale is None else torch.from_numpy(own.query_scale).to(self.device)
+            starts = own.starts
         return table, scale, torch.tensor(starts, dtype=torch.int32).to(self.device)
 
     def _decode_logits(self) -> Tensor:

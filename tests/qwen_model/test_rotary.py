@@ -51,7 +51,7 @@ def test_qwens_table_has_a_block_for_each_stretch():
         angles = np.arange(300)[:, None] * frequencies
         rows = table.values[table.offset(length) : table.offset(length) + 300]
         np.testing.assert_allclose(rows, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-5)
-        assert table.prompt_rows(length) is None
+        assert table.prompt_table([length]) is None
 
 
 def test_logn_begins_after_the_trained_length():
@@ -59,3 +59,24 @@ def test_logn_begins_after_the_trained_length():
     expected = [math.log(i, 64) if i > 64 else 1.0 for i in range(1, 101)]
     np.testing.assert_allclose(table.query_scale, expected, rtol=1e-6)
     assert rotary_table(read_config(QWEN_V1), 64).query_scale is None
+
+
+def test_prompts_longer_than_the_trained_length_bring_a_table_of_their_own():
+    """Of dynamic NTK with Qwen v1's logn: each prompt of the batch has the rows that it has alone."""
+    config = read_config({**QWEN_V1, "use_dynamic_ntk": False}).with_rotary_scaling(
+        {"rope_type": "dynamic", "factor": 2.0}
+    )
+    table = rotary_table(config, 300)
+    assert table.prompt_table([64, 3]) is None
+    lengths = [40, 200, 65, 1]
+    own = table.prompt_table(lengths)
+    assert own.starts == [0, 40, 240, 305]
+    assert len(own.values) == len(own.query_scale) == sum(lengths)
+    for start, length in zip(own.starts, lengths, strict=True):
+        stretch = 2 * max(length, 64) / 64 - 1
+        frequencies = (10000 * stretch ** (16 / 14)) ** (-np.arange(0, 16, 2) / 16)
+        angles = np.arange(length)[:, None] * frequencies
+        rows = slice(start, start + length)
+        np.testing.assert_allclose(own.values[rows], np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=2e-5)
+        logn = [math.log(i, 64) if i > 64 else 1.0 for i in range(1, length + 1)]
+        np.testing.assert_allclose(own.query_scale[rows], logn, rtol=1e-6)

@@ -62,6 +62,16 @@ def test_rotary_scalings(trt, scaling, tmp_path):
     np.testing.assert_allclose(session.logits(prompts[0]), expected.logits(prompts[0]), atol=2e-4)
 
 
+def test_logn_and_a_table_for_a_batch_of_long_prompts(trt, tmp_path):
+    """Qwen v1 with transformers' dynamic scaling: in a batch each prompt has its own rotation and factors of q."""
+    model_dir = save_model("QWenLMHeadModel", tmp_path / "model")
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    prompts = [random_prompt(length, seed=length) for length in (30, 5, 50)]  # trained for 24
+    for session in both(model_dir, tmp_path, rotary_scaling=scaling):
+        alone = [session.generate(prompt, max_new_tokens=12).outputs[0].output_ids for prompt in prompts]
+        assert [output.output_ids for output in session.generate(prompts, max_new_tokens=12).outputs] == alone
+
+
 @pytest.fixture
 def sessions(trt, model_dir, tmp_path):
     """Of the torch and of the TensorRT back end, for the checkpoint that has a tokenizer and end tokens."""
