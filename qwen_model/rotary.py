@@ -81,7 +81,7 @@ def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attenti
 
 @dataclass(frozen=True)
 class PromptTable:
-    """What a `RotaryTable` is for decoding, for one batch of prompts: position p of prompt i has row `starts[i] + p`."""
+    """Rows for one batch of prompts alone: position p of prompt i has row `starts[i] + p`."""
 
     values: FloatArray  # [tokens, dim]: cosines, then sines
     query_scale: FloatArray | None  # [tokens]
