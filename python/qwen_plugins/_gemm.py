@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_plugins._rms_norm import FLOAT_TYPES, check_device, check_tensor
+from qwen_plugins._arguments import (
+    FLOAT_TYPES,
+    CurrentDevice,
+    address,
+    check_device,
+    check_tensor,
+    core,
+    type_name,
+    type_number,
+)
 
 _ACTIVATIONS = {None: 0, "swiglu": 1}
 
@@ -39,7 +47,7 @@ def gemm(
 
 
 def cublas_lt_status() -> str:
-    return _core().cublas_lt_status()
+    return core().cublas_lt_status()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:
@@ -48,7 +56,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     check_tensor("weight", weight)
     dtype = x.dtype
     if dtype not in FLOAT_TYPES:
-        raise TypeError(f"x must be float16 or bfloat16 or float32, not {_name(dtype)}")
+        raise TypeError(f"x must be float16 or bfloat16 or float32, not {type_name(dtype)}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
@@ -78,7 +86,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 def _check_operand(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must have the type of x, {_name(x.dtype)}, not {_name(tensor.dtype)}")
+        raise TypeError(f"{name} must have the type of x, {type_name(x.dtype)}, not {type_name(tensor.dtype)}")
     check_device(name, tensor, x)
 
 
@@ -116,55 +124,35 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
 def _on_gpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, constant_weight: bool, out: Tensor
 ) -> None:
-    index = x.device.index
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            _on_gpu(x, weight, bias, activation, constant_weight, out)
-        return
     out_features, in_features = weight.shape
     if x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < in_features:
         x = x.reshape(-1, in_features)
         if x.stride(1) != 1 or x.stride(0) < in_features:  # of one element or overlapping
             x = x.contiguous()
     rows = x.shape[0]
-    number, dtype = _ACTIVATIONS[activation], _type_number(x.dtype)
-    workspace_bytes = _workspace_bytes(rows, in_features, out_features, number, dtype)
-    # From PyTorch's pool each time: it knows about streams and captures.
-    workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
-    _core().gemm(
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        rows,
-        in_features,
-        out_features,
-        number,
-        dtype,
-        constant_weight,
-        0 if workspace is None else workspace.data_ptr(),
-        workspace_bytes,
-        torch.cuda.current_stream(index).cuda_stream,
-    )
-
-
-@cache
-def _core() -> Any:
-    from qwen_plugins import _core
-
-    return _core
+    number, dtype = _ACTIVATIONS[activation], type_number(x.dtype)
+    with CurrentDevice(x) as stream:
+        workspace_bytes = _workspace_bytes(rows, in_features, out_features, number, dtype)
+        # From PyTorch's pool each time: it knows about streams and captures.
+        workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
+        core().gemm(
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            address(bias),
+            out.data_ptr(),
+            rows,
+            in_features,
+            out_features,
+            number,
+            dtype,
+            constant_weight,
+            address(workspace),
+            workspace_bytes,
+            stream,
+        )
 
 
 @lru_cache(maxsize=4096)
 def _workspace_bytes(*shape: int) -> int:
-    return _core().gemm_workspace_bytes(*shape)
-
-
-@cache
-def _type_number(dtype: torch.dtype) -> int:
-    return int(getattr(_core().DataType, _name(dtype)))
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    return core().gemm_workspace_bytes(*shape)

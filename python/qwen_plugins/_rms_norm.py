@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+from qwen_plugins._arguments import (
+    FLOAT_TYPES,
+    CurrentDevice,
+    check_device,
+    check_tensor,
+    core,
+    type_name,
+    type_number,
+)
+
 QUANT_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -28,7 +37,7 @@ class Norm:
         """Check everything that can be checked without looking at values."""
         check_tensor("x", self.x)
         if self.x.dtype not in FLOAT_TYPES:
-            raise TypeError(f"x must be {_names(FLOAT_TYPES)}, not {_name(self.x.dtype)}")
+            raise TypeError(f"x must be {_names(FLOAT_TYPES)}, not {type_name(self.x.dtype)}")
         if self.x.dim() == 0 or self.x.shape[-1] == 0:
             raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(self.x.shape)}")
         check_last_dimension("x", self.x)
@@ -51,7 +60,7 @@ class Quantization:
     def check(self, norm: Norm) -> None:
         """Raise TypeError or ValueError where this does not fit `norm`."""
         if self.dtype not in QUANT_LIMITS:
-            raise TypeError(f"quant_dtype must be {_names(tuple(QUANT_LIMITS))}, not {_name(self.dtype)}")
+            raise TypeError(f"quant_dtype must be {_names(tuple(QUANT_LIMITS))}, not {type_name(self.dtype)}")
         if self.smoothing is not None:
             check_per_channel("smoothing", self.smoothing, norm.x)
         if self.scale is None:
@@ -59,23 +68,9 @@ class Quantization:
         check_tensor("scale", self.scale)
         check_device("scale", self.scale, norm.x)
         if self.scale.dtype != torch.float32:
-            raise TypeError(f"scale must be float32, not {_name(self.scale.dtype)}")
+            raise TypeError(f"scale must be float32, not {type_name(self.scale.dtype)}")
         if self.scale.numel() != 1:
             raise ValueError(f"scale must have one element, but its shape is {tuple(self.scale.shape)}")
-
-
-def check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires gradients, which qwen_plugins does not compute: call it under torch.no_grad()"
-        )
-
-
-def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, but is on {tensor.device}")
 
 
 def check_last_dimension(name: str, tensor: Tensor) -> None:
@@ -91,7 +86,7 @@ def check_like(name: str, tensor: Any, x: Tensor) -> None:
     check_tensor(name, tensor)
     check_device(name, tensor, x)
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must have the type of x, {_name(x.dtype)}, not {_name(tensor.dtype)}")
+        raise TypeError(f"{name} must have the type of x, {type_name(x.dtype)}, not {type_name(tensor.dtype)}")
     if tensor.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, not {tuple(tensor.shape)}")
     check_last_dimension(name, tensor)
@@ -103,7 +98,8 @@ def check_per_channel(name: str, tensor: Any, x: Tensor) -> None:
     check_device(name, tensor, x)
     if tensor.dtype not in (x.dtype, torch.float32):
         raise TypeError(
-            f"{name} must be {_names((x.dtype, torch.float32))} for x in {_name(x.dtype)}, not {_name(tensor.dtype)}"
+            f"{name} must be {_names((x.dtype, torch.float32))} for x in {type_name(x.dtype)}, "
+            f"not {type_name(tensor.dtype)}"
         )
     if tuple(tensor.shape) != (x.shape[-1],):
         raise ValueError(f"{name} must have the shape ({x.shape[-1]},), not {tuple(tensor.shape)}")
@@ -156,12 +152,8 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(dict.fromkeys(_name(dtype) for dtype in dtypes))
+    return " or ".join(dict.fromkeys(type_name(dtype) for dtype in dtypes))
 
 
 # The CPU: float64 throughout for float32, float32 for the 16-bit types, as on the GPU.
@@ -261,40 +253,12 @@ def _launches(x: Tensor, operands: list[Tensor]) -> list[tuple[tuple[int, int], 
     return launches
 
 
-class _CurrentDevice:
-    """Makes a tensor's device the current one where it is not, and gives the current stream there."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._index = tensor.device.index
-        self._guard: Any = None
-
-    def __enter__(self) -> int:
-        if self._index != torch.cuda.current_device():
-            self._guard = torch.cuda.device(self._index)
-            self._guard.__enter__()
-        return torch.cuda.current_stream().cuda_stream
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._guard is not None:
-            self._guard.__exit__(*exception)
-
-
-def _core() -> Any:
-    from qwen_plugins import _core
-
-    return _core
-
-
-def _type_number(dtype: torch.dtype) -> int:
-    return int(getattr(_core().DataType, _name(dtype)))
-
-
 def _operands(
     norm: Norm, residual_out: Tensor | None, rows: tuple[int, int], strides: list[_Strides], offsets: list[int]
 ) -> Any:
     """The launcher's operands; strides and offsets are those of x and, where they are there, residual, residual_out."""
     has_residual = norm.residual is not None and residual_out is not None
-    return _core().RmsNormOperands(
+    return core().RmsNormOperands(
         norm.x.data_ptr() + offsets[0],
         strides[0],
         norm.residual.data_ptr() + offsets[1] if norm.residual is not None else 0,
@@ -304,8 +268,8 @@ def _operands(
         norm.weight.data_ptr(),
         rows,
         norm.x.shape[-1],
-        _type_number(norm.x.dtype),
-        _type_number(norm.weight.dtype),
+        type_number(norm.x.dtype),
+        type_number(norm.weight.dtype),
         norm.eps,
         norm.unit_offset,
     )
@@ -319,10 +283,10 @@ def norm_on_gpu(norm: Norm, round_before_weight: bool, out: Tensor, residual_out
     """As norm_on_cpu, with the kernel, on the current stream."""
     if norm.x.numel() == 0:
         return
-    with _CurrentDevice(norm.x) as stream:
+    with CurrentDevice(norm.x) as stream:
         for rows, strides, offsets in _launches(norm.x, [*_row_operands(norm, residual_out), out]):
             operands = _operands(norm, residual_out, rows, strides, offsets)
-            _core().rms_norm(operands, out.data_ptr() + offsets[-1], strides[-1], round_before_weight, stream)
+            core().rms_norm(operands, out.data_ptr() + offsets[-1], strides[-1], round_before_weight, stream)
 
 
 def quant_on_gpu(
@@ -332,16 +296,16 @@ def quant_on_gpu(
     if norm.x.numel() == 0:
         return
     smoothing, scale = quantization.smoothing, quantization.scale
-    with _CurrentDevice(norm.x) as stream:
+    with CurrentDevice(norm.x) as stream:
         # q is contiguous: part of the operands, so that its offsets come out where there are several launches.
         first_row = 0
         for rows, strides, offsets in _launches(norm.x, [*_row_operands(norm, residual_out), q]):
-            _core().rms_norm_quant(
+            core().rms_norm_quant(
                 _operands(norm, residual_out, rows, strides, offsets),
                 q.data_ptr() + offsets[-1],
-                _type_number(quantization.dtype),
+                type_number(quantization.dtype),
                 smoothing.data_ptr() if smoothing is not None else 0,
-                _type_number(smoothing.dtype if smoothing is not None else norm.x.dtype),
+                type_number(smoothing.dtype if smoothing is not None else norm.x.dtype),
                 scale.data_ptr() if scale is not None else 0,
                 scales.data_ptr() + 4 * first_row if scales is not None else 0,
                 stream,

@@ -7,22 +7,20 @@ for nothing, and can be captured in a CUDA graph: what a request asks for is in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from qwen_plugins.decoder import (
-    _address,
-    _check,
-    _check_int32,
-    _check_matrix,
-    _check_output,
-    _core,
-    _data_type,
-    _device_of,
+import torch
+from torch import Tensor
+
+from qwen_plugins._arguments import (
+    CurrentDevice,
+    address,
+    check,
+    check_int32,
+    check_matrix,
+    check_output,
+    core,
+    float_type_number,
 )
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,17 +48,15 @@ class SamplingState:
 
         temperature above 0; top_k: 0 is all; top_p in (0, 1]; seed and step from 0 to 2**64 - 1. Without waiting.
         """
-        import torch
-
-        _check(0 < temperature < float("inf"), f"temperature must be a number above 0, not {temperature}")
-        _check(0 <= top_k < 2**31, f"top_k must be at least 0, not {top_k}")
-        _check(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
-        _check(
+        check(0 < temperature < float("inf"), f"temperature must be a number above 0, not {temperature}")
+        check(0 <= top_k < 2**31, f"top_k must be at least 0, not {top_k}")
+        check(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
+        check(
             0 < repetition_penalty < float("inf"),
             f"repetition_penalty must be a number above 0, not {repetition_penalty}",
         )
-        _check(0 <= seed < 2**64 and 0 <= step < 2**64, f"seed and step must be in 64 bits, not {seed} and {step}")
-        values = _core().sampling_settings_bytes(
+        check(0 <= seed < 2**64 and 0 <= step < 2**64, f"seed and step must be in 64 bits, not {seed} and {step}")
+        values = core().sampling_settings_bytes(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -75,19 +71,17 @@ class SamplingState:
 
 def sampling_state(max_sequences: int, vocab_size: int, device: torch.device | str) -> SamplingState:
     """A state whose settings are those of `SamplingState.set()`; its device must be an NVIDIA GPU."""
-    import torch
-
-    _check(0 < max_sequences < 2**20, f"max_sequences must be from 1 to {2**20 - 1}, not {max_sequences}")
+    check(0 < max_sequences < 2**20, f"max_sequences must be from 1 to {2**20 - 1}, not {max_sequences}")
     _check_vocab_size(vocab_size)
     target = torch.device(device)
-    _check(target.type == "cuda", f"device must be an NVIDIA GPU, not {target}")
+    check(target.type == "cuda", f"device must be an NVIDIA GPU, not {target}")
     state = SamplingState(
         max_sequences,
         vocab_size,
-        settings=torch.zeros(len(_core().sampling_settings_bytes(**_DEFAULTS)), dtype=torch.uint8, device=target),
+        settings=torch.zeros(len(core().sampling_settings_bytes(**_DEFAULTS)), dtype=torch.uint8, device=target),
         seen=torch.zeros(max_sequences, (vocab_size + 31) // 32, dtype=torch.int32, device=target),
         workspace=torch.empty(
-            _core().sampling_workspace_bytes(max_sequences, vocab_size), dtype=torch.uint8, device=target
+            core().sampling_workspace_bytes(max_sequences, vocab_size), dtype=torch.uint8, device=target
         ),
         semaphores=torch.zeros(max_sequences + 1, dtype=torch.int32, device=target),
     )
@@ -119,31 +113,31 @@ def sample(
         without it needs no settings, and leaves them as they are.
     past_lengths: int32 [sequences], on the device: 1 is added to each.
     """
-    _check_matrix("logits", logits)
+    check_matrix("logits", logits)
     sequences, vocab_size = logits.shape
     right = sequences <= state.max_sequences and vocab_size == state.vocab_size
-    _check(
+    check(
         right and logits.device == state.settings.device,
         f"logits must be [up to {state.max_sequences}, {state.vocab_size}] on {state.settings.device}, as the state, "
         f"not {list(logits.shape)} on {logits.device}",
     )
     if past_lengths is not None:
-        _check_int32("past_lengths", past_lengths, sequences, logits)
+        check_int32("past_lengths", past_lengths, sequences, logits)
     if out is None:
         out = logits.new_empty(sequences, dtype=state.seen.dtype)
-    _check_int32("out", out, sequences, logits)
-    with _device_of(logits) as stream:
-        _core().sample(
+    check_int32("out", out, sequences, logits)
+    with CurrentDevice(logits) as stream:
+        core().sample(
             logits=logits.data_ptr(),
             logits_row_stride=logits.stride(0),
             sequences=sequences,
             vocab_size=vocab_size,
-            dtype=_data_type(logits.dtype),
+            dtype=float_type_number(logits.dtype),
             settings=0 if greedy and not penalty else state.settings.data_ptr(),
             greedy=greedy and penalty,
             seen=state.seen.data_ptr() if penalty else 0,
             tokens=out.data_ptr(),
-            past_lengths=_address(past_lengths),
+            past_lengths=address(past_lengths),
             workspace=state.workspace.data_ptr(),
             semaphores=state.semaphores.data_ptr(),
             stream=stream,
@@ -157,15 +151,15 @@ def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
     tokens: int32 [tokens], those of all sequences one after the other; outside of the vocabulary they are ignored.
     cu_seqlens: int32 [sequences + 1], on the device: where each sequence begins, and their end (not checked).
     """
-    _check_int32("tokens", tokens, len(tokens), state.seen)
-    _check_int32("cu_seqlens", cu_seqlens, len(cu_seqlens), state.seen)
+    check_int32("tokens", tokens, len(tokens), state.seen)
+    check_int32("cu_seqlens", cu_seqlens, len(cu_seqlens), state.seen)
     sequences = len(cu_seqlens) - 1
-    _check(
+    check(
         0 <= sequences <= state.max_sequences,
         f"cu_seqlens must have 1 to {state.max_sequences + 1} elements, not {len(cu_seqlens)}",
     )
-    with _device_of(tokens) as stream:
-        _core().mark_seen(
+    with CurrentDevice(tokens) as stream:
+        core().mark_seen(
             tokens=tokens.data_ptr(),
             cu_seqlens=cu_seqlens.data_ptr(),
             sequences=sequences,
@@ -181,29 +175,29 @@ def gather_rows(table: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
     table: [rows, row_size], contiguous, float32, float16 or bfloat16.
     ids: int32, on the device of the table.
     """
-    _check_matrix("table", table)
-    _check(table.is_contiguous(), f"table must be contiguous, but its strides are {table.stride()}")
-    _check_int32("ids", ids, len(ids), table)
+    check_matrix("table", table)
+    check(table.is_contiguous(), f"table must be contiguous, but its strides are {table.stride()}")
+    check_int32("ids", ids, len(ids), table)
     shape = (len(ids), table.shape[1])
     if out is None:
         out = table.new_empty(shape)
-    _check_output(out, shape, table)
+    check_output(out, shape, table)
     if out.numel() == 0:
         return out
-    with _device_of(table) as stream:
-        _core().gather_rows(
+    with CurrentDevice(table) as stream:
+        core().gather_rows(
             table=table.data_ptr(),
             ids=ids.data_ptr(),
             y=out.data_ptr(),
             table_rows=len(table),
             row_size=table.shape[1],
             rows=len(ids),
-            dtype=_data_type(table.dtype),
+            dtype=float_type_number(table.dtype),
             stream=stream,
         )
     return out
 
 
 def _check_vocab_size(vocab_size: int) -> None:
-    limit = _core().MAX_VOCAB_SIZE
-    _check(0 < vocab_size <= limit, f"vocab_size must be from 1 to {limit}, not {vocab_size}")
+    limit = core().MAX_VOCAB_SIZE
+    check(0 < vocab_size <= limit, f"vocab_size must be from 1 to {limit}, not {vocab_size}")

@@ -8,11 +8,21 @@ captured in a CUDA graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+from qwen_plugins._arguments import (
+    CurrentDevice,
+    address,
+    check,
+    check_int32,
+    check_matrix,
+    check_output,
+    core,
+    float_type_number,
+)
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 ROTARY_STYLES = {"neox": 0, "gptj": 1}  # csrc/kernels/attention_heads.h
@@ -23,20 +33,20 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
 
     float32, float16 or bfloat16, computed in float32; rows may be strided, their elements must be contiguous.
     """
-    _check_matrix("gate_up", gate_up)
+    check_matrix("gate_up", gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    _check(gate_up.shape[1] % 2 == 0, f"gate_up must have an even number of columns, not {gate_up.shape[1]}")
+    check(gate_up.shape[1] % 2 == 0, f"gate_up must have an even number of columns, not {gate_up.shape[1]}")
     if out is None:
         out = gate_up.new_empty(rows, size)
-    _check_output(out, (rows, size), gate_up)
-    with _device_of(gate_up) as stream:
-        _core().swiglu(
+    check_output(out, (rows, size), gate_up)
+    with CurrentDevice(gate_up) as stream:
+        core().swiglu(
             gate_up=gate_up.data_ptr(),
             y=out.data_ptr(),
             gate_up_row_stride=gate_up.stride(0),
             rows=rows,
             size=size,
-            dtype=_data_type(gate_up.dtype),
+            dtype=float_type_number(gate_up.dtype),
             stream=stream,
         )
     return out
@@ -86,15 +96,15 @@ def prefill_attention(
     _check_qkv(qkv, inputs)
     cache = inputs.kv_cache
     sequences = len(cu_seqlens) - 1
-    _check(0 <= sequences <= len(cache), f"{sequences} sequences do not fit in a cache of {len(cache)}")
-    _check_int32("cu_seqlens", cu_seqlens, sequences + 1, qkv)
+    check(0 <= sequences <= len(cache), f"{sequences} sequences do not fit in a cache of {len(cache)}")
+    check_int32("cu_seqlens", cu_seqlens, sequences + 1, qkv)
     if past_lengths is not None:
-        _check_int32("past_lengths", past_lengths, sequences, qkv)
+        check_int32("past_lengths", past_lengths, sequences, qkv)
     _check_offsets(inputs, sequences, qkv)
-    _check(sequences > 0 or len(qkv) == 0, f"{len(qkv)} tokens of no sequence")
+    check(sequences > 0 or len(qkv) == 0, f"{len(qkv)} tokens of no sequence")
     out = _context(out, qkv, inputs)
-    with _device_of(qkv) as stream:
-        _core().prefill_attention(
+    with CurrentDevice(qkv) as stream:
+        core().prefill_attention(
             heads=_heads(inputs),
             cache=cache.data_ptr(),
             max_positions=cache.shape[3],
@@ -102,7 +112,7 @@ def prefill_attention(
             qkv_row_stride=qkv.stride(0),
             context=out.data_ptr(),
             cu_seqlens=cu_seqlens.data_ptr(),
-            past_lengths=_address(past_lengths),
+            past_lengths=address(past_lengths),
             sequences=sequences,
             tokens=len(qkv),
             softmax_scale=_softmax_scale(softmax_scale, cache),
@@ -121,10 +131,8 @@ class DecodeAttentionWorkspace:
 
 def decode_attention_workspace(inputs: AttentionInputs) -> DecodeAttentionWorkspace:
     """The workspace for up to as many sequences as the cache has."""
-    import torch
-
     cache = inputs.kv_cache
-    count = _core().decode_attention_workspace_bytes(_heads(inputs), len(cache))
+    count = core().decode_attention_workspace_bytes(_heads(inputs), len(cache))
     return DecodeAttentionWorkspace(
         torch.empty(count, dtype=torch.uint8, device=cache.device),
         torch.zeros(len(cache), inputs.num_heads, dtype=torch.int32, device=cache.device),
@@ -150,16 +158,16 @@ def decode_attention(
     """
     _check_qkv(qkv, inputs)
     cache = inputs.kv_cache
-    _check(len(qkv) <= len(cache), f"{len(qkv)} sequences do not fit in a cache of {len(cache)}")
-    _check_int32("past_lengths", past_lengths, len(qkv), qkv)
+    check(len(qkv) <= len(cache), f"{len(qkv)} sequences do not fit in a cache of {len(cache)}")
+    check_int32("past_lengths", past_lengths, len(qkv), qkv)
     _check_offsets(inputs, len(qkv), qkv)
     out = _context(out, qkv, inputs)
     if len(qkv) == 0:
         return out
     heads = _heads(inputs)
-    _check_workspace(workspace, _core().decode_attention_workspace_bytes(heads, len(qkv)), inputs, qkv)
-    with _device_of(qkv) as stream:
-        _core().decode_attention(
+    _check_workspace(workspace, core().decode_attention_workspace_bytes(heads, len(qkv)), inputs, qkv)
+    with CurrentDevice(qkv) as stream:
+        core().decode_attention(
             heads=heads,
             cache=cache.data_ptr(),
             max_positions=cache.shape[3],
@@ -176,44 +184,20 @@ def decode_attention(
     return out
 
 
-def _core() -> Any:
-    from qwen_plugins import _core
-
-    return _core
-
-
-class _device_of:  # noqa: N801 - used like a function
-    """Makes a tensor's device the current one; gives its stream."""
-
-    def __init__(self, tensor: Tensor):
-        import torch
-
-        self._guard = torch.cuda.device(tensor.device)
-
-    def __enter__(self) -> int:
-        import torch
-
-        self._guard.__enter__()
-        return torch.cuda.current_stream().cuda_stream
-
-    def __exit__(self, *error: object) -> None:
-        self._guard.__exit__(*error)
-
-
 def _heads(inputs: AttentionInputs) -> Any:
     cache = inputs.kv_cache
-    return _core().AttentionHeads(
+    return core().AttentionHeads(
         num_heads=inputs.num_heads,
         num_kv_heads=cache.shape[2],
         head_size=cache.shape[4],
         rotary_dim=inputs.rotary_table.shape[1],
-        dtype=_data_type(cache.dtype),
+        dtype=float_type_number(cache.dtype),
         rotary_table=inputs.rotary_table.data_ptr(),
-        rotary_offsets=_address(inputs.rotary_offsets),
+        rotary_offsets=address(inputs.rotary_offsets),
         rotary_style=ROTARY_STYLES[inputs.rotary_style],
-        query_scale=_address(inputs.query_scale),
-        q_norm_weight=_address(inputs.q_norm),
-        k_norm_weight=_address(inputs.k_norm),
+        query_scale=address(inputs.query_scale),
+        q_norm_weight=address(inputs.q_norm),
+        k_norm_weight=address(inputs.k_norm),
         norm_eps=inputs.norm_eps,
     )
 
@@ -223,49 +207,9 @@ def _softmax_scale(scale: float | None, cache: Tensor) -> float:
     return head_size**-0.5 if scale is None else scale
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _data_type(dtype: torch.dtype) -> int:
-    """The number of the type in csrc/kernels/data_type.h."""
-    numbers = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 7}
-    _check(str(dtype) in numbers, f"the type must be float32, float16 or bfloat16, not {dtype}")
-    return numbers[str(dtype)]
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_matrix(name: str, tensor: Tensor) -> None:
-    _check(tensor.device.type == "cuda", f"{name} must be on an NVIDIA GPU, not on {tensor.device}")
-    _check(tensor.dim() == 2, f"{name} must have 2 dimensions, not {tensor.dim()}")
-    _check(tensor.shape[1] <= 1 or tensor.stride(1) == 1, f"the rows of {name} must be contiguous")
-
-
-def _check_output(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    same = tuple(out.shape) == shape and out.dtype == like.dtype and out.device == like.device and out.is_contiguous()
-    _check(
-        same,
-        f"out must be contiguous {list(shape)} of {like.dtype} on {like.device}, not {list(out.shape)} of {out.dtype} "
-        f"on {out.device} with strides {out.stride()}",
-    )
-
-
-def _check_int32(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
-    right = str(tensor.dtype) == "torch.int32" and tuple(tensor.shape) == (length,) and tensor.is_contiguous()
-    _check(
-        right and tensor.device == like.device,
-        f"{name} must be contiguous int32 [{length}] on {like.device}, not {tensor.dtype} {list(tensor.shape)} on "
-        f"{tensor.device}",
-    )
-
-
 def _check_offsets(inputs: AttentionInputs, sequences: int, like: Tensor) -> None:
     if inputs.rotary_offsets is not None:
-        _check_int32("rotary_offsets", inputs.rotary_offsets, sequences, like)
+        check_int32("rotary_offsets", inputs.rotary_offsets, sequences, like)
 
 
 def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -273,7 +217,7 @@ def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs) -> Tensor
     shape = (len(qkv), inputs.num_heads * inputs.kv_cache.shape[4])
     if out is None:
         return qkv.new_empty(shape)
-    _check_output(out, shape, qkv)
+    check_output(out, shape, qkv)
     return out
 
 
@@ -282,7 +226,7 @@ def _check_workspace(
 ) -> None:
     partial, semaphores = workspace.partial_results, workspace.semaphores
     right = partial.numel() >= num_bytes and semaphores.numel() >= len(like) * inputs.num_heads
-    _check(
+    check(
         right and partial.device == like.device == semaphores.device,
         f"workspace must be that of decode_attention_workspace for this cache and device, {like.device}: {num_bytes} "
         f"bytes and {len(like) * inputs.num_heads} semaphores, not {partial.numel()} and {semaphores.numel()} on "
@@ -291,38 +235,36 @@ def _check_workspace(
 
 
 def _check_qkv(qkv: Tensor, inputs: AttentionInputs) -> None:
-    _check_matrix("qkv", qkv)
+    check_matrix("qkv", qkv)
     cache, table = inputs.kv_cache, inputs.rotary_table
-    _check(
+    check(
         cache.dim() == 5 and cache.shape[1] == 2, f"kv_cache must be [n, 2, heads, positions, size], not {cache.shape}"
     )
-    _check(cache.is_contiguous(), "kv_cache must be contiguous")
-    _check(cache.dtype == qkv.dtype and cache.device == qkv.device, "kv_cache must be of the type and device of qkv")
+    check(cache.is_contiguous(), "kv_cache must be contiguous")
+    check(cache.dtype == qkv.dtype and cache.device == qkv.device, "kv_cache must be of the type and device of qkv")
     kv_heads, head_size = cache.shape[2], cache.shape[4]
-    _check(head_size in HEAD_SIZES, f"head_size must be one of {HEAD_SIZES}, not {head_size}")
-    _check(
+    check(head_size in HEAD_SIZES, f"head_size must be one of {HEAD_SIZES}, not {head_size}")
+    check(
         inputs.num_heads % kv_heads == 0, f"{inputs.num_heads} heads are not a multiple of {kv_heads} key-value heads"
     )
     columns = (inputs.num_heads + 2 * kv_heads) * head_size
-    _check(qkv.shape[1] == columns, f"qkv must have {columns} columns, not {qkv.shape[1]}")
-    _check(
+    check(qkv.shape[1] == columns, f"qkv must have {columns} columns, not {qkv.shape[1]}")
+    check(
         inputs.rotary_style in ROTARY_STYLES,
         f"rotary_style must be one of {list(ROTARY_STYLES)}, not {inputs.rotary_style!r}",
     )
-    right = str(table.dtype) == "torch.float32" and table.dim() == 2 and table.is_contiguous()
-    _check(
-        right and table.device == qkv.device, "rotary_table must be contiguous float32 [rows, rotary_dim] on the GPU"
-    )
+    right = table.dtype == torch.float32 and table.dim() == 2 and table.is_contiguous()
+    check(right and table.device == qkv.device, "rotary_table must be contiguous float32 [rows, rotary_dim] on the GPU")
     scale = inputs.query_scale
     if scale is not None:
         right = scale.dtype == table.dtype and tuple(scale.shape) == (len(table),) and scale.is_contiguous()
-        _check(
+        check(
             right and scale.device == qkv.device,
             f"query_scale must be contiguous float32 [{len(table)}], as rotary_table has rows, on {qkv.device}, not "
             f"{scale.dtype} {list(scale.shape)} on {scale.device}",
         )
-    _check((inputs.q_norm is None) == (inputs.k_norm is None), "q_norm and k_norm go together")
+    check((inputs.q_norm is None) == (inputs.k_norm is None), "q_norm and k_norm go together")
     for name, weight in (("q_norm", inputs.q_norm), ("k_norm", inputs.k_norm)):
         if weight is not None:
             right = tuple(weight.shape) == (head_size,) and weight.dtype == qkv.dtype and weight.device == qkv.device
-            _check(right and weight.is_contiguous(), f"{name} must be [{head_size}] of the type and device of qkv")
+            check(right and weight.is_contiguous(), f"{name} must be [{head_size}] of the type and device of qkv")
