@@ -24,10 +24,35 @@ except ImportError as error:
 
 from ._tensorrt_attention import gpt_attention
 from ._tensorrt_gemm import gemm
-from ._tensorrt_native import is_strongly_typed
+from ._tensorrt_layers import as_array, check_network
+from ._tensorrt_native import NativeLayers, is_strongly_typed
 from ._tensorrt_rms_norm import rms_norm, rms_norm_quant
 
-__all__ = ["configure_builder", "gemm", "gpt_attention", "rms_norm", "rms_norm_quant"]
+__all__ = ["configure_builder", "constant", "gemm", "gpt_attention", "is_strongly_typed", "rms_norm", "rms_norm_quant"]
+
+
+def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:
+    """Adds a constant tensor that is of its type for every version of TensorRT.
+
+    TensorRT 8.6 calls constants float32, and converts them where they are used, unless layer and tensor say otherwise;
+    NumPy, and so ``tensorrt.Weights`` of an array, has no bfloat16.
+
+    Args:
+        network: ``INetworkDefinition`` to add to.
+        array: the values, of any type of number that NumPy or ml_dtypes has. If that is ``dtype`` already it is not
+            copied, and must not change until the engine is built.
+        dtype: ``tensorrt.DataType`` of the tensor.
+        name: prefix of the layer's name.
+
+    Returns:
+        The ``ITensor``, with the shape of ``array``.
+
+    Raises:
+        TypeError: network is no network, or array holds no numbers.
+        RuntimeError: TensorRT refused the layer; its log has the reason.
+    """
+    check_network(network)
+    return NativeLayers(network, name).constant(as_array(array, "array"), dtype, "constant", keeps_type=True)
 
 
 def configure_builder(config: Any, network: Any) -> None:

@@ -11,7 +11,7 @@ from qwen_plugins import tensorrt as layers
 
 from ..config import ModelConfig
 from ..errors import QwenModelError
-from .tensorrt_versions import add_constant, set_type
+from .tensorrt_versions import set_type
 
 ReadWeight = Callable[[str], npt.NDArray[Any]]
 
@@ -43,7 +43,7 @@ class TensorRTOperations:
 
     def embedding(self, input_ids: Any, weight: str) -> Any:
         """See `qwen_model.network.Operations`."""
-        table = add_constant(self._network, self._read(weight), self._dtype, f"{weight} table")
+        table = layers.constant(self._network, self._read(weight), self._dtype, f"{weight} table")
         return self._gather(table, input_ids, weight)
 
     def linear(self, x: Any, weight: str, bias: str | None = None) -> Any:

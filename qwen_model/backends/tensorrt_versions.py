@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorrt as trt
 
-from qwen_plugins._tensorrt_native import NativeLayers, is_strongly_typed
-from qwen_plugins.tensorrt import configure_builder
+from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
 
 from ..errors import QwenModelError
 
@@ -79,11 +78,6 @@ def create_config(builder: Any, network: Any) -> Any:
         config.set_flag(trt.BuilderFlag.DIRECT_IO)  # no copies of inputs and outputs: the cache is both
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     return config
-
-
-def add_constant(network: Any, array: npt.NDArray[Any], dtype: Any, name: str) -> Any:
-    """A constant tensor of that type."""
-    return NativeLayers(network, name).constant(array, dtype, "constant", keeps_type=True)
 
 
 def set_type(layer: Any, dtype: Any, network: Any) -> Any:

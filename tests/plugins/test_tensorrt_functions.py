@@ -86,6 +86,21 @@ def test_native_quantization_computes_the_operation(tensorrt: Any, static: bool)
         np.testing.assert_allclose(scales[0].array[:3, 0], np.max(np.abs(y[:3]), axis=-1) / 127, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "bfloat16"])
+def test_constants_keep_their_type(tensorrt: Any, dtype: str) -> None:
+    if not hasattr(tensorrt.trt, dtype):
+        pytest.skip("TensorRT 8.6 has no bfloat16")
+    values = np.arange(-6, 6).reshape(3, 4)
+    tensor = tensorrt.functions.constant(tensorrt.network, values, getattr(tensorrt.trt, dtype), "numbers")
+    assert tensor.dtype == getattr(tensorrt.trt, dtype)
+    assert tuple(tensor.shape) == (3, 4)
+    np.testing.assert_array_equal(tensor.array.astype(int), values)
+    with pytest.raises(TypeError, match=r"network is a str; expected a tensorrt\.INetworkDefinition"):
+        tensorrt.functions.constant("network", values, tensorrt.trt.float32, "numbers")
+    with pytest.raises(TypeError, match="array has type bool; expected"):
+        tensorrt.functions.constant(tensorrt.network, values > 0, tensorrt.trt.float32, "numbers")
+
+
 def test_native_float8(tensorrt: Any) -> None:
     arguments = (tensorrt.network, rows(4, 64), np.ones(64), EPS)
     if tensorrt.major < 10:
