@@ -27,8 +27,8 @@ class Executor(Protocol):
     runs_ahead: bool
     """Whether `decode` returns before the step is done, so that it pays to ask for a step before reading the last."""
 
-    def prepare(self, num_sequences: int) -> None:
-        """Do now what the first batch of this size would have to wait for. Forgets the batch."""
+    def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
+        """Do now what the first batch of this size that chooses so would have to wait for. Forgets the batch."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> PendingTokens:
         """Begin a batch, forgetting the last one: process the prompts and choose the first token of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import QwenModelError
 
@@ -49,3 +50,15 @@ class SamplingOptions:
     def changes_logits(self) -> bool:
         """Whether the choice is anything but the largest logit."""
         return not self.greedy or self.repetition_penalty != 1.0
+
+
+class Choice(NamedTuple):
+    """What of a request's options a captured step is made for; the others it reads on the device."""
+
+    greedy: bool
+    penalty: bool
+
+    @classmethod
+    def of(cls, options: SamplingOptions) -> Choice:
+        """The kind of choice that these options ask for."""
+        return cls(options.greedy, options.repetition_penalty != 1.0)

@@ -226,7 +226,6 @@ class Session:
 
     def _steps(self, request: _Request) -> Iterator[IntArray]:
         """The tokens [prompts] of each step. A device that runs ahead has its next step before these are read."""
-        self._running = request
         yield self.executor.prefill(request.prompts, request.sampling).wait()
         in_flight: deque[PendingTokens] = deque()
         for left in range(request.max_new_tokens - 1, 0, -1):
@@ -237,7 +236,8 @@ class Session:
             yield in_flight.popleft().wait()
 
     def _run(self, request: _Request, timer: _Timer) -> Iterator[StreamEvent]:
-        self.executor.prepare(len(request.prompts))
+        self._running = request
+        self.executor.prepare(len(request.prompts), request.sampling)
         timer.start()
         for tokens in self._steps(request):
             timer.step()
@@ -265,7 +265,7 @@ class Session:
         if max(2, len(ends) + 1) > self.config.model.vocab_size:
             raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
         self._running = None
-        self.executor.prepare(len(token_ids) * num_beams)
+        self.executor.prepare(len(token_ids) * num_beams, SamplingOptions())
         timer = _Timer(token_ids)
         timer.start()
         found = beam_search(self.executor, token_ids, num_beams, count, ends, on_step=timer.step)

@@ -14,7 +14,7 @@ import tensorrt as trt
 from ..engine_config import EngineConfig
 from ..executor import FloatArray, IntArray
 from ..rotary import rotary_table
-from ..sampling import SamplingOptions
+from ..sampling import Choice, SamplingOptions
 from . import cuda_runtime as cuda
 from . import tensorrt_versions as versions_of
 from .tensorrt_sampling import DeviceSampler
@@ -119,41 +119,39 @@ class TensorRTExecutor:
         self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
         self._ring = _TokenRing(batch)
         self._prefill_context = self._context(prefill_profile)
-        self._graphs: dict[int, tuple[cuda.Graph, Any]] = {}  # by the number of sequences, with their contexts
+        self._decode_contexts: dict[int, Any] = {}  # by the number of sequences
+        self._graphs: dict[tuple[int, Choice], cuda.Graph] = {}
         self._host_past: list[int] = []
-        self._sampled = False
+        self._choice = Choice.of(SamplingOptions())
         self._beam_logits: FloatArray | None = None
         self._clear()
 
-    def prepare(self, num_sequences: int) -> None:
-        """See `Executor`."""
-        if num_sequences in self._graphs:
+    def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
+        """See `Executor`: captures the graph of such a step, which the next ones are."""
+        self._choice = Choice.of(sampling)
+        if (num_sequences, self._choice) in self._graphs:
             return
         if not self._graphs:
             self._warm_up()
-        context = self._context(self._decode_profile)
-        self._bind(context, self._decode, num_sequences, num_sequences, num_sequences)
+        context = self._decode_context(num_sequences)
         for state in (self._decode.input_ids, self._decode.past_lengths, self._decode.rotary_offsets):
             state.fill(0, self.stream)
 
         def step() -> None:
             self._enqueue(context)
-            self._choose_greedily(num_sequences, self._decode.past_lengths)
+            self._choose(num_sequences, self._decode.past_lengths)
 
         step()  # TensorRT prepares itself in the first run for a shape, which must not be captured
         self.stream.synchronize()
-        self._graphs[num_sequences] = cuda.Graph(self.stream, step), context
+        self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
         self._forget()
 
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
         """See `Executor`."""
-        self.prepare(len(prompts))
-        self._sampled = sampling.changes_logits
-        if self._sampled:
-            self._sampler.begin(sampling, prompts)
+        self.prepare(len(prompts), sampling)
+        self._sampler.begin(sampling, prompts)
         self._run_prompts(prompts)
-        if not self._sampled:
-            self._choose_greedily(len(prompts), None)
+        self._choose(len(prompts), None)
         return self._chosen()
 
     def decode(self) -> _PendingTokens:
@@ -173,7 +171,7 @@ class TensorRTExecutor:
 
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
-        self.prepare(len(prompts) * num_beams)
+        self.prepare(len(prompts) * num_beams, SamplingOptions())
         self._run_prompts(prompts)
         rows = np.repeat(np.arange(len(prompts)), num_beams)
         logits = self._logits.download(self.stream, len(prompts))
@@ -240,6 +238,14 @@ class TensorRTExecutor:
             context.set_tensor_address(name, array.address)
         return context
 
+    def _decode_context(self, num_sequences: int) -> Any:
+        """The one for steps of so many sequences; their graphs refer to it."""
+        if num_sequences not in self._decode_contexts:
+            context = self._context(self._decode_profile)
+            self._bind(context, self._decode, num_sequences, num_sequences, num_sequences)
+            self._decode_contexts[num_sequences] = context
+        return self._decode_contexts[num_sequences]
+
     def _bind(self, context: Any, batch: _Batch, tokens: int, sequences: int, rows: int) -> None:
         """Bind a batch of this size and the engine's own rotary table."""
         self._bind_input(context, "input_ids", batch.input_ids, tokens)
@@ -263,20 +269,16 @@ class TensorRTExecutor:
         if not context.execute_async_v3(self.stream.handle):
             raise RuntimeError(f"TensorRT refused to run:\n{versions_of.LOG.take()}")
 
-    def _choose_greedily(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
-        """Leave the likeliest tokens on the device, as the next step's input."""
-        self._sampler.greedy(self._logits, count, self._decode.input_ids, past_lengths)
+    def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
+        """Leave the next tokens on the device, as the next step's input."""
+        self._sampler.choose(self._logits, self._choice, count, self._decode.input_ids, past_lengths)
 
     def _chosen(self) -> _PendingTokens:
-        """The tokens after a step, sampled now or chosen greedily before, on their way to the host."""
-        count = len(self._host_past)
-        if self._sampled:
-            self._sampler.sample(self._logits, count, self._decode.input_ids)
-        return self._ring.fetch(self._decode.input_ids, count, self.stream)
+        """The tokens that the last step chose, on their way to the host."""
+        return self._ring.fetch(self._decode.input_ids, len(self._host_past), self.stream)
 
     def _step(self) -> None:
-        graph, _ = self._graphs[len(self._host_past)]
-        graph.launch()
+        self._graphs[len(self._host_past), self._choice].launch()
         self._host_past = [past + 1 for past in self._host_past]
 
     def _run_prompts(

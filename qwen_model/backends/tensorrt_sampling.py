@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_plugins import _core
 
-from ..sampling import SamplingOptions
+from ..sampling import Choice, SamplingOptions
 from . import cuda_runtime as cuda
 
 DATA_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}  # csrc/kernels/data_type.h
@@ -23,53 +23,42 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._dtype = DATA_TYPES[dtype]
         self._stream = stream
-        self._settings = cuda.DeviceArray((len(_settings(SamplingOptions(), vocab_size)),), np.uint8)
+        settings = np.frombuffer(_settings(SamplingOptions(), vocab_size), np.uint8)
+        self._settings = cuda.DeviceArray(settings.shape, np.uint8)
+        self._settings.upload(settings, stream)
         self._seen = cuda.DeviceArray((max_batch_size, (vocab_size + 31) // 32), np.uint32)
+        self._seen.fill(0, stream)
         self._workspace = cuda.DeviceMemory(_core.sampling_workspace_bytes(max_batch_size, vocab_size))
         self._semaphores = cuda.DeviceArray((max_batch_size + 1,), np.int32)
         self._semaphores.fill(0, stream)
-        self._options = SamplingOptions()
 
     def begin(self, options: SamplingOptions, prompts: Sequence[Sequence[int]]) -> None:
         """Begin a batch; the prompts' tokens count as seen."""
-        self._options = options
+        if not options.changes_logits:
+            return
         self._settings.upload(np.frombuffer(_settings(options, self._vocab_size), np.uint8), self._stream)
         if options.repetition_penalty != 1.0:
             self._seen.upload(seen_bits(prompts, self._vocab_size), self._stream)
 
-    def greedy(
-        self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray, past_lengths: cuda.DeviceArray | None
-    ) -> None:
-        """The likeliest token of each sequence; adds 1 to the past lengths."""
-        self._launch(logits, count, tokens, settings=0, greedy=False, seen=0, past_lengths=past_lengths)
-
-    def sample(self, logits: cuda.DeviceArray, count: int, tokens: cuda.DeviceArray) -> None:
-        """As the options of `begin` say."""
-        penalised = self._options.repetition_penalty != 1.0
-        seen = self._seen.address if penalised else 0
-        settings, greedy = self._settings.address, self._options.greedy
-        self._launch(logits, count, tokens, settings=settings, greedy=greedy, seen=seen, past_lengths=None)
-
-    def _launch(
+    def choose(
         self,
         logits: cuda.DeviceArray,
+        choice: Choice,
         count: int,
         tokens: cuda.DeviceArray,
-        *,
-        settings: int,
-        greedy: bool,
-        seen: int,
         past_lengths: cuda.DeviceArray | None,
     ) -> None:
+        """Put the tokens of the first `count` rows of logits into `tokens`; add 1 to the past lengths."""
+        likeliest = choice == Choice(greedy=True, penalty=False)  # for which the kernel needs no settings
         _core.sample(
             logits=logits.address,
             logits_row_stride=self._vocab_size,
             sequences=count,
             vocab_size=self._vocab_size,
             dtype=self._dtype,
-            settings=settings,
-            greedy=greedy,
-            seen=seen,
+            settings=0 if likeliest else self._settings.address,
+            greedy=choice.greedy and not likeliest,
+            seen=self._seen.address if choice.penalty else 0,
             tokens=tokens.address,
             past_lengths=0 if past_lengths is None else past_lengths.address,
             workspace=self._workspace.address,

@@ -20,10 +20,10 @@ from ..executor import FloatArray, IntArray
 from ..memory import required_bytes
 from ..network import decoder
 from ..rotary import rotary_table
-from ..sampling import SamplingOptions
+from ..sampling import Choice, SamplingOptions
 from ..weights import Checkpoint, WeightGroup, weight_groups
 from .torch_operations import Batch, TorchOperations
-from .torch_sampling import Choice, KernelSampler, TorchSampler
+from .torch_sampling import KernelSampler, TorchSampler
 
 ONE_THREAD_WORK = 8e6
 """Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
@@ -214,12 +214,8 @@ class TorchExecutor:
 
     @_memory_errors()
     @torch.inference_mode()
-    def prepare(self, num_sequences: int) -> None:
-        """See `Executor`. Steps that sample are prepared with the first prompts that ask for it."""
-        self._prepare(num_sequences, SamplingOptions())
-
-    def _prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
-        """Have the graph of a step for so many sequences that chooses tokens so, and let the next steps be such."""
+    def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
+        """See `Executor`: captures the graph of such a step, which the next ones are."""
         self._choice = Choice.of(sampling)
         if self._graphs is None or (num_sequences, self._choice) in self._graphs:
             return
@@ -233,7 +229,7 @@ class TorchExecutor:
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
         """See `Executor`."""
-        self._prepare(len(prompts), sampling)
+        self.prepare(len(prompts), sampling)
         packed = self._packed(prompts)
         logits = self._prefill_logits(prompts, packed)
         if self._kernel_sampler is None:
@@ -261,7 +257,7 @@ class TorchExecutor:
     @torch.inference_mode()
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
-        self._prepare(len(prompts) * num_beams, SamplingOptions())
+        self.prepare(len(prompts) * num_beams, SamplingOptions())
         self._sampler = None
         logits = self._prefill_logits(prompts, self._packed(prompts))
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_beams)

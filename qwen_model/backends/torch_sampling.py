@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..sampling import SamplingOptions
-
-
-class Choice(NamedTuple):
-    """What of a request's options a captured step is made for; the others it reads on the device."""
-
-    greedy: bool
-    penalty: bool
-
-    @classmethod
-    def of(cls, options: SamplingOptions) -> Choice:
-        """The kind of choice that these options ask for."""
-        return cls(options.greedy, options.repetition_penalty != 1.0)
+from ..sampling import Choice, SamplingOptions
 
 
 class KernelSampler:

@@ -117,6 +117,26 @@ def test_sampling_repeats_with_its_seed(sessions):
     assert sampled(top_k=1) == sampled(top_p=1e-6) == greedy
 
 
+def test_graphs_are_captured_before_a_request_is_timed(sessions, monkeypatch):
+    """By `prepare`, for each number of sequences and kind of choice once."""
+    _, session = sessions
+    executor = session.executor
+    prepare, captured = executor.prepare, []
+
+    def counting(num_sequences, sampling):
+        before = len(numpy_cuda.device.graphs)
+        prepare(num_sequences, sampling)
+        captured.append(len(numpy_cuda.device.graphs) - before)
+
+    monkeypatch.setattr(executor, "prepare", counting)
+    options = [{}, {"temperature": 1.5}, {"top_p": 0.5, "seed": 3}, {"repetition_penalty": 1.2}, {}]
+    for each in options:  # the session's call, then that of `prefill`
+        session.generate(random_prompt(8), max_new_tokens=3, sampling=qwen_model.SamplingOptions(**each))
+    assert captured == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+    session.generate(random_prompt(8), max_new_tokens=3, num_beams=2)
+    assert captured[10:] == [1, 0]
+
+
 @pytest.mark.parametrize("num_beams", [2, 3])
 def test_beams_are_the_same(sessions, num_beams):
     expected, session = sessions

@@ -122,6 +122,25 @@ def test_a_greedy_request_after_a_sampled_one(model):
         assert token_ids(session, PROMPTS[:3]) == greedy
 
 
+def test_graphs_are_captured_before_a_request_is_timed(model, monkeypatch):
+    """By `prepare`, for the request's own kind of choice."""
+    _, folder = model
+    session = qwen_model.load_engine(build(folder, "float16"), device="cuda")
+    prefill, captured = session.executor.prefill, []
+
+    def watched(prompts, sampling):
+        before = set(session.executor._graphs)
+        pending = prefill(prompts, sampling)
+        captured.append(set(session.executor._graphs) - before)
+        return pending
+
+    monkeypatch.setattr(session.executor, "prefill", watched)
+    for options in ({}, {"temperature": 2.0}, {"repetition_penalty": 1.5}, {"top_p": 0.3, "seed": 3}):
+        token_ids(session, PROMPTS[:2], sampling=SamplingOptions(**options))
+    assert captured == [set()] * 4
+    assert len(session.executor._graphs) == 3
+
+
 def test_repetition_penalty_is_the_cpus(model):
     """Greedy, or among the one token that top_p leaves; prompts' tokens count."""
     _, folder = model
