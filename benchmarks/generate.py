@@ -1,13 +1,14 @@
 """Generation on random weights in the shapes of published models, ours beside others in one run.
 
     python -m benchmarks.generate [--shapes qwen-7b qwen2.5-7b] [--implementations qwen_model transformers ...]
-    python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms]
+    python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms native_rotary]
     python -m benchmarks.generate --shapes packaged --device cpu
 
 Each line: time to the first token, tokens decoded per second after it (of the whole batch), device memory. `products`
 is no implementation but a floor: the matrix products of a decode step, by cuBLAS, in one CUDA graph, and nothing else.
 An implementation that is not installed is left out. Weights are made up; nothing is kept but the results. With
-`--backend tensorrt` no PyTorch is needed; `native_norms` is the same engine with RMSNorm in TensorRT's own layers.
+`--backend tensorrt` no PyTorch is needed; `native_norms` and `native_rotary` are the same engine with RMSNorm, or the
+rotary embedding, in TensorRT's own layers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import tempfile
 import time
@@ -15,14 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load
+from benchmarks.native_rotary import NativeRotaryOperations
 from qwen_model.backends import cuda_runtime, tensorrt, tensorrt_versions
-from qwen_model.config import read_config
-from qwen_model.engine import build_engine, load_engine
+from qwen_model.backends.tensorrt_operations import TensorRTOperations
+from qwen_model.config import ModelConfig, read_config
+from qwen_model.engine import FRAMEWORKS
 from qwen_model.engine_config import EngineConfig, Limits
+from qwen_model.packaged_model import packaged_model_dir
 from qwen_model.session import Session
-from qwen_model.weights import WeightSpec
+from qwen_model.weights import Checkpoint, WeightSpec
 
-IMPLEMENTATIONS = ("tensorrt", "native_norms")
+IMPLEMENTATIONS = ("tensorrt", "native_norms", "native_rotary")
 NUMBERS = 1 << 24
 
 
@@ -70,45 +72,31 @@ class TensorRTEngine(Implementation):
         return timing.prefill_seconds, timing.decode_seconds
 
 
-def random_session(shape: str, dtype: str, rmsnorm_plugin: bool, largest: Load) -> Session:
-    """An engine of that shape, built and loaded; says how long both took."""
-    model = read_config({**COMMON, **SHAPES[shape]})
+def new_session(name: str, shape: str, dtype: str, largest: Load) -> Session:
+    """An engine of that shape, built and loaded, that does not stop at end tokens; says how long both took."""
+    if shape == "packaged":
+        folder = packaged_model_dir()
+        model, read = ModelConfig.from_model_dir(folder), Checkpoint(folder, FRAMEWORKS["tensorrt"]).read
+    else:
+        model, read = read_config({**COMMON, **SHAPES[shape]}), RandomWeights(dtype).read
     limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-    config = EngineConfig("tensorrt", dtype, rmsnorm_plugin, limits, model, (), 0, tensorrt.versions())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    config = EngineConfig("tensorrt", dtype, name != "native_norms", limits, model, (), 0, tensorrt.versions())
+    operations = NativeRotaryOperations if name == "native_rotary" else TensorRTOperations
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         start = time.perf_counter()
-        tensorrt.write_engine(folder, config, RandomWeights(dtype).read, lambda phase, done, total: None)
+        tensorrt.write_engine(folder, config, read, lambda phase, done, total: None, operations=operations)
         built = time.perf_counter()
         executor = tensorrt.load_executor(folder, config)
         size = (folder / tensorrt.PLAN).stat().st_size / 2**30
     loaded = time.perf_counter()
-    print(f"{shape}: built in {built - start:.1f} s, {size:.2f} GiB, loaded in {loaded - built:.1f} s", flush=True)
+    print(
+        f"{shape} {name}: built in {built - start:.1f} s, {size:.2f} GiB, loaded in {loaded - built:.1f} s", flush=True
+    )
     return Session(config, executor)
-
-
-def packaged_session(dtype: str, rmsnorm_plugin: bool, largest: Load) -> Session:
-    """The model in the package, which does not stop at its end tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        build_engine(
-            output_dir=Path(folder) / "engine",
-            backend="tensorrt",
-            dtype=dtype,
-            rmsnorm_plugin=rmsnorm_plugin,
-            max_batch_size=largest.batch_size,
-            max_input_len=largest.prompt_tokens,
-            max_output_len=largest.new_tokens,
-        )
-        session = load_engine(Path(folder) / "engine")
-    session.config = dataclasses.replace(session.config, end_token_ids=())
-    return session
 
 
 def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:
     """Each implementation in turn; the one before must be let go by then."""
     for name in options.implementations:
-        plugin = name == "tensorrt"
-        if shape == "packaged":
-            yield name, TensorRTEngine(packaged_session(options.dtype, plugin, largest))
-        else:
-            yield name, TensorRTEngine(random_session(shape, options.dtype, plugin, largest))
+        yield name, TensorRTEngine(new_session(name, shape, options.dtype, largest))

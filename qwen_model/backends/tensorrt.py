@@ -121,17 +121,19 @@ def write_engine(
     read_weight: ReadWeight,
     progress: Progress,
     timing_cache: Path | None = None,
+    operations: type[TensorRTOperations] = TensorRTOperations,
 ) -> None:
     """Build the plan and write it to `folder`.
 
     read_weight: gives each weight of weights.py as an array of any floating-point type.
     progress: called with what is being done, how much of it is done, and the whole (0: not known).
     timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
+    operations: what the network is made of; benchmarks measure others beside ours.
     """
     _check_dtype(config.dtype)
     builder = trt.Builder(versions_of.LOG)
     network = versions_of.create_network(builder)
-    _define(network, config, _reporting(read_weight, config, progress))
+    _define(network, config, _reporting(read_weight, config, progress), operations)
     builder_config = versions_of.create_config(builder, network)
     _add_profiles(builder, builder_config, network_inputs(config))
     cache = default_timing_cache() if timing_cache is None else timing_cache
@@ -146,10 +148,15 @@ def write_engine(
     _write_plan(folder / PLAN, memoryview(plan), progress)
 
 
-def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt.NDArray[Any]]) -> None:
+def _define(
+    network: Any,
+    config: EngineConfig,
+    read_weight: Callable[[str], npt.NDArray[Any]],
+    operations: type[TensorRTOperations],
+) -> None:
     inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
     dtype = versions_of.dtypes()[config.dtype]
-    ops = TensorRTOperations(network, config.model, dtype, inputs, read_weight, config.rmsnorm_plugin)
+    ops = operations(network, config.model, dtype, inputs, read_weight, config.rmsnorm_plugin)
     outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
     for name, tensor in outputs.items():

@@ -1,6 +1,7 @@
 """The TensorRT back end on TensorRT, CUDA and kernels in NumPy, beside the torch back end: logits, tokens, errors."""
 
 import json
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
@@ -44,6 +45,41 @@ def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, rm
     prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
     ours, theirs = (which.generate(prompts, max_new_tokens=25) for which in (session, expected))
     assert [output.output_ids for output in ours.outputs] == [output.output_ids for output in theirs.outputs]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "Qwen3ForCausalLM"])
+def test_the_rotary_embedding_in_native_layers(trt, architecture, tmp_path, monkeypatch):
+    from benchmarks.native_rotary import NativeRotaryOperations
+    from qwen_model.backends import tensorrt
+
+    monkeypatch.setattr(tensorrt, "write_engine", partial(tensorrt.write_engine, operations=NativeRotaryOperations))
+    expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, rmsnorm_plugin=True)
+    layers = session.executor.engine.network.layers
+    attention = [layer for layer in layers if layer.name == "layers.0.attention"]
+    assert len(attention[0].inputs) == 6 + (architecture == "QWenLMHeadModel")  # no rotary table; logn's factors
+    prompt = random_prompt(50)
+    np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
+    prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
+    same(*(which.generate(prompts, max_new_tokens=25) for which in (session, expected)))
+
+
+def test_the_benchmarks_engines_are_one_network(trt, monkeypatch):
+    """With and without plug-ins for norms and rotary embedding: the same tokens, the packaged model's too."""
+    from benchmarks import generate, generate_tensorrt
+
+    small = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    monkeypatch.setattr(generate_tensorrt, "NUMBERS", 1 << 16)
+    monkeypatch.setitem(generate.SHAPES, "small", {**small, "vocab_size": 300, "intermediate_size": 200})
+    load = generate.Load(2, 20, 6)
+    for shape in ("small", "packaged"):
+        found = []
+        for name in generate_tensorrt.IMPLEMENTATIONS:
+            session = generate_tensorrt.new_session(name, shape, "float32", load)
+            prompts = load.prompts(session.config.model.vocab_size, seed=1)
+            found.append((session.logits(prompts[0]), session.generate(prompts, max_new_tokens=6).outputs))
+        for logits, outputs in found[1:]:
+            np.testing.assert_allclose(logits, found[0][0], atol=2e-4)
+            assert outputs == found[0][1]
 
 
 @pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn"])

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 
 from tests.qwen_model.stand_ins import numpy_cuda, numpy_kernels, numpy_tensorrt
 
-OURS = ("qwen_plugins.tensorrt", "qwen_plugins._tensorrt", "qwen_model.backends.tensorrt", "qwen_model.backends.cuda")
+OURS = (
+    "qwen_plugins.tensorrt",
+    "qwen_plugins._tensorrt",
+    "qwen_model.backends.tensorrt",
+    "qwen_model.backends.cuda",
+    "benchmarks.native_rotary",
+    "benchmarks.generate_tensorrt",
+)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
     """Writes the new keys and values to the cache in place."""
     qkv, cache, cu_seqlens, past_lengths, offsets, *rest = inputs
     heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], fields["head_size"]
-    table = rest.pop(0)
+    table = rest.pop(0) if fields["rotary_embedding_dim"] else None
     semaphores = rest.pop(0)
     assert semaphores.shape == (len(cache), heads)
     assert not semaphores.any()
@@ -52,12 +52,13 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
         q, k, v = np.split(tokens, [heads, heads + kv_heads], axis=1)
         positions = past + np.arange(end - start)
         rows = offsets[sequence] + positions
-        assert rows.min() >= 0
-        assert rows.max() < len(table)
+        for rowed in (table, query_scale):
+            assert rowed is None or 0 <= rows.min() <= rows.max() < len(rowed)
         if norms is not None:
             q = normalise(q, norms[0], fields["norm_eps"]).astype(q.dtype)
             k = normalise(k, norms[1], fields["norm_eps"]).astype(k.dtype)
-        q, k = rotate(q, table[rows]), rotate(k, table[rows])
+        if table is not None:
+            q, k = rotate(q, table[rows]), rotate(k, table[rows])
         if query_scale is not None:
             q = (q.astype(np.float32) * query_scale[rows][:, None, None]).astype(q.dtype)
         cache[sequence, 0, :, positions] = k

@@ -22,7 +22,7 @@ from tests.qwen_model.stand_ins.numpy_plugins import PLUGINS, output_shapes
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, INT8, INT32, BF16 = 0, 1, 2, 3, 7
+    FLOAT, HALF, INT8, INT32, BOOL, BF16, INT64 = 0, 1, 2, 3, 4, 7, 8
 
     def __int__(self) -> int:
         return self.value
@@ -33,11 +33,20 @@ NUMPY_TYPES = {
     DataType.HALF: np.dtype(np.float16),
     DataType.INT8: np.dtype(np.int8),
     DataType.INT32: np.dtype(np.int32),
+    DataType.BOOL: np.dtype(np.bool_),
+    DataType.INT64: np.dtype(np.int64),
     DataType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-ELEMENTWISE = {"SUM": np.add, "PROD": np.multiply, "DIV": np.divide, "MAX": np.maximum}
+ELEMENTWISE = {
+    "SUM": np.add,
+    "SUB": np.subtract,
+    "PROD": np.multiply,
+    "DIV": np.divide,
+    "MAX": np.maximum,
+    "LESS": np.less,
+}
 UNARY = {"SQRT": np.sqrt, "ABS": np.abs, "ROUND": np.round}
-REDUCE = {"AVG": np.mean, "MAX": np.max}
+REDUCE = {"AVG": np.mean, "MAX": np.max, "SUM": np.sum}
 HEADER = b"a plan of the stand-in, number "
 
 Shape = tuple[int, ...]
@@ -90,7 +99,19 @@ class Layer:
 
 
 class Shuffle(Layer):
-    reshape_dims: Shape = ()
+    @property
+    def reshape_dims(self) -> Shape:
+        return self.outputs[0].shape
+
+    @reshape_dims.setter
+    def reshape_dims(self, shape: Shape) -> None:
+        self.outputs[0].shape = tuple(shape)
+
+
+class Slice(Layer):
+    def set_input(self, index: int, tensor: ITensor) -> None:
+        assert index == 2, "only the size"
+        self.inputs.append(tensor)
 
 
 class Weights:
@@ -143,8 +164,8 @@ class INetworkDefinition:
         assert len(a.shape) == len(b.shape)
         assert not self.strongly_typed or a.known_type == b.known_type
         shape = tuple(max(x, y) if min(x, y) > 0 else -1 for x, y in zip(a.shape, b.shape, strict=True))
-        compute = ELEMENTWISE[operation]
-        return self.add(Layer(self, [a, b], [(shape, a.known_type)], lambda inputs: [compute(*wide(inputs))]))
+        compute, dtype = ELEMENTWISE[operation], DataType.BOOL if operation == "LESS" else a.known_type
+        return self.add(Layer(self, [a, b], [(shape, dtype)], lambda inputs: [compute(*wide(inputs))]))
 
     def add_unary(self, tensor: ITensor, operation: str) -> Layer:
         compute = UNARY[operation]
@@ -154,19 +175,41 @@ class INetworkDefinition:
 
     def add_reduce(self, tensor: ITensor, operation: str, axes: int, keep_dims: bool) -> Layer:
         assert axes == 1 << (len(tensor.shape) - 1)
-        compute, shape = REDUCE[operation], (*tensor.shape[:-1], 1)
+        compute, shape = REDUCE[operation], (*tensor.shape[:-1], *([1] if keep_dims else []))
         return self.add(
             Layer(
                 self,
                 [tensor],
                 [(shape, tensor.known_type)],
-                lambda inputs: [compute(*wide(inputs), axis=-1, keepdims=True)],
+                lambda inputs: [compute(*wide(inputs), axis=-1, keepdims=keep_dims)],
             )
         )
 
     def add_shuffle(self, tensor: ITensor) -> Layer:
         layer = Shuffle(self, [tensor], [((1, *tensor.shape), tensor.known_type)], lambda inputs: inputs)
         layer.compute = lambda inputs: [inputs[0].reshape(layer.reshape_dims)]
+        return self.add(layer)
+
+    def add_shape(self, tensor: ITensor) -> Layer:
+        dtype = DataType.INT64 if MAJOR >= 10 else DataType.INT32
+        return self.add(Layer(self, [tensor], [((len(tensor.shape),), dtype)], lambda inputs: [shape_of(inputs[0])]))
+
+    def add_slice(self, tensor: ITensor, start: Shape, shape: Shape, stride: Shape) -> Layer:
+        assert set(stride) == {1}
+
+        def compute(inputs: Arrays) -> Arrays:
+            parts = tuple(slice(first, first + size) for first, size in zip(start, inputs[1], strict=True))
+            result = inputs[0][parts]
+            assert result.shape == tuple(inputs[1]), "a slice ends outside of its tensor"
+            return [result]
+
+        known = tuple(size or -1 for size in shape)
+        return self.add(Slice(self, [tensor], [(known, tensor.known_type)], compute))
+
+    def add_concatenation(self, tensors: list[ITensor]) -> Layer:
+        assert len({tensor.known_type for tensor in tensors}) == 1
+        layer = Layer(self, tensors, [(tensors[0].shape, tensors[0].known_type)], lambda inputs: inputs)
+        layer.compute = lambda inputs: [np.concatenate(inputs, axis=layer.axis)]
         return self.add(layer)
 
     def add_cast(self, tensor: ITensor, dtype: DataType) -> Layer:
@@ -192,8 +235,12 @@ class INetworkDefinition:
 
 
 def wide(arrays: Arrays) -> Arrays:
-    """Native layers of networks without types compute in float32."""
-    return [array.astype(np.float32) for array in arrays]
+    """Native layers of networks without types compute in float32; integers stay what they are."""
+    return [array if array.dtype.kind in "iu" else array.astype(np.float32) for array in arrays]
+
+
+def shape_of(array: np.ndarray) -> np.ndarray:
+    return np.array(array.shape)
 
 
 class Creator:

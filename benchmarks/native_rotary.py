@@ -1,0 +1,151 @@
+"""A TensorRT network with the rotary embedding outside of the attention plug-in, in TensorRT's own layers.
+
+For `benchmarks.generate_tensorrt`, to measure what the plug-in's own embedding brings. The cosines and sines of a pass
+are gathered once for all layers of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+from qwen_model.backends.tensorrt_operations import ReadWeight, TensorRTOperations
+from qwen_model.backends.tensorrt_versions import MAJOR, set_type
+from qwen_model.config import ModelConfig
+from qwen_plugins import tensorrt as layers
+
+
+class NativeRotaryOperations(TensorRTOperations):
+    """The operations, but that q and k are rotated before the attention plug-in, which is given no rotary table."""
+
+    def __init__(
+        self,
+        network: Any,
+        config: ModelConfig,
+        dtype: Any,
+        inputs: Mapping[str, Any],
+        read_weight: ReadWeight,
+        rmsnorm_plugin: bool,
+    ):
+        """See `TensorRTOperations`. ValueError for a model that normalises heads: the plug-in does, after this."""
+        if config.qk_norm:
+            raise ValueError("native_rotary is not for models with an RMSNorm of each head, which comes before it")
+        inside = dataclasses.replace(config, rotary=dataclasses.replace(config.rotary, dim=0))
+        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, read_weight, rmsnorm_plugin)
+        self._dim = config.rotary.dim
+        self._layer = "rotary"  # prefix of layers' names
+        self._tokens = self._length(inputs["input_ids"])
+        self._cos, self._sin = self._cos_and_sin(inputs)
+
+    def gpt_attention(self, qkv: Any, layer: int, q_norm: str | None, k_norm: str | None) -> Any:
+        """See `qwen_model.network.Operations`."""
+        self._layer = f"layers.{layer}.rotary"
+        return super().gpt_attention(self._rotated(qkv), layer, q_norm, k_norm)
+
+    def _rotated(self, qkv: Any) -> Any:
+        """Of packed [tokens, (heads + 2 · kv_heads) · head_size] the heads of q and k turned, in float32."""
+        config, dim, half = self._config, self._dim, self._dim // 2
+        turning = config.num_heads + config.num_kv_heads
+        heads = self._reshaped(qkv, (-1, turning + config.num_kv_heads, config.head_size), self._dtype)
+        first = self._cast(self._columns(heads, 0, turning, 0, half), trt.float32)
+        second = self._cast(self._columns(heads, 0, turning, half, dim), trt.float32)
+        turned = [
+            self._float(self._float(first, "PROD", self._cos), "SUB", self._float(second, "PROD", self._sin)),
+            self._float(self._float(second, "PROD", self._cos), "SUM", self._float(first, "PROD", self._sin)),
+        ]
+        parts = [self._cast(part, self._dtype) for part in turned]
+        if dim < config.head_size:
+            parts.append(self._columns(heads, 0, turning, dim, config.head_size))
+        values = self._columns(heads, turning, turning + config.num_kv_heads, 0, config.head_size)
+        together = self._joined([self._joined(parts, 2, self._dtype), values], 1, self._dtype)
+        packed = (turning + config.num_kv_heads) * config.head_size
+        return self._reshaped(together, (-1, packed), self._dtype)
+
+    def _cos_and_sin(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Each [tokens, 1, dim / 2], float32."""
+        gathered = set_type(
+            self._network.add_gather(inputs["rotary_table"], self._rows(inputs), 0), trt.float32, self._network
+        )
+        table = self._reshaped(gathered, (-1, 1, self._dim), trt.float32)
+        half = self._dim // 2
+        cos, sin = (self._columns(table, 0, 1, start, start + half, trt.float32) for start in (0, half))
+        return cos, sin
+
+    def _rows(self, inputs: Mapping[str, Any]) -> Any:
+        """[tokens] int32: the row of each token in the rotary table.
+
+        Token t of sequence i, where cu_seqlens[i] <= t < cu_seqlens[i + 1], has row
+        t + rotary_offsets[i] + past_lengths[i] - cu_seqlens[i].
+        """
+        cu_seqlens, past_lengths = inputs["cu_seqlens"], inputs["past_lengths"]
+        sequences = self._length(past_lengths)
+        begins, ends = (self._slice(cu_seqlens, (start,), (0,), sequences) for start in (0, 1))
+        shifts = self._int(self._int(inputs["rotary_offsets"], "SUM", past_lengths), "SUB", begins)
+        batch, _, _, positions, _ = inputs["past_key_value_0"].shape
+        every = layers.constant(self._network, np.arange(batch * positions), trt.int32, "rotary/tokens")
+        tokens = self._slice(every, (0,), (0,), self._tokens)
+        column = self._reshaped(tokens, (-1, 1))
+        before_end, before_begin = (
+            self._cast(self._int(column, "LESS", self._reshaped(bounds, (1, -1))), trt.int32)
+            for bounds in (ends, begins)
+        )
+        inside = self._int(before_end, "SUB", before_begin)  # [tokens, sequences]: 1 for the token's own sequence
+        shift = self._int(inside, "PROD", self._reshaped(shifts, (1, -1)))
+        summed = self._network.add_reduce(shift, trt.ReduceOperation.SUM, axes=1 << 1, keep_dims=False)
+        return self._int(tokens, "SUM", self._named(summed).get_output(0))
+
+    def _columns(self, tensor: Any, head: int, last_head: int, start: int, end: int, dtype: Any = None) -> Any:
+        """Of [tokens, heads, columns] these heads and columns."""
+        static = (last_head - head, end - start)
+        sizes = layers.constant(self._network, np.array(static), trt.int32, f"{self._layer}/sizes")
+        size = self._joined([self._tokens, sizes], 0)
+        return self._slice(tensor, (0, head, start), (0, *static), size, dtype or self._dtype)
+
+    def _slice(self, tensor: Any, start: Sequence[int], shape: Sequence[int], size: Any, dtype: Any = None) -> Any:
+        """`size` is a tensor with the shape of the result, of which `shape` has what does not change."""
+        layer = self._network.add_slice(tensor, start, shape, (1,) * len(start))
+        layer.set_input(2, size)
+        return self._output(layer, dtype)
+
+    def _length(self, tensor: Any) -> Any:
+        """[1] int32: the length of a tensor of one dimension."""
+        length = self._named(self._network.add_shape(tensor)).get_output(0)
+        return length if MAJOR < 10 else self._cast(length, trt.int32)  # int64 from 10 on
+
+    def _joined(self, tensors: list[Any], axis: int, dtype: Any = None) -> Any:
+        layer = self._network.add_concatenation(tensors)
+        layer.axis = axis
+        return self._output(layer, dtype)
+
+    def _reshaped(self, tensor: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
+        layer = self._network.add_shuffle(tensor)
+        layer.reshape_dims = shape
+        return self._output(layer, dtype)
+
+    def _cast(self, tensor: Any, dtype: Any) -> Any:
+        layer = self._named(self._network.add_cast(tensor, dtype))
+        output = layer.get_output(0)
+        if not layers.is_strongly_typed(self._network):  # else TensorRT 8.6 may call it float32
+            layer.set_output_type(0, dtype)
+            output.dtype = dtype
+        return output
+
+    def _float(self, a: Any, operation: str, b: Any) -> Any:
+        layer = self._network.add_elementwise(a, b, getattr(trt.ElementWiseOperation, operation))
+        return self._output(layer, trt.float32)
+
+    def _int(self, a: Any, operation: str, b: Any) -> Any:
+        return self._output(self._network.add_elementwise(a, b, getattr(trt.ElementWiseOperation, operation)))
+
+    def _output(self, layer: Any, dtype: Any = None) -> Any:
+        """Its output, of this type; None: of integers, the types of which TensorRT finds itself."""
+        self._named(layer)
+        return layer.get_output(0) if dtype is None else set_type(layer, dtype, self._network)
+
+    def _named(self, layer: Any) -> Any:
+        layer.name = f"{self._layer}/{self._network.num_layers}"
+        return layer
