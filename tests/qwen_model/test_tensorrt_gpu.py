@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import qwen_model
+from tests.qwen_model.session_checks import check_streams, check_that_nothing_is_left_behind
 from tests.qwen_model.tensorrt_reference import (
     ARCHITECTURES,
     BEAM_TOKENS,
@@ -126,6 +127,20 @@ def test_sampling(engines):
     ).outputs
     for output in penalised:  # nothing comes twice
         assert len(set(output.output_ids)) == len(output.output_ids)
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("Qwen2ForCausalLM", "float32"), ("packaged", "float16")])
+def test_streams(engines, model, dtype):
+    _, prompts = reference(model, dtype)
+    session = engines(model, dtype)
+    check_streams(session, prompts, max_new_tokens=24)
+    check_streams(session, prompts[:2], max_new_tokens=24, sampling=qwen_model.SamplingOptions(top_k=40, seed=3))
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("Qwen2ForCausalLM", "float32"), ("packaged", "float16")])
+def test_requests_that_fail_or_stop_leave_nothing_behind(engines, model, dtype):
+    _, prompts = reference(model, dtype)
+    check_that_nothing_is_left_behind(engines(model, dtype), prompts[1:4])
 
 
 def test_an_engine_runs_in_another_process(engines, tmp_path):

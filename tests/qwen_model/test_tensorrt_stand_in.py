@@ -11,6 +11,7 @@ import qwen_model
 from tests.qwen_model import checkpoints, stand_ins
 from tests.qwen_model.checkpoints import random_prompt
 from tests.qwen_model.conftest import save_byte_tokenizer
+from tests.qwen_model.session_checks import check_streams, check_that_nothing_is_left_behind
 from tests.qwen_model.stand_ins import numpy_cuda
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 
@@ -130,6 +131,8 @@ def test_streams_are_the_same(sessions):
     expected, session = sessions
     prompts = [random_prompt(9, seed=1), random_prompt(30, seed=2)]
     assert list(session.stream(prompts, max_new_tokens=12)) == list(expected.stream(prompts, max_new_tokens=12))
+    check_streams(session, prompts, max_new_tokens=12)
+    check_streams(session, prompts, max_new_tokens=12, sampling=qwen_model.SamplingOptions(temperature=1.5, seed=2))
 
 
 def test_repetition_penalty_is_the_same(sessions):
@@ -187,15 +190,8 @@ def test_beams_are_the_same(sessions, num_beams):
 def test_a_session_is_as_good_as_new_after_requests_that_fail_or_stop(sessions):
     expected, session = sessions
     prompts = [random_prompt(20, seed=3), random_prompt(11, seed=4)]
-    answer = expected.generate(prompts, max_new_tokens=10)
-    for _ in range(2):
-        same(session.generate(prompts, max_new_tokens=10), answer)
-        with pytest.raises(qwen_model.QwenModelError, match="limit of 60"):
-            session.generate(random_prompt(61))
-        stream = session.stream(prompts, max_new_tokens=20)
-        for _ in range(7):
-            next(stream)
-        stream.close()
+    check_that_nothing_is_left_behind(session, prompts)
+    same(*(which.generate(prompts, max_new_tokens=10) for which in (session, expected)))
 
 
 def test_memory_stays_as_it_is(sessions):
