@@ -45,13 +45,14 @@ __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Wo
   const T* const qkv = static_cast<const T*>(p.qkv) + work.sequence * p.qkv_row_stride;
   const float* const cos_sin = p.heads.rotary_table + rotary_row * int64_t{p.heads.rotary_dim};
   const int warps = static_cast<int>(blockDim.x) / 32;
+  Attention::clear_other_queries(shared, work.num_heads);
   for (int i = static_cast<int>(threadIdx.x) / 32; i < work.num_heads + 1; i += warps) {
     if (i < work.num_heads) {
       prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
                                  static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
                                  query_factor(p.heads, rotary_row));
       Attention::keep_query(shared, i);
-    } else if (i == work.num_heads && work.has_new_token) {
+    } else if (work.has_new_token) {
       prepare_new_token<T, kHeadSize>(p, work, qkv, cos_sin, shared.new_key, shared.new_value);
     }
   }
@@ -254,7 +255,8 @@ cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_
 
 cudaError_t launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t stream) {
   const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
-  if (!is_valid(p.heads, p.cache) || p.qkv_row_stride < columns || p.sequences < 0 || p.sequences > 65535) {
+  if (!is_valid(p.heads, p.cache) || (p.qkv_row_stride < columns && p.sequences > 1) || p.sequences < 0 ||
+      p.sequences > 65535) {
     return cudaErrorInvalidValue;
   }
   if (p.sequences == 0) return cudaSuccess;

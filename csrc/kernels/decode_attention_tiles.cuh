@@ -14,15 +14,23 @@ template <typename T, int kHeadSize>
 class TileAttention {
  public:
   static constexpr int kHeads = 8;
+  static constexpr int kVectors = kHeadSize / kVecSize;  // of a query
   static constexpr int kWarps = kHeadSize > 128 ? 8 : 16;
   struct SharedMemory : Shared<kHeadSize, kHeads, kWarps> {
-    FullPack packed_queries[kHeads][kHeadSize / kVecSize];
+    FullPack packed_queries[kHeads][kVectors];
   };
 
-  // By the warp that made a query ready; those that do not exist are zeros.
+  // By the warp that made a query ready.
   static __device__ __forceinline__ void keep_query(SharedMemory& shared, int head) {
     const int i = static_cast<int>(threadIdx.x) % 32;
-    if (i < kHeadSize / kVecSize) read_vector(shared.packed_queries[head][i], shared.queries[head] + i * kVecSize);
+    if (i < kVectors) read_vector(shared.packed_queries[head][i], shared.queries[head] + i * kVecSize);
+  }
+
+  // Those of heads that do not exist are zeros: their scores, too, decide when the maxima are raised.
+  static __device__ __forceinline__ void clear_other_queries(SharedMemory& shared, int num_heads) {
+    for (int i = num_heads * kVectors + static_cast<int>(threadIdx.x); i < kHeads * kVectors; i += blockDim.x) {
+      shared.packed_queries[i / kVectors][i % kVectors] = {};
+    }
   }
 
   __device__ __forceinline__ TileAttention(const DecodeAttentionParams& p, const Work& work)

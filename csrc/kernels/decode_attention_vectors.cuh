@@ -27,6 +27,7 @@ class VectorAttention {
   using SharedMemory = Shared<kHeadSize, kHeads, kWarps>;
 
   static __device__ __forceinline__ void keep_query(SharedMemory&, int) {}  // float32 is what is wanted
+  static __device__ __forceinline__ void clear_other_queries(SharedMemory&, int) {}
 
   __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work)
       : begin_(work.begin + warp() * kStep), end_(work.end), stride_(num_warps() * kStep) {

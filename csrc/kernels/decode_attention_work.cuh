@@ -114,14 +114,4 @@ __device__ __forceinline__ void load_shared(float (&out)[kVecSize], const float*
   }
 }
 
-template <int kLanes>
-__device__ __forceinline__ float dot(const float (&q)[kVecSize], const float (&key)[kVecSize]) {
-  float score = 0.0F;
-#pragma unroll
-  for (int j = 0; j < kVecSize; ++j) score += q[j] * key[j];
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffffU, score, offset);
-  return score;
-}
-
 }  // namespace qwen_plugins::decoding

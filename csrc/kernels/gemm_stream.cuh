@@ -16,6 +16,7 @@
 #include "gemm_stream.h"
 #include "programmatic_launch.cuh"
 #include "silu.cuh"
+#include "tensor_cores.cuh"
 
 namespace qwen_plugins {
 
@@ -55,22 +56,17 @@ struct StreamShape {
   }
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes to shared memory, or zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
+// As copy_async; the memory is to read 128 bytes at a time.
+__device__ __forceinline__ void copy_of_line_async(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
-               : "r"(to), "l"(from), "r"(inside ? 16 : 0)
+               : "r"(to), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending commits of this thread are not done; then the warp's lanes see each other's copies.
+// As wait_for_copies; then the warp's lanes see each other's copies.
 template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+__device__ __forceinline__ void wait_for_copies_of_warp() {
+  wait_for_copies<kPending>();
   __syncwarp();
 }
 
@@ -78,22 +74,6 @@ __device__ __forceinline__ void wait_for_copies() {
 // are served at once find what they read, 64 bytes of two rows, in 32 different banks.
 __device__ __forceinline__ int pack_offset(int row, int pack) {
   return row * kLineBytes + (pack ^ (row % 2 * (kLinePacks / 2))) * static_cast<int>(sizeof(FullPack));
-}
-
-// c += a · b over 16 of k; a[1] and a[3] are rows 8 to 15.
-template <typename T>
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
 }
 
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % 32; }
@@ -121,7 +101,7 @@ class WeightCopies {
     for (int half = 0; half < 2; ++half) {
       const bool inside = k < p.in_features && column + half * p.half_columns < p.columns;
       const int row = line + half * (kTileRows / 2);
-      copy_async(stage + tile * kTileBytes + pack_offset(row, pack), from + half * p.half_stride, inside);
+      copy_of_line_async(stage + tile * kTileBytes + pack_offset(row, pack), from + half * p.half_stride, inside);
     }
   }
 
@@ -154,7 +134,8 @@ template <typename T>
 __device__ __forceinline__ void copy_x_line(const StreamArguments& p, int chunk, int row, uint32_t lines) {
   const int pack = lane_of_thread() % kLinePacks;
   const int k = chunk * kChunk + pack * kVec<T>;
-  copy_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k, k < p.in_features);
+  copy_of_line_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k,
+                     k < p.in_features);
 }
 
 constexpr int kLinesAtOnce = 32 / kLinePacks;
@@ -208,7 +189,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[4], const Fragments
       const FullPack low = x[0].packs[i];
       const FullPack high = Shape::kXTiles == 2 ? x[Shape::kXTiles - 1].packs[i] : FullPack{};
       const uint32_t a[4] = {low.words[j], high.words[j], low.words[j + 1], high.words[j + 1]};
-      multiply_add<T>(sums, a, weight.packs[i].words[j], weight.packs[i].words[j + 1]);
+      multiply_tiles<T>(sums, a, weight.packs[i].words[j], weight.packs[i].words[j + 1]);
     }
   }
 }
@@ -293,9 +274,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   if (p.constant_weight) {
     wait_for_previous_kernel();
     begin_x();
-    wait_for_copies<0>();
+    wait_for_copies_of_warp<0>();
   } else {
-    wait_for_copies<kPending>();
+    wait_for_copies_of_warp<kPending>();
   }
 
   int stage_offset = 0;
@@ -308,7 +289,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       Fragments x[Shape::kXTiles];
 #pragma unroll
       for (int tile = 0; tile < Shape::kTiles; ++tile) {
-        wait_for_copies<kPending - 1>();
+        wait_for_copies_of_warp<kPending - 1>();
         if (tile == 0) {
           // Lanes of rows that x does not have take its last: their sums are not used.
           for (int h = 0; h < Shape::kXTiles; ++h) {

@@ -13,14 +13,14 @@ struct DeviceProperties {
   int multiprocessors;
   int threads_per_multiprocessor;
   int max_shared_memory_per_block;  // with the opt-in
-  bool programmatic_launch;         // Hopper and later
+  bool programmatic_launch;         // Hopper and later, with code for it; the same chips have clusters
 };
 
 // Of the calling thread's current device; read from the driver once for each device.
 cudaError_t current_device_properties(DeviceProperties& properties);
 
 // Launches so that the kernel may start while the one before it in the stream still runs, where the chip can. Every
-// kernel launched with this calls wait_for_previous_kernel() before it touches memory.
+// kernel launched with this calls wait_for_previous_kernel(): programmatic_launch.cuh says before what.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
                           const DeviceProperties& device, cudaStream_t stream, Arguments&&... arguments) {

@@ -268,8 +268,8 @@ cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& devi
 
 cudaError_t launch_prefill_attention(const PrefillAttentionParams& p, cudaStream_t stream) {
   const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
-  if (!is_valid(p.heads, p.cache) || p.qkv_row_stride < columns || p.tokens < 0 || p.sequences < 0 ||
-      p.tokens > std::numeric_limits<int32_t>::max()) {
+  if (!is_valid(p.heads, p.cache) || (p.qkv_row_stride < columns && p.tokens > 1) || p.tokens < 0 ||
+      p.tokens > kMaxPrefillTokens || p.sequences < 0 || p.sequences > kMaxPrefillSequences) {
     return cudaErrorInvalidValue;
   }
   if (p.tokens == 0) return cudaSuccess;

@@ -9,6 +9,10 @@
 
 namespace qwen_plugins {
 
+// What one launch can count its tiles with.
+constexpr int64_t kMaxPrefillTokens = 1 << 21;
+constexpr int32_t kMaxPrefillSequences = 1 << 14;
+
 struct PrefillAttentionParams {
   AttentionHeads heads;
   KvCache cache;
@@ -17,8 +21,8 @@ struct PrefillAttentionParams {
   void* context = nullptr;                // [tokens, num_heads, head_size], contiguous, 16-byte aligned
   const int32_t* cu_seqlens = nullptr;    // [sequences + 1], on the device: 0, then the sums of the sequences' lengths
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: tokens in the cache before these; null: none
-  int32_t sequences = 0;                  // sequence i has row i of the cache
-  int64_t tokens = 0;                     // of all sequences; 0 launches nothing
+  int32_t sequences = 0;                  // at most kMaxPrefillSequences; sequence i has row i of the cache
+  int64_t tokens = 0;                     // of all sequences, at most kMaxPrefillTokens; 0 launches nothing
   float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
 };
 

@@ -205,8 +205,8 @@ __device__ __noinline__ Choice find_cut(const Row<T, kWidth>& row, int32_t begin
       prefix.append_ones_of_token();
     }
   }
-  Cluster::sync();  // nobody reads this block's memory any more
-  return prefix.lowest();
+  Cluster::sync();                     // nobody reads this block's memory any more
+  return max(floor, prefix.lowest());  // the lowest choice with the prefix may be below what counts
 }
 
 }  // namespace qwen_plugins

@@ -53,8 +53,8 @@ template <typename T>
 cudaError_t launch(const SwigluParams& p, cudaStream_t stream) {
   constexpr int kElements = kVec<T>;
   const auto addresses = reinterpret_cast<uintptr_t>(p.gate_up) | reinterpret_cast<uintptr_t>(p.y);
-  const bool in_packs =
-      addresses % sizeof(FullPack) == 0 && p.size % kElements == 0 && p.gate_up_row_stride % kElements == 0;
+  const bool in_packs = addresses % sizeof(FullPack) == 0 && p.size % kElements == 0 &&
+                        (p.gate_up_row_stride % kElements == 0 || p.rows == 1);
   const int64_t units = in_packs ? p.size / kElements : p.size;
   const dim3 grid(static_cast<unsigned>(p.rows),
                   static_cast<unsigned>(std::min((units + kThreads - 1) / kThreads, kMaxGridY)));
@@ -67,7 +67,8 @@ cudaError_t launch(const SwigluParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_swiglu(const SwigluParams& p, cudaStream_t stream) {
-  if (p.rows < 0 || p.rows > std::numeric_limits<int32_t>::max() || p.size <= 0 || p.gate_up_row_stride < 2 * p.size) {
+  if (p.rows < 0 || p.rows > std::numeric_limits<int32_t>::max() || p.size <= 0 ||
+      (p.gate_up_row_stride < 2 * p.size && p.rows > 1)) {
     return cudaErrorInvalidValue;
   }
   if (p.rows == 0) return cudaSuccess;

@@ -195,6 +195,18 @@ def test_equal_logits():
         assert_distributed(sample(logits, state), expected)
 
 
+@pytest.mark.parametrize("logits", [[5, 3, 3, 3], [5, 3, 3, 3, 3, 1, 1, 1], [9, 9, 9, 9, 9, 9, 9, 9, 1]], ids=str)
+def test_top_p_brings_back_nothing_that_top_k_left_out(logits):
+    """Both limits fall among equal logits."""
+    row = torch.tensor(logits, device="cuda", dtype=torch.bfloat16)
+    state = sampling_state(DRAWS, len(logits), "cuda")
+    for top_k in range(1, len(logits) + 1):
+        for top_p in (0.5, 0.95, 0.999):
+            options = {"top_k": top_k, "top_p": top_p, "temperature": 5.0}
+            state.set(seed=top_k, **options)
+            assert_distributed(sample(row.expand(DRAWS, -1).contiguous(), state), probabilities(row, **options))
+
+
 def test_temperature_extremes():
     logits = torch.randn(64, 151936, device="cuda")
     state = sampling_state(64, 151936, "cuda")
