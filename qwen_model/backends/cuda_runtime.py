@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from cuda.bindings import runtime as cudart
 
 from ..errors import QwenModelError
 
+OLDEST_DRIVER = "580, which CUDA 13 needs"
+
 
 class CudaError(RuntimeError):
     """A call of the CUDA runtime that failed."""
@@ -19,6 +22,10 @@ class CudaError(RuntimeError):
 
 class OutOfMemoryError(QwenModelError):
     """The GPU has not enough memory left."""
+
+
+class NoDeviceError(QwenModelError):
+    """There is no GPU that can be used; says why."""
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -36,25 +43,53 @@ def check(result: tuple[Any, ...]) -> Any:
             "or --max-output-len"
         )
     if status != cudart.cudaError_t.cudaSuccess:
-        name, text = (read(status)[1].decode() for read in (cudart.cudaGetErrorName, cudart.cudaGetErrorString))
-        raise CudaError(f"{name}: {text}")
+        raise CudaError(_described(status))
     return None if not values else values[0] if len(values) == 1 else tuple(values)
 
 
+def _described(status: Any) -> str:
+    name, text = (read(status)[1].decode() for read in (cudart.cudaGetErrorName, cudart.cudaGetErrorString))
+    return f"{name}: {text}"
+
+
 def device_count() -> int:
-    """How many GPUs the driver has; 0 without a driver."""
+    """How many GPUs the driver has, at least one.
+
+    Raises:
+        NoDeviceError: none, or they cannot be used.
+    """
     status, count = cudart.cudaGetDeviceCount()
-    return int(count) if status == cudart.cudaError_t.cudaSuccess else 0
+    if status == cudart.cudaError_t.cudaErrorInsufficientDriver:  # said without any driver too
+        raise NoDeviceError(f"there is no NVIDIA driver, or one older than {OLDEST_DRIVER} ({_described(status)})")
+    if status == cudart.cudaError_t.cudaErrorNoDevice or (status == cudart.cudaError_t.cudaSuccess and not count):
+        raise NoDeviceError("the driver finds none")
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise NoDeviceError(f"the driver gives none ({_described(status)})")
+    return int(count)
 
 
-def set_device(device: int) -> None:
-    """Make it this thread's present device."""
+def current_device() -> int:
+    """This thread's present device."""
+    return int(check(cudart.cudaGetDevice()))
+
+
+@contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Inside, it is this thread's present device; afterwards that is what it was before."""
+    before = current_device()
+    if before == device:
+        yield
+        return
     check(cudart.cudaSetDevice(device))
+    try:
+        yield
+    finally:
+        check(cudart.cudaSetDevice(before))
 
 
 def device_name_and_capability() -> tuple[str, str]:
     """Of the present device, as in ("NVIDIA H200", "9.0")."""
-    properties = check(cudart.cudaGetDeviceProperties(check(cudart.cudaGetDevice())))
+    properties = check(cudart.cudaGetDeviceProperties(current_device()))
     return bytes(properties.name).split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}"
 
 
@@ -179,9 +214,12 @@ class Graph:
         check(cudart.cudaStreamBeginCapture(stream.handle, mode))
         try:
             enqueue()
-        finally:
+        except BaseException:
             status, graph = cudart.cudaStreamEndCapture(stream.handle)
-        self.graph = check((status, graph))
+            if status == cudart.cudaError_t.cudaSuccess:
+                cudart.cudaGraphDestroy(graph)
+            raise
+        self.graph = check(cudart.cudaStreamEndCapture(stream.handle))
         self._executable = check(cudart.cudaGraphInstantiate(self.graph, 0))
 
     def __del__(self) -> None:

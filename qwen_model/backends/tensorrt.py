@@ -53,7 +53,7 @@ def _check_dtype(dtype: str) -> None:
 
 def versions() -> dict[str, str]:
     """What an engine's `config.json` says about what built it; an engine only runs where these are the same."""
-    _check_gpu()
+    _device_count()
     name, capability = cuda.device_name_and_capability()
     return {
         "tensorrt": trt.__version__,
@@ -220,13 +220,13 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
     """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU."""
-    cuda.set_device(_device_index(device))
-    _check_versions(engine_dir, config)
-    path = engine_dir / PLAN
-    if not path.is_file():
-        raise QwenModelError(f"{engine_dir} is not whole: {PLAN} is missing; build the engine again")
-    _check_memory(config, path.stat().st_size)
-    return TensorRTExecutor(config, _read_plan(path), DECODE, PREFILL, logit_rows(config))
+    with cuda.on_device(_device_index(device)):
+        _check_versions(engine_dir, config)
+        path = engine_dir / PLAN
+        if not path.is_file():
+            raise QwenModelError(f"{engine_dir} is not whole: {PLAN} is missing; build the engine again")
+        _check_memory(config, path.stat().st_size)
+        return TensorRTExecutor(config, _read_plan(path), DECODE, PREFILL, logit_rows(config))
 
 
 def _read_plan(path: Path) -> Any:
@@ -242,18 +242,20 @@ def _read_plan(path: Path) -> Any:
 
 
 def _device_index(device: str | None) -> int:
-    _check_gpu()
+    count = _device_count()
     kind, _, index = (device or "cuda").partition(":")
     if kind != "cuda" or not (index or "0").isdigit():
         raise QwenModelError(f"a TensorRT engine runs on a GPU: device must be 'cuda' or 'cuda:N', not {device!r}")
-    if int(index or 0) >= cuda.device_count():
-        raise QwenModelError(f"device {device!r} is not there: the driver has {cuda.device_count()} CUDA devices")
+    if int(index or 0) >= count:
+        raise QwenModelError(f"device {device!r} is not there: the driver has {count} CUDA devices")
     return int(index or 0)
 
 
-def _check_gpu() -> None:
-    if cuda.device_count() == 0:
-        raise QwenModelError("the TensorRT back end needs an NVIDIA GPU, for building too: the driver finds none")
+def _device_count() -> int:
+    try:
+        return cuda.device_count()
+    except cuda.NoDeviceError as error:
+        raise QwenModelError(f"the TensorRT back end needs an NVIDIA GPU, for building too: {error}") from error
 
 
 def _check_versions(engine_dir: Path, config: EngineConfig) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +87,30 @@ class _LayerTimes(trt.IProfiler):
         return {name: statistics.median(times[1:]) for name, times in self._times.items()}
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_device(
+    method: Callable[Concatenate[TensorRTExecutor, P], R],
+) -> Callable[Concatenate[TensorRTExecutor, P], R]:
+    """The executor's device is the present one meanwhile: it may be another, and is another thread's own."""
+
+    @wraps(method)
+    def on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with cuda.on_device(self.device):
+            return method(self, *args, **kwargs)
+
+    return on_its_device
+
+
 class TensorRTExecutor:
     """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
 
     runs_ahead = True
 
     def __init__(self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, logit_rows: int):
-        """Make every buffer. `engine` is an `ICudaEngine` on the present device.
+        """Make every buffer. `engine` is an `ICudaEngine` on the present device, which the executor keeps to.
 
         decode_profile, prefill_profile: indices of the engine's optimization profiles.
         logit_rows: the most rows of logits that the prefill profile gives.
@@ -102,6 +120,7 @@ class TensorRTExecutor:
         dtype = versions_of.numpy_dtype(config.dtype)
         self.config = config
         self.engine = engine
+        self.device = cuda.current_device()
         self.stream = cuda.Stream()
         self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows
         self._decode = _Batch.allocate(batch, batch, batch)
@@ -114,6 +133,7 @@ class TensorRTExecutor:
         self._rotary = self._on_device(self._table.values)
         scale = self._table.query_scale
         self._query_scale = None if scale is None else self._on_device(scale)
+        self._prompt_rotary: list[cuda.DeviceArray] = []  # of the last prompts, if they had rows of their own
         self._semaphores = cuda.DeviceArray((batch, model.num_heads), np.int32)
         self._activations = cuda.DeviceMemory(versions_of.activation_bytes(engine))
         self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
@@ -126,6 +146,7 @@ class TensorRTExecutor:
         self._beam_logits: FloatArray | None = None
         self._clear()
 
+    @_on_its_device
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
         """See `Executor`: captures the graph of such a step, which the next ones are."""
         self._choice = Choice.of(sampling)
@@ -146,6 +167,7 @@ class TensorRTExecutor:
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
         self._forget()
 
+    @_on_its_device
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
         """See `Executor`."""
         self.prepare(len(prompts), sampling)
@@ -154,11 +176,13 @@ class TensorRTExecutor:
         self._choose(len(prompts), None)
         return self._chosen()
 
+    @_on_its_device
     def decode(self) -> _PendingTokens:
         """See `Executor`."""
         self._step()
         return self._chosen()
 
+    @_on_its_device
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """See `Executor`. A long prompt goes through in parts, each with those before it in the cache."""
         parts = []
@@ -169,6 +193,7 @@ class TensorRTExecutor:
         self._host_past = []
         return np.concatenate(parts)
 
+    @_on_its_device
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
         self.prepare(len(prompts) * num_beams, SamplingOptions())
@@ -191,6 +216,7 @@ class TensorRTExecutor:
         best = np.take_along_axis(sums, places, -1)
         return best, places // self.config.model.vocab_size, places % self.config.model.vocab_size
 
+    @_on_its_device
     def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
         """See `Executor`."""
         self._reorder(rows)
@@ -204,6 +230,7 @@ class TensorRTExecutor:
         self._run_prompts([[0] * length])
         self.stream.synchronize()
 
+    @_on_its_device
     def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
         """Milliseconds of each layer, of the "prefill" of these prompts and of one "decode" step after it: medians.
 
@@ -219,6 +246,7 @@ class TensorRTExecutor:
         found["prefill"] = prefill.medians()
         context = self._context(self._decode_profile)
         self._bind(context, self._decode, len(prompts), len(prompts), len(prompts))
+        self._decode.input_ids.fill(0, self.stream)  # any token takes the same time
         context.profiler = decode
         for _ in range(repeats + 1):
             self._enqueue(context)
@@ -256,9 +284,9 @@ class TensorRTExecutor:
         self._bind_rotary(context, self._rotary, self._query_scale)
 
     def _bind_rotary(self, context: Any, table: cuda.DeviceArray, query_scale: cuda.DeviceArray | None) -> None:
-        self._bind_input(context, "rotary_table", table, len_of(table))
+        self._bind_input(context, "rotary_table", table, table.shape[0])
         if query_scale is not None:
-            self._bind_input(context, "query_scale", query_scale, len_of(query_scale))
+            self._bind_input(context, "query_scale", query_scale, query_scale.shape[0])
 
     def _bind_input(self, context: Any, name: str, array: cuda.DeviceArray, size: int) -> None:
         context.set_tensor_address(name, array.address)
@@ -318,9 +346,10 @@ class TensorRTExecutor:
         own = self._table.prompt_table(lengths)
         if own is None:
             return None
+        table = self._on_device(own.values)
         scale = None if own.query_scale is None else self._on_device(own.query_scale)
-        self._own_rotary = self._on_device(own.values), scale  # kept until the next prompts: the device reads it later
-        self._bind_rotary(context, *self._own_rotary)
+        self._prompt_rotary = [table] if scale is None else [table, scale]  # kept: the device reads them later
+        self._bind_rotary(context, table, scale)
         return own.starts
 
     def _reorder(self, rows: IntArray) -> None:
@@ -372,8 +401,3 @@ class TensorRTExecutor:
         """Nothing of the batch before is left to go on with."""
         self._host_past = []
         self._beam_logits = None
-
-
-def len_of(array: cuda.DeviceArray) -> int:
-    """Its first dimension."""
-    return array.shape[0]

@@ -3,6 +3,7 @@
 import ctypes
 import enum
 import itertools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,24 +12,41 @@ import numpy as np
 
 cudaError_t = enum.Enum(  # noqa: N816
     "cudaError_t",
-    {"cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorMemoryAllocation": 2, "cudaErrorNoDevice": 100},
+    {
+        "cudaSuccess": 0,
+        "cudaErrorInvalidValue": 1,
+        "cudaErrorMemoryAllocation": 2,
+        "cudaErrorInsufficientDriver": 35,
+        "cudaErrorDevicesUnavailable": 46,
+        "cudaErrorNoDevice": 100,
+        "cudaErrorInvalidDevice": 101,
+    },
 )
 
 
 @dataclass
 class Device:
-    """The one that there is."""
+    """Those that there are, all alike, and what is in their memory."""
 
     name: str = "NumPy"
     count: int = 1
+    count_error: cudaError_t | None = None  # of cudaGetDeviceCount
     total_bytes: int = 8 << 30
     allocations: dict[int, np.ndarray] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict)  # of memory and of streams: which device they are on
     capture: list[Callable[[], None]] | None = None
     graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     handles: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
+class Thread(threading.local):
+    """Each begins with the first device as its present one."""
+
+    device = 0
+
+
 device = Device()
+thread = Thread()
 OK = cudaError_t.cudaSuccess
 
 
@@ -36,8 +54,9 @@ def used_bytes() -> int:
     return sum(memory.nbytes for memory in device.allocations.values())
 
 
-def enqueue(work: Callable[[], None]) -> None:
-    """Do it now, or put it into the graph that is being captured."""
+def enqueue(work: Callable[[], None], stream: int) -> None:
+    """Do it now, or put it into the graph that is being captured. The stream must be of the present device."""
+    assert device.places[stream] == thread.device, "work for a stream of another device"
     if device.capture is None:
         work()
     else:
@@ -45,13 +64,13 @@ def enqueue(work: Callable[[], None]) -> None:
 
 
 def view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The array at an address, which must lie within memory that has been allocated and not freed."""
+    """The array at an address, which must lie within memory of the present device that has not been freed."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     inside = any(
-        start <= address and address + num_bytes <= start + memory.nbytes
+        start <= address and address + num_bytes <= start + memory.nbytes and device.places[start] == thread.device
         for start, memory in device.allocations.items()
     )
-    assert inside, f"{num_bytes} bytes at {address:#x} are not allocated"
+    assert inside, f"{num_bytes} bytes at {address:#x} are not allocated on this device"
     return np.frombuffer((ctypes.c_byte * num_bytes).from_address(address), dtype).reshape(shape)
 
 
@@ -60,16 +79,18 @@ def allocate(num_bytes: int) -> tuple[cudaError_t, int]:
         return cudaError_t.cudaErrorMemoryAllocation, 0
     memory = np.full(num_bytes, 0xFF, np.uint8)  # NaN in every type
     device.allocations[memory.ctypes.data] = memory
+    device.places[memory.ctypes.data] = thread.device
     return OK, memory.ctypes.data
 
 
 def free(address: int) -> tuple[cudaError_t]:
     del device.allocations[address]
+    del device.places[address]
     return (OK,)
 
 
 def copy(target: int, source: int, num_bytes: int, kind: str, stream: int) -> tuple[cudaError_t]:
-    enqueue(lambda: ctypes.memmove(target, source, num_bytes) and None)
+    enqueue(lambda: ctypes.memmove(target, source, num_bytes) and None, stream)
     return (OK,)
 
 
@@ -82,7 +103,7 @@ def copy_2d(
 
 
 def fill(address: int, byte: int, num_bytes: int, stream: int) -> tuple[cudaError_t]:
-    enqueue(lambda: ctypes.memset(address, byte, num_bytes) and None)
+    enqueue(lambda: ctypes.memset(address, byte, num_bytes) and None, stream)
     return (OK,)
 
 
@@ -101,7 +122,7 @@ def end_capture(stream: int) -> tuple[cudaError_t, int]:
 
 def launch(graph: int, stream: int) -> tuple[cudaError_t]:
     for work in device.graphs[graph]:
-        enqueue(work)
+        enqueue(work, stream)
     return (OK,)
 
 
@@ -111,7 +132,22 @@ def destroy_graph(graph: int) -> tuple[cudaError_t]:
 
 
 def device_count() -> tuple[cudaError_t, int]:
+    if device.count_error is not None:
+        return device.count_error, 0
     return (OK, device.count) if device.count else (cudaError_t.cudaErrorNoDevice, 0)
+
+
+def set_device(index: int) -> tuple[cudaError_t]:
+    if not 0 <= index < device.count:
+        return (cudaError_t.cudaErrorInvalidDevice,)
+    thread.device = index
+    return (OK,)
+
+
+def create_stream(flags: int) -> tuple[cudaError_t, int]:
+    stream = next(device.handles)
+    device.places[stream] = thread.device
+    return OK, stream
 
 
 def properties(index: int) -> tuple[cudaError_t, types.SimpleNamespace]:
@@ -145,7 +181,7 @@ runtime.__dict__.update(
     cudaMemcpyAsync=copy,
     cudaMemcpy2DAsync=copy_2d,
     cudaMemsetAsync=fill,
-    cudaStreamCreateWithFlags=new_handle,
+    cudaStreamCreateWithFlags=create_stream,
     cudaStreamDestroy=succeed,
     cudaStreamSynchronize=succeed,
     cudaEventCreateWithFlags=new_handle,
@@ -160,8 +196,8 @@ runtime.__dict__.update(
     cudaGraphExecDestroy=succeed,
     cudaGraphDestroy=destroy_graph,
     cudaGetDeviceCount=device_count,
-    cudaGetDevice=lambda: (OK, 0),
-    cudaSetDevice=succeed,
+    cudaGetDevice=lambda: (OK, thread.device),
+    cudaSetDevice=set_device,
     cudaGetDeviceProperties=properties,
     cudaMemGetInfo=lambda: (OK, device.total_bytes - used_bytes(), device.total_bytes),
     cudaGetLastError=succeed,

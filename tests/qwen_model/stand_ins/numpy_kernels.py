@@ -55,7 +55,7 @@ def sample(
         if values is not None:
             view(settings + SETTINGS.size - 8, (1,), np.dtype(np.uint64))[0] += 1
 
-    enqueue(run)
+    enqueue(run, stream)
 
 
 def draw(row: np.ndarray, values: tuple, index: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.qwen_model.stand_ins.numpy_cuda import enqueue, view
+from tests.qwen_model.stand_ins.numpy_cuda import enqueue, thread, view
 from tests.qwen_model.stand_ins.numpy_plugins import PLUGINS, output_shapes
 
 
@@ -158,7 +158,7 @@ class INetworkDefinition:
     def add_gather(self, table: ITensor, rows: ITensor, axis: int) -> Layer:
         assert axis == 0
         outputs = [((*rows.shape, *table.shape[1:]), table.known_type)]
-        return self.add(Layer(self, [table, rows], outputs, lambda inputs: [inputs[0][inputs[1]]]))
+        return self.add(Layer(self, [table, rows], outputs, lambda inputs: [gather(*inputs)]))
 
     def add_elementwise(self, a: ITensor, b: ITensor, operation: str) -> Layer:
         assert len(a.shape) == len(b.shape)
@@ -237,6 +237,11 @@ class INetworkDefinition:
 def wide(arrays: Arrays) -> Arrays:
     """Native layers of networks without types compute in float32; integers stay what they are."""
     return [array if array.dtype.kind in "iu" else array.astype(np.float32) for array in arrays]
+
+
+def gather(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    assert ((rows >= 0) & (rows < len(table))).all(), "a gather of rows that are not there"
+    return table[rows]
 
 
 def shape_of(array: np.ndarray) -> np.ndarray:
@@ -333,6 +338,7 @@ class Runtime:
 class Engine:
     def __init__(self, network: INetworkDefinition, config: BuilderConfig) -> None:
         self.network, self.config = network, config
+        self.device = thread.device
         self.tensors = {tensor.name: tensor for tensor in (*network.inputs, *network.outputs)}
         self.names = list(self.tensors)
         self.num_io_tensors = len(self.names)
@@ -395,13 +401,14 @@ class Context:
         return fits
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.engine.device == thread.device, "the engine is on another device"
         network = self.engine.network
         inputs = [
             (tensor, self.addresses[tensor.name], self.shapes[tensor.name] if -1 in tensor.shape else tensor.shape)
             for tensor in network.inputs
         ]
         outputs = [(tensor, self.addresses[tensor.name]) for tensor in network.outputs]
-        enqueue(lambda: self._run(inputs, outputs))
+        enqueue(lambda: self._run(inputs, outputs), stream)
         return True
 
     def _run(self, inputs: list[tuple[ITensor, int, Shape]], outputs: list[tuple[ITensor, int]]) -> None:
