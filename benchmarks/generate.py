@@ -4,8 +4,9 @@
     python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms native_rotary]
     python -m benchmarks.generate --shapes packaged --device cpu
 
-Each line: time to the first token, tokens decoded per second after it (of the whole batch), device memory. `products`
-is no implementation but a floor: the matrix products of a decode step, by cuBLAS, in one CUDA graph, and nothing else.
+Each line: time to the first token (of a call that generates one), tokens decoded per second after it (of the whole
+batch), device memory. `products` is no implementation but the matrix products of a decode step by cuBLAS, in one CUDA
+graph, and nothing else.
 An implementation that is not installed is left out. Weights are made up; nothing is kept but the results. With
 `--backend tensorrt` no PyTorch is needed; `native_norms` and `native_rotary` are the same engine with RMSNorm, or the
 rotary embedding, in TensorRT's own layers.
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import importlib
 import statistics
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,22 @@ class Implementation(ABC):
     vocab_size: int
 
     @abstractmethod
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
-        """Seconds to the first token, and seconds from it to the last."""
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """Generate so many tokens for each prompt, and return when they are there."""
+
+    def time(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        """Seconds of generating one token, all included, and how many more all of them take."""
+        seconds = []
+        for count in (1, new_tokens):
+            start = time.perf_counter()
+            self.generate(prompts, count)
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], seconds[1] - seconds[0]
 
     def measure(self, load: Load, repeats: int) -> tuple[float | None, float]:
         """Medians of milliseconds to the first token and of decoded tokens per second."""
         self.generate(load.prompts(self.vocab_size, seed=0), min(load.new_tokens, 8))
-        times = [self.generate(load.prompts(self.vocab_size, seed), load.new_tokens) for seed in range(1, repeats + 1)]
+        times = [self.time(load.prompts(self.vocab_size, seed), load.new_tokens) for seed in range(1, repeats + 1)]
         first = statistics.median(first for first, _ in times) * 1e3
         decoded = load.batch_size * (load.new_tokens - 1)
         return first, decoded / statistics.median(rest for _, rest in times)
@@ -141,8 +152,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/generate.json"))
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/generate_BACKEND.json")
     options = parser.parse_args()
+    options.results = options.results or Path(f"benchmarks/results/generate_{options.backend}.json")
     module = importlib.import_module(f"benchmarks.generate_{options.backend}")
     options.implementations = options.implementations or module.IMPLEMENTATIONS
     if unknown := set(options.implementations) - set(module.IMPLEMENTATIONS):

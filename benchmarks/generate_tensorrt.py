@@ -66,13 +66,12 @@ class TensorRTEngine(Implementation):
         self.vocab_size = session.config.model.vocab_size
         self._session = session
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
-        timing = self._session.generate(prompts, max_new_tokens=new_tokens).timing
-        return timing.prefill_seconds, timing.decode_seconds
+        self._session.generate(prompts, max_new_tokens=new_tokens)
 
 
-def new_session(name: str, shape: str, dtype: str, largest: Load) -> Session:
+def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -> Session:
     """An engine of that shape, built and loaded, that does not stop at end tokens; says how long both took."""
     if shape == "packaged":
         folder = packaged_model_dir()
@@ -87,7 +86,7 @@ def new_session(name: str, shape: str, dtype: str, largest: Load) -> Session:
         start = time.perf_counter()
         tensorrt.write_engine(folder, config, read, lambda phase, done, total: None, operations=operations)
         built = time.perf_counter()
-        executor = tensorrt.load_executor(folder, config)
+        executor = tensorrt.load_executor(folder, config, device)
         size = (folder / tensorrt.PLAN).stat().st_size / 2**30
     loaded = time.perf_counter()
     print(
@@ -99,4 +98,4 @@ def new_session(name: str, shape: str, dtype: str, largest: Load) -> Session:
 def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:
     """Each implementation in turn; the one before must be let go by then."""
     for name in options.implementations:
-        yield name, TensorRTEngine(new_session(name, shape, options.dtype, largest))
+        yield name, TensorRTEngine(new_session(name, shape, options.dtype, options.device, largest))

@@ -63,10 +63,9 @@ class QwenModel(Implementation):
         self.vocab_size = session.config.model.vocab_size
         self._session = session
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
-        timing = self._session.generate(prompts, max_new_tokens=new_tokens).timing
-        return timing.prefill_seconds, timing.decode_seconds
+        self._session.generate(prompts, max_new_tokens=new_tokens)
 
 
 class Products(Implementation):
@@ -76,7 +75,7 @@ class Products(Implementation):
         self.vocab_size = config.vocab_size
         self._weights = [weight for name, weight in weights.items() if weight.dim() == 2 and name != "embedding.weight"]
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """Products generate nothing: see `measure`."""
         raise NotImplementedError
 
@@ -122,17 +121,12 @@ class Transformers(Implementation):
         self._model.generation_config.eos_token_id = None
         self.vocab_size = values["vocab_size"]
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
-        """The first token's time is that of generating one."""
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """See `Implementation`."""
         ids = torch.tensor(prompts, device=self._model.device)
-        times = []
-        for count in (1, new_tokens):
-            start = time.perf_counter()
-            self._model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
-            if ids.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return times[0], times[1] - times[0]
+        self._model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 class Vllm(Implementation):
@@ -156,15 +150,10 @@ class Vllm(Implementation):
             enable_prefix_caching=False,
         )
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
-        """The first token's time is that of generating one."""
-        times = []
-        for count in (1, new_tokens):
-            options = self._sampling(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-            start = time.perf_counter()
-            self._engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
-            times.append(time.perf_counter() - start)
-        return times[0], times[1] - times[0]
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """See `Implementation`."""
+        options = self._sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        self._engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
 
 
 def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Load) -> Session:

@@ -60,6 +60,11 @@ def ours(logits: Tensor, name: str) -> Callable[[], Any]:
     return lambda: sample(logits, state, greedy=greedy, penalty=penalty, out=tokens)
 
 
+def scaled(logits: Tensor, options: dict[str, Any]) -> Tensor:
+    """What peers begin with; without a temperature nothing is divided."""
+    return logits.float() / options["temperature"] if "temperature" in options else logits.float()
+
+
 def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
     """As gpt-fast and others do it: topk or sort, softmax, and the exponential race in place of multinomial."""
     options = OPTIONS[name]
@@ -69,7 +74,7 @@ def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
         return None
 
     def call() -> Tensor:
-        values, tokens = logits.float() / options.get("temperature", 1.0), None
+        values, tokens = scaled(logits, options), None
         if "top_k" in options:
             values, tokens = values.topk(options["top_k"])
         elif "top_p" in options:
@@ -93,10 +98,10 @@ def flashinfer(logits: Tensor, name: str) -> Callable[[], Any] | None:
         return None
 
     def call() -> Tensor:
-        scaled = logits.float() / options.get("temperature", 1.0)
+        values = scaled(logits, options)
         if "top_k" in options and "top_p" in options:
-            return sampling.top_k_top_p_sampling_from_logits(scaled, options["top_k"], options["top_p"])
-        probabilities = scaled.softmax(-1)
+            return sampling.top_k_top_p_sampling_from_logits(values, options["top_k"], options["top_p"])
+        probabilities = values.softmax(-1)
         if "top_k" in options:
             return sampling.top_k_sampling_from_probs(probabilities, options["top_k"])
         if "top_p" in options:
