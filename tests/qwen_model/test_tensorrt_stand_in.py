@@ -75,7 +75,7 @@ def test_the_benchmarks_engines_are_one_network(trt, monkeypatch):
     for shape in ("small", "packaged"):
         found = []
         for name in generate_tensorrt.IMPLEMENTATIONS:
-            session = generate_tensorrt.new_session(name, shape, "float32", load)
+            session = generate_tensorrt.new_session(name, shape, "float32", "cuda", load)
             prompts = load.prompts(session.config.model.vocab_size, seed=1)
             found.append((session.logits(prompts[0]), session.generate(prompts, max_new_tokens=6).outputs))
         for logits, outputs in found[1:]:
