@@ -1,10 +1,7 @@
-// Device pointers and streams come as integers, as every framework can give them; the Python functions in
-// qwen_plugins/decoder.py check shapes and types.
+// qwen_plugins/decoder.py checks shapes and types.
 #include "decoder_kernels.h"
 
-#include <stdexcept>
-#include <string>
-
+#include "arguments.h"
 #include "kernels/decode_attention.h"
 #include "kernels/prefill_attention.h"
 #include "kernels/swiglu.h"
@@ -13,17 +10,6 @@ namespace py = pybind11;
 
 namespace qwen_plugins {
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 void swiglu(Address gate_up, Address y, int64_t gate_up_row_stride, int64_t rows, int64_t size, int32_t dtype,
             Address stream) {

@@ -1,10 +1,8 @@
-// Device pointers and streams come as integers; qwen_plugins/_gemm.py checks shapes and types. Arguments come by
-// position: names would cost as much time as the launch.
+// qwen_plugins/_gemm.py checks shapes and types. Arguments come by position: names would cost as much time as the
+// launch.
 #include "gemm.h"
 
-#include <stdexcept>
-#include <string>
-
+#include "arguments.h"
 #include "kernels/cublas_lt.h"
 #include "kernels/gemm.h"
 
@@ -12,17 +10,6 @@ namespace py = pybind11;
 
 namespace qwen_plugins {
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 GemmShape make_shape(int64_t rows, int64_t in_features, int64_t out_features, int32_t activation, int32_t dtype) {
   GemmShape shape;

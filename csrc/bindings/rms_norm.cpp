@@ -1,10 +1,9 @@
-// Device pointers and streams come as integers; qwen_plugins/_rms_norm.py checks shapes and types.
+// qwen_plugins/_rms_norm.py checks shapes and types.
 #include "rms_norm.h"
 
-#include <stdexcept>
-#include <string>
 #include <utility>
 
+#include "arguments.h"
 #include "kernels/rms_norm.h"
 
 namespace py = pybind11;
@@ -12,17 +11,7 @@ namespace py = pybind11;
 namespace qwen_plugins {
 namespace {
 
-using Address = uintptr_t;
 using Strides = std::pair<int64_t, int64_t>;  // outer, inner; in elements
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 // The operands that both functions have.
 struct Operands {

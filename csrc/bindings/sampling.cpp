@@ -1,9 +1,7 @@
-// Device pointers and streams come as integers; qwen_plugins/_sampling.py checks shapes and types.
+// Choosing tokens, and the rows of the embedding that they gather; qwen_plugins/sampling.py checks shapes and types.
 #include "sampling.h"
 
-#include <stdexcept>
-#include <string>
-
+#include "arguments.h"
 #include "kernels/gather_rows.h"
 #include "kernels/sampling.h"
 
@@ -11,17 +9,6 @@ namespace py = pybind11;
 
 namespace qwen_plugins {
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 void gather_rows(Address table, Address ids, Address y, int64_t table_rows, int64_t row_size, int64_t rows,
                  int32_t dtype, Address stream) {
