@@ -46,7 +46,7 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
   // TensorRT asks with the largest shapes of the profiles.
   size_t getWorkspaceSize(nvinfer1::PluginTensorDesc const* inputs, int32_t, nvinfer1::PluginTensorDesc const*,
                           int32_t) const noexcept override {
-    return guarded(Plugin::kName, size_t{0}, [&] { return plugin_.workspace_bytes(inputs); });
+    return guarded(Plugin::kName, kImpossibleWorkspace, [&] { return plugin_.workspace_bytes(inputs); });
   }
 
   int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*,

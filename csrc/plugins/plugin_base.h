@@ -23,6 +23,11 @@ namespace qwen_plugins {
 constexpr char const* kPluginVersion = "1";
 constexpr char const* kPluginNamespace = "qwen_plugins";
 
+// What is asked for where it is not known how much is needed: an exbibyte, which no GPU has, so that building the engine
+// fails. With less, such as 0, it would go on, and enqueue, which is not told what was granted, would write where no room
+// is.
+constexpr size_t kImpossibleWorkspace = size_t{1} << 60;
+
 // Whether a plug-in object was made from a network's fields or came out of a serialised engine.
 enum class Phase { kBuild, kRuntime };
 
@@ -49,7 +54,8 @@ class PluginBase {
   // Throws std::invalid_argument for shapes that no launch will be made for; a plug-in that asks for more hides this.
   void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const { roles_.sizes(inputs, count); }
 
-  // Enough for tensors of these shapes and all smaller ones. The plug-ins with a workspace hide this with their own.
+  // Enough for tensors of these shapes, which may be a profile's maxima that do not agree, and all smaller ones. The
+  // plug-ins with a workspace hide this with their own.
   size_t workspace_bytes(nvinfer1::PluginTensorDesc const* /*largest_inputs*/) const { return 0; }
 
  protected:

@@ -70,20 +70,13 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
 
   size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count,
                           nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept override {
-    return guarded(Plugin::kName, size_t{0}, [&] {
-      std::vector<nvinfer1::PluginTensorDesc> largest;
-      for (int32_t i = 0; i < input_count; ++i) {
-        largest.push_back(inputs[i].desc);
-        largest.back().dims = inputs[i].max;
-      }
-      return plugin_.workspace_bytes(largest.data());
-    });
+    return guarded(Plugin::kName, kImpossibleWorkspace, [&] { return workspace_bytes(inputs, input_count); });
   }
 
-  // Nothing depends on the shapes before enqueue.
-  int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
-                          int32_t) noexcept override {
-    return 0;
+  // Nothing depends on the shapes before enqueue but the workspace. Where that will fail, building ends here.
+  int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count,
+                          nvinfer1::DynamicPluginTensorDesc const*, int32_t) noexcept override {
+    return succeeded([&] { workspace_bytes(inputs, input_count); });
   }
 
   int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count,
@@ -102,6 +95,15 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
   nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &fields_to_serialize_; }
 
  private:
+  size_t workspace_bytes(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count) const {
+    std::vector<nvinfer1::PluginTensorDesc> largest;
+    for (int32_t i = 0; i < input_count; ++i) {
+      largest.push_back(inputs[i].desc);
+      largest.back().dims = inputs[i].max;
+    }
+    return plugin_.workspace_bytes(largest.data());
+  }
+
   template <typename Body>
   static int32_t succeeded(Body&& body) noexcept {
     return guarded(Plugin::kName, int32_t{1}, [&] {

@@ -173,6 +173,25 @@ bool Sizes::bind(Dimension const& dimension, int64_t extent, int32_t input, int3
   return may_be_equal(before->size, size);
 }
 
+void Sizes::take_larger(Sizes const& other) {
+  if (!has_leading_ && other.has_leading_) {
+    has_leading_ = true;
+    leading_ = other.leading_;
+  }
+  for (int32_t i = 0; i < other.named_count_; ++i) {
+    Named const& more = other.named_[i];
+    Named* const end = named_.data() + named_count_;
+    Named* const before = std::find_if(named_.data(), end, [&more](Named const& named) {
+      return std::strcmp(named.dimension->name, more.dimension->name) == 0;
+    });
+    if (before == end) {
+      named_.at(named_count_++) = more;
+    } else {
+      before->size = std::max(before->size, more.size);
+    }
+  }
+}
+
 std::string Sizes::resolved(Pattern const& pattern) const {
   std::vector<std::string> dims;
   for (Dimension const& dimension : pattern) {
@@ -215,16 +234,19 @@ Sizes TensorRoles::bind(Shape const& shape_of, int32_t input_count) const {
   check_input_count(input_count);
   Sizes sizes;
   for (int32_t i = 0; i < input_count; ++i) {
-    TensorRole const& role = inputs_[i];
-    Extents const shape = extents(shape_of(i));
-    Sizes const before = sizes;
-    if (!sizes.bind(role, shape, i)) {
-      throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(shape) +
-                                  "; expected " + to_string(role.shape) + (role.or_scalar ? " or []" : "") +
-                                  (i == 0 ? "" : ", here " + before.resolved(role.shape)));
-    }
+    bind(i, extents(shape_of(i)), sizes);
   }
   return sizes;
+}
+
+void TensorRoles::bind(int32_t input, Extents const& shape, Sizes& sizes) const {
+  TensorRole const& role = inputs_[input];
+  Sizes const before = sizes;
+  if (!sizes.bind(role, shape, input)) {
+    throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(shape) +
+                                "; expected " + to_string(role.shape) + (role.or_scalar ? " or []" : "") +
+                                (input == 0 ? "" : ", here " + before.resolved(role.shape)));
+  }
 }
 
 nvinfer1::DataType TensorRoles::output_type(int32_t output) const {
@@ -257,6 +279,16 @@ DimsExprs TensorRoles::output_shape(int32_t output, DimsExprs const* inputs, int
 
 Sizes TensorRoles::sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const {
   return bind([inputs](int32_t i) -> Dims const& { return inputs[i].dims; }, input_count);
+}
+
+Sizes TensorRoles::largest_sizes(nvinfer1::PluginTensorDesc const* inputs) const {
+  Sizes largest;
+  for (int32_t i = 0; i < input_count(); ++i) {
+    Sizes alone;
+    bind(i, extents(inputs[i].dims), alone);
+    largest.take_larger(alone);
+  }
+  return largest;
 }
 
 bool TensorRoles::supports(int32_t position, nvinfer1::PluginTensorDesc const& desc) const {

@@ -61,6 +61,7 @@ class Sizes {
   bool bind(TensorRole const& role, Extents const& tensor, int32_t input);
   bool bind(Dimension const& dimension, int64_t extent, int32_t input, int32_t axis);
   bool bind_leading(Extents const& tensor, int32_t rank);
+  void take_larger(Sizes const& other);
   std::string resolved(Pattern const& pattern) const;
 
   std::array<Named, 8> named_{};
@@ -86,6 +87,9 @@ class TensorRoles {
                                    nvinfer1::IExprBuilder& builder) const;
   Sizes sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const;
   Sizes sizes(nvinfer1::PluginTensorDesc const* inputs) const { return sizes(inputs, input_count()); }
+  // The largest number of each name over the inputs, which need not agree: for the maxima of an optimization profile,
+  // which TensorRT takes as they are given. At run time, where the inputs do agree, no size is above these.
+  Sizes largest_sizes(nvinfer1::PluginTensorDesc const* inputs) const;
   // Whether the tensor at `position` (inputs, then outputs) has its one type in linear layout: with a single choice
   // TensorRT has nothing to time, and puts no reformatting between two plug-ins.
   bool supports(int32_t position, nvinfer1::PluginTensorDesc const& desc) const;
@@ -94,6 +98,7 @@ class TensorRoles {
   template <typename Shape>
   Sizes bind(Shape const& shape_of, int32_t input_count) const;
   void check_input_count(int32_t count) const;
+  void bind(int32_t input, Extents const& shape, Sizes& sizes) const;
 
   std::vector<TensorRole> inputs_;
   std::vector<TensorRole> outputs_;

@@ -66,7 +66,10 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
 }
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
-  return needed_workspace(shape(roles().sizes(largest_inputs)));
+  GemmShape largest = shape(roles().largest_sizes(largest_inputs));
+  // Few rows need none where in_features is aligned. That of a weight that is no constant may be so at its largest only.
+  largest.in_features = 1;
+  return needed_workspace(largest);
 }
 
 void GemmPlugin::enqueue(Execution const& execution) const {
@@ -82,6 +85,7 @@ void GemmPlugin::enqueue(Execution const& execution) const {
   params.x_row_stride = params.shape.in_features;
   params.constant_weight = attributes().constant_weight != 0;
   params.workspace = execution.workspace;
+  // TensorRT does not say how much it is. It granted workspace_bytes() of the largest shapes, which is no less.
   params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));
   check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
 }

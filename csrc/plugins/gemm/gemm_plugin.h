@@ -12,7 +12,7 @@ struct GemmAttributes {
   int32_t type_id = -1;
   int32_t bias = 0;
   int32_t activation = static_cast<int32_t>(Activation::kNone);
-  int32_t constant_weight = 1;
+  int32_t constant_weight = 0;  // right for any network
 };
 
 class GemmPlugin : public PluginBase<GemmAttributes> {

@@ -188,7 +188,7 @@ bool GptAttentionPlugin::lengths_make_sense(Execution const& execution, Sizes co
 }
 
 size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
-  auto const sequences = static_cast<int32_t>(roles().sizes(largest_inputs)["sequences"]);
+  auto const sequences = static_cast<int32_t>(roles().largest_sizes(largest_inputs)["sequences"]);
   void const* const none[16] = {};  // no tensor has an address yet
   int64_t bytes = 0;
   check_cuda(decode_attention_workspace_bytes(heads({largest_inputs, none, nullptr, nullptr, nullptr, Phase::kBuild}),

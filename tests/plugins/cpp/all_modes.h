@@ -1,6 +1,7 @@
 // The modes of every plug-in, the plug-ins in the order of the library, and fields that each must refuse.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -132,6 +133,40 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
       {attention, 0, tensor(half, {2, 640}), "'qkv' has 2 tokens; expected at least one for each of the 3 sequences"},
   };
 }
+
+// Maxima of a profile that cannot all be had at once: the workspace is for the largest.
+inline std::vector<Mode> modes_with_maxima_that_disagree() {
+  using nvinfer1::DataType;
+  DataType const half = DataType::kHALF;
+  std::vector<Mode> modes;
+  std::vector<Extent> lengths{65, 64, 63};
+  do {
+    Mode attention = gpt_attention_mode({});
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      attention.inputs[2 + i] = tensor(DataType::kINT32, {lengths[i]});
+    }
+    attention.workspace_bytes =
+        recorded_attention_workspace(std::max<int64_t>({lengths[0] - 1, lengths[1], lengths[2]}));
+    modes.push_back(attention);
+  } while (std::prev_permutation(lengths.begin(), lengths.end()));
+  Mode gemm = gemm_mode(half, true, true, false);
+  gemm.inputs = {tensor(half, {5, 3, 72}), tensor(half, {48, 63}), tensor(half, {96})};
+  modes.push_back(gemm);
+  return modes;
+}
+
+// Maxima that are not even those of such a tensor, and what is logged.
+inline std::vector<BadShapes> bad_maxima() {
+  nvinfer1::DataType const half = nvinfer1::DataType::kHALF;
+  return {
+      {gemm_mode(half, true, true, true), 1, tensor(half, {47, 64}), "expected [2 * columns, in_features]"},
+      {gpt_attention_mode({}), 2, tensor(nvinfer1::DataType::kINT32, {0}), "expected [sequences + 1]"},
+      {gpt_attention_mode({}), 0, tensor(half, {7, 384}), "expected [tokens, 640]"},
+  };
+}
+
+// More than any GPU has.
+constexpr size_t kTooMuchMemory = size_t{1} << 50;
 
 inline std::vector<Mode> modes_without_rows() {
   using nvinfer1::DataType;

@@ -8,8 +8,10 @@ inline Mode gemm_mode(nvinfer1::DataType type, bool bias, bool swiglu, bool cons
   Mode mode{"Gemm", {}, {tensor(type, {5, 3, 64}), tensor(type, {48, 64})}, {tensor(type, {5, 3, swiglu ? 24 : 48})},
             {5},    {}};
   mode.fields.add("type_id", int_of(type)).add("bias", bias ? 1 : 0).add("activation", swiglu ? 1 : 0);
-  mode.fields.add("constant_weight", constant_weight ? 1 : 0);
-  mode.workspace_bytes = recorded_gemm_workspace(15);
+  if (constant_weight) {
+    mode.fields.add("constant_weight", 1);  // not so by default
+  }
+  mode.workspace_bytes = recorded_gemm_workspace(15, 1);
   if (bias) {
     mode.inputs.push_back(tensor(type, {48}));
   }
@@ -21,7 +23,7 @@ inline Mode gemm_mode(nvinfer1::DataType type, bool bias, bool swiglu, bool cons
     CHECK(params.x == inputs[0] && params.x_row_stride == 64 && params.weight == inputs[1]);
     CHECK(params.bias == (bias ? inputs[2] : nullptr));
     CHECK(params.y == outputs[0] && params.constant_weight == constant_weight);
-    CHECK(params.workspace == workspace_address() && params.workspace_bytes == recorded_gemm_workspace(15));
+    CHECK(params.workspace == workspace_address() && params.workspace_bytes == recorded_gemm_workspace(15, 64));
   };
   return mode;
 }

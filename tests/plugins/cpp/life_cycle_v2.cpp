@@ -91,7 +91,32 @@ void check_format_table(Plugin const& plugin, Mode const& mode) {
       }
     }
   }
-  CHECK(plugin->getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == mode.workspace_bytes);
+}
+
+size_t workspace_of(Plugin const& plugin, Mode const& mode) {
+  return plugin->getWorkspaceSize(mode.inputs.data(), static_cast<int32_t>(mode.inputs.size()), mode.outputs.data(),
+                                  static_cast<int32_t>(mode.outputs.size()));
+}
+
+// No room is asked for that enqueue might exceed: the largest of what the maxima say, or so much that building fails.
+void check_workspace(Log& log) {
+  for (Mode mode : modes_with_maxima_that_disagree()) {
+    CHECK(workspace_of(create(mode), mode) == mode.workspace_bytes && log.is_empty());
+  }
+  for (BadShapes& bad : bad_maxima()) {
+    Plugin const plugin = create(bad.mode);
+    bad.mode.inputs[bad.input] = bad.given;
+    CHECK(workspace_of(plugin, bad.mode) > kTooMuchMemory);
+    CHECK(log.got_one_error_with(bad.message));
+  }
+  for (Mode mode : {gemm_mode(DataType::kHALF, false, false, true), gpt_attention_mode({})}) {
+    Plugin const plugin = create(mode);
+    recorded = {};
+    recorded.answer = cudaErrorInvalidValue;
+    CHECK(workspace_of(plugin, mode) > kTooMuchMemory);
+    CHECK(log.got_one_error_with("failed: recorded error"));
+  }
+  recorded = {};
 }
 
 std::vector<char> bytes_of(Plugin const& plugin) {
@@ -113,6 +138,7 @@ void check_life(Mode& mode) {
   check_types(plugin, mode);
   check_shapes(plugin, mode);
   check_format_table(plugin, mode);
+  CHECK(workspace_of(plugin, mode) == mode.workspace_bytes);
   Plugin clone(plugin->clone());
   plugin.reset();
   check_types(clone, mode);
@@ -257,6 +283,7 @@ int main() {
   CHECK(log.is_empty());
   check_zero_volume(log);
   check_attention_while_building();
+  check_workspace(log);
   check_in_place();
   check_bad_fields(log);
   check_bad_bytes(log);

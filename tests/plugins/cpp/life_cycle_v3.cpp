@@ -103,8 +103,8 @@ void check_shapes(IPluginV3OneBuild& build, Mode const& mode) {
   }
 }
 
-// Every type and format at every position: exactly one pair fits.
-void check_format_table(IPluginV3OneBuild& build, Mode const& mode) {
+// As an optimization profile describes them.
+std::vector<DynamicPluginTensorDesc> profile_of(Mode const& mode) {
   std::vector<DynamicPluginTensorDesc> tensors;
   for (auto const* descs : {&mode.inputs, &mode.outputs}) {
     for (PluginTensorDesc const& desc : *descs) {
@@ -113,6 +113,12 @@ void check_format_table(IPluginV3OneBuild& build, Mode const& mode) {
       std::replace_if(dims.d, dims.d + dims.nbDims, [&](Extent extent) { return is_dynamic(mode, extent); }, -1);
     }
   }
+  return tensors;
+}
+
+// Every type and format at every position: exactly one pair fits.
+void check_format_table(IPluginV3OneBuild& build, Mode const& mode) {
+  std::vector<DynamicPluginTensorDesc> const tensors = profile_of(mode);
   auto const inputs = static_cast<int32_t>(mode.inputs.size());
   auto const outputs = static_cast<int32_t>(mode.outputs.size());
   for (int32_t position = 0; position < inputs + outputs; ++position) {
@@ -126,8 +132,47 @@ void check_format_table(IPluginV3OneBuild& build, Mode const& mode) {
       }
     }
   }
-  CHECK(build.configurePlugin(tensors.data(), inputs, tensors.data() + inputs, outputs) == 0);
-  CHECK(build.getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == mode.workspace_bytes);
+}
+
+size_t workspace_of(IPluginV3& plugin, Mode const& mode) {
+  std::vector<DynamicPluginTensorDesc> const tensors = profile_of(mode);
+  auto const inputs = static_cast<int32_t>(mode.inputs.size());
+  return build_of(plugin).getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs,
+                                           static_cast<int32_t>(mode.outputs.size()));
+}
+
+int32_t configure(IPluginV3& plugin, Mode const& mode) {
+  std::vector<DynamicPluginTensorDesc> const tensors = profile_of(mode);
+  auto const inputs = static_cast<int32_t>(mode.inputs.size());
+  return build_of(plugin).configurePlugin(tensors.data(), inputs, tensors.data() + inputs,
+                                          static_cast<int32_t>(mode.outputs.size()));
+}
+
+// No room is asked for that enqueue might exceed: the largest of what the maxima say, or building fails.
+void check_workspace(Log& log) {
+  for (Mode mode : modes_with_maxima_that_disagree()) {
+    std::unique_ptr<IPluginV3> const plugin = create(mode);
+    CHECK(configure(*plugin, mode) == 0);
+    CHECK(workspace_of(*plugin, mode) == mode.workspace_bytes && log.is_empty());
+  }
+  auto fails = [&](IPluginV3& plugin, Mode const& mode, char const* message) {
+    CHECK(configure(plugin, mode) != 0);
+    CHECK(log.got_one_error_with(message));
+    CHECK(workspace_of(plugin, mode) > kTooMuchMemory);
+    CHECK(log.got_one_error_with(message));
+  };
+  for (BadShapes& bad : bad_maxima()) {
+    std::unique_ptr<IPluginV3> const plugin = create(bad.mode);
+    bad.mode.inputs[bad.input] = bad.given;
+    fails(*plugin, bad.mode, bad.message);
+  }
+  for (Mode mode : {gemm_mode(DataType::kHALF, false, false, true), gpt_attention_mode({})}) {
+    std::unique_ptr<IPluginV3> const plugin = create(mode);
+    recorded = {};
+    recorded.answer = cudaErrorInvalidValue;
+    fails(*plugin, mode, "failed: recorded error");
+  }
+  recorded = {};
 }
 
 // What TensorRT does between the phases: the fields are copied into the engine and come back from it.
@@ -166,6 +211,7 @@ void check_life(Mode& mode) {
   check_types(build_of(*plugin), mode);
   check_shapes(build_of(*plugin), mode);
   check_format_table(build_of(*plugin), mode);
+  CHECK(configure(*plugin, mode) == 0 && workspace_of(*plugin, mode) == mode.workspace_bytes);
   std::unique_ptr<IPluginV3> clone(plugin->clone());
   plugin.reset();
   check_types(build_of(*clone), mode);
@@ -282,6 +328,7 @@ int main() {
   CHECK(log.is_empty());
   check_zero_volume(log);
   check_attention_while_building();
+  check_workspace(log);
   check_bad_fields(log);
   check_bad_shapes(log);
   check_unknown_out_features();
