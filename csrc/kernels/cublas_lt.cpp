@@ -72,22 +72,33 @@ struct Loaded {
   Loaded() {
     const std::vector<Candidate> files = candidates();
     if (files.empty()) status = "cuBLASLt is switched off: QWEN_PLUGINS_CUBLASLT is none";
+    std::string places, first_error;
     for (const Candidate& candidate : files) {
-      void* library = dlopen(candidate.file.c_str(), candidate.flags);
-      if (library == nullptr) {
-        const char* why = dlerror();
-        if (!(candidate.flags & RTLD_NOLOAD))
-          status += (status.empty() ? "" : "; ") + std::string(why ? why : "unknown");
-        continue;
-      }
-      if (find_all(library, functions)) {
-        usable = true;
-        status = candidate.file;
-        return;
-      }
-      status += (status.empty() ? "" : "; ") + candidate.file + " lacks functions of cuBLASLt";
-      dlclose(library);
+      std::string error;
+      if (load(candidate, error)) return;
+      if (candidate.flags & RTLD_NOLOAD) continue;  // looked for again without it
+      places += (places.empty() ? "" : ", ") + candidate.file;
+      if (first_error.empty()) first_error = error;
     }
+    if (!files.empty()) status = "cuBLASLt was not found; looked for " + places + " (" + first_error + ")";
+  }
+
+ private:
+  bool load(const Candidate& candidate, std::string& error) {
+    void* library = dlopen(candidate.file.c_str(), candidate.flags);
+    if (library == nullptr) {
+      const char* why = dlerror();
+      error = why == nullptr ? "unknown error" : why;
+      return false;
+    }
+    if (!find_all(library, functions)) {
+      error = candidate.file + " lacks functions of cuBLASLt";
+      dlclose(library);
+      return false;
+    }
+    usable = true;
+    status = candidate.file;
+    return true;
   }
 };
 

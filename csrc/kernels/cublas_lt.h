@@ -15,6 +15,7 @@ namespace qwen_plugins {
 namespace cublas_lt {
 
 constexpr int kSuccess = 0;
+constexpr int kNotSupported = 15;
 constexpr int kCompute32F = 68;  // cublasComputeType_t
 constexpr int kTransposed = 1;   // cublasOperation_t
 enum DescriptorAttribute { kTransA = 3, kEpilogue = 7, kBiasPointer = 8 };
@@ -69,7 +70,7 @@ struct CublasLt {
 // packages beside the one that this code is installed in; the system.
 const CublasLt* load_cublas_lt();
 
-// The file that was loaded, or why none was.
+// The file that was loaded, or where it was looked for and why the first of those files could not be loaded.
 const std::string& cublas_lt_status();
 
 }  // namespace qwen_plugins

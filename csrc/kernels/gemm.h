@@ -43,8 +43,9 @@ struct GemmParams {
 // Never less for fewer rows: the workspace for the most rows serves all.
 cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes);
 
-// Launches on `stream` and returns at once: no synchronisation, no allocation after the first call for a device. Works
-// while the stream is captured, at the first call too.
+// Launches on `stream` and returns at once: no synchronisation, and no allocation on the device but, once for each,
+// cuBLASLt's handle. Every new shape (and alignment) that goes to cuBLASLt makes a plan, a few hundred bytes on the
+// host, which are kept for the next call. Works while the stream is captured, at the first call too.
 // cudaErrorInvalidValue for parameters outside of what is written above, otherwise what the launch returned.
 cudaError_t launch_gemm(const GemmParams& params, cudaStream_t stream);
 

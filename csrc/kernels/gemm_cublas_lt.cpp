@@ -11,6 +11,7 @@
 namespace qwen_plugins {
 namespace {
 
+using cublas_lt::kNotSupported;
 using cublas_lt::kSuccess;
 
 constexpr size_t kMaxPlans = 4096;  // each is a few hundred bytes; then all are made anew
@@ -21,7 +22,7 @@ struct Key {
   int64_t rows, in_features, out_features, x_row_stride;
   DataType dtype;
   bool has_bias;
-  uint32_t weight_alignment, x_alignment, z_alignment;
+  uint32_t weight_alignment, x_alignment, z_alignment;  // z_alignment: of z and the bias
 
   auto fields() const {
     return std::tie(device, rows, in_features, out_features, x_row_stride, dtype, has_bias, weight_alignment,
@@ -121,6 +122,7 @@ class Plans {
     const int status =
         lt_.matmul(handle, plan->descriptor, &one, params.weight, plan->weight, params.x, plan->x, &zero, z, plan->z, z,
                    plan->z, &plan->chosen.algorithm, workspace, kCublasLtWorkspaceBytes, stream);
+    if (status == kNotSupported) return cudaErrorNotSupported;
     return status == kSuccess ? cudaSuccess : cudaErrorUnknown;
   }
 
@@ -148,6 +150,8 @@ cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* works
   key.weight_alignment = alignment_of(params.weight);
   key.x_alignment = alignment_of(params.x);
   key.z_alignment = alignment_of(z);
+  // Preferences have no alignment of the bias, which is added and written in the same pieces as z.
+  if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
   static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be gone before it
   return plans.launch(key, params, z, workspace, stream);
 }
