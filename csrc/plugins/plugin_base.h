@@ -23,9 +23,8 @@ namespace qwen_plugins {
 constexpr char const* kPluginVersion = "1";
 constexpr char const* kPluginNamespace = "qwen_plugins";
 
-// What is asked for where it is not known how much is needed: an exbibyte, which no GPU has, so that building the engine
-// fails. With less, such as 0, it would go on, and enqueue, which is not told what was granted, would write where no room
-// is.
+// What is asked for where it is not known how much is needed: an exbibyte, which no GPU has, so that no engine is
+// built. With 0 one would be, and enqueue, which is not told what was granted, would write where there is no room.
 constexpr size_t kImpossibleWorkspace = size_t{1} << 60;
 
 // Whether a plug-in object was made from a network's fields or came out of a serialised engine.

@@ -243,8 +243,8 @@ void TensorRoles::bind(int32_t input, Extents const& shape, Sizes& sizes) const 
   TensorRole const& role = inputs_[input];
   Sizes const before = sizes;
   if (!sizes.bind(role, shape, input)) {
-    throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(shape) +
-                                "; expected " + to_string(role.shape) + (role.or_scalar ? " or []" : "") +
+    throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(shape) + "; expected " +
+                                to_string(role.shape) + (role.or_scalar ? " or []" : "") +
                                 (input == 0 ? "" : ", here " + before.resolved(role.shape)));
   }
 }

@@ -67,7 +67,8 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
   GemmShape largest = shape(roles().largest_sizes(largest_inputs));
-  // Few rows need none where in_features is aligned. That of a weight that is no constant may be so at its largest only.
+  // Few rows need none where in_features is aligned; that of a weight that is no constant may be so at its largest
+  // only.
   largest.in_features = 1;
   return needed_workspace(largest);
 }
