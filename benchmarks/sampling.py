@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import write_results
-from qwen_plugins._sampling import sample, sampling_state
+from qwen_plugins.sampling import sample, sampling_state
 
 CALLS = 40  # in a graph
 REPLAYS = 15

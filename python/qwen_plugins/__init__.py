@@ -7,7 +7,8 @@ nor a GPU. The functions on tensors import PyTorch when they are first used:
     qwen_plugins.gemm(x, weight, bias)
 
 They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or
-with ``import qwen_plugins.torch_ops``.
+with ``import qwen_plugins.torch_ops``. What else a decoder needs on a GPU is in two modules: ``qwen_plugins.decoder``
+(attention, SwiGLU) and ``qwen_plugins.sampling`` (choosing tokens, gathering rows).
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def gpt_attention(
         rotary_table: [rows, rotary_embedding_dim] float32, an ``ITensor`` or an array: of each row the cosines, then
             the sines. None without a rotary embedding.
         semaphores: ``ITensor`` int32 [max_batch, num_heads], an input of the network bound to memory that is zero at
-            first; each launch leaves it zero. All layers of a network share one.
+            first; each launch leaves it zero. All layers of a network share one, and every execution context has its
+            own: launches that overlap must not share it. After a launch that was aborted, fill it with zeros again.
         num_heads, num_kv_heads, head_size: of q; of k and v, a divisor; 32, 64, 80, 96, 128 or 256.
         rotary_embedding_dim: how many elements of a head turn, even; by default head_size, without a rotary_table 0.
         position_embedding_type: as TensorRT-LLM names them: "rope_gpt_neox" (element i turns with element

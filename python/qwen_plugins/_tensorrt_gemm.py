@@ -46,7 +46,8 @@ def gemm(
             out_features is the gate, the second half its factor.
         constant_weight: whether nothing in the network computes weight or bias, so that reading them may begin before
             the kernel in front of this one has ended. By default so where neither is an ``ITensor``; to be said where
-            one is the output of a constant layer, such as an embedding that is also the last product's weight.
+            one is the output of a constant layer, such as an embedding that is also the last product's weight. False
+            with TensorRT's weight streaming (10 and later), which copies weights to the GPU while the engine runs.
         dtype: ``tensorrt.DataType`` of x, weight, bias and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where
             it reports float32 for a tensor that it will compute in float16.
         name: of the layer, and prefix of its constants' names; no two layers of a network may share one. By default

@@ -16,13 +16,13 @@ class KernelSampler:
 
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
         """Sequences and vocabulary of the logits; what the kernel needs is allocated now."""
-        from qwen_plugins._sampling import sampling_state
+        from qwen_plugins.sampling import sampling_state
 
         self._state = sampling_state(max_sequences, vocab_size, device)
 
     def begin(self, options: SamplingOptions, tokens: Tensor, cu_seqlens: Tensor) -> None:
         """Begin a batch; the prompts' tokens, packed, count as seen."""
-        from qwen_plugins._sampling import mark_seen
+        from qwen_plugins.sampling import mark_seen
 
         if not options.changes_logits:
             return
@@ -38,7 +38,7 @@ class KernelSampler:
 
     def __call__(self, logits: Tensor, choice: Choice, tokens: Tensor, past_lengths: Tensor | None) -> None:
         """Put the tokens [sequences] of logits [sequences, vocab_size] into `tokens`; add 1 to the lengths."""
-        from qwen_plugins._sampling import sample
+        from qwen_plugins.sampling import sample
 
         sample(
             logits,

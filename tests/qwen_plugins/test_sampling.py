@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_plugins._sampling import gather_rows, mark_seen, sample, sampling_state
+from qwen_plugins.sampling import gather_rows, mark_seen, sample, sampling_state
 
 pytestmark = pytest.mark.gpu
 
