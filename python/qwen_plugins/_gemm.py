@@ -97,6 +97,8 @@ def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, weight: Tensor, b
     _check_operand("out", out, x)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, but its strides are {tuple(out.stride())}")
+    if out.is_meta:  # no memory
+        return
     for name, other in (("x", x), ("weight", weight), ("bias", bias)):
         if other is not None and _extents_overlap(out, other):
             raise ValueError(f"out shares memory with {name}, which is still read while out is written")

@@ -33,7 +33,9 @@ _SCHEMAS = (
 _OPERATORS = [schema.split("(")[0] for schema in _SCHEMAS]
 for _schema in _SCHEMAS:
     _library.define(_schema)
-_library.define("gemm(Tensor x, Tensor weight, Tensor? bias, str? activation, bool constant_weight) -> Tensor")
+_GEMM_OPTIONS = "str? activation, bool constant_weight"
+_library.define(f"gemm(Tensor x, Tensor weight, Tensor? bias, {_GEMM_OPTIONS}) -> Tensor")
+_library.define(f"gemm_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, {_GEMM_OPTIONS}) -> ()")
 
 
 def gemm(
@@ -67,9 +69,12 @@ def gemm(
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
-    if out is None and (torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS):
-        _check_types(1.0, x=x, weight=weight, bias=bias)
-        return torch.ops.qwen_plugins.gemm(x, weight, bias, activation, constant_weight)
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+        _check_types(1.0, x=x, weight=weight, bias=bias, out=out)
+        if out is None:
+            return torch.ops.qwen_plugins.gemm(x, weight, bias, activation, constant_weight)
+        torch.ops.qwen_plugins.gemm_out(x, weight, bias, out, activation, constant_weight)
+        return out
     return _gemm.gemm(x, weight, bias, activation, constant_weight, out)
 
 
@@ -322,5 +327,13 @@ for _key, _operators in {
     for _name in _OPERATORS:
         _library.impl(_name, getattr(_operators, _name), _key)
 
+
+def _gemm_out(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, activation: str | None, constant_weight: bool
+) -> None:
+    _gemm.gemm(x, weight, bias, activation, constant_weight, out)
+
+
 for _key in ("CPU", "CUDA", "Meta"):
     _library.impl("gemm", _gemm.gemm, _key)
+    _library.impl("gemm_out", _gemm_out, _key)

@@ -251,6 +251,14 @@ def test_without_cublas_lt():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_says_where_cublas_lt_was_looked_for(tmp_path):
+    nowhere = tmp_path / "libcublasLt.so"
+    environment = os.environ | {"QWEN_PLUGINS_CUBLASLT": str(nowhere)}
+    code = "import qwen_plugins; print(qwen_plugins.cublas_lt_status())"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith(f"cuBLASLt was not found; looked for {nowhere} (")
+
+
 @pytest.mark.skipif(os.environ.get("QWEN_PLUGINS_CUBLASLT") != "none", reason="for test_without_cublas_lt")
 def test_says_that_it_is_switched_off():
     assert "QWEN_PLUGINS_CUBLASLT is none" in qwen_plugins.cublas_lt_status()
@@ -264,6 +272,29 @@ def test_torch_compile(device):
     )
     expected = qwen_plugins.gemm(x, weight, bias, activation="swiglu") + 1
     assert torch.equal(compiled(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_compile_with_out(device):
+    x, weight, bias = operands(4, 64, 32, torch.float32, device)
+
+    def layer(x, out):
+        y = qwen_plugins.gemm(x * 2, weight, bias, out=out)
+        return y + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    out, expected_out = torch.empty(4, 32, device=device), torch.empty(4, 32, device=device)
+    expected = layer(x, expected_out)
+    assert torch.equal(compiled(x, out), expected)
+    assert torch.equal(out, expected_out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    x, weight, bias = operands(4, 64, 32, torch.float32, device)
+    torch.library.opcheck(torch.ops.qwen_plugins.gemm.default, (x, weight, bias, "swiglu", False))
+    out = torch.empty(4, 32, device=device)
+    torch.library.opcheck(torch.ops.qwen_plugins.gemm_out.default, (x, weight, None, out, None, False))
 
 
 X, WEIGHT = torch.zeros(2, 8), torch.zeros(6, 8)
