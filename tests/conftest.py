@@ -1,8 +1,12 @@
 """Skips tests that this machine can't run, with the reason."""
 
 import importlib.util
+import os
 
 import pytest
+
+# NumPy's threads only wait for each other in products as small as those of tests. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _why_no_gpu() -> str | None:
