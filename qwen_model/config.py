@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .architectures import Architecture, find_architecture
+from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .errors import QwenModelError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -61,15 +61,20 @@ class ModelConfig:
     logn_length: int = 0  # Qwen v1: from this position on q grows with the logarithm of its position; 0: never
     dtype: str = "float16"  # of the checkpoint
 
-    @property
-    def qkv_size(self) -> int:
-        """Columns of the packed query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**values, "rotary": RotaryConfig(**values["rotary"])})
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            KeyError, TypeError, QwenModelError: something is missing, not known, or of the wrong type or size.
+        """
+        config = cls(**{**values, "rotary": RotaryConfig(**values["rotary"])})
+        _check_types(config)
+        _check_types(config.rotary)
+        if config.architecture not in ARCHITECTURES:
+            raise QwenModelError(f"architecture must be one of {', '.join(ARCHITECTURES)}, not {config.architecture!r}")
+        _check(config)
+        return config
 
     @classmethod
     def from_model_dir(cls, model_dir: Path) -> ModelConfig:
@@ -306,6 +311,21 @@ def _yarn_attention_factor(factor: float, reader: _Reader) -> float:
     if reader.values.get("mscale") and reader.values.get("mscale_all_dim"):
         return mscale(reader.number("mscale", 1.0)) / mscale(reader.number("mscale_all_dim", 1.0))
     return mscale(1.0)
+
+
+def _check_types(config: ModelConfig | RotaryConfig) -> None:
+    """Every number and text is one; sizes are at least 1, or 0 where that is the default."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int":
+            least = 0 if field.default == 0 else 1
+            right = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        elif field.type == "float":
+            right = isinstance(value, (int, float)) and not isinstance(value, bool)
+        else:
+            right = isinstance(value, {"bool": bool, "str": str, "RotaryConfig": RotaryConfig}[str(field.type)])
+        if not right:
+            raise QwenModelError(f"{field.name} must be of type {field.type}, not {value!r}")
 
 
 def _check(config: ModelConfig) -> None:

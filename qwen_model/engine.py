@@ -26,7 +26,7 @@ from typing import Any
 from .config import DTYPES, ModelConfig
 from .engine_config import BACKENDS, EngineConfig, Limits, read_engine_json
 from .errors import QwenModelError
-from .extras import import_extra
+from .extras import import_extra, require_kernels
 from .memory import required_bytes
 from .session import Session
 from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
@@ -85,6 +85,8 @@ def build_engine(
     _check_choice("backend", backend, BACKENDS)
     if dtype is not None:
         _check_choice("dtype", dtype, DTYPES)
+    if timing_cache is not None and backend != "tensorrt":
+        raise QwenModelError(f"timing_cache (--timing-cache) is for the back end tensorrt, not for {backend}")
     source = _model_dir(model_dir)
     target = Path(output_dir).absolute()
     _check_target(target)
@@ -108,16 +110,18 @@ def build_engine(
         versions={"qwen_model": _package_version(), "python": platform.python_version(), **back_end.versions()},
     )
     weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
+    warnings = list(_warnings(model, limits, config.dtype if dtype is None else None))
     with _written_whole(target) as folder:
         report = progress or (lambda phase, done, total: None)
         if backend == "torch":
             _write_torch_weights(back_end, checkpoint, groups, config, folder, report)
         else:
-            back_end.write_engine(folder, config, checkpoint.read, report, timing_cache and Path(timing_cache))
+            given_cache = None if timing_cache is None else Path(timing_cache)
+            warnings += back_end.write_engine(folder, config, checkpoint.read, report, given_cache)
         copy_tokenizer_files(source, folder)
         config.write(folder)
     seconds = time.perf_counter() - start
-    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(_warnings(model, limits)))
+    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
 
 
 def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None) -> Session:
@@ -151,6 +155,8 @@ def _write_torch_weights(
 def _back_end(name: str) -> ModuleType:
     for module in MODULES[name]:
         import_extra(module, f"the {name} back end", extra=name)
+    if name == "tensorrt":
+        require_kernels()
     return importlib.import_module(f"qwen_model.backends.{name}")
 
 
@@ -232,7 +238,13 @@ def usable_positions(model: ModelConfig) -> int:
     return max(model.max_positions, int(stretched))
 
 
-def _warnings(model: ModelConfig, limits: Limits) -> Iterator[str]:
+def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
+    """What the user should know; `chosen_dtype` is the engine's type if the user named none."""
+    if (model.dtype, chosen_dtype) == ("bfloat16", "float16"):
+        yield (
+            "the checkpoint is bfloat16, which this back end does not have: the engine is float16, whose range is "
+            "smaller; --dtype float32 keeps all of it"
+        )
     if limits.max_positions > usable_positions(model) and model.rotary.scaling not in ("dynamic", "qwen_dynamic"):
         yield (
             f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "

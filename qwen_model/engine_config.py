@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig
+from .config import DTYPES, ModelConfig
 from .errors import QwenModelError
 
 FORMAT = "qwen_model.engine"
@@ -60,14 +61,15 @@ class EngineConfig:
         values = read_engine_json(engine_dir)
         if values is None:
             raise QwenModelError(
-                f"{engine_dir} is not an engine; make one with python -m qwen_model.build --output-dir {engine_dir}"
+                f"{engine_dir} is not an engine; make one with python -m qwen_model.build --model-dir CHECKPOINT "
+                f"--output-dir {shlex.quote(str(engine_dir))}"
             )
         version = values.pop("format_version", None)
         values.pop("format")
         if version != FORMAT_VERSION:
             raise QwenModelError(
                 f"{engine_dir} is an engine of format {version}, this version of qwen_model reads format "
-                f"{FORMAT_VERSION}: build it again"
+                f"{FORMAT_VERSION}: build it again from its checkpoint"
             )
         if values.get("backend") not in BACKENDS:
             raise QwenModelError(
@@ -76,8 +78,9 @@ class EngineConfig:
             )
         try:
             return cls._from_dict(values)
-        except (KeyError, TypeError) as error:
-            raise QwenModelError(f"{engine_dir}/config.json is damaged ({error}): build the engine again") from error
+        except (KeyError, TypeError, QwenModelError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
 
     @classmethod
     def _from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -86,7 +89,21 @@ class EngineConfig:
             "model": ModelConfig.from_dict(values["model"]),
             "end_token_ids": tuple(values["end_token_ids"]),
         }
-        return cls(**{**values, **nested})
+        config = cls(**{**values, **nested})
+        if config.dtype not in DTYPES:
+            raise QwenModelError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
+        if not isinstance(config.rmsnorm_plugin, bool):
+            raise QwenModelError(f"rmsnorm_plugin must be true or false, not {config.rmsnorm_plugin!r}")
+        return config
+
+    def build_command(self, engine_dir: Path) -> str:
+        """What makes such an engine again, but for the checkpoint's folder and a rotary scaling."""
+        limits = self.limits
+        words = ["python", "-m", "qwen_model.build", "--backend", self.backend, "--model-dir", "CHECKPOINT"]
+        words += ["--dtype", self.dtype, "--max-batch-size", str(limits.max_batch_size)]
+        words += ["--max-input-len", str(limits.max_input_len), "--max-output-len", str(limits.max_output_len)]
+        words += ["--rmsnorm-plugin"] if self.rmsnorm_plugin else []
+        return shlex.join([*words, "--output-dir", str(engine_dir)])
 
 
 def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:

@@ -8,6 +8,9 @@ from typing import Any
 from .engine_config import BACKENDS
 from .errors import QwenModelError
 
+PACKAGES = {"cuda": "cuda-bindings", "cuda.bindings": "cuda-bindings"}
+"""Of modules that are called otherwise."""
+
 
 def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
     """The module of that name, or an error that says which extra of the package brings it; None: any back end's.
@@ -19,6 +22,21 @@ def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         extras = " or ".join(f'pip install "qwen-plugins[{name}]"' for name in ([extra] if extra else BACKENDS))
-        raise QwenModelError(f"{needed_for} needs {error.name}, which is not installed: {extras}") from error
+        missing = PACKAGES.get(error.name or "", error.name)
+        raise QwenModelError(f"{needed_for} needs {missing}, which is not installed: {extras}") from error
     except ImportError as error:
         raise QwenModelError(f"{needed_for} needs {module}, which cannot be imported: {error}") from error
+
+
+def require_kernels() -> None:
+    """Our compiled kernels must be there, which they are not in a source tree.
+
+    Raises:
+        QwenModelError: they have not been built, or cannot be loaded.
+    """
+    try:
+        importlib.import_module("qwen_plugins._core")
+    except ModuleNotFoundError as error:
+        raise QwenModelError("qwen-plugins is not built: pip install .") from error
+    except ImportError as error:
+        raise QwenModelError(f"the kernels of qwen-plugins cannot be loaded: {error}") from error

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from .command_line import run_command
+from .command_line import DEFAULT_ENGINE_DIR, run_command
+from .engine_config import EngineConfig
 from .errors import QwenModelError
 
 if TYPE_CHECKING:
@@ -44,12 +45,25 @@ class Share:
 def main(arguments: list[str] | None = None) -> None:
     """Print tables or one JSON object; draw the time of each kind of layer on request."""
     options = _parser().parse_args(arguments)
-    if options.picture is not None and options.picture.suffix != ".svg":
-        raise QwenModelError(f"--picture draws an SVG: give a name that ends in .svg, not {options.picture}")
-    found = inspect_engine(options.engine_dir, options.sequences, options.prompt_tokens, options.device)
+    if options.engine is not None and options.engine_dir is not None:
+        raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
     if options.picture is not None:
-        options.picture.write_text(picture(found), encoding="utf-8")
+        _check_picture(options.picture)
+    engine_dir = options.engine or options.engine_dir or DEFAULT_ENGINE_DIR
+    found = inspect_engine(engine_dir, options.sequences, options.prompt_tokens, options.device)
     print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
+    if options.picture is not None:
+        try:
+            options.picture.write_text(picture(found), encoding="utf-8")
+        except OSError as error:
+            raise QwenModelError(f"{options.picture} cannot be written: {error.strerror}") from error
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix != ".svg":
+        raise QwenModelError(f"--picture draws an SVG: give a name that ends in .svg, not {path}")
+    if not path.absolute().parent.is_dir():
+        raise QwenModelError(f"--picture {path}: there is no folder {path.parent}")
 
 
 def inspect_engine(
@@ -60,16 +74,11 @@ def inspect_engine(
     num_sequences: of a decode step, and prompts of a prefill.
     prompt_tokens: of each prompt; None: 128, or the engine's limit if that is lower.
     """
-    from .engine import load_engine
-
-    session = load_engine(engine_dir, device=device)
-    config = session.config
+    config = EngineConfig.read(Path(engine_dir))
     if config.backend != "tensorrt":
         raise QwenModelError(
             f"{engine_dir} is an engine of the {config.backend} back end; only TensorRT's are inspected"
         )
-    from .backends import tensorrt_inspection
-
     limits = config.limits
     tokens = min(DEFAULT_PROMPT_TOKENS, limits.max_input_len) if prompt_tokens is None else prompt_tokens
     for name, value, limit in (
@@ -79,7 +88,11 @@ def inspect_engine(
         if not 1 <= value <= limit:
             raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
     prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
-    executor: Any = session.executor
+    from .engine import load_engine
+
+    executor: Any = load_engine(engine_dir, device=device).executor
+    from .backends import tensorrt_inspection  # which needs what load_engine has checked is there
+
     return Inspection(
         str(engine_dir),
         asdict(config),
@@ -187,7 +200,8 @@ def picture(found: Inspection) -> str:
 def _parser() -> argparse.ArgumentParser:
     description = "Profiles, inputs, outputs and layers of a TensorRT engine, and the time of each layer."
     parser = argparse.ArgumentParser(prog="python -m qwen_model.inspect", description=description)
-    parser.add_argument("engine_dir", metavar="ENGINE", help="folder of an engine built with --backend tensorrt")
+    parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine built with --backend tensorrt")
+    parser.add_argument("--engine-dir", metavar="DIR", help=f"the same (default: {DEFAULT_ENGINE_DIR})")
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="to run with (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of each prompt (default: up to 128)")
     parser.add_argument("--all", action="store_true", help="every layer in its order, not those of one kind together")

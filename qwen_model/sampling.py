@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from .errors import QwenModelError
 
@@ -62,3 +63,24 @@ class Choice(NamedTuple):
     def of(cls, options: SamplingOptions) -> Choice:
         """The kind of choice that these options ask for."""
         return cls(options.greedy, options.repetition_penalty != 1.0)
+
+
+class KernelSettings(TypedDict):
+    """What our kernel reads of a request's options on the device (csrc/kernels/sampling.h)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int
+
+
+def kernel_settings(options: SamplingOptions, vocab_size: int) -> KernelSettings:
+    """The options as our kernel takes them, with a seed where none is given."""
+    return KernelSettings(
+        temperature=options.temperature or 1.0,  # 0 is greedy, and does not look at it
+        top_k=min(options.top_k, vocab_size),
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=secrets.randbits(63) if options.seed is None else options.seed,
+    )

@@ -189,6 +189,11 @@ class Checkpoint:
         return np.concatenate(parts)
 
 
+def too_large(name: str, dtype: str, largest: float) -> str:
+    """What is said of a weight that is not finite in the engine's type."""
+    return f"{name} has numbers up to {largest:.3g}, which {dtype} cannot hold: use --dtype bfloat16 or float32"
+
+
 def _described(what: str, names: list[str], shown: int = 8) -> list[str]:
     if not names:
         return []
@@ -230,6 +235,9 @@ def _shards(index: Path) -> list[Path]:
 
 def _open_safetensors(path: Path, framework: Framework) -> tuple[dict[str, Shape], Callable[[str], Weight]]:
     from safetensors import safe_open
+
+    if framework == "numpy":
+        import ml_dtypes  # noqa: F401  # it is what tells NumPy, and so safetensors, of bfloat16
 
     file = safe_open(str(path), framework="pt" if framework == "torch" else "numpy")  # maps it; closed with the reader
     names = file.keys()  # not a dict: it has no __iter__

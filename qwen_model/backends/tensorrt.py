@@ -6,13 +6,14 @@ and prompts.
 
 from __future__ import annotations
 
+import math
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import tensorrt as trt
 
@@ -20,14 +21,15 @@ import qwen_plugins
 
 from ..engine_config import EngineConfig
 from ..errors import QwenModelError
-from ..memory import required_bytes
+from ..memory import ITEM_SIZES, required_bytes
 from ..network import decoder
 from ..rotary import rotary_table
-from ..weights import WeightSpec, weight_groups
+from ..weights import WeightSpec, too_large, weight_groups
 from . import cuda_runtime as cuda
 from . import tensorrt_versions as versions_of
 from .tensorrt_executor import TensorRTExecutor
 from .tensorrt_operations import TensorRTOperations
+from .tensorrt_timing_cache import TimingCache
 
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
@@ -122,8 +124,8 @@ def write_engine(
     progress: Progress,
     timing_cache: Path | None = None,
     operations: type[TensorRTOperations] = TensorRTOperations,
-) -> None:
-    """Build the plan and write it to `folder`.
+) -> list[str]:
+    """Build the plan and write it to `folder`. Returns what the user should know, if anything.
 
     read_weight: gives each weight of weights.py as an array of any floating-point type.
     progress: called with what is being done, how much of it is done, and the whole (0: not known).
@@ -131,21 +133,22 @@ def write_engine(
     operations: what the network is made of; benchmarks measure others beside ours.
     """
     _check_dtype(config.dtype)
+    cache = TimingCache(timing_cache, timing_cache_name())
     builder = trt.Builder(versions_of.LOG)
     network = versions_of.create_network(builder)
     _define(network, config, _reporting(read_weight, config, progress), operations)
     builder_config = versions_of.create_config(builder, network)
     _add_profiles(builder, builder_config, network_inputs(config))
-    cache = default_timing_cache() if timing_cache is None else timing_cache
-    versions_of.set_timing_cache(builder_config, cache)
+    cache.load_into(builder_config)
     progress("TensorRT", 0, 0)
     versions_of.LOG.take()
     plan = builder.build_serialized_network(network, builder_config)
     if plan is None:
         raise QwenModelError(f"TensorRT built no engine. It says:\n{versions_of.LOG.take()}")
-    _write_whole(cache, versions_of.timing_cache_bytes(builder_config))
+    cache.keep(builder_config)
     del network, builder_config, builder  # the weights' memory
     _write_plan(folder / PLAN, memoryview(plan), progress)
+    return cache.warnings
 
 
 def _define(
@@ -175,12 +178,21 @@ def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress
     done: dict[str, int] = {}
 
     def read(name: str) -> npt.NDArray[Any]:
-        weight = read_weight(specs[name]).astype(dtype, copy=False)
+        weight = as_dtype(read_weight(specs[name]), dtype, name)
         done[name] = weight.nbytes
         progress("weights", sum(done.values()), total)
         return weight
 
     return read
+
+
+def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.NDArray[Any]:
+    """Of that type; an error if it has numbers that are finite and too large for it."""
+    with np.errstate(over="ignore"):
+        converted = weight.astype(dtype, copy=False)
+    if weight.dtype != converted.dtype == np.float16 and not np.isfinite(converted).all():
+        raise QwenModelError(too_large(name, "float16", float(np.abs(weight.astype(np.float32)).max())))
+    return converted
 
 
 def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
@@ -200,22 +212,10 @@ def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
             progress("plan", min(start + WRITE_BYTES, plan.nbytes), plan.nbytes)
 
 
-def default_timing_cache() -> Path:
-    """One file for each TensorRT and GPU, in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_model"
+def timing_cache_name() -> str:
+    """One file for each TensorRT and GPU."""
     gpu, _ = cuda.device_name_and_capability()
-    return folder / f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """A cache that cannot be written is no reason to lose an engine that has been built: the next build is slower."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    return f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
 
 
 def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
@@ -225,8 +225,11 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
         path = engine_dir / PLAN
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is not whole: {PLAN} is missing; build the engine again")
-        _check_memory(config, path.stat().st_size)
-        return TensorRTExecutor(config, _read_plan(path), DECODE, PREFILL, logit_rows(config))
+        _check_memory(config, "the plan", path.stat().st_size)
+        engine = _read_plan(path)
+        _check_limits(config, engine, path)
+        _check_memory(config, "activations", versions_of.activation_bytes(engine))
+        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
 
 
 def _read_plan(path: Path) -> Any:
@@ -237,8 +240,29 @@ def _read_plan(path: Path) -> Any:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{versions_of.LOG.take()}")
+        said = versions_of.LOG.take()
+        if versions_of.ran_out_of_memory(said):
+            raise cuda.OutOfMemoryError(f"the memory ran out while {path} was read. TensorRT says:\n{said}")
+        raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
     return engine
+
+
+def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
+    """What `config.json` says must be what the plan was built for: buffers are made for the one, and the other runs."""
+    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    for name, expected in network_inputs(config).items():
+        if name not in names:  # TensorRT leaves out what no layer uses
+            continue
+        found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
+        wrong = found != (expected.shape, expected.dtype)
+        for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
+            if extent is not None and not wrong:
+                least, _, most = engine.get_tensor_profile_shape(name, profile)
+                wrong = (least[0], most[0]) != (extent.min, extent.max)
+        if wrong:
+            raise QwenModelError(
+                f"{path} was not built for what config.json says ({name} differs): build the engine again"
+            )
 
 
 def _device_index(device: str | None) -> int:
@@ -267,20 +291,33 @@ def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
     ]
     if other:
         raise QwenModelError(
-            f"{engine_dir} was built for {'; '.join(other)}: build it again here (python -m qwen_model.build --backend "
-            f"tensorrt --output-dir {engine_dir})"
+            f"{engine_dir} was built for {'; '.join(other)}: build it again here from its checkpoint, with the same "
+            f"options ({config.build_command(engine_dir)})"
         )
 
 
-def _check_memory(config: EngineConfig, plan_bytes: int) -> None:
-    """Say what is needed before the memory runs out half-way; what prompts need comes on top."""
+def _buffer_bytes(config: EngineConfig) -> int:
+    """Of the logits and of the network's inputs but for the cache."""
+    logits = logit_rows(config) * config.model.vocab_size * ITEM_SIZES[config.dtype]
+    rows = {
+        name: given.prefill.max if given.prefill is not None else given.shape[0]
+        for name, given in network_inputs(config).items()
+        if not name.startswith("past_key_value")
+    }
+    columns = {name: math.prod(given.shape[1:]) for name, given in network_inputs(config).items()}
+    return logits + sum(4 * count * columns[name] for name, count in rows.items())
+
+
+def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
+    """Say what is needed before the memory runs out half-way: these bytes, the cache and buffers."""
     _, cache = required_bytes(config.model, config.limits, config.dtype)
+    buffers = _buffer_bytes(config)
     free, total = cuda.memory_info()
-    if plan_bytes + cache > free:
+    if num_bytes + cache + buffers > free:
         gib = 2.0**30
         raise QwenModelError(
-            f"not enough GPU memory: {plan_bytes / gib:.2f} GiB for the plan and {cache / gib:.2f} GiB of key-value "
-            f"cache ({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) are needed, "
-            f"{free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller --max-batch-size, "
-            "--max-input-len or --max-output-len"
+            f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
+            f"({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) and "
+            f"{buffers / gib:.2f} GiB for prompts and logits are needed, {free / gib:.2f} of {total / gib:.2f} GiB are "
+            "free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 
 import numpy as np
 
 from qwen_plugins import _core
 
-from ..sampling import Choice, SamplingOptions
+from ..sampling import Choice, SamplingOptions, kernel_settings
 from . import cuda_runtime as cuda
 
 DATA_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}  # csrc/kernels/data_type.h
@@ -49,15 +48,16 @@ class DeviceSampler:
         past_lengths: cuda.DeviceArray | None,
     ) -> None:
         """Put the tokens of the first `count` rows of logits into `tokens`; add 1 to the past lengths."""
-        likeliest = choice == Choice(greedy=True, penalty=False)  # for which the kernel needs no settings
+        # Without settings the kernel takes the largest logit; with them `greedy` is the largest after the penalty.
+        without_settings = choice == Choice(greedy=True, penalty=False)
         _core.sample(
             logits=logits.address,
             logits_row_stride=self._vocab_size,
             sequences=count,
             vocab_size=self._vocab_size,
             dtype=self._dtype,
-            settings=0 if likeliest else self._settings.address,
-            greedy=choice.greedy and not likeliest,
+            settings=0 if without_settings else self._settings.address,
+            greedy=choice.greedy and not without_settings,
             seen=self._seen.address if choice.penalty else 0,
             tokens=tokens.address,
             past_lengths=0 if past_lengths is None else past_lengths.address,
@@ -69,14 +69,7 @@ class DeviceSampler:
 
 def _settings(options: SamplingOptions, vocab_size: int) -> bytes:
     """As they lie in device memory."""
-    return _core.sampling_settings_bytes(
-        temperature=options.temperature or 1.0,  # 0 is greedy, and does not look at it
-        top_k=min(options.top_k, vocab_size),
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=secrets.randbits(63) if options.seed is None else options.seed,
-        step=0,
-    )
+    return _core.sampling_settings_bytes(**kernel_settings(options, vocab_size), step=0)
 
 
 def seen_bits(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:

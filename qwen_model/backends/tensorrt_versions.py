@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,15 @@ import tensorrt as trt
 
 from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
 
-from ..errors import QwenModelError
-
 MAJOR = int(trt.__version__.split(".")[0])
 
 
 class Log(trt.ILogger):
-    """Keeps the errors and warnings that TensorRT logs."""
+    """Keeps the last errors and warnings that TensorRT logs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.messages: list[str] = []
+        self.messages: deque[str] = deque(maxlen=100)
 
     def log(self, severity: Any, message: str) -> None:
         """Keep a message, from a warning upwards."""
@@ -30,7 +28,7 @@ class Log(trt.ILogger):
 
     def take(self) -> str:
         """The messages since the last call, the last few of them if there are many."""
-        text = "\n".join(self.messages[-8:])
+        text = "\n".join(list(self.messages)[-8:])
         self.messages.clear()
         return text or "TensorRT said nothing"
 
@@ -96,21 +94,24 @@ def set_tensor_type(tensor: Any, dtype: Any, network: Any) -> None:
         tensor.dtype = dtype
 
 
-def set_timing_cache(config: Any, path: Path) -> None:
-    """Let the builder know what it measured in earlier builds; a file of another machine is not used."""
-    try:
-        known = path.read_bytes()
-    except FileNotFoundError:
-        known = b""
-    except OSError as error:
-        raise QwenModelError(f"the timing cache {path} cannot be read: {error.strerror}") from error
-    if not known or not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+def set_timing_cache(config: Any, content: bytes) -> bool:
+    """Give the builder what it measured in earlier builds; if that is damaged or another machine's, false, and none."""
+    cache = config.create_timing_cache(content)  # None: damaged
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return True
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return False
 
 
 def timing_cache_bytes(config: Any) -> bytes:
     """What is to be kept for later builds."""
     return bytes(config.get_timing_cache().serialize())
+
+
+def ran_out_of_memory(messages: str) -> bool:
+    """Whether that is what TensorRT says: it has no other way to tell."""
+    said = messages.lower().replace(" ", "")
+    return any(words in said for words in ("outofmemory", "memoryallocation", "couldnotbeallocated"))
 
 
 def activation_bytes(engine: Any) -> int:

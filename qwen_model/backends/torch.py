@@ -17,11 +17,12 @@ from ..config import ModelConfig
 from ..engine_config import EngineConfig, Limits
 from ..errors import QwenModelError
 from ..executor import FloatArray, IntArray
+from ..extras import require_kernels
 from ..memory import required_bytes
 from ..network import decoder
 from ..rotary import rotary_table
 from ..sampling import Choice, SamplingOptions
-from ..weights import Checkpoint, WeightGroup, weight_groups
+from ..weights import Checkpoint, WeightGroup, too_large, weight_groups
 from .torch_operations import Batch, TorchOperations
 from .torch_sampling import KernelSampler, TorchSampler
 
@@ -49,16 +50,22 @@ def write_weights(
     from safetensors.torch import save_file
 
     for group in groups:
-        tensors = {spec.name: checkpoint.read(spec).to(getattr(torch, dtype)).contiguous() for spec in group.specs}
+        tensors = {spec.name: as_dtype(checkpoint.read(spec), dtype, spec.name).contiguous() for spec in group.specs}
         save_file(tensors, folder / f"{group.name}.safetensors")
         report(sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
+    """Of that type; an error if it has numbers that are too large for it."""
+    converted = weight.to(getattr(torch, dtype))
+    if weight.dtype != converted.dtype == torch.float16 and not converted.isfinite().all():
+        raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
+    return converted
 
 
 @_memory_errors()
 def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
     """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one."""
-    from safetensors.torch import load_file
-
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
     weights: dict[str, Tensor] = {}
@@ -66,8 +73,27 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
         path = engine_dir / "weights" / f"{group.name}.safetensors"
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is not whole: {path.name} is missing; build the engine again")
-        weights.update(load_file(path, device=str(target)))
+        weights.update(_read_weights(path, group, config.dtype, target))
     return TorchExecutor(config.model, config.limits, weights, config.rmsnorm_plugin)
+
+
+def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise QwenModelError(f"{path} is damaged ({error}): build the engine again") from error
+    expected = {spec.name: (spec.shape, getattr(torch, dtype)) for spec in group.specs}
+    found = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name))
+    if wrong:
+        raise QwenModelError(
+            f"{path} does not hold what config.json says ({', '.join(wrong)}: missing, unknown or of another shape or "
+            "type): build the engine again"
+        )
+    return weights
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -373,6 +399,7 @@ class TorchExecutor:
 
 
 def _has_kernels(config: ModelConfig) -> bool:
+    require_kernels()
     from .torch_kernels import supported
 
     return supported(config)

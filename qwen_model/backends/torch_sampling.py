@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..sampling import Choice, SamplingOptions
+from ..sampling import Choice, SamplingOptions, kernel_settings
 
 
 class KernelSampler:
@@ -26,13 +25,7 @@ class KernelSampler:
 
         if not options.changes_logits:
             return
-        self._state.set(
-            temperature=options.temperature or 1.0,  # 0: greedy
-            top_k=min(options.top_k, self._state.vocab_size),
-            top_p=options.top_p,
-            repetition_penalty=options.repetition_penalty,
-            seed=secrets.randbits(63) if options.seed is None else options.seed,
-        )
+        self._state.set(**kernel_settings(options, self._state.vocab_size))
         if options.repetition_penalty != 1.0:
             mark_seen(tokens, cu_seqlens, self._state)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qwen_model
 from qwen_model import QwenModelError
@@ -230,6 +231,60 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
     (tmp_path / "engine" / "weights" / "layer_001.safetensors").unlink()
     with pytest.raises(QwenModelError, match=r"not whole: layer_001\.safetensors is missing"):
         qwen_model.load_engine(tmp_path / "engine", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("dtype", "float17", "dtype must be one of float16, bfloat16, float32, not 'float17'"),
+        ("rmsnorm_plugin", "yes", "rmsnorm_plugin must be true or false, not 'yes'"),
+        ("model.num_layers", "6", "num_layers must be of type int, not '6'"),
+        ("model.num_layers", 0, "num_layers must be of type int, not 0"),
+        ("model.num_heads", True, "num_heads must be of type int, not True"),
+        ("model.num_kv_heads", 4, "6 attention heads are not a multiple of the 4 key-value heads"),
+        ("model.norm_eps", "tiny", "norm_eps must be of type float, not 'tiny'"),
+        ("model.rotary.base", None, "base must be of type float, not None"),
+        ("model.rotary", 3, "config.json is damaged"),
+        ("model.architecture", "Mamba", "architecture must be one of"),
+        ("limits.max_batch_size", "6", "max_batch_size must be a positive integer, not '6'"),
+        ("end_token_ids", 3, "config.json is damaged"),
+    ],
+)
+def test_configurations_that_are_damaged(engine_dir, tmp_path, place, value, message):
+    values = json.loads((engine_dir / "config.json").read_text())
+    *path, last = place.split(".")
+    inner = values
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(QwenModelError, match=f"config.json is damaged.*{re.escape(message)}|{re.escape(message)}"):
+        EngineConfig.read(tmp_path)
+
+
+def test_weights_that_are_damaged(engine_dir, tmp_path):
+    def load(change):
+        shutil.copytree(engine_dir, tmp_path / "engine", dirs_exist_ok=True)
+        change(tmp_path / "engine" / "weights" / "layer_001.safetensors")
+        return qwen_model.load_engine(tmp_path / "engine", device="cpu")
+
+    def changed(**tensors):
+        def change(path):
+            kept = {name: tensor for name, tensor in {**load_file(path), **tensors}.items() if tensor is not None}
+            save_file(kept, path)
+
+        return change
+
+    with pytest.raises(QwenModelError, match=r"layer_001\.safetensors is damaged .*: build the engine again"):
+        load(lambda path: path.write_bytes(path.read_bytes()[:1000]))
+    name = "layers.1.mlp.down.weight"
+    for wrong in (None, torch.zeros(3, 4), load_file(engine_dir / "weights/layer_001.safetensors")[name].half()):
+        with pytest.raises(
+            QwenModelError, match=rf"layer_001.*does not hold what config.json says \({re.escape(name)}:"
+        ):
+            load(changed(**{name: wrong}))
+    with pytest.raises(QwenModelError, match=r"does not hold what config.json says \(layers.1.sheep:"):
+        load(changed(**{"layers.1.sheep": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize(("name", "message"), [("abacus", "must be 'cpu' or 'cuda'"), ("cuda:99", "is not there")])

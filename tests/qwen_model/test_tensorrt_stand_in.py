@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -246,9 +247,40 @@ def test_timing_caches_are_kept(trt, model_dir, tmp_path):
     assert [path.read_bytes() for path in (tmp_path / "cache" / "qwen_model").iterdir()] == [b"measured"]
     build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "here" / "cache")
     assert (tmp_path / "here" / "cache").read_bytes() == b"measured"
-    (tmp_path / "other").write_bytes(b"of another machine")
-    build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other")
-    assert (tmp_path / "other").read_bytes() == b"measured"
+    for content in (b"of another machine", b"damaged"):
+        (tmp_path / "other").write_bytes(content)
+        summary = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other")
+        assert "other is damaged, or of another GPU or TensorRT" in summary.warnings[0]
+        assert (tmp_path / "other").read_bytes() == b"measured"
+    assert build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other").warnings == ()
+
+
+def test_timing_caches_that_cannot_be_kept(trt, model_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(qwen_model.QwenModelError, match=r"timing cache .*file/cache cannot be read: Not a directory"):
+        build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "file" / "cache")
+    with pytest.raises(
+        qwen_model.QwenModelError, match=r"\(--timing-cache\) is for the back end tensorrt, not for torch"
+    ):
+        build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache", backend="torch")
+    assert not (tmp_path / "engine").exists()
+
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", refuse)
+        summary = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache")
+    assert summary.warnings == (f"the timing cache {tmp_path / 'cache'} cannot be written: Permission denied",)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # the user's cache folder is not one
+    assert build(model_dir, tmp_path / "engine").warnings == ()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert build(model_dir, tmp_path / "engine").warnings == ()
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "gpu", "compute_capability", "qwen_plugins"])
@@ -258,8 +290,14 @@ def test_an_engine_for_something_else_says_so(trt, model_dir, tmp_path, name):
     here = config["versions"][name]
     config["versions"][name] = "another"
     (engine / "config.json").write_text(json.dumps(config))
-    with pytest.raises(qwen_model.QwenModelError, match=f"built for {name} another, here {here}: build it again"):
+    message = f"built for {name} another, here {here}: build it again here from its checkpoint"
+    with pytest.raises(qwen_model.QwenModelError, match=message) as error:
         qwen_model.load_engine(engine)
+    command = (
+        "(python -m qwen_model.build --backend tensorrt --model-dir CHECKPOINT --dtype float32 --max-batch-size 6 "
+        f"--max-input-len 60 --max-output-len 30 --output-dir {engine})"
+    )
+    assert command in str(error.value)
 
 
 def test_damaged_and_missing_plans(trt, model_dir, tmp_path):
@@ -275,15 +313,86 @@ def test_damaged_and_missing_plans(trt, model_dir, tmp_path):
         qwen_model.load_engine(engine)
 
 
+def test_limits_that_are_not_the_plans(trt, model_dir, tmp_path):
+    engine = build(model_dir, tmp_path / "engine").engine_dir
+    path, whole = engine / "config.json", (engine / "config.json").read_text()
+    for name, value, tensor in (
+        ("max_batch_size", 7, "input_ids"),
+        ("max_input_len", 59, "input_ids"),
+        ("max_output_len", 31, "rotary_table"),
+    ):
+        config = json.loads(whole)
+        config["limits"][name] = value
+        path.write_text(json.dumps(config))
+        with pytest.raises(qwen_model.QwenModelError, match=rf"not built for what config.json says \({tensor} differs"):
+            qwen_model.load_engine(engine)
+    path.write_text(json.dumps({**json.loads(whole), "dtype": "float16"}))
+    with pytest.raises(qwen_model.QwenModelError, match=r"not built for what config.json says \(past_key_value_0"):
+        qwen_model.load_engine(engine)
+
+
+def test_memory_that_is_not_enough(trt, model_dir, tmp_path, monkeypatch):
+    """For the plan, the cache and buffers; for what only the plan says; and while the plan is read."""
+    engine = build(model_dir, tmp_path / "engine").engine_dir
+    message = r"not enough GPU memory: 0.00 GiB for the plan, .* key-value cache .* for prompts and logits are needed"
+    for total in (1 << 10, 6 * 2 * 3 * 2 * 90 * 32 * 4 + 1000):  # the latter is room for the cache
+        monkeypatch.setattr(numpy_cuda.device, "total_bytes", total)
+        with pytest.raises(qwen_model.QwenModelError, match=message):
+            qwen_model.load_engine(engine)
+    monkeypatch.undo()
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", with_activations(trt, 8 << 30))
+    with pytest.raises(qwen_model.QwenModelError, match=r"not enough GPU memory: 8.00 GiB for activations"):
+        qwen_model.load_engine(engine)
+    monkeypatch.undo()
+    _, taken = numpy_cuda.allocate(numpy_cuda.device.total_bytes // 2 + 1)
+    with pytest.raises(
+        qwen_model.QwenModelError, match=r"memory ran out while .*model.plan was read(.|\n)*OutOfMemory"
+    ):
+        qwen_model.load_engine(engine)
+    numpy_cuda.free(taken)
+
+
+def with_activations(trt, num_bytes):
+    """`deserialize_cuda_engine` of engines that need so much memory."""
+    read = trt.Runtime.deserialize_cuda_engine
+
+    def deserialize(runtime, plan):
+        engine = read(runtime, plan)
+        name = "device_memory_size" if trt.__version__.startswith("8.") else "device_memory_size_v2"
+        setattr(engine, name, num_bytes)
+        return engine
+
+    return deserialize
+
+
+def test_the_log_does_not_grow(trt):
+    from qwen_model.backends.tensorrt_versions import LOG
+
+    for number in range(1000):
+        LOG.log(trt.ILogger.WARNING, f"message {number}")
+    assert len(LOG.messages) < 200
+    assert LOG.take().splitlines() == [f"message {number}" for number in range(992, 1000)]
+
+
+def test_weights_that_float16_cannot_hold(trt, tmp_path):
+    model = checkpoints.hugging_face_model("Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4).bfloat16()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = 2.0**20
+    checkpoints.save_hugging_face(model, tmp_path / "model")
+    for backend in ("torch", "tensorrt"):
+        with pytest.raises(
+            qwen_model.QwenModelError,
+            match=r"layers\.1\.mlp\.down\.weight has numbers up to 1.05e\+06, which float16 cannot.*--dtype bfloat16",
+        ):
+            build(tmp_path / "model", tmp_path / "engine", backend=backend, dtype="float16")
+    assert not (tmp_path / "engine").exists()
+
+
 def test_devices(trt, model_dir, tmp_path, monkeypatch):
     engine = build(model_dir, tmp_path / "engine").engine_dir
     with pytest.raises(qwen_model.QwenModelError, match="'cuda' or 'cuda:N', not 'cpu'"):
         qwen_model.load_engine(engine, device="cpu")
     with pytest.raises(qwen_model.QwenModelError, match="'cuda:1' is not there"):
         qwen_model.load_engine(engine, device="cuda:1")
-    monkeypatch.setattr(numpy_cuda.device, "total_bytes", 1 << 10)
-    with pytest.raises(qwen_model.QwenModelError, match="not enough GPU memory"):
-        qwen_model.load_engine(engine)
     monkeypatch.setattr(numpy_cuda.device, "count", 0)
     with pytest.raises(qwen_model.QwenModelError, match="the driver finds none"):
         qwen_model.load_engine(engine)
@@ -311,10 +420,13 @@ def test_bfloat16_checkpoints_become_what_there_is(trt, tmp_path):
     checkpoints.save_hugging_face(model, tmp_path / "model")
     summary = build(tmp_path / "model", tmp_path / "engine", dtype=None)
     assert summary.config.dtype == ("float16" if trt.__version__.startswith("8.") else "bfloat16")
+    assert ["the checkpoint is bfloat16" in warning for warning in summary.warnings] == (
+        [True] if trt.__version__.startswith("8.") else []
+    )
     assert len(qwen_model.load_engine(tmp_path / "engine").generate([1, 2, 3]).outputs[0].output_ids) == 30
 
 
-def test_inspect(trt, model_dir, tmp_path, capsys):
+def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
     from qwen_model import inspect
 
     engine = str(build(model_dir, tmp_path / "engine").engine_dir)
@@ -323,17 +435,23 @@ def test_inspect(trt, model_dir, tmp_path, capsys):
     assert "prefill of 1 x 60 tokens" in printed
     assert "layers.*.attention.qkv" in printed
     ElementTree.parse(tmp_path / "picture.svg")
-    inspect.main([engine, "--json", "--sequences", "3", "--prompt-tokens", "5"])
+    inspect.main(["--engine-dir", engine, "--json", "--sequences", "3", "--prompt-tokens", "5"])
     found = json.loads(capsys.readouterr().out)
     assert found["tensors"][0]["name"] == "input_ids"
     assert "layers.2.mlp.down" in [layer["name"] for layer in found["layers"]["decode"]]
+    monkeypatch.setattr("qwen_model.engine.load_engine", None)  # all of this is checked before
     for arguments, message in (
         (["--sequences", "9"], "--sequences must be 1 to 6"),
         (["--prompt-tokens", "61"], "must be 1 to 60"),
         (["--picture", "x.png"], "ends in .svg"),
+        (["--picture", "nowhere/x.svg"], "there is no folder nowhere"),
+        (["--engine-dir", engine], "give the engine once"),
     ):
         with pytest.raises(qwen_model.QwenModelError, match=message):
             inspect.main([engine, *arguments])
+    build(model_dir, tmp_path / "torch", backend="torch")
+    with pytest.raises(qwen_model.QwenModelError, match="only TensorRT's are inspected"):
+        inspect.main([str(tmp_path / "torch")])
 
 
 def test_the_commands(trt, model_dir, tmp_path, capsys):
