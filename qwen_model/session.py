@@ -218,11 +218,10 @@ class Session:
                     f"{name} has {len(prompt)} tokens, more than the engine's limit of {limits.max_input_len}: "
                     "build it with a larger --max-input-len"
                 )
-            wrong = [token for token in prompt if not 0 <= token < self.config.model.vocab_size]
-            if wrong:
-                raise QwenModelError(
-                    f"{name} has the token id {wrong[0]}; the vocabulary is 0 to {self.config.model.vocab_size - 1}"
-                )
+            largest = self.config.model.vocab_size - 1
+            if min(prompt) < 0 or max(prompt) > largest:
+                wrong = next(token for token in prompt if not 0 <= token <= largest)
+                raise QwenModelError(f"{name} has the token id {wrong}; the vocabulary is 0 to {largest}")
 
     def _steps(self, request: _Request) -> Iterator[IntArray]:
         """The tokens [prompts] of each step. A device that runs ahead has its next step before these are read."""
@@ -285,12 +284,19 @@ def _plain(values: Any) -> Any:
         return values.tolist()
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
         return values
+    if _types(values) <= {int, list, str}:
+        return list(values)
     return [int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value for value in values]
+
+
+def _types(values: Sequence[Any]) -> set[type]:
+    """Of the elements: looking at these instead of each element is several times as quick with long prompts."""
+    return set(map(type, values))
 
 
 def _all_are(values: Any, kind: type) -> bool:
     """Whether it is a list of these and nothing else; True and False are no integers."""
-    return isinstance(values, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in values)
+    return isinstance(values, list) and all(issubclass(found, kind) and found is not bool for found in _types(values))
 
 
 def _count(name: str, value: Any) -> int:

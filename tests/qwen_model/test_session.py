@@ -175,6 +175,8 @@ def test_logits_take_token_ids_only(session):
         ({"prompts": [[1]] * 2, "num_beams": 4}, "2 prompts with 4 beams.*8 sequences.*limit of 6"),
         ({"prompts": [[1, 317]]}, "token id 317.*0 to 316"),
         ({"prompts": [[-1]]}, "token id -1"),
+        ({"prompts": [[1, 400, -1, 2**70]]}, "token id 400"),
+        ({"prompts": [[1], [2, 2**70]]}, f"prompt 1 has the token id {2**70}"),
         ({"prompts": [[1]], "max_new_tokens": 41}, "limit of 40.*--max-output-len"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "at least 1"),
         ({"prompts": [[1]], "num_beams": 0}, "num_beams"),
