@@ -72,17 +72,19 @@ def give_up(session: Session, request: Request, tokens: int) -> None:
 
 
 def device_bytes(session: Session) -> int | None:
-    """What is taken of the GPU's memory."""
+    """What is taken of the memory of the session's GPU."""
+    executor: Any = session.executor
     if session.config.backend == "tensorrt":
-        from qwen_model.backends.cuda_runtime import memory_info
+        from qwen_model.backends.cuda_runtime import memory_info, on_device
 
-        free, total = memory_info()
+        with on_device(executor.device):
+            free, total = memory_info()
         return total - free
     import torch
 
-    if not torch.cuda.is_available():
+    if executor.device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(executor.device)
     return total - free
 
 

@@ -291,11 +291,11 @@ class TensorRTExecutor:
     def _bind_input(self, context: Any, name: str, array: cuda.DeviceArray, size: int) -> None:
         context.set_tensor_address(name, array.address)
         if not context.set_input_shape(name, (size, *array.shape[1:])):
-            raise RuntimeError(f"TensorRT refused {size} rows of {name}:\n{versions_of.LOG.take()}")
+            raise versions_of.refusal(f"TensorRT refused {size} rows of {name}")
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self.stream.handle):
-            raise RuntimeError(f"TensorRT refused to run:\n{versions_of.LOG.take()}")
+            raise versions_of.refusal("TensorRT refused to run")
 
     def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
         """Leave the next tokens on the device, as the next step's input."""

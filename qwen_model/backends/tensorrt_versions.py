@@ -11,6 +11,8 @@ import tensorrt as trt
 
 from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
 
+from ..errors import QwenModelError
+
 MAJOR = int(trt.__version__.split(".")[0])
 
 
@@ -114,6 +116,14 @@ def ran_out_of_memory(messages: str) -> bool:
     return any(words in said for words in ("outofmemory", "memoryallocation", "couldnotbeallocated"))
 
 
+def refusal(what: str) -> Exception:
+    """The error to raise, with what TensorRT says: one that the user can put right if the memory ran out."""
+    said = LOG.take()
+    if ran_out_of_memory(said):
+        return QwenModelError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")
+    return RuntimeError(f"{what}:\n{said}")
+
+
 def activation_bytes(engine: Any) -> int:
     """Device memory that a context needs, for the profile that needs most."""
     return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
@@ -126,7 +136,7 @@ def create_context(engine: Any, profile: int, address: int, num_bytes: int, stre
     else:
         context = engine.create_execution_context_without_device_memory()
     if context is None or not context.set_optimization_profile_async(profile, stream):
-        raise RuntimeError(f"TensorRT made no execution context:\n{LOG.take()}")
+        raise refusal("TensorRT made no execution context")
     if hasattr(context, "set_device_memory"):
         context.set_device_memory(address, num_bytes)
     else:

@@ -1,6 +1,7 @@
 """The TensorRT back end on TensorRT, CUDA and kernels in NumPy, beside the torch back end: logits, tokens, errors."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -350,6 +351,26 @@ def test_memory_that_is_not_enough(trt, model_dir, tmp_path, monkeypatch):
     ):
         qwen_model.load_engine(engine)
     numpy_cuda.free(taken)
+
+
+def test_what_tensorrt_refuses(sessions, trt, monkeypatch):
+    """For lack of memory it is the user's to put right; else it is a mistake of ours. Then the session goes on."""
+    from qwen_model.backends.tensorrt_versions import LOG
+
+    _, session = sessions
+    expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
+    context = type(session.executor._prefill_context)
+    for said, kind in (("Error Code 1: Cuda Runtime (out of memory)", qwen_model.QwenModelError), ("x", RuntimeError)):
+
+        def refuse(self, stream, said=said):
+            LOG.log(trt.ILogger.ERROR, said)
+            return False
+
+        with monkeypatch.context() as patched:
+            patched.setattr(context, "execute_async_v3", refuse)
+            with pytest.raises(kind, match=re.escape(said)):
+                session.generate([1, 2, 3], max_new_tokens=5)
+        assert session.generate([1, 2, 3], max_new_tokens=5).outputs == expected
 
 
 def with_activations(trt, num_bytes):
