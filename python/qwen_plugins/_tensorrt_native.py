@@ -83,7 +83,9 @@ class NativeLayers:
 
             array = np.ascontiguousarray(array, ml_dtypes.bfloat16)
             weights = trt.Weights(dtype, array.ctypes.data, array.size)
-            weakref.finalize(self.network, id, array)  # trt.Weights of an address keeps nothing alive
+            # trt.Weights of an address keeps nothing alive: the array has to outlive the network, whose finalizer
+            # holds it as an argument of a function that does nothing.
+            weakref.finalize(self.network, id, array)
         else:
             array = np.ascontiguousarray(array, trt.nptype(dtype))
             weights = trt.Weights(array)
