@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from benchmarks.common import write_results
+from benchmarks.common import save_figure, write_results
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -391,10 +391,7 @@ def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
             axis.set_xlabel("tokens")
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, title, path)
 
 
 def report(path: Path) -> None:

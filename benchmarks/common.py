@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from qwen_model.files import write_whole
 
 PACKAGES = (
     "qwen-plugins",
@@ -37,9 +40,19 @@ def environment() -> dict[str, Any]:
 def write_results(path: Path, results: Any) -> None:
     """Write results and their environment as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({**environment(), "results": results}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps({**environment(), "results": results}, indent=2) + "\n").encode())
+
+
+def save_figure(figure: Any, title: str, path: Path, dpi: int = 90) -> None:
+    """Finish a matplotlib figure and write it whole or not at all."""
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    kind = path.suffix.removeprefix(".")
+    figure.savefig(picture, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+    write_whole(path, picture.getvalue())
+    print(f"written: {path}")
 
 
 def _versions() -> dict[str, str]:

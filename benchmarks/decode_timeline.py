@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import write_results
+from benchmarks.common import save_figure, write_results
 
 READ_BANDWIDTH = 4.55e12  # bytes per second, the best that was measured on an H200
 STEPS = 9
@@ -203,12 +203,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         draw_step(recording, step)
     machine = content["machine"]["gpu"]
     shape, dtype = recordings[0]["shape"], recordings[0]["dtype"]
-    figure.suptitle(f"A decode step of the torch back end, shape of {shape}, {dtype}, {machine}", fontsize=11)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, f"A decode step of the torch back end, shape of {shape}, {dtype}, {machine}", path)
     plt.close(figure)
-    print(f"written: {path}")
 
 
 def draw_layer(recording: dict[str, Any], panel: Any) -> None:

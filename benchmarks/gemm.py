@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import write_results
+from benchmarks.common import save_figure, write_results
 
 ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048]
 STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
@@ -299,10 +299,7 @@ def plot(results: dict[str, Any], path: Path, title: str) -> None:
             axis.set_ylim(0, 105)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    save_figure(figure, title, path, dpi=80)
 
 
 def main() -> None:

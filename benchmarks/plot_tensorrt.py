@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.common import save_figure
+
 COLORS = {"native": "#9aa5b1", "plugin": "#76b900"}
 NAMES = {"native": "native layers", "plugin": "plug-in"}
 SHOWN_OPERATIONS = 4  # of the chain, in the timeline
@@ -42,12 +44,12 @@ def draw_times(content: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel("µs per operation")
     panels[0][0].legend(frameon=False)
     machine = content["machine"]
-    figure.suptitle(
+    title = (
         f"RMSNorm in a TensorRT {machine['tensorrt']} engine, chain of 32, float16, hidden size "
-        f"{content['hidden_size']}, {machine['gpu']}",
-        fontsize=10,
+        f"{content['hidden_size']}, {machine['gpu']}"
     )
-    save(figure, path)
+    save_figure(figure, title, path)
+    plt.close(figure)
 
 
 def draw_timeline(content: dict[str, Any], path: Path) -> None:
@@ -68,20 +70,12 @@ def draw_timeline(content: dict[str, Any], path: Path) -> None:
         panel.set_yticks([0, 1], labels)
         panel.set(xlim=(0, shown_until), title=f"{count} token{'s' if count > 1 else ''}", xlabel="µs")
     machine = content["machine"]
-    figure.suptitle(
+    title = (
         f"Kernels of a chain of RMSNorms in a TensorRT {machine['tensorrt']} engine, as long as the native layers take "
-        f"for {SHOWN_OPERATIONS} ({machine['gpu']}, CUPTI)",
-        fontsize=10,
+        f"for {SHOWN_OPERATIONS} ({machine['gpu']}, CUPTI)"
     )
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, title, path)
     plt.close(figure)
-    print(f"written: {path}")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import write_results
+from benchmarks.common import save_figure, write_results
 
 HIDDEN_SIZES = [2048, 3584, 4096, 5120, 8192]
 TOKENS = [1, 8, 64, 512, 1024, 4096, 8192]
@@ -330,10 +330,7 @@ def plot(records: list[dict[str, Any]], hidden_size: int, path: Path, title: str
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, title, path)
 
 
 def report(path: Path) -> None:

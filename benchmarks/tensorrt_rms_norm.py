@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ import tensorrt as trt
 from cuda.bindings import runtime as cudart
 
 import qwen_plugins.tensorrt as plugins
+from qwen_model.files import write_whole
 
 from .tensorrt_engines import Engine, Execution, Graph, Input, build_plan, check
 
@@ -245,10 +245,7 @@ def machine() -> dict[str, str]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=1)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def main() -> None:

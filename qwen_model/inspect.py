@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 from .command_line import DEFAULT_ENGINE_DIR, run_command
 from .engine_config import EngineConfig
 from .errors import QwenModelError
+from .files import write_whole
 
 if TYPE_CHECKING:
     from .backends.tensorrt_inspection import LayerInfo, TensorInfo
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
     if options.picture is not None:
         try:
-            options.picture.write_text(picture(found), encoding="utf-8")
+            write_whole(options.picture, picture(found).encode())
         except OSError as error:
             raise QwenModelError(f"{options.picture} cannot be written: {error.strerror}") from error
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import QwenModelError
+from ..files import write_whole
 from . import tensorrt_versions as versions_of
 
 
@@ -47,14 +47,10 @@ class TimingCache:
         """Write what the builder knows now, whole or not at all."""
         if self._path is None:
             return
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(versions_of.timing_cache_bytes(builder_config))
-            partial.replace(self._path)
+            write_whole(self._path, versions_of.timing_cache_bytes(builder_config))
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             if self._given:
                 self.warnings.append(f"the timing cache {self._path} cannot be written: {error.strerror}")
 

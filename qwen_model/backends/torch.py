@@ -47,11 +47,15 @@ def write_weights(
     checkpoint: Checkpoint, groups: Sequence[WeightGroup], dtype: str, folder: Path, report: Callable[[int], None]
 ) -> None:
     """One safetensors file for each group; `report` is called with the number of bytes written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     for group in groups:
         tensors = {spec.name: as_dtype(checkpoint.read(spec), dtype, spec.name).contiguous() for spec in group.specs}
-        save_file(tensors, folder / f"{group.name}.safetensors")
+        try:
+            save_file(tensors, folder / f"{group.name}.safetensors")
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(str(error)) from error
         report(sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,20 @@ def test_a_build_that_fails_leaves_the_engine_before_it(model_dir, tmp_path):
     build(model_dir, tmp_path / "engine", max_batch_size=3)
     with pytest.raises(QwenModelError, match="engine cannot be written: disk full"):
         build(model_dir, tmp_path / "engine", progress=fail)
+    assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_a_disk_that_is_full_half_way(model_dir, tmp_path):
+    """A limit on the size of files stands for it: the system refuses to write on, as with a full disk."""
+    build(model_dir, tmp_path / "engine", max_batch_size=3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(QwenModelError, match="engine cannot be written"):
+            build(model_dir, tmp_path / "engine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
