@@ -52,7 +52,7 @@ __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Wo
                                  static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
                                  query_factor(p.heads, rotary_row));
       Attention::keep_query(shared, i);
-    } else if (work.has_new_token) {
+    } else if (i == work.num_heads && work.has_new_token) {
       prepare_new_token<T, kHeadSize>(p, work, qkv, cos_sin, shared.new_key, shared.new_value);
     }
   }
