@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from benchmarks.common import save_figure, write_results
+from benchmarks.common import READ_BANDWIDTH, save_figure, write_results
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 OURS = "qwen_plugins"
 HEAD_SIZE = 128
 PAGE = 256
-READ_SPEED = 4.55e6  # bytes a microsecond: what an H200 reads
+READ_SPEED = READ_BANDWIDTH * 1e-6  # bytes a microsecond
 MODELS = {"Qwen-7B": (32, 32), "Qwen2.5-7B": (28, 4), "64/8 heads": (64, 8)}  # heads, key-value heads
 DECODE = [  # sequences, tokens of each
     *[(1, n) for n in (160, 256, 512, 1024, 4096, 16384, 65536)],

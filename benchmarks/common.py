@@ -14,6 +14,8 @@ from typing import Any
 
 from qwen_model.files import write_whole
 
+READ_BANDWIDTH = 4.55e12
+"""Bytes per second: the best that was measured on an H200."""
 PACKAGES = (
     "qwen-plugins",
     "torch",
@@ -35,6 +37,20 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def floor_bytes(config: Any, itemsize: int, batch_size: int, context: int) -> dict[str, int]:
+    """What a step must read: every weight but the rows of the embedding that are not asked for, and the cache."""
+    from qwen_model.weights import weight_groups
+
+    sizes = {spec.name: spec.shape for group in weight_groups(config) for spec in group.specs}
+    weights = sum(
+        itemsize * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
+        for name, shape in sizes.items()
+        if name != "embedding.weight" or config.tied_embedding
+    )
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * context * batch_size * itemsize
+    return {"weights": weights, "cache": cache}
 
 
 def write_results(path: Path, results: Any) -> None:

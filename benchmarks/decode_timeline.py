@@ -20,9 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import save_figure, write_results
+from benchmarks.common import READ_BANDWIDTH, floor_bytes, save_figure, write_results
 
-READ_BANDWIDTH = 4.55e12  # bytes per second, the best that was measured on an H200
 STEPS = 9
 KINDS = {  # the first pattern that a kernel's name has
     "attention": "attention",
@@ -116,20 +115,6 @@ def layer_of(step: list[Kernel]) -> list[Kernel]:
     while step[first].kind != "norms":
         first -= 1
     return step[first : first + per_layer + 1]
-
-
-def floor_bytes(config: Any, itemsize: int, batch_size: int, context: int) -> dict[str, int]:
-    """What a step must read: every weight but the rows of the embedding that are not asked for, and the cache."""
-    from qwen_model.weights import weight_groups
-
-    sizes = {spec.name: spec.shape for group in weight_groups(config) for spec in group.specs}
-    weights = sum(
-        itemsize * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
-        for name, shape in sizes.items()
-        if name != "embedding.weight" or config.tied_embedding
-    )
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * context * batch_size * itemsize
-    return {"weights": weights, "cache": cache}
 
 
 def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -> list[dict[str, Any]]:

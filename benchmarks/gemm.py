@@ -26,14 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import save_figure, write_results
+from benchmarks.common import READ_BANDWIDTH, save_figure, write_results
 
 ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048]
 STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 OURS, CUBLAS = "qwen_plugins", "cuBLAS"
-BYTES_PER_MICROSECOND = 4.55e6
+BYTES_PER_MICROSECOND = READ_BANDWIDTH * 1e-6
 ROTATED_BYTES = 1.1e9
 
 

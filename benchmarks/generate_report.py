@@ -1,0 +1,130 @@
+"""Tables and a picture of what benchmarks.generate found, of several runs together.
+
+    python -m benchmarks.generate_report [RESULTS ...]    # default: benchmarks/results/generate_*.json
+
+The line of reading is the floor: the weights once and the cache of the middle of the decoding, at the memory's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import READ_BANDWIDTH, floor_bytes, save_figure
+from benchmarks.generate import COMMON, SHAPES
+from qwen_model.config import read_config
+
+NAMES = {
+    "tensorrt": "**ours**, TensorRT engine",
+    "qwen_model": "**ours**, torch back end",
+    "native_norms": "engine without `--rmsnorm-plugin`",
+    "native_rotary": "engine with the rotary embedding in native layers",
+    "vllm": "vLLM",
+    "transformers": "transformers, eager",
+    "products": "only the matrix products (cuBLAS, one CUDA graph)",
+    "floor": "only reading weights and cache at 4.55 TB/s",
+}
+COLORS = {"tensorrt": "#76b900", "qwen_model": "#4a7500", "vllm": "#3b7dd8", "transformers": "#d1495b"}
+Record = dict[str, Any]
+
+
+def read_records(paths: list[Path]) -> tuple[list[Record], str]:
+    """What the files hold, and the GPU it was measured on."""
+    records, machines = [], set()
+    for path in paths:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        records += content["results"]
+        machines.add(content["machine"]["gpu"])
+    if len(machines) > 1:
+        raise SystemExit(f"results of one machine were expected, these are of {sorted(machines)}")
+    return records, machines.pop()
+
+
+def floor_rate(record: Record) -> float:
+    """Tokens per second if a step only read its weights and the cache."""
+    config = read_config({**COMMON, **SHAPES[record["shape"]]})
+    context = record["prompt_tokens"] + record["new_tokens"] // 2
+    step = sum(floor_bytes(config, 2, record["batch_size"], context).values()) / READ_BANDWIDTH
+    return float(record["batch_size"] / step)
+
+
+def with_floor(records: list[Record]) -> list[Record]:
+    """And a line of the floor for each load of vLLM's or ours."""
+    loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in records if r["new_tokens"] >= 128}
+    floors = [
+        {**r, "implementation": "floor", "first_token_ms": None, "decode_tokens_per_second": floor_rate(r)}
+        for r in loads.values()
+    ]
+    return records + floors
+
+
+def table(records: list[Record], prompt_tokens: int) -> str:
+    """Markdown: a line for each shape and implementation."""
+    records = [r for r in records if r["prompt_tokens"] == prompt_tokens]
+    batches = sorted({r["batch_size"] for r in records})
+    columns = [*(f"batch {n}" for n in batches), *(f"first token, ms: {n}" for n in batches)]
+    lines = ["| shape | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for shape in SHAPES:
+        for name, label in NAMES.items():
+            here = {r["batch_size"]: r for r in records if (r["shape"], r["implementation"]) == (shape, name)}
+            if not here:
+                continue
+            rates = [f"{here[n]['decode_tokens_per_second']:.0f}" if n in here else "" for n in batches]
+            firsts = [here[n]["first_token_ms"] if n in here else None for n in batches]
+            cells = [*rates, *("" if first is None else f"{first:.1f}" for first in firsts)]
+            lines.append(f"| {shape} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(records: list[Record], machine: str, prompt_tokens: int, path: Path) -> None:
+    """Tokens per second as shares of the floor, and times to the first token, beside each other."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    records = [r for r in records if r["prompt_tokens"] == prompt_tokens and r["implementation"] in COLORS]
+    shapes = [shape for shape in SHAPES if any(r["shape"] == shape for r in records)]
+    figure, panels = plt.subplots(2, len(shapes), figsize=(6 * len(shapes), 7), squeeze=False)
+    for column, shape in enumerate(shapes):
+        here = [r for r in records if r["shape"] == shape]
+        draw_bars(panels[0][column], here, lambda r: 100 * r["decode_tokens_per_second"] / floor_rate(r), "{:.0f} %")
+        draw_bars(panels[1][column], here, lambda r: r["first_token_ms"], "{:.1f}")
+        panels[0][column].set(title=shape, ylabel="decode, % of the floor", ylim=(0, 110))
+        panels[1][column].set(ylabel="ms to the first token", yscale="log")
+        panels[0][column].legend(fontsize=8, ncols=2)
+    save_figure(figure, f"Generation, {records[0]['dtype']}, prompts of {prompt_tokens} tokens, {machine}", path)
+
+
+def draw_bars(panel: Any, records: list[Record], value: Any, text: str) -> None:
+    """A group of bars for each batch size, a colour for each implementation."""
+    batches = sorted({r["batch_size"] for r in records})
+    names = [name for name in COLORS if any(r["implementation"] == name for r in records)]
+    for i, name in enumerate(names):
+        mine = [r for r in records if r["implementation"] == name]
+        places = [batches.index(r["batch_size"]) + 0.8 * (i - (len(names) - 1) / 2) / len(names) for r in mine]
+        heights = [value(r) for r in mine]
+        panel.bar(places, heights, 0.76 / len(names), color=COLORS[name], label=NAMES[name].replace("**", ""))
+        for place, height in zip(places, heights, strict=True):
+            panel.text(place, height, text.format(height), ha="center", va="bottom", fontsize=7)
+    panel.set_xticks(range(len(batches)), [f"batch {n}" for n in batches])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/generate.svg"))
+    options = parser.parse_args()
+    paths = options.results or sorted(Path("benchmarks/results").glob("generate_*.json"))
+    records, machine = read_records(paths)
+    for prompt_tokens in sorted({r["prompt_tokens"] for r in records}):
+        print(f"Prompts of {prompt_tokens} tokens:\n\n{table(with_floor(records), prompt_tokens)}\n")
+    draw(records, machine, min(r["prompt_tokens"] for r in records), options.picture)
+
+
+if __name__ == "__main__":
+    main()
