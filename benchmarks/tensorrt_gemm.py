@@ -1,0 +1,169 @@
+"""Products in real TensorRT engines: TensorRT's own MatrixMultiply beside the plug-in Gemm.
+
+    python -m benchmarks.tensorrt_gemm [--shapes 4096x12288 4096x4096] [--rows 1 8 64] [--results FILE]
+
+float16, the weight a constant of the network; an engine for each number of rows, several products in it, each with a
+weight and an input of its own and together larger than the L2 cache. Microseconds per product, medians over replays of
+a CUDA graph; the largest error beside float64; seconds that the build took (builds run side by side, in processes of
+their own). The native product's output is told to be float16: with the builder's flag alone it is float32, twice the
+bytes that one would set aside for it. Needs tensorrt, cuda-bindings and NumPy.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+import qwen_plugins.tensorrt as plugins
+from benchmarks.common import READ_BANDWIDTH, write_results
+from benchmarks.tensorrt_engines import Engine, Graph, Input, build_plan, check, cudart
+
+TOGETHER_BYTES = 200e6  # of the weights of an engine: four times the L2 cache of an H200
+REPLAYS = 50
+BUILD_SECONDS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An engine."""
+
+    implementation: str
+    in_features: int
+    out_features: int
+    rows: int
+
+    @property
+    def copies(self) -> int:
+        """Products in the engine."""
+        return max(1, round(TOGETHER_BYTES / self.weight_bytes))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one product."""
+        return 2 * self.in_features * self.out_features
+
+    def arrays(self) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """Inputs and weights, the same in every process."""
+        numbers = np.random.default_rng(self.rows)
+        inputs = {f"x_{i}": numbers.standard_normal((self.rows, self.in_features), np.float32) for i in self._range}
+        scale = np.float32(self.in_features**-0.5)
+        shape = (self.out_features, self.in_features)
+        weights = [(numbers.standard_normal(shape, np.float32) * scale).astype(np.float16) for _ in self._range]
+        return {name: x.astype(np.float16) for name, x in inputs.items()}, weights
+
+    @property
+    def _range(self) -> range:
+        return range(self.copies)
+
+    def build(self) -> bytes:
+        """The plan."""
+        _, weights = self.arrays()
+
+        def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            product = native_product if self.implementation == "native" else plugins.gemm
+            return {f"y_{i}": product(network, tensors[f"x_{i}"], weights[i]) for i in self._range}
+
+        inputs = {f"x_{i}": Input(trt.float16, (self.rows, self.in_features)) for i in self._range}
+        return build_plan(inputs, describe)
+
+
+def native_product(network: Any, x: Any, weight: np.ndarray) -> Any:
+    """x · weightᵀ in TensorRT's own layers."""
+    constant = network.add_constant(weight.shape, trt.Weights(weight)).get_output(0)
+    layer = network.add_matrix_multiply(x, trt.MatrixOperation.NONE, constant, trt.MatrixOperation.TRANSPOSE)
+    layer.set_output_type(0, trt.float16)
+    layer.get_output(0).dtype = trt.float16
+    return layer.get_output(0)
+
+
+def build_all(cases: list[Case], folder: Path) -> dict[Case, float]:
+    """Builds side by side, a process each; the seconds of those that succeeded."""
+    started = {}
+    for number, case in enumerate(cases):
+        arguments = [str(value) for value in dataclasses.astuple(case)]
+        command = [sys.executable, "-m", "benchmarks.tensorrt_gemm", "--build", *arguments, str(folder / str(number))]
+        started[case] = subprocess.Popen(command)
+    begin, seconds = time.perf_counter(), {}
+    for case, process in started.items():
+        try:
+            status: Any = process.wait(max(1.0, begin + BUILD_SECONDS - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = f"not built in {BUILD_SECONDS} s"
+        if status == 0:
+            seconds[case] = float((folder / f"{cases.index(case)}.seconds").read_text(encoding="ascii"))
+        else:
+            print(f"{case}: {status}", flush=True)
+    return seconds
+
+
+def measure(case: Case, plan: bytes) -> dict[str, Any]:
+    """Time and error of a built case."""
+    inputs, weights = case.arrays()
+    execution = Engine(plan).bind(inputs)
+    results = execution.run()
+    errors = [
+        np.abs(results[f"y_{i}"] - inputs[f"x_{i}"].astype(np.float64) @ weight.astype(np.float64).T).max()
+        for i, weight in enumerate(weights)
+    ]
+    graph = Graph(execution.stream, execution.enqueue)
+    times = []
+    for _ in range(REPLAYS + 5):
+        start, end = check(cudart.cudaEventCreate()), check(cudart.cudaEventCreate())
+        check(cudart.cudaEventRecord(start, execution.stream.handle))
+        graph.launch()
+        check(cudart.cudaEventRecord(end, execution.stream.handle))
+        execution.stream.synchronize()
+        times.append(check(cudart.cudaEventElapsedTime(start, end)) * 1e3 / case.copies)
+    return {
+        **dataclasses.asdict(case),
+        "microseconds": round(statistics.median(times[5:]), 2),
+        "floor_microseconds": round(case.weight_bytes / READ_BANDWIDTH * 1e6, 2),
+        "largest_error": float(np.max(errors)),
+        "dtype": str(results["y_0"].dtype),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["4096x12288", "4096x4096"], help="in_features x out_features")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tensorrt_gemm.json"))
+    parser.add_argument("--build", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.build:
+        implementation, *sizes, path = options.build
+        begin = time.perf_counter()
+        Path(path).write_bytes(Case(implementation, *map(int, sizes)).build())
+        Path(f"{path}.seconds").write_text(str(time.perf_counter() - begin), encoding="ascii")
+        return
+    cases = [
+        Case(name, int(shape.split("x")[0]), int(shape.split("x")[1]), rows)
+        for shape in options.shapes
+        for rows in options.rows
+        for name in ("native", "plugin")
+    ]
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = build_all(cases, Path(folder))
+        for number, case in enumerate(cases):
+            if case not in seconds:
+                records.append({**dataclasses.asdict(case), "error": f"not built in {BUILD_SECONDS} s"})
+                continue
+            found = measure(case, (Path(folder) / str(number)).read_bytes())
+            records.append({**found, "build_seconds": round(seconds[case], 1)})
+            print(records[-1], flush=True)
+    write_results(options.results, records)
+    print(options.results)
+
+
+if __name__ == "__main__":
+    main()
