@@ -254,7 +254,7 @@ def tables(results: dict[str, Any]) -> str:
         for count in dict.fromkeys(r["rows"] for r in results["products"] if r["model"] == name):
             cells = []
             for product in products:
-                record = _find(results["products"], name, product.name, count)
+                record = find(results["products"], name, product.name, count)
                 share = f" ({product.floor / record[OURS]:.0%})" if count <= 16 else ""
                 cells.append(f"{record[OURS]:.1f}{share} / {record[CUBLAS]:.1f}")
             lines.append(f"| {count} | " + " | ".join(cells) + " |")
@@ -262,15 +262,15 @@ def tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _find(records: list[dict[str, Any]], model: str, product: str, rows: int) -> dict[str, Any]:
+def find(records: list[dict[str, Any]], model: str, product: str, rows: int) -> dict[str, Any]:
     return next(r for r in records if (r["model"], r["product"], r["rows"]) == (model, product, rows))
 
 
 def summary(results: dict[str, Any], noise: float = 0.02) -> str:
     """Where cuBLAS is the faster one by more than what repeated measurements differ by."""
     behind = [r for r in results["products"] if r[OURS] > r[CUBLAS] * (1 + noise)]
-    lines = [f"slower than cuBLAS by more than {noise:.0%} at {len(behind)} of {len(results['products'])} sizes"]
-    lines += [f"  {r['model']} {r['product']}, {r['rows']} rows: {r[OURS]:.2f}, {r[CUBLAS]:.2f}" for r in behind]
+    lines = [f"* slower than cuBLAS by more than {noise:.0%} at {len(behind)} of {len(results['products'])} sizes"]
+    lines += [f"  * {r['model']} {r['product']}, {r['rows']} rows: {r[OURS]:.2f}, {r[CUBLAS]:.2f}" for r in behind]
     return "\n".join(lines)
 
 

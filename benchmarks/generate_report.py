@@ -26,6 +26,7 @@ NAMES = {
     "products": "only the matrix products (cuBLAS, one CUDA graph)",
     "floor": "only reading weights and cache at 4.55 TB/s",
 }
+SHOWN = ("tensorrt", "qwen_model", "vllm", "transformers", "products", "floor")
 COLORS = {"tensorrt": "#76b900", "qwen_model": "#4a7500", "vllm": "#3b7dd8", "transformers": "#d1495b"}
 Record = dict[str, Any]
 
@@ -60,21 +61,21 @@ def with_floor(records: list[Record]) -> list[Record]:
     return records + floors
 
 
-def table(records: list[Record], prompt_tokens: int) -> str:
+def table(records: list[Record], prompt_tokens: int, names: tuple[str, ...] = SHOWN) -> str:
     """Markdown: a line for each shape and implementation."""
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens]
     batches = sorted({r["batch_size"] for r in records})
     columns = [*(f"batch {n}" for n in batches), *(f"first token, ms: {n}" for n in batches)]
     lines = ["| shape | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for shape in SHAPES:
-        for name, label in NAMES.items():
+        for name in names:
             here = {r["batch_size"]: r for r in records if (r["shape"], r["implementation"]) == (shape, name)}
             if not here:
                 continue
             rates = [f"{here[n]['decode_tokens_per_second']:.0f}" if n in here else "" for n in batches]
             firsts = [here[n]["first_token_ms"] if n in here else None for n in batches]
             cells = [*rates, *("" if first is None else f"{first:.1f}" for first in firsts)]
-            lines.append(f"| {shape} | {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {shape} | {NAMES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -227,14 +227,14 @@ def measure(dtype_name: str, hidden_sizes: list[int], tokens: list[int]) -> list
             line = ", ".join(
                 f"{r['provider']} {r.get('microseconds', 'failed')}"
                 for r in records
-                if _is(r, "rms_norm", hidden_size, count)
+                if matches(r, "rms_norm", hidden_size, count)
             )
             print(f"hidden_size {hidden_size}, {count} tokens: {line}", file=sys.stderr, flush=True)
             del sets
     return records
 
 
-def _is(record: dict[str, Any], operation: str, hidden_size: int, tokens: int) -> bool:
+def matches(record: dict[str, Any], operation: str, hidden_size: int, tokens: int) -> bool:
     return (record["operation"], record["hidden_size"], record["tokens"]) == (operation, hidden_size, tokens)
 
 
@@ -278,7 +278,7 @@ def summary(records: list[dict[str, Any]]) -> str:
                 here = {
                     r["provider"]: r["microseconds"]
                     for r in records
-                    if _is(r, operation, hidden_size, tokens) and "microseconds" in r
+                    if matches(r, operation, hidden_size, tokens) and "microseconds" in r
                 }
                 ours = here.get(OURS)
                 peers = {p: t for p, t in here.items() if not p.startswith(OURS) and p != "copy_"}
@@ -289,7 +289,7 @@ def summary(records: list[dict[str, Any]]) -> str:
                 if peers[best] < ours:
                     behind.append(f"{hidden_size} x {tokens}: {best} {peers[best]:.2f}, ours {ours:.2f}")
         lines.append(
-            f"{operation}: fastest at {total - len(behind)} of {total} sizes" + "".join(f"\n  {b}" for b in behind)
+            f"* {operation}: fastest at {total - len(behind)} of {total} sizes" + "".join(f"\n  * {b}" for b in behind)
         )
     return "\n".join(lines)
 

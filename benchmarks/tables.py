@@ -1,0 +1,234 @@
+"""Writes the tables of README.md and docs/ from the results in benchmarks/results/.
+
+    python -m benchmarks.tables            # after a benchmark has written new results
+    python -m benchmarks.tables --check    # changes nothing; exits with 1 where a table is not what the results say
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME is one of TABLES below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import attention, gemm, generate_report, rms_norm
+from qwen_model.files import write_whole
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = "qwen_plugins"
+SHOWN_ATTENTION = {  # of README.md: sequences x tokens
+    ("decode", "Qwen-7B"): [(1, 256), (1, 4096), (1, 16384), (8, 256), (64, 1024)],
+    ("decode", "Qwen2.5-7B"): [(1, 256), (1, 4096), (1, 16384), (1, 65536), (8, 256), (64, 1024)],
+    ("prefill", "Qwen-7B"): [(1, 1024), (1, 8192), (8, 1024)],
+    ("prefill", "Qwen2.5-7B"): [(1, 1024), (1, 8192), (8, 1024)],
+}
+
+
+def read(name: str) -> Any:
+    """The results of a file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    names = list(head)
+    lines = [names, ["---"] * len(names), *map(list, rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def short(microseconds: float | None) -> str:
+    """Three digits."""
+    if microseconds is None:
+        return "–"
+    return f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.{1 if microseconds < 100 else 0}f}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def generation(prompt_tokens: int) -> str:
+    records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
+    return generate_report.table(generate_report.with_floor(records), prompt_tokens)
+
+
+def generation_of_engines() -> str:
+    """What the plug-ins bring to an engine: tokens per second of each variant."""
+    records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
+    records = [r for r in records if (r["shape"], r["prompt_tokens"]) == ("qwen-7b", 128)]
+    return generate_report.table(records, 128, ("tensorrt", "native_norms", "native_rotary"))
+
+
+def gemm_shares() -> str:
+    results, rows = read("gemm"), []
+    for name, model in gemm.MODELS.items():
+        for product in (*model.products, model.head):
+            found = [gemm.find(results["products"], name, product.name, count) for count in (1, 8, 64)]
+            label = f"{name} {product.name}, {product.in_features} to {product.out_features}"
+            rows.append([label, *shares(product.floor, found)])
+        steps = [next(s for s in results["steps"] if (s["model"], s["rows"]) == (name, n)) for n in (1, 8, 64)]
+        rows.append([f"all products and norms of a step, {name}", *shares(model.floor, steps)])
+    return markdown(["", "1 row", "8 rows", "64 rows", "cuBLAS: 1 row", "8 rows", "64 rows"], rows)
+
+
+def shares(floor: float, records: list[dict[str, Any]]) -> list[str]:
+    """Of the floor in the time of ours, then of cuBLAS."""
+    ours = [f"**{floor / r[OURS]:.0%}**" for r in records]
+    return ours + [f"{floor / r[gemm.CUBLAS]:.0%}" for r in records]
+
+
+def attention_excerpt() -> str:
+    records, rows = read("attention")["records"], []
+    providers = [OURS, "PyTorch", "FlashAttention 3"]
+    for (phase, model), sizes in SHOWN_ATTENTION.items():
+        heads, kv_heads = attention.MODELS[model]
+        what = "new tokens" if phase == "decode" else "prompts"
+        for place, (sequences, tokens) in enumerate(sizes):
+            size = (phase, model, sequences, tokens)
+            here = [r for r in records if (r["phase"], r["model"], r["sequences"], r["tokens"]) == size]
+            times = {r["provider"]: r.get("microseconds") for r in here}
+            label = f"{what}, {model} ({heads}/{kv_heads} heads)" if place == 0 else ""
+            rows.append([label, f"{sequences} x {tokens}", *(short(times.get(name)) for name in providers)])
+    return markdown(["", "sequences x tokens", "**ours**", *providers[1:]], rows)
+
+
+def rms_norm_excerpt() -> str:
+    records, rows = read("rms_norm_float16")["records"], []
+    sizes = (1, 64, 1024, 8192)
+    for operation in rms_norm.OPERATIONS:
+        cells = []
+        for tokens in sizes:
+            here = [r for r in records if rms_norm.matches(r, operation, 4096, tokens) and "microseconds" in r]
+            times = {r["provider"]: r["microseconds"] for r in here}
+            peers = {p: t for p, t in times.items() if not p.startswith(OURS) and p != "copy_"}
+            best = min(peers, key=lambda name: peers[name])
+            cells.append(f"**{short(times[OURS])}** / {short(peers[best])} {best}")
+        rows.append([operation, *cells])
+    return markdown(["ours / best of the others", *(counted(n, "token") for n in sizes)], rows)
+
+
+def rms_norm_tables() -> str:
+    results = read("rms_norm_float16")
+    sizes = sorted({r["hidden_size"] for r in results["records"]})
+    parts = [
+        f"### hidden size {size}, float16, microseconds\n\n{rms_norm.tables(results['records'], size)}"
+        for size in sizes
+    ]
+    return "\n".join([*parts, rms_norm.summary(results["records"])])
+
+
+def tensorrt_rms_norm() -> str:
+    results, rows = [r for r in read("tensorrt_rms_norm") if r["operation"]], []
+    sizes = sorted({r["tokens"] for r in results})
+    for operation in dict.fromkeys(r["operation"] for r in results):
+        cells = []
+        for tokens in sizes:
+            here = [r for r in results if (r["operation"], r["tokens"]) == (operation, tokens)]
+            layers = max(r["layers"] for r in here)
+            times = {r["implementation"]: r["microseconds"] for r in here if r["layers"] == layers}
+            ratio = times["native"] / times["plugin"]
+            cells.append(f"**{short(times['plugin'])}** / {short(times['native'])} ({ratio:.1f} x)")
+        rows.append([operation.replace("_", " "), *cells])
+    return markdown(["plug-in / native layers", *(counted(n, "token") for n in sizes)], rows)
+
+
+def tensorrt_gemm() -> str:
+    results, rows = read("tensorrt_gemm"), []
+    for shape in dict.fromkeys((r["in_features"], r["out_features"], r["rows"]) for r in results):
+        here = {r["implementation"]: r for r in results if (r["in_features"], r["out_features"], r["rows"]) == shape}
+        cells = []
+        for name in ("native", "plugin"):
+            record = here[name]
+            cells += (
+                [record["error"], "", ""]
+                if "error" in record
+                else [
+                    short(record["microseconds"]),
+                    f"{record['largest_error']:.1g}",
+                    f"{record['build_seconds']:.0f}",
+                ]
+            )
+        rows.append([f"[{shape[2]}, {shape[0]}] · [{shape[0]}, {shape[1]}]", *cells])
+    head = ["product", "native: us", "largest error", "build, s", "plug-in: us", "largest error", "build, s"]
+    return markdown(head, rows)
+
+
+def sampling() -> str:
+    results = read("sampling")
+    batches = sorted({r["batch_size"] for r in results})
+    providers = list(dict.fromkeys(r["implementation"] for r in results))
+    times = {(r["operation"], r["batch_size"], r["implementation"]): r["microseconds"] for r in results}
+    head = ["microseconds", *(f"batch {n}: {p}" for n in batches for p in providers)]
+    return markdown(
+        head,
+        [
+            [operation, *(short(times.get((operation, n, p))) for n in batches for p in providers)]
+            for operation in dict.fromkeys(r["operation"] for r in results)
+        ],
+    )
+
+
+def decode_step() -> str:
+    recordings = read("decode_timeline")
+    names = {
+        "products": ("products",),
+        "attention": ("attention",),
+        "norms": ("norms",),
+        "SwiGLU on its own": ("SwiGLU",),
+        "choice of the token, embedding, copies": ("sampling", "embedding", "copies", "other"),
+        "nothing runs": ("gaps",),
+    }
+    rows = [
+        ["**step**, replayed without a profiler", *(f"**{r['microseconds_per_step']:.0f}**" for r in recordings)],
+        ["floor: weights and cache once at 4.55 TB/s", *(f"{r['floor_microseconds']:.0f}" for r in recordings)],
+    ]
+    for name, kinds in names.items():
+        sums = [sum(r["microseconds_by_kind_traced"].get(kind, 0.0) for kind in kinds) for r in recordings]
+        rows.append([name, *(f"{value:.0f}" if value else "–" for value in sums)])
+    return markdown(["microseconds", *(f"batch {r['batch_size']}" for r in recordings)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "generation-128": lambda: generation(128),
+    "generation-1024": lambda: generation(1024),
+    "generation-engines": generation_of_engines,
+    "gemm-shares": gemm_shares,
+    "gemm": lambda: f"{gemm.tables(read('gemm'))}\n{gemm.summary(read('gemm'))}",
+    "attention-excerpt": attention_excerpt,
+    "attention": lambda: attention.tables(read("attention")["records"]),
+    "rms_norm-excerpt": rms_norm_excerpt,
+    "rms_norm": rms_norm_tables,
+    "tensorrt_rms_norm": tensorrt_rms_norm,
+    "tensorrt_gemm": tensorrt_gemm,
+    "sampling": sampling,
+    "decode_step": decode_step,
+}
+PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        new = PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]().rstrip()}\n{match[3]}", text)
+        if new == text:
+            continue
+        stale.append(path.name)
+        if not options.check:
+            write_whole(path, new.encode())
+    if options.check and stale:
+        sys.exit(f"tables are not what the results say: {', '.join(stale)}; run python -m benchmarks.tables")
+    print("written:" if stale else "nothing to change", *stale)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""The tables of the documentation are those of the recorded results."""
+
+import sys
+
+import pytest
+
+from benchmarks import tables
+
+
+def test_the_documentation_has_the_recorded_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    tables.main()
