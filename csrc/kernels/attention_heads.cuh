@@ -144,39 +144,27 @@ inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
          reinterpret_cast<uintptr_t>(cache.data) % sizeof(FullPack) == 0;
 }
 
-template <typename T, typename Launch>
-cudaError_t with_head_size(const AttentionHeads& heads, const Launch& launch) {
-  switch (heads.head_size) {
-    case 32:
-      return launch(T{}, std::integral_constant<int, 32>{});
-    case 64:
-      return launch(T{}, std::integral_constant<int, 64>{});
-    case 80:
-      return launch(T{}, std::integral_constant<int, 80>{});
-    case 96:
-      return launch(T{}, std::integral_constant<int, 96>{});
-    case 128:
-      return launch(T{}, std::integral_constant<int, 128>{});
-    case 256:
-      return launch(T{}, std::integral_constant<int, 256>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 // Calls `launch(T{}, std::integral_constant<int, head_size>{})` for the element type and the head size of `heads`.
 template <typename Launch>
 cudaError_t with_type_and_head_size(const AttentionHeads& heads, const Launch& launch) {
-  switch (heads.dtype) {
-    case DataType::kFloat32:
-      return with_head_size<float>(heads, launch);
-    case DataType::kFloat16:
-      return with_head_size<__half>(heads, launch);
-    case DataType::kBFloat16:
-      return with_head_size<__nv_bfloat16>(heads, launch);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(heads.dtype, [&](auto zero) {
+    switch (heads.head_size) {
+      case 32:
+        return launch(zero, std::integral_constant<int, 32>{});
+      case 64:
+        return launch(zero, std::integral_constant<int, 64>{});
+      case 80:
+        return launch(zero, std::integral_constant<int, 80>{});
+      case 96:
+        return launch(zero, std::integral_constant<int, 96>{});
+      case 128:
+        return launch(zero, std::integral_constant<int, 128>{});
+      case 256:
+        return launch(zero, std::integral_constant<int, 256>{});
+      default:
+        return cudaErrorInvalidValue;
+    }
+  });
 }
 
 }  // namespace qwen_plugins

@@ -1,4 +1,4 @@
-// Element types inside the kernels: packs of 16 bytes, and conversions to and from float32.
+// Element types: how the host chooses one, and in kernels packs of 16 bytes and conversions to and from float32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,24 @@
 #include <cstring>
 #include <type_traits>
 
+#include "data_type.h"
+
 namespace qwen_plugins {
+
+// Calls `launch(T{})` with the element type T that `dtype` names.
+template <typename Launch>
+cudaError_t with_type(DataType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DataType::kFloat32:
+      return launch(float{});
+    case DataType::kFloat16:
+      return launch(__half{});
+    case DataType::kBFloat16:
+      return launch(__nv_bfloat16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 template <typename To, typename From>
 __device__ __forceinline__ To bit_cast(const From& value) {

@@ -108,10 +108,8 @@ cudaError_t launch_all(RmsNormPlan plan, DataType dtype, int64_t output_size, co
       advance(a.residual_out, a.residual_out_rows, group, size, row);
       advance(a.output, a.output_rows, group, output_size, row);
       advance(a.scales, a.scale_rows, group, sizeof(float), row);
-      cudaError_t error = cudaErrorInvalidValue;
-      if (dtype == DataType::kFloat16) error = launch_rms_norm_of_type<__half>(part, stream);
-      if (dtype == DataType::kBFloat16) error = launch_rms_norm_of_type<__nv_bfloat16>(part, stream);
-      if (dtype == DataType::kFloat32) error = launch_rms_norm_of_type<float>(part, stream);
+      const cudaError_t error =
+          with_type(dtype, [&](auto zero) { return launch_rms_norm_of_type<decltype(zero)>(part, stream); });
       if (error != cudaSuccess) return error;
     }
   }

@@ -208,16 +208,7 @@ cudaError_t launch_sampling(const SamplingParams& p, cudaStream_t stream) {
   if (p.logits == nullptr || p.tokens == nullptr || p.workspace == nullptr || p.semaphores == nullptr) {
     return cudaErrorInvalidValue;
   }
-  switch (p.dtype) {
-    case DataType::kFloat32:
-      return launch<float>(p, stream);
-    case DataType::kFloat16:
-      return launch<__half>(p, stream);
-    case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(p.dtype, [&](auto zero) { return launch<decltype(zero)>(p, stream); });
 }
 
 cudaError_t launch_mark_seen(const MarkSeenParams& p, cudaStream_t stream) {

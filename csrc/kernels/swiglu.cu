@@ -73,16 +73,7 @@ cudaError_t launch_swiglu(const SwigluParams& p, cudaStream_t stream) {
   }
   if (p.rows == 0) return cudaSuccess;
   if (p.gate_up == nullptr || p.y == nullptr) return cudaErrorInvalidValue;
-  switch (p.dtype) {
-    case DataType::kFloat32:
-      return launch<float>(p, stream);
-    case DataType::kFloat16:
-      return launch<__half>(p, stream);
-    case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(p.dtype, [&](auto zero) { return launch<decltype(zero)>(p, stream); });
 }
 
 }  // namespace qwen_plugins
