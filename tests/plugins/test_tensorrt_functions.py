@@ -1,8 +1,8 @@
-"""qwen_plugins.tensorrt's functions for every version of TensorRT, on a stand-in that computes with NumPy."""
+"""qwen_plugins.tensorrt's functions for every version of TensorRT, on the stand-in in NumPy."""
 
 import importlib
-import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,39 +10,29 @@ import pytest
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 
-from numpy_tensorrt import DataType, INetworkDefinition, ITensor, make_module
+from tests import stand_ins
+from tests.stand_ins.numpy_tensorrt import DataType, ITensor, tensor_of
 
 EPS = 1e-5
 VERSIONS = [("8.6.0", False), ("10.0.1", False), ("10.14.1", True), ("11.1.0", True)]
 
 
 @pytest.fixture(params=VERSIONS, ids=lambda given: f"{given[0]}{' strongly typed' if given[1] else ''}")
-def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+def tensorrt(request: pytest.FixtureRequest) -> Iterator[types.SimpleNamespace]:
     """The package's functions on one version of TensorRT, and an empty network."""
     version, strongly_typed = request.param
-    monkeypatch.setitem(sys.modules, "tensorrt", make_module(version))
-    for name in modules_with_tensorrt():
-        monkeypatch.delitem(sys.modules, name)
-    functions = importlib.import_module("qwen_plugins.tensorrt")
-    for name in modules_with_tensorrt():
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])  # forgotten after the test
-    return types.SimpleNamespace(
-        trt=sys.modules["tensorrt"],
-        functions=functions,
-        network=INetworkDefinition(strongly_typed),
-        major=int(version.split(".")[0]),
-        strongly_typed=strongly_typed,
-    )
-
-
-def modules_with_tensorrt() -> list[str]:
-    """The package's modules that import tensorrt: all but the one that looks for it."""
-    prefixes = ("qwen_plugins.tensorrt", "qwen_plugins._tensorrt_")
-    return [name for name in sys.modules if name.startswith(prefixes) and not name.endswith("_registration")]
+    with stand_ins.installed(version) as trt:
+        yield types.SimpleNamespace(
+            trt=trt,
+            functions=importlib.import_module("qwen_plugins.tensorrt"),
+            network=trt.INetworkDefinition(strongly_typed),
+            major=int(version.split(".")[0]),
+            strongly_typed=strongly_typed,
+        )
 
 
 def rows(*shape: int, dtype: type = np.float16) -> ITensor:
-    return ITensor(np.random.default_rng().standard_normal(shape, np.float32).astype(dtype))
+    return tensor_of(np.random.default_rng().standard_normal(shape, np.float32).astype(dtype))
 
 
 def normalised(h: np.ndarray) -> np.ndarray:
@@ -59,7 +49,7 @@ def test_native_rms_norm_computes_the_operation(tensorrt: Any, shape: tuple[int,
     )
 
     np.testing.assert_array_equal(h.array, x.array + residual.array)
-    assert y.dtype == h.dtype == DataType.HALF
+    assert y.known_type == h.known_type == DataType.HALF
     exact = normalised(h.array) * (weight.astype(np.float16).astype(np.float64) + 1)
     np.testing.assert_allclose(y.array.astype(float), exact, rtol=2e-3)
 
@@ -75,7 +65,7 @@ def test_native_quantization_computes_the_operation(tensorrt: Any, static: bool)
     )
 
     y = normalised(h.array) / smoothing
-    assert q.dtype == DataType.INT8
+    assert q.known_type == DataType.INT8
     assert len(scales) == (0 if static else 1)
     divisor = scale if static else scales[0].array
     assert np.all(np.abs(q.array - np.clip(y / divisor, -128, 127)) <= 0.5 + 1e-3)
@@ -92,7 +82,7 @@ def test_constants_keep_their_type(tensorrt: Any, dtype: str) -> None:
         pytest.skip("TensorRT 8.6 has no bfloat16")
     values = np.arange(-6, 6).reshape(3, 4)
     tensor = tensorrt.functions.constant(tensorrt.network, values, getattr(tensorrt.trt, dtype), "numbers")
-    assert tensor.dtype == getattr(tensorrt.trt, dtype)
+    assert tensor.known_type == getattr(tensorrt.trt, dtype)
     assert tuple(tensor.shape) == (3, 4)
     np.testing.assert_array_equal(tensor.array.astype(int), values)
     with pytest.raises(TypeError, match=r"network is a str; expected a tensorrt\.INetworkDefinition"):
@@ -128,7 +118,7 @@ def test_plugin_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     }
     assert plugin.kinds == {name: "FLOAT32" if name == "eps" else "INT32" for name in plugin.kinds}
     assert plugin.inputs == [x, weight, residual]
-    assert y.dtype == h.dtype == DataType.HALF
+    assert y.known_type == h.known_type == DataType.HALF
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -147,7 +137,7 @@ def test_quantization_plugin_gets_its_fields_and_inputs(tensorrt: Any, static: b
     }
     x_given, weight_given, *others = plugin.inputs
     assert x_given is x
-    assert weight_given.dtype == DataType.FLOAT
+    assert weight_given.known_type == DataType.FLOAT
     assert others == [residual, *([scale] if static else []), smoothing]
     assert len(outputs) == (2 if static else 3)
     assert outputs[0].dynamic_range == (None if tensorrt.strongly_typed else (-127, 127))
@@ -164,7 +154,7 @@ def test_bfloat16_weights(tensorrt: Any) -> None:
         return
     tensorrt.functions.rms_norm(tensorrt.network, x, weight)
     given = tensorrt.network.plugins[0].inputs[1]
-    assert given.dtype == DataType.BF16
+    assert given.known_type == DataType.BF16
     np.testing.assert_array_equal(given.array, weight)
 
 
@@ -173,19 +163,23 @@ def test_bfloat16_weights(tensorrt: Any) -> None:
     [
         ({"network": None}, TypeError, "network is a NoneType; expected a tensorrt.INetworkDefinition"),
         ({"x": np.ones((2, 64), np.float16)}, TypeError, "x is a ndarray; expected a tensorrt.ITensor"),
-        ({"x": ITensor(np.ones((), np.float16))}, ValueError, "x has no dimensions"),
-        ({"x": ITensor(np.ones((2, 64), np.int32))}, TypeError, "x has type DataType.INT32; expected one of"),
+        ({"x": tensor_of(np.ones((), np.float16))}, ValueError, "x has no dimensions"),
+        ({"x": tensor_of(np.ones((2, 64), np.int32))}, TypeError, "x has type DataType.INT32; expected one of"),
         ({"weight": np.ones(63)}, ValueError, r"weight has shape \(63,\); expected \[64\], the last dimension of x"),
         ({"weight": np.ones((1, 64))}, ValueError, r"weight has shape \(1, 64\); expected \[64\]"),
         ({"weight": np.array(["a"] * 64)}, TypeError, "weight has type <U1; expected a floating-point array"),
-        ({"weight": ITensor(np.ones(64, np.int8))}, TypeError, "weight has type DataType.INT8; expected DataType.HALF"),
+        (
+            {"weight": tensor_of(np.ones(64, np.int8))},
+            TypeError,
+            "weight has type DataType.INT8; expected DataType.HALF",
+        ),
         ({"eps": 0.0}, ValueError, "eps is 0.0; expected a finite number above 0"),
         ({"eps": float("nan")}, ValueError, "eps is nan"),
         ({"residual": rows(3, 64)}, ValueError, r"residual has shape \(3, 64\); expected that of x, \(2, 64\)"),
         ({"quant_dtype": DataType.HALF}, ValueError, "quant_dtype is DataType.HALF"),
         ({"scale": -1.0}, ValueError, "scale is -1.0; expected one finite number above 0"),
         ({"scale": np.ones(2)}, ValueError, r"scale is array\(\[1., 1.\]\); expected one"),
-        ({"scale": ITensor(np.ones(1, np.float16))}, ValueError, r"scale is DataType.HALF of shape \(1,\)"),
+        ({"scale": tensor_of(np.ones(1, np.float16))}, ValueError, r"scale is DataType.HALF of shape \(1,\)"),
         ({"smoothing": np.ones(3)}, ValueError, r"smoothing has shape \(3,\)"),
     ],
 )
@@ -210,7 +204,7 @@ def test_gemm_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     assert plugin.inputs[0] is x
     np.testing.assert_array_equal(plugin.inputs[1].array, weight)
     np.testing.assert_array_equal(plugin.inputs[2].array, bias)
-    assert y.dtype == DataType.HALF
+    assert y.known_type == DataType.HALF
 
 
 def test_gemm_does_not_copy_a_weight_of_the_right_type(tensorrt: Any) -> None:
@@ -234,7 +228,7 @@ def test_gemm_of_bfloat16(tensorrt: Any) -> None:
     weight = rows(96, 64).array.astype(ml_dtypes.bfloat16)
     tensorrt.functions.gemm(tensorrt.network, rows(5, 64, dtype=ml_dtypes.bfloat16), weight)
     given = tensorrt.network.plugins[0].inputs[1]
-    assert given.dtype == DataType.BF16
+    assert given.known_type == DataType.BF16
     assert np.shares_memory(given.array, weight)
 
 
@@ -257,8 +251,8 @@ def test_which_weights_are_constant(tensorrt: Any, given: bool | None) -> None:
     [
         ({"network": None}, TypeError, "network is a NoneType; expected a tensorrt.INetworkDefinition"),
         ({"x": np.ones((2, 64))}, TypeError, "x is a ndarray; expected a tensorrt.ITensor"),
-        ({"x": ITensor(np.ones((), np.float16))}, ValueError, r"x has shape \(\); expected \[..., in_features\]"),
-        ({"x": ITensor(np.ones((2, 64), np.int8))}, TypeError, "x has type DataType.INT8; expected one of"),
+        ({"x": tensor_of(np.ones((), np.float16))}, ValueError, r"x has shape \(\); expected \[..., in_features\]"),
+        ({"x": tensor_of(np.ones((2, 64), np.int8))}, TypeError, "x has type DataType.INT8; expected one of"),
         ({"weight": np.ones((96, 63))}, ValueError, r"weight has shape \(96, 63\); .* here \(-1, 64\)"),
         ({"weight": np.ones(64)}, ValueError, r"weight has shape \(64,\); expected \[out_features, in_features\]"),
         ({"weight": rows(96, 63)}, ValueError, r"weight has shape \(96, 63\); expected"),
@@ -297,7 +291,7 @@ def attention_arguments(network: Any) -> dict[str, Any]:
         "network": network,
         "qkv": rows(8, 512),
         "past_key_value": rows(4, 2, 2, 20, 64),
-        **{name: ITensor(np.zeros(shape, np.int32)) for name, shape in integers.items()},
+        **{name: tensor_of(np.zeros(shape, np.int32)) for name, shape in integers.items()},
         "rotary_table": np.ones((20, 64), np.float32),
         **{"num_heads": 4, "num_kv_heads": 2, "head_size": 64},
     }
@@ -324,8 +318,8 @@ def test_gpt_attention_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     assert given[:5] == [arguments[name] for name in names]
     assert given[6] is arguments["semaphores"]
     assert given[8] is optional["q_norm_weight"]
-    assert [tensor.dtype for tensor in (given[5], given[7], given[9])] == [DataType.FLOAT] * 2 + [DataType.HALF]
-    assert context.dtype == present.dtype == DataType.HALF
+    assert [tensor.known_type for tensor in (given[5], given[7], given[9])] == [DataType.FLOAT] * 2 + [DataType.HALF]
+    assert context.known_type == present.known_type == DataType.HALF
 
 
 @pytest.mark.parametrize(
@@ -365,7 +359,7 @@ def test_position_embeddings(tensorrt: Any, changed: dict[str, Any], rotary_dim:
         ),
         ({"past_lengths": rows(3)}, TypeError, "past_lengths has type DataType.HALF; expected DataType.INT32"),
         ({"cu_seqlens": np.zeros(4, np.int32)}, TypeError, "cu_seqlens is a ndarray"),
-        ({"semaphores": ITensor(np.zeros((4, 2), np.int32))}, ValueError, r"semaphores has shape \(4, 2\)"),
+        ({"semaphores": tensor_of(np.zeros((4, 2), np.int32))}, ValueError, r"semaphores has shape \(4, 2\)"),
         ({"rotary_table": np.ones((20, 32))}, ValueError, r"rotary_table has shape \(20, 32\)"),
         (
             {"rotary_embedding_dim": 63},

@@ -9,7 +9,7 @@ import pytest
 import qwen_model
 from qwen_model.errors import QwenModelError
 from qwen_model.extras import import_extra, require_kernels
-from tests.qwen_model import stand_ins
+from tests import stand_ins
 
 
 def test_module_that_is_there():

@@ -5,10 +5,10 @@ import threading
 import pytest
 
 import qwen_model
-from tests.qwen_model import stand_ins
+from tests import stand_ins
 from tests.qwen_model.checkpoints import random_prompt
-from tests.qwen_model.stand_ins import numpy_cuda
 from tests.qwen_model.tensorrt_reference import save_model
+from tests.stand_ins import numpy_cuda
 
 PROMPTS = [random_prompt(20, seed=1), random_prompt(7, seed=2)]
 

@@ -17,7 +17,7 @@ def test_a_build_gets_as_far_as_the_gpu(monkeypatch, tmp_path):
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU: test_tensorrt_gpu.py builds on it")
     if importlib.util.find_spec("qwen_plugins._core") is None:  # built for another Python than this TensorRT's
-        from tests.qwen_model.stand_ins import numpy_kernels
+        from tests.stand_ins import numpy_kernels
 
         monkeypatch.setitem(sys.modules, "qwen_plugins._core", numpy_kernels.core)
     with pytest.raises(qwen_model.QwenModelError, match="needs an NVIDIA GPU, for building too"):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import qwen_model
-from tests.qwen_model import checkpoints, stand_ins
+from tests import stand_ins
+from tests.qwen_model import checkpoints
 from tests.qwen_model.checkpoints import random_prompt
 from tests.qwen_model.conftest import save_byte_tokenizer
 from tests.qwen_model.session_checks import check_streams, check_that_nothing_is_left_behind
-from tests.qwen_model.stand_ins import numpy_cuda
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
+from tests.stand_ins import numpy_cuda
 
 VERSIONS = ["8.6.0", "10.14.1", "11.1.0"]
 LIMITS = {"max_batch_size": 6, "max_input_len": 60, "max_output_len": 30}

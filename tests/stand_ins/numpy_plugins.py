@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 Arrays = list[np.ndarray]
+Shape = tuple[int, ...]
+Outputs = list[tuple[Shape, int]]  # -1 for what is not known yet, and the number of the type
 
 
 def rms_norm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
@@ -93,10 +95,27 @@ PLUGINS: dict[str, Callable[[dict[str, Any], Arrays], Arrays]] = {
 }
 
 
-def output_shapes(name: str, fields: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """With -1 for what is not known yet."""
-    if name == "RmsNorm":
-        return [shapes[0]] * (1 + fields["residual"])
-    if name == "Gemm":
-        return [(*shapes[0][:-1], shapes[1][0] // (2 if fields["activation"] else 1))]
-    return [(shapes[0][0], fields["num_heads"] * fields["head_size"]), shapes[1]]
+def norm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
+    return [(shapes[0], fields["type_id"])] * (1 + fields["residual"])
+
+
+def norm_quant_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
+    scales = [((*shapes[0][:-1], 1), 0)] if fields["dyn_act_scaling"] else []
+    return [(shapes[0], fields["out_type_id"]), *scales, *[(shapes[0], fields["type_id"])] * fields["residual"]]
+
+
+def gemm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
+    return [((*shapes[0][:-1], shapes[1][0] // (2 if fields["activation"] else 1)), fields["type_id"])]
+
+
+def attention_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
+    context = (shapes[0][0], fields["num_heads"] * fields["head_size"])
+    return [(context, fields["type_id"]), (shapes[1], fields["type_id"])]
+
+
+PLUGIN_OUTPUTS: dict[str, Callable[[dict[str, Any], list[Shape]], Outputs]] = {
+    "RmsNorm": norm_outputs,
+    "RmsNormQuantization": norm_quant_outputs,
+    "Gemm": gemm_outputs,
+    "GptAttention": attention_outputs,
+}

@@ -1,7 +1,7 @@
 """The module tensorrt in NumPy, of any version: a network is a graph of layers that runs when its engine does.
 
-Unlike tests/plugins/numpy_tensorrt.py, which computes while the network is defined, this has dynamic shapes, profiles,
-plans, contexts and addresses. A plan is a number: it can be read in the process that wrote it.
+It has dynamic shapes, profiles, plans, contexts and addresses. A plan is a number: it can be read in the process that
+wrote it. Without an engine, a tensor that depends on none but those of `tensor_of` has its value in `array`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import itertools
 import json
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from tests.qwen_model.stand_ins.numpy_cuda import device, enqueue, thread, used_bytes, view
-from tests.qwen_model.stand_ins.numpy_plugins import PLUGINS, output_shapes
+from tests.stand_ins.numpy_cuda import device, enqueue, thread, used_bytes, view
+from tests.stand_ins.numpy_plugins import PLUGIN_OUTPUTS, PLUGINS
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, INT8, INT32, BOOL, BF16, INT64 = 0, 1, 2, 3, 4, 7, 8
+    FLOAT, HALF, INT8, INT32, BOOL, FP8, BF16, INT64 = 0, 1, 2, 3, 4, 6, 7, 8
 
     def __int__(self) -> int:
         return self.value
@@ -34,6 +35,7 @@ NUMPY_TYPES = {
     DataType.INT8: np.dtype(np.int8),
     DataType.INT32: np.dtype(np.int32),
     DataType.BOOL: np.dtype(np.bool_),
+    DataType.FP8: np.dtype(ml_dtypes.float8_e4m3fn),
     DataType.INT64: np.dtype(np.int64),
     DataType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
@@ -54,11 +56,16 @@ Arrays = list[np.ndarray]
 
 
 class ITensor:
-    def __init__(self, network: INetworkDefinition, shape: Shape, dtype: DataType, is_input: bool = False) -> None:
-        self.network, self.shape, self.known_type, self.is_input = network, shape, dtype, is_input
+    def __init__(
+        self, network: INetworkDefinition | None, shape: Shape, dtype: DataType, layer: Layer | None = None
+    ) -> None:
+        self.network, self.shape, self.known_type, self.layer = network, shape, dtype, layer
         self.name = ""
         self.allowed_formats = 0
-        self.dynamic_range: None = None
+        self.dynamic_range: tuple[float, float] | None = None
+        self.given: np.ndarray | None = None
+
+    is_input = property(lambda self: self.layer is None)
 
     @property
     def dtype(self) -> DataType:
@@ -70,6 +77,29 @@ class ITensor:
         assert not self.network.strongly_typed, "types are not set in a strongly typed network"
         self.known_type = dtype
 
+    def set_dynamic_range(self, low: float, high: float) -> None:
+        self.dynamic_range = low, high
+
+    @property
+    def array(self) -> np.ndarray:
+        """Its value, computed from those that the inputs were made with."""
+        if self.layer is None:
+            return self.given
+        arrays = {tensor: tensor.array for tensor in self.layer.inputs}
+        self.layer.run(arrays)
+        return arrays[self]
+
+
+def tensor_of(array: np.ndarray) -> ITensor:
+    """An input with a value."""
+    made = ITensor(None, array.shape, type_of(array))
+    made.given = array
+    return made
+
+
+def type_of(array: np.ndarray) -> DataType:
+    return next(dtype for dtype, known in NUMPY_TYPES.items() if known == array.dtype)
+
 
 class Layer:
     def __init__(
@@ -77,10 +107,10 @@ class Layer:
         network: INetworkDefinition,
         inputs: list[ITensor],
         outputs: list[tuple[Shape, DataType]],
-        compute: Callable[[Arrays], Arrays],
+        compute: Callable[..., Arrays],
     ) -> None:
         self.network, self.inputs, self.compute = network, inputs, compute
-        self.outputs = [ITensor(network, shape, dtype) for shape, dtype in outputs]
+        self.outputs = [ITensor(network, shape, dtype, self) for shape, dtype in outputs]
         self.num_outputs = len(outputs)
         self.name = f"(Unnamed Layer* {network.num_layers})"
         self.precision: DataType | None = None
@@ -93,7 +123,7 @@ class Layer:
         self.outputs[index].known_type = dtype
 
     def run(self, arrays: dict[ITensor, np.ndarray]) -> None:
-        results = self.compute([arrays[tensor] for tensor in self.inputs])
+        results = self.compute(*(arrays[tensor] for tensor in self.inputs))
         for tensor, result in zip(self.outputs, results, strict=True):
             arrays[tensor] = result.astype(NUMPY_TYPES[tensor.known_type], copy=False)
 
@@ -122,11 +152,15 @@ class Weights:
             dtype = NUMPY_TYPES[array_or_type]
             self.array = np.frombuffer((ctypes.c_byte * (count * dtype.itemsize)).from_address(address), dtype)
 
+    size = property(lambda self: self.array.size)
+    dtype = property(lambda self: type_of(self.array))
+
 
 class INetworkDefinition:
     def __init__(self, strongly_typed: bool) -> None:
         self.strongly_typed = strongly_typed
         self.layers: list[Layer] = []
+        self.plugins: list[types.SimpleNamespace] = []
         self.inputs: list[ITensor] = []
         self.outputs: list[ITensor] = []
 
@@ -139,7 +173,7 @@ class INetworkDefinition:
         return self.strongly_typed
 
     def add_input(self, name: str, dtype: DataType, shape: Shape) -> ITensor:
-        tensor = ITensor(self, tuple(shape), dtype, is_input=True)
+        tensor = ITensor(self, tuple(shape), dtype)
         tensor.name = name
         self.inputs.append(tensor)
         return tensor
@@ -147,86 +181,94 @@ class INetworkDefinition:
     def mark_output(self, tensor: ITensor) -> None:
         self.outputs.append(tensor)
 
-    def add(self, layer: Layer) -> Layer:
-        self.layers.append(layer)
-        return layer
+    def add(
+        self,
+        inputs: list[ITensor],
+        shape: Shape,
+        dtype: DataType,
+        compute: Callable[..., np.ndarray],
+        kind: type[Layer] = Layer,
+    ) -> Any:
+        """A layer with one output."""
+        self.layers.append(kind(self, inputs, [(shape, dtype)], lambda *arrays: [compute(*arrays)]))
+        return self.layers[-1]
 
     def add_constant(self, shape: Shape, weights: Weights) -> Layer:
-        dtype = next(known for known, numpy in NUMPY_TYPES.items() if numpy == weights.array.dtype)
-        return self.add(Layer(self, [], [(tuple(shape), dtype)], lambda _: [weights.array.reshape(shape)]))
+        return self.add([], tuple(shape), weights.dtype, lambda: weights.array.reshape(shape))
 
     def add_gather(self, table: ITensor, rows: ITensor, axis: int) -> Layer:
         assert axis == 0
-        outputs = [((*rows.shape, *table.shape[1:]), table.known_type)]
-        return self.add(Layer(self, [table, rows], outputs, lambda inputs: [gather(*inputs)]))
+        return self.add([table, rows], (*rows.shape, *table.shape[1:]), table.known_type, gather)
 
     def add_elementwise(self, a: ITensor, b: ITensor, operation: str) -> Layer:
-        assert len(a.shape) == len(b.shape)
-        assert not self.strongly_typed or a.known_type == b.known_type
+        assert len(a.shape) == len(b.shape), "elementwise layers take two tensors of one rank"
+        assert a.dtype == b.dtype, "elementwise layers take two tensors of one type"
         shape = tuple(max(x, y) if min(x, y) > 0 else -1 for x, y in zip(a.shape, b.shape, strict=True))
         compute, dtype = ELEMENTWISE[operation], DataType.BOOL if operation == "LESS" else a.known_type
-        return self.add(Layer(self, [a, b], [(shape, dtype)], lambda inputs: [compute(*wide(inputs))]))
+        return self.add([a, b], shape, dtype, lambda x, y: compute(wide(x), wide(y)))
 
     def add_unary(self, tensor: ITensor, operation: str) -> Layer:
-        compute = UNARY[operation]
-        return self.add(
-            Layer(self, [tensor], [(tensor.shape, tensor.known_type)], lambda inputs: [compute(*wide(inputs))])
-        )
+        return self.add([tensor], tensor.shape, tensor.known_type, lambda x: UNARY[operation](wide(x)))
 
     def add_reduce(self, tensor: ITensor, operation: str, axes: int, keep_dims: bool) -> Layer:
         assert axes == 1 << (len(tensor.shape) - 1)
-        compute, shape = REDUCE[operation], (*tensor.shape[:-1], *([1] if keep_dims else []))
-        return self.add(
-            Layer(
-                self,
-                [tensor],
-                [(shape, tensor.known_type)],
-                lambda inputs: [compute(*wide(inputs), axis=-1, keepdims=keep_dims)],
-            )
-        )
+        shape = (*tensor.shape[:-1], *([1] if keep_dims else []))
+        compute = partial(REDUCE[operation], axis=-1, keepdims=keep_dims)
+        return self.add([tensor], shape, tensor.known_type, lambda x: compute(wide(x)))
+
+    def add_activation(self, tensor: ITensor, kind: str) -> Layer:
+        assert kind == "CLIP"
+        layer = self.add([tensor], tensor.shape, tensor.known_type, lambda x: np.clip(wide(x), layer.alpha, layer.beta))
+        return layer
 
     def add_shuffle(self, tensor: ITensor) -> Layer:
-        layer = Shuffle(self, [tensor], [((1, *tensor.shape), tensor.known_type)], lambda inputs: inputs)
-        layer.compute = lambda inputs: [inputs[0].reshape(layer.reshape_dims)]
-        return self.add(layer)
+        shape = (1, *tensor.shape)
+        layer = self.add([tensor], shape, tensor.known_type, lambda x: x.reshape(layer.reshape_dims), Shuffle)
+        return layer
 
     def add_shape(self, tensor: ITensor) -> Layer:
         dtype = DataType.INT64 if MAJOR >= 10 else DataType.INT32
-        return self.add(Layer(self, [tensor], [((len(tensor.shape),), dtype)], lambda inputs: [shape_of(inputs[0])]))
+        return self.add([tensor], (len(tensor.shape),), dtype, lambda x: np.array(x.shape))
 
     def add_slice(self, tensor: ITensor, start: Shape, shape: Shape, stride: Shape) -> Layer:
         assert set(stride) == {1}
 
-        def compute(inputs: Arrays) -> Arrays:
-            parts = tuple(slice(first, first + size) for first, size in zip(start, inputs[1], strict=True))
-            result = inputs[0][parts]
-            assert result.shape == tuple(inputs[1]), "a slice ends outside of its tensor"
-            return [result]
+        def compute(x: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+            result = x[tuple(slice(first, first + size) for first, size in zip(start, sizes, strict=True))]
+            assert result.shape == tuple(sizes), "a slice ends outside of its tensor"
+            return result
 
-        known = tuple(size or -1 for size in shape)
-        return self.add(Slice(self, [tensor], [(known, tensor.known_type)], compute))
+        return self.add([tensor], tuple(size or -1 for size in shape), tensor.known_type, compute, Slice)
 
     def add_concatenation(self, tensors: list[ITensor]) -> Layer:
-        assert len({tensor.known_type for tensor in tensors}) == 1
-        layer = Layer(self, tensors, [(tensors[0].shape, tensors[0].known_type)], lambda inputs: inputs)
-        layer.compute = lambda inputs: [np.concatenate(inputs, axis=layer.axis)]
-        return self.add(layer)
+        (dtype,) = {tensor.known_type for tensor in tensors}
+        layer = self.add(tensors, tensors[0].shape, dtype, lambda *arrays: np.concatenate(arrays, layer.axis))
+        return layer
 
     def add_cast(self, tensor: ITensor, dtype: DataType) -> Layer:
-        return self.add(
-            Layer(self, [tensor], [(tensor.shape, dtype)], lambda inputs: [inputs[0].astype(NUMPY_TYPES[dtype])])
-        )
+        return self.add([tensor], tensor.shape, dtype, lambda x: x)
+
+    def add_quantize(self, tensor: ITensor, scale: ITensor, dtype: DataType = DataType.INT8) -> Layer:
+        assert tensor.known_type == scale.known_type == DataType.FLOAT
+        low, high, rounded = (-448, 448, np.asarray) if dtype == DataType.FP8 else (-128, 127, np.round)
+        return self.add([tensor, scale], tensor.shape, dtype, lambda x, step: rounded(np.clip(x / step, low, high)))
+
+    def add_dequantize(self, tensor: ITensor, scale: ITensor) -> Layer:
+        return self.add([tensor, scale], tensor.shape, DataType.FLOAT, np.multiply)
 
     def add_plugin_v2(self, inputs: list[ITensor], plugin: types.SimpleNamespace) -> Layer:
-        dtype = DataType(plugin.fields["type_id"])
-        shapes = output_shapes(plugin.name, plugin.fields, [tensor.shape for tensor in inputs])
+        dtype = NUMPY_TYPES[DataType(plugin.fields["type_id"])]
+        outputs = PLUGIN_OUTPUTS[plugin.name](plugin.fields, [tensor.shape for tensor in inputs])
 
-        def compute(arrays: Arrays) -> Arrays:
+        def compute(*arrays: np.ndarray) -> Arrays:
             floating = {array.dtype for array in arrays[:2] if array.dtype.kind != "i"}
-            assert floating == {NUMPY_TYPES[dtype]}, f"{plugin.name} of {dtype} was given {floating}"
-            return PLUGINS[plugin.name](plugin.fields, arrays)
+            assert floating == {dtype}, f"{plugin.name} of {dtype} was given {floating}"
+            return PLUGINS[plugin.name](plugin.fields, list(arrays))
 
-        return self.add(Layer(self, inputs, [(shape, dtype) for shape in shapes], compute))
+        plugin.inputs = inputs
+        self.plugins.append(plugin)
+        self.layers.append(Layer(self, inputs, [(shape, DataType(number)) for shape, number in outputs], compute))
+        return self.layers[-1]
 
     def add_plugin_v3(self, inputs: list[ITensor], shape_inputs: list[ITensor], plugin: Any) -> Layer:
         assert shape_inputs == []
@@ -234,18 +276,14 @@ class INetworkDefinition:
         return self.add_plugin_v2(inputs, plugin)
 
 
-def wide(arrays: Arrays) -> Arrays:
+def wide(array: np.ndarray) -> np.ndarray:
     """Native layers of networks without types compute in float32; integers stay what they are."""
-    return [array if array.dtype.kind in "iu" else array.astype(np.float32) for array in arrays]
+    return array if array.dtype.kind in "iu" else array.astype(np.float32)
 
 
 def gather(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     assert ((rows >= 0) & (rows < len(table))).all(), "a gather of rows that are not there"
     return table[rows]
-
-
-def shape_of(array: np.ndarray) -> np.ndarray:
-    return np.array(array.shape)
 
 
 class Creator:
@@ -256,7 +294,8 @@ class Creator:
 
     def create_plugin(self, layer: str, fields: list[types.SimpleNamespace], phase: str | None = None) -> Any:
         values = {field.name: field.array[0].item() for field in fields}
-        return types.SimpleNamespace(name=self.name, layer=layer, fields=values, phase=phase)
+        kinds = {field.name: field.kind for field in fields}
+        return types.SimpleNamespace(name=self.name, layer=layer, fields=values, kinds=kinds, phase=phase)
 
 
 class Profile:
@@ -449,7 +488,9 @@ def make_module(version: str) -> types.ModuleType:
     module = types.ModuleType("tensorrt")
     module.__spec__ = types.SimpleNamespace(name="tensorrt")  # type: ignore[assignment]
     creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")]
-    operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, "FLOAT32", "INT32")})
+    operations = types.SimpleNamespace(
+        **{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, "CLIP", "FLOAT32", "INT32")}
+    )
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")
     classes = (DataType, ITensor, INetworkDefinition, Weights, Builder, Runtime, ILogger, IProfiler)
     module.__dict__.update(
@@ -458,6 +499,7 @@ def make_module(version: str) -> types.ModuleType:
         **{"float32": DataType.FLOAT, "float16": DataType.HALF, "int8": DataType.INT8, "int32": DataType.INT32},
         nptype=NUMPY_TYPES.__getitem__,
         **{f"{kind}Operation": operations for kind in ("ElementWise", "Unary", "Reduce")},
+        ActivationType=operations,
         PluginFieldType=operations,
         PluginField=lambda name, array, kind: types.SimpleNamespace(name=name, array=array, kind=kind),
         PluginFieldCollection=list,
@@ -476,6 +518,7 @@ def make_module(version: str) -> types.ModuleType:
     if MAJOR >= 10:
         module.__dict__.update(
             bfloat16=DataType.BF16,
+            fp8=DataType.FP8,
             TensorRTPhase=types.SimpleNamespace(BUILD="build", RUNTIME="runtime"),
             ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed"),
         )

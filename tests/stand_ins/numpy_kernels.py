@@ -6,7 +6,7 @@ import types
 import ml_dtypes
 import numpy as np
 
-from tests.qwen_model.stand_ins.numpy_cuda import enqueue, view
+from tests.stand_ins.numpy_cuda import enqueue, view
 
 DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 7: np.dtype(ml_dtypes.bfloat16)}
 SETTINGS = struct.Struct("<fffiQQ")  # temperature, top_p, repetition_penalty, top_k, seed, step

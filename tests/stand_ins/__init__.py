@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.qwen_model.stand_ins import numpy_cuda, numpy_kernels, numpy_tensorrt
+from tests.stand_ins import numpy_cuda, numpy_kernels, numpy_tensorrt
 
 OURS = (
     "qwen_plugins.tensorrt",
