@@ -18,8 +18,7 @@ from qwen_plugins._arguments import (
     type_name,
     type_number,
 )
-
-_ACTIVATIONS = {None: 0, "swiglu": 1}
+from qwen_plugins._numbers import ACTIVATIONS
 
 
 def gemm(
@@ -132,7 +131,7 @@ def _on_gpu(
         if x.stride(1) != 1 or x.stride(0) < in_features:  # of one element or overlapping
             x = x.contiguous()
     rows = x.shape[0]
-    number, dtype = _ACTIVATIONS[activation], type_number(x.dtype)
+    number, dtype = ACTIVATIONS[activation], type_number(x.dtype)
     with CurrentDevice(x) as stream:
         workspace_bytes = _workspace_bytes(rows, in_features, out_features, number, dtype)
         # From PyTorch's pool each time: it knows about streams and captures.

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
+from ._numbers import HEAD_SIZES
 from ._tensorrt_layers import (
     add_plugin,
     as_array,
@@ -19,7 +20,6 @@ from ._tensorrt_native import NativeLayers
 
 # TensorRT-LLM's names and numbers.
 _POSITION_EMBEDDING_TYPES = {"learned_absolute": 0, "rope_gptj": 1, "rope_gpt_neox": 2}
-_HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
 
 def gpt_attention(
@@ -168,8 +168,8 @@ class _Tensors:
 def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads != 0:
         raise ValueError(f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; expected a divisor of num_heads")
-    if head_size not in _HEAD_SIZES:
-        raise ValueError(f"head_size is {head_size}; expected one of {', '.join(map(str, _HEAD_SIZES))}")
+    if head_size not in HEAD_SIZES:
+        raise ValueError(f"head_size is {head_size}; expected one of {', '.join(map(str, HEAD_SIZES))}")
 
 
 def _rotary_dim(given: int | None, head_size: int, position_embedding_type: str, rotary_table: Any) -> int:

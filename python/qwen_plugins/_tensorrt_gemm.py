@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorrt as trt
 
+from ._numbers import ACTIVATIONS
 from ._tensorrt_layers import (
     add_plugin,
     as_array,
@@ -16,8 +17,6 @@ from ._tensorrt_layers import (
     tensor_shape,
 )
 from ._tensorrt_native import NativeLayers
-
-_ACTIVATIONS = {None: 0, "swiglu": 1}
 
 
 def gemm(
@@ -65,7 +64,7 @@ def gemm(
     if not shape or shape[-1] < 1:
         raise ValueError(f"x has shape {shape}; expected [..., in_features] with a known in_features")
     dtype = checked_dtype(dtype, x, "x")
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected None or 'swiglu'")
     if constant_weight is None:
         constant_weight = not any(isinstance(tensor, trt.ITensor) for tensor in (weight, bias))
@@ -82,7 +81,7 @@ def gemm(
     fields = {
         "type_id": int(dtype),
         "bias": int(bias is not None),
-        "activation": _ACTIVATIONS[activation],
+        "activation": ACTIVATIONS[activation],
         "constant_weight": int(constant_weight),
     }
     return add_plugin(network, "Gemm", inputs, fields, name, [dtype])[0]

@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from ._tensorrt_native import is_strongly_typed
+from ._tensorrt_native import MAJOR, is_strongly_typed
 from ._tensorrt_registration import PLUGIN_NAMESPACE, find_creator, register_tensorrt_plugins
-
-MAJOR = int(trt.__version__.split(".")[0])
 
 
 def add_plugin(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-_MAJOR = int(trt.__version__.split(".")[0])
+MAJOR = int(trt.__version__.split(".")[0])
 _LARGEST = {"INT8": 127.0, "FP8": 448.0}  # symmetric; of float8_e4m3fn
 
 
@@ -15,9 +15,9 @@ def is_strongly_typed(network: Any) -> bool:
 
     In TensorRT 11 of every network, in 10 of those created with the flag ``STRONGLY_TYPED``, before that of none.
     """
-    if _MAJOR >= 11:
+    if MAJOR >= 11:
         return True
-    return _MAJOR >= 10 and bool(network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    return MAJOR >= 10 and bool(network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
 class NativeLayers:
@@ -104,7 +104,7 @@ class NativeLayers:
         return self._typed_output(layer, dtype)
 
     def _to_quantized(self, scaled: Any, quant_dtype: Any, largest: float) -> Any:
-        if _MAJOR >= 10:
+        if MAJOR >= 10:
             one = self.constant(np.ones((), np.float32), trt.float32, "one")
             return self._named(self.network.add_quantize(scaled, one, quant_dtype), "quantize").get_output(0)
         # TensorRT 8.6 quantizes only with scales that are known when the engine is built.

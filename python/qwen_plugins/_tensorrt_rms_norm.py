@@ -7,7 +7,6 @@ import numpy as np
 import tensorrt as trt
 
 from ._tensorrt_layers import (
-    MAJOR,
     add_plugin,
     as_array,
     check_network,
@@ -16,7 +15,7 @@ from ._tensorrt_layers import (
     may_be_equal,
     tensor_shape,
 )
-from ._tensorrt_native import NativeLayers, is_strongly_typed
+from ._tensorrt_native import MAJOR, NativeLayers, is_strongly_typed
 
 
 def rms_norm(

@@ -23,9 +23,7 @@ from qwen_plugins._arguments import (
     core,
     float_type_number,
 )
-
-HEAD_SIZES = (32, 64, 80, 96, 128, 256)
-ROTARY_STYLES = {"neox": 0, "gptj": 1}  # csrc/kernels/attention_heads.h
+from qwen_plugins._numbers import HEAD_SIZES, ROTARY_STYLES
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:

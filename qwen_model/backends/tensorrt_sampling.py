@@ -11,8 +11,6 @@ from qwen_plugins import _core
 from ..sampling import Choice, SamplingOptions, kernel_settings
 from . import cuda_runtime as cuda
 
-DATA_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}  # csrc/kernels/data_type.h
-
 
 class DeviceSampler:
     """The kernel's settings and buffers, for one batch at a time. Nothing waits for the device."""
@@ -20,7 +18,7 @@ class DeviceSampler:
     def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
         """`dtype` is that of the logits, which are [sequences, vocab_size]."""
         self._vocab_size = vocab_size
-        self._dtype = DATA_TYPES[dtype]
+        self._dtype = int(getattr(_core.DataType, dtype))
         self._stream = stream
         settings = np.frombuffer(_settings(SamplingOptions(), vocab_size), np.uint8)
         self._settings = cuda.DeviceArray(settings.shape, np.uint8)

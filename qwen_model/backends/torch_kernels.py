@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from qwen_plugins import _core
-from qwen_plugins.decoder import HEAD_SIZES, AttentionInputs, decode_attention_workspace
+from qwen_plugins._arguments import address, type_number
+from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES, ROTARY_STYLES
+from qwen_plugins.decoder import AttentionInputs, decode_attention_workspace
 
 from ..config import ModelConfig
 from .torch_operations import Batch, TorchOperations
-
-_NO_ACTIVATION, _SWIGLU = 0, 1  # of csrc/kernels/gemm.h
 
 
 def supported(config: ModelConfig) -> bool:
@@ -30,7 +30,7 @@ class KernelOperations(TorchOperations):
         """See `TorchOperations`."""
         super().__init__(config, weights, cache, rmsnorm_plugin)
         self._rmsnorm_plugin = rmsnorm_plugin
-        self._dtype = int(getattr(_core.DataType, str(cache.dtype).removeprefix("torch.")))
+        self._dtype = type_number(cache.dtype)
         any_table = torch.empty(1, config.rotary.dim, device=cache.device)
         inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
         self._workspace = decode_attention_workspace(inputs)
@@ -67,32 +67,33 @@ class KernelOperations(TorchOperations):
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return self._gemm(x, weight, bias, _NO_ACTIVATION)
+        return self._gemm(x, weight, bias, None)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return self._gemm(x, weight, bias, _SWIGLU)
+        return self._gemm(x, weight, bias, "swiglu")
 
-    def _gemm(self, x: Tensor, weight: str, bias: str | None, activation: int) -> Tensor:
+    def _gemm(self, x: Tensor, weight: str, bias: str | None, activation: str | None) -> Tensor:
         rows, in_features = x.shape
         matrix = self.weights[weight]
         out_features = matrix.shape[0]
-        y = x.new_empty(rows, out_features // 2 if activation == _SWIGLU else out_features)
-        size = _core.gemm_workspace_bytes(rows, in_features, out_features, activation, self._dtype)
+        y = x.new_empty(rows, out_features // 2 if activation == "swiglu" else out_features)
+        number = ACTIVATIONS[activation]
+        size = _core.gemm_workspace_bytes(rows, in_features, out_features, number, self._dtype)
         workspace = x.new_empty(size, dtype=torch.uint8) if size else None
         _core.gemm(
             x.data_ptr(),
             in_features,
             matrix.data_ptr(),
-            0 if bias is None else self.weights[bias].data_ptr(),
+            self._weight_address(bias),
             y.data_ptr(),
             rows,
             in_features,
             out_features,
-            activation,
+            number,
             self._dtype,
             True,  # weights are constant
-            0 if workspace is None else workspace.data_ptr(),
+            address(workspace),
             size,
             self._stream,
         )
@@ -109,11 +110,11 @@ class KernelOperations(TorchOperations):
         operands = _core.RmsNormOperands(
             x.data_ptr(),
             strides,
-            0 if residual is None else residual.data_ptr(),
+            address(residual),
             strides,
             0 if residual is None else h.data_ptr(),
             strides,
-            self.weights[weight].data_ptr(),
+            self._weight_address(weight),
             (rows, rows),
             hidden_size,
             self._dtype,
@@ -162,10 +163,13 @@ class KernelOperations(TorchOperations):
                 dtype=self._dtype,
                 rotary_table=batch.rotary_table.data_ptr(),
                 rotary_offsets=batch.rotary_offsets.data_ptr(),
-                rotary_style=0,  # NeoX
-                query_scale=0 if batch.query_scale is None else batch.query_scale.data_ptr(),
-                q_norm_weight=0 if q_norm is None else self.weights[q_norm].data_ptr(),
-                k_norm_weight=0 if k_norm is None else self.weights[k_norm].data_ptr(),
+                rotary_style=ROTARY_STYLES["neox"],
+                query_scale=address(batch.query_scale),
+                q_norm_weight=self._weight_address(q_norm),
+                k_norm_weight=self._weight_address(k_norm),
                 norm_eps=config.norm_eps,
             )
         return self._heads[q_norm, k_norm]
+
+    def _weight_address(self, name: str | None) -> int:
+        return 0 if name is None else self.weights[name].data_ptr()

@@ -70,6 +70,7 @@ def draw(row: np.ndarray, values: tuple, index: int) -> int:
 
 core = types.ModuleType("qwen_plugins._core")
 core.__dict__.update(
+    DataType=types.SimpleNamespace(**{dtype.name: number for number, dtype in DTYPES.items()}),
     sample=sample,
     sampling_settings_bytes=settings_bytes,
     sampling_workspace_bytes=lambda max_sequences, vocab_size: 16,
