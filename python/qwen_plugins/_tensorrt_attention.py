@@ -2,18 +2,18 @@
 
 from typing import Any
 
-import numpy as np
 import tensorrt as trt
 
 from ._numbers import HEAD_SIZES
 from ._tensorrt_layers import (
     add_plugin,
-    as_array,
     check_network,
+    check_positive,
     check_shape,
     check_type,
     checked_dtype,
     free_name,
+    parameter,
     tensor_shape,
 )
 from ._tensorrt_native import NativeLayers
@@ -97,33 +97,26 @@ def gpt_attention(
     dtype = checked_dtype(dtype, qkv, "qkv")
     _check_heads(num_heads, num_kv_heads, head_size)
     rotary_dim = _rotary_dim(rotary_embedding_dim, head_size, position_embedding_type, rotary_table)
-    for value, what in ((q_scaling, "q_scaling"), (norm_eps, "norm_eps")):
-        if not np.isfinite(value) or value <= 0:
-            raise ValueError(f"{what} is {value}; expected a finite number above 0")
+    check_positive(q_scaling, "q_scaling")
+    check_positive(norm_eps, "norm_eps")
     if (q_norm_weight is None) != (k_norm_weight is None):
         raise ValueError("only one of q_norm_weight and k_norm_weight is given; expected both or none")
 
-    tensors = _Tensors(network, name or free_name(network, "gpt_attention"))
+    name = name or free_name(network, "gpt_attention")
+    tensors = _Tensors(network, name)
     packed = (num_heads + 2 * num_kv_heads) * head_size
     tensors.add("qkv", qkv, (-1, packed), "[tokens, (num_heads + 2 * num_kv_heads) * head_size]")
-    cache_shape, meaning = (
-        (-1, 2, num_kv_heads, -1, head_size),
-        "[max_batch, 2, num_kv_heads, max_positions, head_size]",
-    )
-    tensors.add("past_key_value", past_key_value, cache_shape, meaning, dtype)
+    cache = (-1, 2, num_kv_heads, -1, head_size)
+    meaning = "[max_batch, 2, num_kv_heads, max_positions, head_size]"
+    tensors.add("past_key_value", past_key_value, cache, meaning, dtype)
     tensors.add("cu_seqlens", cu_seqlens, (-1,), "[sequences + 1]", trt.int32)
     tensors.add("past_lengths", past_lengths, (-1,), "[sequences]", trt.int32)
     tensors.add("rotary_offsets", rotary_offsets, (-1,), "[sequences]", trt.int32)
-    if rotary_dim > 0:
-        tensors.add_parameter(
-            "rotary_table", rotary_table, (-1, rotary_dim), "[rows, rotary_embedding_dim]", trt.float32
-        )
+    tensors.add_parameter("rotary_table", rotary_table, (-1, rotary_dim), "[rows, rotary_embedding_dim]", trt.float32)
     tensors.add("semaphores", semaphores, (-1, num_heads), "[max_batch, num_heads]", trt.int32)
-    if query_scale is not None:
-        tensors.add_parameter("query_scale", query_scale, (-1,), "[rows]", trt.float32)
-    if q_norm_weight is not None:
-        tensors.add_parameter("q_norm_weight", q_norm_weight, (head_size,), "[head_size]", dtype)
-        tensors.add_parameter("k_norm_weight", k_norm_weight, (head_size,), "[head_size]", dtype)
+    tensors.add_parameter("query_scale", query_scale, (-1,), "[rows]", trt.float32)
+    tensors.add_parameter("q_norm_weight", q_norm_weight, (head_size,), "[head_size]", dtype)
+    tensors.add_parameter("k_norm_weight", k_norm_weight, (head_size,), "[head_size]", dtype)
     fields = {
         "type_id": int(dtype),
         "num_heads": num_heads,
@@ -136,7 +129,7 @@ def gpt_attention(
         "qk_norm": int(q_norm_weight is not None),
         "norm_eps": float(norm_eps),
     }
-    context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, tensors.layers.name, [dtype, dtype])
+    context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, name, [dtype, dtype])
     return context, present
 
 
@@ -155,14 +148,9 @@ class _Tensors:
         self.inputs.append(value)
 
     def add_parameter(self, what: str, value: Any, expected: tuple[int, ...], meaning: str, dtype: Any) -> None:
-        """A tensor or an array, which becomes one."""
-        if isinstance(value, trt.ITensor):
-            # TensorRT 8.6 calls the tensors inside a network float32: nothing to check there.
-            self.add(what, value, expected, meaning, dtype if self.layers.typed else None)
-            return
-        array = as_array(value, what)
-        check_shape(array.shape, expected, what, meaning)
-        self.inputs.append(self.layers.constant(array, dtype, what, keeps_type=True))
+        """A tensor, or an array, which becomes one; nothing if it is None."""
+        if value is not None:
+            self.inputs.append(parameter(self.layers, value, expected, what, meaning, dtype))
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:

@@ -8,12 +8,11 @@ import tensorrt as trt
 from ._numbers import ACTIVATIONS
 from ._tensorrt_layers import (
     add_plugin,
-    as_array,
     check_network,
-    check_shape,
     check_type,
     checked_dtype,
     free_name,
+    parameter,
     tensor_shape,
 )
 from ._tensorrt_native import NativeLayers
@@ -90,18 +89,11 @@ def gemm(
 def _parameter(layers: NativeLayers, value: Any, expected: tuple[int, ...], dtype: Any, what: str) -> Any:
     """A tensor of the expected shape from a tensor, an array or ``tensorrt.Weights``; -1 is a dimension not known."""
     meaning = "[out_features, in_features]" if what == "weight" else "[out_features]"
-    if isinstance(value, trt.ITensor):
-        check_shape(value.shape, expected, what, meaning)
-        if layers.typed:  # TensorRT 8.6 calls the tensors inside a network float32
-            check_type(value, dtype, what)
-        return value
-    if isinstance(value, trt.Weights):
-        check_type(value, dtype, what)
-        known = math.prod(extent for extent in expected if extent > 0)
-        shape = tuple(value.size // known if extent < 0 else extent for extent in expected)
-        if math.prod(shape) != value.size:
-            raise ValueError(f"{what} has {value.size} elements; expected {meaning}, here {expected}")
-        return layers.weights(value, shape, dtype, what, keeps_type=True)
-    array = as_array(value, what)
-    check_shape(array.shape, expected, what, meaning)
-    return layers.constant(array, dtype, what, keeps_type=True)
+    if not isinstance(value, trt.Weights):
+        return parameter(layers, value, expected, what, meaning, dtype)
+    check_type(value, dtype, what)
+    known = math.prod(extent for extent in expected if extent > 0)
+    shape = tuple(value.size // known if extent < 0 else extent for extent in expected)
+    if math.prod(shape) != value.size:
+        raise ValueError(f"{what} has {value.size} elements; expected {meaning}, here {expected}")
+    return layers.weights(value, shape, dtype, what, keeps_type=True)

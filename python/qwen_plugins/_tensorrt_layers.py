@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from ._tensorrt_native import MAJOR, is_strongly_typed
+from ._tensorrt_native import MAJOR, NativeLayers, is_strongly_typed
 from ._tensorrt_registration import PLUGIN_NAMESPACE, find_creator, register_tensorrt_plugins
 
 
@@ -64,6 +64,18 @@ def _set_output_types(layer: Any, outputs: Sequence[Any], types: Sequence[Any]) 
         tensor.dtype = dtype
 
 
+def parameter(layers: NativeLayers, value: Any, expected: Sequence[int], what: str, meaning: str, dtype: Any) -> Any:
+    """A tensor, or an array as a constant, of that shape and type."""
+    if isinstance(value, trt.ITensor):
+        check_shape(value.shape, expected, what, meaning)
+        if layers.typed:  # TensorRT 8.6 calls the tensors inside a network float32
+            check_type(value, dtype, what)
+        return value
+    array = as_array(value, what)
+    check_shape(array.shape, expected, what, meaning)
+    return layers.constant(array, dtype, what, keeps_type=True)
+
+
 def check_network(network: Any) -> None:
     """TypeError unless it is an ``INetworkDefinition``."""
     if not isinstance(network, trt.INetworkDefinition):
@@ -82,6 +94,12 @@ def check_type(tensor: Any, dtype: Any, what: str) -> None:
     """TypeError where a tensor's known type is another."""
     if tensor.dtype != dtype:
         raise TypeError(f"{what} has type {tensor.dtype}; expected {dtype}")
+
+
+def check_positive(value: float, what: str) -> None:
+    """ValueError unless it is a finite number above 0."""
+    if not np.isfinite(value) or value <= 0:
+        raise ValueError(f"{what} is {value}; expected a finite number above 0")
 
 
 def check_shape(shape: Sequence[int], expected: Sequence[int], what: str, meaning: str) -> None:

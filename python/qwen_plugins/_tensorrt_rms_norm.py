@@ -10,6 +10,7 @@ from ._tensorrt_layers import (
     add_plugin,
     as_array,
     check_network,
+    check_positive,
     checked_dtype,
     free_name,
     may_be_equal,
@@ -141,8 +142,7 @@ class _Arguments:
     ) -> None:
         check_network(network)
         self.network, self.x, self.residual, self.eps, self.name = network, x, residual, float(eps), name
-        if not np.isfinite(self.eps) or self.eps <= 0:
-            raise ValueError(f"eps is {eps}; expected a finite number above 0")
+        check_positive(self.eps, "eps")
         self.shape = tensor_shape(x, "x")
         if not self.shape:
             raise ValueError("x has no dimensions; expected [..., hidden_size]")
