@@ -30,7 +30,7 @@ from .extras import import_extra, require_kernels
 from .memory import required_bytes
 from .session import Session
 from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
-from .weights import Checkpoint, Framework, WeightGroup, weight_groups
+from .weights import Checkpoint, Framework, weight_groups
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("weights", "TensorRT", "plan"), and the bytes done and in all (0: not known)."""
@@ -111,13 +111,10 @@ def build_engine(
     )
     weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
     warnings = list(_warnings(model, limits, config.dtype if dtype is None else None))
+    report = progress or (lambda phase, done, total: None)
+    options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     with _written_whole(target) as folder:
-        report = progress or (lambda phase, done, total: None)
-        if backend == "torch":
-            _write_torch_weights(back_end, checkpoint, groups, config, folder, report)
-        else:
-            given_cache = None if timing_cache is None else Path(timing_cache)
-            warnings += back_end.write_engine(folder, config, checkpoint.read, report, given_cache)
+        warnings += back_end.write_engine(folder, config, checkpoint.read, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
     seconds = time.perf_counter() - start
@@ -130,26 +127,6 @@ def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None
     config = EngineConfig.read(folder)
     executor = _back_end(config.backend).load_executor(folder, config, device)
     return Session(config, executor, _load_tokenizer(folder))
-
-
-def _write_torch_weights(
-    back_end: ModuleType,
-    checkpoint: Checkpoint,
-    groups: list[WeightGroup],
-    config: EngineConfig,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    total, _ = required_bytes(config.model, config.limits, config.dtype)
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("weights", done, total)
-
-    (folder / "weights").mkdir()
-    back_end.write_weights(checkpoint, groups, config.dtype, folder / "weights", report)
 
 
 def _back_end(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +31,15 @@ from .tensorrt_executor import TensorRTExecutor
 from .tensorrt_operations import TensorRTOperations
 from .tensorrt_timing_cache import TimingCache
 
+if TYPE_CHECKING:
+    from ..engine import Progress
+
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
 LOGIT_ROWS = 256
 """Tokens of a prompt whose logits `prompt_logits` takes at a time."""
 WRITE_BYTES = 64 << 20
 
-Progress = Callable[[str, int, int], None]
 ReadWeight = Callable[[WeightSpec], npt.NDArray[Any]]
 
 
@@ -128,7 +130,6 @@ def write_engine(
     """Build the plan and write it to `folder`. Returns what the user should know, if anything.
 
     read_weight: gives each weight of weights.py as an array of any floating-point type.
-    progress: called with what is being done, how much of it is done, and the whole (0: not known).
     timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
     operations: what the network is made of; benchmarks measure others beside ours.
     """
@@ -299,13 +300,9 @@ def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
 def _buffer_bytes(config: EngineConfig) -> int:
     """Of the logits and of the network's inputs but for the cache."""
     logits = logit_rows(config) * config.model.vocab_size * ITEM_SIZES[config.dtype]
-    rows = {
-        name: given.prefill.max if given.prefill is not None else given.shape[0]
-        for name, given in network_inputs(config).items()
-        if not name.startswith("past_key_value")
-    }
-    columns = {name: math.prod(given.shape[1:]) for name, given in network_inputs(config).items()}
-    return logits + sum(4 * count * columns[name] for name, count in rows.items())
+    inputs = [given for name, given in network_inputs(config).items() if not name.startswith("past_key_value")]
+    rows = (given.shape[0] if given.prefill is None else given.prefill.max for given in inputs)
+    return logits + sum(4 * count * math.prod(given.shape[1:]) for count, given in zip(rows, inputs, strict=True))
 
 
 def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from ..memory import required_bytes
 from ..network import decoder
 from ..rotary import rotary_table
 from ..sampling import Choice, SamplingOptions
-from ..weights import Checkpoint, WeightGroup, too_large, weight_groups
+from ..weights import WeightGroup, WeightSpec, too_large, weight_groups
 from .torch_operations import Batch, TorchOperations
 from .torch_sampling import KernelSampler, TorchSampler
+
+if TYPE_CHECKING:
+    from ..engine import Progress
 
 ONE_THREAD_WORK = 8e6
 """Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
@@ -43,20 +46,31 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def write_weights(
-    checkpoint: Checkpoint, groups: Sequence[WeightGroup], dtype: str, folder: Path, report: Callable[[int], None]
-) -> None:
-    """One safetensors file for each group; `report` is called with the number of bytes written."""
+def write_engine(
+    folder: Path, config: EngineConfig, read_weight: Callable[[WeightSpec], Tensor], progress: Progress
+) -> list[str]:
+    """Write one safetensors file for each group of weights to `folder`. Returns what the user should know: nothing.
+
+    read_weight: gives each weight of weights.py, of any floating-point type.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    for group in groups:
-        tensors = {spec.name: as_dtype(checkpoint.read(spec), dtype, spec.name).contiguous() for spec in group.specs}
+    (folder / "weights").mkdir()
+    done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
+    for group in weight_groups(config.model):
+        tensors = {spec.name: as_dtype(read_weight(spec), config.dtype, spec.name).contiguous() for spec in group.specs}
         try:
-            save_file(tensors, folder / f"{group.name}.safetensors")
+            save_file(tensors, _weights_file(folder, group))
         except SafetensorError as error:  # a full disk, too
             raise OSError(str(error)) from error
-        report(sum(tensor.nbytes for tensor in tensors.values()))
+        done += sum(tensor.nbytes for tensor in tensors.values())
+        progress("weights", done, total)
+    return []
+
+
+def _weights_file(engine_dir: Path, group: WeightGroup) -> Path:
+    return engine_dir / "weights" / f"{group.name}.safetensors"
 
 
 def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
@@ -74,7 +88,7 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
     check_memory(config.model, config.limits, config.dtype, target)
     weights: dict[str, Tensor] = {}
     for group in weight_groups(config.model):
-        path = engine_dir / "weights" / f"{group.name}.safetensors"
+        path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is not whole: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, config.dtype, target))
