@@ -60,6 +60,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def extents_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one overlaps that of the other."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+
+    def end(tensor: Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+    return a.data_ptr() < end(b) and b.data_ptr() < end(a)
+
+
 def check(condition: bool, message: str) -> None:
     """ValueError with this message unless the condition holds."""
     if not condition:

@@ -15,6 +15,7 @@ from qwen_plugins._arguments import (
     check_device,
     check_tensor,
     core,
+    extents_overlap,
     type_name,
     type_number,
 )
@@ -99,19 +100,8 @@ def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, weight: Tensor, b
     if out.is_meta:  # no memory
         return
     for name, other in (("x", x), ("weight", weight), ("bias", bias)):
-        if other is not None and _extents_overlap(out, other):
+        if other is not None and extents_overlap(out, other):
             raise ValueError(f"out shares memory with {name}, which is still read while out is written")
-
-
-def _extents_overlap(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-
-    def end(tensor: Tensor) -> int:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-    return a.data_ptr() < end(b) and b.data_ptr() < end(a)
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from qwen_plugins._arguments import (
     FLOAT_TYPES,
     CurrentDevice,
+    address,
     check_device,
     check_tensor,
     core,
+    extents_overlap,
     type_name,
     type_number,
 )
@@ -136,7 +138,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether the memory of two tensors overlaps; of interleaved columns of one matrix, exactly."""
-    if a.numel() == 0 or b.numel() == 0 or _extent(a)[0] >= _extent(b)[1] or _extent(b)[0] >= _extent(a)[1]:
+    if not extents_overlap(a, b):
         return False
     if a.stride() != b.stride() or a.shape != b.shape or a.dim() < 2:
         return True
@@ -145,11 +147,6 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     row = a.shape[-1] * a.element_size()
     distance = abs(a.data_ptr() - b.data_ptr())
     return step == 0 or distance % step < row or distance % step > step - row
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -304,9 +301,9 @@ def quant_on_gpu(
                 _operands(norm, residual_out, rows, strides, offsets),
                 q.data_ptr() + offsets[-1],
                 type_number(quantization.dtype),
-                smoothing.data_ptr() if smoothing is not None else 0,
+                address(smoothing),
                 type_number(smoothing.dtype if smoothing is not None else norm.x.dtype),
-                scale.data_ptr() if scale is not None else 0,
+                address(scale),
                 scales.data_ptr() + 4 * first_row if scales is not None else 0,
                 stream,
             )

@@ -1,4 +1,4 @@
-"""RMSNorm and quantization spelled out in TensorRT's own layers: what the plug-ins are compared with."""
+"""TensorRT's own layers: constants, and RMSNorm and quantization spelled out, which the plug-ins are compared with."""
 
 import weakref
 from typing import Any

@@ -109,9 +109,6 @@ class Stream:
         if hasattr(self, "handle"):
             cudart.cudaStreamDestroy(self.handle)
 
-    def __int__(self) -> int:
-        return self.handle
-
     def synchronize(self) -> None:
         """Wait until everything on it is done."""
         check(cudart.cudaStreamSynchronize(self.handle))

@@ -23,7 +23,6 @@ from .tensorrt_sampling import DeviceSampler
 STEPS_IN_FLIGHT = 4
 """So many steps' tokens are kept until they are read. A session asks for two at most before it reads the first."""
 
-
 WARM_UP_TOKENS = 256
 """Enough for the products to be those of long prompts, which a library does."""
 

@@ -221,8 +221,8 @@ class TorchExecutor:
     ):
         """Weights by the names of weights.py, all on one device and of one type.
 
-        use_kernels: attention and SwiGLU by our CUDA kernels, and decode steps as CUDA graphs; None: on a GPU, if there
-            are kernels for the model.
+        use_kernels: the operations by our CUDA kernels, and decode steps as CUDA graphs; None: on a GPU, if there are
+            kernels for the model.
         """
         self.config = config
         self.limits = limits
