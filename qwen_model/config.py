@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .errors import QwenModelError
+from .files import read_json_object
 
 DTYPES = ("float16", "bfloat16", "float32")
 ROTARY_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "qwen_dynamic")
@@ -82,13 +82,7 @@ class ModelConfig:
         path = Path(model_dir) / "config.json"
         if not path.is_file():
             raise QwenModelError(f"{model_dir} is not a Hugging Face checkpoint: it has no config.json")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise QwenModelError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise QwenModelError(f"{path} must hold a JSON object, not {type(values).__name__}")
-        return read_config(values)
+        return read_config(read_json_object(path))
 
     def with_rotary_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
         """The same model with another rotary scaling, given as the `rope_scaling` of a `config.json`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import os
 import platform
@@ -27,6 +26,7 @@ from .config import DTYPES, ModelConfig
 from .engine_config import BACKENDS, EngineConfig, Limits, read_engine_json
 from .errors import QwenModelError
 from .extras import import_extra, require_kernels
+from .files import read_json_object
 from .memory import required_bytes
 from .session import Session
 from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
@@ -143,10 +143,7 @@ def read_end_token_ids(model_dir: Path) -> tuple[int, ...]:
         path = model_dir / name
         if not path.is_file():
             continue
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise QwenModelError(f"{path} is not a JSON object: {error}") from error
+        ids = read_json_object(path).get("eos_token_id")
         ids = [ids] if isinstance(ids, int) else ids
         if ids:
             if not all(isinstance(token, int) for token in ids):

@@ -1,10 +1,14 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that hold one JSON object."""
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from .errors import QwenModelError
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -17,3 +21,14 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What is in it. QwenModelError: it is not JSON, or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QwenModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise QwenModelError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content

@@ -7,7 +7,6 @@ seconds of start-up for what ``tokenizers`` and ``tiktoken`` do.
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 import unicodedata
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from .chat_template import (
 )
 from .errors import QwenModelError
 from .extras import import_extra
+from .files import read_json_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -281,22 +281,12 @@ def _load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:
         raise QwenModelError(
             f"{path} is no tokenizer that the tokenizers library {tokenizers.__version__} reads"
         ) from error
-    config = _read_json_object(model_dir / "tokenizer_config.json")
-    special_tokens = _special_tokens({**_read_json_object(model_dir / "special_tokens_map.json"), **config})
+    config, special = (
+        read_json_object(path) if path.is_file() else {}
+        for path in (model_dir / "tokenizer_config.json", model_dir / "special_tokens_map.json")
+    )
+    special_tokens = _special_tokens({**special, **config})
     return HuggingFaceTokenizer(tokenizer, special_tokens, load_chat_template(model_dir, config))
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise QwenModelError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise QwenModelError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
-    return content
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

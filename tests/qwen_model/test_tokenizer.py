@@ -325,7 +325,7 @@ def test_broken_files(tmp_path, name, content, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "no valid JSON"), ("[]", "JSON object"), ('{"eos_token": "<gone>"}', "<gone>")],
+    [("{", "is not JSON"), ("[]", "JSON object"), ('{"eos_token": "<gone>"}', "<gone>")],
 )
 def test_broken_tokenizer_config(byte_level_dir, tmp_path, content, message):
     copy_tokenizer_files(byte_level_dir, tmp_path)
