@@ -50,9 +50,9 @@ __device__ __forceinline__ void publish_to_products() { asm volatile("fence.prox
 
 // Both operands in shared memory, columns summed over in both; c = 0 first if not `accumulate`.
 #define QWEN_PRODUCT_SHARED(type, c, a, b, accumulate) \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" QWEN_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}" \
-               : QWEN_TILES_64(c) : "l"(a), "l"(b), "r"(accumulate))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" QWEN_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+               : QWEN_TILES_32(c) : "l"(a), "l"(b), "r"(accumulate))
 // The first operand in registers; of the second, rows are summed over.
 #define QWEN_PRODUCT_REGISTERS(type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " \
@@ -64,9 +64,9 @@ __device__ __forceinline__ void publish_to_products() { asm volatile("fence.prox
   QWEN_PRODUCT_REGISTERS(type, "128", QWEN_TILES_64, QWEN_REGISTERS_64, "%64", "%65", "%66", "%67", "%68", c, a, b)
 // clang-format on
 
-// c [64 x 128] (+)= a [64 x 16] · b [128 x 16]^T. Each warp has 16 rows of c, in the layout of multiply_tiles.
+// c [64 x 64] (+)= a [64 x 16] · b [64 x 16]^T. Each warp has 16 rows of c, in the layout of multiply_tiles.
 template <typename T>
-__device__ __forceinline__ void multiply_async(float (&c)[16][4], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void multiply_async(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
     QWEN_PRODUCT_SHARED("f16", c, a, b, static_cast<int>(accumulate));
   } else {

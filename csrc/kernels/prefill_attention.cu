@@ -11,7 +11,8 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kPrepareHeads = 8;
+constexpr int kPrepareHeads = 4;
+constexpr int kPrepareBlocks = 4;  // of a multiprocessor: while some wait for what they load, others load
 constexpr int kPlainWarps = 4;
 
 // The sequence of a packed token: how many end at or before it. Each lane looks at one end at a time.
@@ -65,15 +66,33 @@ class LaneOfHeads {
  public:
   static constexpr int kLanes = kHeadLanes<kHeadSize>;
 
+  // Only loads what does not depend on the head. `scratch` [kHeadSize] is of this group of lanes, in shared memory.
   __device__ __forceinline__ LaneOfHeads(const AttentionHeads& heads, int rotary_row, T* scratch)
       : heads_(heads), scratch_(scratch), rotary_row_(rotary_row) {
-    const float* const cos_sin = heads.rotary_table + rotary_row * int64_t{heads.rotary_dim};
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) cosines_[i] = 1.0F;
+    const float* const cosines = heads.rotary_table + rotary_row * int64_t{heads.rotary_dim};
+    const float* const sines = cosines + heads.rotary_dim / 2;
+    if (element() >= heads.rotary_dim) return;
+    if (turns_whole_vectors() && reinterpret_cast<uintptr_t>(heads.rotary_table) % sizeof(float4) == 0) {
+      const RotaryPair pair(heads.rotary_style, element(), heads.rotary_dim);
+#pragma unroll
+      for (int i = 0; i < kVecSize; i += 4) {
+        const float4 cosine = *reinterpret_cast<const float4*>(cosines + pair.index + i);
+        const float4 sine = *reinterpret_cast<const float4*>(sines + pair.index + i);
+        cosines_[i] = cosine.x, cosines_[i + 1] = cosine.y, cosines_[i + 2] = cosine.z, cosines_[i + 3] = cosine.w;
+        sines_[i] = sine.x, sines_[i + 1] = sine.y, sines_[i + 2] = sine.z, sines_[i + 3] = sine.w;
+      }
+#pragma unroll
+      for (float& sine : sines_) sine *= pair.sign;
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) {
       if (element() + i >= heads.rotary_dim) continue;
       const RotaryPair pair(heads.rotary_style, element() + i, heads.rotary_dim);
-      cosines_[i] = cos_sin[pair.index];
-      sines_[i] = pair.sign * cos_sin[heads.rotary_dim / 2 + pair.index];
+      cosines_[i] = cosines[pair.index];
+      sines_[i] = pair.sign * sines[pair.index];
     }
   }
 
@@ -97,6 +116,11 @@ class LaneOfHeads {
   }
 
  private:
+  // Whether the elements that turn with those of a lane are those of another lane.
+  __device__ __forceinline__ bool turns_whole_vectors() const {
+    return heads_.rotary_style == RotaryStyle::kNeox && heads_.rotary_dim / 2 % kVecSize == 0;
+  }
+
   __device__ __forceinline__ Vector<T> normalise(const Vector<T>& x, const T* weight) const {
     float values[kVecSize];
     to_floats<T>(values, x);
@@ -115,49 +139,71 @@ class LaneOfHeads {
     return from_floats<T>(values);
   }
 
-  // The other elements of the pairs come through shared memory: as a vector, if they are one.
   __device__ __forceinline__ void rotate(float (&values)[kVecSize], const Vector<T>& x) const {
-    const int half = heads_.rotary_dim / 2;
+    float others[kVecSize];
+    to_floats<T>(others, turns_whole_vectors() ? vector_of_partner(x) : gathered_partners(x));
+    if (element() >= heads_.rotary_dim) return;
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = values[i] * cosines_[i] + others[i] * sines_[i];
+  }
+
+  __device__ __forceinline__ Vector<T> vector_of_partner(const Vector<T>& x) const {
+    const int distance = heads_.rotary_dim / 2 / kVecSize;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int partner = element() < heads_.rotary_dim / 2 ? lane + distance : lane - distance;
+    Vector<T> others;
+#pragma unroll
+    for (int i = 0; i < kVecSize / kVec<T>; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        others.packs[i].words[j] = __shfl_sync(0xffffffffU, x.packs[i].words[j], partner);
+      }
+    return others;
+  }
+
+  // One by one, through shared memory.
+  __device__ __forceinline__ Vector<T> gathered_partners(const Vector<T>& x) const {
     if (in_head()) *reinterpret_cast<Vector<T>*>(scratch_ + element()) = x;
     __syncwarp();
     float others[kVecSize] = {};
-    if (heads_.rotary_style == RotaryStyle::kNeox && half % kVecSize == 0) {
-      const int place = element() < half ? element() + half : element() - half;
-      if (element() < heads_.rotary_dim) to_floats<T>(others, *reinterpret_cast<const Vector<T>*>(scratch_ + place));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVecSize; ++i) {
-        const RotaryPair pair(heads_.rotary_style, element() + i, heads_.rotary_dim);
-        if (element() + i < heads_.rotary_dim) others[i] = to_float(scratch_[pair.partner]);
-      }
-    }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) {
-      if (element() + i < heads_.rotary_dim) values[i] = values[i] * cosines_[i] + others[i] * sines_[i];
+      const RotaryPair pair(heads_.rotary_style, element() + i, heads_.rotary_dim);
+      if (element() + i < heads_.rotary_dim) others[i] = to_float(scratch_[pair.partner]);
     }
+    __syncwarp();
+    return from_floats<T>(others);
   }
 
   const AttentionHeads& heads_;
-  T* scratch_;  // of this head
+  T* scratch_;
   int rotary_row_;
-  float cosines_[kVecSize] = {};
+  float cosines_[kVecSize];
   float sines_[kVecSize] = {};
 };
 
+// Blocks for the heads of q, k and v of the same tokens.
+__host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) {
+  return static_cast<unsigned>(heads.num_heads + 2 * heads.num_kv_heads + kPrepareHeads - 1) / kPrepareHeads;
+}
+
 // A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k and v: then both the rows of
-// qkv and those of the cache are long. All is loaded before any of it is used.
+// qkv and those of the cache are long. All is loaded before any of it is used. The first tokens come last: attention
+// begins with them, and finds some of them in the L2 cache.
 template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
+__global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks)
+    prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
   using Lane = LaneOfHeads<T, kHeadSize>;
   __shared__ __align__(16) T scratch[kPrepareThreads / Lane::kLanes][kHeadSize];
   trigger_dependent_launch();
   wait_for_previous_kernel();
   const int group = static_cast<int>(threadIdx.x) / Lane::kLanes;
-  const int64_t first_token = int64_t{blockIdx.x} * (kPrepareThreads / Lane::kLanes);
+  const unsigned parts = parts_of_heads(p.heads);
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const int64_t first_token = int64_t{block / parts} * (kPrepareThreads / Lane::kLanes);
   const int64_t token = min(first_token + group, p.tokens - 1);
   const bool writes = first_token + group < p.tokens && Lane::in_head();
-  const int first_head = static_cast<int>(blockIdx.y) * kPrepareHeads;
+  const int first_head = static_cast<int>(block % parts) * kPrepareHeads;
   const int first_k = p.heads.num_heads;
   const int first_v = first_k + p.heads.num_kv_heads;
   const int end = min(first_head + kPrepareHeads, first_v + p.heads.num_kv_heads);
@@ -246,9 +292,8 @@ cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties
 template <typename T, int kHeadSize>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   constexpr int kTokens = kPrepareThreads / kHeadLanes<kHeadSize>;
-  const int rows = p.heads.num_heads + 2 * p.heads.num_kv_heads;
-  const dim3 parts(static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens),
-                   static_cast<unsigned>((rows + kPrepareHeads - 1) / kPrepareHeads));
+  const auto groups = static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens);
+  const dim3 parts(groups * parts_of_heads(p.heads));
   const cudaError_t error =
       launch_kernel(prepare_tokens<T, kHeadSize>, parts, dim3(kPrepareThreads), 0, device, stream, p);
   if (error != cudaSuccess) return error;

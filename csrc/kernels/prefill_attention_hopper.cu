@@ -1,7 +1,7 @@
-// As prefill_attention_tiles.cuh, with three differences: four warps multiply together, straight from shared memory;
-// scores of the next keys are multiplied, and the softmax over them begins, while values are; and both halves of the
-// block wait for each other once for each tile of keys (Shah et al., "FlashAttention-3", 2024, without its roles for
-// warps).
+// As prefill_attention_tiles.cuh, but four warps multiply together, straight from shared memory. Two blocks share a
+// multiprocessor: one multiplies while the other computes weights, begins or ends. That leaves a thread 128 registers,
+// enough for tiles of 64 keys. (One block with 128 keys, and scores of the next keys multiplied during the softmax, was
+// slower from 2,048 tokens on and for all batches.)
 #include "hopper_products.cuh"
 #include "prefill_attention_hopper.h"
 #include "prefill_attention_tiles.cuh"
@@ -16,143 +16,167 @@ struct HopperShape {
   static constexpr int kRowTiles = 1;
   static constexpr int kThreads = 256;
   static constexpr int kRows = 128;
-  static constexpr int kKeys = 128;
-  static constexpr int kTileBytes = 128 * kHeadSize * 2;  // of queries, keys or values
-  static constexpr int kSharedBytes = 5 * kTileBytes + 1024;
+  static constexpr int kHalfRows = kRows / 2;  // of four warps
+  static constexpr int kKeys = 64;
+  static constexpr int kRowBytes = kHeadSize * 2;
+  static constexpr int kSharedBytes = (kRows + 4 * kKeys) * kRowBytes;  // two places for keys and two for values
 };
 
-// Starts the copies of 128 rows, those from `num_rows` on as zeros.
-template <typename T, typename Shape>
+// Starts the copies of `kRows` rows, those from `num_rows` on as zeros.
+template <typename T, typename Shape, int kRows>
 __device__ __forceinline__ void copy_tile(uint32_t to, const T* from, int64_t stride, int num_rows) {
   constexpr int kChunks = Shape::kHeadSize / 8;
   constexpr int kStep = Shape::kThreads / kChunks;  // rows; a multiple of 8, so that the swizzle is the same
   const int first = static_cast<int>(threadIdx.x) / kChunks;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-  to += chunk_offset(128, first, chunk);
+  to += chunk_offset(kRows, first, chunk);
   from += first * stride + chunk * 8;
 #pragma unroll
-  for (int row = 0; row < 128; row += kStep) {
+  for (int row = 0; row < kRows; row += kStep) {
     copy_async(to + row * kPanelRowBytes, from + row * stride, first + row < num_rows);
   }
 }
+
+// Where a block's tiles are in shared memory, and what of the cache comes there.
+template <typename T, typename Shape>
+class KeysAndValues {
+ public:
+  __device__ __forceinline__ KeysAndValues(const PrefillAttentionParams& p, const QueryTile& tile, int head,
+                                           uint32_t shared)
+      : shared_(shared), num_keys_(tile.first_position + tile.num_rows) {
+    const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
+    const T* const cache = static_cast<const T*>(p.cache.data);
+    keys_ = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
+    values_ = cache + cache_offset(p.heads, p.cache, tile.sequence, 1, kv_head);
+  }
+
+  __device__ __forceinline__ int num_tiles() const { return (num_keys_ + Shape::kKeys - 1) / Shape::kKeys; }
+  __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % 2 * kTileBytes; }
+  __device__ __forceinline__ uint32_t values(int tile) const { return shared_ + (2 + tile % 2) * kTileBytes; }
+
+  // Starts the copies of a tile, if there is one.
+  __device__ __forceinline__ void fetch(int tile) const {
+    const int first = tile * Shape::kKeys;
+    if (first >= num_keys_) return;
+    const int64_t offset = first * int64_t{Shape::kHeadSize};
+    copy_tile<T, Shape, Shape::kKeys>(keys(tile), keys_ + offset, Shape::kHeadSize, num_keys_ - first);
+    copy_tile<T, Shape, Shape::kKeys>(values(tile), values_ + offset, Shape::kHeadSize, num_keys_ - first);
+  }
+
+  // Waits for a tile, and starts the copies of the next one into the places of the one before.
+  __device__ __forceinline__ void advance(int tile) const {
+    commit_copies();
+    wait_for_copies<0>();
+    publish_to_products();
+    __syncthreads();
+    if (tile > 0) fetch(tile + 1);
+  }
+
+ private:
+  static constexpr int kTileBytes = Shape::kKeys * Shape::kRowBytes;
+
+  uint32_t shared_;
+  int num_keys_;
+  const T* keys_;
+  const T* values_;
+};
 
 template <typename T, typename Shape>
 class HopperAttention : public TileSoftmax<T, Shape> {
  public:
   using TileSoftmax<T, Shape>::TileSoftmax;
 
-  // Begins scores = queries · keys^T; `queries` is this half's first row.
-  __device__ __forceinline__ void begin_scores(uint32_t queries, uint32_t keys) {
+  // scores = queries · keys^T; `queries` is this half's first row.
+  __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys) {
     begin_products();
 #pragma unroll
     for (int d = 0; d < Shape::kHeadSize; d += 16) {
-      const int offset = d / kPanelColumns * 128 * kPanelRowBytes + d % kPanelColumns * 2;
-      multiply_async<T>(this->scores_[0], operand(queries + offset, 16), operand(keys + offset, 16), d > 0);
+      const int panel = d / kPanelColumns * kPanelRowBytes;
+      const int column = d % kPanelColumns * 2;
+      multiply_async<T>(this->scores_[0], operand(queries + panel * Shape::kRows + column, 16),
+                        operand(keys + panel * Shape::kKeys + column, 16), d > 0);
     }
     commit_products();
+    wait_for_products<0>();
   }
 
-  // Begins results += weights · values.
-  __device__ __forceinline__ void begin_results(uint32_t values) {
+  // results += weights · values.
+  __device__ __forceinline__ void add_values(uint32_t values) {
+    uint32_t weights[Shape::kKeys / 16][4];
+#pragma unroll
+    for (int i = 0; i < Shape::kKeys / 16; ++i) this->pack_weights(weights[i], 0, 2 * i);
     begin_products();
 #pragma unroll
-    for (int key = 0; key < Shape::kKeys; key += 16) {
-      multiply_async<T>(this->results_[0], weights_[key / 16],
-                        operand(values + key * kPanelRowBytes, 128 * kPanelRowBytes));
+    for (int i = 0; i < Shape::kKeys / 16; ++i) {
+      multiply_async<T>(this->results_[0], weights[i],
+                        operand(values + 16 * i * kPanelRowBytes, Shape::kKeys * kPanelRowBytes));
     }
     commit_products();
+    wait_for_products<0>();
   }
 
-  // The weights that begin_results takes, of the scores as apply_softmax left them.
-  __device__ __forceinline__ void keep_weights() {
-#pragma unroll
-    for (int i = 0; i < Shape::kKeys / 16; ++i) this->pack_weights(weights_[i], 0, 2 * i);
-  }
-
-  __device__ __forceinline__ void write(T* context, int64_t stride, int num_rows) {
+  // By way of the queries' place, so that whole lines are written; `row` is the warp's first.
+  __device__ __forceinline__ void write(char* shared, int row, T* context, int64_t stride, int num_rows) {
+    constexpr int kChunks = Shape::kHeadSize / 8;
     this->divide_by_sums();
-    const int row = this->lane() / 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= num_rows) continue;
-      T* const to = context + (row + 8 * half) * stride + this->lane() % 4 * 2;
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int d = 0; d < Shape::kHeadSize / 8; ++d) {
-        const float* const pair = &this->results_[0][d][2 * half];
-        *reinterpret_cast<uint32_t*>(to + 8 * d) = pack_pair<T>(pair[0], pair[1]);
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const float* const pair = &this->results_[0][chunk][2 * half];
+        const int offset = chunk_offset(Shape::kRows, row + 8 * half + this->lane() / 4, chunk);
+        *reinterpret_cast<uint32_t*>(shared + offset + this->lane() % 4 * 4) = pack_pair<T>(pair[0], pair[1]);
       }
+    __syncwarp();
+#pragma unroll
+    for (int i = this->lane(); i < 16 * kChunks; i += 32) {
+      const int to = row + i / kChunks;
+      if (to >= num_rows) break;
+      *reinterpret_cast<FullPack*>(context + to * stride + i % kChunks * 8) =
+          *reinterpret_cast<const FullPack*>(shared + chunk_offset(Shape::kRows, to, i % kChunks));
     }
   }
-
- private:
-  uint32_t weights_[Shape::kKeys / 16][4];
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, 2)
     attend_on_hopper(const __grid_constant__ PrefillAttentionParams p) {
-  extern __shared__ char unaligned[];
+  extern __shared__ __align__(1024) char shared[];
   trigger_dependent_launch();
   wait_for_previous_kernel();
   QueryTile tile;
   const int head = static_cast<int>(blockIdx.x);
   if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
-  const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-  const T* const cache = static_cast<const T*>(p.cache.data);
-  const T* const keys = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
-  const T* const values = cache + cache_offset(p.heads, p.cache, tile.sequence, 1, kv_head);
+  const uint32_t queries = shared_address(shared);
+  const KeysAndValues<T, Shape> cache(p, tile, head, queries + Shape::kRows * Shape::kRowBytes);
   const int64_t stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
   T* const context = static_cast<T*>(p.context) + tile.first_token * stride + head * Shape::kHeadSize;
-  const uint32_t shared_queries = (shared_address(unaligned) + 1023) / 1024 * 1024;
-  const int num_keys = tile.first_position + tile.num_rows;
-  const int num_tiles = (num_keys + Shape::kKeys - 1) / Shape::kKeys;
-  const auto key_tile = [&](int i) { return shared_queries + (1 + i % 2) * Shape::kTileBytes; };
-  const auto value_tile = [&](int i) { return shared_queries + (3 + i % 2) * Shape::kTileBytes; };
-  const auto copy = [&](uint32_t to, const T* from, int i) {
-    const int first = i * Shape::kKeys;
-    copy_tile<T, Shape>(to, from + first * int64_t{Shape::kHeadSize}, Shape::kHeadSize, num_keys - first);
-  };
+  // The same for all lanes, which the compiler cannot know without the shuffle.
+  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
+  const int first_row = warp / 4 * Shape::kHalfRows;  // of this half
+  const int num_tiles = cache.num_tiles();
+  const int last_position = tile.first_position + first_row + Shape::kHalfRows - 1;
+  // Tiles that this half's queries see.
+  const int seen = first_row < tile.num_rows ? min(num_tiles, last_position / Shape::kKeys + 1) : 0;
 
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const uint32_t half_queries = shared_queries + warp / 4 * 64 * kPanelRowBytes;
+  copy_tile<T, Shape, Shape::kRows>(queries, context, stride, tile.num_rows);
+  cache.fetch(0);
+  cache.fetch(1);
   HopperAttention<T, Shape> attention(tile.first_position + 16 * warp, p.softmax_scale * 1.44269504F);  // log2(e)
-  copy_tile<T, Shape>(shared_queries, context, stride, tile.num_rows);
-  copy(key_tile(0), keys, 0);
-  commit_copies();
-  if (num_tiles > 1) copy(key_tile(1), keys, 1);
-  copy(value_tile(0), values, 0);
-  commit_copies();
-  wait_for_copies<1>();
-  publish_to_products();
-  __syncthreads();
-  attention.begin_scores(half_queries, key_tile(0));
-  wait_for_products<0>();
-  attention.mask(0);
-  attention.apply_softmax();
-  attention.keep_weights();
-  for (int i = 0; i + 1 < num_tiles; ++i) {
-    wait_for_copies<0>();
-    publish_to_products();
-    __syncthreads();
-    attention.begin_scores(half_queries, key_tile(i + 1));
-    attention.begin_results(value_tile(i));
-    // Into the places of what was multiplied before the barrier.
-    copy(key_tile(i), keys, i + 2);
-    copy(value_tile(i + 1), values, i + 1);
-    commit_copies();
-    wait_for_products<1>();
-    attention.mask((i + 1) * Shape::kKeys);
+  int i = 0;
+#pragma unroll 1
+  for (; i < seen; ++i) {
+    cache.advance(i);
+    attention.multiply_keys(queries + first_row * kPanelRowBytes, cache.keys(i));
+    attention.mask(i * Shape::kKeys);
     attention.apply_softmax();
-    wait_for_products<0>();
     attention.rescale_results();
-    attention.keep_weights();
+    attention.add_values(cache.values(i));
   }
-  wait_for_copies<0>();
-  publish_to_products();
-  __syncthreads();
-  attention.begin_results(value_tile(num_tiles - 1));
-  wait_for_products<0>();
-  attention.write(context + 16 * warp * stride, stride, tile.num_rows - 16 * warp);
+  // For the other half's sake. In a loop of its own: products under a condition would be waited for one by one.
+#pragma unroll 1
+  for (; i < num_tiles; ++i) cache.advance(i);
+  attention.write(shared, 16 * warp, context, stride, tile.num_rows);
 }
 
 template <typename T, int kHeadSize>
