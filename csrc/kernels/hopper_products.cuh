@@ -32,6 +32,10 @@ __device__ __forceinline__ void wait_for_products() {
 }
 // What threads wrote to shared memory becomes visible to products, after a barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier of the four warps that multiply together; 0 is __syncthreads.
+__device__ __forceinline__ void synchronise_four_warps(int barrier) {
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
 
 // clang-format off
 #define QWEN_TILES_4(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])

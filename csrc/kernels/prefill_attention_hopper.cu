@@ -19,7 +19,9 @@ struct HopperShape {
   static constexpr int kHalfRows = kRows / 2;  // of four warps
   static constexpr int kKeys = 64;
   static constexpr int kRowBytes = kHeadSize * 2;
-  static constexpr int kSharedBytes = (kRows + 4 * kKeys) * kRowBytes;  // two places for keys and two for values
+  static constexpr int kKeyPlaces = 2;
+  static constexpr int kValuePlaces = 3;  // one more, because a tile's values are multiplied until the next has come
+  static constexpr int kSharedBytes = (kRows + (kKeyPlaces + kValuePlaces) * kKeys) * kRowBytes;
 };
 
 // Starts the copies of `kRows` rows, those from `num_rows` on as zeros.
@@ -51,8 +53,10 @@ class KeysAndValues {
   }
 
   __device__ __forceinline__ int num_tiles() const { return (num_keys_ + Shape::kKeys - 1) / Shape::kKeys; }
-  __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % 2 * kTileBytes; }
-  __device__ __forceinline__ uint32_t values(int tile) const { return shared_ + (2 + tile % 2) * kTileBytes; }
+  __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % Shape::kKeyPlaces * kTileBytes; }
+  __device__ __forceinline__ uint32_t values(int tile) const {
+    return shared_ + (Shape::kKeyPlaces + tile % Shape::kValuePlaces) * kTileBytes;
+  }
 
   // Starts the copies of a tile, if there is one.
   __device__ __forceinline__ void fetch(int tile) const {
@@ -63,7 +67,7 @@ class KeysAndValues {
     copy_tile<T, Shape, Shape::kKeys>(values(tile), values_ + offset, Shape::kHeadSize, num_keys_ - first);
   }
 
-  // Waits for a tile, and starts the copies of the next one into the places of the one before.
+  // Waits for a tile, and starts the copies of the next one into the places of what all warps have multiplied.
   __device__ __forceinline__ void advance(int tile) const {
     commit_copies();
     wait_for_copies<0>();
@@ -88,6 +92,7 @@ class HopperAttention : public TileSoftmax<T, Shape> {
 
   // scores = queries · keys^T; `queries` is this half's first row.
   __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys) {
+    wait_for_values();
     begin_products();
 #pragma unroll
     for (int d = 0; d < Shape::kHeadSize; d += 16) {
@@ -100,25 +105,25 @@ class HopperAttention : public TileSoftmax<T, Shape> {
     wait_for_products<0>();
   }
 
-  // results += weights · values.
-  __device__ __forceinline__ void add_values(uint32_t values) {
-    uint32_t weights[Shape::kKeys / 16][4];
+  // Begins results += weights · values.
+  __device__ __forceinline__ void begin_values(uint32_t values) {
 #pragma unroll
-    for (int i = 0; i < Shape::kKeys / 16; ++i) this->pack_weights(weights[i], 0, 2 * i);
+    for (int i = 0; i < Shape::kKeys / 16; ++i) this->pack_weights(weights_[i], 0, 2 * i);
     begin_products();
 #pragma unroll
     for (int i = 0; i < Shape::kKeys / 16; ++i) {
-      multiply_async<T>(this->results_[0], weights[i],
+      multiply_async<T>(this->results_[0], weights_[i],
                         operand(values + 16 * i * kPanelRowBytes, Shape::kKeys * kPanelRowBytes));
     }
     commit_products();
-    wait_for_products<0>();
   }
+  __device__ __forceinline__ void wait_for_values() { wait_for_products<0>(); }
 
   // By way of the queries' place, so that whole lines are written; `row` is the warp's first.
   __device__ __forceinline__ void write(char* shared, int row, T* context, int64_t stride, int num_rows) {
     constexpr int kChunks = Shape::kHeadSize / 8;
     this->divide_by_sums();
+    synchronise_four_warps(1 + row / Shape::kHalfRows);  // all have multiplied the queries
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -136,6 +141,9 @@ class HopperAttention : public TileSoftmax<T, Shape> {
           *reinterpret_cast<const FullPack*>(shared + chunk_offset(Shape::kRows, to, i % kChunks));
     }
   }
+
+ private:
+  uint32_t weights_[Shape::kKeys / 16][4];
 };
 
 template <typename T, typename Shape>
@@ -171,8 +179,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     attention.mask(i * Shape::kKeys);
     attention.apply_softmax();
     attention.rescale_results();
-    attention.add_values(cache.values(i));
+    attention.begin_values(cache.values(i));
   }
+  attention.wait_for_values();
   // For the other half's sake. In a loop of its own: products under a condition would be waited for one by one.
 #pragma unroll 1
   for (; i < num_tiles; ++i) cache.advance(i);
