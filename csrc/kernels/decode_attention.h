@@ -3,8 +3,8 @@
 // Everything between the qkv product and the output product of a decode step: q and k made ready (attention_heads.h), k
 // and v written to the cache, softmax(q · K^T * softmax_scale) · V over the cache with them. A long sequence is split
 // among blocks, and query heads that share a key-value head read the cache once; the last block of a sequence and
-// key-value head combines the results (Dao et al., "Flash-Decoding", 2023). A short sequence is not: a block of its own
-// for each query head has less to wait for.
+// key-value head combines the results (Dao et al., "Flash-Decoding", 2023), or the blocks of a cluster send them to
+// each other. A short sequence is not: a block of its own for each query head has less to wait for.
 #pragma once
 
 #include "attention_heads.h"

@@ -1,11 +1,14 @@
 // Up to eight query heads that share a key-value head, on tensor cores: keys are the rows and heads the columns of one
 // product, elements of values the rows and heads the columns of the other.
 //
-// Keys and values come straight from the cache to registers, 16 bytes a lane, in the places that the products want
-// them: which element a row or column of a product stands for is free, as long as both operands agree. Only the weights
-// change places between the products, 8 x 8 of them by one instruction.
+// Half of a block's warps read the cache, each its own tiles of 16 positions; the others make q ready meanwhile. Keys
+// and values come from shared memory to registers 16 bytes a lane, in the places that the products want them: which
+// element a row or column of a product stands for is free, as long as both operands agree. Only the weights change
+// places between the products, 8 x 8 of them by one instruction.
 #pragma once
 
+#include "decode_attention_cluster.cuh"
+#include "decode_attention_stream.cuh"
 #include "decode_attention_work.cuh"
 
 namespace qwen_plugins::decoding {
@@ -16,9 +19,31 @@ class TileAttention {
   static constexpr int kHeads = 8;
   static constexpr int kVectors = kHeadSize / kVecSize;  // of a query
   static constexpr int kWarps = kHeadSize > 128 ? 8 : 16;
-  struct SharedMemory : Shared<kHeadSize, kHeads, kWarps> {
+  static constexpr bool kInClusters = true;
+  static constexpr int kReaders = kWarps / 2;  // of a large block
+
+  using Stream = CacheStream<T, kHeadSize>;
+  struct SharedMemory : SharedInputs<kHeadSize, kHeads> {
     FullPack packed_queries[kHeads][kVectors];
+    Inbox<kHeadSize> inbox;
+    typename Stream::Barriers barriers[kReaders];
+    float2 warp_partials[kReaders][kHeads];  // maximum and sum
+    typename Stream::Tiles tiles[kReaders];  // a small block has fewer
+
+    // A warp's result, in the place of its tiles.
+    __device__ __forceinline__ float* values(int warp, int head) {
+      static_assert(sizeof(tiles[0]) >= kHeads * kHeadSize * sizeof(float));
+      return reinterpret_cast<float*>(&tiles[warp]) + head * kHeadSize;
+    }
+    __device__ __forceinline__ float2& partial(int warp, int head) { return warp_partials[warp][head]; }
   };
+  static constexpr int shared_bytes(int warps) {
+    return static_cast<int>(sizeof(SharedMemory) - (kReaders - warps / 2) * sizeof(typename Stream::Tiles));
+  }
+
+  // Warps with a partial result, and the warp that makes the first head ready.
+  static __device__ __forceinline__ int num_partials() { return num_readers(); }
+  static __device__ __forceinline__ int first_preparing() { return num_readers(); }
 
   // By the warp that made a query ready.
   static __device__ __forceinline__ void keep_query(SharedMemory& shared, int head) {
@@ -33,44 +58,45 @@ class TileAttention {
     }
   }
 
-  __device__ __forceinline__ TileAttention(const DecodeAttentionParams& p, const Work& work)
-      : begin_(work.begin + warp() * kStep), end_(work.end), stride_(num_warps() * kStep) {
-    const T* const cache = static_cast<const T*>(p.cache.data);
-    keys_ = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head) + column() * kVecSize;
-    values_ = cache + cache_offset(p.heads, p.cache, work.sequence, 1, work.kv_head) + row() * kVecSize;
-    load_keys(begin_);
-    load_values(begin_);
-  }
+  __device__ __forceinline__ TileAttention(const DecodeAttentionParams& p, const Work& work, SharedMemory& shared)
+      : end_(work.end),
+        stream_(rows<Cached::kKeys>(p, work), rows<Cached::kValues>(p, work),
+                warp() < num_readers() ? work.begin + warp() * kStep : work.end, work.end, num_readers() * kStep,
+                shared.tiles[warp() % kReaders], shared.barriers[warp() % kReaders]) {}
 
   // `scale` is for powers of two.
   __device__ __forceinline__ void attend(const Work& work, float scale, const SharedMemory& shared) {
-    if (work.has_new_token && warp() == num_warps() - 1) begin_with_new_token(scale, shared);
-    for (int start = begin_; start < end_; start += stride_) {
+    if (work.has_new_token && warp() == num_readers() - 1) begin_with_new_token(scale, shared);
+    for (; !stream_.done(); stream_.advance()) {
+      FullPack keys[2][kKeyChunks];
+      load_keys(keys, stream_.wait_for(Cached::kKeys));
       float scores[4];
-      multiply_keys(scores, keys_in_flight_, shared);
-      const int next = start + stride_;
-      if (next < end_) load_keys(next);
+      multiply_keys(scores, keys, shared);
+      stream_.release(Cached::kKeys);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[i] = start + row() + i / 2 * 8 < end_ ? scores[i] * scale : kLowest;
+      for (int i = 0; i < 4; ++i) scores[i] = stream_.start + row() + i / 2 * 8 < end_ ? scores[i] * scale : kLowest;
       raise_maxima(scores);
-      add_values(scores);
-      if (next < end_) load_values(next);
+      FullPack values[4][kValueGroups];
+      load_values(values, stream_.wait_for(Cached::kValues));
+      add_values(scores, values);
+      stream_.release(Cached::kValues);
     }
   }
 
   __device__ __forceinline__ void write(SharedMemory& shared) {
+    if (warp() >= num_readers()) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int place = warp() * kHeads + 2 * column() + h;
+      const int head = 2 * column() + h;
       float sum = sums_[h];
 #pragma unroll
       for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffU, sum, offset);
-      if (row() == 0) shared.partials[place] = make_float2(maxima_[h], sum);
+      if (row() == 0) shared.partial(warp(), head) = make_float2(maxima_[h], sum);
 #pragma unroll
       for (int g = 0; g < kValueGroups; ++g) {
         const int element = 64 * g + row() * kVecSize;
         if (element >= kHeadSize) continue;
-        auto* const to = reinterpret_cast<float4*>(shared.values[place] + element);
+        auto* const to = reinterpret_cast<float4*>(shared.values(warp(), head) + element);
         to[0] = make_float4(results_[g][0][h], results_[g][0][2 + h], results_[g][1][h], results_[g][1][2 + h]);
         to[1] = make_float4(results_[g][2][h], results_[g][2][2 + h], results_[g][3][h], results_[g][3][2 + h]);
       }
@@ -78,42 +104,58 @@ class TileAttention {
   }
 
  private:
-  static constexpr int kStep = 16;                            // positions of a warp at a time
+  static constexpr int kStep = Stream::kStep;
   static constexpr int kKeyChunks = (kHeadSize + 31) / 32;    // a quad of lanes has 32 elements of a key
   static constexpr int kValueGroups = (kHeadSize + 63) / 64;  // eight lanes have 64 elements of a value
   static constexpr float kSlack = 8.0F;  // how far, in powers of two, scores may exceed what weights are relative to
 
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
-  static __device__ __forceinline__ int num_warps() { return static_cast<int>(blockDim.x) / 32; }
+  static __device__ __forceinline__ int num_readers() { return static_cast<int>(blockDim.x) / 64; }
   // Of a lane in multiply_tiles.
   static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 4; }
 
-  // Keys `row` and `row + 8` of the step, elements 8 * column ... of each chunk.
-  __device__ __forceinline__ void load_keys(int start) {
+  template <Cached kWhich>
+  static __device__ __forceinline__ const T* rows(const DecodeAttentionParams& p, const Work& work) {
+    return static_cast<const T*>(p.cache.data) +
+           cache_offset(p.heads, p.cache, work.sequence, static_cast<int>(kWhich), work.kv_head);
+  }
+  // 16 bytes of a tile: of position `position`, elements `element` ...
+  static __device__ __forceinline__ FullPack load(uint32_t tile, int position, int element) {
+    FullPack result;
+    const uint32_t from = tile + static_cast<uint32_t>((position * kHeadSize + element) * static_cast<int>(sizeof(T)));
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(result.words[0]), "=r"(result.words[1]), "=r"(result.words[2]), "=r"(result.words[3])
+                 : "r"(from)
+                 : "memory");
+    return result;
+  }
+
+  // Keys `row` and `row + 8` of the tile, elements 8 * column ... of each chunk. Scores of what is not before the end
+  // are not used.
+  static __device__ __forceinline__ void load_keys(FullPack (&keys)[2][kKeyChunks], uint32_t tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int c = 0; c < kKeyChunks; ++c) {
-        const int position = start + row() + 8 * r;
-        keys_in_flight_[r][c] = {};
-        if (position < end_ && (kHeadSize % 32 == 0 || 32 * c + column() * kVecSize < kHeadSize)) {
-          keys_in_flight_[r][c] = *reinterpret_cast<const FullPack*>(keys_ + position * int64_t{kHeadSize} + 32 * c);
-        }
+        const int element = 32 * c + column() * kVecSize;
+        keys[r][c] = {};
+        if (kHeadSize % 32 == 0 || element < kHeadSize) keys[r][c] = load(tile, row() + 8 * r, element);
       }
   }
 
-  // Values 2 * column, 2 * column + 1 and those plus 8 of the step, elements 8 * row ... of each group.
-  __device__ __forceinline__ void load_values(int start) {
+  // Values 2 * column, 2 * column + 1 and those plus 8 of the tile, elements 8 * row ... of each group. What is not
+  // before the end may be no number, which a weight of 0 does not make 0.
+  __device__ __forceinline__ void load_values(FullPack (&values)[4][kValueGroups], uint32_t tile) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int g = 0; g < kValueGroups; ++g) {
-        const int position = start + 2 * column() + i % 2 + i / 2 * 8;
-        values_in_flight_[i][g] = {};
-        if (position < end_ && (kHeadSize % 64 == 0 || 64 * g + row() * kVecSize < kHeadSize)) {
-          values_in_flight_[i][g] =
-              *reinterpret_cast<const FullPack*>(values_ + position * int64_t{kHeadSize} + 64 * g);
+        const int position = 2 * column() + i % 2 + i / 2 * 8;
+        const int element = 64 * g + row() * kVecSize;
+        values[i][g] = {};
+        if (stream_.start + position < end_ && (kHeadSize % 64 == 0 || element < kHeadSize)) {
+          values[i][g] = load(tile, position, element);
         }
       }
   }
@@ -125,7 +167,7 @@ class TileAttention {
   }
 
   // Of keys `row` and `row + 8` and heads 2 * column and 2 * column + 1, in two sums that do not wait for each other.
-  // Queries, of head `row` the elements of the keys', stay in shared memory: registers are for what is in flight.
+  // Queries, of head `row` the elements of the keys', stay in shared memory.
   __device__ __forceinline__ void multiply_keys(float (&scores)[4], const FullPack (&keys)[2][kKeyChunks],
                                                 const SharedMemory& shared) const {
     float sums[2][4] = {};
@@ -195,7 +237,7 @@ class TileAttention {
     }
   }
 
-  __device__ __forceinline__ void add_values(const float (&scores)[4]) {
+  __device__ __forceinline__ void add_values(const float (&scores)[4], const FullPack (&values)[4][kValueGroups]) {
     float weights[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -208,20 +250,15 @@ class TileAttention {
     for (int g = 0; g < kValueGroups; ++g)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto word = [&](int value) { return values_in_flight_[value][g].words[i]; };
+        const auto word = [&](int value) { return values[value][g].words[i]; };
         const uint32_t tile[4] = {__byte_perm(word(0), word(1), 0x5410), __byte_perm(word(0), word(1), 0x7632),
                                   __byte_perm(word(2), word(3), 0x5410), __byte_perm(word(2), word(3), 0x7632)};
         multiply_tiles<T>(results_[g][i], tile, first, second);
       }
   }
 
-  int begin_;
   int end_;
-  int stride_;
-  const T* keys_;
-  const T* values_;
-  FullPack keys_in_flight_[2][kKeyChunks];
-  FullPack values_in_flight_[4][kValueGroups];
+  Stream stream_;
   // Of heads 2 * column and 2 * column + 1; a sum is that of the lane's own rows until the end.
   float maxima_[2] = {kLowest, kLowest};
   float sums_[2] = {};

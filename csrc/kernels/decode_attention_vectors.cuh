@@ -24,12 +24,24 @@ class VectorAttention {
  public:
   static constexpr int kHeads = 1;
   static constexpr int kWarps = 16;
-  using SharedMemory = Shared<kHeadSize, kHeads, kWarps>;
+  static constexpr bool kInClusters = false;
+  struct SharedMemory : SharedInputs<kHeadSize, kHeads> {
+    alignas(16) float warp_values[kWarps][kHeadSize];
+    float2 warp_partials[kWarps];  // maximum and sum
+
+    __device__ __forceinline__ float* values(int warp, int) { return warp_values[warp]; }
+    __device__ __forceinline__ float2& partial(int warp, int) { return warp_partials[warp]; }
+  };
+  static constexpr int shared_bytes(int) { return static_cast<int>(sizeof(SharedMemory)); }
+
+  // Warps with a partial result, and the warp that makes the first head ready.
+  static __device__ __forceinline__ int num_partials() { return num_warps(); }
+  static __device__ __forceinline__ int first_preparing() { return 0; }
 
   static __device__ __forceinline__ void keep_query(SharedMemory&, int) {}  // float32 is what is wanted
   static __device__ __forceinline__ void clear_other_queries(SharedMemory&, int) {}
 
-  __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work)
+  __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work, SharedMemory&)
       : begin_(work.begin + warp() * kStep), end_(work.end), stride_(num_warps() * kStep) {
     const T* const cache = static_cast<const T*>(p.cache.data) + element();
     keys_ = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head);
@@ -76,9 +88,9 @@ class VectorAttention {
 #pragma unroll
       for (float& value : state_.values) value += __shfl_xor_sync(0xffffffffU, value, offset);
     }
-    if (lane() == 0) shared.partials[warp()] = make_float2(state_.maximum, state_.sum);
+    if (lane() == 0) shared.partial(warp(), 0) = make_float2(state_.maximum, state_.sum);
     if (group() == 0 && in_head()) {
-      auto* const to = reinterpret_cast<float4*>(shared.values[warp()] + element());
+      auto* const to = reinterpret_cast<float4*>(shared.values(warp(), 0) + element());
       const float (&values)[kVecSize] = state_.values;
       to[0] = make_float4(values[0], values[1], values[2], values[3]);
       to[1] = make_float4(values[4], values[5], values[6], values[7]);

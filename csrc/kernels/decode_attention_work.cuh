@@ -1,8 +1,6 @@
 // What a block of decode_attention.cu works on, and what its warps tell each other.
 #pragma once
 
-#include <algorithm>
-
 #include "attention_heads.cuh"
 #include "decode_attention.h"
 #include "tensor_cores.cuh"
@@ -11,6 +9,8 @@ namespace qwen_plugins::decoding {
 
 constexpr int kMinSplit = 32;   // positions
 constexpr int kMaxSplits = 32;  // what the last block has to combine: one for each lane of a warp
+constexpr int kMaxCluster = 8;  // what every chip with clusters has
+constexpr int kUnsplit = 64;    // positions that one block reads faster than a cluster combines
 // Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
 constexpr float kLowest = -1e30F;
 
@@ -19,6 +19,7 @@ struct Arguments {
   int heads_per_kv_head;
   int block_heads;   // of those, for one block
   int chunks;        // blocks for all of those
+  int cluster;       // all splits of a sequence, in one cluster; 1: they meet in the workspace
   int whole_length;  // up to it, one block reads a sequence faster than many combine their results
   bool prefetches;   // while the kernel before runs: where all blocks run at once
 };
@@ -32,14 +33,18 @@ struct Partial {
   __device__ __forceinline__ explicit Partial(float2 pair) : maximum(pair.x), sum(pair.y) {}
 };
 
-// Shared memory of a block whose warps each have a partial result for each of its query heads.
-template <int kHeadSize, int kHeads, int kWarps>
-struct alignas(16) Shared {
+// Neighbouring elements of a partial result, what one lane has of it.
+template <int kCount>
+struct alignas(4 * kCount) Elements {
+  float at[kCount];
+};
+
+// In the shared memory of every block.
+template <int kHeadSize, int kHeads>
+struct alignas(16) SharedInputs {
   float queries[kHeads][kHeadSize];
   float new_key[kHeadSize];
   float new_value[kHeadSize];
-  float values[kWarps * kHeads][kHeadSize];
-  float2 partials[kWarps * kHeads];  // maximum and sum
   bool is_last_block;
 };
 
@@ -55,6 +60,10 @@ struct Work {
   bool has_new_token;
   bool writes_new_token;
 };
+
+__device__ __forceinline__ int divide_up(int value, int by) {
+  return static_cast<int>(static_cast<unsigned>(value + by - 1) / static_cast<unsigned>(by));
+}
 
 // Fills in the rest of `work`, whose past_length is known. The grid is for the longest sequences; a short one is split
 // less, and the blocks that it does not need leave.
@@ -79,11 +88,10 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
     return exists;
   }
   // Without a block for each of its heads a sequence is better split earlier; measured with 7 and 8 heads.
-  const int splits = work.past_length <= a.whole_length / 3 ? 1 : grid_size;
-  const int split_size = max(kMinSplit, static_cast<int>(static_cast<unsigned>(work.past_length + splits - 1) /
-                                                         static_cast<unsigned>(splits)));
-  work.num_splits = max(1, static_cast<int>(static_cast<unsigned>(work.past_length + split_size - 1) /
-                                            static_cast<unsigned>(split_size)));
+  const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : grid_size;
+  const int split_size = max(a.cluster > 1 ? 1 : kMinSplit, divide_up(work.past_length, splits));
+  // Of a cluster all blocks take part, those too for which nothing is left.
+  work.num_splits = a.cluster > 1 ? splits : max(1, divide_up(work.past_length, split_size));
   work.begin = index * split_size;
   work.end = min(work.begin + split_size, work.past_length);
   work.has_new_token = index == work.num_splits - 1;
