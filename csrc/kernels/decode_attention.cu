@@ -16,7 +16,6 @@ namespace {
 
 using namespace decoding;
 
-constexpr int kPrefetched = 128;   // positions
 constexpr int kShortCache = 2048;  // positions that one cluster reads faster than more blocks meet in the workspace
 
 // The new key and value for this block, and to the cache if that is this block's task.
@@ -267,7 +266,9 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   }
   const T* const rows =
       static_cast<const T*>(p.cache.data) + cache_offset(p.heads, p.cache, work.sequence, lane, work.kv_head);
-  prefetch_rows<T, kHeadSize>(rows, work.begin, min(work.end, work.begin + kPrefetched));
+  // What the block can have in flight; and if it has the sequence for itself, what it reads soon after.
+  const int most = static_cast<int>(blockDim.x) / (work.num_splits == 1 ? 2 : 4);
+  prefetch_rows<T, kHeadSize>(rows, work.begin, min(work.end, work.begin + most));
 }
 
 // The shared memory of a block with several query heads has room for that of one with a single head.
