@@ -3,8 +3,10 @@
 
 #include "gemm.h"
 #include "gemm_cublas_lt.h"
+#include "gemm_hopper.h"
 #include "gemm_plain.h"
 #include "gemm_stream.h"
+#include "launch.h"
 #include "swiglu.h"
 
 namespace qwen_plugins {
@@ -47,6 +49,16 @@ GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
   part.x = static_cast<const char*>(params.x) + first * params.x_row_stride * size;
   part.y = static_cast<char*>(params.y) + first * columns_of(params.shape) * size;
   return part;
+}
+
+// cudaErrorNotSupported, with nothing launched, where Hopper's own kernel is not there or not for such a product.
+cudaError_t launch_on_hopper([[maybe_unused]] const GemmParams& p, [[maybe_unused]] cudaStream_t stream) {
+#ifdef QWEN_PLUGINS_HOPPER
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
+  if (has_hopper_gemm(p, device)) return launch_gemm_hopper(p, device, stream);
+#endif
+  return cudaErrorNotSupported;
 }
 
 cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
@@ -95,7 +107,8 @@ cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {
   int64_t bytes = 0;
   if (const cudaError_t error = gemm_workspace_bytes(p.shape, &bytes); error != cudaSuccess) return error;
   if (p.workspace == nullptr || p.workspace_bytes < bytes) return cudaErrorInvalidValue;
-  const cudaError_t error = launch_with_cublas_lt(p, stream);
+  cudaError_t error = launch_on_hopper(p, stream);
+  if (error == cudaErrorNotSupported) error = launch_with_cublas_lt(p, stream);
   return error == cudaErrorNotSupported ? launch_own_kernels(p, stream) : error;
 }
 

@@ -3,8 +3,8 @@
 //   z = x · weight^T + bias,  accumulated in float32
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
-// Few rows (decoding) are read by a kernel of ours at the memory's speed; many rows go to cuBLASLt where it can be
-// loaded, else through the same kernel again and again.
+// With few rows (decoding), on Hopper up to 64, the weight is read by kernels of ours at the memory's speed; many rows
+// go to cuBLASLt where it can be loaded, else through the kernel for few again and again.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -87,10 +87,28 @@ def test_long_rows_match_float64(dtype, activation, in_features):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("in_features", "out_features"),
+    # Few tiles, whose k is split among the blocks of a cluster; about as many as multiprocessors; many more.
+    [(40000, 848), (18944, 1784), (8232, 4104), (4096, 12288), (1000, 34008), (136, 250008)],
+)
+def test_tens_of_rows_match_float64(dtype, activation, in_features, out_features):
+    for rows in (17, 24, 32, 33, 48, 49, 63, 64, 65):
+        x, weight, bias = operands(rows, in_features, out_features, dtype, "cuda", rows % 4 > 0, activation)
+        out = torch.full((rows * out_features + 64,), torch.nan, dtype=dtype, device="cuda")
+        strided = torch.full((rows, in_features + 8), torch.nan, dtype=dtype, device="cuda")[:, :in_features]
+        strided.copy_(x)
+        check(strided, weight, bias, activation, constant_weight=True, out=out[:-64].view(rows, out_features))
+        assert out[-64:].isnan().all()
+
+
+@pytest.mark.gpu
 @settings(max_examples=300, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    rows=st.integers(1, 40),
+    rows=st.integers(1, 70),
     in_features=st.one_of(st.integers(1, 5000), st.integers(1, 700).map(lambda n: 8 * n)),
     out_features=st.integers(1, 5000),
     activation=st.sampled_from(ACTIVATIONS),
@@ -165,7 +183,7 @@ def test_extremes(rows):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 4, 12, 16, 32, 200])
+@pytest.mark.parametrize("rows", [1, 4, 12, 16, 32, 64, 200])
 @pytest.mark.parametrize("constant_weight", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_captured_graph_behind_the_kernels_that_make_its_inputs(rows, constant_weight, activation):
@@ -205,7 +223,7 @@ def test_captured_graph_behind_the_kernels_that_make_its_inputs(rows, constant_w
 @pytest.mark.gpu
 def test_waits_for_a_weight_that_is_not_constant():
     expected_weight = make(4096, 4096, dtype=torch.float16, device="cuda", magnitude=0.02)
-    for rows in (1, 8, 16, 17):
+    for rows in (1, 8, 16, 17, 64):
         for _ in range(10):
             x = make(rows, 4096, dtype=torch.float16, device="cuda")
             weight = torch.full_like(expected_weight, torch.nan)

@@ -1,0 +1,151 @@
+// The instructions of Hopper that gemm_hopper.cuh is made of: barriers in shared memory, copies of whole boxes by the
+// copy engine, clusters of blocks, products. How operands lie in shared memory: hopper_products.cuh.
+#pragma once
+
+#include <cuda.h>
+
+#include "hopper_products.cuh"
+
+namespace qwen_plugins {
+
+// A barrier is 8 bytes of shared memory. Its phase ends when all have arrived and all bytes that were announced have
+// come; who waits gives the parity of the phase, 0 for the first.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// After init_barrier: for the copy engine, and after a barrier for the other threads of the cluster.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_and_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// All threads of a cluster's blocks arrive; who then waits knows that all blocks have begun, and sees what was written.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ int rank_in_cluster() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ int blocks_of_cluster() {
+  int blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+// 16 bytes to where `to` is in another block of the cluster; they arrive at that block's `barrier`.
+__device__ __forceinline__ void send_to_block(int rank, uint32_t to, uint32_t barrier, const float (&values)[4]) {
+  asm volatile(
+      "{\n.reg .b32 there, barrier_there;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 barrier_there, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, "
+      "[barrier_there];\n}" ::"r"(to),
+      "r"(barrier), "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+      : "memory");
+}
+
+// How long the L2 cache keeps what is copied.
+__device__ __forceinline__ uint64_t policy_of_what_is_read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t policy_of_what_all_blocks_read() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void prefetch_description(const CUtensorMap& tensor) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&tensor) : "memory");
+}
+// Begins to copy the box of `tensor` at these coordinates to shared memory; its bytes arrive at `barrier`. What is
+// outside of the tensor comes as zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor, uint32_t barrier, uint64_t policy,
+                                         int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(to),
+      "l"(&tensor), "r"(barrier), "l"(policy), "r"(c0), "r"(c1)
+      : "memory");
+}
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor, uint32_t barrier, uint64_t policy,
+                                         int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(to),
+      "l"(&tensor), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// clang-format off
+#define QWEN_TILE(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])
+#define QWEN_TILES_4(c) QWEN_TILE(c, 0), QWEN_TILE(c, 1), QWEN_TILE(c, 2), QWEN_TILE(c, 3)
+#define QWEN_TILES_6(c) QWEN_TILES_4(c), QWEN_TILE(c, 4), QWEN_TILE(c, 5)
+#define QWEN_TILES_8(c) QWEN_TILES_6(c), QWEN_TILE(c, 6), QWEN_TILE(c, 7)
+#define QWEN_REGISTERS_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define QWEN_REGISTERS_6 QWEN_REGISTERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define QWEN_REGISTERS_8 QWEN_REGISTERS_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define QWEN_PRODUCT(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, " operand_a ", " operand_b \
+               ", 1, 1, 1, 0, 0;" : tiles(c) : "l"(a), "l"(b))
+#define QWEN_PRODUCT_4(type, c, a, b) QWEN_PRODUCT(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
+#define QWEN_PRODUCT_6(type, c, a, b) QWEN_PRODUCT(type, "48", QWEN_TILES_6, QWEN_REGISTERS_6, "%24", "%25", c, a, b)
+#define QWEN_PRODUCT_8(type, c, a, b) QWEN_PRODUCT(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", c, a, b)
+// clang-format on
+
+// c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, both in shared memory. Each warp has 16 rows of c, in the
+// layout of multiply_tiles.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_shared_async(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
+  static_assert(kTiles == 4 || kTiles == 6 || kTiles == 8);
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kTiles == 4) QWEN_PRODUCT_4("f16", c, a, b);
+    if constexpr (kTiles == 6) QWEN_PRODUCT_6("f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_PRODUCT_8("f16", c, a, b);
+  } else {
+    if constexpr (kTiles == 4) QWEN_PRODUCT_4("bf16", c, a, b);
+    if constexpr (kTiles == 6) QWEN_PRODUCT_6("bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_PRODUCT_8("bf16", c, a, b);
+  }
+}
+
+#undef QWEN_PRODUCT_8
+#undef QWEN_PRODUCT_6
+#undef QWEN_PRODUCT_4
+#undef QWEN_PRODUCT
+#undef QWEN_REGISTERS_8
+#undef QWEN_REGISTERS_6
+#undef QWEN_REGISTERS_4
+#undef QWEN_TILES_8
+#undef QWEN_TILES_6
+#undef QWEN_TILES_4
+#undef QWEN_TILE
+
+// Transposed 8 x 8 tiles to shared memory, of registers in the layout of transpose_tile: lane 8i + j gives the address
+// of the 16 bytes that column j of tile i becomes.
+__device__ __forceinline__ void store_transposed(uint32_t to, uint32_t tile) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(tile) : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t to, uint32_t tile0, uint32_t tile1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(tile0), "r"(tile1)
+               : "memory");
+}
+
+// A barrier of the four warps that multiply together; `warpgroup` counts them.
+__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
+
+}  // namespace qwen_plugins
