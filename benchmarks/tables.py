@@ -85,7 +85,7 @@ def shares(floor: float, records: list[dict[str, Any]]) -> list[str]:
 
 def attention_excerpt() -> str:
     records, rows = read("attention")["records"], []
-    providers = [OURS, "PyTorch", "FlashAttention 3"]
+    providers = [OURS, "PyTorch", "FlashAttention 3", "flashinfer"]
     for (phase, model), sizes in SHOWN_ATTENTION.items():
         heads, kv_heads = attention.MODELS[model]
         what = "new tokens" if phase == "decode" else "prompts"
@@ -139,6 +139,8 @@ def tensorrt_rms_norm() -> str:
 
 
 def tensorrt_gemm() -> str:
+    if not (RESULTS / "tensorrt_gemm.json").exists():
+        return "*Not measured yet.*"
     results, rows = read("tensorrt_gemm"), []
     for shape in dict.fromkeys((r["in_features"], r["out_features"], r["rows"]) for r in results):
         here = {r["implementation"]: r for r in results if (r["in_features"], r["out_features"], r["rows"]) == shape}
@@ -216,15 +218,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    stale = []
+    stale: list[str] = []
+    found: set[str] = set()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
+        found.update(match[2] for match in PLACE.finditer(text))
         new = PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]().rstrip()}\n{match[3]}", text)
         if new == text:
             continue
         stale.append(path.name)
         if not options.check:
             write_whole(path, new.encode())
+    if missing := TABLES.keys() - found:
+        sys.exit(f"no place for these tables in README.md or docs/: {', '.join(sorted(missing))}")
     if options.check and stale:
         sys.exit(f"tables are not what the results say: {', '.join(stale)}; run python -m benchmarks.tables")
     print("written:" if stale else "nothing to change", *stale)
