@@ -77,16 +77,7 @@ cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_gemm_plain(const GemmParams& params, cudaStream_t stream) {
-  switch (params.shape.dtype) {
-    case DataType::kFloat32:
-      return launch<float>(params, stream);
-    case DataType::kFloat16:
-      return launch<__half>(params, stream);
-    case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(params.shape.dtype, [&](auto zero) { return launch<decltype(zero)>(params, stream); });
 }
 
 }  // namespace qwen_plugins
