@@ -7,6 +7,7 @@
 Each line: time to the first token (of a call that generates one), tokens decoded per second after it (of the whole
 batch), device memory. `products` is no implementation but the matrix products of a decode step by cuBLAS, in one CUDA
 graph, and nothing else.
+Each implementation's results for a shape are a file, generate_SHAPE_IMPLEMENTATION.json.
 An implementation that is not installed is left out. Weights are made up; nothing is kept but the results. With
 `--backend tensorrt` no PyTorch is needed; `native_norms` and `native_rotary` are the same engine with RMSNorm, or the
 rotary embedding, in TensorRT's own layers.
@@ -114,11 +115,11 @@ class Implementation(ABC):
         return first, decoded / statistics.median(rest for _, rest in times)
 
 
-def run(options: argparse.Namespace, module: Any) -> list[Measurement]:
-    results = []
+def run(options: argparse.Namespace, module: Any) -> None:
     largest = Load(max(options.batch_sizes), max(options.prompt_tokens), options.new_tokens)
     for shape in options.shapes:
         for name, implementation in module.loaded(options, shape, largest):
+            results = []
             for batch_size in options.batch_sizes:
                 for prompt_tokens in options.prompt_tokens:
                     load = Load(batch_size, prompt_tokens, options.new_tokens)
@@ -129,7 +130,9 @@ def run(options: argparse.Namespace, module: Any) -> list[Measurement]:
                     print(line(results[-1]), flush=True)
             del implementation
             module.reset_memory()
-    return results
+            path = options.results / f"generate_{shape}_{name}.json"
+            write_results(path, [dataclasses.asdict(result) for result in results])
+            print(path, flush=True)
 
 
 def line(result: Measurement) -> str:
@@ -152,17 +155,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results/generate_BACKEND.json")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder")
     options = parser.parse_args()
-    options.results = options.results or Path(f"benchmarks/results/generate_{options.backend}.json")
     module = importlib.import_module(f"benchmarks.generate_{options.backend}")
     options.implementations = options.implementations or module.IMPLEMENTATIONS
     if unknown := set(options.implementations) - set(module.IMPLEMENTATIONS):
         parser.error(f"--implementations of {options.backend}: {', '.join(module.IMPLEMENTATIONS)}, not {unknown}")
     options.device = options.device or module.default_device()
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "float16")
-    write_results(options.results, [dataclasses.asdict(result) for result in run(options, module)])
-    print(options.results)
+    run(options, module)
 
 
 if __name__ == "__main__":

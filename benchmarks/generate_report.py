@@ -1,6 +1,6 @@
 """Tables and a picture of what benchmarks.generate found, of several runs together.
 
-    python -m benchmarks.generate_report [RESULTS ...]    # default: benchmarks/results/generate_*.json
+    python -m benchmarks.generate_report [RESULTS ...]    # default: generate_*.json in benchmarks/results
 
 The line of reading is the floor: the weights once and the cache of the middle of the decoding, at the memory's speed.
 """
@@ -32,14 +32,18 @@ Record = dict[str, Any]
 
 
 def read_records(paths: list[Path]) -> tuple[list[Record], str]:
-    """What the files hold, and the GPU it was measured on."""
+    """What the files hold of published shapes, and the GPU it was measured on."""
     records, machines = [], set()
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
-        records += content["results"]
-        machines.add(content["machine"]["gpu"])
-    if len(machines) > 1:
-        raise SystemExit(f"results of one machine were expected, these are of {sorted(machines)}")
+        found = [r for r in content["results"] if r["shape"] in SHAPES]
+        records += found
+        machines.update([str(content["machine"]["gpu"])] if found else [])
+    if len(machines) != 1:
+        raise SystemExit(f"results of one machine were expected, these are of {sorted(machines) or 'none'}")
+    measured = [(r["shape"], r["implementation"], r["batch_size"], r["prompt_tokens"]) for r in records]
+    if twice := [load for load in measured if measured.count(load) > 1]:
+        raise SystemExit(f"measured in more than one of the files: {twice[0]}")
     return records, machines.pop()
 
 
@@ -47,13 +51,15 @@ def floor_rate(record: Record) -> float:
     """Tokens per second if a step only read its weights and the cache."""
     config = read_config({**COMMON, **SHAPES[record["shape"]]})
     context = record["prompt_tokens"] + record["new_tokens"] // 2
-    step = sum(floor_bytes(config, 2, record["batch_size"], context).values()) / READ_BANDWIDTH
+    itemsize = 4 if record["dtype"] == "float32" else 2
+    step = sum(floor_bytes(config, itemsize, record["batch_size"], context).values()) / READ_BANDWIDTH
     return float(record["batch_size"] / step)
 
 
 def with_floor(records: list[Record]) -> list[Record]:
     """And a line of the floor for each load of vLLM's or ours."""
-    loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in records if r["new_tokens"] >= 128}
+    whole = [r for r in records if r["implementation"] in ("tensorrt", "qwen_model", "vllm")]
+    loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in whole}
     floors = [
         {**r, "implementation": "floor", "first_token_ms": None, "decode_tokens_per_second": floor_rate(r)}
         for r in loads.values()

@@ -218,19 +218,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    stale: list[str] = []
-    found: set[str] = set()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = path.read_text(encoding="utf-8")
-        found.update(match[2] for match in PLACE.finditer(text))
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    found = {match[2] for text in texts.values() for match in PLACE.finditer(text)}
+    if found != TABLES.keys():
+        missing, unknown = sorted(TABLES.keys() - found), sorted(found - TABLES.keys())
+        sys.exit(f"tables without a place in README.md and docs/: {missing}; places of unknown tables: {unknown}")
+    stale = []
+    for path, text in texts.items():
         new = PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]().rstrip()}\n{match[3]}", text)
         if new == text:
             continue
         stale.append(path.name)
         if not options.check:
             write_whole(path, new.encode())
-    if missing := TABLES.keys() - found:
-        sys.exit(f"no place for these tables in README.md or docs/: {', '.join(sorted(missing))}")
     if options.check and stale:
         sys.exit(f"tables are not what the results say: {', '.join(stale)}; run python -m benchmarks.tables")
     print("written:" if stale else "nothing to change", *stale)

@@ -4,9 +4,9 @@
 
 float16, the weight a constant of the network; an engine for each number of rows, several products in it, each with a
 weight and an input of its own and together larger than the L2 cache. Microseconds per product, medians over replays of
-a CUDA graph; the largest error beside float64; seconds that the build took (builds run side by side, in processes of
-their own). The native product's output is told to be float16: with the builder's flag alone it is float32, twice the
-bytes that one would set aside for it. Needs tensorrt, cuda-bindings and NumPy.
+a CUDA graph; the largest error beside float64; seconds that the build took, in a process of its own. The native
+product's output is told to be float16: with the builder's flag alone it is float32, twice the bytes that one would set
+aside for it. Needs tensorrt, cuda-bindings and NumPy.
 """
 
 import argparse
@@ -84,25 +84,16 @@ def native_product(network: Any, x: Any, weight: np.ndarray) -> Any:
     return layer.get_output(0)
 
 
-def build_all(cases: list[Case], folder: Path) -> dict[Case, float]:
-    """Builds side by side, a process each; the seconds of those that succeeded."""
-    started = {}
-    for number, case in enumerate(cases):
-        arguments = [str(value) for value in dataclasses.astuple(case)]
-        command = [sys.executable, "-m", "benchmarks.tensorrt_gemm", "--build", *arguments, str(folder / str(number))]
-        started[case] = subprocess.Popen(command)
-    begin, seconds = time.perf_counter(), {}
-    for case, process in started.items():
-        try:
-            status: Any = process.wait(max(1.0, begin + BUILD_SECONDS - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = f"not built in {BUILD_SECONDS} s"
-        if status == 0:
-            seconds[case] = float((folder / f"{cases.index(case)}.seconds").read_text(encoding="ascii"))
-        else:
-            print(f"{case}: {status}", flush=True)
-    return seconds
+def build_apart(case: Case, path: Path) -> float | str:
+    """Build in a process of its own, which may crash or take too long: the seconds it took, or what went wrong."""
+    arguments = [str(value) for value in dataclasses.astuple(case)]
+    command = [sys.executable, "-m", "benchmarks.tensorrt_gemm", "--build", *arguments, str(path)]
+    begin = time.perf_counter()
+    try:
+        status = subprocess.run(command, timeout=BUILD_SECONDS, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return f"not built in {BUILD_SECONDS} s"
+    return time.perf_counter() - begin if status == 0 else f"the build ended with status {status}"
 
 
 def measure(case: Case, plan: bytes) -> dict[str, Any]:
@@ -141,9 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.build:
         implementation, *sizes, path = options.build
-        begin = time.perf_counter()
         Path(path).write_bytes(Case(implementation, *map(int, sizes)).build())
-        Path(f"{path}.seconds").write_text(str(time.perf_counter() - begin), encoding="ascii")
         return
     cases = [
         Case(name, int(shape.split("x")[0]), int(shape.split("x")[1]), rows)
@@ -153,13 +142,13 @@ def main() -> None:
     ]
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        seconds = build_all(cases, Path(folder))
-        for number, case in enumerate(cases):
-            if case not in seconds:
-                records.append({**dataclasses.asdict(case), "error": f"not built in {BUILD_SECONDS} s"})
-                continue
-            found = measure(case, (Path(folder) / str(number)).read_bytes())
-            records.append({**found, "build_seconds": round(seconds[case], 1)})
+        for case in cases:
+            path = Path(folder) / "plan"
+            built = build_apart(case, path)
+            if isinstance(built, str):
+                records.append({**dataclasses.asdict(case), "error": built})
+            else:
+                records.append({**measure(case, path.read_bytes()), "build_seconds": round(built, 1)})
             print(records[-1], flush=True)
     write_results(options.results, records)
     print(options.results)

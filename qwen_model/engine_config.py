@@ -60,6 +60,11 @@ class EngineConfig:
         """Read and check the `config.json` of an engine folder."""
         values = read_engine_json(engine_dir)
         if values is None:
+            if engine_dir.is_dir() and any(engine_dir.iterdir()):
+                raise QwenModelError(
+                    f"{engine_dir} is not an engine, or its config.json is damaged; build one in another folder, or "
+                    "remove this one first"
+                )
             raise QwenModelError(
                 f"{engine_dir} is not an engine; make one with python -m qwen_model.build --model-dir CHECKPOINT "
                 f"--output-dir {shlex.quote(str(engine_dir))}"

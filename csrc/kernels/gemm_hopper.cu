@@ -99,6 +99,11 @@ cudaError_t query_clusters(const DeviceProperties& device, ClustersAtOnce& clust
   for (int splits = 2; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
     const Launch launch({kMaxHopperGroups, splits}, splits, device.max_shared_memory_per_block, nullptr);
     error = cudaOccupancyMaxActiveClusters(&clusters[splits], kernel, &launch.config);
+    if (error == cudaErrorInvalidClusterSize) {  // a part of a chip, without so many multiprocessors together
+      cudaGetLastError();
+      clusters[splits] = 0;
+      error = cudaSuccess;
+    }
   }
   return error;
 }
@@ -151,6 +156,13 @@ Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
 template <typename T, int kRows>
 cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DeviceProperties& device, cudaStream_t stream) {
   const GemmShape& shape = params.shape;
+  // First of all, because it makes the device's context this thread's, which the descriptions below need.
+  auto* const kernel = gemm_hopper<T, kRows>;
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
+      error != cudaSuccess) {
+    return error;
+  }
   HopperArguments arguments{};
   if (!describe_weight(arguments.weight, params, cut.groups) || !describe_x<kRows>(arguments.x, params)) {
     return cudaErrorNotSupported;
@@ -167,12 +179,6 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
   const int other_bytes = kHopperSharedOverhead + hopper_received_bytes<kRows>(cut.groups, cut.splits);
   arguments.stages = std::min(kMaxHopperStages, (device.max_shared_memory_per_block - other_bytes) / stage_bytes);
   const size_t shared_bytes = static_cast<size_t>(other_bytes) + static_cast<size_t>(arguments.stages) * stage_bytes;
-  auto* const kernel = gemm_hopper<T, kRows>;
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
-      error != cudaSuccess) {
-    return error;
-  }
   const int blocks = cut.splits > 1 ? arguments.tiles * cut.splits : std::min(arguments.tiles, device.multiprocessors);
   const Launch launch(cut, blocks, shared_bytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, arguments);
