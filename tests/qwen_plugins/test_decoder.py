@@ -213,6 +213,22 @@ def test_whole_and_split_sequences(head_size, dtype, heads):
     assert relative_error(case.cache, cache) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "past_lengths"),
+    [((28, 4), [2047, 64, 320, 321]), ((64, 8), [65, 2047]), ((32, 8), [0, 2047, 1000, 2047]), ((40, 8), [2046, 2047])],
+    ids=str,
+)
+def test_the_splits_of_a_short_cache_meet_in_a_cluster(heads, past_lengths, dtype):
+    """Clusters of several sizes, of which each block combines several heads; the cache full to its last row."""
+    case = make_case(heads, 128, dtype, past_lengths, [1] * len(past_lengths), 2048, {})
+    expected, cache = case.reference()
+    first = run_decode(case)
+    assert relative_error(first, expected) < TOLERANCE[dtype]
+    assert relative_error(case.cache, cache) < TOLERANCE[dtype]
+    assert torch.equal(run_decode(case), first)
+
+
 def test_variants_of_decode_attention():
     for variant in VARIANTS:
         case = make_case((14, 2), 64, torch.float32, [3, 700], [1, 1], 701, variant)
