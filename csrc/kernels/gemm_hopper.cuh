@@ -187,7 +187,7 @@ class HopperProducts {
       begin_products();
 #pragma unroll
       for (int k = 0; k < kHopperChunk * 2; k += 32) {
-        multiply_shared_async<T>(sums_, operand(own_weights() + k, 16), operand(block_.x(cursor_.stage) + k, 16));
+        multiply_async<T>(sums_, operand(own_weights() + k, 16), operand(block_.x(cursor_.stage) + k, 16));
       }
       commit_products();
       wait_for_products<0>();
@@ -226,12 +226,12 @@ class HopperProducts {
   // Writes the owned rows of y, through the weights of the last stage that these warps multiplied.
   __device__ __forceinline__ void finish_tile(int tile) {
     const uint32_t staging = own_weights();
-    synchronize_warpgroup(group_);  // all four have multiplied what is overwritten
+    synchronise_four_warps(1 + group_);  // all four have multiplied what is overwritten
     put_results(tile, staging);
-    synchronize_warpgroup(group_);
+    synchronise_four_warps(1 + group_);
     write_results(tile, staging);
     publish_to_products();  // the copy engine writes there next
-    synchronize_warpgroup(group_);
+    synchronise_four_warps(1 + group_);
     release_stage();
   }
 

@@ -1,5 +1,5 @@
 // The instructions of Hopper that gemm_hopper.cuh is made of: barriers in shared memory, copies of whole boxes by the
-// copy engine, clusters of blocks, products. How operands lie in shared memory: hopper_products.cuh.
+// copy engine, clusters of blocks. Products, and how their operands lie in shared memory: hopper_products.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -89,50 +89,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor,
       : "memory");
 }
 
-// clang-format off
-#define QWEN_TILE(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])
-#define QWEN_TILES_4(c) QWEN_TILE(c, 0), QWEN_TILE(c, 1), QWEN_TILE(c, 2), QWEN_TILE(c, 3)
-#define QWEN_TILES_6(c) QWEN_TILES_4(c), QWEN_TILE(c, 4), QWEN_TILE(c, 5)
-#define QWEN_TILES_8(c) QWEN_TILES_6(c), QWEN_TILE(c, 6), QWEN_TILE(c, 7)
-#define QWEN_REGISTERS_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define QWEN_REGISTERS_6 QWEN_REGISTERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define QWEN_REGISTERS_8 QWEN_REGISTERS_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define QWEN_PRODUCT(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, " operand_a ", " operand_b \
-               ", 1, 1, 1, 0, 0;" : tiles(c) : "l"(a), "l"(b))
-#define QWEN_PRODUCT_4(type, c, a, b) QWEN_PRODUCT(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
-#define QWEN_PRODUCT_6(type, c, a, b) QWEN_PRODUCT(type, "48", QWEN_TILES_6, QWEN_REGISTERS_6, "%24", "%25", c, a, b)
-#define QWEN_PRODUCT_8(type, c, a, b) QWEN_PRODUCT(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", c, a, b)
-// clang-format on
-
-// c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, both in shared memory. Each warp has 16 rows of c, in the
-// layout of multiply_tiles.
-template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_shared_async(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
-  static_assert(kTiles == 4 || kTiles == 6 || kTiles == 8);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 4) QWEN_PRODUCT_4("f16", c, a, b);
-    if constexpr (kTiles == 6) QWEN_PRODUCT_6("f16", c, a, b);
-    if constexpr (kTiles == 8) QWEN_PRODUCT_8("f16", c, a, b);
-  } else {
-    if constexpr (kTiles == 4) QWEN_PRODUCT_4("bf16", c, a, b);
-    if constexpr (kTiles == 6) QWEN_PRODUCT_6("bf16", c, a, b);
-    if constexpr (kTiles == 8) QWEN_PRODUCT_8("bf16", c, a, b);
-  }
-}
-
-#undef QWEN_PRODUCT_8
-#undef QWEN_PRODUCT_6
-#undef QWEN_PRODUCT_4
-#undef QWEN_PRODUCT
-#undef QWEN_REGISTERS_8
-#undef QWEN_REGISTERS_6
-#undef QWEN_REGISTERS_4
-#undef QWEN_TILES_8
-#undef QWEN_TILES_6
-#undef QWEN_TILES_4
-#undef QWEN_TILE
-
 // Transposed 8 x 8 tiles to shared memory, of registers in the layout of transpose_tile: lane 8i + j gives the address
 // of the 16 bytes that column j of tile i becomes.
 __device__ __forceinline__ void store_transposed(uint32_t to, uint32_t tile) {
@@ -141,11 +97,6 @@ __device__ __forceinline__ void store_transposed(uint32_t to, uint32_t tile) {
 __device__ __forceinline__ void store_transposed(uint32_t to, uint32_t tile0, uint32_t tile1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(tile0), "r"(tile1)
                : "memory");
-}
-
-// A barrier of the four warps that multiply together; `warpgroup` counts them.
-__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
 }  // namespace qwen_plugins

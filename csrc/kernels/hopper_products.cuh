@@ -32,49 +32,71 @@ __device__ __forceinline__ void wait_for_products() {
 }
 // What threads wrote to shared memory becomes visible to products, after a barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// A barrier of the four warps that multiply together; 0 is __syncthreads.
+// A barrier of the four warps that multiply together; barrier 0 is __syncthreads.
 __device__ __forceinline__ void synchronise_four_warps(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 
 // clang-format off
-#define QWEN_TILES_4(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])
-#define QWEN_TILES_32(c) QWEN_TILES_4(c, 0), QWEN_TILES_4(c, 1), QWEN_TILES_4(c, 2), QWEN_TILES_4(c, 3), \
-    QWEN_TILES_4(c, 4), QWEN_TILES_4(c, 5), QWEN_TILES_4(c, 6), QWEN_TILES_4(c, 7)
-#define QWEN_TILES_64(c) QWEN_TILES_32(c), QWEN_TILES_4(c, 8), QWEN_TILES_4(c, 9), QWEN_TILES_4(c, 10), QWEN_TILES_4(c, 11), \
-    QWEN_TILES_4(c, 12), QWEN_TILES_4(c, 13), QWEN_TILES_4(c, 14), QWEN_TILES_4(c, 15)
-#define QWEN_REGISTERS_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define QWEN_REGISTERS_64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+#define QWEN_TILE(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])
+#define QWEN_TILES_4(c) QWEN_TILE(c, 0), QWEN_TILE(c, 1), QWEN_TILE(c, 2), QWEN_TILE(c, 3)
+#define QWEN_TILES_6(c) QWEN_TILES_4(c), QWEN_TILE(c, 4), QWEN_TILE(c, 5)
+#define QWEN_TILES_8(c) QWEN_TILES_6(c), QWEN_TILE(c, 6), QWEN_TILE(c, 7)
+#define QWEN_TILES_16(c) QWEN_TILES_8(c), QWEN_TILE(c, 8), QWEN_TILE(c, 9), QWEN_TILE(c, 10), QWEN_TILE(c, 11), \
+    QWEN_TILE(c, 12), QWEN_TILE(c, 13), QWEN_TILE(c, 14), QWEN_TILE(c, 15)
+#define QWEN_REGISTERS_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define QWEN_REGISTERS_6 QWEN_REGISTERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define QWEN_REGISTERS_8 QWEN_REGISTERS_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define QWEN_REGISTERS_16 QWEN_REGISTERS_8 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// Both operands in shared memory, columns summed over in both; c = 0 first if not `accumulate`.
-#define QWEN_PRODUCT_SHARED(type, c, a, b, accumulate) \
+// Both operands in shared memory, columns summed over in both.
+#define QWEN_PRODUCT(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, " operand_a ", " operand_b \
+               ", 1, 1, 1, 0, 0;" : tiles(c) : "l"(a), "l"(b))
+#define QWEN_PRODUCT_4(type, c, a, b) QWEN_PRODUCT(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
+#define QWEN_PRODUCT_6(type, c, a, b) QWEN_PRODUCT(type, "48", QWEN_TILES_6, QWEN_REGISTERS_6, "%24", "%25", c, a, b)
+#define QWEN_PRODUCT_8(type, c, a, b) QWEN_PRODUCT(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", c, a, b)
+// Likewise; c = 0 first if not `accumulate`.
+#define QWEN_PRODUCT_OR_SUM(type, c, a, b, accumulate) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" QWEN_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
-               : QWEN_TILES_32(c) : "l"(a), "l"(b), "r"(accumulate))
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" QWEN_REGISTERS_8 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+               : QWEN_TILES_8(c) : "l"(a), "l"(b), "r"(accumulate))
 // The first operand in registers; of the second, rows are summed over.
 #define QWEN_PRODUCT_REGISTERS(type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " \
                operand_b ", 1, 1, 1, 1;" \
                : tiles(c) : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b))
-#define QWEN_PRODUCT_64(type, c, a, b) \
-  QWEN_PRODUCT_REGISTERS(type, "64", QWEN_TILES_32, QWEN_REGISTERS_32, "%32", "%33", "%34", "%35", "%36", c, a, b)
-#define QWEN_PRODUCT_128(type, c, a, b) \
-  QWEN_PRODUCT_REGISTERS(type, "128", QWEN_TILES_64, QWEN_REGISTERS_64, "%64", "%65", "%66", "%67", "%68", c, a, b)
+#define QWEN_PRODUCT_REGISTERS_8(type, c, a, b) \
+  QWEN_PRODUCT_REGISTERS(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", "%34", "%35", "%36", c, a, b)
+#define QWEN_PRODUCT_REGISTERS_16(type, c, a, b) \
+  QWEN_PRODUCT_REGISTERS(type, "128", QWEN_TILES_16, QWEN_REGISTERS_16, "%64", "%65", "%66", "%67", "%68", c, a, b)
 // clang-format on
 
-// c [64 x 64] (+)= a [64 x 16] · b [64 x 16]^T. Each warp has 16 rows of c, in the layout of multiply_tiles.
+// c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, both in shared memory. Each warp has 16 rows of c, in the
+// layout of multiply_tiles.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
+  static_assert(kTiles == 4 || kTiles == 6 || kTiles == 8);
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kTiles == 4) QWEN_PRODUCT_4("f16", c, a, b);
+    if constexpr (kTiles == 6) QWEN_PRODUCT_6("f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_PRODUCT_8("f16", c, a, b);
+  } else {
+    if constexpr (kTiles == 4) QWEN_PRODUCT_4("bf16", c, a, b);
+    if constexpr (kTiles == 6) QWEN_PRODUCT_6("bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_PRODUCT_8("bf16", c, a, b);
+  }
+}
+
+// Likewise with 64 rows of b; c = a · b^T if not `accumulate`.
 template <typename T>
 __device__ __forceinline__ void multiply_async(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    QWEN_PRODUCT_SHARED("f16", c, a, b, static_cast<int>(accumulate));
+    QWEN_PRODUCT_OR_SUM("f16", c, a, b, static_cast<int>(accumulate));
   } else {
-    QWEN_PRODUCT_SHARED("bf16", c, a, b, static_cast<int>(accumulate));
+    QWEN_PRODUCT_OR_SUM("bf16", c, a, b, static_cast<int>(accumulate));
   }
 }
 
@@ -83,22 +105,30 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kTiles == 8 || kTiles == 16);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 8) QWEN_PRODUCT_64("f16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_PRODUCT_128("f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_PRODUCT_REGISTERS_8("f16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_PRODUCT_REGISTERS_16("f16", c, a, b);
   } else {
-    if constexpr (kTiles == 8) QWEN_PRODUCT_64("bf16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_PRODUCT_128("bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_PRODUCT_REGISTERS_8("bf16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_PRODUCT_REGISTERS_16("bf16", c, a, b);
   }
 }
 
-#undef QWEN_PRODUCT_128
-#undef QWEN_PRODUCT_64
+#undef QWEN_PRODUCT_REGISTERS_16
+#undef QWEN_PRODUCT_REGISTERS_8
 #undef QWEN_PRODUCT_REGISTERS
-#undef QWEN_PRODUCT_SHARED
-#undef QWEN_REGISTERS_64
-#undef QWEN_REGISTERS_32
-#undef QWEN_TILES_64
-#undef QWEN_TILES_32
+#undef QWEN_PRODUCT_OR_SUM
+#undef QWEN_PRODUCT_8
+#undef QWEN_PRODUCT_6
+#undef QWEN_PRODUCT_4
+#undef QWEN_PRODUCT
+#undef QWEN_REGISTERS_16
+#undef QWEN_REGISTERS_8
+#undef QWEN_REGISTERS_6
+#undef QWEN_REGISTERS_4
+#undef QWEN_TILES_16
+#undef QWEN_TILES_8
+#undef QWEN_TILES_6
 #undef QWEN_TILES_4
+#undef QWEN_TILE
 
 }  // namespace qwen_plugins
