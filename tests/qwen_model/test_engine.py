@@ -243,6 +243,11 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
     with pytest.raises(QwenModelError, match="is not an engine"):
         qwen_model.load_engine(model_dir)
     load()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(engine_dir, damaged)
+    (damaged / "config.json").write_text((damaged / "config.json").read_text()[:-20])
+    with pytest.raises(QwenModelError, match=r"config\.json is damaged; build one in another folder"):
+        qwen_model.load_engine(damaged)
     (tmp_path / "engine" / "weights" / "layer_001.safetensors").unlink()
     with pytest.raises(QwenModelError, match=r"not whole: layer_001\.safetensors is missing"):
         qwen_model.load_engine(tmp_path / "engine", device="cpu")
