@@ -37,8 +37,8 @@ class Operations(Protocol[T]):
     def linear_swiglu(self, x: T, weight: str, bias: str | None = None) -> T:
         """`linear` to [tokens, 2 · intermediate_size], the gate first, and of that silu(gate) · up."""
 
-    def last_token(self, x: T) -> T:
-        """The rows of the last token of each sequence: [sequences, hidden_size]."""
+    def last_token(self, x: T, residual: T) -> tuple[T, T]:
+        """The rows, of both, of the last token of each sequence: [tokens, ...] to [sequences, ...]."""
 
 
 def decoder(ops: Operations[T], config: ModelConfig, input_ids: T, last_token_only: bool = True) -> T:
@@ -46,15 +46,20 @@ def decoder(ops: Operations[T], config: ModelConfig, input_ids: T, last_token_on
     x = ops.embedding(input_ids, "embedding.weight")
     residual = None
     for layer in range(config.num_layers):
-        x, residual = decoder_layer(ops, config, layer, x, residual)
+        last = layer == config.num_layers - 1
+        x, residual = decoder_layer(ops, config, layer, x, residual, last_token_only and last)
     x, _ = ops.rms_norm(x, "final_norm.weight", residual)
-    if last_token_only:
-        x = ops.last_token(x)
     return ops.linear(x, "embedding.weight" if config.tied_embedding else "lm_head.weight")
 
 
-def decoder_layer(ops: Operations[T], config: ModelConfig, layer: int, x: T, residual: T | None) -> tuple[T, T]:
-    """One layer. Its input is x + residual, its output likewise: each sum is taken inside the next normalisation."""
+def decoder_layer(
+    ops: Operations[T], config: ModelConfig, layer: int, x: T, residual: T | None, last_token_only: bool = False
+) -> tuple[T, T]:
+    """One layer. Its input is x + residual, its output likewise: each sum is taken inside the next normalisation.
+
+    last_token_only: of the last layer, behind whose attention no token needs another: the rest of it, most of its
+        arithmetic, is for the last token of each sequence alone.
+    """
     name = f"layers.{layer}"
 
     def bias(module: str, present: bool) -> str | None:
@@ -65,6 +70,8 @@ def decoder_layer(ops: Operations[T], config: ModelConfig, layer: int, x: T, res
     q_norm = f"{name}.attention.q_norm.weight" if config.qk_norm else None
     k_norm = f"{name}.attention.k_norm.weight" if config.qk_norm else None
     x = ops.gpt_attention(qkv, layer, q_norm, k_norm)
+    if last_token_only:
+        x, residual = ops.last_token(x, residual)
     x = ops.linear(x, f"{name}.attention.output.weight", bias(f"{name}.attention.output", config.output_bias))
 
     x, residual = ops.rms_norm(x, f"{name}.post_attention_norm.weight", residual)

@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "gemm_cublas_lt.h"
 #include "gemm_hopper.h"
+#include "gemm_hopper_tiles.h"
 #include "gemm_plain.h"
 #include "gemm_stream.h"
 #include "launch.h"
@@ -13,6 +14,8 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes, of what gemm_stream reads
+// That cuBLASLt multiplies at once where SwiGLU follows: more take no less time for each, but room for their product.
+constexpr int64_t kMaxSwigluRows = 8192;
 
 bool is_valid(const GemmShape& shape) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 2;
@@ -57,12 +60,12 @@ cudaError_t launch_on_hopper([[maybe_unused]] const GemmParams& p, [[maybe_unuse
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   if (has_hopper_gemm(p, device)) return launch_gemm_hopper(p, device, stream);
+  if (has_hopper_tiles_gemm(p, device)) return launch_gemm_hopper_tiles(p, device, stream);
 #endif
   return cudaErrorNotSupported;
 }
 
-cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
-  if (p.shape.activation == Activation::kNone) return launch_gemm_cublas_lt(p, p.y, p.workspace, stream);
+cudaError_t launch_swiglu_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   SwigluParams swiglu;
   void* product = static_cast<char*>(p.workspace) + kCublasLtWorkspaceBytes;
   swiglu.gate_up = product;
@@ -73,6 +76,15 @@ cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   swiglu.dtype = p.shape.dtype;
   const cudaError_t error = launch_gemm_cublas_lt(p, product, p.workspace, stream);
   return error == cudaSuccess ? launch_swiglu(swiglu, stream) : error;
+}
+
+cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
+  if (p.shape.activation == Activation::kNone) return launch_gemm_cublas_lt(p, p.y, p.workspace, stream);
+  cudaError_t error = cudaSuccess;
+  for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += kMaxSwigluRows) {
+    error = launch_swiglu_with_cublas_lt(rows_of(p, row, std::min(kMaxSwigluRows, p.shape.rows - row)), stream);
+  }
+  return error;
 }
 
 // Few rows, or few at a time.
@@ -94,7 +106,9 @@ cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes) {
   *bytes = 0;
   if (shape.rows == 0 || is_for_stream(shape)) return cudaSuccess;
   *bytes = kCublasLtWorkspaceBytes;
-  if (shape.activation == Activation::kSwiglu) *bytes += shape.rows * shape.out_features * size_of(shape.dtype);
+  if (shape.activation == Activation::kSwiglu) {
+    *bytes += std::min(shape.rows, kMaxSwigluRows) * shape.out_features * size_of(shape.dtype);
+  }
   return cudaSuccess;
 }
 

@@ -5,6 +5,7 @@
 #include "gemm_hopper.cuh"
 #include "gemm_hopper.h"
 #include "gemm_stream.h"
+#include "hopper_launch.h"
 
 namespace qwen_plugins {
 namespace {
@@ -19,74 +20,7 @@ struct Cut {
   int splits;
 };
 
-decltype(&cuTensorMapEncodeTiled) load_describe() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-}
-
-// Describes to the copy engine an array and the boxes of it that are copied at once, in the 128-byte swizzle.
-template <size_t kRank>
-bool describe(CUtensorMap& tensor, DataType dtype, const void* data, const std::array<cuuint64_t, kRank>& sizes,
-              const std::array<cuuint64_t, kRank - 1>& strides, const std::array<cuuint32_t, kRank>& box) {
-  static const auto encode = load_describe();
-  if (encode == nullptr) return false;
-  std::array<cuuint32_t, kRank> steps;
-  steps.fill(1);
-  return encode(&tensor,
-                dtype == DataType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
-                const_cast<void*>(data), sizes.data(), strides.data(), box.data(), steps.data(),
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-bool describe_weight(CUtensorMap& tensor, const GemmParams& params, int groups) {
-  const GemmShape& shape = params.shape;
-  const auto in_features = static_cast<cuuint64_t>(shape.in_features);
-  const auto out_features = static_cast<cuuint64_t>(shape.out_features);
-  const auto box_rows = static_cast<cuuint32_t>(kHopperTileRows * groups);
-  const cuuint64_t row_bytes = 2 * in_features;
-  if (shape.activation == Activation::kSwiglu) {  // k, row of 8, gate or up, 8 rows
-    return describe<4>(tensor, shape.dtype, params.weight, {in_features, 8, 2, out_features / 16},
-                       {row_bytes, row_bytes * (out_features / 2), row_bytes * 8}, {kHopperChunk, 8, 2, box_rows / 16});
-  }
-  const cuuint64_t all_bytes = row_bytes * out_features;
-  return describe<4>(tensor, shape.dtype, params.weight, {in_features, out_features, 1, 1},
-                     {row_bytes, all_bytes, all_bytes}, {kHopperChunk, box_rows, 1, 1});
-}
-
-template <int kRows>
-bool describe_x(CUtensorMap& tensor, const GemmParams& params) {
-  const GemmShape& shape = params.shape;
-  return describe<2>(tensor, shape.dtype, params.x,
-                     {static_cast<cuuint64_t>(shape.in_features), static_cast<cuuint64_t>(shape.rows)},
-                     {static_cast<cuuint64_t>(2 * params.x_row_stride)}, {kHopperChunk, kRows});
-}
-
-// A launch of blocks of `groups` groups of warps, each on a multiprocessor of its own, in clusters of `splits`.
-struct Launch {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attributes[2]{};
-
-  Launch(const Cut& cut, int blocks, size_t shared_bytes, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = static_cast<unsigned>(cut.splits);
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(128 * cut.groups + 32));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = cut.splits > 1 ? 2 : 1;
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-};
+constexpr int threads_of(int groups) { return 128 * groups + 32; }
 
 // How many clusters of 1, 2, ... blocks run at once, each block on a multiprocessor of its own.
 using ClustersAtOnce = std::array<int, kMaxSplits + 1>;
@@ -97,13 +31,8 @@ cudaError_t query_clusters(const DeviceProperties& device, ClustersAtOnce& clust
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
   clusters[1] = device.multiprocessors;
   for (int splits = 2; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
-    const Launch launch({kMaxHopperGroups, splits}, splits, device.max_shared_memory_per_block, nullptr);
-    error = cudaOccupancyMaxActiveClusters(&clusters[splits], kernel, &launch.config);
-    if (error == cudaErrorInvalidClusterSize) {  // a part of a chip, without so many multiprocessors together
-      cudaGetLastError();
-      clusters[splits] = 0;
-      error = cudaSuccess;
-    }
+    error = count_clusters(reinterpret_cast<const void*>(kernel), splits, threads_of(kMaxHopperGroups),
+                           device.max_shared_memory_per_block, &clusters[splits]);
   }
   return error;
 }
@@ -164,7 +93,8 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
     return error;
   }
   HopperArguments arguments{};
-  if (!describe_weight(arguments.weight, params, cut.groups) || !describe_x<kRows>(arguments.x, params)) {
+  if (!describe_weight(arguments.weight, params, kHopperTileRows * cut.groups) ||
+      !describe_x(arguments.x, params, kRows)) {
     return cudaErrorNotSupported;
   }
   arguments.bias = params.bias;
@@ -180,7 +110,7 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
   arguments.stages = std::min(kMaxHopperStages, (device.max_shared_memory_per_block - other_bytes) / stage_bytes);
   const size_t shared_bytes = static_cast<size_t>(other_bytes) + static_cast<size_t>(arguments.stages) * stage_bytes;
   const int blocks = cut.splits > 1 ? arguments.tiles * cut.splits : std::min(arguments.tiles, device.multiprocessors);
-  const Launch launch(cut, blocks, shared_bytes, stream);
+  const ClusterLaunch launch(blocks, cut.splits, threads_of(cut.groups), shared_bytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, arguments);
 }
 

@@ -103,18 +103,6 @@ struct HopperBlock {
   }
 };
 
-// The stages of the ring in turn, and the parity of the phase of their barriers.
-struct StageCursor {
-  int stage = 0;
-  int parity = 0;
-
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 // What the copying thread does: all chunks of the block, tile after tile, as far ahead as the ring is long.
 template <int kRows>
 class HopperCopies {

@@ -44,12 +44,23 @@ __device__ __forceinline__ void synchronise_four_warps(int barrier) {
 #define QWEN_TILES_8(c) QWEN_TILES_6(c), QWEN_TILE(c, 6), QWEN_TILE(c, 7)
 #define QWEN_TILES_16(c) QWEN_TILES_8(c), QWEN_TILE(c, 8), QWEN_TILE(c, 9), QWEN_TILE(c, 10), QWEN_TILE(c, 11), \
     QWEN_TILE(c, 12), QWEN_TILE(c, 13), QWEN_TILE(c, 14), QWEN_TILE(c, 15)
+#define QWEN_TILES_24(c) QWEN_TILES_16(c), QWEN_TILE(c, 16), QWEN_TILE(c, 17), QWEN_TILE(c, 18), QWEN_TILE(c, 19), \
+    QWEN_TILE(c, 20), QWEN_TILE(c, 21), QWEN_TILE(c, 22), QWEN_TILE(c, 23)
+#define QWEN_TILES_28(c) QWEN_TILES_24(c), QWEN_TILE(c, 24), QWEN_TILE(c, 25), QWEN_TILE(c, 26), QWEN_TILE(c, 27)
+#define QWEN_TILES_32(c) QWEN_TILES_28(c), QWEN_TILE(c, 28), QWEN_TILE(c, 29), QWEN_TILE(c, 30), QWEN_TILE(c, 31)
 #define QWEN_REGISTERS_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define QWEN_REGISTERS_6 QWEN_REGISTERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define QWEN_REGISTERS_8 QWEN_REGISTERS_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define QWEN_REGISTERS_16 QWEN_REGISTERS_8 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QWEN_REGISTERS_24 QWEN_REGISTERS_16 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define QWEN_REGISTERS_28 QWEN_REGISTERS_24 \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define QWEN_REGISTERS_32 QWEN_REGISTERS_28 \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // Both operands in shared memory, columns summed over in both.
 #define QWEN_PRODUCT(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
@@ -58,6 +69,12 @@ __device__ __forceinline__ void synchronise_four_warps(int barrier) {
 #define QWEN_PRODUCT_4(type, c, a, b) QWEN_PRODUCT(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
 #define QWEN_PRODUCT_6(type, c, a, b) QWEN_PRODUCT(type, "48", QWEN_TILES_6, QWEN_REGISTERS_6, "%24", "%25", c, a, b)
 #define QWEN_PRODUCT_8(type, c, a, b) QWEN_PRODUCT(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", c, a, b)
+#define QWEN_PRODUCT_24(type, c, a, b) \
+  QWEN_PRODUCT(type, "192", QWEN_TILES_24, QWEN_REGISTERS_24, "%96", "%97", c, a, b)
+#define QWEN_PRODUCT_28(type, c, a, b) \
+  QWEN_PRODUCT(type, "224", QWEN_TILES_28, QWEN_REGISTERS_28, "%112", "%113", c, a, b)
+#define QWEN_PRODUCT_32(type, c, a, b) \
+  QWEN_PRODUCT(type, "256", QWEN_TILES_32, QWEN_REGISTERS_32, "%128", "%129", c, a, b)
 // Likewise; c = 0 first if not `accumulate`.
 #define QWEN_PRODUCT_OR_SUM(type, c, a, b, accumulate) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
@@ -78,15 +95,21 @@ __device__ __forceinline__ void synchronise_four_warps(int barrier) {
 // layout of multiply_tiles.
 template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
-  static_assert(kTiles == 4 || kTiles == 6 || kTiles == 8);
+  static_assert(kTiles == 4 || kTiles == 6 || kTiles == 8 || kTiles == 24 || kTiles == 28 || kTiles == 32);
   if constexpr (std::is_same_v<T, __half>) {
     if constexpr (kTiles == 4) QWEN_PRODUCT_4("f16", c, a, b);
     if constexpr (kTiles == 6) QWEN_PRODUCT_6("f16", c, a, b);
     if constexpr (kTiles == 8) QWEN_PRODUCT_8("f16", c, a, b);
+    if constexpr (kTiles == 24) QWEN_PRODUCT_24("f16", c, a, b);
+    if constexpr (kTiles == 28) QWEN_PRODUCT_28("f16", c, a, b);
+    if constexpr (kTiles == 32) QWEN_PRODUCT_32("f16", c, a, b);
   } else {
     if constexpr (kTiles == 4) QWEN_PRODUCT_4("bf16", c, a, b);
     if constexpr (kTiles == 6) QWEN_PRODUCT_6("bf16", c, a, b);
     if constexpr (kTiles == 8) QWEN_PRODUCT_8("bf16", c, a, b);
+    if constexpr (kTiles == 24) QWEN_PRODUCT_24("bf16", c, a, b);
+    if constexpr (kTiles == 28) QWEN_PRODUCT_28("bf16", c, a, b);
+    if constexpr (kTiles == 32) QWEN_PRODUCT_32("bf16", c, a, b);
   }
 }
 
@@ -117,14 +140,23 @@ __device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], const uint
 #undef QWEN_PRODUCT_REGISTERS_8
 #undef QWEN_PRODUCT_REGISTERS
 #undef QWEN_PRODUCT_OR_SUM
+#undef QWEN_PRODUCT_32
+#undef QWEN_PRODUCT_28
+#undef QWEN_PRODUCT_24
 #undef QWEN_PRODUCT_8
 #undef QWEN_PRODUCT_6
 #undef QWEN_PRODUCT_4
 #undef QWEN_PRODUCT
+#undef QWEN_REGISTERS_32
+#undef QWEN_REGISTERS_28
+#undef QWEN_REGISTERS_24
 #undef QWEN_REGISTERS_16
 #undef QWEN_REGISTERS_8
 #undef QWEN_REGISTERS_6
 #undef QWEN_REGISTERS_4
+#undef QWEN_TILES_32
+#undef QWEN_TILES_28
+#undef QWEN_TILES_24
 #undef QWEN_TILES_16
 #undef QWEN_TILES_8
 #undef QWEN_TILES_6

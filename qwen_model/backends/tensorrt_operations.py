@@ -99,9 +99,10 @@ class TensorRTOperations:
         self.present_key_values.append(present)
         return context
 
-    def last_token(self, x: Any) -> Any:
+    def last_token(self, x: Any, residual: Any) -> tuple[Any, Any]:
         """The rows that `last_token_ids` names; see `qwen_model.network.Operations`."""
-        return self._gather(x, self._inputs["last_token_ids"], "last_token")
+        rows = self._inputs["last_token_ids"]
+        return self._gather(x, rows, "last_token"), self._gather(residual, rows, "last_token.residual")
 
     def _gemm(self, x: Any, weight: str, bias: str | None, activation: str | None = None) -> Any:
         # The embedding, where it is also the last product's weight, is a constant twice: one that both would share is

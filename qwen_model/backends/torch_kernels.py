@@ -47,9 +47,12 @@ class KernelOperations(TorchOperations):
         """See `qwen_model.network.Operations`."""
         return self._gather_rows(self.weights[weight], input_ids)
 
-    def last_token(self, x: Tensor) -> Tensor:
+    def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.Operations`."""
-        return x if self.batch.decoding else self._gather_rows(x, self.batch.cu_seqlens[1:] - 1)
+        if self.batch.decoding:
+            return x, residual
+        rows = self.batch.cu_seqlens[1:] - 1
+        return self._gather_rows(x, rows), self._gather_rows(residual, rows)
 
     def _gather_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         y = table.new_empty(len(ids), table.shape[1])

@@ -82,11 +82,12 @@ class TorchOperations:
         gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def last_token(self, x: Tensor) -> Tensor:
+    def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.Operations`."""
         if self.batch.decoding:
-            return x
-        return x[self.batch.cu_seqlens[1:] - 1]
+            return x, residual
+        rows = self.batch.cu_seqlens[1:] - 1
+        return x[rows], residual[rows]
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         """See `qwen_model.network.Operations`."""
