@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import READ_BANDWIDTH, save_figure, write_results
 
-ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048]
+ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 8192]
 STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load
+from benchmarks.vllm_weights import WEIGHT_SCALE
 from qwen_model.backends.torch import TorchExecutor
 from qwen_model.config import ModelConfig, read_config
 from qwen_model.engine import build_engine, load_engine
@@ -52,7 +53,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict
     for group in weight_groups(config):
         for spec in group.specs:
             weight = torch.empty(spec.shape, dtype=dtype, device=device)
-            weights[spec.name] = weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, 0.02)
+            weights[spec.name] = weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, WEIGHT_SCALE)
     return weights
 
 
@@ -130,7 +131,7 @@ class Transformers(Implementation):
 
 
 class Vllm(Implementation):
-    """vLLM with random weights of its own making."""
+    """vLLM, with weights drawn as ours are."""
 
     def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
         import vllm
@@ -146,9 +147,12 @@ class Vllm(Implementation):
             dtype=dtype,
             max_model_len=largest.prompt_tokens + largest.new_tokens,
             max_num_seqs=largest.batch_size,
-            gpu_memory_utilization=0.7,
+            gpu_memory_utilization=0.85,
             enable_prefix_caching=False,
+            worker_extension_cls="benchmarks.vllm_weights.WorkerExtension",
         )
+        if not all(self._engine.collective_rpc("fill_weights")):
+            raise RuntimeError("vLLM's model has no weights to fill")
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""

@@ -22,6 +22,7 @@ from qwen_model.files import write_whole
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "qwen_plugins"
+NOT_MEASURED = "*Not measured yet.*"
 SHOWN_ATTENTION = {  # of README.md: sequences x tokens
     ("decode", "Qwen-7B"): [(1, 256), (1, 4096), (1, 16384), (8, 256), (64, 1024)],
     ("decode", "Qwen2.5-7B"): [(1, 256), (1, 4096), (1, 16384), (1, 65536), (8, 256), (64, 1024)],
@@ -56,6 +57,27 @@ def counted(number: int, what: str) -> str:
 def generation(prompt_tokens: int) -> str:
     records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
     return generate_report.table(generate_report.with_floor(records), prompt_tokens)
+
+
+def generation_on_h100(prompt_tokens: int) -> str:
+    """Without a floor: how fast that GPU's memory can be read has not been measured."""
+    paths = sorted((RESULTS / "h100").glob("generate_*.json"))
+    if not paths:
+        return NOT_MEASURED
+    records, _ = generate_report.read_records(paths)
+    return generate_report.table(records, prompt_tokens)
+
+
+def products_of_prompts() -> str:
+    """Microseconds of ours and cuBLAS for more rows than decoding has, on an H100."""
+    if not (RESULTS / "h100" / "gemm.json").exists():
+        return NOT_MEASURED
+    records, lines = read("h100/gemm")["products"], []
+    products = [(name, product) for name, model in gemm.MODELS.items() for product in model.products]
+    for count in sorted({r["rows"] for r in records if r["rows"] > max(gemm.STEP_ROWS)}):
+        found = [gemm.find(records, name, product.name, count) for name, product in products]
+        lines.append([str(count), *(f"{short(r[OURS])} / {short(r[gemm.CUBLAS])}" for r in found)])
+    return markdown(["rows", *(f"{name} {product.name}" for name, product in products)], lines)
 
 
 def generation_of_engines() -> str:
@@ -140,7 +162,7 @@ def tensorrt_rms_norm() -> str:
 
 def tensorrt_gemm() -> str:
     if not (RESULTS / "tensorrt_gemm.json").exists():
-        return "*Not measured yet.*"
+        return NOT_MEASURED
     results, rows = read("tensorrt_gemm"), []
     for shape in dict.fromkeys((r["in_features"], r["out_features"], r["rows"]) for r in results):
         here = {r["implementation"]: r for r in results if (r["in_features"], r["out_features"], r["rows"]) == shape}
@@ -199,9 +221,12 @@ def decode_step() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "generation-128": lambda: generation(128),
     "generation-1024": lambda: generation(1024),
+    "generation-128-h100": lambda: generation_on_h100(128),
+    "generation-1024-h100": lambda: generation_on_h100(1024),
     "generation-engines": generation_of_engines,
     "gemm-shares": gemm_shares,
     "gemm": lambda: f"{gemm.tables(read('gemm'))}\n{gemm.summary(read('gemm'))}",
+    "gemm-prompts": products_of_prompts,
     "attention-excerpt": attention_excerpt,
     "attention": lambda: attention.tables(read("attention")["records"]),
     "rms_norm-excerpt": rms_norm_excerpt,

@@ -36,6 +36,7 @@ struct Choice {
 Choice best_cut(const GemmShape& shape, const DeviceProperties& device) {
   Choice best{kCuts[0], 0.0};
   for (const TilesCut& cut : kCuts) {
+    if (cut.blocks > device.multiprocessors) continue;
     const double useful =
         useful_share(shape, kTilesRows * cut.blocks, cut.columns, device.multiprocessors / cut.blocks);
     if (useful > best.useful) best = {cut, useful};
