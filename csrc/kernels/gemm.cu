@@ -80,9 +80,11 @@ cudaError_t launch_swiglu_with_cublas_lt(const GemmParams& p, cudaStream_t strea
 
 cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   if (p.shape.activation == Activation::kNone) return launch_gemm_cublas_lt(p, p.y, p.workspace, stream);
+  const int64_t parts = (p.shape.rows + kMaxSwigluRows - 1) / kMaxSwigluRows;
+  const int64_t rows = (p.shape.rows + parts - 1) / parts;  // even parts: the weight is read for each of them
   cudaError_t error = cudaSuccess;
-  for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += kMaxSwigluRows) {
-    error = launch_swiglu_with_cublas_lt(rows_of(p, row, std::min(kMaxSwigluRows, p.shape.rows - row)), stream);
+  for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += rows) {
+    error = launch_swiglu_with_cublas_lt(rows_of(p, row, std::min(rows, p.shape.rows - row)), stream);
   }
   return error;
 }

@@ -1,5 +1,6 @@
-// The instructions of Hopper that gemm_hopper.cuh is made of: barriers in shared memory, copies of whole boxes by the
-// copy engine, clusters of blocks. Products, and how their operands lie in shared memory: hopper_products.cuh.
+// The instructions of Hopper that gemm_hopper.cuh and gemm_hopper_tiles.cuh are made of: barriers in shared memory,
+// copies of whole boxes by the copy engine, clusters of blocks. Products, and how their operands lie in shared memory:
+// hopper_products.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -58,7 +59,7 @@ __device__ __forceinline__ int blocks_of_cluster() {
 }
 // At the barrier that another block of the cluster, or this one, has in the place of `barrier`. Not `.release.cluster`:
 // that waits until everything that this thread ever wrote is visible to the whole chip, about 1000 cycles each time,
-// and who arrives here has only read.
+// and who arrives here has only read what the barrier guards.
 __device__ __forceinline__ void arrive_at_block(int rank, uint32_t barrier) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

@@ -3,13 +3,12 @@
 
 #include "gemm_hopper_tiles.cuh"
 #include "gemm_hopper_tiles.h"
-#include "gemm_stream.h"
 #include "hopper_launch.h"
 
 namespace qwen_plugins {
 namespace {
 
-constexpr int64_t kBand = 8;  // row tiles whose column tiles come in turns
+constexpr int64_t kMostRowsOfGemmHopper = 64;  // with fewer, what it does not take is cuBLASLt's
 
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
@@ -50,11 +49,11 @@ double useful_share_of_cublas_lt(const GemmShape& shape, const DeviceProperties&
                   useful_share(shape, 192, 192, device.multiprocessors));
 }
 
-template <typename T, int kColumns, int kBlocks>
+template <typename T, int kColumns, int kBlocks, bool kSwiglu>
 cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
   const GemmShape& shape = params.shape;
   constexpr int kSharedBytes = TilesLayout<kColumns>::kBytes;
-  auto* const kernel = gemm_hopper_tiles<T, kColumns, kBlocks>;
+  auto* const kernel = gemm_hopper_tiles<T, kColumns, kBlocks, kSwiglu>;
   // First of all, because it makes the device's context this thread's, which the descriptions below need.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       error != cudaSuccess) {
@@ -66,13 +65,11 @@ cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& devic
   }
   arguments.bias = params.bias;
   arguments.y = params.y;
-  arguments.swiglu = shape.activation == Activation::kSwiglu;
-  arguments.columns = static_cast<int32_t>(arguments.swiglu ? shape.out_features / 2 : shape.out_features);
+  arguments.columns = static_cast<int32_t>(kSwiglu ? shape.out_features / 2 : shape.out_features);
   arguments.rows = static_cast<int32_t>(shape.rows);
   arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kTilesChunk));
   arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kTilesRows * kBlocks));
   arguments.column_tiles = static_cast<int32_t>(divide_up(shape.out_features, kColumns));
-  arguments.band = kBand;
   arguments.constant_weight = params.constant_weight;
   const int64_t tiles = int64_t{arguments.row_tiles} * arguments.column_tiles;
   const int clusters = static_cast<int>(std::min<int64_t>(tiles, device.multiprocessors / kBlocks));
@@ -83,10 +80,11 @@ cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& devic
 template <typename T>
 cudaError_t launch_cut(const GemmParams& params, const TilesCut& cut, const DeviceProperties& device,
                        cudaStream_t stream) {
-  if (cut.blocks == 1) return launch_tiles<T, 192, 1>(params, device, stream);
-  if (cut.columns == 192) return launch_tiles<T, 192, 2>(params, device, stream);
-  if (cut.columns == 224) return launch_tiles<T, 224, 2>(params, device, stream);
-  return launch_tiles<T, 256, 2>(params, device, stream);
+  if (params.shape.activation == Activation::kNone) return launch_tiles<T, 224, 2, false>(params, device, stream);
+  if (cut.blocks == 1) return launch_tiles<T, 192, 1, true>(params, device, stream);
+  if (cut.columns == 192) return launch_tiles<T, 192, 2, true>(params, device, stream);
+  if (cut.columns == 224) return launch_tiles<T, 224, 2, true>(params, device, stream);
+  return launch_tiles<T, 256, 2, true>(params, device, stream);
 }
 
 bool can_launch(const GemmParams& params, const DeviceProperties& device) {
@@ -103,13 +101,13 @@ bool can_launch(const GemmParams& params, const DeviceProperties& device) {
 
 bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  if (shape.rows <= kMaxStreamedRows || !can_launch(params, device)) return false;
+  if (shape.rows <= kMostRowsOfGemmHopper || !can_launch(params, device)) return false;
   const Choice best = best_cut(shape, device);
   // With SwiGLU inside, a kernel and the way of z through memory are saved: only idle multiprocessors cost more.
   if (shape.activation == Activation::kSwiglu) return best.useful >= (shape.rows <= kTilesRows ? 0.4 : 0.9);
   // Without, cuBLASLt's kernels are a little faster at what they are cut for. Tiles of 224, as for 3584 weight rows,
   // are what it was seen not to choose where they fit.
-  return shape.rows >= 1024 && best.cut.columns == 224 &&
+  return shape.rows >= 1024 && best.cut.columns == 224 && best.useful >= 0.9 &&
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 

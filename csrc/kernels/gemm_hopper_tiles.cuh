@@ -1,4 +1,4 @@
-// The kernel for hundreds of rows and more on Hopper: prompts, where arithmetic decides.
+// The kernel for more rows than decoding has on Hopper: prompts, where arithmetic decides.
 //
 // A block multiplies a tile of 128 rows of x with kColumns weight rows at a time: two groups of four warps have 64 rows
 // of x each, the first operand of wgmma, and one more warp fills a ring of stages with chunks of k of both, from tile
@@ -47,8 +47,6 @@ struct HopperTilesArguments {
   int32_t chunks;        // of k
   int32_t row_tiles;     // each of the rows of all blocks of a cluster
   int32_t column_tiles;  // each of kColumns weight rows
-  int32_t band;          // row tiles whose column tiles come in turns
-  bool swiglu;
   bool constant_weight;
 };
 
@@ -69,11 +67,14 @@ class TileOrder {
   __device__ __forceinline__ int column_tile() const { return column_tile_; }
 
  private:
+  static constexpr int kBand = 8;
+
   __device__ __forceinline__ void find() {
-    const int band = index_ / (p_.band * p_.column_tiles);
-    const int height = min(p_.band, p_.row_tiles - band * p_.band);
-    const int within = index_ - band * p_.band * p_.column_tiles;
-    row_tile_ = band * p_.band + within % height;
+    if (done()) return;
+    const int band = index_ / (kBand * p_.column_tiles);
+    const int height = min(kBand, p_.row_tiles - band * kBand);
+    const int within = index_ - band * kBand * p_.column_tiles;
+    row_tile_ = band * kBand + within % height;
     column_tile_ = within / height;
   }
 
@@ -126,7 +127,7 @@ struct TilesBlock {
 };
 
 // What the copying thread does: all chunks of the block's tiles, as far ahead as the ring is long.
-template <int kColumns, int kBlocks>
+template <int kColumns, int kBlocks, bool kSwiglu>
 class TilesCopies {
  public:
   __device__ __forceinline__ explicit TilesCopies(const TilesBlock<kColumns, kBlocks>& block)
@@ -169,9 +170,9 @@ class TilesCopies {
   __device__ __forceinline__ void copy_half(int stage, int half) const {
     const uint32_t to = block_.weights(stage) + half * kHalfColumns * kPanelRowBytes;
     const int row = tile_.column_tile() * kColumns + half * kHalfColumns;
-    const bool swiglu = block_.p.swiglu;  // then the coordinates are k, gate row of 8, gate or up, 8 gate rows
-    copy_box<kBlocks>(to, block_.p.weight, block_.full(stage), chunk_ * kTilesChunk, swiglu ? 0 : row, 0,
-                      swiglu ? row / 16 : 0);
+    // With SwiGLU the coordinates are k, gate row of 8, gate or up, 8 gate rows.
+    copy_box<kBlocks>(to, block_.p.weight, block_.full(stage), chunk_ * kTilesChunk, kSwiglu ? 0 : row, 0,
+                      kSwiglu ? row / 16 : 0);
   }
   __device__ __forceinline__ void copy_x(int stage) const {
     copy_box(block_.x(stage), block_.p.x, block_.full(stage), chunk_ * kTilesChunk, block_.first_row(tile_));
@@ -184,7 +185,7 @@ class TilesCopies {
 
 // What four warps that multiply together do. A thread has the sums of two rows of x, eight apart, in every tile of 8
 // weight rows two of each; with SwiGLU a tile of gate rows is followed by its up rows.
-template <typename T, int kColumns, int kBlocks>
+template <typename T, int kColumns, int kBlocks, bool kSwiglu>
 class TilesProducts {
  public:
   __device__ __forceinline__ explicit TilesProducts(const TilesBlock<kColumns, kBlocks>& block)
@@ -209,15 +210,9 @@ class TilesProducts {
   // Leaves y to the copy engine, by way of the warp's own part of shared memory: the next tile does not wait for it.
   __device__ __forceinline__ void write_tile(const TileOrder& tile) {
     const int first_row = block_.first_row(tile) + 16 * warp_;
-    if (p_.swiglu) {
-      const int first_column = tile.column_tile() * (kColumns / 2);
-      if (p_.bias != nullptr) add_bias<true>(first_column);
-      write_parts<true>(first_row, first_column);
-    } else {
-      const int first_column = tile.column_tile() * kColumns;
-      if (p_.bias != nullptr) add_bias<false>(first_column);
-      write_parts<false>(first_row, first_column);
-    }
+    const int first_column = tile.column_tile() * (kSwiglu ? kColumns / 2 : kColumns);
+    if (p_.bias != nullptr) add_bias(first_column);
+    write_parts(first_row, first_column);
   }
 
  private:
@@ -247,7 +242,6 @@ class TilesProducts {
   }
 
   // Apart from writing, so that products without a bias have no instructions for it.
-  template <bool kSwiglu>
   __device__ __forceinline__ void add_bias(int first_column) {
     const T* const bias = static_cast<const T*>(p_.bias) + lane_ % 4 * 2;
 #pragma unroll
@@ -268,7 +262,6 @@ class TilesProducts {
   }
 
   // Two neighbours of y, in the row that half of a tile is.
-  template <bool kSwiglu>
   __device__ __forceinline__ uint32_t results(int tile, int half) const {
     if constexpr (kSwiglu) {
       const float* const gate = &sums_[2 * tile][2 * half];
@@ -278,7 +271,6 @@ class TilesProducts {
       return pack_pair<T>(sums_[tile][2 * half], sums_[tile][2 * half + 1]);
     }
   }
-  template <bool kSwiglu>
   __device__ __forceinline__ void write_parts(int first_row, int first_column) const {
     constexpr int kYTiles = kSwiglu ? kTiles / 2 : kTiles;
     constexpr int kPartTiles = Layout::kPartColumns / 8;
@@ -292,7 +284,7 @@ class TilesProducts {
       for (int i = part; i < min(part + kPartTiles, kYTiles); i += 2) {
         uint32_t tiles[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) tiles[j] = results<kSwiglu>(i + j / 2, j % 2);
+        for (int j = 0; j < 4; ++j) tiles[j] = results(i + j / 2, j % 2);
         store_tiles(own_place + 16 * (i - part), tiles);
       }
       publish_to_products();  // the copy engine sees it as they do
@@ -318,7 +310,7 @@ class TilesProducts {
   float sums_[kTiles][4];
 };
 
-template <typename T, int kColumns, int kBlocks>
+template <typename T, int kColumns, int kBlocks, bool kSwiglu>
 __global__ void __launch_bounds__(kTilesThreads, 1) gemm_hopper_tiles(const __grid_constant__ HopperTilesArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
@@ -332,7 +324,7 @@ __global__ void __launch_bounds__(kTilesThreads, 1) gemm_hopper_tiles(const __gr
   block.synchronise_cluster();
   if (static_cast<int>(threadIdx.x) >= 128 * kTilesGroups) {
     if (copies_now) {
-      TilesCopies<kColumns, kBlocks> copies(block);
+      TilesCopies<kColumns, kBlocks, kSwiglu> copies(block);
       if (!p.constant_weight) wait_for_previous_kernel();
       copies.begin_weights();
       wait_for_previous_kernel();
@@ -342,7 +334,7 @@ __global__ void __launch_bounds__(kTilesThreads, 1) gemm_hopper_tiles(const __gr
     __syncwarp();
   } else {
     wait_for_previous_kernel();
-    TilesProducts<T, kColumns, kBlocks> products(block);
+    TilesProducts<T, kColumns, kBlocks, kSwiglu> products(block);
     for (TileOrder tile = block.tiles(); !tile.done(); tile.advance()) {
       products.multiply_tile();
       products.write_tile(tile);
