@@ -147,7 +147,7 @@ class Vllm(Implementation):
             dtype=dtype,
             max_model_len=largest.prompt_tokens + largest.new_tokens,
             max_num_seqs=largest.batch_size,
-            gpu_memory_utilization=0.85,
+            gpu_memory_utilization=0.78,
             enable_prefix_caching=False,
             worker_extension_cls="benchmarks.vllm_weights.WorkerExtension",
         )

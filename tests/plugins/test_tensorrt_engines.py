@@ -249,7 +249,7 @@ def test_two_contexts_on_two_streams() -> None:
     engine = Engine(build_plan({"x": rows, "residual": rows}, add_all_modes(weights)))
     arrays = [make_rows("float16", num_tokens, 4096) for num_tokens in (1000, 13)]
     executions = [engine.bind(given) for given in arrays]
-    assert int(executions[0].stream) != int(executions[1].stream)
+    assert executions[0].stream.handle != executions[1].stream.handle
     for execution in executions:
         for output in execution.outputs.values():
             output.poison()
