@@ -1,7 +1,7 @@
 """Gives vLLM's model the weights that the other implementations of benchmarks.generate have.
 
 vLLM's own made-up weights, those of the normalisations too, are within 0.001 of zero: activations then are subnormal
-numbers or zeros, which the tensor cores multiply with less power and a higher clock than any model's.
+numbers or zeros, and products of zeros can run faster than those of numbers that a model has.
 """
 
 from __future__ import annotations
