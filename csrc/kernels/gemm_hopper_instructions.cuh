@@ -58,7 +58,7 @@ __device__ __forceinline__ int blocks_of_cluster() {
   return blocks;
 }
 // At the barrier that another block of the cluster, or this one, has in the place of `barrier`. Not `.release.cluster`:
-// that waits until everything that this thread ever wrote is visible to the whole chip, about 1000 cycles each time,
+// that waits until everything that this thread ever wrote is visible to the whole chip, each time,
 // and who arrives here has only read what the barrier guards.
 __device__ __forceinline__ void arrive_at_block(int rank, uint32_t barrier) {
   asm volatile(

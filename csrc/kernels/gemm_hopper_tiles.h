@@ -9,7 +9,7 @@
 
 namespace qwen_plugins {
 
-// Whether the kernel can take such a product, and is no slower than cuBLASLt there: measured, docs/gemm.md.
+// Whether the kernel can take such a product, and was seen to be no slower than cuBLASLt there: docs/gemm.md.
 bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& device);
 
 // cudaErrorNotSupported, with nothing launched, where the driver cannot describe the operands to the copy engine.
