@@ -19,7 +19,7 @@ class WorkerExtension:
     def fill_weights(self) -> int:
         """As `benchmarks.generate_torch.random_weights`: ones in one dimension, else normal; how many were filled."""
         count = 0
-        for weight in self.model_runner.model.parameters():
+        for weight in self.model_runner.get_model().parameters():
             if weight.dim() == 1:
                 weight.data.fill_(1.0)
             else:

@@ -26,10 +26,6 @@ bool is_valid(const GemmShape& shape) {
          (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 || shape.dtype == DataType::kBFloat16);
 }
 
-int64_t columns_of(const GemmShape& shape) {
-  return shape.activation == Activation::kSwiglu ? shape.out_features / 2 : shape.out_features;
-}
-
 // Whether gemm_stream can take operands of this shape whose addresses are aligned.
 bool is_streamable(const GemmShape& shape) {
   return shape.dtype != DataType::kFloat32 && shape.in_features * size_of(shape.dtype) % kAlignment == 0;

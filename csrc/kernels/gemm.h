@@ -27,6 +27,11 @@ struct GemmShape {
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of x, weight, bias and y
 };
 
+// Of y.
+constexpr int64_t columns_of(const GemmShape& shape) {
+  return shape.activation == Activation::kSwiglu ? shape.out_features / 2 : shape.out_features;
+}
+
 struct GemmParams {
   GemmShape shape;
   const void* x = nullptr;       // [rows, in_features]

@@ -10,7 +10,6 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr int64_t kMaxRows = 64;
 constexpr int kMaxSplits = 8;
 constexpr int kMinChunks = 8;  // of k for each block of a cluster
 
@@ -100,7 +99,7 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
   arguments.bias = params.bias;
   arguments.y = params.y;
   arguments.swiglu = shape.activation == Activation::kSwiglu;
-  arguments.columns = static_cast<int32_t>(arguments.swiglu ? shape.out_features / 2 : shape.out_features);
+  arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.rows = static_cast<int32_t>(shape.rows);
   arguments.chunks = static_cast<int32_t>((shape.in_features + kHopperChunk - 1) / kHopperChunk);
   arguments.tiles = tiles_of(shape, cut.groups);
@@ -131,15 +130,10 @@ cudaError_t launch_with(const GemmParams& params, const Cut& cut, const DevicePr
 
 bool has_hopper_gemm(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  const int64_t columns = shape.activation == Activation::kSwiglu ? shape.out_features / 2 : shape.out_features;
-  const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight) |
-                         reinterpret_cast<uintptr_t>(params.y);
-  const bool can = device.major == 9 && shape.dtype != DataType::kFloat32 && shape.rows > kMaxStreamedRows &&
-                   shape.rows <= kMaxRows && addresses % 16 == 0 && shape.in_features % 8 == 0 &&
-                   params.x_row_stride % 8 == 0 && columns % 8 == 0;
+  if (shape.rows <= kMaxStreamedRows || shape.rows > kMaxHopperRows || !is_for_hopper(params, device)) return false;
   // The sums of many rows take long to exchange, beside a small weight. Measured in whole steps: docs/gemm.md.
   const int64_t least_weight = shape.rows <= 32 ? int64_t{1} << 22 : int64_t{1} << 24;
-  return can && shape.in_features * shape.out_features >= least_weight;
+  return shape.in_features * shape.out_features >= least_weight;
 }
 
 cudaError_t launch_gemm_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {

@@ -21,7 +21,6 @@
 namespace qwen_plugins {
 
 constexpr int kHopperTileRows = 64;                                 // weight rows of a group of four warps
-constexpr int kHopperChunk = kPanelColumns;                         // of k, in a stage
 constexpr int kHopperTileBytes = kHopperTileRows * kPanelRowBytes;  // a chunk of them
 constexpr int kMaxHopperStages = 32;
 constexpr int kMaxHopperGroups = 3;  // of four warps, in a block

@@ -9,6 +9,9 @@
 
 namespace qwen_plugins {
 
+// Up to this many rows.
+constexpr int64_t kMaxHopperRows = 64;
+
 // Whether the kernel can take such a product, and is no slower than cuBLASLt there: measured, docs/gemm.md.
 bool has_hopper_gemm(const GemmParams& params, const DeviceProperties& device);
 

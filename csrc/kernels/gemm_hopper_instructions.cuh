@@ -5,9 +5,12 @@
 
 #include <cuda.h>
 
+#include "hopper_launch.h"
 #include "hopper_products.cuh"
 
 namespace qwen_plugins {
+
+static_assert(kHopperChunk == kPanelColumns);
 
 // A barrier is 8 bytes of shared memory. Its phase ends when all have arrived and all bytes that were announced have
 // come; who waits gives the parity of the phase, 0 for the first.

@@ -1,14 +1,13 @@
 #include <algorithm>
 #include <array>
 
+#include "gemm_hopper.h"
 #include "gemm_hopper_tiles.cuh"
 #include "gemm_hopper_tiles.h"
 #include "hopper_launch.h"
 
 namespace qwen_plugins {
 namespace {
-
-constexpr int64_t kMostRowsOfGemmHopper = 64;  // with fewer, what it does not take is cuBLASLt's
 
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
@@ -65,9 +64,9 @@ cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& devic
   }
   arguments.bias = params.bias;
   arguments.y = params.y;
-  arguments.columns = static_cast<int32_t>(kSwiglu ? shape.out_features / 2 : shape.out_features);
+  arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.rows = static_cast<int32_t>(shape.rows);
-  arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kTilesChunk));
+  arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kHopperChunk));
   arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kTilesRows * kBlocks));
   arguments.column_tiles = static_cast<int32_t>(divide_up(shape.out_features, kColumns));
   arguments.constant_weight = params.constant_weight;
@@ -87,21 +86,13 @@ cudaError_t launch_cut(const GemmParams& params, const TilesCut& cut, const Devi
   return launch_tiles<T, 256, 2, true>(params, device, stream);
 }
 
-bool can_launch(const GemmParams& params, const DeviceProperties& device) {
-  const GemmShape& shape = params.shape;
-  const int64_t columns = shape.activation == Activation::kSwiglu ? shape.out_features / 2 : shape.out_features;
-  const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight) |
-                         reinterpret_cast<uintptr_t>(params.y);
-  return device.major == 9 && shape.dtype != DataType::kFloat32 && addresses % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(params.bias) % 4 == 0 && shape.in_features % 8 == 0 &&
-         params.x_row_stride % 8 == 0 && columns % 8 == 0;
-}
-
 }  // namespace
 
 bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  if (shape.rows <= kMostRowsOfGemmHopper || !can_launch(params, device)) return false;
+  // Fewer rows that gemm_hopper does not take are cuBLASLt's.
+  if (shape.rows <= kMaxHopperRows || !is_for_hopper(params, device)) return false;
+  if (reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) return false;  // is read in pairs
   const Choice best = best_cut(shape, device);
   // With SwiGLU inside, a kernel and the way of z through memory are saved: only idle multiprocessors cost more.
   if (shape.activation == Activation::kSwiglu) return best.useful >= (shape.rows <= kTilesRows ? 0.4 : 0.9);

@@ -16,9 +16,8 @@
 
 namespace qwen_plugins {
 
-constexpr int kTilesRows = 128;             // of x, in a tile
-constexpr int kTilesGroups = 2;             // of four warps that multiply
-constexpr int kTilesChunk = kPanelColumns;  // of k, in a stage
+constexpr int kTilesRows = 128;  // of x, in a tile
+constexpr int kTilesGroups = 2;  // of four warps that multiply
 constexpr int kTilesStages = 4;
 constexpr int kTilesThreads = 128 * kTilesGroups + 32;
 constexpr int kTilesXBytes = kTilesRows * kPanelRowBytes;  // of a stage
@@ -171,11 +170,11 @@ class TilesCopies {
     const uint32_t to = block_.weights(stage) + half * kHalfColumns * kPanelRowBytes;
     const int row = tile_.column_tile() * kColumns + half * kHalfColumns;
     // With SwiGLU the coordinates are k, gate row of 8, gate or up, 8 gate rows.
-    copy_box<kBlocks>(to, block_.p.weight, block_.full(stage), chunk_ * kTilesChunk, kSwiglu ? 0 : row, 0,
+    copy_box<kBlocks>(to, block_.p.weight, block_.full(stage), chunk_ * kHopperChunk, kSwiglu ? 0 : row, 0,
                       kSwiglu ? row / 16 : 0);
   }
   __device__ __forceinline__ void copy_x(int stage) const {
-    copy_box(block_.x(stage), block_.p.x, block_.full(stage), chunk_ * kTilesChunk, block_.first_row(tile_));
+    copy_box(block_.x(stage), block_.p.x, block_.full(stage), chunk_ * kHopperChunk, block_.first_row(tile_));
   }
 
   const TilesBlock<kColumns, kBlocks>& block_;
@@ -223,7 +222,7 @@ class TilesProducts {
     const uint32_t x = block_.x(cursor_.stage) + group_ * 64 * kPanelRowBytes;
     begin_products();
 #pragma unroll
-    for (int k = 0; k < kTilesChunk * 2; k += 32) {
+    for (int k = 0; k < kHopperChunk * 2; k += 32) {
       multiply_async<T>(sums_, operand(x + k, 16), operand(block_.weights(cursor_.stage) + k, 16));
     }
     commit_products();

@@ -96,10 +96,11 @@ class WeightCopies {
     const int line = lane_of_thread() / kLinePacks, pack = lane_of_thread() % kLinePacks;
     const int k = chunk * kChunk + pack * kVec<T>;
     const T* from = first + tile * p.tile_stride + chunk * kChunk;
-    const int column = first_column() + tile * p.tile_columns;
+    const int in_group = line + tile * p.tile_columns;
+    const int end = min(p.group_columns, p.columns - group * p.group_columns);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool inside = k < p.in_features && column + half * p.half_columns < p.columns;
+      const bool inside = k < p.in_features && in_group + half * p.half_columns < end;
       const int row = line + half * (kTileRows / 2);
       copy_of_line_async(stage + tile * kTileBytes + pack_offset(row, pack), from + half * p.half_stride, inside);
     }
@@ -119,7 +120,7 @@ class WeightCopies {
 
  private:
   __device__ __forceinline__ int first_column() const {
-    return group * Shape::kTiles * p.tile_columns + lane_of_thread() / kLinePacks;
+    return group * p.group_columns + lane_of_thread() / kLinePacks;
   }
   __device__ __forceinline__ void find_group() {
     first = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column()) * p.in_features +
@@ -212,15 +213,16 @@ __device__ __forceinline__ void finish_group(const StreamArguments& p, int group
     const int row = index / kTileRows % (8 * Shape::kXTiles);
     const int n = index % kTileRows;
     const bool in_second_half = n >= kTileRows / 2;
-    const int column = (group * Shape::kTiles + index / Shape::kTileSums) * p.tile_columns + n % (kTileRows / 2) +
-                       in_second_half * p.half_columns;
+    const int in_group =
+        index / Shape::kTileSums * p.tile_columns + n % (kTileRows / 2) + in_second_half * p.half_columns;
+    const int column = group * p.group_columns + in_group;
     float z = 0.0F;
     if (p.bias != nullptr && column < p.columns) {
       z = to_float(static_cast<const T*>(p.bias)[column + in_second_half * p.half_bias]);
     }
 #pragma unroll
     for (int warp = 0; warp < Shape::kWarps; ++warp) z += of_warps[warp * Shape::kSums + index];
-    bool writes = row < p.rows && column < p.columns;
+    bool writes = row < p.rows && in_group < p.group_columns && column < p.columns;
     if (p.swiglu) {
       const float up = __shfl_down_sync(0xffffffffU, z, kTileRows / 2);
       z = silu<T>(z) * up;

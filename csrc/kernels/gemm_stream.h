@@ -34,7 +34,8 @@ struct StreamArguments {
   int32_t in_features;
   int32_t chunks;          // of k
   int32_t chunks_of_warp;  // at most
-  int32_t groups;          // of tiles
+  int32_t group_columns;   // of y, that a block works on at a time: all of its tiles, or a part of them
+  int32_t groups;
   bool swiglu;
   bool constant_weight;
 };

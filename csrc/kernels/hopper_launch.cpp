@@ -5,7 +5,7 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr cuuint32_t kChunkColumns = 64;
+constexpr cuuint32_t kChunkColumns = kHopperChunk;
 
 decltype(&cuTensorMapEncodeTiled) load_describe() {
   void* function = nullptr;
@@ -31,6 +31,14 @@ bool describe(CUtensorMap& tensor, DataType dtype, const void* data, const std::
 }
 
 }  // namespace
+
+bool is_for_hopper(const GemmParams& params, const DeviceProperties& device) {
+  const GemmShape& shape = params.shape;
+  const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight) |
+                         reinterpret_cast<uintptr_t>(params.y);
+  return device.major == 9 && shape.dtype != DataType::kFloat32 && addresses % 16 == 0 && shape.in_features % 8 == 0 &&
+         params.x_row_stride % 8 == 0 && columns_of(shape) % 8 == 0;
+}
 
 bool describe_weight(CUtensorMap& tensor, const GemmParams& params, int box_rows) {
   const GemmShape& shape = params.shape;

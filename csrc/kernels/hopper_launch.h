@@ -6,10 +6,16 @@
 #include <cuda_runtime_api.h>
 
 #include "gemm.h"
+#include "launch.h"
 
 namespace qwen_plugins {
 
-// The copy engine takes boxes of one chunk of k, 64 columns, in the 128-byte swizzle, and of `box_rows` rows. False
+constexpr int kHopperChunk = 64;  // of k, in a stage of a ring
+
+// Whether the chip is one, and the copy engine and the kernels can take operands of these types, sizes and addresses.
+bool is_for_hopper(const GemmParams& params, const DeviceProperties& device);
+
+// The copy engine takes boxes of one chunk of k in the 128-byte swizzle, and of `box_rows` rows. False
 // where the driver cannot describe such an operand. The device's context must be the thread's: any call of the runtime
 // but cudaGetDevice makes it that.
 //
