@@ -24,7 +24,7 @@ NAMES = {
     "vllm": "vLLM",
     "transformers": "transformers, eager",
     "products": "only the matrix products (cuBLAS, one CUDA graph)",
-    "floor": "only reading weights and cache at 4.55 TB/s",
+    "floor": "only reading weights and cache at {:.2f} TB/s",
 }
 SHOWN = ("tensorrt", "qwen_model", "vllm", "transformers", "products", "floor")
 COLORS = {"tensorrt": "#76b900", "qwen_model": "#4a7500", "vllm": "#3b7dd8", "transformers": "#d1495b"}
@@ -47,21 +47,27 @@ def read_records(paths: list[Path]) -> tuple[list[Record], str]:
     return records, machines.pop()
 
 
-def floor_rate(record: Record) -> float:
-    """Tokens per second if a step only read its weights and the cache."""
+def floor_rate(record: Record, bandwidth: float = READ_BANDWIDTH) -> float:
+    """Tokens per second if a step only read its weights and the cache, at so many bytes per second."""
     config = read_config({**COMMON, **SHAPES[record["shape"]]})
     context = record["prompt_tokens"] + record["new_tokens"] // 2
     itemsize = 4 if record["dtype"] == "float32" else 2
-    step = sum(floor_bytes(config, itemsize, record["batch_size"], context).values()) / READ_BANDWIDTH
+    step = sum(floor_bytes(config, itemsize, record["batch_size"], context).values()) / bandwidth
     return float(record["batch_size"] / step)
 
 
-def with_floor(records: list[Record]) -> list[Record]:
+def with_floor(records: list[Record], bandwidth: float = READ_BANDWIDTH) -> list[Record]:
     """And a line of the floor for each load of vLLM's or ours."""
     whole = [r for r in records if r["implementation"] in ("tensorrt", "qwen_model", "vllm")]
     loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in whole}
     floors = [
-        {**r, "implementation": "floor", "first_token_ms": None, "decode_tokens_per_second": floor_rate(r)}
+        {
+            **r,
+            "implementation": "floor",
+            "first_token_ms": None,
+            "decode_tokens_per_second": floor_rate(r, bandwidth),
+            "bandwidth": bandwidth,
+        }
         for r in loads.values()
     ]
     return records + floors
@@ -81,7 +87,8 @@ def table(records: list[Record], prompt_tokens: int, names: tuple[str, ...] = SH
             rates = [f"{here[n]['decode_tokens_per_second']:.0f}" if n in here else "" for n in batches]
             firsts = [here[n]["first_token_ms"] if n in here else None for n in batches]
             cells = [*rates, *("" if first is None else f"{first:.1f}" for first in firsts)]
-            lines.append(f"| {shape} | {NAMES[name]} | " + " | ".join(cells) + " |")
+            label = NAMES[name].format(next(iter(here.values())).get("bandwidth", 0) * 1e-12)
+            lines.append(f"| {shape} | {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -136,6 +137,8 @@ class Vllm(Implementation):
     def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
         import vllm
 
+        # A process that has used the GPU, as this one may have, cannot be forked.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": dtype}))
         self.vocab_size = values["vocab_size"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import attention, gemm, generate_report, rms_norm
+from benchmarks.common import READ_BANDWIDTH
 from qwen_model.files import write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -59,25 +60,28 @@ def generation(prompt_tokens: int) -> str:
     return generate_report.table(generate_report.with_floor(records), prompt_tokens)
 
 
+def h100_bandwidth() -> float:
+    """Bytes per second that the fastest of the products reads there: nothing else has measured that GPU's memory."""
+    products = {(name, p.name): p for name, model in gemm.MODELS.items() for p in (*model.products, model.head)}
+    records = read("h100/gemm")["products"]
+    return max(2 * products[r["model"], r["product"]].elements / min(r[OURS], r[gemm.CUBLAS]) for r in records) * 1e6
+
+
 def generation_on_h100(prompt_tokens: int) -> str:
-    """Without a floor: how fast that GPU's memory can be read has not been measured."""
-    paths = sorted((RESULTS / "h100").glob("generate_*.json"))
-    if not paths:
-        return NOT_MEASURED
-    records, _ = generate_report.read_records(paths)
-    return generate_report.table(records, prompt_tokens)
+    records, _ = generate_report.read_records(sorted((RESULTS / "h100").glob("generate_*.json")))
+    return generate_report.table(generate_report.with_floor(records, h100_bandwidth()), prompt_tokens)
 
 
 def products_of_prompts() -> str:
-    """Microseconds of ours and cuBLAS for more rows than decoding has, on an H100."""
-    if not (RESULTS / "h100" / "gemm.json").exists():
-        return NOT_MEASURED
-    records, lines = read("h100/gemm")["products"], []
+    """Microseconds of ours and cuBLAS for more rows than decoding has, on an H100; where cuBLAS is the faster one."""
+    results = read("h100/gemm")
+    records, lines = results["products"], []
     products = [(name, product) for name, model in gemm.MODELS.items() for product in model.products]
     for count in sorted({r["rows"] for r in records if r["rows"] > max(gemm.STEP_ROWS)}):
         found = [gemm.find(records, name, product.name, count) for name, product in products]
         lines.append([str(count), *(f"{short(r[OURS])} / {short(r[gemm.CUBLAS])}" for r in found)])
-    return markdown(["rows", *(f"{name} {product.name}" for name, product in products)], lines)
+    table = markdown(["rows", *(f"{name} {product.name}" for name, product in products)], lines)
+    return f"{table}\n\n{gemm.summary(results)}"
 
 
 def generation_of_engines() -> str:
@@ -87,15 +91,17 @@ def generation_of_engines() -> str:
     return generate_report.table(records, 128, ("tensorrt", "native_norms", "native_rotary"))
 
 
-def gemm_shares() -> str:
-    results, rows = read("gemm"), []
+def gemm_shares(name_of_results: str, bandwidth: float) -> str:
+    """Of the time that reading the weights at `bandwidth` takes, in bytes per second."""
+    results, rows = read(name_of_results), []
+    slower = READ_BANDWIDTH / bandwidth  # than what the floors of gemm.MODELS are at
     for name, model in gemm.MODELS.items():
         for product in (*model.products, model.head):
             found = [gemm.find(results["products"], name, product.name, count) for count in (1, 8, 64)]
             label = f"{name} {product.name}, {product.in_features} to {product.out_features}"
-            rows.append([label, *shares(product.floor, found)])
+            rows.append([label, *shares(product.floor * slower, found)])
         steps = [next(s for s in results["steps"] if (s["model"], s["rows"]) == (name, n)) for n in (1, 8, 64)]
-        rows.append([f"all products and norms of a step, {name}", *shares(model.floor, steps)])
+        rows.append([f"all products and norms of a step, {name}", *shares(model.floor * slower, steps)])
     return markdown(["", "1 row", "8 rows", "64 rows", "cuBLAS: 1 row", "8 rows", "64 rows"], rows)
 
 
@@ -224,7 +230,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-128-h100": lambda: generation_on_h100(128),
     "generation-1024-h100": lambda: generation_on_h100(1024),
     "generation-engines": generation_of_engines,
-    "gemm-shares": gemm_shares,
+    "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
+    "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
     "gemm": lambda: f"{gemm.tables(read('gemm'))}\n{gemm.summary(read('gemm'))}",
     "gemm-prompts": products_of_prompts,
     "attention-excerpt": attention_excerpt,

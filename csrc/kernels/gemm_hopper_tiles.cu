@@ -31,6 +31,12 @@ struct Choice {
   double useful;
 };
 
+// How many rounds of tiles the multiprocessors need.
+int64_t rounds_of(const GemmShape& shape, const TilesCut& cut, const DeviceProperties& device) {
+  const int64_t clusters = divide_up(shape.rows, kTilesRows * cut.blocks) * divide_up(shape.out_features, cut.columns);
+  return divide_up(clusters, device.multiprocessors / cut.blocks);
+}
+
 Choice best_cut(const GemmShape& shape, const DeviceProperties& device) {
   Choice best{kCuts[0], 0.0};
   for (const TilesCut& cut : kCuts) {
@@ -97,8 +103,11 @@ bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& dev
   // With SwiGLU inside, a kernel and the way of z through memory are saved: only idle multiprocessors cost more.
   if (shape.activation == Activation::kSwiglu) return best.useful >= (shape.rows <= kTilesRows ? 0.4 : 0.9);
   // Without, cuBLASLt's kernels are a little faster at what they are cut for. Tiles of 224, as for 3584 weight rows,
-  // are what it was seen not to choose where they fit.
+  // are what it was seen not to choose where they fit. Where there is one for each block, no other tile hides its
+  // beginning and its end: with 3584 of in_features that cost more than was saved, with 18944 it did not.
+  constexpr int64_t kLong = 8192;
   return shape.rows >= 1024 && best.cut.columns == 224 && best.useful >= 0.9 &&
+         (shape.in_features >= kLong || rounds_of(shape, best.cut, device) > 1) &&
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 
