@@ -1,6 +1,7 @@
 """Tables and a picture of what benchmarks.generate found, of several runs together.
 
     python -m benchmarks.generate_report [RESULTS ...]    # default: generate_*.json in benchmarks/results
+    python -m benchmarks.generate_report benchmarks/results/h100/generate_*.json --bandwidth 3.14 --picture FILE.svg
 
 The line of reading is the floor: the weights once and the cache of the middle of the decoding, at the memory's speed.
 """
@@ -47,7 +48,7 @@ def read_records(paths: list[Path]) -> tuple[list[Record], str]:
     return records, machines.pop()
 
 
-def floor_rate(record: Record, bandwidth: float = READ_BANDWIDTH) -> float:
+def floor_rate(record: Record, bandwidth: float) -> float:
     """Tokens per second if a step only read its weights and the cache, at so many bytes per second."""
     config = read_config({**COMMON, **SHAPES[record["shape"]]})
     context = record["prompt_tokens"] + record["new_tokens"] // 2
@@ -56,7 +57,7 @@ def floor_rate(record: Record, bandwidth: float = READ_BANDWIDTH) -> float:
     return float(record["batch_size"] / step)
 
 
-def with_floor(records: list[Record], bandwidth: float = READ_BANDWIDTH) -> list[Record]:
+def with_floor(records: list[Record], bandwidth: float) -> list[Record]:
     """And a line of the floor for each load of vLLM's or ours."""
     whole = [r for r in records if r["implementation"] in ("tensorrt", "qwen_model", "vllm")]
     loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in whole}
@@ -66,15 +67,17 @@ def with_floor(records: list[Record], bandwidth: float = READ_BANDWIDTH) -> list
             "implementation": "floor",
             "first_token_ms": None,
             "decode_tokens_per_second": floor_rate(r, bandwidth),
-            "bandwidth": bandwidth,
         }
         for r in loads.values()
     ]
     return records + floors
 
 
-def table(records: list[Record], prompt_tokens: int, names: tuple[str, ...] = SHOWN) -> str:
-    """Markdown: a line for each shape and implementation."""
+def table(
+    records: list[Record], prompt_tokens: int, bandwidth: float = READ_BANDWIDTH, names: tuple[str, ...] = SHOWN
+) -> str:
+    """Markdown: a line for each shape and implementation; the floor is at `bandwidth`, in bytes per second."""
+    records = with_floor(records, bandwidth)
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens]
     batches = sorted({r["batch_size"] for r in records})
     columns = [*(f"batch {n}" for n in batches), *(f"first token, ms: {n}" for n in batches)]
@@ -87,12 +90,11 @@ def table(records: list[Record], prompt_tokens: int, names: tuple[str, ...] = SH
             rates = [f"{here[n]['decode_tokens_per_second']:.0f}" if n in here else "" for n in batches]
             firsts = [here[n]["first_token_ms"] if n in here else None for n in batches]
             cells = [*rates, *("" if first is None else f"{first:.1f}" for first in firsts)]
-            label = NAMES[name].format(next(iter(here.values())).get("bandwidth", 0) * 1e-12)
-            lines.append(f"| {shape} | {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {shape} | {NAMES[name].format(bandwidth * 1e-12)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(records: list[Record], machine: str, prompt_tokens: int, path: Path) -> None:
+def draw(records: list[Record], machine: str, prompt_tokens: int, bandwidth: float, path: Path) -> None:
     """Tokens per second as shares of the floor, and times to the first token, beside each other."""
     try:
         import matplotlib
@@ -106,7 +108,12 @@ def draw(records: list[Record], machine: str, prompt_tokens: int, path: Path) ->
     figure, panels = plt.subplots(2, len(shapes), figsize=(6 * len(shapes), 7), squeeze=False)
     for column, shape in enumerate(shapes):
         here = [r for r in records if r["shape"] == shape]
-        draw_bars(panels[0][column], here, lambda r: 100 * r["decode_tokens_per_second"] / floor_rate(r), "{:.0f} %")
+        draw_bars(
+            panels[0][column],
+            here,
+            lambda r: 100 * r["decode_tokens_per_second"] / floor_rate(r, bandwidth),
+            "{:.0f} %",
+        )
         draw_bars(panels[1][column], here, lambda r: r["first_token_ms"], "{:.1f}")
         panels[0][column].set(title=shape, ylabel="decode, % of the floor", ylim=(0, 110))
         panels[1][column].set(ylabel="ms to the first token", yscale="log")
@@ -131,13 +138,17 @@ def draw_bars(panel: Any, records: list[Record], value: Any, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument(
+        "--bandwidth", type=float, default=READ_BANDWIDTH * 1e-12, help="TB/s that the GPU's memory is read at, at most"
+    )
     parser.add_argument("--picture", type=Path, default=Path("docs/images/generate.svg"))
     options = parser.parse_args()
     paths = options.results or sorted(Path("benchmarks/results").glob("generate_*.json"))
     records, machine = read_records(paths)
+    bandwidth = options.bandwidth * 1e12
     for prompt_tokens in sorted({r["prompt_tokens"] for r in records}):
-        print(f"Prompts of {prompt_tokens} tokens:\n\n{table(with_floor(records), prompt_tokens)}\n")
-    draw(records, machine, min(r["prompt_tokens"] for r in records), options.picture)
+        print(f"Prompts of {prompt_tokens} tokens:\n\n{table(records, prompt_tokens, bandwidth)}\n")
+    draw(records, machine, min(r["prompt_tokens"] for r in records), bandwidth, options.picture)
 
 
 if __name__ == "__main__":

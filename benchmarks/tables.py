@@ -57,7 +57,7 @@ def counted(number: int, what: str) -> str:
 
 def generation(prompt_tokens: int) -> str:
     records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
-    return generate_report.table(generate_report.with_floor(records), prompt_tokens)
+    return generate_report.table(records, prompt_tokens)
 
 
 def h100_bandwidth() -> float:
@@ -69,7 +69,7 @@ def h100_bandwidth() -> float:
 
 def generation_on_h100(prompt_tokens: int) -> str:
     records, _ = generate_report.read_records(sorted((RESULTS / "h100").glob("generate_*.json")))
-    return generate_report.table(generate_report.with_floor(records, h100_bandwidth()), prompt_tokens)
+    return generate_report.table(records, prompt_tokens, h100_bandwidth())
 
 
 def products_of_prompts() -> str:
@@ -88,7 +88,7 @@ def generation_of_engines() -> str:
     """What the plug-ins bring to an engine: tokens per second of each variant."""
     records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
     records = [r for r in records if (r["shape"], r["prompt_tokens"]) == ("qwen-7b", 128)]
-    return generate_report.table(records, 128, ("tensorrt", "native_norms", "native_rotary"))
+    return generate_report.table(records, 128, names=("tensorrt", "native_norms", "native_rotary"))
 
 
 def gemm_shares(name_of_results: str, bandwidth: float) -> str:

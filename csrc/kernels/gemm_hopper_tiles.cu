@@ -18,32 +18,32 @@ struct TilesCut {
 };
 constexpr std::array<TilesCut, 4> kCuts{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
 
+int64_t rounds_of(const GemmShape& shape, int64_t tile_rows, int64_t tile_columns, int64_t at_once) {
+  return divide_up(divide_up(shape.rows, tile_rows) * divide_up(shape.out_features, tile_columns), at_once);
+}
+
 // The share of the multiprocessors' work that is not wasted: beyond the last row or weight row, or while no tile is
 // left for some of them.
 double useful_share(const GemmShape& shape, int64_t tile_rows, int64_t tile_columns, int64_t at_once) {
-  const int64_t tiles = divide_up(shape.rows, tile_rows) * divide_up(shape.out_features, tile_columns);
-  const double done = static_cast<double>(divide_up(tiles, at_once) * at_once * tile_rows * tile_columns);
-  return static_cast<double>(shape.rows * shape.out_features) / done;
+  const int64_t rounds = rounds_of(shape, tile_rows, tile_columns, at_once);
+  return static_cast<double>(shape.rows * shape.out_features) /
+         static_cast<double>(rounds * at_once * tile_rows * tile_columns);
 }
 
 struct Choice {
   TilesCut cut;
   double useful;
+  int64_t rounds;
 };
 
-// How many rounds of tiles the multiprocessors need.
-int64_t rounds_of(const GemmShape& shape, const TilesCut& cut, const DeviceProperties& device) {
-  const int64_t clusters = divide_up(shape.rows, kTilesRows * cut.blocks) * divide_up(shape.out_features, cut.columns);
-  return divide_up(clusters, device.multiprocessors / cut.blocks);
-}
-
 Choice best_cut(const GemmShape& shape, const DeviceProperties& device) {
-  Choice best{kCuts[0], 0.0};
+  Choice best{kCuts[0], 0.0, 0};
   for (const TilesCut& cut : kCuts) {
     if (cut.blocks > device.multiprocessors) continue;
-    const double useful =
-        useful_share(shape, kTilesRows * cut.blocks, cut.columns, device.multiprocessors / cut.blocks);
-    if (useful > best.useful) best = {cut, useful};
+    const int at_once = device.multiprocessors / cut.blocks;
+    const double useful = useful_share(shape, kTilesRows * cut.blocks, cut.columns, at_once);
+    if (useful <= best.useful) continue;
+    best = {cut, useful, rounds_of(shape, kTilesRows * cut.blocks, cut.columns, at_once)};
   }
   return best;
 }
@@ -107,7 +107,7 @@ bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& dev
   // beginning and its end: with 3584 of in_features that cost more than was saved, with 18944 it did not.
   constexpr int64_t kLong = 8192;
   return shape.rows >= 1024 && best.cut.columns == 224 && best.useful >= 0.9 &&
-         (shape.in_features >= kLong || rounds_of(shape, best.cut, device) > 1) &&
+         (shape.in_features >= kLong || best.rounds > 1) &&
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 

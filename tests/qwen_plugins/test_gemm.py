@@ -82,7 +82,7 @@ def test_matches_float64(device, dtype, activation, in_features, out_features):
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("in_features", [3584, 4096, 11008, 18944, 40000, 131072])
-@pytest.mark.parametrize("out_features", [1200, 3581])  # blocks work on whole tiles, and on parts of them
+@pytest.mark.parametrize("out_features", [1200, 3581])  # groups of whole tiles and of parts; the last a part of one
 def test_long_rows_match_float64(dtype, activation, in_features, out_features):
     for rows in (1, 2, 4, 8, 11, 16, 40):
         x, weight, bias = operands(rows, in_features, out_features, dtype, "cuda", True, activation)
@@ -109,6 +109,13 @@ def test_tens_of_rows_match_float64(dtype, activation, in_features, out_features
         y = out[:-64].view(rows, out_features)
         check(strided, weight, bias, activation, intermediate=intermediate, constant_weight=True, out=y)
         assert out[-64:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_one_tile_for_each_block_matches_float64(dtype):
+    x, weight, bias = operands(1024, 18944, 3584, dtype, "cuda")
+    check(x, weight, bias, intermediate=2.0**-17 if torch.cuda.get_device_capability()[0] == 9 else None)
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ def make_weight(hidden_size: int, dtype: torch.dtype, device: str) -> torch.Tens
 
 
 def skip_unless_free(gibibytes: int) -> None:
+    torch.cuda.empty_cache()  # what earlier tests have let go
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gibibytes:
         pytest.skip(f"needs {gibibytes} GiB of free GPU memory; {free:.0f} are free")
