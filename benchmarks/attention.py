@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from benchmarks.common import READ_BANDWIDTH, save_figure, write_results
+from benchmarks.common import READ_BANDWIDTH, require_gpu, save_figure, write_results
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -414,6 +414,7 @@ def main() -> None:
     if arguments.report:
         report(arguments.report)
         return
+    require_gpu()
     sizes = {"decode": DECODE, "prefill": PREFILL}
     problems = [
         Problem(phase, model, sequences, tokens, arguments.dtype)

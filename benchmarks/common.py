@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -27,6 +28,22 @@ PACKAGES = (
     "triton",
     "numpy",
 )
+
+
+def add_bandwidth_argument(parser: argparse.ArgumentParser) -> None:
+    """--bandwidth, which floors are computed at."""
+    text = "TB/s that the GPU's memory is read at, at most (default: %(default)s, an H200's)"
+    parser.add_argument("--bandwidth", type=float, default=READ_BANDWIDTH * 1e-12, help=text)
+
+
+def require_gpu() -> None:
+    """Exit with one line where PyTorch or a GPU is missing."""
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit('this benchmark needs PyTorch: pip install "qwen-plugins[torch]"') from None
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU: PyTorch finds none")
 
 
 def environment() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, floor_bytes, save_figure, write_results
+from benchmarks.common import READ_BANDWIDTH, floor_bytes, require_gpu, save_figure, write_results
 
 STEPS = 9
 KINDS = {  # the first pattern that a kernel's name has
@@ -239,6 +239,7 @@ def main() -> None:
     if options.draw:
         draw(json.loads(options.results.read_text(encoding="utf-8")), options.picture)
         return
+    require_gpu()
     write_results(options.results, record(options.shape, options.batch_sizes, options.prompt_tokens, options.dtype))
     print(options.results)
 

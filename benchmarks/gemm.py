@@ -10,8 +10,8 @@ Each figure is a median over replays of a CUDA graph. "One by one": the time of 
 shape, whose weights take turns in more than 1 GB of memory, so that none is still in the L2 cache. They come one after
 another: ours overlap (programmatic dependent launch with constant weights), as they do when a model decodes. "Decode
 step": the four products of every layer and the last one, with weights of their own (14 GB), and our RMSNorm with the
-residual between them: everything of a step but attention and sampling. The floor is to read the weights at 4.55 TB/s,
-which is the most that anything reads from the memory of an H200.
+residual between them: everything of a step but attention and sampling. The floor is to read the weights at --bandwidth:
+4.55 TB/s is the most that anything read from the memory of an H200.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, save_figure, write_results
+from benchmarks.common import add_bandwidth_argument, require_gpu, save_figure, write_results
 
 ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 8192]
 STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 OURS, CUBLAS = "qwen_plugins", "cuBLAS"
-BYTES_PER_MICROSECOND = READ_BANDWIDTH * 1e-6
 ROTATED_BYTES = 1.1e9
 
 
@@ -51,10 +50,9 @@ class Product:
         """Of the weight."""
         return self.in_features * self.out_features
 
-    @property
-    def floor(self) -> float:
-        """Microseconds to read the weight."""
-        return 2 * self.elements / BYTES_PER_MICROSECOND
+    def floor(self, bandwidth: float) -> float:
+        """Microseconds to read the weight, at so many bytes per second."""
+        return 2e6 * self.elements / bandwidth
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,9 @@ class Model:
         """Of all weights."""
         return self.layers * sum(product.elements for product in self.products) + self.head.elements
 
-    @property
-    def floor(self) -> float:
-        """Microseconds to read all weights."""
-        return 2 * self.elements / BYTES_PER_MICROSECOND
+    def floor(self, bandwidth: float) -> float:
+        """Microseconds to read all weights, at so many bytes per second."""
+        return 2e6 * self.elements / bandwidth
 
 
 MODELS = {
@@ -223,15 +220,16 @@ def measure(models: list[str], rows: list[int], step_rows: list[int], dtype_name
     return {"dtype": dtype_name, "cublas_lt": qwen_plugins.cublas_lt_status(), "products": products, "steps": steps}
 
 
-def tables(results: dict[str, Any]) -> str:
+def tables(results: dict[str, Any], bandwidth: float) -> str:
     """Markdown: microseconds, and the floor's share of them for the rows where memory decides."""
     lines = []
     for name in dict.fromkeys(record["model"] for record in results["steps"] + results["products"]):
         model = MODELS[name]
+        floor = model.floor(bandwidth)
         lines += [
             f"### {name}, {results['dtype']}: decode step, microseconds",
             "",
-            f"The floor is {model.floor:.0f}.",
+            f"The floor is {floor:.0f}.",
             "",
             f"| rows | {OURS} | of the floor | {CUBLAS} | of the floor | tokens/s at most |",
             "|---|---|---|---|---|---|",
@@ -241,21 +239,21 @@ def tables(results: dict[str, Any]) -> str:
                 ours, cublas = record[OURS], record[CUBLAS]
                 tokens = 1e6 * record["rows"] / ours
                 lines.append(
-                    f"| {record['rows']} | {ours:.0f} | {model.floor / ours:.1%} | {cublas:.0f} | "
-                    f"{model.floor / cublas:.1%} | {tokens:.0f} |"
+                    f"| {record['rows']} | {ours:.0f} | {floor / ours:.1%} | {cublas:.0f} | "
+                    f"{floor / cublas:.1%} | {tokens:.0f} |"
                 )
         lines += ["", f"### {name}, {results['dtype']}: one by one, microseconds, ours / cuBLAS", ""]
         products = (*model.products, model.head)
         lines += [
             "| rows | " + " | ".join(f"{p.name} {p.in_features}→{p.out_features}" for p in products) + " |",
             "|---" * (len(products) + 1) + "|",
-            "| floor | " + " | ".join(f"{p.floor:.1f}" for p in products) + " |",
+            "| floor | " + " | ".join(f"{p.floor(bandwidth):.1f}" for p in products) + " |",
         ]
         for count in dict.fromkeys(r["rows"] for r in results["products"] if r["model"] == name):
             cells = []
             for product in products:
                 record = find(results["products"], name, product.name, count)
-                share = f" ({product.floor / record[OURS]:.0%})" if count <= 16 else ""
+                share = f" ({product.floor(bandwidth) / record[OURS]:.0%})" if count <= 16 else ""
                 cells.append(f"{record[OURS]:.1f}{share} / {record[CUBLAS]:.1f}")
             lines.append(f"| {count} | " + " | ".join(cells) + " |")
         lines.append("")
@@ -274,7 +272,7 @@ def summary(results: dict[str, Any], noise: float = 0.02) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path, title: str) -> None:
+def plot(results: dict[str, Any], bandwidth: float, path: Path, title: str) -> None:
     """Time over rows, a panel for each product, as multiples of the floor."""
     try:
         import matplotlib
@@ -290,12 +288,14 @@ def plot(results: dict[str, Any], path: Path, title: str) -> None:
         for axis, product in zip(line, (*model.products, model.head), strict=True):
             records = [r for r in results["products"] if r["model"] == name and r["product"] == product.name]
             for provider, width in ((CUBLAS, 1.5), (OURS, 3)):
-                points = [(r["rows"], 100 * product.floor / r[provider]) for r in records if r["rows"] <= 256]
+                points = [
+                    (r["rows"], 100 * product.floor(bandwidth) / r[provider]) for r in records if r["rows"] <= 256
+                ]
                 axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=provider)
             axis.set_xscale("log", base=2)
             axis.set_title(f"{name} {product.name}, {product.in_features}→{product.out_features}", fontsize=10)
             axis.set_xlabel("rows")
-            axis.set_ylabel("% of 4.55 TB/s")
+            axis.set_ylabel(f"% of {bandwidth * 1e-12:.2f} TB/s")
             axis.set_ylim(0, 105)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
@@ -310,16 +310,21 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--output", type=Path, default=RESULTS / "gemm.json")
     parser.add_argument("--report", type=Path, metavar="RESULTS", help="print and draw results instead of measuring")
+    parser.add_argument("--picture", type=Path, default=IMAGES / "gemm.png", help="of --report")
+    add_bandwidth_argument(parser)
     arguments = parser.parse_args()
     if arguments.report:
         content = json.loads(arguments.report.read_text(encoding="utf-8"))
         results = content["results"]
-        plot(results, IMAGES / f"{arguments.report.stem}.png", f"{content['machine']['gpu']}, {results['dtype']}")
     else:
+        require_gpu()
         results = measure(arguments.models, arguments.rows, arguments.step_rows, arguments.dtype)
         write_results(arguments.output, results)
-    print(tables(results))
+    bandwidth = 1e12 * arguments.bandwidth
+    print(tables(results, bandwidth))
     print(summary(results))
+    if arguments.report:
+        plot(results, bandwidth, arguments.picture, f"{content['machine']['gpu']}, {results['dtype']}")
 
 
 if __name__ == "__main__":

@@ -161,6 +161,8 @@ def main() -> None:
     options.implementations = options.implementations or module.IMPLEMENTATIONS
     if unknown := set(options.implementations) - set(module.IMPLEMENTATIONS):
         parser.error(f"--implementations of {options.backend}: {', '.join(module.IMPLEMENTATIONS)}, not {unknown}")
+    if options.device is None and module.default_device() == "cpu" and options.shapes != ["packaged"]:
+        parser.error("there is no GPU, and models of 7 B take hours on a CPU: --shapes packaged, or --device cpu")
     options.device = options.device or module.default_device()
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "float16")
     run(options, module)

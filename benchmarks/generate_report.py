@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, floor_bytes, save_figure
+from benchmarks.common import READ_BANDWIDTH, add_bandwidth_argument, floor_bytes, save_figure
 from benchmarks.generate import COMMON, SHAPES
 from qwen_model.config import read_config
 
@@ -138,9 +138,7 @@ def draw_bars(panel: Any, records: list[Record], value: Any, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument(
-        "--bandwidth", type=float, default=READ_BANDWIDTH * 1e-12, help="TB/s that the GPU's memory is read at, at most"
-    )
+    add_bandwidth_argument(parser)
     parser.add_argument("--picture", type=Path, default=Path("docs/images/generate.svg"))
     options = parser.parse_args()
     paths = options.results or sorted(Path("benchmarks/results").glob("generate_*.json"))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import save_figure, write_results
+from benchmarks.common import require_gpu, save_figure, write_results
 
 HIDDEN_SIZES = [2048, 3584, 4096, 5120, 8192]
 TOKENS = [1, 8, 64, 512, 1024, 4096, 8192]
@@ -362,6 +362,7 @@ def main() -> None:
     if arguments.report:
         report(arguments.report)
         return
+    require_gpu()
     records = measure(arguments.dtype, arguments.hidden_sizes, arguments.tokens)
     output = arguments.output or RESULTS / f"rms_norm_{arguments.dtype}.json"
     write_results(output, {"dtype": arguments.dtype, "records": records})

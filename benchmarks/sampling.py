@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import write_results
+from benchmarks.common import require_gpu, write_results
 from qwen_plugins.sampling import sample, sampling_state
 
 CALLS = 40  # in a graph
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/sampling.json"))
     options = parser.parse_args()
+    require_gpu()
     write_results(options.results, run(options.batch_sizes, options.vocab_size, getattr(torch, options.dtype)))
     print(options.results)
 

@@ -94,14 +94,13 @@ def generation_of_engines() -> str:
 def gemm_shares(name_of_results: str, bandwidth: float) -> str:
     """Of the time that reading the weights at `bandwidth` takes, in bytes per second."""
     results, rows = read(name_of_results), []
-    slower = READ_BANDWIDTH / bandwidth  # than what the floors of gemm.MODELS are at
     for name, model in gemm.MODELS.items():
         for product in (*model.products, model.head):
             found = [gemm.find(results["products"], name, product.name, count) for count in (1, 8, 64)]
             label = f"{name} {product.name}, {product.in_features} to {product.out_features}"
-            rows.append([label, *shares(product.floor * slower, found)])
+            rows.append([label, *shares(product.floor(bandwidth), found)])
         steps = [next(s for s in results["steps"] if (s["model"], s["rows"]) == (name, n)) for n in (1, 8, 64)]
-        rows.append([f"all products and norms of a step, {name}", *shares(model.floor * slower, steps)])
+        rows.append([f"all products and norms of a step, {name}", *shares(model.floor(bandwidth), steps)])
     return markdown(["", "1 row", "8 rows", "64 rows", "cuBLAS: 1 row", "8 rows", "64 rows"], rows)
 
 
@@ -232,7 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-engines": generation_of_engines,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
-    "gemm": lambda: f"{gemm.tables(read('gemm'))}\n{gemm.summary(read('gemm'))}",
+    "gemm": lambda: f"{gemm.tables(read('gemm'), READ_BANDWIDTH)}\n{gemm.summary(read('gemm'))}",
     "gemm-prompts": products_of_prompts,
     "attention-excerpt": attention_excerpt,
     "attention": lambda: attention.tables(read("attention")["records"]),

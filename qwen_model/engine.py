@@ -237,7 +237,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
         raise QwenModelError(f"{target} cannot be written: {error.strerror}") from error
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
+        _open_as_usual(folder)
         _put_in_place(folder, target)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -262,6 +262,13 @@ def _put_in_place(folder: Path, target: Path) -> None:
         if not target.exists():
             (aside / "engine").rename(target)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_as_usual(folder: Path) -> None:
+    """Give all of it the modes of new files: temporary folders and safetensors' files are their owner's alone."""
+    mask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

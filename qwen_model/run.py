@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     add_engine_arguments(parser)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several make a batch")
     parser.add_argument("--input-ids", action="append", metavar="1,2,3", help="a prompt as token ids; may be repeated")
-    parser.add_argument("--input-file", metavar="FILE", help="one prompt a line, in UTF-8; - is standard input")
+    parser.add_argument(
+        "--input-file", metavar="FILE", help="a prompt a line, blank ones left out; - is standard input"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or the engine's limit")
     add_sampling_arguments(parser)
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams")
@@ -85,7 +87,10 @@ def _read_prompts(name: str) -> list[str]:
         raise QwenModelError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise QwenModelError(f"{name} is not UTF-8: {error}") from error
-    return [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise QwenModelError(f"{'standard input' if name == '-' else name} has no prompts: expected one a line")
+    return prompts
 
 
 def _stream(session: Session, prompts: list[str | list[int]], settings: dict[str, Any]) -> None:

@@ -123,6 +123,13 @@ def test_input_file(command, engine_dir, session, tmp_path):
     assert [output["text"] for output in json.loads(out)["outputs"]] == [output.text for output in expected]
 
 
+def test_input_file_without_prompts(command, engine_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n \n", encoding="utf-8")
+    status, out, err = command(run.main, "--engine-dir", engine_dir, "--input-file", tmp_path / "prompts.txt")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path / 'prompts.txt'} has no prompts")
+
+
 def test_chat_keeps_the_conversation(command, engine_dir, session, monkeypatch):
     lines = iter(["one", "two"])
 

@@ -167,6 +167,16 @@ def test_a_build_that_is_terminated_leaves_nothing(model_dir, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whom_the_umask_lets_read_may_read_all_files(model_dir, tmp_path):
+    before = os.umask(0o027)
+    try:
+        build(model_dir, tmp_path / "engine")
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "engine").rglob("*")}
+    assert modes == {True: 0o750, False: 0o640}
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_not_writable(model_dir, tmp_path):
     tmp_path.chmod(0o500)
