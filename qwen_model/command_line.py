@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0; 1 with one line on standard error for what a user can put right; 130 on Ctrl-C."""
     signal.signal(signal.SIGTERM, _terminate)  # so that half-written files are taken away
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal's encoding has not all characters
     try:
         main(arguments)
         sys.stdout.flush()

@@ -14,7 +14,18 @@ from .errors import QwenModelError
 from .files import read_json_object
 
 DTYPES = ("float16", "bfloat16", "float32")
-ROTARY_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "qwen_dynamic")
+ROTARY_SCALINGS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
+        *("attention_factor", "mscale", "mscale_all_dim"),
+    ),
+    "qwen_dynamic": (),
+}
+"""The kinds of rotary scaling, and what a `rope_scaling` says of each."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,9 @@ class ModelConfig:
         )
         if not isinstance(scaling, Mapping):
             raise QwenModelError(f"the rotary scaling must be an object like that of rope_scaling, not {scaling!r}")
-        config = dataclasses.replace(self, rotary=_apply_scaling(rotary, _Reader(scaling, "rotary scaling")))
+        reader = _Reader(scaling, "rotary scaling")
+        _check_scaling_keys(reader)
+        config = dataclasses.replace(self, rotary=_apply_scaling(rotary, reader))
         _check(config)
         return config
 
@@ -234,6 +247,8 @@ def _read_rotary(reader: _Reader, architecture: Architecture, head_size: int, ma
     # transformers 5 keeps all of it in rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
     key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     parameters = values.get(key) or {}
+    if values.get("rope_scaling") not in (None, {}, parameters):
+        raise QwenModelError("config.json has rope_parameters and another rope_scaling: keep one of them")
     if not isinstance(parameters, Mapping):
         raise QwenModelError(f"config.json: {key} must be an object, not {parameters!r}")
     scaling = _Reader(parameters, f"config.json: {key}")
@@ -274,6 +289,14 @@ def _apply_scaling(rotary: RotaryConfig, reader: _Reader) -> RotaryConfig:
             attention_factor=_yarn_attention_factor(rotary.factor, reader),
         )
     return rotary
+
+
+def _check_scaling_keys(reader: _Reader) -> None:
+    """Nothing that this kind of scaling does not read: what a user gives is not silently left out."""
+    kind = _scaling_kind(reader)
+    known = {"rope_type", "type", *ROTARY_SCALINGS[kind]}
+    if unknown := sorted(set(reader.values) - known):
+        raise QwenModelError(f"{reader.where}: {kind!r} has no {', '.join(map(repr, unknown))}")
 
 
 def _scaling_kind(reader: _Reader) -> str:

@@ -29,13 +29,14 @@ from .extras import import_extra, require_kernels
 from .files import read_json_object
 from .memory import required_bytes
 from .session import Session
-from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
+from .tokenizer import QWEN_TIKTOKEN, TOKENIZER_FILES, TOKENIZER_JSON, Tokenizer, copy_tokenizer_files, load_tokenizer
 from .weights import Checkpoint, Framework, weight_groups
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("weights", "TensorRT", "plan"), and the bytes done and in all (0: not known)."""
 
 
+ENGINE_FILES = {"config.json", "weights", "model.plan", *TOKENIZER_FILES}
 FRAMEWORKS: dict[str, Framework] = {"torch": "torch", "tensorrt": "numpy"}
 MODULES = {
     "torch": ("torch", "safetensors"),
@@ -89,7 +90,7 @@ def build_engine(
         raise QwenModelError(f"timing_cache (--timing-cache) is for the back end tensorrt, not for {backend}")
     source = _model_dir(model_dir)
     target = Path(output_dir).absolute()
-    _check_target(target)
+    _check_target(target, source)
     model = ModelConfig.from_model_dir(source)
     if rotary_scaling is not None:
         model = model.with_rotary_scaling(rotary_scaling)
@@ -98,6 +99,7 @@ def build_engine(
     back_end = _back_end(backend)
     checkpoint = Checkpoint(source, FRAMEWORKS[backend])
     checkpoint.check(groups, model.tied_embedding)
+    tokenizer_warnings = _check_tokenizer(source)
 
     config = EngineConfig(
         backend=backend,
@@ -110,7 +112,7 @@ def build_engine(
         versions={"qwen_model": _package_version(), "python": platform.python_version(), **back_end.versions()},
     )
     weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
-    warnings = list(_warnings(model, limits, config.dtype if dtype is None else None))
+    warnings = [*tokenizer_warnings, *_warnings(model, limits, config.dtype if dtype is None else None)]
     report = progress or (lambda phase, done, total: None)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     with _written_whole(target) as folder:
@@ -125,8 +127,12 @@ def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None
     """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate."""
     folder = Path(engine_dir)
     config = EngineConfig.read(folder)
+    before = folder.stat()
     executor = _back_end(config.backend).load_executor(folder, config, device)
-    return Session(config, executor, _load_tokenizer(folder))
+    tokenizer = _load_tokenizer(folder)
+    if not folder.is_dir() or not os.path.samestat(before, folder.stat()):
+        raise QwenModelError(f"{folder} was replaced while it was being loaded: load it again")
+    return Session(config, executor, tokenizer)
 
 
 def _back_end(name: str) -> ModuleType:
@@ -144,9 +150,9 @@ def read_end_token_ids(model_dir: Path) -> tuple[int, ...]:
         if not path.is_file():
             continue
         ids = read_json_object(path).get("eos_token_id")
-        ids = [ids] if isinstance(ids, int) else ids
-        if ids:
-            if not all(isinstance(token, int) for token in ids):
+        if ids is not None and ids != []:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
                 raise QwenModelError(f"{path}: eos_token_id must be one or several integers, not {ids!r}")
             return tuple(ids)
     return ()
@@ -168,12 +174,17 @@ def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, source: Path) -> None:
     """Nothing that is not ours is replaced, and a folder that cannot be written is found before the work."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise QwenModelError(f"{target} holds the checkpoint {source}: give another folder")
     if target.exists() and not target.is_dir():
         raise QwenModelError(f"{target} is there already and is not a folder")
     if target.is_dir() and any(target.iterdir()) and read_engine_json(target) is None:
         raise QwenModelError(f"{target} is there already and is not an engine; give an empty or a new folder")
+    others = sorted({path.name for path in target.iterdir()} - ENGINE_FILES) if target.is_dir() else []
+    if others:
+        raise QwenModelError(f"{target} has more in it than an engine ({', '.join(others[:5])}): give another folder")
     parent = next(folder for folder in target.parents if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise QwenModelError(f"{target} cannot be written: no permission to write in {parent}")
@@ -286,7 +297,21 @@ def _package_version() -> str:
         return "unknown"
 
 
-def _load_tokenizer(engine_dir: Path) -> Tokenizer | None:
-    """The engine's tokenizer; None if its checkpoint had none."""
-    has_one = any((engine_dir / name).is_file() for name in (TOKENIZER_JSON, QWEN_TIKTOKEN))
-    return load_tokenizer(engine_dir) if has_one else None
+def _load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of an engine; None if its checkpoint had none."""
+    return load_tokenizer(folder) if _has_tokenizer(folder) else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (TOKENIZER_JSON, QWEN_TIKTOKEN))
+
+
+def _check_tokenizer(model_dir: Path) -> list[str]:
+    """What the user should know of the checkpoint's tokenizer; one that cannot be loaded is an error."""
+    try:
+        load_tokenizer(model_dir)
+    except QwenModelError as error:
+        if _has_tokenizer(model_dir):
+            raise
+        return [f"the engine will take token ids only: {error}"]
+    return []

@@ -27,6 +27,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """What is in it. QwenModelError: it is not JSON, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise QwenModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -87,7 +87,7 @@ def _read_prompts(name: str) -> list[str]:
         raise QwenModelError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise QwenModelError(f"{name} is not UTF-8: {error}") from error
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in text.split("\n") if line.strip()]  # other line ends may stand inside a prompt
     if not prompts:
         raise QwenModelError(f"{'standard input' if name == '-' else name} has no prompts: expected one a line")
     return prompts
@@ -125,7 +125,8 @@ def _as_json(result: GenerationResult) -> str:
         {"output_ids": output.output_ids, "text": output.text, "finish_reason": output.finish_reason}
         for output in result.outputs
     ]
-    return json.dumps({"outputs": outputs, "timing": dataclasses.asdict(result.timing)}, ensure_ascii=False)
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps({"outputs": outputs, "timing": dataclasses.asdict(result.timing)}, ensure_ascii=ascii_only)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple, TypedDict
 
 from .errors import QwenModelError
@@ -29,6 +31,11 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            whole = name in ("top_k", "seed")
+            missing = value is None and name in ("temperature", "seed")
+            if not missing and (isinstance(value, bool) or not isinstance(value, Integral if whole else Real)):
+                raise QwenModelError(f"{name} must be a {'whole ' * whole}number, not {value!r}")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise QwenModelError(f"temperature must be a number of at least 0, not {self.temperature}")
         if self.top_k < 0:

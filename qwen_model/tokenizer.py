@@ -171,6 +171,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         eos_token = special_tokens.get("eos_token")
         self.eos_token_ids = () if eos_token is None else (self._id_of(eos_token),)
+        if chat_template is None and self._has_chatml():  # a turn ends there
+            self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, self._id_of(CHAT_END))))
+
+    def _has_chatml(self) -> bool:
+        return all(self._tokenizer.token_to_id(token) is not None for token in (CHAT_START, CHAT_END))
 
     def _id_of(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -188,7 +193,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _chat_ids(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
         if self._chat_template is not None:
             template = self._chat_template
-        elif self._tokenizer.token_to_id(CHAT_START) is not None and self._tokenizer.token_to_id(CHAT_END) is not None:
+        elif self._has_chatml():
             template, messages = CHATML_TEMPLATE, with_default_system_message(messages)
         else:
             raise QwenModelError(
@@ -233,6 +238,8 @@ class QwenTiktokenTokenizer(Tokenizer):
         new_line = self.encode("\n")
         ids: list[int] = []
         for message in with_default_system_message(messages):
+            if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+                raise QwenModelError(f"role and content of a message must be texts, given: {message!r}")
             role = self.encode(message["role"], parse_special_tokens=False)
             content = self.encode(message["content"], parse_special_tokens=False)
             ids += [start, *role, *new_line, *content, end, *new_line]

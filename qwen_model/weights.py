@@ -6,8 +6,8 @@ here is larger in memory than one layer: checkpoints are mapped, and read one we
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import numpy as np
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
 from .errors import QwenModelError
+from .files import read_json_object
 
 Shape = tuple[int, ...]
 Framework = Literal["torch", "numpy"]
@@ -176,6 +177,19 @@ class Checkpoint:
         )
         if problems:
             raise QwenModelError(f"{self.model_dir} does not fit its config.json: " + "; ".join(problems))
+        if tied_embedding and "lm_head.weight" in self.shapes:
+            self._check_tied(groups)
+
+    def _check_tied(self, groups: Iterable[WeightGroup]) -> None:
+        """A head of its own beside `tie_word_embeddings` is an error: which of both is meant is not known."""
+        specs = (spec for group in groups for spec in group.specs)
+        embedding = next(spec for spec in specs if spec.name == "embedding.weight").sources[0].name
+        head, table = self.tensor("lm_head.weight"), self.tensor(embedding)
+        if head.shape != table.shape or not bool((head == table).all()):
+            raise QwenModelError(
+                f"{self.model_dir}: config.json says tie_word_embeddings, and lm_head.weight is not {embedding}: set "
+                "it to false, or take lm_head.weight out"
+            )
 
     def read(self, spec: WeightSpec) -> Weight:
         """The weight of the network, in the checkpoint's own type."""
@@ -191,6 +205,8 @@ class Checkpoint:
 
 def too_large(name: str, dtype: str, largest: float) -> str:
     """What is said of a weight that is not finite in the engine's type."""
+    if not math.isfinite(largest):
+        return f"{name} has numbers that are not finite"
     return f"{name} has numbers up to {largest:.3g}, which {dtype} cannot hold: use --dtype bfloat16 or float32"
 
 
@@ -210,11 +226,11 @@ def _is_derived(name: str, tied_embedding: bool) -> bool:
 
 def _checkpoint_files(model_dir: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
+        if (model_dir / single).is_file():  # before an index, which may be left of what was there earlier
+            return [model_dir / single]
         index = model_dir / f"{single}.index.json"
         if index.is_file():
             return _shards(index)
-        if (model_dir / single).is_file():
-            return [model_dir / single]
     raise QwenModelError(
         f"{model_dir} is not a Hugging Face checkpoint: it has neither model.safetensors nor pytorch_model.bin, "
         "nor an index of shards (model.safetensors.index.json)"
@@ -222,10 +238,9 @@ def _checkpoint_files(model_dir: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map: Mapping[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise QwenModelError(f"{index} is not an index of shards: {error!r}") from error
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise QwenModelError(f"{index} is not an index of shards: its weight_map must give the file of each tensor")
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:

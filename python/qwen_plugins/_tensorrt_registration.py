@@ -17,7 +17,7 @@ _lock = threading.Lock()
 
 
 def tensorrt_library_path(version: str | int | None = None) -> Path:
-    """The plug-in library for one version of TensorRT, for ``trtexec --staticPlugins``, C++ programs and Triton.
+    """The plug-in library for one version of TensorRT, for ``trtexec --dynamicPlugins`` and C++ programs.
 
     Args:
         version: of TensorRT, such as ``"10.14"`` or ``10``. The installed ``tensorrt`` package's by default.
@@ -73,7 +73,7 @@ def find_creator(trt: Any, name: str) -> Any:
     """The creator of the plug-in ``name`` in TensorRT's registry, or None. ``trt`` is the tensorrt module."""
     registry = trt.get_plugin_registry()
     creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
-    for creator in creators:
+    for creator in creators or ():  # None where one of somebody else's is of a kind that Python does not know
         wanted = (name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
         if (creator.name, creator.plugin_version, creator.plugin_namespace) == wanted:
             return creator
@@ -94,9 +94,13 @@ def _import_tensorrt() -> Any:
 def _library_name(version: str) -> str:
     parts = version.split(".")
     major = int(parts[0]) if parts[0].isdigit() else 0
-    too_old = major == 8 and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) < 6
+    # 10.0 looks for an entry point that later versions do not know (getPluginCreators beside getCreators).
+    least = {8: 6, 10: 1}.get(major, 0)
+    too_old = len(parts) > 1 and parts[1].isdigit() and int(parts[1]) < least
     if major not in _LIBRARIES or too_old:
-        raise ValueError(f"TensorRT {version} is not supported; qwen_plugins has plug-ins for TensorRT 8.6, 10 and 11")
+        raise ValueError(
+            f"TensorRT {version} is not supported; qwen_plugins has plug-ins for TensorRT 8.6, 10 (from 10.1 on) and 11"
+        )
     return _LIBRARIES[major]
 
 

@@ -58,19 +58,20 @@ def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:
 def configure_builder(config: Any, network: Any) -> None:
     """Sets the flags of an ``IBuilderConfig`` that the layers of a finished network need, and no other.
 
-    In a network that is not strongly typed: ``FP16``, ``OBEY_PRECISION_CONSTRAINTS``, ``BF16`` where there is one, and
-    ``INT8`` if there is an int8 tensor: TensorRT wants scales for the others otherwise. In a strongly typed network the
-    tensors' own types say everything, and nothing is set.
+    In a network that is not strongly typed: ``FP16``, ``OBEY_PRECISION_CONSTRAINTS``, ``BF16`` if there is a bfloat16
+    tensor (other layers might be computed in it otherwise), and ``INT8`` if there is an int8 tensor: TensorRT wants
+    scales for the others otherwise. In a strongly typed network the tensors' own types say everything, and nothing is
+    set.
     """
     if is_strongly_typed(network):
         return
-    flags = ["FP16", "BF16", "OBEY_PRECISION_CONSTRAINTS", *(["INT8"] if _has_int8(network) else [])]
-    for flag in flags:
-        if hasattr(trt.BuilderFlag, flag):
-            config.set_flag(getattr(trt.BuilderFlag, flag))
-
-
-def _has_int8(network: Any) -> bool:
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    tensors = [layer.get_output(i) for layer in layers for i in range(layer.num_outputs)]
-    return any(tensor.dtype == trt.int8 or tensor.dynamic_range is not None for tensor in tensors)
+    outputs = [layer.get_output(i) for layer in layers for i in range(layer.num_outputs)]
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    flags = ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
+    if hasattr(trt, "bfloat16") and any(tensor.dtype == trt.bfloat16 for tensor in inputs + outputs):
+        flags.append("BF16")
+    if any(tensor.dtype == trt.int8 or tensor.dynamic_range is not None for tensor in outputs):
+        flags.append("INT8")
+    for flag in flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))

@@ -60,6 +60,8 @@ def write_engine(
     done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
     for group in weight_groups(config.model):
         tensors = {spec.name: as_dtype(read_weight(spec), config.dtype, spec.name).contiguous() for spec in group.specs}
+        if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
         try:
             save_file(tensors, _weights_file(folder, group))
         except SafetensorError as error:  # a full disk, too
@@ -122,6 +124,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise QwenModelError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device

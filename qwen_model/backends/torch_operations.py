@@ -142,11 +142,14 @@ class TorchOperations:
     def _attend_cache(self, q: Tensor, layer: int) -> Tensor:
         """Attention of one token a sequence over its cache. Query heads that share a key head become its rows."""
         lengths = [past + 1 for past in self.batch.past_lengths]
-        keys, values = self.cache[layer, : len(q), :, :, : max(lengths)].unbind(1)
+        cached = self.cache[layer, : len(q), :, :, : max(lengths)]
         mask = None
         if min(lengths) != max(lengths):
             positions = torch.arange(max(lengths), device=q.device)
             mask = (positions <= self.batch.device_past_lengths[:, None])[:, None, None]
+            # What an earlier request left there may not be finite, and such numbers come through a mask.
+            cached = cached.masked_fill(~mask[..., None], 0.0)
+        keys, values = cached.unbind(1)
         grouped = q.view(len(q), self.config.num_kv_heads, -1, self.config.head_size)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(len(q), -1)
 

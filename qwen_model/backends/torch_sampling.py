@@ -79,7 +79,8 @@ class TorchSampler:
     def _draw(self, logits: Tensor) -> Tensor:
         options = self.options
         if options.temperature is not None:
-            logits = logits / options.temperature
+            # The largest becomes 0: by a very low temperature others may become infinite, and only these.
+            logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
         candidates = None
         if 0 < options.top_k < logits.shape[-1]:
             logits, candidates = logits.topk(options.top_k)

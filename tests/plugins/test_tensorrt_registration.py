@@ -50,7 +50,7 @@ def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     [
         ("8.6.0", "libqwen_plugins_trt8.so"),
         ("8.6.1.post1", "libqwen_plugins_trt8.so"),
-        ("10.0.1", "libqwen_plugins_trt10.so"),
+        ("10.1.0", "libqwen_plugins_trt10.so"),
         ("10.14.1.48", "libqwen_plugins_trt10.so"),
         ("11.1.0", "libqwen_plugins_trt11.so"),
     ],
@@ -81,9 +81,9 @@ def test_path_for_a_named_version_needs_no_tensorrt(monkeypatch: pytest.MonkeyPa
         registration.tensorrt_library_path()
 
 
-@pytest.mark.parametrize("version", ["7.2.3", "8.5.3", "9.3.0", "12.0", "nightly"])
+@pytest.mark.parametrize("version", ["7.2.3", "8.5.3", "9.3.0", "10.0.1", "12.0", "nightly"])
 def test_unsupported_versions_are_named(version: str, library_folder: Path) -> None:
-    with pytest.raises(ValueError, match=f"TensorRT {version} is not supported; .* 8.6, 10 and 11"):
+    with pytest.raises(ValueError, match=rf"TensorRT {version} is not supported; .* 8\.6, 10 \(from 10\.1 on\) and 11"):
         registration.tensorrt_library_path(version)
 
 

@@ -115,11 +115,11 @@ def test_every_option_reaches_the_session(command, engine_dir, session):
 
 
 def test_input_file(command, engine_dir, session, tmp_path):
-    (tmp_path / "prompts.txt").write_text("first\n\nzweite Zeile mit ü\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("first\n\nzweite Zeile\u2028mit\fü\n", encoding="utf-8")
     _, out, _ = command(
         run.main, "--engine-dir", engine_dir, "--device", "cpu", "--json", "--input-file", tmp_path / "prompts.txt"
     )
-    expected = session.generate(["first", "zweite Zeile mit ü"]).outputs
+    expected = session.generate(["first", "zweite Zeile\u2028mit\fü"]).outputs
     assert [output["text"] for output in json.loads(out)["outputs"]] == [output.text for output in expected]
 
 

@@ -128,6 +128,10 @@ def test_a_sliding_window_that_is_switched_off():
         ({"torch_dtype": "float64"}, "torch_dtype 'float64' is not supported.*bfloat16"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"rope_scaling": [1]}, r"rope_scaling must be an object, not \[1\]"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_parameters and another rope_scaling",
+        ),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling has 'factor' but no 'rope_type'"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters has 'full_attention' but no 'rope_type'"),
         ({"rope_scaling": {"type": 3}}, "rope_type 3 is not supported"),
@@ -145,6 +149,19 @@ def test_a_sliding_window_that_is_switched_off():
 def test_errors(changes, message):
     with pytest.raises(QwenModelError, match=message):
         read_config({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "none", "factor": 4}, "'none' has no 'factor'"),
+        ({"rope_type": "linear", "factor": 2, "rope_theta": 5}, "'linear' has no 'rope_theta'"),
+        ({"rope_type": "yarn", **YARN, "beta_fasst": 8}, "'yarn' has no 'beta_fasst'"),
+    ],
+)
+def test_a_rotary_scaling_of_the_users_is_read_whole(scaling, message):
+    with pytest.raises(QwenModelError, match=message):
+        read_config(LLAMA).with_rotary_scaling(scaling)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]"])

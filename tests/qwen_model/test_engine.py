@@ -167,6 +167,66 @@ def test_a_build_that_is_terminated_leaves_nothing(model_dir, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_that_is_replaced_while_it_is_loaded(model_dir, tmp_path, monkeypatch):
+    build(model_dir, tmp_path / "engine")
+    read = back_end._read_weights
+
+    def replace_first(*arguments):
+        monkeypatch.setattr(back_end, "_read_weights", read)
+        build(model_dir, tmp_path / "engine")
+        return read(*arguments)
+
+    monkeypatch.setattr(back_end, "_read_weights", replace_first)
+    with pytest.raises(QwenModelError, match="was replaced while it was being loaded"):
+        qwen_model.load_engine(tmp_path / "engine", device="cpu")
+
+
+def test_what_is_not_the_engines_is_not_deleted(model_dir, tmp_path):
+    engine = tmp_path / "engine"
+    build(model_dir, engine)
+    (engine / "notes.txt").touch()
+    with pytest.raises(QwenModelError, match=r"more in it than an engine \(notes.txt\)"):
+        build(model_dir, engine)
+    (engine / "notes.txt").rename(tmp_path / "notes.txt")
+    shutil.copytree(model_dir, engine / "weights" / "checkpoint")
+    with pytest.raises(QwenModelError, match="holds the checkpoint"):
+        build(engine / "weights" / "checkpoint", engine)
+
+
+def test_tokenizers_are_loaded_before_the_work(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|gone|>"}')
+    with pytest.raises(QwenModelError, match=r"names '<\|gone\|>'"):
+        build(folder, tmp_path / "engine")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").touch()
+    assert re.search("takes? token ids only.*AutoTokenizer", build(folder, tmp_path / "engine").warnings[0])
+
+
+def test_tensors_that_share_memory(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.post_attention_layernorm.weight"] = state["model.layers.0.input_layernorm.weight"]
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    build(folder, tmp_path / "engine")
+    assert qwen_model.load_engine(tmp_path / "engine", device="cpu").logits([1, 2]).shape[0] == 2
+
+
+@pytest.mark.parametrize("value", ["3.0", "true", "[1, false]", '"2"'])
+def test_end_tokens_that_are_no_integers(model_dir, tmp_path, value):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(QwenModelError, match="eos_token_id must be"):
+        build(folder, tmp_path / "engine")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:1", "mps"])
+def test_devices_that_are_none(engine_dir, device):
+    with pytest.raises(QwenModelError, match="device must be 'cpu' or 'cuda'"):
+        qwen_model.load_engine(engine_dir, device=device)
+
+
 def test_whom_the_umask_lets_read_may_read_all_files(model_dir, tmp_path):
     before = os.umask(0o027)
     try:
@@ -190,7 +250,8 @@ def test_limits_follow_the_model(tmp_path):
 
     def limits(**options):
         summary = build(folder, tmp_path / "engine", **options)
-        return summary.config.limits, summary.warnings
+        assert "the engine will take token ids only" in summary.warnings[0]
+        return summary.config.limits, summary.warnings[1:]
 
     assert limits() == (Limits(8, 66, 34), ())
     assert limits(max_input_len=80) == (Limits(8, 80, 20), ())

@@ -54,6 +54,12 @@ def test_distribution_is_that_of_transformers(options):
     assert chi_squared < freedom + 5 * np.sqrt(2 * freedom) + 15
 
 
+def test_the_lowest_temperature_is_greedy():
+    logits = torch.randn(50, VOCABULARY) * 5
+    sampler = TorchSampler(SamplingOptions(temperature=1e-38), [[1]] * 50, VOCABULARY, torch.device("cpu"))
+    assert torch.equal(sampler(logits), logits.argmax(-1))
+
+
 def test_a_seed_repeats(session):
     prompts = [random_prompt(4, seed=1), random_prompt(9, seed=2)]
 
@@ -85,6 +91,11 @@ def test_greedy_in_several_words(session, options):
         ({"top_p": 1.01}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
+        ({"temperature": "1"}, "temperature must be a number, not '1'"),
+        ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
+        ({"top_k": True}, "top_k must be a whole number, not True"),
+        ({"top_p": None}, "top_p must be a number, not None"),
+        ({"seed": 1.5}, "seed must be a whole number"),
     ],
 )
 def test_errors(options, message):

@@ -38,6 +38,13 @@ def test_nothing_of_a_request_is_left_for_the_next(endless):
     assert endless.generate(random_prompt(30), max_new_tokens=20).outputs == first.outputs
 
 
+def test_numbers_that_are_not_finite_stay_in_their_request(endless):
+    prompts = [random_prompt(5), random_prompt(40)]
+    first = endless.generate(prompts, max_new_tokens=20).outputs
+    endless.executor._ops.cache.fill_(torch.nan)  # as a request leaves it whose activations overflow
+    assert endless.generate(prompts, max_new_tokens=20).outputs == first
+
+
 def test_logits_of_prompts_and_of_decoding_agree(endless):
     """The greedy token after each prefix, once computed with the cache and once from the whole prefix."""
     prompt = random_prompt(5)

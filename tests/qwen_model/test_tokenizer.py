@@ -245,6 +245,7 @@ def test_chatml_where_there_is_no_template(request, folder):
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
     )
+    assert tokenizer.encode("<|im_end|>")[0] in tokenizer.eos_token_ids  # it ends the assistant's turn
 
 
 def test_control_tokens_in_a_qwen_v1_chat_are_ordinary_text(tiktoken_dir):
@@ -272,6 +273,14 @@ def test_template_in_its_own_file_comes_first(byte_level_dir, tmp_path):
 def test_chat_errors(sentencepiece_dir, messages, message):
     with pytest.raises(QwenModelError, match=message):
         load_tokenizer(sentencepiece_dir).apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("content", [None, 5, [{"type": "text", "text": "x"}]])
+@pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
+def test_contents_that_are_no_text(request, folder, content):
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    with pytest.raises(QwenModelError, match=r"chat template failed|must be texts"):
+        tokenizer.apply_chat_template([{"role": "user", "content": content}])
 
 
 def test_templates_run_in_a_sandbox(byte_level_dir, tmp_path):

@@ -115,12 +115,30 @@ def test_a_tied_head_may_be_there_or_not(tmp_path):
     assert_same(read_all(folder), expected)
 
 
+def test_a_tied_head_that_is_another_is_refused(tmp_path):
+    folder = save_hugging_face(hugging_face_model("Qwen2ForCausalLM", tie_word_embeddings=True), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(QwenModelError, match=r"tie_word_embeddings, and lm_head\.weight is not model\.embed_tokens"):
+        read_all(folder)
+
+
+def test_one_file_comes_before_an_index_that_was_left(tmp_path):
+    folder = save_hugging_face(hugging_face_model("Qwen2ForCausalLM"), tmp_path / "model")
+    expected = read_all(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert_same(read_all(folder), expected)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, "neither model.safetensors nor pytorch_model.bin"),
         ({"model.safetensors": b"not at all"}, "model.safetensors cannot be read"),
         ({"model.safetensors.index.json": b"{}"}, "not an index of shards"),
+        ({"model.safetensors.index.json": b"[]"}, "must hold a JSON object"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'}, "not an index of shards"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'}, "gone.safetensors"),
     ],
 )

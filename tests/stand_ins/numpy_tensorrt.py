@@ -165,9 +165,13 @@ class INetworkDefinition:
         self.outputs: list[ITensor] = []
 
     num_layers = property(lambda self: len(self.layers))
+    num_inputs = property(lambda self: len(self.inputs))
 
     def get_layer(self, index: int) -> Layer:
         return self.layers[index]
+
+    def get_input(self, index: int) -> ITensor:
+        return self.inputs[index]
 
     def get_flag(self, flag: object) -> bool:
         return self.strongly_typed
