@@ -1,0 +1,76 @@
+"""Prints what NVIDIA's Python bindings see of our plug-ins: run by test_tensorrt_bindings.py in a process of its own.
+
+The folder of the bindings is the first argument; the libraries they are linked against are found by the loader.
+"""
+
+import importlib.machinery
+import json
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, sys.argv[1])
+import tensorrt_bindings as trt
+
+trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+sys.modules["tensorrt"] = trt
+warnings.simplefilter("error")
+
+import qwen_plugins.tensorrt  # noqa: F401, E402
+from qwen_plugins import _tensorrt_layers  # noqa: E402
+
+PLUGINS: dict[str, dict[str, int | float]] = {
+    "RmsNorm": {"eps": 1e-6, "type_id": int(trt.float16), "weight_type_id": int(trt.float16), "residual": 1},
+    "RmsNormQuantization": {
+        "eps": 1e-6,
+        "type_id": int(trt.bfloat16),
+        "weight_type_id": int(trt.bfloat16),
+        "dyn_act_scaling": 1,
+        "out_type_id": int(trt.fp8),
+    },
+    "Gemm": {"type_id": int(trt.bfloat16), "bias": 0, "activation": 1, "constant_weight": 1},
+    "GptAttention": {
+        "type_id": int(trt.float16),
+        "num_heads": 28,
+        "num_kv_heads": 4,
+        "head_size": 128,
+        "rotary_embedding_dim": 128,
+        "position_embedding_type": 2,
+        "q_scaling": 1.0,
+        "query_scale": 0,
+        "qk_norm": 0,
+        "norm_eps": 1e-6,
+    },
+}
+
+
+class Network:
+    """Takes a plug-in as `INetworkDefinition` does, and asks it what the builder would."""
+
+    def get_flag(self, flag: object) -> bool:
+        return True
+
+    def add_plugin_v3(self, inputs: list[Any], shape_inputs: list[Any], plugin: Any) -> SimpleNamespace:
+        core, build, _ = (
+            plugin.get_capability_interface(kind)
+            for kind in (
+                trt.PluginCapabilityType.CORE,
+                trt.PluginCapabilityType.BUILD,
+                trt.PluginCapabilityType.RUNTIME,
+            )
+        )
+        names = [core.plugin_name, core.plugin_version, core.plugin_namespace]
+        return SimpleNamespace(num_outputs=1, get_output=lambda i: [*names, build.num_outputs])
+
+
+_tensorrt_layers.is_strongly_typed = lambda network: True
+found = {
+    name: _tensorrt_layers.add_plugin(Network(), name, ["x"], fields, name, [trt.float16])[0]
+    for name, fields in PLUGINS.items()
+}
+try:
+    _tensorrt_layers.add_plugin(Network(), "Gemm", ["x"], {"type_id": 99}, "wrong", [trt.float16])
+except RuntimeError as error:
+    found["refused"] = str(error)
+print(json.dumps({"version": trt.__version__, "found": found}))
