@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import math
 import os
 import platform
@@ -307,7 +308,13 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _check_tokenizer(model_dir: Path) -> list[str]:
-    """What the user should know of the checkpoint's tokenizer; one that cannot be loaded is an error."""
+    """What the user should know of the checkpoint's tokenizer; one that cannot be loaded is an error.
+
+    Building needs no tokenizer: without the library of this one, only running with text says what is missing.
+    """
+    library = "tokenizers" if (model_dir / TOKENIZER_JSON).is_file() else "tiktoken"
+    if _has_tokenizer(model_dir) and importlib.util.find_spec(library) is None:
+        return []
     try:
         load_tokenizer(model_dir)
     except QwenModelError as error:
