@@ -68,7 +68,7 @@ cudaError_t launch_swiglu_with_cublas_lt(const GemmParams& p, cudaStream_t strea
   swiglu.y = p.y;
   swiglu.gate_up_row_stride = p.shape.out_features;
   swiglu.rows = p.shape.rows;
-  swiglu.size = columns_of(p.shape);
+  swiglu.size = p.shape.out_features / 2;
   swiglu.dtype = p.shape.dtype;
   const cudaError_t error = launch_gemm_cublas_lt(p, product, p.workspace, stream);
   return error == cudaSuccess ? launch_swiglu(swiglu, stream) : error;

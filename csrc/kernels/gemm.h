@@ -4,8 +4,8 @@
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
 // With few rows (decoding), on Hopper up to 64, the weight is read by kernels of ours at the memory's speed. Many rows
-// have a kernel of ours on Hopper with SwiGLU, and where its tiles fit and cuBLASLt's do not; others go to cuBLASLt
-// where it can be loaded, else through the kernel for few again and again.
+// with SwiGLU have a kernel of ours on Hopper; others go to cuBLASLt where it can be loaded, else through the kernel
+// for few again and again.
 #pragma once
 
 #include <cuda_runtime_api.h>

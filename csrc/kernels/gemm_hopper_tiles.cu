@@ -18,32 +18,26 @@ struct TilesCut {
 };
 constexpr std::array<TilesCut, 4> kCuts{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
 
-int64_t rounds_of(const GemmShape& shape, int64_t tile_rows, int64_t tile_columns, int64_t at_once) {
-  return divide_up(divide_up(shape.rows, tile_rows) * divide_up(shape.out_features, tile_columns), at_once);
-}
-
 // The share of the multiprocessors' work that is not wasted: beyond the last row or weight row, or while no tile is
 // left for some of them.
 double useful_share(const GemmShape& shape, int64_t tile_rows, int64_t tile_columns, int64_t at_once) {
-  const int64_t rounds = rounds_of(shape, tile_rows, tile_columns, at_once);
-  return static_cast<double>(shape.rows * shape.out_features) /
-         static_cast<double>(rounds * at_once * tile_rows * tile_columns);
+  const int64_t tiles = divide_up(shape.rows, tile_rows) * divide_up(shape.out_features, tile_columns);
+  const double done = static_cast<double>(divide_up(tiles, at_once) * at_once * tile_rows * tile_columns);
+  return static_cast<double>(shape.rows * shape.out_features) / done;
 }
 
 struct Choice {
   TilesCut cut;
   double useful;
-  int64_t rounds;
 };
 
 Choice best_cut(const GemmShape& shape, const DeviceProperties& device) {
-  Choice best{kCuts[0], 0.0, 0};
+  Choice best{kCuts[0], 0.0};
   for (const TilesCut& cut : kCuts) {
     if (cut.blocks > device.multiprocessors) continue;
-    const int at_once = device.multiprocessors / cut.blocks;
-    const double useful = useful_share(shape, kTilesRows * cut.blocks, cut.columns, at_once);
-    if (useful <= best.useful) continue;
-    best = {cut, useful, rounds_of(shape, kTilesRows * cut.blocks, cut.columns, at_once)};
+    const double useful =
+        useful_share(shape, kTilesRows * cut.blocks, cut.columns, device.multiprocessors / cut.blocks);
+    if (useful > best.useful) best = {cut, useful};
   }
   return best;
 }
@@ -103,11 +97,8 @@ bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& dev
   // With SwiGLU inside, a kernel and the way of z through memory are saved: only idle multiprocessors cost more.
   if (shape.activation == Activation::kSwiglu) return best.useful >= (shape.rows <= kTilesRows ? 0.4 : 0.9);
   // Without, cuBLASLt's kernels are a little faster at what they are cut for. Tiles of 224, as for 3584 weight rows,
-  // are what it was seen not to choose where they fit. Where there is one for each block, no other tile hides its
-  // beginning and its end: with 3584 of in_features that cost more than was saved, with 18944 it did not.
-  constexpr int64_t kLong = 8192;
+  // are what it was seen not to choose where they fit.
   return shape.rows >= 1024 && best.cut.columns == 224 && best.useful >= 0.9 &&
-         (shape.in_features >= kLong || best.rounds > 1) &&
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 

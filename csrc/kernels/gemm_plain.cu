@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant_
 
 template <typename T>
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
-  const int64_t columns = columns_of(p.shape);
+  const int64_t columns = p.shape.out_features / (p.shape.activation == Activation::kSwiglu ? 2 : 1);
   const dim3 grid(static_cast<unsigned>((columns + kWarps - 1) / kWarps),
                   static_cast<unsigned>(std::min<int64_t>((p.shape.rows + kRows - 1) / kRows, 65535)));
   DeviceProperties device;

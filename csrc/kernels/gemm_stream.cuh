@@ -36,7 +36,7 @@ enum class XPlace {
 template <int kXTiles_, int kTiles_, XPlace kX_, int kWarps_, int kStages_>
 struct StreamShape {
   static constexpr int kXTiles = kXTiles_;  // x has up to 8 kXTiles rows; 1 or 2
-  static constexpr int kTiles = kTiles_;    // tiles that a block works on at a time, at most
+  static constexpr int kTiles = kTiles_;    // tiles that a block works on at a time
   static constexpr XPlace kX = kX_;
   static constexpr int kWarps = kWarps_;
   static constexpr int kStages = kStages_;  // chunks that a warp's ring holds

@@ -70,25 +70,27 @@ cudaError_t launch_stream(const GemmParams& params, const DeviceProperties& devi
                        static_cast<size_t>(shared_bytes), device, stream, arguments);
 }
 
-// Of the kernels for `kRows` rows or fewer: the same for all of them where the multiprocessor has the memory, since
-// streaming x that is large for the most of them was as fast for fewer.
-template <typename T, int kRows, typename Keeps, typename Streams, typename Small>
-cudaError_t launch_one_of(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
-  const auto fits = [&](int64_t bytes) { return bytes <= device.max_shared_memory_per_block; };
-  const bool can_stream = fits(Streams::shared_bytes(0, 0));
-  if (fits(Keeps::shared_bytes(can_stream ? kRows : params.shape.rows, params.shape.in_features))) {
-    return launch_stream<T, Keeps>(params, device, stream);
-  }
-  if (can_stream) return launch_stream<T, Streams>(params, device, stream);
-  return launch_stream<T, Small>(params, device, stream);
-}
-
 template <typename T>
 cudaError_t launch_stream_of_type(const GemmParams& params, cudaStream_t stream) {
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
-  if (params.shape.rows <= 8) return launch_one_of<T, 8, KeepsX8, StreamsX8, SmallX8>(params, device, stream);
-  return launch_one_of<T, 16, KeepsX16, StreamsX16, SmallX16>(params, device, stream);
+  const GemmShape& shape = params.shape;
+  // Which kernel does not depend on the number of rows otherwise: streaming x is as fast where it is large.
+  const auto fits = [&](int64_t bytes) { return bytes <= device.max_shared_memory_per_block; };
+  if (shape.rows <= 8) {
+    if (fits(KeepsX8::shared_bytes(8, shape.in_features))) return launch_stream<T, KeepsX8>(params, device, stream);
+    if (fits(StreamsX8::shared_bytes(0, 0))) return launch_stream<T, StreamsX8>(params, device, stream);
+    if (fits(KeepsX8::shared_bytes(shape.rows, shape.in_features))) {
+      return launch_stream<T, KeepsX8>(params, device, stream);  // less memory than Hopper's
+    }
+    return launch_stream<T, SmallX8>(params, device, stream);
+  }
+  if (fits(KeepsX16::shared_bytes(16, shape.in_features))) return launch_stream<T, KeepsX16>(params, device, stream);
+  if (fits(StreamsX16::shared_bytes(0, 0))) return launch_stream<T, StreamsX16>(params, device, stream);
+  if (fits(KeepsX16::shared_bytes(shape.rows, shape.in_features))) {
+    return launch_stream<T, KeepsX16>(params, device, stream);
+  }
+  return launch_stream<T, SmallX16>(params, device, stream);
 }
 
 }  // namespace qwen_plugins

@@ -5,6 +5,8 @@
 namespace qwen_plugins {
 namespace {
 
+constexpr cuuint32_t kChunkColumns = kHopperChunk;
+
 decltype(&cuTensorMapEncodeTiled) load_describe() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
@@ -46,18 +48,18 @@ bool describe_weight(CUtensorMap& tensor, const GemmParams& params, int box_rows
   const cuuint64_t row_bytes = 2 * in_features;
   if (shape.activation == Activation::kSwiglu) {
     return describe<4>(tensor, shape.dtype, params.weight, {in_features, 8, 2, out_features / 16},
-                       {row_bytes, row_bytes * (out_features / 2), row_bytes * 8}, {kHopperChunk, 8, 2, rows / 16});
+                       {row_bytes, row_bytes * (out_features / 2), row_bytes * 8}, {kChunkColumns, 8, 2, rows / 16});
   }
   const cuuint64_t all_bytes = row_bytes * out_features;
   return describe<4>(tensor, shape.dtype, params.weight, {in_features, out_features, 1, 1},
-                     {row_bytes, all_bytes, all_bytes}, {kHopperChunk, rows, 1, 1});
+                     {row_bytes, all_bytes, all_bytes}, {kChunkColumns, rows, 1, 1});
 }
 
 bool describe_x(CUtensorMap& tensor, const GemmParams& params, int box_rows) {
   const GemmShape& shape = params.shape;
   return describe<2>(
       tensor, shape.dtype, params.x, {static_cast<cuuint64_t>(shape.in_features), static_cast<cuuint64_t>(shape.rows)},
-      {static_cast<cuuint64_t>(2 * params.x_row_stride)}, {kHopperChunk, static_cast<cuuint32_t>(box_rows)});
+      {static_cast<cuuint64_t>(2 * params.x_row_stride)}, {kChunkColumns, static_cast<cuuint32_t>(box_rows)});
 }
 
 ClusterLaunch::ClusterLaunch(int blocks, int cluster, int threads, size_t shared_bytes, cudaStream_t stream) {
