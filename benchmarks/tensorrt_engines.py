@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorrt as trt
 from cuda.bindings import runtime as cudart
 
@@ -135,15 +134,6 @@ class Execution:
         return {name: output.download() for name, output in self.outputs.items()}
 
 
-def numpy_type(dtype: Any) -> npt.DTypeLike:
-    """NumPy's type for TensorRT's; those of ml_dtypes for what NumPy has not, of which trt.nptype knows nothing."""
-    if dtype.name not in ("BF16", "FP8"):
-        return np.dtype(trt.nptype(dtype))
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if dtype.name == "BF16" else ml_dtypes.float8_e4m3fn)
-
-
 class Engine:
     """A deserialised plan."""
 
@@ -161,13 +151,13 @@ class Engine:
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         outputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         for name in set(names) - set(outputs):
-            dtype = numpy_type(self.engine.get_tensor_dtype(name))
+            dtype = trt.nptype(self.engine.get_tensor_dtype(name))
             array = np.asarray(arrays[name], dtype)
             if not context.set_input_shape(name, array.shape):
                 raise ValueError(f"shape {array.shape} of '{name}' is outside of the engine's profile")
             execution.inputs[name] = DeviceArray(array.shape, dtype).upload(array)
         for name in outputs:
-            dtype = numpy_type(self.engine.get_tensor_dtype(name))
+            dtype = trt.nptype(self.engine.get_tensor_dtype(name))
             execution.outputs[name] = DeviceArray(context.get_tensor_shape(name), dtype)
         for name, memory in (execution.inputs | execution.outputs).items():
             context.set_tensor_address(name, memory.address)

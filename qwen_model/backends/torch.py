@@ -122,9 +122,9 @@ def choose_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise QwenModelError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
