@@ -3,8 +3,8 @@
 #include "gemm.h"
 
 #include "arguments.h"
-#include "kernels/cublas_lt.h"
-#include "kernels/gemm.h"
+#include "kernels/gemm/cublas_lt.h"
+#include "kernels/gemm/gemm.h"
 
 namespace py = pybind11;
 

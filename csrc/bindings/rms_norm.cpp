@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "arguments.h"
-#include "kernels/rms_norm.h"
+#include "kernels/rms_norm/rms_norm.h"
 
 namespace py = pybind11;
 

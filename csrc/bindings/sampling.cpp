@@ -2,8 +2,8 @@
 #include "sampling.h"
 
 #include "arguments.h"
-#include "kernels/gather_rows.h"
-#include "kernels/sampling.h"
+#include "kernels/embedding/gather_rows.h"
+#include "kernels/sampling/sampling.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/gemm.h"
+#include "kernels/gemm/gemm.h"
 #include "plugins/plugin_base.h"
 
 namespace qwen_plugins {

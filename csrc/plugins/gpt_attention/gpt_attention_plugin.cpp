@@ -2,8 +2,8 @@
 
 #include <cmath>
 
-#include "kernels/decode_attention.h"
-#include "kernels/prefill_attention.h"
+#include "kernels/attention/decode.h"
+#include "kernels/attention/prefill.h"
 
 namespace qwen_plugins {
 namespace {

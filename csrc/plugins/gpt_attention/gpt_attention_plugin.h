@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/attention_heads.h"
+#include "kernels/attention/heads.h"
 #include "plugins/plugin_base.h"
 
 namespace qwen_plugins {

@@ -1,7 +1,7 @@
 // What both RMSNorm plug-ins share: attributes, tensors and the launch.
 #pragma once
 
-#include "kernels/rms_norm.h"
+#include "kernels/rms_norm/rms_norm.h"
 #include "plugins/plugin_base.h"
 
 namespace qwen_plugins {

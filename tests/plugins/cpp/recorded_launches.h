@@ -5,10 +5,10 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/decode_attention.h"
-#include "kernels/gemm.h"
-#include "kernels/prefill_attention.h"
-#include "kernels/rms_norm.h"
+#include "kernels/attention/decode.h"
+#include "kernels/gemm/gemm.h"
+#include "kernels/attention/prefill.h"
+#include "kernels/rms_norm/rms_norm.h"
 
 struct RecordedCopy {
   void* to;

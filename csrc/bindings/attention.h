@@ -1,0 +1,10 @@
+// The decoder's own kernels (SwiGLU, attention of prompts and of new tokens) for Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace qwen_plugins {
+
+void bind_attention(pybind11::module_& module);
+
+}  // namespace qwen_plugins

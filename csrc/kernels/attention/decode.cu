@@ -1,0 +1,401 @@
+// What makes few and short sequences fast, where all of the time is latency: keys and values are loaded before q is
+// made ready; a short sequence is not split among blocks, or among those of one cluster; and no phase is left to a few
+// threads that others could help.
+#include <algorithm>
+
+#include "decode.h"
+#include "decode_cluster.cuh"
+#include "decode_tiles.cuh"
+#include "decode_vectors.cuh"
+#include "decode_work.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/common/programmatic_launch.cuh"
+
+namespace qwen_plugins {
+namespace {
+
+using namespace decoding;
+
+constexpr int kShortCache = 2048;  // positions that one cluster reads faster than more blocks meet in the workspace
+
+// The new key and value for this block, and to the cache if that is this block's task.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void prepare_new_token(const DecodeAttentionParams& p, const Work& work, const T* qkv,
+                                                  const float* cos_sin, float* new_key, float* new_value) {
+  const int key_row = p.heads.num_heads + work.kv_head;
+  const T* const value = qkv + (key_row + p.heads.num_kv_heads) * kHeadSize;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int d = lane; d < kHeadSize; d += 32) new_value[d] = to_float(value[d]);
+  prepare_head<T, kHeadSize>(new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight), p.heads,
+                             cos_sin, 1.0F);
+  if (!work.writes_new_token) return;
+  T* const cache = static_cast<T*>(p.cache.data) + work.past_length * int64_t{kHeadSize};
+  T* const key_place = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head);
+  T* const value_place = cache + cache_offset(p.heads, p.cache, work.sequence, 1, work.kv_head);
+#pragma unroll
+  for (int d = lane; d < kHeadSize; d += 32) {
+    key_place[d] = from_float<T>(new_key[d]);
+    value_place[d] = from_float<T>(new_value[d]);
+  }
+}
+
+// Makes q, and the new key and value if they belong to this block, ready in shared memory.
+template <typename T, int kHeadSize, typename Attention>
+__device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Work& work, int rotary_row,
+                                        typename Attention::SharedMemory& shared) {
+  const T* const qkv = static_cast<const T*>(p.qkv) + work.sequence * p.qkv_row_stride;
+  const float* const cos_sin = p.heads.rotary_table + rotary_row * int64_t{p.heads.rotary_dim};
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  Attention::clear_other_queries(shared, work.num_heads);
+  const int place = warp - Attention::first_preparing();
+  for (int i = place < 0 ? place + warps : place; i <= work.num_heads; i += warps) {
+    if (i < work.num_heads) {
+      prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
+                                 static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
+                                 query_factor(p.heads, rotary_row));
+      Attention::keep_query(shared, i);
+    } else if (work.has_new_token) {
+      prepare_new_token<T, kHeadSize>(p, work, qkv, cos_sin, shared.new_key, shared.new_value);
+    }
+  }
+}
+
+// Combines `count` partial results of one head, at most 32: each lane has one's maximum and sum, and `read(i)` is the
+// lane's elements of the i-th one's values. Returns those of the sum; `total` has its maximum and sum. kAtOnce are read
+// before the first is used: what is read may be far.
+template <int kAtOnce, int kCount, typename Read>
+__device__ __forceinline__ Elements<kCount> combine(int count, const Partial& of_lane, const Read& read,
+                                                    Partial& total) {
+  total.maximum = of_lane.maximum;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    total.maximum = fmaxf(total.maximum, __shfl_xor_sync(0xffffffffU, total.maximum, offset));
+  }
+  const float factor = exp2_approximately(of_lane.maximum - total.maximum);
+  total.sum = sum_over_warp(factor * of_lane.sum);
+  Elements<kCount> result = {};
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtOnce) {
+    Elements<kCount> values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) values[i] = first + i < count ? read(first + i) : Elements<kCount>{};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float weight = __shfl_sync(0xffffffffU, factor, first + i);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) result.at[j] += weight * values[i].at[j];
+    }
+  }
+  return result;
+}
+
+// Workspace: for each sequence, head and split its values [head_size], then the maximum and sum of each.
+struct Workspace {
+  float* values;
+  float2* partials;
+};
+
+__device__ __forceinline__ Workspace workspace_of(const DecodeAttentionParams& p) {
+  const int64_t results = int64_t{p.sequences} * p.heads.num_heads * gridDim.x;
+  float* const values = static_cast<float*>(p.workspace);
+  return {values, reinterpret_cast<float2*>(values + results * p.heads.head_size)};
+}
+
+// True in the one block that finds the results of all splits of its heads written.
+__device__ __forceinline__ bool is_last_block(int* counter, int num_splits, bool& last) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == num_splits - 1;
+    if (last) *counter = 0;  // for the next launch
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Calls `function(head, element)`, in whole warps, for every kCount-th element of the heads of a block and those that
+// fill up the last warp of a head.
+template <int kHeadSize, int kCount, typename Function>
+__device__ __forceinline__ void for_elements(int num_heads, const Function& function) {
+  constexpr unsigned kParts = (kHeadSize + 32 * kCount - 1) / (32 * kCount);
+  const unsigned warps = blockDim.x / 32;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x / 32; i < num_heads * kParts; i += warps) {
+    function(static_cast<int>(i / kParts), static_cast<int>((i % kParts * 32 + threadIdx.x % 32) * kCount));
+  }
+}
+
+// Elements d ... of a head's result, of which `value` is the sum.
+template <typename T, int kHeadSize, int kCount>
+__device__ __forceinline__ void write_context(const DecodeAttentionParams& p, int64_t head, int d,
+                                              const Elements<kCount>& value, const Partial& total) {
+  if (d >= kHeadSize) return;
+  T* const to = static_cast<T*>(p.context) + head * kHeadSize + d;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = from_float<T>(__fdividef(value.at[i], total.sum));
+}
+
+// Calls `put(head, element, value, total)` for the results of the block's warps, combined.
+template <int kHeadSize, typename Attention, typename Put>
+__device__ __forceinline__ void combine_warps(int num_heads, typename Attention::SharedMemory& shared, const Put& put) {
+  // Of one head, elements one by one are work for more warps.
+  constexpr int kCount = Attention::kHeads == 1 ? 1 : 4;
+  constexpr int kAtOnce = Attention::kHeads == 1 ? 16 : 8;
+  const int count = Attention::num_partials();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for_elements<kHeadSize, kCount>(num_heads, [&](int h, int d) {
+    const int readable = min(d, kHeadSize - kCount);
+    Partial partial;
+    if (lane < count) partial = Partial(shared.partial(lane, h));
+    const auto read = [&](int warp) {
+      return *reinterpret_cast<const Elements<kCount>*>(shared.values(warp, h) + readable);
+    };
+    Partial total;
+    const Elements<kCount> value = combine<kAtOnce, kCount>(count, partial, read, total);
+    put(h, d, value, total);
+  });
+}
+
+// What the blocks of the cluster have sent to this one.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void combine_inbox(const DecodeAttentionParams& p, const Work& work, int64_t first_head,
+                                              int rank, int size, const Inbox<kHeadSize>& inbox) {
+  const int heads = Inbox<kHeadSize>::num_own_heads(rank, size, work.num_heads);
+  if (heads == 0) return;
+  inbox.wait();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for_elements<kHeadSize, 1>(heads, [&](int i, int d) {
+    const int readable = min(d, kHeadSize - 1);
+    const auto row = [&](int block) { return inbox.row(i, block, size); };
+    Partial partial;
+    if (lane < size) partial = Partial(inbox.partial(row(lane)));
+    const auto read = [&](int block) { return Elements<1>{{inbox.values(row(block))[readable]}}; };
+    Partial total;
+    const Elements<1> value = combine<kMaxCluster, 1>(size, partial, read, total);
+    write_context<T, kHeadSize>(p, first_head + rank + i * size, d, value, total);
+  });
+}
+
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p, const Work& work,
+                                               const Workspace& workspace, int64_t first_head) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for_elements<kHeadSize, 2>(work.num_heads, [&](int h, int d) {
+    const int64_t place = (first_head + h) * gridDim.x;
+    const int readable = min(d, kHeadSize - 2);
+    Partial partial;
+    if (lane < work.num_splits) partial = Partial(__ldcg(workspace.partials + place + lane));
+    const auto read = [&](int split) {
+      const float* const from = workspace.values + (place + split) * kHeadSize + readable;
+      return bit_cast<Elements<2>>(__ldcg(reinterpret_cast<const float2*>(from)));
+    };
+    Partial total;
+    const Elements<2> value = combine<kMaxSplits / 2, 2>(work.num_splits, partial, read, total);
+    write_context<T, kHeadSize>(p, first_head + h, d, value, total);
+  });
+}
+
+template <typename T, int kHeadSize, typename Attention>
+__device__ __forceinline__ void attend_block(const Arguments& a, const Work& work, int rotary_row,
+                                             typename Attention::SharedMemory& shared) {
+  const DecodeAttentionParams& p = a.params;
+  const int rank = static_cast<int>(blockIdx.x);
+  const bool in_cluster = Attention::kInClusters && a.cluster > 1 && work.num_splits > 1;
+  Attention attention(p, work, shared);
+  if constexpr (Attention::kInClusters) {
+    if (in_cluster) shared.inbox.open(rank, a.cluster, work.num_heads);
+  }
+  prepare<T, kHeadSize, Attention>(p, work, rotary_row, shared);
+  __syncthreads();
+  attention.attend(work, p.softmax_scale * 1.44269504F, shared);  // log2(e), for exp2
+  attention.write(shared);
+  __syncthreads();
+
+  const Workspace workspace = workspace_of(p);
+  const int64_t first_head = int64_t{work.sequence} * p.heads.num_heads + work.first_head;
+  if constexpr (Attention::kInClusters) {
+    if (in_cluster) shared.inbox.wait_until_open();
+  }
+  combine_warps<kHeadSize, Attention>(
+      work.num_heads, shared, [&](int h, int d, const auto& value, const Partial& total) {
+        if (work.num_splits == 1) return write_context<T, kHeadSize>(p, first_head + h, d, value, total);
+        if (d >= kHeadSize) return;
+        if constexpr (Attention::kInClusters) {
+          if (in_cluster) return shared.inbox.send(h, d, value, total, rank, a.cluster);
+        }
+        const int64_t split = (first_head + h) * gridDim.x + blockIdx.x;
+        *reinterpret_cast<std::decay_t<decltype(value)>*>(workspace.values + split * kHeadSize + d) = value;
+        if (d == 0) workspace.partials[split] = make_float2(total.maximum, total.sum);
+      });
+  if (work.num_splits == 1) return;
+  if constexpr (Attention::kInClusters) {
+    if (in_cluster) return combine_inbox<T, kHeadSize>(p, work, first_head, rank, a.cluster, shared.inbox);
+  }
+  if (!is_last_block(p.semaphores + first_head, work.num_splits, shared.is_last_block)) return;
+  combine_splits<T, kHeadSize>(p, work, workspace, first_head);
+}
+
+// Has what this block reads first on its way to the L2 cache while the kernel before may still run: the projections,
+// the row of the rotary table, keys and values. It is a hint alone, for which nothing need be right: not the length
+// either, which that kernel may yet change.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void prefetch(const Arguments& a) {
+  constexpr int kLine = 128;
+  constexpr int kHeadBytes = kHeadSize * static_cast<int>(sizeof(T));
+  if (threadIdx.x >= 32 || !a.prefetches) return;
+  const int lane = static_cast<int>(threadIdx.x);
+  const DecodeAttentionParams& p = a.params;
+  Work work;
+  work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
+  work.past_length = max(0, min(work.past_length, p.cache.max_positions - 1));
+  if (!find_work(a, work)) return;
+  const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * int64_t{sizeof(T)};
+  const int key = p.heads.num_heads + work.kv_head;
+  for (int i = kLine * lane; i < kHeadBytes * work.num_heads; i += kLine * 32) {
+    prefetch_to_l2(qkv + work.first_head * kHeadBytes + i);
+  }
+  if (lane * 32 < p.heads.rotary_dim) {
+    prefetch_to_l2(p.heads.rotary_table + work.past_length * int64_t{p.heads.rotary_dim} + lane * 32);
+  }
+  if (lane >= 2) return;  // of keys and values
+  for (int i = 0; i < kHeadBytes; i += kLine) {
+    prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * kHeadBytes + i);
+  }
+  const T* const rows =
+      static_cast<const T*>(p.cache.data) + cache_offset(p.heads, p.cache, work.sequence, lane, work.kv_head);
+  // What the block can have in flight; and if it has the sequence for itself, what it reads soon after.
+  const int most = static_cast<int>(blockDim.x) / (work.num_splits == 1 ? 2 : 4);
+  prefetch_rows<T, kHeadSize>(rows, work.begin, min(work.end, work.begin + most));
+}
+
+// The shared memory of a block with several query heads has room for that of one with a single head.
+template <typename T, int kHeadSize, typename Attention>
+__global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(const __grid_constant__ Arguments a) {
+  using Single = VectorAttention<T, kHeadSize>;
+  extern __shared__ __align__(16) char shared[];
+  trigger_dependent_launch();
+  prefetch<T, kHeadSize>(a);
+  wait_for_previous_kernel();
+  const int offset = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z));
+  Work work;
+  work.past_length = a.params.past_lengths[blockIdx.z];
+  if (!find_work(a, work)) return;
+  const int rotary_row = offset + work.past_length;
+  if (Attention::kHeads == 1 || (work.num_heads == 1 && work.num_splits == 1)) {
+    auto& memory = *reinterpret_cast<typename Single::SharedMemory*>(shared);
+    attend_block<T, kHeadSize, Single>(a, work, rotary_row, memory);
+  } else {
+    auto& memory = *reinterpret_cast<typename Attention::SharedMemory*>(shared);
+    attend_block<T, kHeadSize, Attention>(a, work, rotary_row, memory);
+  }
+}
+
+struct Grid {
+  int warps;  // of a block
+  int splits;
+  int cluster;  // all splits, or 1
+};
+
+// Large blocks, one a multiprocessor, if that is enough for every query head; otherwise two small ones, or four. As
+// many splits as that makes, if the cache may be long enough for them.
+template <typename Attention>
+Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DeviceProperties& device) {
+  const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
+  const bool fits = Attention::shared_bytes(Attention::kWarps) <= device.max_shared_memory_per_block;
+  const bool large = fits && int64_t{p.heads.num_heads} * p.sequences <= device.multiprocessors;
+  const int at_once = (large ? 1 : 2) * device.multiprocessors;
+  const int divisor = large ? 1 : blocks <= at_once ? 2 : 4;
+  const int useful =
+      std::max(std::min(heads_per_kv_head, Attention::kHeads), (p.cache.max_positions + kMinSplit - 1) / kMinSplit);
+  const bool clusters = Attention::kInClusters && device.programmatic_launch;  // the same chips have both
+  // Not every multiprocessor finds neighbours for a cluster: on an H200, 105 of 132 do for clusters of any size.
+  const int cluster = std::min({static_cast<int>(at_once * 4 / 5 / blocks), useful, kMaxCluster});
+  if (clusters && large && p.cache.max_positions <= kShortCache && cluster > 1) {
+    return {Attention::kWarps, cluster, cluster};
+  }
+  const int splits = std::max(1, std::min({static_cast<int>(at_once / blocks), useful, kMaxSplits}));
+  return {Attention::kWarps / divisor, splits, 1};
+}
+
+cudaError_t launch_clusters(void (*kernel)(Arguments), dim3 blocks, dim3 threads, size_t shared_bytes, int cluster,
+                            cudaStream_t stream, const Arguments& arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+template <typename T, int kHeadSize, typename Attention>
+cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
+  const int chunks = (heads_per_kv_head + Attention::kHeads - 1) / Attention::kHeads;
+  const int64_t blocks = int64_t{p.heads.num_kv_heads} * chunks * p.sequences;
+  const Grid found = find_grid<Attention>(p, blocks, device);
+  const int at_once = device.multiprocessors * (Attention::kWarps / found.warps);
+  const bool prefetches = blocks * found.splits <= at_once;
+  const int whole_length = Attention::kHeads == 1 ? 512 : found.cluster > 1 ? 320 : 1024;
+  const Arguments arguments{p, heads_per_kv_head, Attention::kHeads, chunks, found.cluster, whole_length, prefetches};
+  const dim3 grid(static_cast<unsigned>(found.splits), static_cast<unsigned>(p.heads.num_kv_heads * chunks),
+                  static_cast<unsigned>(p.sequences));
+  const dim3 threads(32U * static_cast<unsigned>(found.warps));
+  auto* const kernel = decode_attention<T, kHeadSize, Attention>;
+  const int shared_bytes =
+      std::max(Attention::shared_bytes(found.warps), VectorAttention<T, kHeadSize>::shared_bytes(found.warps));
+  // The same for all launches: graphs of earlier ones keep theirs.
+  const int most =
+      std::max(shared_bytes, std::min(Attention::shared_bytes(Attention::kWarps), device.max_shared_memory_per_block));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess) return error;
+  if (found.cluster > 1) return launch_clusters(kernel, grid, threads, shared_bytes, found.cluster, stream, arguments);
+  return launch_kernel(kernel, grid, threads, shared_bytes, device, stream, arguments);
+}
+
+template <typename T, int kHeadSize>
+cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (p.heads.num_heads > p.heads.num_kv_heads) {
+      return launch_blocks<T, kHeadSize, TileAttention<T, kHeadSize>>(p, device, stream);
+    }
+  }
+  return launch_blocks<T, kHeadSize, VectorAttention<T, kHeadSize>>(p, device, stream);
+}
+
+}  // namespace
+
+cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences, int64_t* bytes) {
+  if (heads.num_heads <= 0 || heads.head_size <= 0 || sequences < 0) return cudaErrorInvalidValue;
+  const int64_t rows = int64_t{sequences} * heads.num_heads;
+  *bytes = rows * kMaxSplits * (heads.head_size + 2) * static_cast<int64_t>(sizeof(float));
+  return cudaSuccess;
+}
+
+cudaError_t launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t stream) {
+  const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
+  if (!is_valid(p.heads, p.cache) || (p.qkv_row_stride < columns && p.sequences > 1) || p.sequences < 0 ||
+      p.sequences > 65535) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.sequences == 0) return cudaSuccess;
+  if (p.qkv == nullptr || p.context == nullptr || p.past_lengths == nullptr || p.workspace == nullptr ||
+      p.semaphores == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % sizeof(FullPack) != 0) {
+    return cudaErrorInvalidValue;
+  }
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
+  return with_type_and_head_size(
+      p.heads, [&](auto type, auto head_size) { return launch<decltype(type), head_size.value>(p, device, stream); });
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,125 @@
+// What a block of decode_attention.cu works on, and what its warps tell each other.
+#pragma once
+
+#include "decode.h"
+#include "heads.cuh"
+#include "kernels/common/tensor_cores.cuh"
+
+namespace qwen_plugins::decoding {
+
+constexpr int kMinSplit = 32;   // positions
+constexpr int kMaxSplits = 32;  // what the last block has to combine: one for each lane of a warp
+constexpr int kMaxCluster = 8;  // what every chip with clusters has
+constexpr int kUnsplit = 64;    // positions that one block reads faster than a cluster combines
+// Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
+constexpr float kLowest = -1e30F;
+
+struct Arguments {
+  DecodeAttentionParams params;
+  int heads_per_kv_head;
+  int block_heads;   // of those, for one block
+  int chunks;        // blocks for all of those
+  int cluster;       // all splits of a sequence, in one cluster; 1: they meet in the workspace
+  int whole_length;  // up to it, one block reads a sequence faster than many combine their results
+  bool prefetches;   // while the kernel before runs: where all blocks run at once
+};
+
+// Maximum of the scores, and sum of the weights 2^(score - maximum).
+struct Partial {
+  float maximum = kLowest;
+  float sum = 0.0F;
+
+  Partial() = default;
+  __device__ __forceinline__ explicit Partial(float2 pair) : maximum(pair.x), sum(pair.y) {}
+};
+
+// Neighbouring elements of a partial result, what one lane has of it.
+template <int kCount>
+struct alignas(4 * kCount) Elements {
+  float at[kCount];
+};
+
+// In the shared memory of every block.
+template <int kHeadSize, int kHeads>
+struct alignas(16) SharedInputs {
+  float queries[kHeads][kHeadSize];
+  float new_key[kHeadSize];
+  float new_value[kHeadSize];
+  bool is_last_block;
+};
+
+struct Work {
+  int sequence;
+  int kv_head;
+  int first_head;  // of the query heads
+  int num_heads;
+  int past_length;
+  int begin;  // positions of the cache before the new token's
+  int end;
+  int num_splits;
+  bool has_new_token;
+  bool writes_new_token;
+};
+
+__device__ __forceinline__ int divide_up(int value, int by) {
+  return static_cast<int>(static_cast<unsigned>(value + by - 1) / static_cast<unsigned>(by));
+}
+
+// Fills in the rest of `work`, whose past_length is known. The grid is for the longest sequences; a short one is split
+// less, and the blocks that it does not need leave.
+__device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
+  const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
+  const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
+  const int index = static_cast<int>(blockIdx.x);
+  const int grid_size = static_cast<int>(gridDim.x);
+  work.sequence = static_cast<int>(blockIdx.z);
+  work.kv_head = static_cast<int>(kv_head);
+  work.first_head = work.kv_head * a.heads_per_kv_head + chunk * a.block_heads;
+  work.num_heads = min(a.block_heads, a.heads_per_kv_head - chunk * a.block_heads);
+  if (work.past_length <= a.whole_length && work.num_heads <= grid_size) {
+    const bool exists = index < work.num_heads;
+    work.writes_new_token = chunk == 0 && index == 0;
+    work.first_head += index;
+    work.num_heads = 1;
+    work.begin = 0;
+    work.end = work.past_length;
+    work.num_splits = 1;
+    work.has_new_token = true;
+    return exists;
+  }
+  // Without a block for each of its heads a sequence is better split earlier; measured with 7 and 8 heads.
+  const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : grid_size;
+  const int split_size = max(a.cluster > 1 ? 1 : kMinSplit, divide_up(work.past_length, splits));
+  // Of a cluster all blocks take part, those too for which nothing is left.
+  work.num_splits = a.cluster > 1 ? splits : max(1, divide_up(work.past_length, split_size));
+  work.begin = index * split_size;
+  work.end = min(work.begin + split_size, work.past_length);
+  work.has_new_token = index == work.num_splits - 1;
+  work.writes_new_token = work.has_new_token && chunk == 0;
+  return index < work.num_splits;
+}
+
+// A hint that positions [begin, end) of keys or values, which start at `rows`, will be read: has them come to the L2
+// cache.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void prefetch_rows(const T* rows, int begin, int end) {
+#if __CUDA_ARCH__ >= 900
+  if (begin >= end) return;
+  const int bytes = (end - begin) * kHeadSize * static_cast<int>(sizeof(T));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows + begin * int64_t{kHeadSize}), "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void load_shared(float (&out)[kVecSize], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kVecSize / 4; ++i) {
+    const float4 part = reinterpret_cast<const float4*>(from)[i];
+    out[4 * i] = part.x;
+    out[4 * i + 1] = part.y;
+    out[4 * i + 2] = part.z;
+    out[4 * i + 3] = part.w;
+  }
+}
+
+}  // namespace qwen_plugins::decoding

@@ -1,0 +1,331 @@
+#include <limits>
+
+#include "heads.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/common/programmatic_launch.cuh"
+#include "prefill.h"
+#include "prefill_hopper.h"
+#include "prefill_tiles.cuh"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int kPrepareThreads = 256;
+constexpr int kPrepareHeads = 4;
+constexpr int kPrepareBlocks = 4;  // of a multiprocessor: while some wait for what they load, others load
+constexpr int kPlainWarps = 4;
+
+// The sequence of a packed token: how many end at or before it. Each lane looks at one end at a time.
+__device__ __forceinline__ int sequence_of(const int32_t* cu_seqlens, int sequences, int64_t token) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int first = 0;; first += 32) {
+    const int index = first + lane;
+    const bool ended = index < sequences && cu_seqlens[index + 1] <= token;
+    const unsigned votes = __ballot_sync(0xffffffffU, ended);
+    if (votes != 0xffffffffU) return first + __popc(votes);
+  }
+}
+
+// The same, where groups of lanes have tokens of their own.
+template <int kLanes>
+__device__ __forceinline__ int sequence_of_group(const PrefillAttentionParams& p, int64_t token) {
+  int sequence = 0;
+#pragma unroll
+  for (int first = 0; first < 32; first += kLanes) {
+    const int found = sequence_of(p.cu_seqlens, p.sequences, __shfl_sync(0xffffffffU, token, first));
+    if (static_cast<int>(threadIdx.x) % 32 / kLanes == first / kLanes) sequence = found;
+  }
+  return sequence;
+}
+
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Vector<T>*>(from);
+  float values[kVecSize];
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = to_float(from[i]);
+  return from_floats<T>(values);
+}
+
+// Where a packed token is, and its row of the rotary table.
+struct Token {
+  int sequence;
+  int position;
+  int rotary_row;
+
+  __device__ __forceinline__ Token(const PrefillAttentionParams& p, int64_t index, int its_sequence)
+      : sequence(its_sequence) {
+    position = past_length(p, sequence) + static_cast<int>(index) - p.cu_seqlens[sequence];
+    rotary_row = rotary_offset(p.heads, sequence) + position;
+  }
+};
+
+// What happens to the elements that a lane has of every head of a token.
+template <typename T, int kHeadSize>
+class LaneOfHeads {
+ public:
+  static constexpr int kLanes = kHeadLanes<kHeadSize>;
+
+  // Only loads what does not depend on the head. `scratch` [kHeadSize] is of this group of lanes, in shared memory.
+  __device__ __forceinline__ LaneOfHeads(const AttentionHeads& heads, int rotary_row, T* scratch)
+      : heads_(heads), scratch_(scratch), rotary_row_(rotary_row) {
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) cosines_[i] = 1.0F;
+    const float* const cosines = heads.rotary_table + rotary_row * int64_t{heads.rotary_dim};
+    const float* const sines = cosines + heads.rotary_dim / 2;
+    if (element() >= heads.rotary_dim) return;
+    if (turns_whole_vectors() && reinterpret_cast<uintptr_t>(heads.rotary_table) % sizeof(float4) == 0) {
+      const RotaryPair pair(heads.rotary_style, element(), heads.rotary_dim);
+#pragma unroll
+      for (int i = 0; i < kVecSize; i += 4) {
+        const float4 cosine = *reinterpret_cast<const float4*>(cosines + pair.index + i);
+        const float4 sine = *reinterpret_cast<const float4*>(sines + pair.index + i);
+        cosines_[i] = cosine.x, cosines_[i + 1] = cosine.y, cosines_[i + 2] = cosine.z, cosines_[i + 3] = cosine.w;
+        sines_[i] = sine.x, sines_[i + 1] = sine.y, sines_[i + 2] = sine.z, sines_[i + 3] = sine.w;
+      }
+#pragma unroll
+      for (float& sine : sines_) sine *= pair.sign;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {
+      if (element() + i >= heads.rotary_dim) continue;
+      const RotaryPair pair(heads.rotary_style, element() + i, heads.rotary_dim);
+      cosines_[i] = cosines[pair.index];
+      sines_[i] = pair.sign * sines[pair.index];
+    }
+  }
+
+  static __device__ __forceinline__ int element() { return static_cast<int>(threadIdx.x) % kLanes * kVecSize; }
+  static __device__ __forceinline__ bool in_head() { return element() < kHeadSize; }
+
+  // Normalised, rotated and scaled; all lanes of a warp call it together.
+  __device__ __forceinline__ Vector<T> prepare(Vector<T> x, bool is_query) const {
+    float values[kVecSize];
+    if (heads_.q_norm_weight != nullptr) {
+      x = normalise(x, static_cast<const T*>(is_query ? heads_.q_norm_weight : heads_.k_norm_weight));
+    }
+    to_floats<T>(values, x);
+    if (heads_.rotary_dim > 0) rotate(values, x);
+    if (is_query && heads_.query_scale != nullptr) {
+      const float factor = heads_.query_scale[rotary_row_];
+#pragma unroll
+      for (float& value : values) value *= factor;
+    }
+    return from_floats<T>(values);
+  }
+
+ private:
+  // Whether the elements that turn with those of a lane are those of another lane.
+  __device__ __forceinline__ bool turns_whole_vectors() const {
+    return heads_.rotary_style == RotaryStyle::kNeox && heads_.rotary_dim / 2 % kVecSize == 0;
+  }
+
+  __device__ __forceinline__ Vector<T> normalise(const Vector<T>& x, const T* weight) const {
+    float values[kVecSize];
+    to_floats<T>(values, x);
+    float sum_of_squares = 0.0F;
+#pragma unroll
+    for (const float value : values) sum_of_squares += value * value;
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      sum_of_squares += __shfl_xor_sync(0xffffffffU, sum_of_squares, offset);
+    }
+    const float factor = rsqrtf(sum_of_squares / kHeadSize + heads_.norm_eps);
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {
+      values[i] = in_head() ? values[i] * factor * to_float(weight[element() + i]) : 0.0F;
+    }
+    return from_floats<T>(values);
+  }
+
+  __device__ __forceinline__ void rotate(float (&values)[kVecSize], const Vector<T>& x) const {
+    float others[kVecSize];
+    to_floats<T>(others, turns_whole_vectors() ? vector_of_partner(x) : gathered_partners(x));
+    if (element() >= heads_.rotary_dim) return;
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = values[i] * cosines_[i] + others[i] * sines_[i];
+  }
+
+  __device__ __forceinline__ Vector<T> vector_of_partner(const Vector<T>& x) const {
+    const int distance = heads_.rotary_dim / 2 / kVecSize;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int partner = element() < heads_.rotary_dim / 2 ? lane + distance : lane - distance;
+    Vector<T> others;
+#pragma unroll
+    for (int i = 0; i < kVecSize / kVec<T>; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        others.packs[i].words[j] = __shfl_sync(0xffffffffU, x.packs[i].words[j], partner);
+      }
+    return others;
+  }
+
+  // One by one, through shared memory.
+  __device__ __forceinline__ Vector<T> gathered_partners(const Vector<T>& x) const {
+    if (in_head()) *reinterpret_cast<Vector<T>*>(scratch_ + element()) = x;
+    __syncwarp();
+    float others[kVecSize] = {};
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {
+      const RotaryPair pair(heads_.rotary_style, element() + i, heads_.rotary_dim);
+      if (element() + i < heads_.rotary_dim) others[i] = to_float(scratch_[pair.partner]);
+    }
+    __syncwarp();
+    return from_floats<T>(others);
+  }
+
+  const AttentionHeads& heads_;
+  T* scratch_;
+  int rotary_row_;
+  float cosines_[kVecSize];
+  float sines_[kVecSize] = {};
+};
+
+// Blocks for the heads of q, k and v of the same tokens.
+__host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) {
+  return static_cast<unsigned>(heads.num_heads + 2 * heads.num_kv_heads + kPrepareHeads - 1) / kPrepareHeads;
+}
+
+// A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k and v: then both the rows of
+// qkv and those of the cache are long. All is loaded before any of it is used. The first tokens come last: attention
+// begins with them, and finds some of them in the L2 cache.
+template <typename T, int kHeadSize>
+__global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks)
+    prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
+  using Lane = LaneOfHeads<T, kHeadSize>;
+  __shared__ __align__(16) T scratch[kPrepareThreads / Lane::kLanes][kHeadSize];
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
+  const int group = static_cast<int>(threadIdx.x) / Lane::kLanes;
+  const unsigned parts = parts_of_heads(p.heads);
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const int64_t first_token = int64_t{block / parts} * (kPrepareThreads / Lane::kLanes);
+  const int64_t token = min(first_token + group, p.tokens - 1);
+  const bool writes = first_token + group < p.tokens && Lane::in_head();
+  const int first_head = static_cast<int>(block % parts) * kPrepareHeads;
+  const int first_k = p.heads.num_heads;
+  const int first_v = first_k + p.heads.num_kv_heads;
+  const int end = min(first_head + kPrepareHeads, first_v + p.heads.num_kv_heads);
+  const T* const qkv = static_cast<const T*>(p.qkv) + token * p.qkv_row_stride + Lane::element();
+  const bool aligned = reinterpret_cast<uintptr_t>(p.qkv) % sizeof(FullPack) == 0 &&
+                       p.qkv_row_stride * int64_t{sizeof(T)} % int64_t{sizeof(FullPack)} == 0;
+  Vector<T> vectors[kPrepareHeads];
+#pragma unroll
+  for (int i = 0; i < kPrepareHeads; ++i) {
+    vectors[i] = {};
+    if (first_head + i < end && writes) vectors[i] = load_vector(qkv + (first_head + i) * kHeadSize, aligned);
+  }
+  const Token place(p, token, sequence_of_group<Lane::kLanes>(p, token));
+  const Lane lane(p.heads, place.rotary_row, scratch[group]);
+  T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize + Lane::element();
+  T* const cache = static_cast<T*>(p.cache.data) + place.position * int64_t{kHeadSize} + Lane::element();
+#pragma unroll
+  for (int i = 0; i < kPrepareHeads; ++i) {
+    const int head = first_head + i;
+    if (head >= end) break;
+    if (head < first_v) vectors[i] = lane.prepare(vectors[i], head < first_k);
+    const int which = head < first_v ? 0 : 1;
+    const int kv_head = head - (which == 0 ? first_k : first_v);
+    T* const to = head < first_k ? context + head * kHeadSize
+                                 : cache + cache_offset(p.heads, p.cache, place.sequence, which, kv_head);
+    if (writes) *reinterpret_cast<Vector<T>*>(to) = vectors[i];
+  }
+}
+
+// Attention without tensor cores, for float32: a warp for each token and head, one key after the other.
+template <typename T, int kHeadSize>
+__global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_constant__ PrefillAttentionParams p) {
+  constexpr int kPerLane = (kHeadSize + 31) / 32;
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int head = static_cast<int>(blockIdx.y * kPlainWarps + threadIdx.x / 32);
+  if (head >= p.heads.num_heads) return;
+  const int64_t token = blockIdx.x;
+  const Token place(p, token, sequence_of(p.cu_seqlens, p.sequences, token));
+  const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
+  const T* const cache = static_cast<const T*>(p.cache.data);
+  const T* const keys = cache + cache_offset(p.heads, p.cache, place.sequence, 0, kv_head);
+  const T* const values = cache + cache_offset(p.heads, p.cache, place.sequence, 1, kv_head);
+  T* const context = static_cast<T*>(p.context) + (token * p.heads.num_heads + head) * kHeadSize;
+  float q[kPerLane] = {};
+  float result[kPerLane] = {};
+  for (int i = 0; i < kPerLane; ++i) {
+    if (lane + 32 * i < kHeadSize) q[i] = to_float(context[lane + 32 * i]) * p.softmax_scale;
+  }
+  float maximum = -INFINITY;
+  float sum = 0.0F;
+  for (int64_t key = 0; key <= place.position; ++key) {
+    float score = 0.0F;
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane + 32 * i < kHeadSize) score += q[i] * to_float(keys[key * kHeadSize + lane + 32 * i]);
+    }
+    score = sum_over_warp(score);
+    const float new_maximum = fmaxf(maximum, score);
+    const float factor = expf(maximum - new_maximum);
+    const float weight = expf(score - new_maximum);
+    maximum = new_maximum;
+    sum = sum * factor + weight;
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane + 32 * i >= kHeadSize) continue;
+      result[i] = result[i] * factor + weight * to_float(values[key * kHeadSize + lane + 32 * i]);
+    }
+  }
+  for (int i = 0; i < kPerLane; ++i) {
+    if (lane + 32 * i < kHeadSize) context[lane + 32 * i] = from_float<T>(result[i] / sum);
+  }
+}
+
+template <typename T, typename Shape>
+cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  auto* const kernel = attend_tile<T, Shape>;
+  constexpr int kSharedBytes = Shape::kSharedElements * static_cast<int>(sizeof(T));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  // The most tiles that so many tokens can make of so many sequences.
+  const int64_t tiles = (p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows;
+  const dim3 blocks(static_cast<unsigned>(p.heads.num_heads), static_cast<unsigned>(tiles));  // long tiles first
+  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, p);
+}
+
+template <typename T, int kHeadSize>
+cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  constexpr int kTokens = kPrepareThreads / kHeadLanes<kHeadSize>;
+  const auto groups = static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens);
+  const dim3 parts(groups * parts_of_heads(p.heads));
+  const cudaError_t error =
+      launch_kernel(prepare_tokens<T, kHeadSize>, parts, dim3(kPrepareThreads), 0, device, stream, p);
+  if (error != cudaSuccess) return error;
+  if constexpr (std::is_same_v<T, float>) {
+    const dim3 blocks(static_cast<unsigned>(p.tokens),
+                      static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
+    return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
+  } else {
+#ifdef QWEN_PLUGINS_HOPPER
+    if (has_hopper_kernel(p.heads, device)) return launch_hopper_attention(p, device, stream);
+#endif
+    return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>>(p, device, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_prefill_attention(const PrefillAttentionParams& p, cudaStream_t stream) {
+  const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
+  if (!is_valid(p.heads, p.cache) || (p.qkv_row_stride < columns && p.tokens > 1) || p.tokens < 0 ||
+      p.tokens > kMaxPrefillTokens || p.sequences < 0 || p.sequences > kMaxPrefillSequences) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.tokens == 0) return cudaSuccess;
+  if (p.qkv == nullptr || p.context == nullptr || p.cu_seqlens == nullptr || p.sequences == 0 ||
+      reinterpret_cast<uintptr_t>(p.context) % sizeof(FullPack) != 0) {
+    return cudaErrorInvalidValue;
+  }
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
+  return with_type_and_head_size(
+      p.heads, [&](auto type, auto head_size) { return launch<decltype(type), head_size.value>(p, device, stream); });
+}
+
+}  // namespace qwen_plugins

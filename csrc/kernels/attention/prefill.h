@@ -1,0 +1,34 @@
+// Causal attention of prompts over packed sequences: what the host can launch.
+//
+// Two kernels. The first makes q and k ready (attention_heads.h), writes k and v to the cache, and q where the context
+// will be. The second is attention on tensor cores with an online softmax (Dao, "FlashAttention-2", 2023): it reads q
+// there, keys and values from the cache, and puts the context in the place of q. No score matrix is ever in memory.
+#pragma once
+
+#include "heads.h"
+
+namespace qwen_plugins {
+
+// What one launch can count its tiles with.
+constexpr int64_t kMaxPrefillTokens = 1 << 21;
+constexpr int32_t kMaxPrefillSequences = 1 << 14;
+
+struct PrefillAttentionParams {
+  AttentionHeads heads;
+  KvCache cache;
+  const void* qkv = nullptr;              // [tokens, num_heads + 2 * num_kv_heads, head_size]
+  int64_t qkv_row_stride = 0;             // elements
+  void* context = nullptr;                // [tokens, num_heads, head_size], contiguous, 16-byte aligned
+  const int32_t* cu_seqlens = nullptr;    // [sequences + 1], on the device: 0, then the sums of the sequences' lengths
+  const int32_t* past_lengths = nullptr;  // [sequences], on the device: tokens in the cache before these; null: none
+  int32_t sequences = 0;                  // at most kMaxPrefillSequences; sequence i has row i of the cache
+  int64_t tokens = 0;                     // of all sequences, at most kMaxPrefillTokens; 0 launches nothing
+  float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
+};
+
+// Launches on `stream` and returns at once: no synchronisation, no allocation; nothing on the host depends on the
+// lengths but `tokens`. cudaErrorInvalidValue for parameters outside of what is written above and in attention_heads.h,
+// otherwise what the launch returned.
+cudaError_t launch_prefill_attention(const PrefillAttentionParams& params, cudaStream_t stream);
+
+}  // namespace qwen_plugins

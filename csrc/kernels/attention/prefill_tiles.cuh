@@ -1,0 +1,338 @@
+// Attention of a tile of queries on tensor cores: one block, one tile of one query head of one sequence.
+#pragma once
+
+#include "heads.cuh"
+#include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/tensor_cores.cuh"
+#include "prefill.h"
+
+namespace qwen_plugins {
+
+// Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
+constexpr float kLowestScore = -1e30F;
+
+// What a block computes. A warp has kRowTiles times 16 queries: with two, each load of keys and values from shared
+// memory feeds twice the products, which is what bounds this kernel on Hopper; large heads have no registers for it.
+template <int kHeadSize_, int kRowTiles_>
+struct TileShape {
+  static constexpr int kHeadSize = kHeadSize_;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kKeys = 64;
+  // Of rows in shared memory: an odd number of 16-byte chunks, so that eight rows of a tile are in different banks.
+  static constexpr int kStride = kHeadSize + 8;
+  static constexpr int kSharedElements = (kRows + 2 * kKeys) * kStride;
+};
+
+// A tile of consecutive tokens of one sequence.
+struct QueryTile {
+  int sequence = 0;
+  int64_t first_token = 0;  // in the packed tokens
+  int num_rows = 0;         // real ones
+  int first_position = 0;   // in the sequence
+};
+
+__device__ __forceinline__ int past_length(const PrefillAttentionParams& p, int sequence) {
+  return p.past_lengths == nullptr ? 0 : p.past_lengths[sequence];
+}
+
+// Finds tile `index` of all sequences' tiles, the last tile of each sequence first because it takes longest; each lane
+// looks at one sequence at a time. False if there are not so many.
+__device__ __forceinline__ bool find_tile(const PrefillAttentionParams& p, int index, int tile_rows, QueryTile& tile) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int first = 0; first < p.sequences; first += 32) {
+    const int sequence = min(first + lane, p.sequences - 1);
+    const int begin = p.cu_seqlens[sequence];
+    const int length = first + lane < p.sequences ? p.cu_seqlens[sequence + 1] - begin : 0;
+    const int tiles = (length + tile_rows - 1) / tile_rows;
+    int end = tiles;  // of this sequence's tiles among those of the warp's sequences
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int before = __shfl_up_sync(0xffffffffU, end, offset);
+      if (lane >= offset) end += before;
+    }
+    const unsigned found = __ballot_sync(0xffffffffU, end > index);
+    if (found != 0) {
+      const int source = __ffs(static_cast<int>(found)) - 1;
+      const int row = __shfl_sync(0xffffffffU, end - 1 - index, source) * tile_rows;
+      tile.sequence = first + source;
+      tile.first_token = __shfl_sync(0xffffffffU, begin, source) + int64_t{row};
+      tile.num_rows = min(__shfl_sync(0xffffffffU, length, source) - row, tile_rows);
+      tile.first_position = past_length(p, tile.sequence) + row;
+      return true;
+    }
+    index -= __shfl_sync(0xffffffffU, end, 31);
+  }
+  return false;
+}
+
+// Starts the copies of `kRows` rows to shared memory, those from `num_rows` on as zeros.
+template <typename T, typename Shape, int kRows>
+__device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, int num_rows) {
+  constexpr int kChunks = Shape::kHeadSize / 8;  // of a row, one for each thread
+  constexpr int kStep = Shape::kThreads / kChunks;
+  const int first = static_cast<int>(threadIdx.x) / kChunks;
+  const int column = static_cast<int>(threadIdx.x) % kChunks * 8;
+  const uint32_t to_address = shared_address(to + first * Shape::kStride + column);
+  from += first * stride + column;
+#pragma unroll
+  for (int row = 0; row < kRows; row += kStep) {
+    if ((kStep * kChunks == Shape::kThreads || first < kStep) && (kRows % kStep == 0 || first + row < kRows)) {
+      copy_async(to_address + row * Shape::kStride * static_cast<int>(sizeof(T)), from + row * stride,
+                 first + row < num_rows);
+    }
+  }
+}
+
+// A warp's rows: scores and results of kRowTiles tiles of 16, in the layout of multiply_tiles, and their softmax.
+template <typename T, typename Shape>
+class TileSoftmax {
+ public:
+  // `first_position` is that of the warp's first row; `scale` is for powers of two.
+  __device__ __forceinline__ TileSoftmax(int first_position, float scale)
+      : first_position_(first_position), scale_(scale) {
+#pragma unroll
+    for (auto& row : maxima_) row[0] = row[1] = kLowestScore;
+  }
+
+  // A query sees the keys up to its own position.
+  __device__ __forceinline__ void mask(int first_key) {
+    if (first_key + Shape::kKeys - 1 <= first_position_) return;
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int position = first_position_ + 16 * r + lane() / 4 + i / 2 * 8;
+          const int key = first_key + 8 * n + lane() % 4 * 2 + i % 2;
+          if (key > position) scores_[r][n][i] = kLowestScore;
+        }
+  }
+
+  // Scores become weights relative to the largest score so far; rescale_results must follow.
+  __device__ __forceinline__ void apply_softmax() {
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float maximum = maxima_[r][half];
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+          maximum = fmaxf(maximum, fmaxf(scores_[r][n][2 * half], scores_[r][n][2 * half + 1]));
+        }
+        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffU, maximum, 1));
+        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffU, maximum, 2));
+        factors_[r][half] = exp2_approximately((maxima_[r][half] - maximum) * scale_);
+        maxima_[r][half] = maximum;
+        sums_[r][half] *= factors_[r][half];
+        const float offset = maximum * scale_;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            scores_[r][n][i] = exp2_approximately(scores_[r][n][i] * scale_ - offset);
+            sums_[r][half] += scores_[r][n][i];
+          }
+      }
+  }
+
+  // After the first tiles the maxima seldom grow.
+  __device__ __forceinline__ void rescale_results() {
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r) {
+      if (!__any_sync(0xffffffffU, factors_[r][0] != 1.0F || factors_[r][1] != 1.0F)) continue;
+#pragma unroll
+      for (auto& tile : results_[r])
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile[i] *= factors_[r][i / 2];
+    }
+  }
+
+  // The weights of keys 8 n ... 8 n + 15 as the first operand of a product.
+  __device__ __forceinline__ void pack_weights(uint32_t (&weights)[4], int r, int n) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const pair = &scores_[r][n + i / 2][i % 2 * 2];
+      weights[i] = pack_pair<T>(pair[0], pair[1]);
+    }
+  }
+
+  __device__ __forceinline__ void divide_by_sums() {
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = sums_[r][half];
+        sum += __shfl_xor_sync(0xffffffffU, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffU, sum, 2);
+        const float factor = __fdividef(1.0F, sum);
+#pragma unroll
+        for (auto& tile : results_[r])
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) tile[i] *= factor;
+      }
+  }
+
+ protected:
+  static constexpr int kKeyTiles = Shape::kKeys / 8;
+  static constexpr int kValueTiles = Shape::kHeadSize / 8;
+
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+
+  float scores_[Shape::kRowTiles][kKeyTiles][4];
+  float results_[Shape::kRowTiles][kValueTiles][4] = {};
+
+ private:
+  int first_position_;
+  float scale_;
+  // Of the rows of a lane; a sum is that of the lane's own columns until the end.
+  float maxima_[Shape::kRowTiles][2];
+  float sums_[Shape::kRowTiles][2] = {};
+  float factors_[Shape::kRowTiles][2];
+};
+
+// The products of a warp, from rows of shared memory that are kStride apart.
+template <typename T, typename Shape>
+class TileAttention : public TileSoftmax<T, Shape> {
+ public:
+  using TileSoftmax<T, Shape>::TileSoftmax;
+
+  // Scores of the warp's queries and kKeys keys.
+  __device__ __forceinline__ void multiply_keys(const T* queries, const T* keys) {
+    const uint32_t query_address = shared_address(queries + lane() % 16 * Shape::kStride + lane() / 16 * 8);
+    const uint32_t key_address =
+        shared_address(keys + (lane() / 16 * 8 + lane() % 8) * Shape::kStride + lane() / 8 % 2 * 8);
+#pragma unroll
+    for (auto& row : scores_)
+#pragma unroll
+      for (auto& tile : row)
+#pragma unroll
+        for (float& score : tile) score = 0.0F;
+#pragma unroll
+    for (int d = 0; d < Shape::kHeadSize; d += 16) {
+      uint32_t q[Shape::kRowTiles][4];
+#pragma unroll
+      for (int r = 0; r < Shape::kRowTiles; ++r) load_tiles(q[r], query_address + bytes(16 * r, d));
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; n += 2) {
+        uint32_t k[4];
+        load_tiles(k, key_address + bytes(8 * n, d));
+#pragma unroll
+        for (int r = 0; r < Shape::kRowTiles; ++r) {
+          multiply_tiles<T>(scores_[r][n], q[r], k[0], k[1]);
+          multiply_tiles<T>(scores_[r][n + 1], q[r], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_values(const T* values) {
+    const uint32_t address = shared_address(values + lane() % 16 * Shape::kStride + lane() / 16 * 8);
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; n += 2) {
+      uint32_t weights[Shape::kRowTiles][4];
+#pragma unroll
+      for (int r = 0; r < Shape::kRowTiles; ++r) this->pack_weights(weights[r], r, n);
+#pragma unroll
+      for (int d = 0; d < kValueTiles; d += 2) {
+        uint32_t v[4];
+        load_tiles_transposed(v, address + bytes(8 * n, 8 * d));
+#pragma unroll
+        for (int r = 0; r < Shape::kRowTiles; ++r) {
+          multiply_tiles<T>(results_[r][d], weights[r], v[0], v[1]);
+          multiply_tiles<T>(results_[r][d + 1], weights[r], v[2], v[3]);
+        }
+      }
+    }
+  }
+
+  // To the warp's rows of shared memory.
+  __device__ __forceinline__ void write(T* rows) {
+    this->divide_by_sums();
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r)
+#pragma unroll
+      for (int d = 0; d < kValueTiles; ++d)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          T* const to = rows + (16 * r + 8 * half + lane() / 4) * Shape::kStride + 8 * d + lane() % 4 * 2;
+          const float* const pair = &results_[r][d][2 * half];
+          *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(pair[0], pair[1]);
+        }
+  }
+
+ private:
+  using Base = TileSoftmax<T, Shape>;
+  using Base::kKeyTiles;
+  using Base::kValueTiles;
+  using Base::lane;
+  using Base::results_;
+  using Base::scores_;
+
+  static __device__ __forceinline__ constexpr int bytes(int row, int column) {
+    return (row * Shape::kStride + column) * static_cast<int>(sizeof(T));
+  }
+};
+
+// Keys of the next tile arrive while values are multiplied, and values while keys are.
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_constant__ PrefillAttentionParams p) {
+  extern __shared__ __align__(16) char shared[];
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
+  QueryTile tile;
+  if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
+  const int head = static_cast<int>(blockIdx.x);
+  const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
+  const T* const cache = static_cast<const T*>(p.cache.data);
+  const T* const keys = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
+  const T* const values = cache + cache_offset(p.heads, p.cache, tile.sequence, 1, kv_head);
+  const int64_t context_stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
+  T* const context = static_cast<T*>(p.context) + tile.first_token * context_stride + head * Shape::kHeadSize;
+  T* const shared_queries = reinterpret_cast<T*>(shared);
+  T* const shared_keys = shared_queries + Shape::kRows * Shape::kStride;
+  T* const shared_values = shared_keys + Shape::kKeys * Shape::kStride;
+  const int num_keys = tile.first_position + tile.num_rows;
+  const auto copy_keys = [&](T* to, const T* from, int first) {
+    copy_rows<T, Shape, Shape::kKeys>(to, from + first * int64_t{Shape::kHeadSize}, Shape::kHeadSize, num_keys - first);
+    commit_copies();
+  };
+
+  const int first_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpRows;  // of the warp
+  T* const warp_rows = shared_queries + first_row * Shape::kStride;
+  const int last_position = tile.first_position + first_row + Shape::kWarpRows - 1;
+  TileAttention<T, Shape> attention(tile.first_position + first_row, p.softmax_scale * 1.44269504F);  // log2(e)
+  copy_rows<T, Shape, Shape::kRows>(shared_queries, context, context_stride, tile.num_rows);
+  copy_keys(shared_keys, keys, 0);
+  for (int first = 0; first < num_keys; first += Shape::kKeys) {
+    const bool sees_keys = first <= last_position;
+    wait_for_copies<0>();
+    __syncthreads();
+    copy_keys(shared_values, values, first);
+    if (sees_keys) attention.multiply_keys(warp_rows, shared_keys);
+    wait_for_copies<0>();
+    __syncthreads();
+    if (first + Shape::kKeys < num_keys) copy_keys(shared_keys, keys, first + Shape::kKeys);
+    if (!sees_keys) continue;
+    attention.mask(first);
+    attention.apply_softmax();
+    attention.rescale_results();
+    attention.add_values(shared_values);
+  }
+  attention.write(warp_rows);
+  __syncwarp();
+  constexpr int kChunks = Shape::kHeadSize / 8;
+  const int num_rows = min(tile.num_rows - first_row, Shape::kWarpRows);
+  for (int chunk = static_cast<int>(threadIdx.x) % 32; chunk < num_rows * kChunks; chunk += 32) {
+    const int row = chunk / kChunks;
+    const int column = chunk % kChunks * 8;
+    *reinterpret_cast<FullPack*>(context + (first_row + row) * context_stride + column) =
+        *reinterpret_cast<const FullPack*>(warp_rows + row * Shape::kStride + column);
+  }
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,58 @@
+#include <algorithm>
+#include <limits>
+
+#include "gather_rows.h"
+#include "kernels/common/elements.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/common/programmatic_launch.cuh"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxGridY = 65535;
+
+// Unit: what a thread copies at a time, 16 bytes or one element.
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ GatherRowsParams p, int64_t row_units) {
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
+  const int64_t row = blockIdx.x;
+  const int64_t id = p.ids[row];
+  const bool known = id >= 0 && id < p.table_rows;
+  const Unit* from = static_cast<const Unit*>(p.table) + (known ? id : 0) * row_units;
+  Unit* to = static_cast<Unit*>(p.y) + row * row_units;
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < row_units; i += step) {
+    to[i] = known ? from[i] : Unit{};
+  }
+}
+
+template <typename Unit>
+cudaError_t launch(const GatherRowsParams& p, cudaStream_t stream) {
+  const int64_t row_units = p.row_size * size_of(p.dtype) / static_cast<int64_t>(sizeof(Unit));
+  const dim3 grid(static_cast<unsigned>(p.rows),
+                  static_cast<unsigned>(std::min((row_units + kThreads - 1) / kThreads, kMaxGridY)));
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
+  return launch_kernel(gather_rows<Unit>, grid, dim3(kThreads), 0, device, stream, p, row_units);
+}
+
+}  // namespace
+
+cudaError_t launch_gather_rows(const GatherRowsParams& p, cudaStream_t stream) {
+  const int64_t element_bytes = size_of(p.dtype);
+  if (p.rows < 0 || p.rows > std::numeric_limits<int32_t>::max() || p.row_size <= 0 || p.table_rows < 0 ||
+      (element_bytes != 2 && element_bytes != 4)) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.rows == 0) return cudaSuccess;
+  if ((p.table == nullptr && p.table_rows > 0) || p.ids == nullptr || p.y == nullptr) return cudaErrorInvalidValue;
+  const auto addresses = reinterpret_cast<uintptr_t>(p.table) | reinterpret_cast<uintptr_t>(p.y);
+  if (addresses % sizeof(FullPack) == 0 && p.row_size * element_bytes % static_cast<int64_t>(sizeof(FullPack)) == 0) {
+    return launch<FullPack>(p, stream);
+  }
+  return element_bytes == 2 ? launch<uint16_t>(p, stream) : launch<uint32_t>(p, stream);
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,159 @@
+#include "cublas_lt_gemm.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "cublas_lt.h"
+
+namespace qwen_plugins {
+namespace {
+
+using cublas_lt::kNotSupported;
+using cublas_lt::kSuccess;
+
+constexpr size_t kMaxPlans = 4096;  // each is a few hundred bytes; then all are made anew
+
+// Everything that cuBLASLt's choice depends on.
+struct Key {
+  int device;
+  int64_t rows, in_features, out_features, x_row_stride;
+  DataType dtype;
+  bool has_bias;
+  uint32_t weight_alignment, x_alignment, z_alignment;  // z_alignment: of z and the bias
+
+  auto fields() const {
+    return std::tie(device, rows, in_features, out_features, x_row_stride, dtype, has_bias, weight_alignment,
+                    x_alignment, z_alignment);
+  }
+  bool operator<(const Key& other) const { return fields() < other.fields(); }
+};
+
+uint32_t alignment_of(const void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  return static_cast<uint32_t>(std::min<uintptr_t>(address & -address, 256));
+}
+
+// Row-major z = x · weight^T is, column-major, z^T = weight · x^T with the weight stored transposed.
+struct Plan {
+  const CublasLt& lt;
+  cublas_lt::Descriptor descriptor = nullptr;
+  cublas_lt::Layout weight = nullptr, x = nullptr, z = nullptr;
+  cublas_lt::HeuristicResult chosen{};
+  bool usable = false;
+
+  Plan(const CublasLt& functions, cublas_lt::Handle handle, const Key& key) : lt(functions) {
+    usable = make_descriptor(key) && make_layouts(key) && choose(handle, key);
+  }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() {
+    for (cublas_lt::Layout layout : {weight, x, z}) {
+      if (layout != nullptr) lt.layout_destroy(layout);
+    }
+    if (descriptor != nullptr) lt.descriptor_destroy(descriptor);
+  }
+
+  template <typename Value>
+  bool set(int attribute, const Value& value) {
+    return lt.descriptor_set(descriptor, attribute, &value, sizeof(value)) == kSuccess;
+  }
+  bool make_descriptor(const Key& key) {
+    return lt.descriptor_create(&descriptor, cublas_lt::kCompute32F, CUDA_R_32F) == kSuccess &&
+           set(cublas_lt::kTransA, int32_t{cublas_lt::kTransposed}) &&
+           (!key.has_bias || set(cublas_lt::kEpilogue, cublas_lt::kEpilogueBias));
+  }
+  bool make_layouts(const Key& key) {
+    const cudaDataType type = key.dtype == DataType::kFloat32   ? CUDA_R_32F
+                              : key.dtype == DataType::kFloat16 ? CUDA_R_16F
+                                                                : CUDA_R_16BF;
+    return lt.layout_create(&weight, type, key.in_features, key.out_features, key.in_features) == kSuccess &&
+           lt.layout_create(&x, type, key.in_features, key.rows, key.x_row_stride) == kSuccess &&
+           lt.layout_create(&z, type, key.out_features, key.rows, key.out_features) == kSuccess;
+  }
+  bool choose(cublas_lt::Handle handle, const Key& key) {
+    cublas_lt::Preference preference = nullptr;
+    if (lt.preference_create(&preference) != kSuccess) return false;
+    const auto prefer = [&](int attribute, auto value) {
+      return lt.preference_set(preference, attribute, &value, sizeof(value)) == kSuccess;
+    };
+    int found = 0;
+    const bool chose =
+        prefer(cublas_lt::kMaxWorkspaceBytes, static_cast<uint64_t>(kCublasLtWorkspaceBytes)) &&
+        // Sums of parts of k in float32 too, where cuBLASLt may by default take the type of z.
+        prefer(cublas_lt::kReductionSchemes, cublas_lt::kReduceInComputeType) &&
+        prefer(cublas_lt::kMinAlignmentA, key.weight_alignment) && prefer(cublas_lt::kMinAlignmentB, key.x_alignment) &&
+        prefer(cublas_lt::kMinAlignmentC, key.z_alignment) && prefer(cublas_lt::kMinAlignmentD, key.z_alignment) &&
+        lt.heuristic(handle, descriptor, weight, x, z, z, preference, 1, &chosen, &found) == kSuccess && found == 1 &&
+        chosen.status == kSuccess;
+    lt.preference_destroy(preference);
+    return chose;
+  }
+};
+
+// Makes what may allocate or synchronise allowed while a stream is captured: it is not part of the graph.
+class OutsideOfCapture {
+ public:
+  OutsideOfCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideOfCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// The handles by device and the plans. The bias pointer is part of a plan's descriptor: a launch holds the lock.
+class Plans {
+ public:
+  explicit Plans(const CublasLt& lt) : lt_(lt) {}
+
+  cudaError_t launch(const Key& key, const GemmParams& params, void* z, void* workspace, cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const OutsideOfCapture relaxed;
+    cublas_lt::Handle& handle = handles_[key.device];
+    if (handle == nullptr && lt_.create(&handle) != kSuccess) return cudaErrorNotSupported;
+    if (plans_.size() >= kMaxPlans) plans_.clear();
+    std::unique_ptr<Plan>& plan = plans_[key];
+    if (plan == nullptr) plan = std::make_unique<Plan>(lt_, handle, key);
+    if (!plan->usable || (key.has_bias && !plan->set(cublas_lt::kBiasPointer, params.bias)))
+      return cudaErrorNotSupported;
+    const float one = 1.0F, zero = 0.0F;
+    const int status =
+        lt_.matmul(handle, plan->descriptor, &one, params.weight, plan->weight, params.x, plan->x, &zero, z, plan->z, z,
+                   plan->z, &plan->chosen.algorithm, workspace, kCublasLtWorkspaceBytes, stream);
+    if (status == kNotSupported) return cudaErrorNotSupported;
+    return status == kSuccess ? cudaSuccess : cudaErrorUnknown;
+  }
+
+ private:
+  const CublasLt& lt_;
+  std::mutex mutex_;
+  std::map<int, cublas_lt::Handle> handles_;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace
+
+cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* workspace, cudaStream_t stream) {
+  const CublasLt* lt = load_cublas_lt();
+  if (lt == nullptr) return cudaErrorNotSupported;
+  const GemmShape& shape = params.shape;
+  Key key{};
+  if (const cudaError_t error = cudaGetDevice(&key.device); error != cudaSuccess) return error;
+  key.rows = shape.rows;
+  key.in_features = shape.in_features;
+  key.out_features = shape.out_features;
+  key.x_row_stride = shape.rows > 1 ? params.x_row_stride : shape.in_features;
+  key.dtype = shape.dtype;
+  key.has_bias = params.bias != nullptr;
+  key.weight_alignment = alignment_of(params.weight);
+  key.x_alignment = alignment_of(params.x);
+  key.z_alignment = alignment_of(z);
+  // Preferences have no alignment of the bias, which is added and written in the same pieces as z.
+  if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
+  static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be gone before it
+  return plans.launch(key, params, z, workspace, stream);
+}
+
+}  // namespace qwen_plugins

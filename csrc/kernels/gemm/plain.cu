@@ -1,0 +1,83 @@
+#include <algorithm>
+
+#include "kernels/common/elements.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/common/programmatic_launch.cuh"
+#include "plain.h"
+#include "silu.cuh"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kRows = 4;  // of x, for each of which a warp sums one column
+
+struct Sums {
+  float of_row[kRows] = {};
+};
+
+// Rows of x (those past the last: the last again) times one row of the weight; the sums are right in lane 0.
+template <typename T>
+__device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row, int64_t weight_row) {
+  Sums sums;
+  const T* weight = static_cast<const T*>(p.weight) + weight_row * p.shape.in_features;
+  const T* x = static_cast<const T*>(p.x);
+  for (int64_t k = threadIdx.x; k < p.shape.in_features; k += 32) {
+    const float w = to_float(weight[k]);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = min(first_row + i, p.shape.rows - 1);
+      sums.of_row[i] += to_float(x[row * p.x_row_stride + k]) * w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      sums.of_row[i] += __shfl_down_sync(0xffffffffU, sums.of_row[i], distance);
+    }
+    if (p.bias != nullptr) sums.of_row[i] += to_float(static_cast<const T*>(p.bias)[weight_row]);
+  }
+  return sums;
+}
+
+// A warp for each column of y and kRows rows of x.
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant__ GemmParams p) {
+  trigger_dependent_launch();
+  wait_for_previous_kernel();
+  const bool swiglu = p.shape.activation == Activation::kSwiglu;
+  const int64_t columns = swiglu ? p.shape.out_features / 2 : p.shape.out_features;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  if (column >= columns) return;
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kRows;
+  for (int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows; first_row < p.shape.rows; first_row += step) {
+    Sums z = multiply<T>(p, first_row, column);
+    const Sums up = swiglu ? multiply<T>(p, first_row, columns + column) : Sums{};
+    if (threadIdx.x != 0) continue;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (first_row + i >= p.shape.rows) break;
+      const float value = swiglu ? silu<T>(z.of_row[i]) * up.of_row[i] : z.of_row[i];
+      static_cast<T*>(p.y)[(first_row + i) * columns + column] = from_float<T>(value);
+    }
+  }
+}
+
+template <typename T>
+cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
+  const int64_t columns = p.shape.out_features / (p.shape.activation == Activation::kSwiglu ? 2 : 1);
+  const dim3 grid(static_cast<unsigned>((columns + kWarps - 1) / kWarps),
+                  static_cast<unsigned>(std::min<int64_t>((p.shape.rows + kRows - 1) / kRows, 65535)));
+  DeviceProperties device;
+  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
+  return launch_kernel(gemm_plain<T>, grid, dim3(32, kWarps), 0, device, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_gemm_plain(const GemmParams& params, cudaStream_t stream) {
+  return with_type(params.shape.dtype, [&](auto zero) { return launch<decltype(zero)>(params, stream); });
+}
+
+}  // namespace qwen_plugins

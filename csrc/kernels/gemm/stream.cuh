@@ -1,0 +1,327 @@
+// The kernel for few rows: streams the weight once, at the memory's speed.
+//
+// Tensor cores multiply (mma m16n8k16): rows of x are the A operand, tiles of 8 weight rows the B operand. The sum over
+// k may be taken in any order as long as A and B agree: lane (g, t) takes 16 contiguous bytes of row g at 8 t in every
+// 32 elements, which are the B fragments of two products as they lie in memory, and the A fragments likewise.
+//
+// The warps of a block split k in chunks of 64 elements, 128 bytes of a row. Each warp has its own ring of copies in
+// flight, which runs on from tile to tile: no barrier but one for each group of tiles, when the warps' sums are added.
+//
+// One block for each multiprocessor, with more than half of its shared memory: two would else share one while another
+// has none. With programmatic dependent launch the next product's blocks start as this one's leave, fill their rings
+// while the slowest of this one and what comes between (a normalisation) run, and wait only for x.
+#pragma once
+
+#include "kernels/common/elements.cuh"
+#include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/tensor_cores.cuh"
+#include "silu.cuh"
+#include "stream.h"
+
+namespace qwen_plugins {
+
+constexpr int kTileRows = 8;  // weight rows: n of the mma
+constexpr int kChunk = 64;    // elements of k
+constexpr int kLineBytes = 128;
+constexpr int kLinePacks = kLineBytes / static_cast<int>(sizeof(FullPack));
+constexpr int kTileBytes = kTileRows * kLineBytes;  // a chunk of a tile
+
+// Where a warp finds the rows of x.
+enum class XPlace {
+  kShared,    // its chunks of all rows stay in shared memory
+  kStreamed,  // they come through the ring with the weights: for x that is too large
+};
+
+// How a kernel is cut out.
+template <int kXTiles_, int kTiles_, XPlace kX_, int kWarps_, int kStages_>
+struct StreamShape {
+  static constexpr int kXTiles = kXTiles_;  // x has up to 8 kXTiles rows; 1 or 2
+  static constexpr int kTiles = kTiles_;    // tiles that a block works on at a time
+  static constexpr XPlace kX = kX_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kStages = kStages_;  // chunks that a warp's ring holds
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kXStageBytes = kX == XPlace::kStreamed ? kXTiles * kTileBytes : 0;
+  static constexpr int kStageBytes = kTiles * kTileBytes + kXStageBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp
+  static constexpr int kTileSums = 8 * kXTiles * kTileRows;
+  static constexpr int kSums = kTiles * kTileSums;
+  static constexpr int kSumBytes = 2 * kWarps * kSums * static_cast<int>(sizeof(float));
+  static constexpr int kMinBlocks = kWarps == 16 ? 2 : 3;  // leaves registers for a normalisation beside a block
+
+  static constexpr int64_t shared_bytes(int64_t rows, int64_t in_features) {
+    constexpr int64_t kChunksAtOnce = kWarps * kChunk;
+    const int64_t chunks = (in_features + kChunksAtOnce - 1) / kChunksAtOnce * kWarps;
+    return kWarps * kRingBytes + kSumBytes + (kX == XPlace::kShared ? chunks * rows * kLineBytes : 0);
+  }
+};
+
+// As copy_async; the memory is to read 128 bytes at a time.
+__device__ __forceinline__ void copy_of_line_async(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(from), "r"(exists ? 16 : 0)
+               : "memory");
+}
+// As wait_for_copies; then the warp's lanes see each other's copies.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies_of_warp() {
+  wait_for_copies<kPending>();
+  __syncwarp();
+}
+
+// Byte offset of a pack inside lines of 128 bytes. Halves of a line change places in odd rows, so that the 8 lanes that
+// are served at once find what they read, 64 bytes of two rows, in 32 different banks.
+__device__ __forceinline__ int pack_offset(int row, int pack) {
+  return row * kLineBytes + (pack ^ (row % 2 * (kLinePacks / 2))) * static_cast<int>(sizeof(FullPack));
+}
+
+__device__ __forceinline__ int lane_of_thread() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_of_thread() { return threadIdx.x / 32; }
+
+// Walks over the chunks of a warp, group after group of tiles, and copies them into its ring, as far ahead of the
+// products as the ring is long.
+template <typename T, typename Shape>
+class WeightCopies {
+ public:
+  __device__ __forceinline__ explicit WeightCopies(const StreamArguments& arguments)
+      : p(arguments), group(blockIdx.x), chunk(warp_of_thread()) {
+    if (chunk >= p.chunks) group = p.groups;
+    find_group();
+  }
+
+  // One tile of the current chunk to `stage`. Past the end there is nothing to copy.
+  __device__ __forceinline__ void copy(int tile, uint32_t stage) const {
+    if (group >= p.groups) return;
+    const int line = lane_of_thread() / kLinePacks, pack = lane_of_thread() % kLinePacks;
+    const int k = chunk * kChunk + pack * kVec<T>;
+    const T* from = first + tile * p.tile_stride + chunk * kChunk;
+    const int in_group = line + tile * p.tile_columns;
+    const int end = min(p.group_columns, p.columns - group * p.group_columns);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool inside = k < p.in_features && in_group + half * p.half_columns < end;
+      const int row = line + half * (kTileRows / 2);
+      copy_of_line_async(stage + tile * kTileBytes + pack_offset(row, pack), from + half * p.half_stride, inside);
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    chunk += Shape::kWarps;
+    if (chunk < p.chunks || group >= p.groups) return;
+    chunk = warp_of_thread();
+    group += gridDim.x;
+    find_group();
+  }
+
+  const StreamArguments& p;
+  int group;
+  int chunk;
+
+ private:
+  __device__ __forceinline__ int first_column() const {
+    return group * p.group_columns + lane_of_thread() / kLinePacks;
+  }
+  __device__ __forceinline__ void find_group() {
+    first = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column()) * p.in_features +
+            lane_of_thread() % kLinePacks * kVec<T>;
+  }
+
+  const T* first;  // what this lane copies first of chunk 0
+};
+
+// Of a chunk of x, 8 lanes the line of one row.
+template <typename T>
+__device__ __forceinline__ void copy_x_line(const StreamArguments& p, int chunk, int row, uint32_t lines) {
+  const int pack = lane_of_thread() % kLinePacks;
+  const int k = chunk * kChunk + pack * kVec<T>;
+  copy_of_line_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k,
+                     k < p.in_features);
+}
+
+constexpr int kLinesAtOnce = 32 / kLinePacks;
+
+// A chunk of all rows of x.
+template <typename T, typename Shape>
+__device__ __forceinline__ void copy_x_chunk(const StreamArguments& p, int chunk, uint32_t lines) {
+#pragma unroll
+  for (int first = 0; first < 8 * Shape::kXTiles; first += kLinesAtOnce) {
+    const int row = first + lane_of_thread() / kLinePacks;
+    if (row < p.rows) copy_x_line<T>(p, chunk, row, lines);
+  }
+}
+
+// All chunks of x that this warp multiplies. Few rows: several chunks at once, that no lanes stand idle.
+template <typename T, typename Shape>
+__device__ __forceinline__ void copy_x_of_warp(const StreamArguments& p, uint32_t lines) {
+  const auto chunk = [](int i) { return warp_of_thread() + i * Shape::kWarps; };
+  const auto place = [&](int i) { return lines + i * p.rows * kLineBytes; };
+  if (p.rows >= kLinesAtOnce) {
+    for (int i = 0; i < p.chunks_of_warp; ++i) copy_x_chunk<T, Shape>(p, chunk(i), place(i));
+    return;
+  }
+  for (int row = 0; row < p.rows; ++row) {
+    for (int i = lane_of_thread() / kLinePacks; i < p.chunks_of_warp; i += kLinesAtOnce) {
+      copy_x_line<T>(p, chunk(i), row, place(i));
+    }
+  }
+}
+
+// What a lane multiplies of a chunk, of one row of a tile or of x.
+struct Fragments {
+  FullPack packs[2];
+
+  __device__ __forceinline__ void load(const unsigned char* lines, int row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      packs[i] = *reinterpret_cast<const FullPack*>(lines + pack_offset(row, i * 4 + lane_of_thread() % 4));
+    }
+  }
+};
+
+// A chunk of a tile times a chunk of x. Weights of other types are to be unpacked here.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply_chunk(float (&sums)[4], const Fragments (&x)[Shape::kXTiles],
+                                               const Fragments& weight) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const FullPack low = x[0].packs[i];
+      const FullPack high = Shape::kXTiles == 2 ? x[Shape::kXTiles - 1].packs[i] : FullPack{};
+      const uint32_t a[4] = {low.words[j], high.words[j], low.words[j + 1], high.words[j + 1]};
+      multiply_tiles<T>(sums, a, weight.packs[i].words[j], weight.packs[i].words[j + 1]);
+    }
+  }
+}
+
+// Puts a warp's sums of a tile where finish_group finds them, [row of x][row of tile].
+template <typename Shape>
+__device__ __forceinline__ void put_sums(float* of_tile, const float (&sums)[4]) {
+  const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+#pragma unroll
+  for (int h = 0; h < Shape::kXTiles; ++h) {
+    *reinterpret_cast<float2*>(of_tile + (g + 8 * h) * kTileRows + 2 * t) = make_float2(sums[2 * h], sums[2 * h + 1]);
+  }
+}
+
+// Adds what the warps have put and writes y. With SwiGLU a tile holds 4 gate rows and the 4 up rows that belong to
+// them.
+template <typename T, typename Shape>
+__device__ __forceinline__ void finish_group(const StreamArguments& p, int group, const float* of_warps) {
+  for (int index = threadIdx.x; index < Shape::kSums; index += Shape::kThreads) {
+    const int row = index / kTileRows % (8 * Shape::kXTiles);
+    const int n = index % kTileRows;
+    const bool in_second_half = n >= kTileRows / 2;
+    const int in_group =
+        index / Shape::kTileSums * p.tile_columns + n % (kTileRows / 2) + in_second_half * p.half_columns;
+    const int column = group * p.group_columns + in_group;
+    float z = 0.0F;
+    if (p.bias != nullptr && column < p.columns) {
+      z = to_float(static_cast<const T*>(p.bias)[column + in_second_half * p.half_bias]);
+    }
+#pragma unroll
+    for (int warp = 0; warp < Shape::kWarps; ++warp) z += of_warps[warp * Shape::kSums + index];
+    bool writes = row < p.rows && in_group < p.group_columns && column < p.columns;
+    if (p.swiglu) {
+      const float up = __shfl_down_sync(0xffffffffU, z, kTileRows / 2);
+      z = silu<T>(z) * up;
+      writes = writes && !in_second_half;
+    }
+    if (writes) static_cast<T*>(p.y)[static_cast<int64_t>(row) * p.columns + column] = from_float<T>(z);
+  }
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
+    gemm_stream(const __grid_constant__ StreamArguments p) {
+  trigger_dependent_launch();
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr bool kStreamsX = Shape::kX == XPlace::kStreamed;
+  constexpr int kPending = Shape::kStages * Shape::kTiles;
+  const unsigned char* ring = shared + warp_of_thread() * Shape::kRingBytes;
+  auto* sums_of_warps = reinterpret_cast<float*>(shared + Shape::kWarps * Shape::kRingBytes);
+  // The chunks of x that this warp multiplies, one after another; only this warp reads them.
+  const int x_bytes = p.rows * kLineBytes;
+  const unsigned char* x_lines =
+      shared + Shape::kWarps * Shape::kRingBytes + Shape::kSumBytes + warp_of_thread() * p.chunks_of_warp * x_bytes;
+
+  const auto begin_x = [&] {
+    if constexpr (kStreamsX) {
+      for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
+        copy_x_chunk<T, Shape>(p, chunk,
+                               shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
+        chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
+      }
+    } else {
+      copy_x_of_warp<T, Shape>(p, shared_address(x_lines));
+    }
+    commit_copies();
+  };
+
+  if (!p.constant_weight) {
+    wait_for_previous_kernel();
+    begin_x();
+  }
+  WeightCopies<T, Shape> copies(p);
+#pragma unroll
+  for (int stage = 0; stage < Shape::kStages; ++stage) {
+#pragma unroll
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      copies.copy(tile, shared_address(ring + stage * Shape::kStageBytes));
+      commit_copies();
+    }
+    copies.advance();
+  }
+  if (p.constant_weight) {
+    wait_for_previous_kernel();
+    begin_x();
+    wait_for_copies_of_warp<0>();
+  } else {
+    wait_for_copies_of_warp<kPending>();
+  }
+
+  int stage_offset = 0;
+  int parity = 0;
+  for (int group = blockIdx.x; group < p.groups; group += gridDim.x) {
+    float sums[Shape::kTiles][4] = {};
+    const unsigned char* x_chunk = x_lines;
+    for (int chunk = warp_of_thread(); chunk < p.chunks; chunk += Shape::kWarps) {
+      const unsigned char* stage = ring + stage_offset;
+      Fragments x[Shape::kXTiles];
+#pragma unroll
+      for (int tile = 0; tile < Shape::kTiles; ++tile) {
+        wait_for_copies_of_warp<kPending - 1>();
+        if (tile == 0) {
+          // Lanes of rows that x does not have take its last: their sums are not used.
+          for (int h = 0; h < Shape::kXTiles; ++h) {
+            x[h].load(kStreamsX ? stage + Shape::kTiles * kTileBytes : x_chunk,
+                      min(lane_of_thread() / 4 + 8 * h, p.rows - 1));
+          }
+          x_chunk += x_bytes;
+        }
+        Fragments weight;
+        weight.load(stage + tile * kTileBytes, lane_of_thread() / 4);
+        multiply_chunk<T, Shape>(sums[tile], x, weight);
+        __syncwarp();  // all lanes have read what the next copies overwrite
+        if (kStreamsX && tile == 0 && copies.group < p.groups) {
+          copy_x_chunk<T, Shape>(p, copies.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
+        }
+        copies.copy(tile, shared_address(stage));
+        commit_copies();
+      }
+      copies.advance();
+      stage_offset = stage_offset + Shape::kStageBytes == Shape::kRingBytes ? 0 : stage_offset + Shape::kStageBytes;
+    }
+    float* sums_of_group = sums_of_warps + parity * Shape::kWarps * Shape::kSums;
+#pragma unroll
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      put_sums<Shape>(sums_of_group + warp_of_thread() * Shape::kSums + tile * Shape::kTileSums, sums[tile]);
+    }
+    __syncthreads();  // the only one: the next group's sums go to the other half
+    finish_group<T, Shape>(p, group, sums_of_group);
+    parity ^= 1;
+  }
+}
+
+}  // namespace qwen_plugins

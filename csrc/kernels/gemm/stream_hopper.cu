@@ -1,0 +1,145 @@
+#include <algorithm>
+#include <array>
+#include <mutex>
+
+#include "hopper_operands.h"
+#include "stream.h"
+#include "stream_hopper.cuh"
+#include "stream_hopper.h"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int kMaxSplits = 8;
+constexpr int kMinChunks = 8;  // of k for each block of a cluster
+
+// How a product is cut: into tiles of 64 `groups` weight rows, and k into `splits`.
+struct Cut {
+  int groups;
+  int splits;
+};
+
+constexpr int threads_of(int groups) { return 128 * groups + 32; }
+
+// How many clusters of 1, 2, ... blocks run at once, each block on a multiprocessor of its own.
+using ClustersAtOnce = std::array<int, kMaxSplits + 1>;
+
+cudaError_t query_clusters(const DeviceProperties& device, ClustersAtOnce& clusters) {
+  auto* const kernel = gemm_hopper<__half, 32>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
+  clusters[1] = device.multiprocessors;
+  for (int splits = 2; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
+    error = count_clusters(reinterpret_cast<const void*>(kernel), splits, threads_of(kMaxHopperGroups),
+                           device.max_shared_memory_per_block, &clusters[splits]);
+  }
+  return error;
+}
+
+// Of the current device, from the driver once for each.
+cudaError_t clusters_at_once(const DeviceProperties& device, ClustersAtOnce& clusters) {
+  static std::mutex mutex;
+  static std::array<ClustersAtOnce, 64> known{};
+  int index = 0;
+  if (const cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
+  if (index >= static_cast<int>(known.size())) return query_clusters(device, clusters);
+  const std::lock_guard lock(mutex);
+  if (known[index][1] == 0) {
+    if (const cudaError_t error = query_clusters(device, known[index]); error != cudaSuccess) {
+      known[index] = {};
+      return error;
+    }
+  }
+  clusters = known[index];
+  return cudaSuccess;
+}
+
+int tiles_of(const GemmShape& shape, int groups) {
+  const int64_t rows = kHopperTileRows * groups;
+  return static_cast<int>((shape.out_features + rows - 1) / rows);
+}
+
+// The cut that leaves the fewest multiprocessors without work, on average over the rounds of tiles. Larger tiles read x
+// less often, but have more sums to exchange.
+Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
+  constexpr double kLargeTilesExchange = 0.85;  // measured: docs/gemm.md
+  Cut best{3, 1};
+  double most = 0.0;
+  for (const int groups : {3, 2}) {
+    const int tiles = tiles_of(shape, groups);
+    for (int splits = 1; splits <= kMaxSplits; ++splits) {
+      const bool at_once = tiles <= clusters[splits];
+      if (splits > 1 && (!at_once || shape.in_features < int64_t{splits} * kMinChunks * kHopperChunk)) break;
+      const int rounds = (tiles + clusters[splits] - 1) / clusters[splits];
+      double busy = static_cast<double>(tiles) * splits / rounds;
+      if (groups == 3 && splits > 1) busy *= kLargeTilesExchange;
+      if (busy <= most) continue;
+      most = busy;
+      best = {groups, splits};
+    }
+  }
+  return best;
+}
+
+template <typename T, int kRows>
+cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DeviceProperties& device, cudaStream_t stream) {
+  const GemmShape& shape = params.shape;
+  // First of all, because it makes the device's context this thread's, which the descriptions below need.
+  auto* const kernel = gemm_hopper<T, kRows>;
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
+      error != cudaSuccess) {
+    return error;
+  }
+  HopperArguments arguments{};
+  if (!describe_weight(arguments.weight, params, kHopperTileRows * cut.groups) ||
+      !describe_x(arguments.x, params, kRows)) {
+    return cudaErrorNotSupported;
+  }
+  arguments.bias = params.bias;
+  arguments.y = params.y;
+  arguments.swiglu = shape.activation == Activation::kSwiglu;
+  arguments.columns = static_cast<int32_t>(columns_of(shape));
+  arguments.rows = static_cast<int32_t>(shape.rows);
+  arguments.chunks = static_cast<int32_t>((shape.in_features + kHopperChunk - 1) / kHopperChunk);
+  arguments.tiles = tiles_of(shape, cut.groups);
+  arguments.constant_weight = params.constant_weight;
+  const int stage_bytes = hopper_stage_bytes<kRows>(cut.groups);
+  const int other_bytes = kHopperSharedOverhead + hopper_received_bytes<kRows>(cut.groups, cut.splits);
+  arguments.stages = std::min(kMaxHopperStages, (device.max_shared_memory_per_block - other_bytes) / stage_bytes);
+  const size_t shared_bytes = static_cast<size_t>(other_bytes) + static_cast<size_t>(arguments.stages) * stage_bytes;
+  const int blocks = cut.splits > 1 ? arguments.tiles * cut.splits : std::min(arguments.tiles, device.multiprocessors);
+  const ClusterLaunch launch(blocks, cut.splits, threads_of(cut.groups), shared_bytes, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, arguments);
+}
+
+template <typename T>
+cudaError_t launch_cut_of_type(const GemmParams& params, const Cut& cut, const DeviceProperties& device,
+                               cudaStream_t stream) {
+  if (params.shape.rows <= 32) return launch_cut<T, 32>(params, cut, device, stream);
+  if (params.shape.rows <= 48) return launch_cut<T, 48>(params, cut, device, stream);
+  return launch_cut<T, 64>(params, cut, device, stream);
+}
+
+cudaError_t launch_with(const GemmParams& params, const Cut& cut, const DeviceProperties& device, cudaStream_t stream) {
+  return params.shape.dtype == DataType::kFloat16 ? launch_cut_of_type<__half>(params, cut, device, stream)
+                                                  : launch_cut_of_type<__nv_bfloat16>(params, cut, device, stream);
+}
+
+}  // namespace
+
+bool has_hopper_gemm(const GemmParams& params, const DeviceProperties& device) {
+  const GemmShape& shape = params.shape;
+  if (shape.rows <= kMaxStreamedRows || shape.rows > kMaxHopperRows || !is_for_hopper(params, device)) return false;
+  // The sums of many rows take long to exchange, beside a small weight. Measured in whole steps: docs/gemm.md.
+  const int64_t least_weight = shape.rows <= 32 ? int64_t{1} << 22 : int64_t{1} << 24;
+  return shape.in_features * shape.out_features >= least_weight;
+}
+
+cudaError_t launch_gemm_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
+  ClustersAtOnce clusters;
+  if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
+  return launch_with(params, cut_of(params.shape, clusters), device, stream);
+}
+
+}  // namespace qwen_plugins

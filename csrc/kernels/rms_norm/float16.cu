@@ -1,0 +1,7 @@
+#include "launch.cuh"
+
+namespace qwen_plugins {
+
+template cudaError_t launch_rms_norm_of_type<__half>(const RmsNormPlan& plan, cudaStream_t stream);
+
+}  // namespace qwen_plugins
