@@ -109,7 +109,7 @@ class Buffers:
         """What our functions take."""
         import torch
 
-        from qwen_plugins.decoder import AttentionInputs
+        from qwen_plugins.attention import AttentionInputs
 
         angles = torch.rand(self.problem.tokens, HEAD_SIZE // 2, device="cuda") * 6.28
         return AttentionInputs(self.heads, self.cache, torch.cat([angles.cos(), angles.sin()], -1))
@@ -117,7 +117,7 @@ class Buffers:
     @cached_property
     def workspace(self) -> Any:
         """For our decode attention."""
-        from qwen_plugins.decoder import decode_attention_workspace
+        from qwen_plugins.attention import decode_attention_workspace
 
         return decode_attention_workspace(self.inputs)
 
@@ -153,7 +153,7 @@ Call = Callable[[Buffers], Any]
 
 
 def _ours() -> dict[str, dict[str, Call]]:
-    from qwen_plugins.decoder import decode_attention, prefill_attention
+    from qwen_plugins.attention import decode_attention, prefill_attention
 
     return {
         "decode": {OURS: lambda b: decode_attention(b.qkv, b.inputs, b.past_lengths, b.workspace, out=b.out)},

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwen_model.files import write_whole
+from qwen_model.common.files import write_whole
 
 READ_BANDWIDTH = 4.55e12
 """Bytes per second: the best that was measured on an H200."""
@@ -58,7 +58,7 @@ def environment() -> dict[str, Any]:
 
 def floor_bytes(config: Any, itemsize: int, batch_size: int, context: int) -> dict[str, int]:
     """What a step must read: every weight but the rows of the embedding that are not asked for, and the cache."""
-    from qwen_model.weights import weight_groups
+    from qwen_model.checkpoints.weights import weight_groups
 
     sizes = {spec.name: spec.shape for group in weight_groups(config) for spec in group.specs}
     weights = sum(

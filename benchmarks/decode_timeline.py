@@ -122,8 +122,8 @@ def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -
 
     from benchmarks.generate import COMMON, SHAPES, Load
     from benchmarks.generate_torch import random_session, random_weights
-    from qwen_model.config import read_config
-    from qwen_model.sampling import SamplingOptions
+    from qwen_model.checkpoints.config import read_config
+    from qwen_model.interface.sampling import SamplingOptions
 
     config = read_config({**COMMON, **SHAPES[shape]})
     weights = random_weights(config, getattr(torch, dtype), "cuda")

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import READ_BANDWIDTH, add_bandwidth_argument, floor_bytes, save_figure
 from benchmarks.generate import COMMON, SHAPES
-from qwen_model.config import read_config
+from qwen_model.checkpoints.config import read_config
 
 NAMES = {
     "tensorrt": "**ours**, TensorRT engine",

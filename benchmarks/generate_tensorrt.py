@@ -15,14 +15,13 @@ import numpy.typing as npt
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load
 from benchmarks.native_rotary import NativeRotaryOperations
-from qwen_model.backends import cuda_runtime, tensorrt, tensorrt_versions
-from qwen_model.backends.tensorrt_operations import TensorRTOperations
-from qwen_model.config import ModelConfig, read_config
-from qwen_model.engine import FRAMEWORKS
-from qwen_model.engine_config import EngineConfig, Limits
+from qwen_model.backends.tensorrt import back_end, compat, cuda_runtime
+from qwen_model.backends.tensorrt.operations import TensorRTOperations
+from qwen_model.checkpoints.config import ModelConfig, read_config
+from qwen_model.checkpoints.weights import Checkpoint, WeightSpec
+from qwen_model.engine.session import Session
+from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.packaged_model import packaged_model_dir
-from qwen_model.session import Session
-from qwen_model.weights import Checkpoint, WeightSpec
 
 IMPLEMENTATIONS = ("tensorrt", "native_norms", "native_rotary")
 NUMBERS = 1 << 24
@@ -48,11 +47,11 @@ class RandomWeights:
 
     def __init__(self, dtype: str):
         numbers = np.random.default_rng(0).standard_normal(NUMBERS, np.float32) * 0.02
-        self._numbers = numbers.astype(tensorrt_versions.numpy_dtype(dtype))
+        self._numbers = numbers.astype(compat.numpy_dtype(dtype))
         self._start = 0
 
     def read(self, spec: WeightSpec) -> npt.NDArray[Any]:
-        """See `qwen_model.backends.tensorrt.write_engine`; norms multiply by 1."""
+        """See `qwen_model.backends.tensorrt.back_end.write_engine`; norms multiply by 1."""
         if len(spec.shape) == 1:
             return np.ones(spec.shape, self._numbers.dtype)
         self._start = (self._start + 7919) % NUMBERS  # another place each time
@@ -75,19 +74,19 @@ def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -
     """An engine of that shape, built and loaded, that does not stop at end tokens; says how long both took."""
     if shape == "packaged":
         folder = packaged_model_dir()
-        model, read = ModelConfig.from_model_dir(folder), Checkpoint(folder, FRAMEWORKS["tensorrt"]).read
+        model, read = ModelConfig.from_model_dir(folder), Checkpoint(folder, back_end.FRAMEWORK).read
     else:
         model, read = read_config({**COMMON, **SHAPES[shape]}), RandomWeights(dtype).read
     limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-    config = EngineConfig("tensorrt", dtype, name != "native_norms", limits, model, (), 0, tensorrt.versions())
+    config = EngineConfig("tensorrt", dtype, name != "native_norms", limits, model, (), 0, back_end.versions())
     operations = NativeRotaryOperations if name == "native_rotary" else TensorRTOperations
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start = time.perf_counter()
-        tensorrt.write_engine(folder, config, read, lambda phase, done, total: None, operations=operations)
+        back_end.write_engine(folder, config, read, lambda phase, done, total: None, operations=operations)
         built = time.perf_counter()
-        executor = tensorrt.load_executor(folder, config, device)
-        size = (folder / tensorrt.PLAN).stat().st_size / 2**30
+        executor = back_end.load_executor(folder, config, device)
+        size = (folder / back_end.PLAN).stat().st_size / 2**30
     loaded = time.perf_counter()
     print(
         f"{shape} {name}: built in {built - start:.1f} s, {size:.2f} GiB, loaded in {loaded - built:.1f} s", flush=True

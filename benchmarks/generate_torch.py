@@ -20,12 +20,12 @@ from torch import Tensor
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load
 from benchmarks.vllm_weights import WEIGHT_SCALE
-from qwen_model.backends.torch import TorchExecutor
-from qwen_model.config import ModelConfig, read_config
-from qwen_model.engine import build_engine, load_engine
-from qwen_model.engine_config import EngineConfig, Limits
-from qwen_model.session import Session
-from qwen_model.weights import weight_groups
+from qwen_model import build_engine, load_engine
+from qwen_model.backends.torch.executor import TorchExecutor
+from qwen_model.checkpoints.config import ModelConfig, read_config
+from qwen_model.checkpoints.weights import weight_groups
+from qwen_model.engine.session import Session
+from qwen_model.interface.engine_config import EngineConfig, Limits
 
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from qwen_model.backends.tensorrt_operations import ReadWeight, TensorRTOperations
-from qwen_model.backends.tensorrt_versions import MAJOR, set_type
-from qwen_model.config import ModelConfig
+from qwen_model.backends.tensorrt.compat import MAJOR, set_type
+from qwen_model.backends.tensorrt.operations import ReadWeight, TensorRTOperations
+from qwen_model.checkpoints.config import ModelConfig
 from qwen_plugins import tensorrt as layers
 
 

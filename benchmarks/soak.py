@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common import write_results
 from qwen_model import QwenModelError, SamplingOptions, Session, build_engine, load_engine
-from qwen_model.engine_config import Limits
+from qwen_model.interface.engine_config import Limits
 
 DISTINCT = 64
 LIMITS = Limits(max_batch_size=8, max_input_len=512, max_output_len=32)
@@ -75,7 +75,7 @@ def device_bytes(session: Session) -> int | None:
     """What is taken of the memory of the session's GPU."""
     executor: Any = session.executor
     if session.config.backend == "tensorrt":
-        from qwen_model.backends.cuda_runtime import memory_info, on_device
+        from qwen_model.backends.tensorrt.cuda_runtime import memory_info, on_device
 
         with on_device(executor.device):
             free, total = memory_info()

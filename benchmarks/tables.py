@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import attention, gemm, generate_report, rms_norm
 from benchmarks.common import READ_BANDWIDTH
-from qwen_model.files import write_whole
+from qwen_model.common.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -12,8 +12,8 @@ import tensorrt as trt
 from cuda.bindings import runtime as cudart
 
 import qwen_plugins.tensorrt
-from qwen_model.backends.cuda_runtime import DeviceMemory, Graph, Stream, check
-from qwen_model.backends.tensorrt_versions import LOG, create_network
+from qwen_model.backends.tensorrt.compat import LOG, create_network
+from qwen_model.backends.tensorrt.cuda_runtime import DeviceMemory, Graph, Stream, check
 
 __all__ = ["LOG", "DeviceArray", "Engine", "Execution", "Graph", "Input", "build_plan", "check", "cudart"]
 

@@ -30,7 +30,7 @@ import tensorrt as trt
 from cuda.bindings import runtime as cudart
 
 import qwen_plugins.tensorrt as plugins
-from qwen_model.files import write_whole
+from qwen_model.common.files import write_whole
 
 from .tensorrt_engines import Engine, Execution, Graph, Input, build_plan, check
 

@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
+    from .checkpoints.config import ModelConfig
+    from .common.errors import QwenModelError
     from .engine import BuildSummary, build_engine, load_engine
-    from .errors import QwenModelError
-    from .sampling import SamplingOptions
-    from .session import GenerationResult, Output, Session, StreamEvent
+    from .engine.session import GenerationResult, Output, Session, StreamEvent
+    from .interface.sampling import SamplingOptions
 
 __all__ = [
     "BuildSummary",
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "config": ("ModelConfig",),
+    "checkpoints.config": ("ModelConfig",),
+    "common.errors": ("QwenModelError",),
     "engine": ("BuildSummary", "build_engine", "load_engine"),
-    "errors": ("QwenModelError",),
-    "sampling": ("SamplingOptions",),
-    "session": ("GenerationResult", "Output", "Session", "StreamEvent"),
+    "engine.session": ("GenerationResult", "Output", "Session", "StreamEvent"),
+    "interface.sampling": ("SamplingOptions",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .command_line import DEFAULT_ENGINE_DIR, run_command
-from .errors import QwenModelError
-from .extras import import_extra
+from .common.errors import QwenModelError
+from .common.extras import import_extra
 
 if TYPE_CHECKING:
-    from .engine import BuildSummary, Progress
+    from .common.progress import Progress
+    from .engine import BuildSummary
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,11 +7,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from .command_line import add_engine_arguments, add_sampling_arguments, run_command, sampling_options
-from .errors import QwenModelError
+from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
-    from .session import Message
-    from .tokenizer import Tokenizer
+    from .checkpoints.tokenizer import Tokenizer
+    from .engine.session import Message
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from .errors import QwenModelError
+from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
-    from .sampling import SamplingOptions
+    from .interface.sampling import SamplingOptions
 
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
@@ -50,7 +50,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
     """What `add_sampling_arguments` found, checked."""
-    from .sampling import SamplingOptions
+    from .interface.sampling import SamplingOptions
 
     return SamplingOptions(
         temperature=arguments.temperature,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from .command_line import DEFAULT_ENGINE_DIR, run_command
-from .engine_config import EngineConfig
-from .errors import QwenModelError
-from .files import write_whole
+from .common.errors import QwenModelError
+from .common.files import write_whole
+from .interface.engine_config import EngineConfig
 
 if TYPE_CHECKING:
-    from .backends.tensorrt_inspection import LayerInfo, TensorInfo
+    from .backends.tensorrt.inspection import LayerInfo, TensorInfo
 
 DEFAULT_PROMPT_TOKENS = 128
 
@@ -92,7 +92,9 @@ def inspect_engine(
     from .engine import load_engine
 
     executor: Any = load_engine(engine_dir, device=device).executor
-    from .backends import tensorrt_inspection  # which needs what load_engine has checked is there
+    from .backends.tensorrt import (
+        inspection as tensorrt_inspection,  # which needs what load_engine has checked is there
+    )
 
     return Inspection(
         str(engine_dir),

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .command_line import add_engine_arguments, run_command
-from .errors import QwenModelError
+from .common.errors import QwenModelError
+from .engine.session import Session
 from .packaged_model import held_out_text
-from .session import Session
 
 DEFAULT_WINDOW = 1024
 

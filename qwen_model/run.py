@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command_line import add_engine_arguments, add_sampling_arguments, run_command, sampling_options
-from .errors import QwenModelError
+from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
-    from .session import GenerationResult, Session
+    from .engine.session import GenerationResult, Session
 
 HEADING_WIDTH = 72  # characters of a prompt
 

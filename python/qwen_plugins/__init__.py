@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qwen_plugins._tensorrt_registration import register_tensorrt_plugins, tensorrt_library_path
+from qwen_plugins.registration import register_tensorrt_plugins, tensorrt_library_path
 
 if TYPE_CHECKING:
     from qwen_plugins.torch_ops import cublas_lt_status, gemm, rms_norm, rms_norm_quant

@@ -18,7 +18,7 @@ sys.modules["tensorrt"] = trt
 warnings.simplefilter("error")
 
 import qwen_plugins.tensorrt  # noqa: F401, E402
-from qwen_plugins import _tensorrt_layers  # noqa: E402
+from qwen_plugins.tensorrt import layers as _tensorrt_layers  # noqa: E402
 
 PLUGINS: dict[str, dict[str, int | float]] = {
     "RmsNorm": {"eps": 1e-6, "type_id": int(trt.float16), "weight_type_id": int(trt.float16), "residual": 1},

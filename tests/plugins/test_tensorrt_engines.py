@@ -19,7 +19,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 import qwen_plugins.tensorrt as plugins  # noqa: E402
 from benchmarks.tensorrt_engines import LOG, Engine, Graph, Input, build_plan, check, cudart  # noqa: E402
-from qwen_plugins._tensorrt_registration import find_creator  # noqa: E402
+from qwen_plugins.registration import find_creator  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_plugins import _tensorrt_registration as registration
+from qwen_plugins import registration
 
 
 class Registry:

@@ -129,7 +129,7 @@ def test_creators_and_their_fields(creators: dict[str, Any]) -> None:
 
 def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
     import qwen_plugins
-    from qwen_plugins._tensorrt_registration import register_tensorrt_plugins
+    from qwen_plugins.registration import register_tensorrt_plugins
 
     threads = [threading.Thread(target=register_tensorrt_plugins) for _ in range(4)]
     for thread in threads:

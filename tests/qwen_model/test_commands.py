@@ -11,7 +11,7 @@ import qwen_model
 from qwen_model import build, chat, run
 from qwen_model.build import parse_rotary_scaling
 from qwen_model.command_line import run_command
-from qwen_model.errors import QwenModelError
+from qwen_model.common.errors import QwenModelError
 from qwen_model.run import parse_token_ids
 from tests.qwen_model.checkpoints import random_prompt
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qwen_model import QwenModelError
-from qwen_model.config import ModelConfig, read_config
+from qwen_model.checkpoints.config import ModelConfig, read_config
 from tests.qwen_model.checkpoints import DECICODER, QWEN_V1
 
 QWEN_7B = {

@@ -7,8 +7,8 @@ import types
 import pytest
 
 import qwen_model
-from qwen_model.errors import QwenModelError
-from qwen_model.extras import import_extra, require_kernels
+from qwen_model.common.errors import QwenModelError
+from qwen_model.common.extras import import_extra, require_kernels
 from tests import stand_ins
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qwen_model.errors import QwenModelError
+from qwen_model.common.errors import QwenModelError
 from qwen_model.perplexity import main, measure_perplexity, next_token_nats
 
 

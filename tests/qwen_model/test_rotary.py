@@ -7,8 +7,8 @@ import pytest
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qwen_model.config import read_config
-from qwen_model.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
+from qwen_model.checkpoints.config import read_config
+from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
 from tests.qwen_model.checkpoints import QWEN_V1
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}

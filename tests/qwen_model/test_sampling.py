@@ -12,7 +12,7 @@ from transformers.generation import (
 )
 
 from qwen_model import QwenModelError, SamplingOptions
-from qwen_model.backends.torch_sampling import TorchSampler
+from qwen_model.backends.torch.sampling import TorchSampler
 from tests.qwen_model.checkpoints import random_prompt
 
 DRAWS = 40_000

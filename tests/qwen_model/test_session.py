@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import qwen_model
 from qwen_model import QwenModelError, SamplingOptions
-from qwen_model.backends import torch as torch_back_end
-from qwen_model.backends.torch_operations import TorchOperations
+from qwen_model.backends.torch import executor as torch_executor
+from qwen_model.backends.torch.operations import TorchOperations
 from tests.qwen_model.checkpoints import random_prompt
 
 prompts = st.lists(st.integers(0, 316), min_size=1, max_size=60)
@@ -145,7 +145,7 @@ def test_small_products_use_one_thread_and_the_process_keeps_its_number(endless,
     seen = []
     linear = TorchOperations.linear
     monkeypatch.setattr(TorchOperations, "linear", lambda *args: seen.append(torch.get_num_threads()) or linear(*args))
-    monkeypatch.setattr(torch_back_end, "ONE_THREAD_WORK", 2 * endless.executor._layer_size)
+    monkeypatch.setattr(torch_executor, "ONE_THREAD_WORK", 2 * endless.executor._layer_size)
     torch.set_num_threads(2)
     try:
         endless.generate(random_prompt(9), max_new_tokens=2)

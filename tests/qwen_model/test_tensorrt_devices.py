@@ -70,7 +70,7 @@ def test_a_session_in_another_thread(engine):
 
 
 def test_a_request_that_fails_leaves_the_present_device(engine, monkeypatch):
-    from qwen_model.backends import cuda_runtime
+    from qwen_model.backends.tensorrt import cuda_runtime
 
     session = qwen_model.load_engine(engine, device="cuda:1")
     expected = session.generate(PROMPTS, max_new_tokens=8).outputs

@@ -54,7 +54,7 @@ def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, rm
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "Qwen3ForCausalLM"])
 def test_the_rotary_embedding_in_native_layers(trt, architecture, tmp_path, monkeypatch):
     from benchmarks.native_rotary import NativeRotaryOperations
-    from qwen_model.backends import tensorrt
+    from qwen_model.backends.tensorrt import back_end as tensorrt
 
     monkeypatch.setattr(tensorrt, "write_engine", partial(tensorrt.write_engine, operations=NativeRotaryOperations))
     expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, rmsnorm_plugin=True)
@@ -210,7 +210,7 @@ def test_memory_stays_as_it_is(sessions):
 
 
 def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypatch):
-    from qwen_model.backends import tensorrt
+    from qwen_model.backends.tensorrt import back_end as tensorrt
 
     monkeypatch.setattr(tensorrt, "LOGIT_ROWS", 7)
     expected, session = both(model_dir, tmp_path)
@@ -356,7 +356,7 @@ def test_memory_that_is_not_enough(trt, model_dir, tmp_path, monkeypatch):
 
 def test_what_tensorrt_refuses(sessions, trt, monkeypatch):
     """For lack of memory it is the user's to put right; else it is a mistake of ours. Then the session goes on."""
-    from qwen_model.backends.tensorrt_versions import LOG
+    from qwen_model.backends.tensorrt.compat import LOG
 
     _, session = sessions
     expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
@@ -388,7 +388,7 @@ def with_activations(trt, num_bytes):
 
 
 def test_the_log_does_not_grow(trt):
-    from qwen_model.backends.tensorrt_versions import LOG
+    from qwen_model.backends.tensorrt.compat import LOG
 
     for number in range(1000):
         LOG.log(trt.ILogger.WARNING, f"message {number}")

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qwen_model.errors import QwenModelError
-from qwen_model.tokenizer import QWEN_SPLIT_PATTERN, copy_tokenizer_files, load_tokenizer
+from qwen_model.checkpoints.tokenizer import QWEN_SPLIT_PATTERN, copy_tokenizer_files, load_tokenizer
+from qwen_model.common.errors import QwenModelError
 
 TEXTS = [
     "",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qwen_model.backends.torch_operations import Batch, TorchOperations
-from qwen_model.config import ModelConfig, RotaryConfig
+from qwen_model.backends.torch.operations import Batch, TorchOperations
+from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
 from tests.qwen_plugins.decoder_reference import Case, relative_error
 
 

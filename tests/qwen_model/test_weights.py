@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_model import QwenModelError
-from qwen_model.config import ModelConfig
-from qwen_model.weights import Checkpoint, weight_groups
+from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.checkpoints.weights import Checkpoint, weight_groups
 from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, save_hugging_face, save_reference
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen_plugins import decoder
+from qwen_plugins import attention as decoder
 from tests.qwen_plugins.decoder_reference import Case, relative_error
 from tests.qwen_plugins.decoder_reference import swiglu as exact_swiglu
 

@@ -1,0 +1,178 @@
+"""Attention over a key-value cache, with the rotary embedding inside, as a plug-in."""
+
+from typing import Any
+
+import tensorrt as trt
+
+from .._numbers import HEAD_SIZES
+from .layers import (
+    add_plugin,
+    check_network,
+    check_positive,
+    check_shape,
+    check_type,
+    checked_dtype,
+    free_name,
+    parameter,
+    tensor_shape,
+)
+from .native import NativeLayers
+
+# TensorRT-LLM's names and numbers.
+_POSITION_EMBEDDING_TYPES = {"learned_absolute": 0, "rope_gptj": 1, "rope_gpt_neox": 2}
+
+
+def gpt_attention(
+    network: Any,
+    qkv: Any,
+    past_key_value: Any,
+    cu_seqlens: Any,
+    past_lengths: Any,
+    rotary_offsets: Any,
+    rotary_table: Any,
+    semaphores: Any,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    rotary_embedding_dim: int | None = None,
+    position_embedding_type: str = "rope_gpt_neox",
+    q_scaling: float = 1.0,
+    query_scale: Any = None,
+    q_norm_weight: Any = None,
+    k_norm_weight: Any = None,
+    norm_eps: float = 1e-6,
+    dtype: Any = None,
+    name: str | None = None,
+) -> tuple[Any, Any]:
+    """Adds causal attention of packed sequences over their key-value cache, with what happens to q and k before it.
+
+    In this order, each computed in float32: RMSNorm of each head of q and k where norm weights are
+    given, the rotary embedding, q times its query_scale; then k and v go to the cache, and the context of each token is
+    softmax(q · Kᵀ / (q_scaling · √head_size)) · V over its sequence up to itself.
+
+    Where there are as many tokens as sequences, each sequence has one new token, and a kernel made for that runs;
+    otherwise one for prompts. No length has to be known on the host: a CUDA graph of decode serves any.
+
+    Args:
+        network: ``INetworkDefinition`` to add to.
+        qkv: ``ITensor`` [tokens, (num_heads + 2 · num_kv_heads) · head_size] of ``dtype``: of each token the heads of
+            q, then of k, then of v; the tokens of all sequences one after the other.
+        past_key_value: ``ITensor`` [max_batch, 2, num_kv_heads, max_positions, head_size] of ``dtype``: keys, then
+            values; sequence i has row i. Mark present_key_value as an output of the network and bind it to the same
+            memory as this input: then nothing is copied, and the new tokens are written in their places.
+        cu_seqlens: ``ITensor`` int32 [sequences + 1]: 0, then the running sums of the sequences' new tokens, at least
+            one each.
+        past_lengths: ``ITensor`` int32 [sequences]: tokens in the cache before these; with the new ones at most
+            max_positions.
+        rotary_offsets: ``ITensor`` int32 [sequences]: a token at position p of sequence i uses row
+            rotary_offsets[i] + p of rotary_table and query_scale. Zeros unless sequences have tables of their own.
+        rotary_table: [rows, rotary_embedding_dim] float32, an ``ITensor`` or an array: of each row the cosines, then
+            the sines. None without a rotary embedding.
+        semaphores: ``ITensor`` int32 [max_batch, num_heads], an input of the network bound to memory that is zero at
+            first; each launch leaves it zero. All layers of a network share one, and every execution context has its
+            own: launches that overlap must not share it. After a launch that was aborted, fill it with zeros again.
+        num_heads, num_kv_heads, head_size: of q; of k and v, a divisor; 32, 64, 80, 96, 128 or 256.
+        rotary_embedding_dim: how many elements of a head turn, even; by default head_size, without a rotary_table 0.
+        position_embedding_type: as TensorRT-LLM names them: "rope_gpt_neox" (element i turns with element
+            i + rotary_embedding_dim / 2), "rope_gptj" (2i with 2i + 1), or "learned_absolute" (none turns).
+        q_scaling: divides the scores beside √head_size, as in TensorRT-LLM.
+        query_scale: [rows] float32, an ``ITensor`` or an array, or None: factors of q (Qwen v1's logn).
+        q_norm_weight, k_norm_weight: [head_size] of ``dtype``, ``ITensor`` or array, both or none (Qwen3).
+        norm_eps: added to the mean squares of the heads, above 0.
+        dtype: ``tensorrt.DataType`` of qkv, cache, norm weights and context; ``qkv.dtype`` by default. To be named in
+            TensorRT 8.6 where it reports float32 for a tensor that it will compute in float16.
+        name: of the layer, and prefix of its constants' names; no two layers of a network may share one. By default
+            gpt_attention with a number.
+
+    Returns:
+        (context [tokens, num_heads · head_size], present_key_value of the shape of past_key_value).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+        RuntimeError: TensorRT refused the layer; its log has the reason.
+    """
+    check_network(network)
+    tensor_shape(qkv, "qkv")
+    dtype = checked_dtype(dtype, qkv, "qkv")
+    _check_heads(num_heads, num_kv_heads, head_size)
+    rotary_dim = _rotary_dim(rotary_embedding_dim, head_size, position_embedding_type, rotary_table)
+    check_positive(q_scaling, "q_scaling")
+    check_positive(norm_eps, "norm_eps")
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise ValueError("only one of q_norm_weight and k_norm_weight is given; expected both or none")
+
+    name = name or free_name(network, "gpt_attention")
+    tensors = _Tensors(network, name)
+    packed = (num_heads + 2 * num_kv_heads) * head_size
+    tensors.add("qkv", qkv, (-1, packed), "[tokens, (num_heads + 2 * num_kv_heads) * head_size]")
+    cache = (-1, 2, num_kv_heads, -1, head_size)
+    meaning = "[max_batch, 2, num_kv_heads, max_positions, head_size]"
+    tensors.add("past_key_value", past_key_value, cache, meaning, dtype)
+    tensors.add("cu_seqlens", cu_seqlens, (-1,), "[sequences + 1]", trt.int32)
+    tensors.add("past_lengths", past_lengths, (-1,), "[sequences]", trt.int32)
+    tensors.add("rotary_offsets", rotary_offsets, (-1,), "[sequences]", trt.int32)
+    tensors.add_parameter("rotary_table", rotary_table, (-1, rotary_dim), "[rows, rotary_embedding_dim]", trt.float32)
+    tensors.add("semaphores", semaphores, (-1, num_heads), "[max_batch, num_heads]", trt.int32)
+    tensors.add_parameter("query_scale", query_scale, (-1,), "[rows]", trt.float32)
+    tensors.add_parameter("q_norm_weight", q_norm_weight, (head_size,), "[head_size]", dtype)
+    tensors.add_parameter("k_norm_weight", k_norm_weight, (head_size,), "[head_size]", dtype)
+    fields = {
+        "type_id": int(dtype),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_size": head_size,
+        "rotary_embedding_dim": rotary_dim,
+        "position_embedding_type": _POSITION_EMBEDDING_TYPES[position_embedding_type] if rotary_dim > 0 else 0,
+        "q_scaling": float(q_scaling),
+        "query_scale": int(query_scale is not None),
+        "qk_norm": int(q_norm_weight is not None),
+        "norm_eps": float(norm_eps),
+    }
+    context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, name, [dtype, dtype])
+    return context, present
+
+
+class _Tensors:
+    """Collects the inputs of the plug-in in its order."""
+
+    def __init__(self, network: Any, name: str) -> None:
+        self.layers = NativeLayers(network, name)
+        self.inputs: list[Any] = []
+
+    def add(self, what: str, value: Any, expected: tuple[int, ...], meaning: str, dtype: Any = None) -> None:
+        """A tensor of that shape and, where one is given, type."""
+        check_shape(tensor_shape(value, what), expected, what, meaning)
+        if dtype is not None:
+            check_type(value, dtype, what)
+        self.inputs.append(value)
+
+    def add_parameter(self, what: str, value: Any, expected: tuple[int, ...], meaning: str, dtype: Any) -> None:
+        """A tensor, or an array, which becomes one; nothing if it is None."""
+        if value is not None:
+            self.inputs.append(parameter(self.layers, value, expected, what, meaning, dtype))
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        raise ValueError(f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; expected a divisor of num_heads")
+    if head_size not in HEAD_SIZES:
+        raise ValueError(f"head_size is {head_size}; expected one of {', '.join(map(str, HEAD_SIZES))}")
+
+
+def _rotary_dim(given: int | None, head_size: int, position_embedding_type: str, rotary_table: Any) -> int:
+    """How many elements of a head turn; 0 without a rotary embedding."""
+    if position_embedding_type not in _POSITION_EMBEDDING_TYPES:
+        names = ", ".join(_POSITION_EMBEDDING_TYPES)
+        raise ValueError(f"position_embedding_type is {position_embedding_type!r}; expected one of {names}")
+    none = rotary_table is None
+    if given is None:
+        given = 0 if none else head_size
+    if given < 0 or given > head_size or given % 2 != 0:
+        raise ValueError(f"rotary_embedding_dim is {given}; expected an even number up to head_size, {head_size}")
+    if (given == 0) != none:
+        expected = "no rotary_table" if given == 0 else "a rotary_table"
+        raise ValueError(f"rotary_embedding_dim is {given}; expected {expected} with it")
+    if given > 0 and position_embedding_type == "learned_absolute":
+        raise ValueError("position_embedding_type is 'learned_absolute'; expected no rotary_table with it")
+    return given

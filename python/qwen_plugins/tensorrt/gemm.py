@@ -1,0 +1,99 @@
+"""The matrix product of a linear layer, as a plug-in."""
+
+import math
+from typing import Any
+
+import tensorrt as trt
+
+from .._numbers import ACTIVATIONS
+from .layers import (
+    add_plugin,
+    check_network,
+    check_type,
+    checked_dtype,
+    free_name,
+    parameter,
+    tensor_shape,
+)
+from .native import NativeLayers
+
+
+def gemm(
+    network: Any,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    *,
+    activation: str | None = None,
+    constant_weight: bool | None = None,
+    dtype: Any = None,
+    name: str | None = None,
+) -> Any:
+    """Adds z = x · weightᵀ + bias, and with ``activation="swiglu"`` y = silu(z_gate) · z_up, else y = z.
+
+    Args:
+        network: ``INetworkDefinition`` to add to.
+        x: ``ITensor`` of shape [..., in_features], float32, float16 or (TensorRT 10 and later) bfloat16; in_features
+            is known, the other dimensions may be dynamic.
+        weight: [out_features, in_features], an ``ITensor``, an array or ``tensorrt.Weights``. An array of another
+            floating-point type is converted to ``dtype``; one that has it and is contiguous (a memory-mapped file for
+            one) is not copied, and the network keeps it alive. ``Weights`` are as given, and their memory is the
+            caller's to keep until the engine is built.
+        bias: [out_features], likewise, or None.
+        activation: None or "swiglu" (Shazeer, "GLU Variants Improve Transformer", 2020): the first half of
+            out_features is the gate, the second half its factor.
+        constant_weight: whether nothing in the network computes weight or bias, so that reading them may begin before
+            the kernel in front of this one has ended. By default so where neither is an ``ITensor``; to be said where
+            one is the output of a constant layer, such as an embedding that is also the last product's weight. False
+            with TensorRT's weight streaming (10 and later), which copies weights to the GPU while the engine runs.
+        dtype: ``tensorrt.DataType`` of x, weight, bias and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where
+            it reports float32 for a tensor that it will compute in float16.
+        name: of the layer, and prefix of its constants' names; no two layers of a network may share one. By default
+            gemm with a number.
+
+    Returns:
+        y, an ``ITensor`` of shape [..., out_features], with swiglu [..., out_features / 2].
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+        RuntimeError: TensorRT refused the layer; its log has the reason.
+    """
+    check_network(network)
+    shape = tensor_shape(x, "x")
+    if not shape or shape[-1] < 1:
+        raise ValueError(f"x has shape {shape}; expected [..., in_features] with a known in_features")
+    dtype = checked_dtype(dtype, x, "x")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected None or 'swiglu'")
+    if constant_weight is None:
+        constant_weight = not any(isinstance(tensor, trt.ITensor) for tensor in (weight, bias))
+
+    name = name or free_name(network, "gemm")
+    layers = NativeLayers(network, name)
+    weight = _parameter(layers, weight, (-1, shape[-1]), dtype, "weight")
+    out_features = int(weight.shape[0])
+    if out_features < 1 or (activation == "swiglu" and out_features % 2 != 0):
+        raise ValueError(f"weight has {out_features} rows; expected {'an even' if activation else 'a known'} number")
+    inputs = [x, weight]
+    if bias is not None:
+        inputs.append(_parameter(layers, bias, (out_features,), dtype, "bias"))
+    fields = {
+        "type_id": int(dtype),
+        "bias": int(bias is not None),
+        "activation": ACTIVATIONS[activation],
+        "constant_weight": int(constant_weight),
+    }
+    return add_plugin(network, "Gemm", inputs, fields, name, [dtype])[0]
+
+
+def _parameter(layers: NativeLayers, value: Any, expected: tuple[int, ...], dtype: Any, what: str) -> Any:
+    """A tensor of the expected shape from a tensor, an array or ``tensorrt.Weights``; -1 is a dimension not known."""
+    meaning = "[out_features, in_features]" if what == "weight" else "[out_features]"
+    if not isinstance(value, trt.Weights):
+        return parameter(layers, value, expected, what, meaning, dtype)
+    check_type(value, dtype, what)
+    known = math.prod(extent for extent in expected if extent > 0)
+    shape = tuple(value.size // known if extent < 0 else extent for extent in expected)
+    if math.prod(shape) != value.size:
+        raise ValueError(f"{what} has {value.size} elements; expected {meaning}, here {expected}")
+    return layers.weights(value, shape, dtype, what, keeps_type=True)

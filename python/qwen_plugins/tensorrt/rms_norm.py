@@ -1,0 +1,252 @@
+"""RMSNorm, alone and with quantization, as plug-ins or as TensorRT's own layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+from .layers import (
+    add_plugin,
+    as_array,
+    check_network,
+    check_positive,
+    checked_dtype,
+    free_name,
+    may_be_equal,
+    tensor_shape,
+)
+from .native import MAJOR, NativeLayers, is_strongly_typed
+
+
+def rms_norm(
+    network: Any,
+    x: Any,
+    weight: Any,
+    eps: float = 1e-6,
+    residual: Any = None,
+    *,
+    unit_offset: bool = False,
+    round_before_weight: bool = False,
+    dtype: Any = None,
+    plugin: bool = True,
+    name: str | None = None,
+) -> Any:
+    """Adds y = h / sqrt(mean(h²) + eps) · weight over the last dimension, where h = x + residual, or x without one.
+
+    Args:
+        network: ``INetworkDefinition`` to add to.
+        x: ``ITensor`` of shape [..., hidden_size], float32, float16 or (TensorRT 10 and later) bfloat16.
+        weight: [hidden_size], an ``ITensor`` or an array; of ``dtype``, or float32. An array of another
+            floating-point type is converted to ``dtype``.
+        eps: added to the mean square, above 0.
+        residual: ``ITensor`` of the shape and type of x, or None.
+        unit_offset: multiply with weight + 1 (Gemma, Qwen3-Next).
+        round_before_weight: round to ``dtype`` before the product with the weight, as Hugging Face's modules do.
+        dtype: ``tensorrt.DataType`` of x, residual and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where it
+            reports float32 for a tensor that it will compute in float16.
+        plugin: one RmsNorm plug-in layer, or TensorRT's own layers.
+        name: of the layer, and prefix of the names of native layers; no two layers of a network may share one. By
+            default rms_norm with a number.
+
+    Returns:
+        y, an ``ITensor`` with the shape of x; with a residual, (y, x + residual).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+        RuntimeError: TensorRT refused the layer; its log has the reason.
+    """
+    arguments = _Arguments(network, x, weight, eps, residual, dtype, name or free_name(network, "rms_norm"), plugin)
+    if plugin:
+        fields = arguments.fields() | {
+            "unit_offset": int(unit_offset),
+            "round_before_weight": int(round_before_weight),
+        }
+        inputs = [x, arguments.weight, *([] if residual is None else [residual])]
+        types = [arguments.dtype] * (1 if residual is None else 2)
+        outputs = add_plugin(network, "RmsNorm", inputs, fields, arguments.name, types)
+        return outputs[0] if residual is None else tuple(outputs)
+
+    native = NativeLayers(network, arguments.name)
+    h, y = native.rms_norm(
+        x,
+        arguments.weight,
+        eps,
+        residual,
+        arguments.dtype,
+        unit_offset=unit_offset,
+        round_before_weight=round_before_weight,
+    )
+    y = native.cast(y, arguments.dtype)
+    return y if residual is None else (y, h)
+
+
+def rms_norm_quant(
+    network: Any,
+    x: Any,
+    weight: Any,
+    eps: float = 1e-6,
+    *,
+    quant_dtype: Any = trt.int8,
+    scale: Any = None,
+    smoothing: Any = None,
+    residual: Any = None,
+    unit_offset: bool = False,
+    dtype: Any = None,
+    plugin: bool = True,
+    name: str | None = None,
+) -> Any:
+    """Adds `rms_norm` followed by quantization: q = saturate(round(y / smoothing / scale)).
+
+    Args:
+        network, x, weight, eps, residual, unit_offset, dtype, plugin, name: as in `rms_norm`.
+        quant_dtype: ``tensorrt.int8``, or ``tensorrt.fp8`` (float8_e4m3fn) from TensorRT 10 on.
+        scale: one float32, an ``ITensor`` of shape [] or [1] or a number: static quantization, per tensor. None:
+            dynamic, per row, the scales being an output.
+        smoothing: [hidden_size], an ``ITensor`` or an array, of ``dtype`` or float32: the divisor of each channel
+            (SmoothQuant, Xiao et al. 2022).
+
+    Returns:
+        q with the shape of x; then, in dynamic quantization, the scales, float32 of shape [..., 1]; then, with a
+        residual, x + residual. A tuple where there is more than q.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+        RuntimeError: TensorRT refused the layer; its log has the reason.
+    """
+    arguments = _Arguments(
+        network, x, weight, eps, residual, dtype, name or free_name(network, "rms_norm_quant"), plugin
+    )
+    _check_quant_dtype(quant_dtype)
+    smoothing = None if smoothing is None else arguments.channels(smoothing, "smoothing", trt.float32)
+    scale = None if scale is None else arguments.per_tensor(scale, "scale")
+    if plugin:
+        outputs = _add_quantization_plugin(arguments, quant_dtype, scale, smoothing, unit_offset)
+    else:
+        native = NativeLayers(network, arguments.name)
+        h, y = native.rms_norm(x, arguments.weight, eps, residual, arguments.dtype, unit_offset=unit_offset)
+        outputs = native.quantize(y, quant_dtype, scale, smoothing)
+        outputs += [] if residual is None else [h]
+    if quant_dtype == trt.int8 and not is_strongly_typed(network):
+        _set_ranges(outputs)
+        if plugin and residual is not None:
+            _declare_types_explicit(network)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+class _Arguments:
+    """Checks what both functions take; `weight` becomes a tensor."""
+
+    def __init__(
+        self, network: Any, x: Any, weight: Any, eps: float, residual: Any, dtype: Any, name: str, plugin: bool
+    ) -> None:
+        check_network(network)
+        self.network, self.x, self.residual, self.eps, self.name = network, x, residual, float(eps), name
+        check_positive(self.eps, "eps")
+        self.shape = tensor_shape(x, "x")
+        if not self.shape:
+            raise ValueError("x has no dimensions; expected [..., hidden_size]")
+        self.dtype = checked_dtype(dtype, x, "x")
+        if residual is not None:
+            self._check_residual()
+        self.plugin = plugin
+        self.types: dict[str, Any] = {}  # of the weight and the smoothing; TensorRT 8.6 forgets those of constants
+        self.weight = self.channels(weight, "weight", self.dtype)
+
+    def _check_residual(self) -> None:
+        shape = tensor_shape(self.residual, "residual")
+        fits = len(shape) == len(self.shape) and all(may_be_equal(a, b) for a, b in zip(shape, self.shape, strict=True))
+        if not fits:
+            raise ValueError(f"residual has shape {shape}; expected that of x, {self.shape}")
+
+    def channels(self, value: Any, what: str, default_type: Any) -> Any:
+        """A tensor of shape [hidden_size] from a tensor or an array."""
+        hidden_size = self.shape[-1]
+        expected = f"expected [{'hidden_size' if hidden_size < 0 else hidden_size}], the last dimension of x"
+        if isinstance(value, trt.ITensor):
+            shape = tuple(value.shape)
+        else:
+            value = as_array(value, what)
+            shape = value.shape
+        if len(shape) != 1 or not may_be_equal(shape[0], hidden_size):
+            raise ValueError(f"{what} has shape {shape}; {expected}")
+        if not isinstance(value, trt.ITensor):
+            self.types[what] = trt.float32 if value.dtype == np.float32 else default_type
+            # A plug-in reads it as it is; for native layers TensorRT may fold a conversion into the constant.
+            native = NativeLayers(self.network, self.name)
+            return native.constant(value, self.types[what], what, keeps_type=self.plugin)
+        if value.dtype not in (self.dtype, trt.float32):
+            raise TypeError(f"{what} has type {value.dtype}; expected {self.dtype} or {trt.float32}")
+        self.types[what] = value.dtype
+        return value
+
+    def per_tensor(self, value: Any, what: str) -> Any:
+        """A float32 tensor of one element from a tensor or a number."""
+        if isinstance(value, trt.ITensor):
+            if tuple(value.shape) not in ((), (1,)) or value.dtype != trt.float32:
+                raise ValueError(
+                    f"{what} is {value.dtype} of shape {tuple(value.shape)}; expected float32 of shape [] or [1]"
+                )
+            return value
+        array = as_array(value, what)
+        if array.size != 1 or not np.isfinite(array).all() or float(array.reshape(())) <= 0:
+            raise ValueError(f"{what} is {value!r}; expected one finite number above 0")
+        return NativeLayers(self.network, self.name).constant(array.reshape(1), trt.float32, what)
+
+    def fields(self) -> dict[str, int | float]:
+        return {
+            "eps": self.eps,
+            "type_id": int(self.dtype),
+            "weight_type_id": int(self.types["weight"]),
+            "residual": int(self.residual is not None),
+        }
+
+
+def _add_quantization_plugin(
+    arguments: _Arguments, quant_dtype: Any, scale: Any, smoothing: Any, unit_offset: bool
+) -> list[Any]:
+    fields = arguments.fields() | {
+        "dyn_act_scaling": int(scale is None),
+        "out_type_id": int(quant_dtype),
+        "smoothing": int(smoothing is not None),
+        "unit_offset": int(unit_offset),
+    }
+    if smoothing is not None:
+        fields["smoothing_type_id"] = int(arguments.types["smoothing"])
+    optional = (arguments.residual, scale, smoothing)
+    inputs = [arguments.x, arguments.weight, *(tensor for tensor in optional if tensor is not None)]
+    types = [quant_dtype, *([trt.float32] if scale is None else [])]
+    types += [arguments.dtype] if arguments.residual is not None else []
+    return add_plugin(arguments.network, "RmsNormQuantization", inputs, fields, arguments.name, types)
+
+
+def _set_ranges(outputs: Sequence[Any]) -> None:
+    """Tell a network that is not strongly typed that one step of the int8 tensor is 1: the range is 127 steps.
+
+    The other outputs of the layer have no int8 form, but TensorRT 8.6 refuses the layer while one of them has no range:
+    they get that of float16.
+    """
+    outputs[0].set_dynamic_range(-127.0, 127.0)
+    for tensor in outputs[1:]:
+        tensor.set_dynamic_range(-65504.0, 65504.0)
+
+
+def _declare_types_explicit(network: Any) -> None:
+    """Add, once, a quantization and dequantization of a constant, which nothing uses.
+
+    Without any, TensorRT 8.6 decides which tensors are int8, and refuses a layer with an int8 output whose other output
+    feeds a layer in floating point: every layer of a decoder with the residual. With one, it takes the types as set.
+    """
+    name = "explicit_types"
+    if any(network.get_layer(i).name.startswith(name) for i in range(network.num_layers)):
+        return
+    native = NativeLayers(network, name)
+    one = native.constant(np.ones((), np.float32), trt.float32, "one")
+    value = native.constant(np.ones(1, np.float32), trt.float32, "value")
+    network.add_dequantize(network.add_quantize(value, one).get_output(0), one)
+
+
+def _check_quant_dtype(quant_dtype: Any) -> None:
+    allowed = [trt.int8, *([trt.fp8] if MAJOR >= 10 else [])]
+    if quant_dtype not in allowed:
+        raise ValueError(f"quant_dtype is {quant_dtype}; a plug-in gives {' or '.join(map(str, allowed))}")

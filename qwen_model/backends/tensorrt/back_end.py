@@ -1,0 +1,316 @@
+"""The TensorRT back end: an engine is a plan, with the weights inside, of the network with our plug-ins. No torch.
+
+`write_engine` makes the plan, `load_executor` reads it. The plan has two optimization profiles: one step of decoding,
+and prompts.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+
+import qwen_plugins
+
+from ...checkpoints.weights import Framework, too_large, weight_groups
+from ...common.errors import QwenModelError
+from ...common.progress import Progress
+from ...interface.back_end import ReadWeight
+from ...interface.engine_config import EngineConfig
+from ...interface.memory import ITEM_SIZES, required_bytes
+from ...network.decoder import decoder
+from ...network.rotary import rotary_table
+from . import compat
+from . import cuda_runtime as cuda
+from .executor import TensorRTExecutor
+from .operations import TensorRTOperations
+from .timing_cache import TimingCache
+
+FRAMEWORK: Framework = "numpy"
+PLAN = "model.plan"
+DECODE, PREFILL = 0, 1  # optimization profiles
+LOGIT_ROWS = 256
+"""Tokens of a prompt whose logits `prompt_logits` takes at a time."""
+WRITE_BYTES = 64 << 20
+
+
+def default_dtype(checkpoint_dtype: str) -> str:
+    """The checkpoint's type; float16 for bfloat16 where this TensorRT has none."""
+    return checkpoint_dtype if checkpoint_dtype in compat.dtypes() else "float16"
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in compat.dtypes():
+        raise QwenModelError(f"TensorRT {trt.__version__} has no {dtype}: use --dtype {' or '.join(compat.dtypes())}")
+
+
+def versions() -> dict[str, str]:
+    """What an engine's `config.json` says about what built it; an engine only runs where these are the same."""
+    _device_count()
+    name, capability = cuda.device_name_and_capability()
+    return {
+        "tensorrt": trt.__version__,
+        "qwen_plugins": qwen_plugins.__version__,
+        "gpu": name,
+        "compute_capability": capability,
+    }
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the first dimension of an input may be in a profile, and what the profile is made for."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """Its type, its shape with -1 for a first dimension that changes, and how far in decoding and for prompts."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    decode: Range | None = None
+    prefill: Range | None = None
+
+
+def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
+    """Every input of the network, by its name."""
+    model, limits = config.model, config.limits
+    batch, tokens = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
+    rows = logit_rows(config)
+    sequences = NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, batch))
+    inputs = {
+        "input_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, limits.max_input_len, tokens)),
+        "cu_seqlens": NetworkInput(trt.int32, (-1,), Range(2, 2, batch + 1), Range(2, 2, batch + 1)),
+        "past_lengths": sequences,
+        "rotary_offsets": sequences,
+        "last_token_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, rows)),
+        "semaphores": NetworkInput(trt.int32, (batch, model.num_heads)),
+    }
+    table = rotary_table(model, limits.max_positions)
+    kept = len(table.values)
+    # Prompts with rows of their own bring a table as long as they are.
+    most = max(kept, tokens) if model.rotary.scaling == "dynamic" else kept
+    table_range = (Range(kept, kept, kept), Range(1, kept, most))
+    inputs["rotary_table"] = NetworkInput(trt.float32, (-1, model.rotary.dim), *table_range)
+    if table.query_scale is not None:
+        inputs["query_scale"] = NetworkInput(trt.float32, (-1,), *table_range)
+    cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
+    for layer in range(model.num_layers):
+        inputs[f"past_key_value_{layer}"] = NetworkInput(compat.dtypes()[config.dtype], cache)
+    return inputs
+
+
+def logit_rows(config: EngineConfig) -> int:
+    """The most rows of logits that one pass through the network gives."""
+    return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
+
+
+def write_engine(
+    folder: Path,
+    config: EngineConfig,
+    read_weight: ReadWeight,
+    progress: Progress,
+    timing_cache: Path | None = None,
+    operations: type[TensorRTOperations] = TensorRTOperations,
+) -> list[str]:
+    """Build the plan and write it to `folder`. Returns what the user should know, if anything.
+
+    read_weight: gives each weight of weights.py as an array of any floating-point type.
+    timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
+    operations: what the network is made of; benchmarks measure others beside ours.
+    """
+    _check_dtype(config.dtype)
+    cache = TimingCache(timing_cache, timing_cache_name())
+    builder = trt.Builder(compat.LOG)
+    network = compat.create_network(builder)
+    _define(network, config, _reporting(read_weight, config, progress), operations)
+    builder_config = compat.create_config(builder, network)
+    _add_profiles(builder, builder_config, network_inputs(config))
+    cache.load_into(builder_config)
+    progress("TensorRT", 0, 0)
+    compat.LOG.take()
+    plan = builder.build_serialized_network(network, builder_config)
+    if plan is None:
+        raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
+    cache.keep(builder_config)
+    del network, builder_config, builder  # the weights' memory
+    _write_plan(folder / PLAN, memoryview(plan), progress)
+    return cache.warnings
+
+
+def _define(
+    network: Any,
+    config: EngineConfig,
+    read_weight: Callable[[str], npt.NDArray[Any]],
+    operations: type[TensorRTOperations],
+) -> None:
+    inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
+    dtype = compat.dtypes()[config.dtype]
+    ops = operations(network, config.model, dtype, inputs, read_weight, config.rmsnorm_plugin)
+    outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
+    outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
+    for name, tensor in outputs.items():
+        tensor.name = name
+        network.mark_output(tensor)
+        compat.set_tensor_type(tensor, dtype, network)
+    for tensor in (*inputs.values(), *outputs.values()):
+        tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
+
+
+def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
+    """Weights by their names, in the engine's type; tells how many bytes of them have been read."""
+    specs = {spec.name: spec for group in weight_groups(config.model) for spec in group.specs}
+    total, _ = required_bytes(config.model, config.limits, config.dtype)
+    dtype = compat.numpy_dtype(config.dtype)
+    done: dict[str, int] = {}
+
+    def read(name: str) -> npt.NDArray[Any]:
+        weight = as_dtype(read_weight(specs[name]), dtype, name)
+        done[name] = weight.nbytes
+        progress("weights", sum(done.values()), total)
+        return weight
+
+    return read
+
+
+def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.NDArray[Any]:
+    """Of that type; an error if it has numbers that are finite and too large for it."""
+    with np.errstate(over="ignore"):
+        converted = weight.astype(dtype, copy=False)
+    if weight.dtype != converted.dtype == np.float16 and not np.isfinite(converted).all():
+        raise QwenModelError(too_large(name, "float16", float(np.abs(weight.astype(np.float32)).max())))
+    return converted
+
+
+def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
+    for kind in ("decode", "prefill"):  # DECODE, PREFILL
+        profile = builder.create_optimization_profile()
+        for name, given in inputs.items():
+            extent: Range | None = getattr(given, kind)
+            if extent is not None:
+                profile.set_shape(name, *((size, *given.shape[1:]) for size in (extent.min, extent.opt, extent.max)))
+        builder_config.add_optimization_profile(profile)
+
+
+def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
+    with path.open("wb") as file:
+        for start in range(0, plan.nbytes, WRITE_BYTES):
+            file.write(plan[start : start + WRITE_BYTES])
+            progress("plan", min(start + WRITE_BYTES, plan.nbytes), plan.nbytes)
+
+
+def timing_cache_name() -> str:
+    """One file for each TensorRT and GPU."""
+    gpu, _ = cuda.device_name_and_capability()
+    return f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
+
+
+def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
+    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU."""
+    with cuda.on_device(_device_index(device)):
+        _check_versions(engine_dir, config)
+        path = engine_dir / PLAN
+        if not path.is_file():
+            raise QwenModelError(f"{engine_dir} is not whole: {PLAN} is missing; build the engine again")
+        _check_memory(config, "the plan", path.stat().st_size)
+        engine = _read_plan(path)
+        _check_limits(config, engine, path)
+        _check_memory(config, "activations", compat.activation_bytes(engine))
+        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
+
+
+def _read_plan(path: Path) -> Any:
+    compat.LOG.take()
+    runtime = trt.Runtime(compat.LOG)
+    engine = None
+    if path.stat().st_size > 0:  # else there is nothing to map
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        said = compat.LOG.take()
+        if compat.ran_out_of_memory(said):
+            raise cuda.OutOfMemoryError(f"the memory ran out while {path} was read. TensorRT says:\n{said}")
+        raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
+    return engine
+
+
+def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
+    """What `config.json` says must be what the plan was built for: buffers are made for the one, and the other runs."""
+    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    for name, expected in network_inputs(config).items():
+        if name not in names:  # TensorRT leaves out what no layer uses
+            continue
+        found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
+        wrong = found != (expected.shape, expected.dtype)
+        for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
+            if extent is not None and not wrong:
+                least, _, most = engine.get_tensor_profile_shape(name, profile)
+                wrong = (least[0], most[0]) != (extent.min, extent.max)
+        if wrong:
+            raise QwenModelError(
+                f"{path} was not built for what config.json says ({name} differs): build the engine again"
+            )
+
+
+def _device_index(device: str | None) -> int:
+    count = _device_count()
+    kind, _, index = (device or "cuda").partition(":")
+    if kind != "cuda" or not (index or "0").isdigit():
+        raise QwenModelError(f"a TensorRT engine runs on a GPU: device must be 'cuda' or 'cuda:N', not {device!r}")
+    if int(index or 0) >= count:
+        raise QwenModelError(f"device {device!r} is not there: the driver has {count} CUDA devices")
+    return int(index or 0)
+
+
+def _device_count() -> int:
+    try:
+        return cuda.device_count()
+    except cuda.NoDeviceError as error:
+        raise QwenModelError(f"the TensorRT back end needs an NVIDIA GPU, for building too: {error}") from error
+
+
+def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
+    here = versions()
+    other = [
+        f"{name} {config.versions.get(name)}, here {now}"
+        for name, now in here.items()
+        if config.versions.get(name) != now
+    ]
+    if other:
+        raise QwenModelError(
+            f"{engine_dir} was built for {'; '.join(other)}: build it again here from its checkpoint, with the same "
+            f"options ({config.build_command(engine_dir)})"
+        )
+
+
+def _buffer_bytes(config: EngineConfig) -> int:
+    """Of the logits and of the network's inputs but for the cache."""
+    logits = logit_rows(config) * config.model.vocab_size * ITEM_SIZES[config.dtype]
+    inputs = [given for name, given in network_inputs(config).items() if not name.startswith("past_key_value")]
+    rows = (given.shape[0] if given.prefill is None else given.prefill.max for given in inputs)
+    return logits + sum(4 * count * math.prod(given.shape[1:]) for count, given in zip(rows, inputs, strict=True))
+
+
+def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
+    """Say what is needed before the memory runs out half-way: these bytes, the cache and buffers."""
+    _, cache = required_bytes(config.model, config.limits, config.dtype)
+    buffers = _buffer_bytes(config)
+    free, total = cuda.memory_info()
+    if num_bytes + cache + buffers > free:
+        gib = 2.0**30
+        raise QwenModelError(
+            f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
+            f"({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) and "
+            f"{buffers / gib:.2f} GiB for prompts and logits are needed, {free / gib:.2f} of {total / gib:.2f} GiB are "
+            "free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
+        )

@@ -1,0 +1,144 @@
+"""What differs between TensorRT 8.6, 10 and 11, for building and for running; plug-in layers are qwen_plugins' work."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+
+from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
+
+from ...common.errors import QwenModelError
+
+MAJOR = int(trt.__version__.split(".")[0])
+
+
+class Log(trt.ILogger):
+    """Keeps the last errors and warnings that TensorRT logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: deque[str] = deque(maxlen=100)
+
+    def log(self, severity: Any, message: str) -> None:
+        """Keep a message, from a warning upwards."""
+        if severity <= trt.ILogger.WARNING:
+            self.messages.append(message)
+
+    def take(self) -> str:
+        """The messages since the last call, the last few of them if there are many."""
+        text = "\n".join(list(self.messages)[-8:])
+        self.messages.clear()
+        return text or "TensorRT said nothing"
+
+
+# TensorRT keeps the first logger of a process for whatever has no logger of its own.
+LOG = Log()
+
+
+def dtypes() -> dict[str, Any]:
+    """The types that engines can have with this TensorRT, by name."""
+    found = {"float32": trt.float32, "float16": trt.float16}
+    return {**found, "bfloat16": trt.bfloat16} if hasattr(trt, "bfloat16") else found
+
+
+def numpy_dtype(name: str) -> npt.DTypeLike:
+    """NumPy's type of that name; bfloat16 is that of ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def create_network(builder: Any) -> Any:
+    """A network with dynamic shapes; strongly typed where there is such a thing."""
+    flags = 0
+    if MAJOR < 10:
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    elif hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # all are, from 11 on
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return builder.create_network(flags)
+
+
+def create_config(builder: Any, network: Any) -> Any:
+    """What the builder is told, but for profiles and the timing cache."""
+    config = builder.create_builder_config()
+    configure_builder(config, network)
+    if hasattr(config, "set_tactic_sources"):
+        # Neither cuBLAS nor cuDNN: nothing here has a use for them, and 8.6 fails where they are not installed.
+        config.set_tactic_sources(0)
+    if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        # Several contexts of one profile; later versions do that unasked.
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    if MAJOR < 10:
+        config.set_flag(trt.BuilderFlag.DIRECT_IO)  # no copies of inputs and outputs: the cache is both
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    return config
+
+
+def set_type(layer: Any, dtype: Any, network: Any) -> Any:
+    """The layer's output, of this type. In a strongly typed network types follow from the inputs."""
+    output = layer.get_output(0)
+    if not is_strongly_typed(network):
+        layer.precision = dtype
+        layer.set_output_type(0, dtype)
+        output.dtype = dtype
+    return output
+
+
+def set_tensor_type(tensor: Any, dtype: Any, network: Any) -> None:
+    """An output of the network, of this type: marking it as such made it float32 in TensorRT 8.6."""
+    if not is_strongly_typed(network):
+        tensor.dtype = dtype
+
+
+def set_timing_cache(config: Any, content: bytes) -> bool:
+    """Give the builder what it measured in earlier builds; if that is damaged or another machine's, false, and none."""
+    cache = config.create_timing_cache(content)  # None: damaged
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return True
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return False
+
+
+def timing_cache_bytes(config: Any) -> bytes:
+    """What is to be kept for later builds."""
+    return bytes(config.get_timing_cache().serialize())
+
+
+def ran_out_of_memory(messages: str) -> bool:
+    """Whether that is what TensorRT says: it has no other way to tell."""
+    said = messages.lower().replace(" ", "")
+    return any(words in said for words in ("outofmemory", "memoryallocation", "couldnotbeallocated"))
+
+
+def refusal(what: str) -> Exception:
+    """The error to raise, with what TensorRT says: one that the user can put right if the memory ran out."""
+    said = LOG.take()
+    if ran_out_of_memory(said):
+        return QwenModelError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")
+    return RuntimeError(f"{what}:\n{said}")
+
+
+def activation_bytes(engine: Any) -> int:
+    """Device memory that a context needs, for the profile that needs most."""
+    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
+
+
+def create_context(engine: Any, profile: int, address: int, num_bytes: int, stream: int) -> Any:
+    """An execution context of that profile in device memory that it may share with others on the same stream."""
+    if hasattr(trt, "ExecutionContextAllocationStrategy"):
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    else:
+        context = engine.create_execution_context_without_device_memory()
+    if context is None or not context.set_optimization_profile_async(profile, stream):
+        raise refusal("TensorRT made no execution context")
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(address, num_bytes)
+    else:
+        context.device_memory = address
+    return context

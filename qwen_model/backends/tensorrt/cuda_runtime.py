@@ -1,0 +1,236 @@
+"""Device memory, streams, events and graphs from `cuda-bindings`: what a back end without a framework needs of CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cuda.bindings import runtime as cudart
+
+from ...common.errors import QwenModelError
+
+OLDEST_DRIVER = "580, which CUDA 13 needs"
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime that failed."""
+
+
+class OutOfMemoryError(QwenModelError):
+    """The GPU has not enough memory left."""
+
+
+class NoDeviceError(QwenModelError):
+    """There is no GPU that can be used; says why."""
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The values of a cuda-bindings call: None, one, or a tuple.
+
+    Raises:
+        OutOfMemoryError: the GPU's memory ran out.
+        CudaError: the call failed for another reason.
+    """
+    status, *values = result
+    if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
+        cudart.cudaGetLastError()  # it is dealt with, and no later call should report it again
+        raise OutOfMemoryError(
+            "the GPU's memory ran out; use a smaller batch, or build with a smaller --max-batch-size, --max-input-len "
+            "or --max-output-len"
+        )
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise CudaError(_described(status))
+    return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+def _described(status: Any) -> str:
+    name, text = (read(status)[1].decode() for read in (cudart.cudaGetErrorName, cudart.cudaGetErrorString))
+    return f"{name}: {text}"
+
+
+def device_count() -> int:
+    """How many GPUs the driver has, at least one.
+
+    Raises:
+        NoDeviceError: none, or they cannot be used.
+    """
+    status, count = cudart.cudaGetDeviceCount()
+    if status == cudart.cudaError_t.cudaErrorInsufficientDriver:  # said without any driver too
+        raise NoDeviceError(f"there is no NVIDIA driver, or one older than {OLDEST_DRIVER} ({_described(status)})")
+    if status == cudart.cudaError_t.cudaErrorNoDevice or (status == cudart.cudaError_t.cudaSuccess and not count):
+        raise NoDeviceError("the driver finds none")
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise NoDeviceError(f"the driver gives none ({_described(status)})")
+    return int(count)
+
+
+def current_device() -> int:
+    """This thread's present device."""
+    return int(check(cudart.cudaGetDevice()))
+
+
+@contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Inside, it is this thread's present device; afterwards that is what it was before."""
+    before = current_device()
+    if before == device:
+        yield
+        return
+    check(cudart.cudaSetDevice(device))
+    try:
+        yield
+    finally:
+        check(cudart.cudaSetDevice(before))
+
+
+def device_name_and_capability() -> tuple[str, str]:
+    """Of the present device, as in ("NVIDIA H200", "9.0")."""
+    properties = check(cudart.cudaGetDeviceProperties(current_device()))
+    return bytes(properties.name).split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}"
+
+
+def memory_info() -> tuple[int, int]:
+    """Bytes of the present device that are free and that there are."""
+    free, total = check(cudart.cudaMemGetInfo())
+    return int(free), int(total)
+
+
+class Stream:
+    """A stream that does not wait for the default stream; destroyed with the object."""
+
+    def __init__(self) -> None:
+        self.handle = int(check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            cudart.cudaStreamDestroy(self.handle)
+
+    def synchronize(self) -> None:
+        """Wait until everything on it is done."""
+        check(cudart.cudaStreamSynchronize(self.handle))
+
+
+class Event:
+    """A point in a stream that the host can wait for."""
+
+    def __init__(self) -> None:
+        self.handle = check(cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming))
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            cudart.cudaEventDestroy(self.handle)
+
+    def record(self, stream: Stream) -> None:
+        """The point is after what is on the stream now."""
+        check(cudart.cudaEventRecord(self.handle, stream.handle))
+
+    def synchronize(self) -> None:
+        """Wait until the point is reached."""
+        check(cudart.cudaEventSynchronize(self.handle))
+
+
+class DeviceMemory:
+    """Bytes on the present device; freed with the object."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.address = int(check(cudart.cudaMalloc(max(num_bytes, 1))))
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            cudart.cudaFree(self.address)
+
+    def fill(self, byte: int, stream: Stream) -> None:
+        """Every byte the same."""
+        check(cudart.cudaMemsetAsync(self.address, byte, self.num_bytes, stream.handle))
+
+
+class DeviceArray(DeviceMemory):
+    """Device memory with the shape and type of an array."""
+
+    def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        super().__init__(int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize)
+
+    def upload(self, array: npt.ArrayLike, stream: Stream) -> None:
+        """Copy an array to the beginning of the memory; it may be changed as soon as this returns."""
+        source = np.ascontiguousarray(array, self.dtype)
+        if source.nbytes > self.num_bytes:
+            raise ValueError(f"an array of shape {source.shape} is too large for memory of shape {self.shape}")
+        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        check(cudart.cudaMemcpyAsync(self.address, source.ctypes.data, source.nbytes, kind, stream.handle))
+
+    def download(self, stream: Stream, rows: int | None = None) -> npt.NDArray[Any]:
+        """Wait for the stream and copy the first rows, or everything, to the host."""
+        array = np.empty(self.shape if rows is None else (rows, *self.shape[1:]), self.dtype)
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        check(cudart.cudaMemcpyAsync(array.ctypes.data, self.address, array.nbytes, kind, stream.handle))
+        stream.synchronize()
+        return array
+
+
+class PinnedArray:
+    """Host memory that the device copies to while the host goes on."""
+
+    def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+        count = int(np.prod(tuple(shape), dtype=np.int64))
+        num_bytes = count * np.dtype(dtype).itemsize
+        self.address = int(check(cudart.cudaHostAlloc(max(num_bytes, 1), cudart.cudaHostAllocDefault)))
+        memory = memoryview((ctypes.c_byte * num_bytes).from_address(self.address))
+        self.array = np.frombuffer(memory, dtype, count).reshape(tuple(shape))
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            cudart.cudaFreeHost(self.address)
+
+    def copy_from(self, address: int, num_bytes: int, stream: Stream) -> None:
+        """Begin to copy from the device."""
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        check(cudart.cudaMemcpyAsync(self.address, address, num_bytes, kind, stream.handle))
+
+
+def copy_rows(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: Stream
+) -> None:
+    """Copy `height` rows of `width` bytes, each `pitch` bytes after the one before, within the device."""
+    kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    check(cudart.cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, stream.handle))
+
+
+class Graph:
+    """A CUDA graph of whatever `enqueue` puts on the stream."""
+
+    def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
+        self.stream = stream
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(cudart.cudaStreamBeginCapture(stream.handle, mode))
+        try:
+            enqueue()
+        except BaseException:
+            status, graph = cudart.cudaStreamEndCapture(stream.handle)
+            if status == cudart.cudaError_t.cudaSuccess:
+                cudart.cudaGraphDestroy(graph)
+            raise
+        self.graph = check(cudart.cudaStreamEndCapture(stream.handle))
+        self._executable = check(cudart.cudaGraphInstantiate(self.graph, 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_executable"):
+            cudart.cudaGraphExecDestroy(self._executable)
+        if hasattr(self, "graph"):
+            cudart.cudaGraphDestroy(self.graph)
+
+    def launch(self) -> None:
+        """Put the graph on its stream."""
+        check(cudart.cudaGraphLaunch(self._executable, self.stream.handle))
+
+    def node_types(self) -> list[str]:
+        """What the graph consists of: Kernel, Memcpy, Memset, ..."""
+        _, count = check(cudart.cudaGraphGetNodes(self.graph))
+        nodes, _ = check(cudart.cudaGraphGetNodes(self.graph, count))
+        return [check(cudart.cudaGraphNodeGetType(node)).name.removeprefix("cudaGraphNodeType") for node in nodes]

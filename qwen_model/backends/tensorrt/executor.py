@@ -1,0 +1,402 @@
+"""Running a plan: buffers made once, prompts in one pass, each step of decoding one CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+
+from ...interface.engine_config import EngineConfig
+from ...interface.executor import FloatArray, IntArray
+from ...interface.sampling import Choice, SamplingOptions
+from ...network.rotary import rotary_table
+from . import compat
+from . import cuda_runtime as cuda
+from .sampling import DeviceSampler
+
+STEPS_IN_FLIGHT = 4
+"""So many steps' tokens are kept until they are read. A session asks for two at most before it reads the first."""
+
+WARM_UP_TOKENS = 256
+"""Enough for the products to be those of long prompts, which a library does."""
+
+
+class _PendingTokens:
+    """Tokens on their way to the host."""
+
+    def __init__(self, slot: cuda.PinnedArray, event: cuda.Event, count: int):
+        self._slot, self._event, self._count = slot, event, count
+
+    def wait(self) -> IntArray:
+        self._event.synchronize()
+        return self._slot.array[: self._count].astype(np.int64)
+
+
+class _TokenRing:
+    """Pinned memory for the tokens of the last few steps, used in turn."""
+
+    def __init__(self, max_batch_size: int):
+        self._slots = [(cuda.PinnedArray((max_batch_size,), np.int32), cuda.Event()) for _ in range(STEPS_IN_FLIGHT)]
+        self._next = 0
+
+    def fetch(self, tokens: cuda.DeviceArray, count: int, stream: cuda.Stream) -> _PendingTokens:
+        """Begin to copy the first `count` tokens."""
+        slot, event = self._slots[self._next]
+        self._next = (self._next + 1) % STEPS_IN_FLIGHT
+        slot.copy_from(tokens.address, count * tokens.dtype.itemsize, stream)
+        event.record(stream)
+        return _PendingTokens(slot, event, count)
+
+
+@dataclass
+class _Batch:
+    """What the network is told of the packed tokens of one pass; all of the device."""
+
+    input_ids: cuda.DeviceArray
+    cu_seqlens: cuda.DeviceArray
+    past_lengths: cuda.DeviceArray
+    rotary_offsets: cuda.DeviceArray
+    last_token_ids: cuda.DeviceArray
+
+    @classmethod
+    def allocate(cls, tokens: int, sequences: int, rows: int) -> _Batch:
+        sizes = (tokens, sequences + 1, sequences, sequences, rows)
+        return cls(*(cuda.DeviceArray((size,), np.int32) for size in sizes))
+
+
+class _LayerTimes(trt.IProfiler):
+    """Collects what a context says of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._times: dict[str, list[float]] = {}
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        """TensorRT calls this for each layer of each run."""
+        self._times.setdefault(layer_name, []).append(ms)
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds of each layer over all runs but the first."""
+        return {name: statistics.median(times[1:]) for name, times in self._times.items()}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_device(
+    method: Callable[Concatenate[TensorRTExecutor, P], R],
+) -> Callable[Concatenate[TensorRTExecutor, P], R]:
+    """The executor's device is the present one meanwhile: it may be another, and is another thread's own."""
+
+    @wraps(method)
+    def on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with cuda.on_device(self.device):
+            return method(self, *args, **kwargs)
+
+    return on_its_device
+
+
+class TensorRTExecutor:
+    """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
+
+    runs_ahead = True
+
+    def __init__(self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, logit_rows: int):
+        """Make every buffer. `engine` is an `ICudaEngine` on the present device, which the executor keeps to.
+
+        decode_profile, prefill_profile: indices of the engine's optimization profiles.
+        logit_rows: the most rows of logits that the prefill profile gives.
+        """
+        model, limits = config.model, config.limits
+        batch = limits.max_batch_size
+        dtype = compat.numpy_dtype(config.dtype)
+        self.config = config
+        self.engine = engine
+        self.device = cuda.current_device()
+        self.stream = cuda.Stream()
+        self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows
+        self._decode = _Batch.allocate(batch, batch, batch)
+        self._prompts = _Batch.allocate(batch * limits.max_input_len, batch, logit_rows)
+        self._logits = cuda.DeviceArray((logit_rows, model.vocab_size), dtype)
+        cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
+        self._cache = [cuda.DeviceArray(cache, dtype) for _ in range(model.num_layers)]
+        self._scratch: cuda.DeviceArray | None = None  # a layer of the cache, for beams
+        self._table = rotary_table(model, limits.max_positions)
+        self._rotary = self._on_device(self._table.values)
+        scale = self._table.query_scale
+        self._query_scale = None if scale is None else self._on_device(scale)
+        self._prompt_rotary: list[cuda.DeviceArray] = []  # of the last prompts, if they had rows of their own
+        self._semaphores = cuda.DeviceArray((batch, model.num_heads), np.int32)
+        self._activations = cuda.DeviceMemory(compat.activation_bytes(engine))
+        self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
+        self._ring = _TokenRing(batch)
+        self._prefill_context = self._context(prefill_profile)
+        self._decode_contexts: dict[int, Any] = {}  # by the number of sequences
+        self._graphs: dict[tuple[int, Choice], cuda.Graph] = {}
+        self._host_past: list[int] = []
+        self._choice = Choice.of(SamplingOptions())
+        self._beam_logits: FloatArray | None = None
+        self._clear()
+
+    @_on_its_device
+    def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
+        """See `Executor`: captures the graph of such a step, which the next ones are."""
+        self._choice = Choice.of(sampling)
+        if (num_sequences, self._choice) in self._graphs:
+            return
+        if not self._graphs:
+            self._warm_up()
+        context = self._decode_context(num_sequences)
+        for state in (self._decode.input_ids, self._decode.past_lengths, self._decode.rotary_offsets):
+            state.fill(0, self.stream)
+
+        def step() -> None:
+            self._enqueue(context)
+            self._choose(num_sequences, self._decode.past_lengths)
+
+        step()  # TensorRT prepares itself in the first run for a shape, which must not be captured
+        self.stream.synchronize()
+        self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
+        self._forget()
+
+    @_on_its_device
+    def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
+        """See `Executor`."""
+        self.prepare(len(prompts), sampling)
+        self._sampler.begin(sampling, prompts)
+        self._run_prompts(prompts)
+        self._choose(len(prompts), None)
+        return self._chosen()
+
+    @_on_its_device
+    def decode(self) -> _PendingTokens:
+        """See `Executor`."""
+        self._step()
+        return self._chosen()
+
+    @_on_its_device
+    def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
+        """See `Executor`. A long prompt goes through in parts, each with those before it in the cache."""
+        parts = []
+        for start in range(0, len(prompt), self._logit_rows):
+            rows = np.arange(min(self._logit_rows, len(prompt) - start))
+            self._run_prompts([prompt[start : start + len(rows)]], start, len(prompt), rows)
+            parts.append(self._logits.download(self.stream, len(rows)).astype(np.float32))
+        self._host_past = []
+        return np.concatenate(parts)
+
+    @_on_its_device
+    def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
+        """See `Executor`."""
+        self.prepare(len(prompts) * num_beams, SamplingOptions())
+        self._run_prompts(prompts)
+        rows = np.repeat(np.arange(len(prompts)), num_beams)
+        logits = self._logits.download(self.stream, len(prompts))
+        self._reorder(rows)
+        self._beam_logits = logits[rows].astype(np.float32)
+
+    def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
+        """See `Executor`."""
+        if self._beam_logits is None:
+            raise RuntimeError("begin_beams comes first")
+        logits = self._beam_logits - self._beam_logits.max(-1, keepdims=True)
+        sums = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) + scores.reshape(-1, 1)
+        sums = sums.reshape(len(scores), -1)
+        places = np.sort(np.argpartition(-sums, count - 1)[:, :count])  # of equal ones the lower comes first
+        order = np.argsort(-np.take_along_axis(sums, places, -1), kind="stable")
+        places = np.take_along_axis(places, order, -1)
+        best = np.take_along_axis(sums, places, -1)
+        return best, places // self.config.model.vocab_size, places % self.config.model.vocab_size
+
+    @_on_its_device
+    def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
+        """See `Executor`."""
+        self._reorder(rows)
+        self._decode.input_ids.upload(tokens, self.stream)
+        self._step()
+        self._beam_logits = self._logits.download(self.stream, len(rows)).astype(np.float32)
+
+    def _warm_up(self) -> None:
+        """Let libraries initialise themselves before the first prompts."""
+        length = min(self.config.limits.max_input_len, WARM_UP_TOKENS)
+        self._run_prompts([[0] * length])
+        self.stream.synchronize()
+
+    @_on_its_device
+    def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
+        """Milliseconds of each layer, of the "prefill" of these prompts and of one "decode" step after it: medians.
+
+        TensorRT times each layer on its own, so that a step takes less than their sum. Forgets the batch.
+        """
+        found = {}
+        prefill, decode = _LayerTimes(), _LayerTimes()
+        context = self._context(self._prefill_profile)
+        context.profiler = prefill
+        for _ in range(repeats + 1):  # the first is to warm up
+            self._run_prompts(prompts, context=context)
+            self.stream.synchronize()
+        found["prefill"] = prefill.medians()
+        context = self._context(self._decode_profile)
+        self._bind(context, self._decode, len(prompts), len(prompts), len(prompts))
+        self._decode.input_ids.fill(0, self.stream)  # any token takes the same time
+        context.profiler = decode
+        for _ in range(repeats + 1):
+            self._enqueue(context)
+            self.stream.synchronize()
+        found["decode"] = decode.medians()
+        self._forget()
+        return found
+
+    def _context(self, profile: int) -> Any:
+        """An execution context with everything bound that stays where it is, but for `_bind`."""
+        memory = self._activations
+        context = compat.create_context(self.engine, profile, memory.address, memory.num_bytes, self.stream.handle)
+        fixed = {"semaphores": self._semaphores, "logits": self._logits}
+        for layer, cache in enumerate(self._cache):
+            fixed |= {f"past_key_value_{layer}": cache, f"present_key_value_{layer}": cache}
+        for name, array in fixed.items():
+            context.set_tensor_address(name, array.address)
+        return context
+
+    def _decode_context(self, num_sequences: int) -> Any:
+        """The one for steps of so many sequences; their graphs refer to it."""
+        if num_sequences not in self._decode_contexts:
+            context = self._context(self._decode_profile)
+            self._bind(context, self._decode, num_sequences, num_sequences, num_sequences)
+            self._decode_contexts[num_sequences] = context
+        return self._decode_contexts[num_sequences]
+
+    def _bind(self, context: Any, batch: _Batch, tokens: int, sequences: int, rows: int) -> None:
+        """Bind a batch of this size and the engine's own rotary table."""
+        self._bind_input(context, "input_ids", batch.input_ids, tokens)
+        self._bind_input(context, "cu_seqlens", batch.cu_seqlens, sequences + 1)
+        self._bind_input(context, "past_lengths", batch.past_lengths, sequences)
+        self._bind_input(context, "rotary_offsets", batch.rotary_offsets, sequences)
+        self._bind_input(context, "last_token_ids", batch.last_token_ids, rows)
+        self._bind_rotary(context, self._rotary, self._query_scale)
+
+    def _bind_rotary(self, context: Any, table: cuda.DeviceArray, query_scale: cuda.DeviceArray | None) -> None:
+        self._bind_input(context, "rotary_table", table, table.shape[0])
+        if query_scale is not None:
+            self._bind_input(context, "query_scale", query_scale, query_scale.shape[0])
+
+    def _bind_input(self, context: Any, name: str, array: cuda.DeviceArray, size: int) -> None:
+        context.set_tensor_address(name, array.address)
+        if not context.set_input_shape(name, (size, *array.shape[1:])):
+            raise compat.refusal(f"TensorRT refused {size} rows of {name}")
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self.stream.handle):
+            raise compat.refusal("TensorRT refused to run")
+
+    def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
+        """Leave the next tokens on the device, as the next step's input."""
+        self._sampler.choose(self._logits, self._choice, count, self._decode.input_ids, past_lengths)
+
+    def _chosen(self) -> _PendingTokens:
+        """The tokens that the last step chose, on their way to the host."""
+        return self._ring.fetch(self._decode.input_ids, len(self._host_past), self.stream)
+
+    def _step(self) -> None:
+        self._graphs[len(self._host_past), self._choice].launch()
+        self._host_past = [past + 1 for past in self._host_past]
+
+    def _run_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        past: int = 0,
+        prompt_length: int | None = None,
+        last_token_ids: npt.NDArray[Any] | None = None,
+        context: Any = None,
+    ) -> None:
+        """Logits after the prompts, and the state from which decoding goes on.
+
+        past, prompt_length, last_token_ids: for the tokens from `past` on of one prompt of that length, and the logits
+        of these rows; without them each prompt is whole, and the logits are those after each.
+        context: other than the one for prompts.
+        """
+        self._forget()
+        lengths = [len(prompt) for prompt in prompts]
+        whole = lengths if prompt_length is None else [prompt_length]
+        ends = np.cumsum(lengths)
+        rows = ends - 1 if last_token_ids is None else last_token_ids
+        batch, context, stream = self._prompts, context or self._prefill_context, self.stream
+        self._bind(context, batch, int(ends[-1]), len(lengths), len(rows))
+        batch.input_ids.upload(np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts]), stream)
+        batch.cu_seqlens.upload([0, *ends], stream)
+        batch.past_lengths.upload([past] * len(lengths), stream)
+        batch.last_token_ids.upload(rows, stream)
+        offsets = [self._table.offset(length) for length in whole]
+        batch.rotary_offsets.upload(self._bind_own_rotary(context, whole) or offsets, stream)
+        self._decode.past_lengths.upload(lengths, stream)
+        self._decode.rotary_offsets.upload(offsets, stream)
+        self._enqueue(context)
+        self._host_past = lengths
+
+    def _bind_own_rotary(self, context: Any, lengths: list[int]) -> list[int] | None:
+        """Where prompts need a table of their own: where each begins in it."""
+        own = self._table.prompt_table(lengths)
+        if own is None:
+            return None
+        table = self._on_device(own.values)
+        scale = None if own.query_scale is None else self._on_device(own.query_scale)
+        self._prompt_rotary = [table] if scale is None else [table, scale]  # kept: the device reads them later
+        self._bind_rotary(context, table, scale)
+        return own.starts
+
+    def _reorder(self, rows: IntArray) -> None:
+        """Row i of the cache and of the lengths becomes what row `rows[i]` was."""
+        moved = [(target, int(source)) for target, source in enumerate(rows) if target != source]
+        past = [self._host_past[row] for row in rows]
+        if moved:
+            self._move_cache_rows(moved, max(past))
+            offsets = self._decode.rotary_offsets.download(self.stream)
+            self._decode.rotary_offsets.upload(offsets[rows], self.stream)
+            self._decode.past_lengths.upload(past, self.stream)
+        self._host_past = past
+
+    def _move_cache_rows(self, moved: list[tuple[int, int]], positions: int) -> None:
+        """Copy the first positions of rows of each layer, by way of another layer's worth of memory."""
+        if self._scratch is None:
+            self._scratch = cuda.DeviceArray(self._cache[0].shape, self._cache[0].dtype)
+        _, _, heads, max_positions, head_size = self._scratch.shape
+        pitch = max_positions * head_size * self._scratch.dtype.itemsize
+        width, height = positions * head_size * self._scratch.dtype.itemsize, 2 * heads
+        row_bytes = pitch * height
+        aside = self._scratch.address
+        for cache in self._cache:
+            for i, (_, source) in enumerate(moved):
+                cuda.copy_rows(
+                    aside + i * row_bytes, pitch, cache.address + source * row_bytes, pitch, width, height, self.stream
+                )
+            for i, (target, _) in enumerate(moved):
+                cuda.copy_rows(
+                    cache.address + target * row_bytes, pitch, aside + i * row_bytes, pitch, width, height, self.stream
+                )
+
+    def _on_device(self, array: npt.NDArray[Any]) -> cuda.DeviceArray:
+        memory = cuda.DeviceArray(array.shape, array.dtype)
+        memory.upload(array, self.stream)
+        return memory
+
+    def _clear(self) -> None:
+        """What has to have a value before the first request."""
+        for cache in self._cache:
+            cache.fill(0, self.stream)  # attention over rows that nothing was written to must not meet NaN
+        self._semaphores.fill(0, self.stream)
+        batch = self.config.limits.max_batch_size
+        self._decode.cu_seqlens.upload(np.arange(batch + 1), self.stream)
+        self._decode.last_token_ids.upload(np.arange(batch), self.stream)
+        self.stream.synchronize()
+
+    def _forget(self) -> None:
+        """Nothing of the batch before is left to go on with."""
+        self._host_past = []
+        self._beam_logits = None

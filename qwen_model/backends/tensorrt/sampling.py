@@ -1,0 +1,79 @@
+"""Choosing the next token on the GPU by our kernel (csrc/kernels/sampling.h), without a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen_plugins import _core
+
+from ...interface.sampling import Choice, SamplingOptions, kernel_settings
+from . import cuda_runtime as cuda
+
+
+class DeviceSampler:
+    """The kernel's settings and buffers, for one batch at a time. Nothing waits for the device."""
+
+    def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
+        """`dtype` is that of the logits, which are [sequences, vocab_size]."""
+        self._vocab_size = vocab_size
+        self._dtype = int(getattr(_core.DataType, dtype))
+        self._stream = stream
+        settings = np.frombuffer(_settings(SamplingOptions(), vocab_size), np.uint8)
+        self._settings = cuda.DeviceArray(settings.shape, np.uint8)
+        self._settings.upload(settings, stream)
+        self._seen = cuda.DeviceArray((max_batch_size, (vocab_size + 31) // 32), np.uint32)
+        self._seen.fill(0, stream)
+        self._workspace = cuda.DeviceMemory(_core.sampling_workspace_bytes(max_batch_size, vocab_size))
+        self._semaphores = cuda.DeviceArray((max_batch_size + 1,), np.int32)
+        self._semaphores.fill(0, stream)
+
+    def begin(self, options: SamplingOptions, prompts: Sequence[Sequence[int]]) -> None:
+        """Begin a batch; the prompts' tokens count as seen."""
+        if not options.changes_logits:
+            return
+        self._settings.upload(np.frombuffer(_settings(options, self._vocab_size), np.uint8), self._stream)
+        if options.repetition_penalty != 1.0:
+            self._seen.upload(seen_bits(prompts, self._vocab_size), self._stream)
+
+    def choose(
+        self,
+        logits: cuda.DeviceArray,
+        choice: Choice,
+        count: int,
+        tokens: cuda.DeviceArray,
+        past_lengths: cuda.DeviceArray | None,
+    ) -> None:
+        """Put the tokens of the first `count` rows of logits into `tokens`; add 1 to the past lengths."""
+        # Without settings the kernel takes the largest logit; with them `greedy` is the largest after the penalty.
+        without_settings = choice == Choice(greedy=True, penalty=False)
+        _core.sample(
+            logits=logits.address,
+            logits_row_stride=self._vocab_size,
+            sequences=count,
+            vocab_size=self._vocab_size,
+            dtype=self._dtype,
+            settings=0 if without_settings else self._settings.address,
+            greedy=choice.greedy and not without_settings,
+            seen=self._seen.address if choice.penalty else 0,
+            tokens=tokens.address,
+            past_lengths=0 if past_lengths is None else past_lengths.address,
+            workspace=self._workspace.address,
+            semaphores=self._semaphores.address,
+            stream=self._stream.handle,
+        )
+
+
+def _settings(options: SamplingOptions, vocab_size: int) -> bytes:
+    """As they lie in device memory."""
+    return _core.sampling_settings_bytes(**kernel_settings(options, vocab_size), step=0)
+
+
+def seen_bits(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """uint32 [prompts, (vocab_size + 31) / 32]: bit i % 32 of word i / 32 is set if token i is in the prompt."""
+    words = (vocab_size + 31) // 32
+    seen = np.zeros((len(prompts), words * 32), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[np.asarray(prompt)] = True
+    return np.packbits(seen, axis=-1, bitorder="little").view("<u4")

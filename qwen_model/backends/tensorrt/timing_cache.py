@@ -1,0 +1,62 @@
+"""The file that keeps what TensorRT's builder measured, for later builds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import QwenModelError
+from ...common.files import write_whole
+from . import compat
+
+
+class TimingCache:
+    """A file that the user named, whose problems are said, or the default one, whose problems only cost time.
+
+    `warnings` has what did not go well: a cache is no reason to lose an engine.
+    """
+
+    def __init__(self, given: Path | None, name: str):
+        """Read it. None: the file of this name in the user's cache folder, if there is such a folder.
+
+        Raises:
+            QwenModelError: a given file is there and cannot be read.
+        """
+        self.warnings: list[str] = []
+        self._given = given is not None
+        folder = _cache_folder()
+        self._path = folder / name if given is None and folder is not None else given
+        self._content = b""
+        try:
+            self._content = b"" if self._path is None else self._path.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if self._given:
+                raise QwenModelError(f"the timing cache {given} cannot be read: {error.strerror}") from error
+
+    def load_into(self, builder_config: Any) -> None:
+        """Let the builder know what it measured in earlier builds; measurements of another machine are not used."""
+        if not compat.set_timing_cache(builder_config, self._content):
+            self.warnings.append(
+                f"the timing cache {self._path} is damaged, or of another GPU or TensorRT: it is begun anew"
+            )
+
+    def keep(self, builder_config: Any) -> None:
+        """Write what the builder knows now, whole or not at all."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, compat.timing_cache_bytes(builder_config))
+        except OSError as error:
+            if self._given:
+                self.warnings.append(f"the timing cache {self._path} cannot be written: {error.strerror}")
+
+
+def _cache_folder() -> Path | None:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_model"
+    except RuntimeError:  # no home
+        return None

@@ -1,0 +1,142 @@
+"""Writing and loading engines of the PyTorch back end: a safetensors file for each group of weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...checkpoints.config import ModelConfig
+from ...checkpoints.weights import Framework, WeightGroup, too_large, weight_groups
+from ...common.errors import QwenModelError
+from ...common.progress import Progress
+from ...interface.back_end import ReadWeight
+from ...interface.engine_config import EngineConfig, Limits
+from ...interface.memory import required_bytes
+from .executor import TorchExecutor, memory_errors
+
+FRAMEWORK: Framework = "torch"
+
+
+def write_engine(
+    folder: Path, config: EngineConfig, read_weight: ReadWeight, progress: Progress, timing_cache: Path | None = None
+) -> list[str]:
+    """Write one safetensors file for each group of weights to `folder`; see `BackEnd`. Nothing is timed here."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    (folder / "weights").mkdir()
+    done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
+    for group in weight_groups(config.model):
+        tensors = {spec.name: as_dtype(read_weight(spec), config.dtype, spec.name).contiguous() for spec in group.specs}
+        if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
+        try:
+            save_file(tensors, _weights_file(folder, group))
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(str(error)) from error
+        done += sum(tensor.nbytes for tensor in tensors.values())
+        progress("weights", done, total)
+    return []
+
+
+def _weights_file(engine_dir: Path, group: WeightGroup) -> Path:
+    return engine_dir / "weights" / f"{group.name}.safetensors"
+
+
+def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
+    """Of that type; an error if it has numbers that are too large for it."""
+    converted = weight.to(getattr(torch, dtype))
+    if weight.dtype != converted.dtype == torch.float16 and not converted.isfinite().all():
+        raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
+    return converted
+
+
+@memory_errors()
+def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
+    """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one."""
+    target = choose_device(device)
+    check_memory(config.model, config.limits, config.dtype, target)
+    weights: dict[str, Tensor] = {}
+    for group in weight_groups(config.model):
+        path = _weights_file(engine_dir, group)
+        if not path.is_file():
+            raise QwenModelError(f"{engine_dir} is not whole: {path.name} is missing; build the engine again")
+        weights.update(_read_weights(path, group, config.dtype, target))
+    return TorchExecutor(config.model, config.limits, weights, config.rmsnorm_plugin)
+
+
+def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise QwenModelError(f"{path} is damaged ({error}): build the engine again") from error
+    expected = {spec.name: (spec.shape, getattr(torch, dtype)) for spec in group.specs}
+    found = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name))
+    if wrong:
+        raise QwenModelError(
+            f"{path} does not hold what config.json says ({', '.join(wrong)}: missing, unknown or of another shape or "
+            "type): build the engine again"
+        )
+    return weights
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: the GPU if there is one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise QwenModelError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def default_dtype(checkpoint_dtype: str) -> str:
+    """The checkpoint's type where there is a GPU; a CPU is slow in the half-precision types."""
+    return checkpoint_dtype if torch.cuda.is_available() else "float32"
+
+
+def versions() -> dict[str, str]:
+    """What an engine's `config.json` says about the software that built it."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
+    """About what the largest prefill needs: the widest moment of a layer, in the MLP, beside the residual."""
+    columns = 3 * config.intermediate_size + 3 * config.hidden_size
+    return limits.max_batch_size * limits.max_input_len * columns * getattr(torch, dtype).itemsize
+
+
+def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
+    """Say what is needed before the memory runs out half-way."""
+    weights, cache = required_bytes(config, limits, dtype)
+    activations = activation_bytes(config, limits, dtype)
+    free, total = _memory(device)
+    if weights + cache + activations > free:
+        gib = 2.0**30
+        kind = "GPU memory" if device.type == "cuda" else "memory"
+        raise QwenModelError(
+            f"not enough {kind}: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
+            f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
+            f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "
+            "--max-batch-size, --max-input-len or --max-output-len"
+        )
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free and that there are. A CPU gives up caches and swaps for us: all of it counts as free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total

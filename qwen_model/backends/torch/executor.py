@@ -1,0 +1,305 @@
+"""Running the network in PyTorch, on a CPU or a GPU; on a GPU a decode step is one CUDA graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoints.config import ModelConfig
+from ...common.errors import QwenModelError
+from ...common.extras import require_kernels
+from ...interface.engine_config import Limits
+from ...interface.executor import FloatArray, IntArray
+from ...interface.sampling import Choice, SamplingOptions
+from ...network.decoder import decoder
+from ...network.rotary import rotary_table
+from .operations import Batch, TorchOperations
+from .sampling import KernelSampler, TorchSampler
+
+ONE_THREAD_WORK = 8e6
+"""Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """A GPU whose memory runs out is an error in one line: what was needed and what is free, as PyTorch says it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sentences = re.split(r"\.\s+", str(error))  # of several; the first say it, the rest is about the allocator
+        raise QwenModelError(
+            f"{'. '.join(sentences[:3])}; use a smaller batch or shorter prompts, or build with a smaller "
+            "--max-batch-size, --max-input-len or --max-output-len"
+        ) from error
+
+
+class _Tokens:
+    """Tokens on their way to the host."""
+
+    def __init__(self, tokens: Tensor):
+        self._event: torch.cuda.Event | None = None
+        if tokens.device.type != "cuda":
+            self._host = tokens.clone()
+            return
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tokens.device))
+
+    def wait(self) -> IntArray:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.long().numpy()
+
+
+class _StepGraph:
+    """A decode step for one number of sequences, captured once and then replayed.
+
+    The steps of an executor share a memory pool: they never run at the same time, and nothing in a pool, the logits
+    either, is needed once a step of another size runs.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], pool: Any):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # libraries initialise themselves in the first call, which must not be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.logits = step()
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self.logits
+
+
+class TorchExecutor:
+    """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        limits: Limits,
+        weights: Mapping[str, Tensor],
+        rmsnorm_plugin: bool = True,
+        use_kernels: bool | None = None,
+    ):
+        """Weights by the names of weights.py, all on one device and of one type.
+
+        use_kernels: the operations by our CUDA kernels, and decode steps as CUDA graphs; None: on a GPU, if there are
+            kernels for the model.
+        """
+        self.config = config
+        self.limits = limits
+        embedding = weights["embedding.weight"]
+        self.device, self.dtype = embedding.device, embedding.dtype
+        on_gpu = self.device.type == "cuda"
+        use_kernels = on_gpu and _has_kernels(config) if use_kernels is None else use_kernels
+        self.runs_ahead = on_gpu
+        self._layer_size = sum(weight.numel() for name, weight in weights.items() if name.startswith("layers.0."))
+
+        shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
+        # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
+        self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
+        self._ops = _operations(config, dict(weights), self.cache, rmsnorm_plugin, use_kernels)
+        self._table = rotary_table(config, limits.max_positions)
+        self._rotary = torch.from_numpy(self._table.values).to(self.device)
+        scale = self._table.query_scale
+        self._query_scale = None if scale is None else torch.from_numpy(scale).to(self.device)
+
+        self._graphs: dict[tuple[int, Choice], _StepGraph] | None = {} if use_kernels else None
+        self._graph_pool: Any = torch.cuda.graph_pool_handle() if use_kernels else None
+        token_dtype = torch.int32 if use_kernels else torch.int64
+        self._tokens = torch.zeros(limits.max_batch_size, dtype=token_dtype, device=self.device)
+        self._past = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
+        self._offsets = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
+        self._host_past: list[int] = []
+        self._choice = Choice.of(SamplingOptions())
+        self._kernel_sampler: KernelSampler | None = None
+        if use_kernels:
+            self._kernel_sampler = KernelSampler(limits.max_batch_size, config.vocab_size, self.device)
+        self._sampler: TorchSampler | None = None  # without kernels
+        self._beam_logits: Tensor | None = None
+
+    @memory_errors()
+    @torch.inference_mode()
+    def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
+        """See `Executor`: captures the graph of such a step, which the next ones are."""
+        self._choice = Choice.of(sampling)
+        if self._graphs is None or (num_sequences, self._choice) in self._graphs:
+            return
+        for state in (self._past, self._offsets, self._tokens):
+            state.zero_()
+        with torch.cuda.device(self.device):
+            graph = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
+        self._graphs[num_sequences, self._choice] = graph
+
+    @memory_errors()
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
+        """See `Executor`."""
+        self.prepare(len(prompts), sampling)
+        packed = self._packed(prompts)
+        logits = self._prefill_logits(prompts, packed)
+        if self._kernel_sampler is None:
+            self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
+        else:
+            self._kernel_sampler.begin(sampling, packed, self._ops.batch.cu_seqlens)
+        self._choose(logits)
+        return _Tokens(self._tokens[: len(prompts)])
+
+    @memory_errors()
+    @torch.inference_mode()
+    def decode(self) -> _Tokens:
+        """See `Executor`."""
+        logits = self._decode_logits()
+        return _Tokens(self._tokens[: len(logits)])
+
+    @memory_errors()
+    @torch.inference_mode()
+    def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
+        """See `Executor`."""
+        logits = self._prefill_logits([prompt], self._packed([prompt]), last_token_only=False)
+        return logits.float().cpu().numpy()
+
+    @memory_errors()
+    @torch.inference_mode()
+    def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
+        """See `Executor`."""
+        self.prepare(len(prompts) * num_beams, SamplingOptions())
+        self._sampler = None
+        logits = self._prefill_logits(prompts, self._packed(prompts))
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_beams)
+        self._reorder(rows)
+        self._beam_logits = logits[rows]
+
+    @memory_errors()
+    @torch.inference_mode()
+    def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
+        """See `Executor`."""
+        if self._beam_logits is None:
+            raise RuntimeError("begin_beams comes first")
+        sums = self._beam_logits.float().log_softmax(-1)
+        sums += torch.from_numpy(scores).to(self.device).view(-1, 1)
+        best, places = sums.view(len(scores), -1).topk(count)
+        found = places.cpu().numpy()
+        return best.cpu().numpy(), found // self.config.vocab_size, found % self.config.vocab_size
+
+    @memory_errors()
+    @torch.inference_mode()
+    def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
+        """See `Executor`."""
+        if not np.array_equal(rows, np.arange(len(rows))):
+            self._reorder(torch.from_numpy(rows).to(self.device))
+        self._tokens[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
+        self._beam_logits = self._decode_logits()
+
+    def _choose(self, logits: Tensor, past_lengths: Tensor | None = None) -> None:
+        """Leave the tokens on the device for the next step, and add 1 to the lengths."""
+        tokens = self._tokens[: len(logits)]
+        if self._kernel_sampler is not None:
+            self._kernel_sampler(logits, self._choice, tokens, past_lengths)
+            return
+        if self._sampler is not None:  # beam search chooses its tokens itself
+            tokens.copy_(self._sampler(logits))
+        if past_lengths is not None:
+            past_lengths += 1
+
+    def _packed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The prompts' tokens one after the other, on the device."""
+        packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+        return torch.from_numpy(packed).to(self._tokens.dtype).to(self.device)
+
+    def _prefill_logits(self, prompts: Sequence[Sequence[int]], packed: Tensor, last_token_only: bool = True) -> Tensor:
+        lengths = [len(prompt) for prompt in prompts]
+        offsets = [self._table.offset(length) for length in lengths]
+        table, scale, starts = self._prompt_rotary(lengths, offsets)
+        count = len(lengths)
+        past = torch.zeros(count, dtype=torch.int32, device=self.device)
+        with self._running(len(packed)):
+            self._ops.begin(Batch(lengths, [0] * count, table, starts, scale, past, decoding=False))
+            logits = decoder(self._ops, self.config, packed, last_token_only)
+        self._host_past = lengths
+        self._past[:count] = torch.tensor(lengths, dtype=torch.int32)
+        self._offsets[:count] = torch.tensor(offsets, dtype=torch.int32)
+        return logits
+
+    def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Table, query scale and each prompt's first row: the engine's, or those of a table for this batch."""
+        table, scale, starts = self._rotary, self._query_scale, offsets
+        if (own := self._table.prompt_table(lengths)) is not None:
+            table = torch.from_numpy(own.values).to(self.device)
+            scale = None if own.query_scale is None else torch.from_numpy(own.query_scale).to(self.device)
+            starts = own.starts
+        return table, scale, torch.tensor(starts, dtype=torch.int32).to(self.device)
+
+    def _decode_logits(self) -> Tensor:
+        count = len(self._host_past)
+        if self._graphs is None:
+            logits = self._step(count)
+        else:
+            with torch.cuda.device(self.device):
+                logits = self._graphs[count, self._choice].replay()
+        self._host_past = [past + 1 for past in self._host_past]
+        return logits
+
+    def _step(self, count: int) -> Tensor:
+        """One token for each sequence, from `_tokens`. On a GPU this is captured: no host value that changes."""
+        past = self._past[:count]
+        offsets, scale = self._offsets[:count], self._query_scale
+        with self._running(count):
+            self._ops.begin(Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True))
+            logits = decoder(self._ops, self.config, self._tokens[:count])
+            self._choose(logits, past)
+        return logits
+
+    @contextmanager
+    def _running(self, num_tokens: int) -> Iterator[None]:
+        """On a GPU it is the current one; on a CPU small products get one thread, and afterwards all is as before."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                yield
+            return
+        threads = torch.get_num_threads()
+        if threads == 1 or self._layer_size * num_tokens > ONE_THREAD_WORK:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _reorder(self, rows: Tensor) -> None:
+        """Row i of the cache and of the lengths becomes what row `rows[i]` was."""
+        order = rows.tolist()
+        self._host_past = [self._host_past[row] for row in order]
+        longest = max(self._host_past)
+        for layer in self.cache:
+            layer[: len(rows), :, :, :longest] = layer[rows, :, :, :longest]
+        for state in (self._past, self._offsets):
+            state[: len(rows)] = state[rows]
+
+
+def _has_kernels(config: ModelConfig) -> bool:
+    require_kernels()
+    from .kernel_operations import supported
+
+    return supported(config)
+
+
+def _operations(
+    config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool, use_kernels: bool
+) -> TorchOperations:
+    if not use_kernels:
+        return TorchOperations(config, weights, cache, rmsnorm_plugin)
+    from .kernel_operations import KernelOperations
+
+    return KernelOperations(config, weights, cache, rmsnorm_plugin)

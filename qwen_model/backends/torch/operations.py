@@ -1,0 +1,171 @@
+"""The operations of the network in PyTorch: plain ones that run on any device, and those with our CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checkpoints.config import ModelConfig
+
+
+@dataclass
+class Batch:
+    """What attention must know of the packed tokens of one call."""
+
+    lengths: list[int]  # tokens of each sequence in this call: its prompt, or 1 while decoding
+    past_lengths: list[int]  # tokens of each sequence in the cache before this call; 0 for prompts
+    rotary_table: Tensor  # float32 [rows, rotary_dim]: cosines, then sines
+    rotary_offsets: Tensor  # int32 [sequences]: position p of sequence i has row rotary_offsets[i] + p
+    query_scale: Tensor | None  # float32 [rows]: multiplies q
+    device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
+
+    decoding: bool  # each sequence has one new token; else the tokens are prompts
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [sequences + 1]: where each sequence begins in the packed tokens, and their end."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device_past_lengths.device)
+
+    @cached_property
+    def rotary_rows(self) -> Tensor:
+        """[tokens]: the row of each token in the rotary table."""
+        if self.decoding:
+            return self.rotary_offsets + self.device_past_lengths
+        lengths = torch.tensor(self.lengths, device=self.rotary_offsets.device)
+        positions = torch.cat([torch.arange(length, device=lengths.device) for length in self.lengths])
+        return self.rotary_offsets.repeat_interleave(lengths) + positions
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbouring sequences of equal length: their number, their length."""
+        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
+
+
+class TorchOperations:
+    """Every operation with PyTorch's own functions. `begin` comes before each pass through the network."""
+
+    batch: Batch
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool):
+        """`cache` is [layers, max_batch_size, 2, kv_heads, max_positions, head_size]: keys, then values."""
+        self.config = config
+        self.weights = weights
+        self.cache = cache
+        self._rms_norm: Callable[..., Any] = _plugin_rms_norm() if rmsnorm_plugin else plain_rms_norm
+
+    def begin(self, batch: Batch) -> None:
+        """The sequences that the next pass is about, on the stream that is current now."""
+        self.batch = batch
+
+    def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        return F.embedding(input_ids, self.weights[weight])
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        return F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
+
+    def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `qwen_model.network.Operations`."""
+        if residual is None:
+            return self._rms_norm(x, self.weights[weight], self.config.norm_eps), x
+        return self._rms_norm(x, self.weights[weight], self.config.norm_eps, residual=residual)
+
+    def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See `qwen_model.network.Operations`."""
+        if self.batch.decoding:
+            return x, residual
+        rows = self.batch.cu_seqlens[1:] - 1
+        return x[rows], residual[rows]
+
+    def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
+        """See `qwen_model.network.Operations`."""
+        q, k, v = self.split_heads(qkv)
+        if q_norm is not None and k_norm is not None:
+            q = self._rms_norm(q, self.weights[q_norm], self.config.norm_eps)
+            k = self._rms_norm(k, self.weights[k_norm], self.config.norm_eps)
+        q, k = self._rotate(q, True), self._rotate(k, False)
+        self._write_cache(layer, k, v)
+        return self._attend_cache(q, layer) if self.batch.decoding else self.attend_prompts(q, k, v)
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of q, k and v: [tokens, heads, head_size]."""
+        config = self.config
+        heads = qkv.view(len(qkv), -1, config.head_size)
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        return q, k, v
+
+    def _rotate(self, x: Tensor, is_query: bool) -> Tensor:
+        """The rotary embedding, in float32, of [tokens, heads, head_size]."""
+        batch, dim = self.batch, self.config.rotary.dim
+        cos, sin = batch.rotary_table[batch.rotary_rows].unsqueeze(1).chunk(2, dim=-1)
+        first, second = x[..., :dim].float().chunk(2, dim=-1)
+        rotated = [first * cos - second * sin, second * cos + first * sin, x[..., dim:].float()]
+        y = torch.cat(rotated, dim=-1)
+        if is_query and batch.query_scale is not None:
+            y *= batch.query_scale[batch.rotary_rows].view(-1, 1, 1)
+        return y.to(x.dtype)
+
+    def _write_cache(self, layer: int, k: Tensor, v: Tensor) -> None:
+        new = torch.stack([k, v], dim=1)  # [tokens, 2, kv_heads, head_size]
+        cache = self.cache[layer]
+        if self.batch.decoding:
+            sequences = torch.arange(len(new), device=new.device)
+            cache[sequences, :, :, self.batch.device_past_lengths.long()] = new
+            return
+        for sequence, tokens in enumerate(new.split(self.batch.lengths)):
+            cache[sequence, :, :, : len(tokens)] = tokens.permute(1, 2, 0, 3)
+
+    def attend_prompts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within each prompt; neighbours of equal length go in one call."""
+        grouped = self.config.num_heads != self.config.num_kv_heads
+        contexts, start = [], 0
+        for count, length in self.batch.runs():
+            end = start + count * length
+            qs, ks, vs = (x[start:end].view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=grouped)
+            contexts.append(out.transpose(1, 2).reshape(end - start, -1))
+            start = end
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+    def _attend_cache(self, q: Tensor, layer: int) -> Tensor:
+        """Attention of one token a sequence over its cache. Query heads that share a key head become its rows."""
+        lengths = [past + 1 for past in self.batch.past_lengths]
+        cached = self.cache[layer, : len(q), :, :, : max(lengths)]
+        mask = None
+        if min(lengths) != max(lengths):
+            positions = torch.arange(max(lengths), device=q.device)
+            mask = (positions <= self.batch.device_past_lengths[:, None])[:, None, None]
+            # What an earlier request left there may not be finite, and such numbers come through a mask.
+            cached = cached.masked_fill(~mask[..., None], 0.0)
+        keys, values = cached.unbind(1)
+        grouped = q.view(len(q), self.config.num_kv_heads, -1, self.config.head_size)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(len(q), -1)
+
+
+def plain_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm spelt out, with the roundings of transformers' modules."""
+    if residual is not None:
+        x = x + residual
+    wide = x.float()
+    y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def _plugin_rms_norm() -> Callable[..., Any]:
+    from qwen_plugins import rms_norm
+
+    return rms_norm

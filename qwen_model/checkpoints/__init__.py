@@ -1,0 +1,1 @@
+"""Reading Hugging Face checkpoints: configuration, weights, tokenizer, chat template."""

@@ -1,0 +1,6 @@
+"""Building, loading and running engines."""
+
+from .build import BuildSummary, build_engine
+from .load import load_engine
+
+__all__ = ["BuildSummary", "build_engine", "load_engine"]

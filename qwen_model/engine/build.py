@@ -1,0 +1,179 @@
+"""Building an engine from a checkpoint.
+
+An engine is a folder: `config.json` (see engine_config.py), the tokenizer's files, and of the torch back end `weights/`
+with one safetensors file for the embedding, one for each layer and one for the output, of the TensorRT back end
+`model.plan`. It is written beside its place and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.config import DTYPES, ModelConfig
+from ..checkpoints.tokenizer import TOKENIZER_JSON, copy_tokenizer_files, has_tokenizer, load_tokenizer
+from ..checkpoints.weights import Checkpoint, weight_groups
+from ..common.errors import QwenModelError
+from ..common.files import read_json_object
+from ..common.progress import Progress
+from ..interface.engine_config import BACKENDS, EngineConfig, Limits
+from ..interface.memory import required_bytes
+from .back_ends import back_end
+from .limits import engine_limits, usable_positions
+from .output_folder import check_target, written_whole
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What `build_engine` made."""
+
+    engine_dir: Path
+    config: EngineConfig
+    weight_bytes: int
+    cache_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def build_engine(
+    model_dir: str | os.PathLike[str] | None = None,
+    *,
+    output_dir: str | os.PathLike[str],
+    backend: str = "torch",
+    dtype: str | None = None,
+    rmsnorm_plugin: bool = False,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    max_output_len: int | None = None,
+    rotary_scaling: Mapping[str, Any] | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Make an engine in `output_dir` from a Hugging Face checkpoint (None: the model in this package).
+
+    backend: "torch" or "tensorrt". A TensorRT engine is built where it is to run: for that GPU and TensorRT.
+    dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's where there is a GPU, else "float32".
+    rmsnorm_plugin: normalise with this project's RMSNorm rather than with the back end's own operations.
+    rotary_scaling: as `rope_scaling` in a `config.json`, in its place.
+    timing_cache: file with what TensorRT's builder measured, read and written; None: one in the user's cache folder.
+    progress: see `Progress`.
+
+    An engine that is in `output_dir` already is replaced; a folder with anything else in it is an error.
+    """
+    start = time.perf_counter()
+    _check_choice("backend", backend, BACKENDS)
+    if dtype is not None:
+        _check_choice("dtype", dtype, DTYPES)
+    if timing_cache is not None and backend != "tensorrt":
+        raise QwenModelError(f"timing_cache (--timing-cache) is for the back end tensorrt, not for {backend}")
+    source = _model_dir(model_dir)
+    target = Path(output_dir).absolute()
+    check_target(target, source)
+    model = ModelConfig.from_model_dir(source)
+    if rotary_scaling is not None:
+        model = model.with_rotary_scaling(rotary_scaling)
+    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
+    groups = weight_groups(model)
+    runs_on = back_end(backend)
+    checkpoint = Checkpoint(source, runs_on.FRAMEWORK)
+    checkpoint.check(groups, model.tied_embedding)
+    tokenizer_warnings = _check_tokenizer(source)
+
+    config = EngineConfig(
+        backend=backend,
+        dtype=dtype or runs_on.default_dtype(model.dtype),
+        rmsnorm_plugin=rmsnorm_plugin,
+        limits=limits,
+        model=model,
+        end_token_ids=read_end_token_ids(source),
+        num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
+        versions={"qwen_model": _package_version(), "python": platform.python_version(), **runs_on.versions()},
+    )
+    weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
+    warnings = [*tokenizer_warnings, *_warnings(model, limits, config.dtype if dtype is None else None)]
+    report = progress or (lambda phase, done, total: None)
+    options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
+    with written_whole(target) as folder:
+        warnings += runs_on.write_engine(folder, config, checkpoint.read, report, **options)
+        copy_tokenizer_files(source, folder)
+        config.write(folder)
+    seconds = time.perf_counter() - start
+    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
+
+
+def read_end_token_ids(model_dir: Path) -> tuple[int, ...]:
+    """Every end token that `generation_config.json` names, else those of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        path = model_dir / name
+        if not path.is_file():
+            continue
+        ids = read_json_object(path).get("eos_token_id")
+        if ids is not None and ids != []:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+                raise QwenModelError(f"{path}: eos_token_id must be one or several integers, not {ids!r}")
+            return tuple(ids)
+    return ()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
+    if model_dir is None:
+        from ..packaged_model import packaged_model_dir
+
+        return packaged_model_dir()
+    path = Path(model_dir)
+    if not path.is_dir():
+        raise QwenModelError(f"{path} is not a folder; --model-dir takes the folder of a Hugging Face checkpoint")
+    return path
+
+
+def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
+    """What the user should know; `chosen_dtype` is the engine's type if the user named none."""
+    if (model.dtype, chosen_dtype) == ("bfloat16", "float16"):
+        yield (
+            "the checkpoint is bfloat16, which this back end does not have: the engine is float16, whose range is "
+            "smaller; --dtype float32 keeps all of it"
+        )
+    if limits.max_positions > usable_positions(model) and model.rotary.scaling not in ("dynamic", "qwen_dynamic"):
+        yield (
+            f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "
+            "model was made for; consider --rotary-scaling"
+        )
+
+
+def _package_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("qwen-plugins")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _check_tokenizer(model_dir: Path) -> list[str]:
+    """What the user should know of the checkpoint's tokenizer; one that cannot be loaded is an error.
+
+    Building needs no tokenizer: without the library of this one, only running with text says what is missing.
+    """
+    library = "tokenizers" if (model_dir / TOKENIZER_JSON).is_file() else "tiktoken"
+    if has_tokenizer(model_dir) and importlib.util.find_spec(library) is None:
+        return []
+    try:
+        load_tokenizer(model_dir)
+    except QwenModelError as error:
+        if has_tokenizer(model_dir):
+            raise
+        return [f"the engine will take token ids only: {error}"]
+    return []

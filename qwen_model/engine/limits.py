@@ -1,0 +1,42 @@
+"""The limits of an engine: what was asked for, and what a model leaves room for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..checkpoints.config import ModelConfig
+from ..common.errors import QwenModelError
+from ..interface.engine_config import Limits
+
+
+def engine_limits(
+    model: ModelConfig, max_batch_size: int | None, max_input_len: int | None, max_output_len: int | None
+) -> Limits:
+    """What was asked for; what was not is the default, but no more than the model was made for."""
+    asked = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_output_len": max_output_len}
+    limits = dataclasses.replace(Limits(), **{name: value for name, value in asked.items() if value is not None})
+    room = usable_positions(model)
+    if max_input_len is None:
+        inputs = room * 2 // 3 if max_output_len is None else room - max_output_len
+        limits = _at_most(limits, "max_input_len", inputs, f"{limits.max_output_len} tokens of output", room)
+    if max_output_len is None:
+        outputs = room - limits.max_input_len
+        limits = _at_most(limits, "max_output_len", outputs, f"prompts of {limits.max_input_len} tokens", room)
+    return limits
+
+
+def _at_most(limits: Limits, name: str, left: int, taken_by: str, room: int) -> Limits:
+    """`limits` with no more than the tokens that are left for `name`; an error that names the flags if none are."""
+    if left < 1:
+        raise QwenModelError(
+            f"{taken_by} leave none of the model's {room} for {name}: give smaller ones, or both --max-input-len and "
+            "--max-output-len, or a --rotary-scaling"
+        )
+    return dataclasses.replace(limits, **{name: min(getattr(limits, name), left)})
+
+
+def usable_positions(model: ModelConfig) -> int:
+    """The length that the model was made for, stretched by the rotary scaling."""
+    rotary = model.rotary
+    stretched = rotary.original_max_positions * rotary.factor if rotary.scaling != "none" else 0
+    return max(model.max_positions, int(stretched))

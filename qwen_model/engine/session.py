@@ -1,0 +1,413 @@
+"""Generating with a loaded engine: prompts in, tokens and text out, all at once or as they come."""
+
+from __future__ import annotations
+
+import reprlib
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..common.errors import QwenModelError
+from ..interface.engine_config import EngineConfig
+from ..interface.executor import Executor, FloatArray, IntArray, PendingTokens
+from ..interface.sampling import SamplingOptions
+from .beam_search import beam_search
+
+if TYPE_CHECKING:
+    from ..checkpoints.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or (with chat=True) a conversation
+FinishReason = Literal["stop", "length"]
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was generated for one prompt.
+
+    output_ids: the new tokens, up to and with the end token or the token that completed a stop string.
+    text: of the tokens before the end token, cut before the stop string; None without a tokenizer.
+    finish_reason: "stop" (an end token or a stop string) or "length" (max_new_tokens).
+    beams: with beam search every beam, best first; `output_ids` is the first of them.
+    """
+
+    output_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    beams: list[BeamOutput] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BeamOutput:
+    """One beam: its score is the sum of its tokens' log-probabilities, divided by their number."""
+
+    output_ids: list[int]
+    score: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds, and tokens of the whole batch. The first token of each prompt belongs to the prefill."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One output for each prompt, in their order."""
+
+    outputs: list[Output]
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """One token of one prompt. `text` is what it adds: empty while a character or a stop string may be incomplete."""
+
+    index: int
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+class Session:
+    """A loaded engine. It works on one batch at a time and is not for several threads."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, tokenizer: Tokenizer | None = None):
+        """Usually made by `load_engine`."""
+        self.config = config
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self._running: object = None  # the request whose tokens are in the executor
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingOptions | None = None,
+        num_beams: int = 1,
+        stop: str | Sequence[str] | None = None,
+        chat: bool = False,
+    ) -> GenerationResult:
+        """Generate for one prompt or a batch of them; each a text, a list of token ids or a list of messages.
+
+        max_new_tokens: None: 128, or the engine's limit if that is lower.
+        sampling: None: greedy.
+        num_beams: above 1: beam search as transformers does it.
+        stop: generation ends, and the text is cut, before any of these strings.
+        chat: put each prompt, a user's turn or a list of messages, into the model's chat template.
+        """
+        if _count("num_beams", num_beams) != 1:
+            return self._generate_beams(prompts, max_new_tokens, sampling, num_beams, stop, chat)
+        request = self._request(prompts, max_new_tokens, sampling, stop, chat)
+        timer = _Timer(request.prompts)
+        for _ in self._run(request, timer):
+            pass
+        outputs = [sequence.output() for sequence in request.sequences]
+        return GenerationResult(outputs, timer.timing(sum(len(output.output_ids) for output in outputs)))
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingOptions | None = None,
+        stop: str | Sequence[str] | None = None,
+        chat: bool = False,
+    ) -> Iterator[StreamEvent]:
+        """As `generate`, but each token as soon as it is there. Input is checked at once, not at the first token."""
+        request = self._request(prompts, max_new_tokens, sampling, stop, chat)
+        return self._run(request, _Timer(request.prompts))
+
+    def logits(self, input_ids: Sequence[int]) -> FloatArray:
+        """Logits [tokens, vocab_size] after each token of one prompt."""
+        prompt = _plain(input_ids)
+        if not _all_are(prompt, int):
+            raise QwenModelError(f"input_ids must be a list of token ids, not {reprlib.repr(input_ids)}")
+        self._check_prompts([prompt], 1)
+        self._running = None
+        return self.executor.prompt_logits(prompt)
+
+    def _request(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None,
+        sampling: SamplingOptions | None,
+        stop: str | Sequence[str] | None,
+        chat: bool,
+    ) -> _Request:
+        stops = _stop_strings(stop)
+        if stops and self.tokenizer is None:
+            raise QwenModelError("stop strings need a tokenizer, and this engine has none")
+        token_ids = self._token_ids(prompts, chat)
+        count = self._new_tokens(max_new_tokens)
+        self._check_prompts(token_ids, 1)
+        ends = self._end_token_ids(chat)
+        sequences = [_Sequence(index, ends, stops, count, self.tokenizer) for index in range(len(token_ids))]
+        return _Request(token_ids, _sampling(sampling), count, sequences)
+
+    def _end_token_ids(self, chat: bool) -> frozenset[int]:
+        """Those of the engine; a chat model also ends at the end of its turn, which its tokenizer knows."""
+        of_tokenizer = self.tokenizer.eos_token_ids if chat and self.tokenizer is not None else ()
+        return frozenset(self.config.end_token_ids) | frozenset(of_tokenizer)
+
+    def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
+        plain = _plain(prompts)
+        if not isinstance(plain, (str, list)):
+            raise QwenModelError(f"prompts must be texts, lists of token ids or of messages, not {prompts!r}")
+        one = isinstance(plain, str) or (len(plain) > 0 and isinstance(plain[0], (int, Mapping)))
+        return [self._encode(prompt, chat) for prompt in ([plain] if one else plain)]
+
+    def _encode(self, given: Any, chat: bool) -> list[int]:
+        prompt = _plain(given)
+        if _all_are(prompt, int):
+            if chat:
+                raise QwenModelError("the chat template needs prompts that are texts, not token ids")
+            return prompt
+        if not isinstance(prompt, str) and not _all_are(prompt, Mapping):
+            raise QwenModelError(
+                f"a prompt must be a text, a list of token ids or a list of messages, not {reprlib.repr(given)}"
+            )
+        if self.tokenizer is None:
+            raise QwenModelError("this engine has no tokenizer: give token ids (--input-ids) instead of text")
+        if chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self.tokenizer.apply_chat_template(messages)
+        if not isinstance(prompt, str):
+            raise QwenModelError("a list of messages needs chat=True")
+        return self.tokenizer.encode(prompt)
+
+    def _new_tokens(self, max_new_tokens: int | None) -> int:
+        limit = self.config.limits.max_output_len
+        if max_new_tokens is None:
+            return min(limit, DEFAULT_NEW_TOKENS)
+        if _count("max_new_tokens", max_new_tokens) > limit:
+            raise QwenModelError(
+                f"max_new_tokens {max_new_tokens} is more than the engine's limit of {limit}: "
+                "build it with a larger --max-output-len"
+            )
+        return max_new_tokens
+
+    def _check_prompts(self, prompts: list[list[int]], num_beams: int) -> None:
+        limits = self.config.limits
+        if not prompts:
+            raise QwenModelError("there is no prompt")
+        rows = len(prompts) * num_beams
+        if rows > limits.max_batch_size:
+            given = f"{len(prompts)} prompts" + (f" with {num_beams} beams each" if num_beams > 1 else "")
+            raise QwenModelError(
+                f"{given} are {rows} sequences, more than the engine's limit of {limits.max_batch_size}: "
+                "build it with a larger --max-batch-size"
+            )
+        for index, prompt in enumerate(prompts):
+            name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
+            if not prompt:
+                raise QwenModelError(f"{name} has no tokens")
+            if len(prompt) > limits.max_input_len:
+                raise QwenModelError(
+                    f"{name} has {len(prompt)} tokens, more than the engine's limit of {limits.max_input_len}: "
+                    "build it with a larger --max-input-len"
+                )
+            largest = self.config.model.vocab_size - 1
+            if min(prompt) < 0 or max(prompt) > largest:
+                wrong = next(token for token in prompt if not 0 <= token <= largest)
+                raise QwenModelError(f"{name} has the token id {wrong}; the vocabulary is 0 to {largest}")
+
+    def _steps(self, request: _Request) -> Iterator[IntArray]:
+        """The tokens [prompts] of each step. A device that runs ahead has its next step before these are read."""
+        yield self.executor.prefill(request.prompts, request.sampling).wait()
+        in_flight: deque[PendingTokens] = deque()
+        for left in range(request.max_new_tokens - 1, 0, -1):
+            if self._running is not request:
+                raise QwenModelError("this stream was given up: another request has been started on the session")
+            while len(in_flight) < min(left, 2 if self.executor.runs_ahead else 1):
+                in_flight.append(self.executor.decode())
+            yield in_flight.popleft().wait()
+
+    def _run(self, request: _Request, timer: _Timer) -> Iterator[StreamEvent]:
+        self._running = request
+        self.executor.prepare(len(request.prompts), request.sampling)
+        timer.start()
+        for tokens in self._steps(request):
+            timer.step()
+            for sequence, token in zip(request.sequences, tokens.tolist(), strict=True):
+                if sequence.finish_reason is None:
+                    yield sequence.push(token)
+            if all(sequence.finish_reason for sequence in request.sequences):
+                return
+
+    def _generate_beams(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None,
+        sampling: SamplingOptions | None,
+        num_beams: int,
+        stop: str | Sequence[str] | None,
+        chat: bool,
+    ) -> GenerationResult:
+        if _stop_strings(stop) or _sampling(sampling).changes_logits:
+            raise QwenModelError("beam search is greedy: it takes no stop strings and no sampling options")
+        token_ids = self._token_ids(prompts, chat)
+        count = self._new_tokens(max_new_tokens)
+        self._check_prompts(token_ids, num_beams)
+        ends = self._end_token_ids(chat)
+        if max(2, len(ends) + 1) > self.config.model.vocab_size:
+            raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
+        self._running = None
+        self.executor.prepare(len(token_ids) * num_beams, SamplingOptions())
+        timer = _Timer(token_ids)
+        timer.start()
+        found = beam_search(self.executor, token_ids, num_beams, count, ends, on_step=timer.step)
+        outputs = [self._beam_output([BeamOutput(beam.tokens, beam.score) for beam in beams], ends) for beams in found]
+        return GenerationResult(outputs, timer.timing(sum(len(output.output_ids) for output in outputs)))
+
+    def _beam_output(self, beams: list[BeamOutput], ends: frozenset[int]) -> Output:
+        best = beams[0].output_ids
+        ended = best[-1] in ends
+        text = None if self.tokenizer is None else self.tokenizer.decode(best[:-1] if ended else best)
+        return Output(best, text, "stop" if ended else "length", beams)
+
+
+def _plain(values: Any) -> Any:
+    """Arrays, tensors and sequences as lists, NumPy's integers as Python's; what is none of these as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
+        return values
+    if _types(values) <= {int, list, str}:
+        return list(values)
+    return [int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value for value in values]
+
+
+def _types(values: Sequence[Any]) -> set[type]:
+    """Of the elements: looking at these instead of each element is several times as quick with long prompts."""
+    return set(map(type, values))
+
+
+def _all_are(values: Any, kind: type) -> bool:
+    """Whether it is a list of these and nothing else; True and False are no integers."""
+    return isinstance(values, list) and all(issubclass(found, kind) and found is not bool for found in _types(values))
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise QwenModelError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+        raise QwenModelError(f"stop must be a text or a list of texts, none of them empty, not {stop!r}")
+    return tuple(stops)
+
+
+def _sampling(options: SamplingOptions | None) -> SamplingOptions:
+    if options is not None and not isinstance(options, SamplingOptions):
+        raise QwenModelError(f"sampling must be a SamplingOptions, not {options!r}")
+    return options or SamplingOptions()
+
+
+@dataclass
+class _Request:
+    prompts: list[list[int]]
+    sampling: SamplingOptions
+    max_new_tokens: int
+    sequences: list[_Sequence]
+
+
+class _Sequence:
+    """One prompt's output as it grows: its tokens, its text, and whether it is finished."""
+
+    def __init__(
+        self,
+        index: int,
+        end_token_ids: frozenset[int],
+        stop: tuple[str, ...],
+        max_new_tokens: int,
+        tokenizer: Tokenizer | None,
+    ):
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._ends = end_token_ids
+        self._stop = stop
+        self._max_new_tokens = max_new_tokens
+        self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
+        self._ids: list[int] = []
+        self._text = ""
+        self._given = 0  # characters of the text that events have given out
+
+    def push(self, token: int) -> StreamEvent:
+        self._ids.append(token)
+        if token in self._ends:
+            self.finish_reason = "stop"
+        elif self._decoder is not None:
+            self._text += self._decoder.push(token)
+        if self.finish_reason is None and len(self._ids) == self._max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self._decoder is not None:
+            self._text += self._decoder.flush()
+        self._cut_at_stop()
+        end = len(self._text) - (0 if self.finish_reason else self._held_back())
+        text, self._given = self._text[self._given : end], max(end, self._given)
+        return StreamEvent(self.index, token, text, self.finish_reason)
+
+    def output(self) -> Output:
+        if self.finish_reason is None:
+            raise RuntimeError("the sequence is not finished")
+        return Output(self._ids, None if self._decoder is None else self._text, self.finish_reason)
+
+    def _cut_at_stop(self) -> None:
+        places = [self._text.find(stop, self._given) for stop in self._stop]
+        found = [place for place in places if place >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.finish_reason = "stop"
+
+    def _held_back(self) -> int:
+        """Characters at the end of the text that may be the beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for count in range(min(longest, len(self._text)), 0, -1):
+            tail = self._text[-count:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return count
+        return 0
+
+
+class _Timer:
+    def __init__(self, prompts: Iterable[Sequence[int]]):
+        prompts = list(prompts)
+        self._sequences = len(prompts)
+        self._prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self._start = self._first = self._last = 0.0
+
+    def start(self) -> None:
+        self._start = self._first = self._last = time.perf_counter()
+
+    def step(self) -> None:
+        """The tokens of one more step are there."""
+        self._last = time.perf_counter()
+        if self._first == self._start:
+            self._first = self._last
+
+    def timing(self, generated_tokens: int) -> Timing:
+        prefill, decode = self._first - self._start, self._last - self._first
+        decoded = generated_tokens - self._sequences
+        return Timing(
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=generated_tokens,
+            prefill_tokens_per_second=self._prompt_tokens / prefill if prefill else 0.0,
+            decode_tokens_per_second=decoded / decode if decode else 0.0,
+        )

@@ -1,0 +1,18 @@
+"""How much device memory an engine needs."""
+
+from __future__ import annotations
+
+import math
+
+from ..checkpoints.config import ModelConfig
+from ..checkpoints.weights import weight_groups
+from .engine_config import Limits
+
+ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def required_bytes(config: ModelConfig, limits: Limits, dtype: str) -> tuple[int, int]:
+    """Of the weights, and of the key-value cache."""
+    numbers = sum(math.prod(spec.shape) for group in weight_groups(config) for spec in group.specs)
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_size * limits.max_positions
+    return numbers * ITEM_SIZES[dtype], cached * limits.max_batch_size * ITEM_SIZES[dtype]

@@ -1,0 +1,153 @@
+"""Cosines and sines of the rotary embedding for every kind of scaling, in NumPy, for all back ends.
+
+Su et al., "RoFormer" (2021). The scalings are those of transformers' `modeling_rope_utils` (linear, dynamic NTK,
+Llama 3, YaRN) and of Qwen v1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoints.config import ModelConfig, RotaryConfig
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
+    """Radians per position of each pair of elements, [dim / 2].
+
+    `length` is the length of the sequence, on which the two dynamic scalings depend; the others don't look at it.
+    """
+    base = rotary.base
+    if rotary.scaling == "dynamic":
+        stretch = max(length, rotary.original_max_positions) / rotary.original_max_positions
+        base *= (rotary.factor * stretch - (rotary.factor - 1)) ** (rotary.dim / (rotary.dim - 2))
+    elif rotary.scaling == "qwen_dynamic":
+        base *= qwen_ntk_alpha(length, rotary.original_max_positions) ** (rotary.dim / (rotary.dim - 2))
+    exponents = np.arange(0, rotary.dim, 2, dtype=np.float32) / np.float32(rotary.dim)
+    frequencies: FloatArray = (np.float32(1.0) / np.float32(base) ** exponents).astype(np.float32)
+    if rotary.scaling == "linear":
+        return frequencies / np.float32(rotary.factor)
+    if rotary.scaling == "llama3":
+        return _llama3(frequencies, rotary)
+    if rotary.scaling == "yarn":
+        return _yarn(frequencies, rotary)
+    return frequencies
+
+
+def qwen_ntk_alpha(length: int, trained_length: int) -> int:
+    """Qwen v1 multiplies the base by alpha ** (dim / (dim - 2)): 1 up to the trained length, then 3, 7, 15, ..."""
+    if length <= trained_length:
+        return 1
+    return int(2 ** math.ceil(math.log2(length / trained_length) + 1) - 1)
+
+
+def _llama3(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
+    """Slow rotations are divided by the factor, fast ones kept, those between interpolated."""
+    turns = rotary.original_max_positions * frequencies / np.float32(2 * math.pi)  # over the trained length
+    smooth = (turns - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * frequencies / rotary.factor + smooth * frequencies).astype(np.float32)
+
+
+def _yarn(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
+    """Peng et al., "YaRN" (2023), section 3.2: the same idea, interpolated over the index of the dimension."""
+
+    def dimension_that_turns(times: float) -> float:
+        trained = rotary.original_max_positions
+        return rotary.dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rotary.base))
+
+    low, high = dimension_that_turns(rotary.beta_fast), dimension_that_turns(rotary.beta_slow)
+    if rotary.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary.dim - 1)
+    ramp = (np.arange(rotary.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    scaled = np.clip(ramp, 0.0, 1.0)  # 0: kept, 1: divided by the factor
+    return (frequencies / rotary.factor * scaled + frequencies * (1 - scaled)).astype(np.float32)
+
+
+def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attention_factor: float = 1.0) -> FloatArray:
+    """[positions, dim]: the cosines of each position, then its sines."""
+    angles = positions.astype(np.float32)[:, None] * frequencies
+    table: FloatArray = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return table * np.float32(attention_factor)
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """Rows for one batch of prompts alone: position p of prompt i has row `starts[i] + p`."""
+
+    values: FloatArray  # [tokens, dim]: cosines, then sines
+    query_scale: FloatArray | None  # [tokens]
+    starts: list[int]
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines for an engine's positions: a token at position p of a sequence uses row `offset + p`.
+
+    The offset depends on the prompt's length alone. Qwen v1 fixes the stretch of the base when it sees the prompt, so
+    there is one block of rows for each stretch that can occur. Dynamic NTK as in transformers computes the base
+    anew at each step from the present length: the row of position p is that of length p + 1, and only a prompt longer
+    than the trained length needs rows of its own (`prompt_table`).
+    """
+
+    config: ModelConfig
+    max_positions: int
+    values: FloatArray  # [rows, dim]: cosines, then sines
+    query_scale: FloatArray | None  # [rows]: Qwen v1's logn, which multiplies q
+
+    def offset(self, prompt_length: int) -> int:
+        """First row for a sequence with a prompt of this many tokens."""
+        rotary = self.config.rotary
+        if rotary.scaling != "qwen_dynamic":
+            return 0
+        alpha = qwen_ntk_alpha(prompt_length, rotary.original_max_positions)
+        return (alpha.bit_length() - 1) * self.max_positions
+
+    def prompt_table(self, prompt_lengths: Sequence[int]) -> PromptTable | None:
+        """A table for these prompts alone, where the rows of `values` are not right for one of them; else None."""
+        rotary = self.config.rotary
+        if rotary.scaling != "dynamic" or max(prompt_lengths) <= rotary.original_max_positions:
+            return None
+        values = np.concatenate([self._prompt_rows(length) for length in prompt_lengths])
+        scale = self.query_scale
+        scales = None if scale is None else np.concatenate([scale[:length] for length in prompt_lengths])
+        return PromptTable(values, scales, [0, *accumulate(prompt_lengths[:-1])])
+
+    def _prompt_rows(self, prompt_length: int) -> FloatArray:
+        """[prompt_length, dim], with dynamic NTK."""
+        rotary = self.config.rotary
+        if prompt_length <= rotary.original_max_positions:
+            return self.values[:prompt_length]
+        return cos_sin(np.arange(prompt_length), inverse_frequencies(rotary, prompt_length))
+
+
+def rotary_table(config: ModelConfig, max_positions: int) -> RotaryTable:
+    """The table for sequences of up to `max_positions` tokens."""
+    rotary = config.rotary
+    positions = np.arange(max_positions)
+    if rotary.scaling == "qwen_dynamic":
+        trained = rotary.original_max_positions
+        stretches = qwen_ntk_alpha(max_positions, trained).bit_length()
+        lengths = [trained * 2**power for power in range(stretches)]
+        blocks = [cos_sin(positions, inverse_frequencies(rotary, length)) for length in lengths]
+        values = np.concatenate(blocks)
+    else:
+        values = cos_sin(positions, inverse_frequencies(rotary), rotary.attention_factor)
+        if rotary.scaling == "dynamic":
+            for position in range(rotary.original_max_positions, max_positions):
+                values[position] = cos_sin(
+                    positions[position : position + 1], inverse_frequencies(rotary, position + 1)
+                )
+    scale = None
+    if 0 < config.logn_length < max_positions:
+        logn = np.maximum(np.log(positions + 1) / math.log(config.logn_length), 1.0)
+        scale = np.tile(logn, len(values) // max_positions).astype(np.float32)
+    return RotaryTable(config, max_positions, values, scale)
