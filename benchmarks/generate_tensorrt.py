@@ -14,16 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load
-from benchmarks.native_rotary import NativeRotaryOperations
 from qwen_model.backends.tensorrt import back_end, compat, cuda_runtime
-from qwen_model.backends.tensorrt.operations import TensorRTOperations
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import Checkpoint, WeightSpec
 from qwen_model.engine.session import Session
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.packaged_model import packaged_model_dir
 
-IMPLEMENTATIONS = ("tensorrt", "native_norms", "native_rotary")
+DISABLED_PLUGINS = {
+    "tensorrt": (),
+    "native_norms": ("rms_norm",),
+    "native_rotary": ("rotary",),
+    "native_gemm": ("gemm",),
+}
+IMPLEMENTATIONS = tuple(DISABLED_PLUGINS)
 NUMBERS = 1 << 24
 
 
@@ -78,12 +82,11 @@ def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -
     else:
         model, read = read_config({**COMMON, **SHAPES[shape]}), RandomWeights(dtype).read
     limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-    config = EngineConfig("tensorrt", dtype, name != "native_norms", limits, model, (), 0, back_end.versions())
-    operations = NativeRotaryOperations if name == "native_rotary" else TensorRTOperations
+    config = EngineConfig("tensorrt", dtype, limits, model, (), 0, back_end.versions(), DISABLED_PLUGINS[name])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start = time.perf_counter()
-        back_end.write_engine(folder, config, read, lambda phase, done, total: None, operations=operations)
+        back_end.write_engine(folder, config, read, lambda phase, done, total: None)
         built = time.perf_counter()
         executor = back_end.load_executor(folder, config, device)
         size = (folder / back_end.PLAN).stat().st_size / 2**30

@@ -165,8 +165,8 @@ class Vllm(Implementation):
 
 def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Load) -> Session:
     limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-    engine = EngineConfig("torch", "", True, limits, config, (), 0, {})
-    return Session(engine, TorchExecutor(config, limits, weights, rmsnorm_plugin=True))
+    engine = EngineConfig("torch", "", limits, config, (), 0, {})
+    return Session(engine, TorchExecutor(config, limits, weights))
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:
@@ -176,7 +176,6 @@ def packaged_session(dtype: str, device: str, largest: Load) -> Session:
         build_engine(
             output_dir=target,
             dtype=dtype,
-            rmsnorm_plugin=True,
             max_batch_size=largest.batch_size,
             max_input_len=largest.prompt_tokens,
             max_output_len=largest.new_tokens,

@@ -138,7 +138,6 @@ def main() -> None:
             output_dir=engine,
             backend=options.backend,
             dtype=options.dtype,
-            rmsnorm_plugin=True,
             max_batch_size=LIMITS.max_batch_size,
             max_input_len=LIMITS.max_input_len,
             max_output_len=LIMITS.max_output_len,

@@ -1,4 +1,4 @@
-"""python -m qwen_model.build: make an engine from a Hugging Face checkpoint."""
+"""qwen-model build: make an engine from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .command_line import DEFAULT_ENGINE_DIR, run_command
 from .common.errors import QwenModelError
 from .common.extras import import_extra
+from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
     from .common.progress import Progress
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
     from .engine import build_engine
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
             output_dir=options.output_dir,
             backend=options.backend,
             dtype=options.dtype,
+            disable_plugins=options.disable_plugin,
             rmsnorm_plugin=options.rmsnorm_plugin,
             max_batch_size=options.max_batch_size,
             max_input_len=options.max_input_len,
@@ -44,9 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(_summary_text(summary))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command's options."""
     parser = argparse.ArgumentParser(
-        prog="python -m qwen_model.build", description="Make an engine from a Hugging Face checkpoint."
+        prog="qwen-model build", description="Make an engine from a Hugging Face checkpoint."
     )
     parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
     parser.add_argument("--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="default: %(default)s")
@@ -56,7 +59,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         help="float16, bfloat16 or float32 (default: the checkpoint's where there is a GPU, else float32)",
     )
-    parser.add_argument("--rmsnorm-plugin", action="store_true", help="normalise with this project's RMSNorm kernel")
+    parser.add_argument(
+        "--disable-plugin",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=PLUGINS,
+        metavar="NAME",
+        help="use the back end's own operations in place of this project's, to compare: rms_norm, gemm (the linear "
+        "layers), rotary (the rotary embedding, before attention rather than inside)",
+    )
+    parser.add_argument(
+        "--rmsnorm-plugin",
+        action=argparse.BooleanOptionalAction,
+        help="--rmsnorm-plugin is the default, --no-rmsnorm-plugin the same as --disable-plugin rms_norm",
+    )
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 8)")
     parser.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
     parser.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
@@ -117,12 +134,12 @@ def parse_rotary_scaling(text: str) -> dict[str, Any]:
 def _summary_text(summary: BuildSummary) -> str:
     config = summary.config
     limits = config.limits
-    normalisation = "RMSNorm kernel" if config.rmsnorm_plugin else "RMSNorm of the back end"
+    without = f", without the plug-ins {', '.join(config.disabled_plugins)}" if config.disabled_plugins else ""
     return (
         f"engine      {summary.engine_dir}\n"
         f"model       {config.model.architecture}, {config.num_parameters / 1e6:,.1f} million parameters, "
         f"{config.model.num_layers} layers\n"
-        f"back end    {config.backend}, {config.dtype}, {normalisation}\n"
+        f"back end    {config.backend}, {config.dtype}{without}\n"
         f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
         f"outputs of {limits.max_output_len} tokens\n"
         f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "

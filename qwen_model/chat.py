@@ -1,4 +1,4 @@
-"""python -m qwen_model.chat: talk with a chat model, turn by turn."""
+"""qwen-model chat: talk with a chat model, turn by turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read a line, stream the answer, and so on until the end of the input. The conversation is the prompt."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     sampling = sampling_options(options)
 
     from .engine import load_engine
@@ -57,8 +57,9 @@ def _within_limit(messages: list[Message], tokenizer: Tokenizer, limit: int) -> 
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qwen_model.chat", description="Talk with a chat model.")
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command's options."""
+    parser = argparse.ArgumentParser(prog="qwen-model chat", description="Talk with a chat model.")
     add_engine_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message (default: the chat template's)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")

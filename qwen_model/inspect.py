@@ -1,4 +1,4 @@
-"""python -m qwen_model.inspect: what is in a TensorRT engine, and where its time goes."""
+"""qwen-model inspect: show what is in a TensorRT engine, and where its time goes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Share:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print tables or one JSON object; draw the time of each kind of layer on request."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     if options.engine is not None and options.engine_dir is not None:
         raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
     if options.picture is not None:
@@ -200,9 +200,10 @@ def picture(found: Inspection) -> str:
     return "\n".join([head, f'<rect width="{width}" height="{y}" fill="white"/>', *parts, "</svg>\n"])
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command's options."""
     description = "Profiles, inputs, outputs and layers of a TensorRT engine, and the time of each layer."
-    parser = argparse.ArgumentParser(prog="python -m qwen_model.inspect", description=description)
+    parser = argparse.ArgumentParser(prog="qwen-model inspect", description=description)
     parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine built with --backend tensorrt")
     parser.add_argument("--engine-dir", metavar="DIR", help=f"the same (default: {DEFAULT_ENGINE_DIR})")
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="to run with (default: %(default)s)")

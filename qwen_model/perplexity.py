@@ -1,6 +1,6 @@
 """How well a model predicts a text. What quantization costs shows here first.
 
-    python -m qwen_model.perplexity --engine-dir ENGINE [--text-file FILE]
+    qwen-model perplexity --engine-dir ENGINE [--text-file FILE]
 
 Without a text it is the packaged model's held-out text.
 """
@@ -105,7 +105,7 @@ def measure_perplexity(
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the perplexity of an engine."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     text = None if options.text_file is None else _read_text(options.text_file)
 
     from .engine import load_engine
@@ -123,9 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command's options."""
     description = "Measure how well an engine predicts a text."
-    parser = argparse.ArgumentParser(prog="python -m qwen_model.perplexity", description=description)
+    parser = argparse.ArgumentParser(prog="qwen-model perplexity", description=description)
     add_engine_arguments(parser)
     parser.add_argument("--text-file", type=Path, help="UTF-8 text (default: the packaged model's held-out text)")
     parser.add_argument("--window", type=int, help="tokens that see one another (default: 1024 or the engine's limit)")

@@ -1,4 +1,4 @@
-"""python -m qwen_model.run: generate text with an engine."""
+"""qwen-model run: generate text with an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADING_WIDTH = 72  # characters of a prompt
 
 def main(arguments: list[str] | None = None) -> None:
     """Generate for every prompt of the command line or the file; text or one JSON object on standard output."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.stream and (options.json or options.num_beams != 1):
         parser.error("--stream gives text as it comes: it goes neither with --json nor with --num-beams")
@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(_as_json(result) if options.json else _as_text(prompts, result))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qwen_model.run", description="Generate text with an engine.")
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command's options."""
+    parser = argparse.ArgumentParser(prog="qwen-model run", description="Generate text with an engine.")
     add_engine_arguments(parser)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several make a batch")
     parser.add_argument("--input-ids", action="append", metavar="1,2,3", help="a prompt as token ids; may be repeated")

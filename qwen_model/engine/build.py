@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ..checkpoints.weights import Checkpoint, weight_groups
 from ..common.errors import QwenModelError
 from ..common.files import read_json_object
 from ..common.progress import Progress
-from ..interface.engine_config import BACKENDS, EngineConfig, Limits
+from ..common.version import package_version
+from ..interface.engine_config import BACKENDS, PLUGINS, EngineConfig, Limits
 from ..interface.memory import required_bytes
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
@@ -48,7 +49,8 @@ def build_engine(
     output_dir: str | os.PathLike[str],
     backend: str = "torch",
     dtype: str | None = None,
-    rmsnorm_plugin: bool = False,
+    disable_plugins: Collection[str] = (),
+    rmsnorm_plugin: bool | None = None,
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
@@ -60,7 +62,9 @@ def build_engine(
 
     backend: "torch" or "tensorrt". A TensorRT engine is built where it is to run: for that GPU and TensorRT.
     dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's where there is a GPU, else "float32".
-    rmsnorm_plugin: normalise with this project's RMSNorm rather than with the back end's own operations.
+    disable_plugins: of "rms_norm", "gemm" and "rotary", what the back end's own operations compute in place of this
+        project's kernels, to compare with them: RMSNorm, the linear layers, the rotary embedding before attention.
+    rmsnorm_plugin: False is the same as "rms_norm" in `disable_plugins`.
     rotary_scaling: as `rope_scaling` in a `config.json`, in its place.
     timing_cache: file with what TensorRT's builder measured, read and written; None: one in the user's cache folder.
     progress: see `Progress`.
@@ -73,6 +77,7 @@ def build_engine(
         _check_choice("dtype", dtype, DTYPES)
     if timing_cache is not None and backend != "tensorrt":
         raise QwenModelError(f"timing_cache (--timing-cache) is for the back end tensorrt, not for {backend}")
+    disabled = _disabled_plugins(disable_plugins, rmsnorm_plugin)
     source = _model_dir(model_dir)
     target = Path(output_dir).absolute()
     check_target(target, source)
@@ -89,12 +94,12 @@ def build_engine(
     config = EngineConfig(
         backend=backend,
         dtype=dtype or runs_on.default_dtype(model.dtype),
-        rmsnorm_plugin=rmsnorm_plugin,
         limits=limits,
         model=model,
         end_token_ids=read_end_token_ids(source),
         num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
-        versions={"qwen_model": _package_version(), "python": platform.python_version(), **runs_on.versions()},
+        versions={"qwen_model": package_version(), "python": platform.python_version(), **runs_on.versions()},
+        disabled_plugins=disabled,
     )
     weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
     warnings = [*tokenizer_warnings, *_warnings(model, limits, config.dtype if dtype is None else None)]
@@ -128,6 +133,20 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tuple[str, ...]:
+    """Those of `PLUGINS`, in that order; an error for what is none of them, or is asked for and disabled at once."""
+    if isinstance(names, str):
+        raise QwenModelError(f"disable_plugins must be a collection of names, not the text {names!r}")
+    for name in names:
+        _check_choice("a plug-in to disable", name, PLUGINS)
+    if rmsnorm_plugin not in (None, True, False):
+        raise QwenModelError(f"rmsnorm_plugin must be True, False or None, not {rmsnorm_plugin!r}")
+    if rmsnorm_plugin and "rms_norm" in names:
+        raise QwenModelError("rmsnorm_plugin (--rmsnorm-plugin) asks for what --disable-plugin rms_norm switches off")
+    wanted = {*names, *(["rms_norm"] if rmsnorm_plugin is False else [])}
+    return tuple(name for name in PLUGINS if name in wanted)
+
+
 def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
     if model_dir is None:
         from ..packaged_model import packaged_model_dir
@@ -151,15 +170,6 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
             f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "
             "model was made for; consider --rotary-scaling"
         )
-
-
-def _package_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("qwen-plugins")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def _check_tokenizer(model_dir: Path) -> list[str]:

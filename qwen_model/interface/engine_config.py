@@ -1,4 +1,4 @@
-"""What an engine's `config.json` says: the model, the limits, the back end, and what was switched on."""
+"""What an engine's `config.json` says: the model, the limits, the back end, and which plug-ins were switched off."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from ..checkpoints.config import DTYPES, ModelConfig
 from ..common.errors import QwenModelError
 
 FORMAT = "qwen_model.engine"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Raised whenever engines that were built before can no longer be run as they are."""
 BACKENDS = ("torch", "tensorrt")
+PLUGINS = ("rms_norm", "gemm", "rotary")
+"""What can be switched off, to compare with the back end's own operations.
+
+rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention, which comes before it then.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,17 @@ class EngineConfig:
 
     backend: str
     dtype: str
-    rmsnorm_plugin: bool
     limits: Limits
     model: ModelConfig
     end_token_ids: tuple[int, ...]  # generation stops at any of them
     num_parameters: int
     versions: dict[str, str]
+    disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
+        if unknown:
+            raise QwenModelError(f"plug-ins to disable must be of {', '.join(PLUGINS)}, not {unknown[0]!r}")
 
     def write(self, engine_dir: Path) -> None:
         """Write `config.json` into the engine's folder."""
@@ -66,7 +77,7 @@ class EngineConfig:
                     "remove this one first"
                 )
             raise QwenModelError(
-                f"{engine_dir} is not an engine; make one with python -m qwen_model.build --model-dir CHECKPOINT "
+                f"{engine_dir} is not an engine; make one with qwen-model build --model-dir CHECKPOINT "
                 f"--output-dir {shlex.quote(str(engine_dir))}"
             )
         version = values.pop("format_version", None)
@@ -74,7 +85,7 @@ class EngineConfig:
         if version != FORMAT_VERSION:
             raise QwenModelError(
                 f"{engine_dir} is an engine of format {version}, this version of qwen_model reads format "
-                f"{FORMAT_VERSION}: build it again from its checkpoint"
+                f"{FORMAT_VERSION}: build it again from its checkpoint{_rebuild_hint(values, engine_dir)}"
             )
         if values.get("backend") not in BACKENDS:
             raise QwenModelError(
@@ -93,22 +104,37 @@ class EngineConfig:
             "limits": Limits(**values["limits"]),
             "model": ModelConfig.from_dict(values["model"]),
             "end_token_ids": tuple(values["end_token_ids"]),
+            "disabled_plugins": tuple(values["disabled_plugins"]),
         }
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:
             raise QwenModelError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
-        if not isinstance(config.rmsnorm_plugin, bool):
-            raise QwenModelError(f"rmsnorm_plugin must be true or false, not {config.rmsnorm_plugin!r}")
         return config
 
     def build_command(self, engine_dir: Path) -> str:
-        """What makes such an engine again, but for the checkpoint's folder and a rotary scaling."""
-        limits = self.limits
-        words = ["python", "-m", "qwen_model.build", "--backend", self.backend, "--model-dir", "CHECKPOINT"]
-        words += ["--dtype", self.dtype, "--max-batch-size", str(limits.max_batch_size)]
-        words += ["--max-input-len", str(limits.max_input_len), "--max-output-len", str(limits.max_output_len)]
-        words += ["--rmsnorm-plugin"] if self.rmsnorm_plugin else []
-        return shlex.join([*words, "--output-dir", str(engine_dir)])
+        """The command that makes such an engine again, but for the checkpoint's folder and a rotary scaling."""
+        disable = ["--disable-plugin", *self.disabled_plugins] if self.disabled_plugins else []
+        return _build_command(self.backend, self.dtype, self.limits, disable, engine_dir)
+
+
+def _build_command(backend: str, dtype: str, limits: Limits, disable: list[str], engine_dir: Path) -> str:
+    words = ["qwen-model", "build", "--backend", backend, "--model-dir", "CHECKPOINT", "--dtype", dtype]
+    for name, value in dataclasses.asdict(limits).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, *disable, "--output-dir", str(engine_dir)])
+
+
+def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:
+    """The command that builds an engine of another format again, if its `config.json` still says enough for that."""
+    try:
+        limits = Limits(**values["limits"])
+        # Format 1 had the RMSNorm kernel off unless it was asked for.
+        disabled = values.get("disabled_plugins", () if values["rmsnorm_plugin"] else ("rms_norm",))
+        disable = ["--disable-plugin", *disabled] if disabled else []
+        command = _build_command(values["backend"], values["dtype"], limits, disable, engine_dir)
+    except (KeyError, TypeError, QwenModelError):
+        return ""
+    return f", with the same options ({command})"
 
 
 def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ def main() -> None:
         for dtype in options.dtypes:
             with tempfile.TemporaryDirectory() as name:
                 engine = Path(name) / "engine"
-                qwen_model.build_engine(model_dir, output_dir=engine, dtype=dtype, rmsnorm_plugin=True, **LIMITS)
+                qwen_model.build_engine(model_dir, output_dir=engine, dtype=dtype, **LIMITS)
                 session = qwen_model.load_engine(engine, device=options.device)
             np.savez_compressed(options.folder / f"{architecture}-{dtype}.npz", **expected(session))
             print(architecture, dtype, flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 import qwen_model
 from qwen_model import build, chat, run
+from qwen_model.__main__ import COMMANDS, main
 from qwen_model.build import parse_rotary_scaling
 from qwen_model.command_line import run_command
 from qwen_model.common.errors import QwenModelError
@@ -52,8 +54,8 @@ def test_build_and_run_in_processes_of_their_own(model_dir, tmp_path):
 
 def test_the_main_job_without_a_checkpoint(tmp_path):
     """The README's commands: the packaged model continues a function."""
-    assert python("-m", "qwen_model.build", "--rmsnorm-plugin", cwd=tmp_path).returncode == 0
-    ran = python("-m", "qwen_model.run", "def add(a, b):\n    return", "--max-new-tokens", "8", cwd=tmp_path)
+    assert python("-m", "qwen_model", "build", cwd=tmp_path).returncode == 0
+    ran = python("-m", "qwen_model", "run", "def add(a, b):\n    return", "--max-new-tokens", "8", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
 
@@ -244,3 +246,29 @@ def test_rotary_scaling_argument():
 
 def test_token_ids_argument():
     assert parse_token_ids("1,2, 3") == parse_token_ids("1 2 3") == [1, 2, 3]
+
+
+def test_one_command_for_all(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"qwen-model (\S+)\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    listed = capsys.readouterr().out
+    for name, module in COMMANDS.items():
+        assert f"    {name} " in listed
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: qwen-model {name} ")
+        assert module.__name__ == f"qwen_model.{name}"
+    with pytest.raises(SystemExit, match="2"):
+        main(["bild"])
+    assert "invalid choice: 'bild'" in capsys.readouterr().err
+
+
+def test_shell_completion_knows_the_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    for word in ("--disable-plugin", "rms_norm gemm rotary", "--num-beams", "--picture"):
+        assert word in script

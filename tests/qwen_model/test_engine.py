@@ -42,9 +42,9 @@ def test_the_folder(model_dir, tmp_path):
     assert sum(weight.nbytes for weight in weights.values()) == summary.weight_bytes == steps[-1][0] == steps[-1][1]
     assert sum(weight.numel() for weight in weights.values()) == summary.config.num_parameters
     values = json.loads((summary.engine_dir / "config.json").read_text())
-    assert values["format_version"] == 1
+    assert values["format_version"] == 2
     assert values["backend"] == "torch"
-    assert values["rmsnorm_plugin"] is False
+    assert values["disabled_plugins"] == []
     assert values["end_token_ids"] == [290, 301]
     assert values["versions"]["torch"] == torch.__version__
     assert EngineConfig.read(summary.engine_dir) == summary.config
@@ -61,14 +61,31 @@ def test_half_precision(model_dir, tmp_path, dtype):
     assert abs(logits - exact).max() / abs(exact).max() < {"float16": 0.01, "bfloat16": 0.08}[dtype]
 
 
-def test_rmsnorm_plugin_gives_the_same(model_dir, tmp_path):
-    pytest.importorskip("qwen_plugins")
+def test_disabled_plugins_give_the_same(model_dir, tmp_path):
     prompt = random_prompt(20)
+    choices = {"none": {}, "list": {"disable_plugins": ["rms_norm", "gemm"]}, "flag": {"rmsnorm_plugin": False}}
     outputs = []
-    for plugin in (False, True):
-        build(model_dir, tmp_path / f"{plugin}", rmsnorm_plugin=plugin)
-        outputs.append(qwen_model.load_engine(tmp_path / f"{plugin}", device="cpu").generate(prompt).outputs)
-    assert outputs[0] == outputs[1]
+    for name, options in choices.items():
+        build(model_dir, tmp_path / name, **options)
+        outputs.append(qwen_model.load_engine(tmp_path / name, device="cpu").generate(prompt).outputs)
+    assert outputs[0] == outputs[1] == outputs[2]
+    disabled = [EngineConfig.read(tmp_path / name).disabled_plugins for name in choices]
+    assert disabled == [(), ("rms_norm", "gemm"), ("rms_norm",)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"disable_plugins": ["norm"]}, "a plug-in to disable must be one of rms_norm, gemm, rotary, not 'norm'"),
+        ({"disable_plugins": "gemm"}, "disable_plugins must be a collection of names, not the text 'gemm'"),
+        ({"disable_plugins": ["rms_norm"], "rmsnorm_plugin": True}, "asks for what --disable-plugin rms_norm switches"),
+        ({"rmsnorm_plugin": "yes"}, "rmsnorm_plugin must be True, False or None, not 'yes'"),
+    ],
+)
+def test_plugins_that_cannot_be_disabled(model_dir, tmp_path, options, message):
+    with pytest.raises(QwenModelError, match=message):
+        build(model_dir, tmp_path / "engine", **options)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_engine_is_replaced_and_other_folders_are_not(model_dir, tmp_path):
@@ -305,11 +322,14 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
 
     with pytest.raises(QwenModelError, match=r"is an engine of format 7.*build it again"):
         load(format_version=7)
+    options = "--dtype float32 --max-batch-size 6 --max-input-len 120 --max-output-len 40 --disable-plugin rms_norm"
+    with pytest.raises(QwenModelError, match=rf"of format 1,.*format 2: build it again.*{options} --output-dir"):
+        load(format_version=1, rmsnorm_plugin=False, disabled_plugins=["rms_norm"])
     with pytest.raises(QwenModelError, match="built for the back end 'tensorrt_llm'"):
         load(backend="tensorrt_llm")
     with pytest.raises(QwenModelError, match=r"damaged.*build the engine again"):
         load(limits={"sheep": 3})
-    with pytest.raises(QwenModelError, match=r"is not an engine; make one with python -m qwen_model.build"):
+    with pytest.raises(QwenModelError, match=r"is not an engine; make one with qwen-model build"):
         qwen_model.load_engine(tmp_path / "nowhere")
     with pytest.raises(QwenModelError, match="is not an engine"):
         qwen_model.load_engine(model_dir)
@@ -328,7 +348,8 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
     ("place", "value", "message"),
     [
         ("dtype", "float17", "dtype must be one of float16, bfloat16, float32, not 'float17'"),
-        ("rmsnorm_plugin", "yes", "rmsnorm_plugin must be true or false, not 'yes'"),
+        ("disabled_plugins", ["softmax"], "plug-ins to disable must be of rms_norm, gemm, rotary, not 'softmax'"),
+        ("disabled_plugins", None, "config.json is damaged"),
         ("model.num_layers", "6", "num_layers must be of type int, not '6'"),
         ("model.num_layers", 0, "num_layers must be of type int, not 0"),
         ("model.num_heads", True, "num_heads must be of type int, not True"),

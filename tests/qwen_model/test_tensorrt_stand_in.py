@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 import qwen_model
+from qwen_model.interface.engine_config import PLUGINS
 from tests import stand_ins
 from tests.qwen_model import checkpoints
 from tests.qwen_model.checkpoints import random_prompt
@@ -41,9 +41,11 @@ def both(model_dir, tmp_path, **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("rmsnorm_plugin", [True, False], ids=["plugin", "native"])
-def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, rmsnorm_plugin, tmp_path):
-    expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, rmsnorm_plugin=rmsnorm_plugin)
+@pytest.mark.parametrize("disabled", [(), ("rms_norm",), ("gemm",), ("rotary",), PLUGINS], ids="+".join)
+def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, disabled, tmp_path):
+    expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, disable_plugins=disabled)
+    used = {plugin.name for plugin in session.executor.engine.network.plugins}
+    assert ("RmsNorm" in used, "Gemm" in used) == ("rms_norm" not in disabled, "gemm" not in disabled)
     prompt = random_prompt(50)
     np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
     prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
@@ -51,20 +53,12 @@ def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, rm
     assert [output.output_ids for output in ours.outputs] == [output.output_ids for output in theirs.outputs]
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "Qwen3ForCausalLM"])
-def test_the_rotary_embedding_in_native_layers(trt, architecture, tmp_path, monkeypatch):
-    from benchmarks.native_rotary import NativeRotaryOperations
-    from qwen_model.backends.tensorrt import back_end as tensorrt
-
-    monkeypatch.setattr(tensorrt, "write_engine", partial(tensorrt.write_engine, operations=NativeRotaryOperations))
-    expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, rmsnorm_plugin=True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_rotary_embedding_in_native_layers(trt, architecture, tmp_path):
+    session = both(save_model(architecture, tmp_path / "model"), tmp_path, disable_plugins=["rotary"])[1]
     layers = session.executor.engine.network.layers
     attention = [layer for layer in layers if layer.name == "layers.0.attention"]
     assert len(attention[0].inputs) == 6 + (architecture == "QWenLMHeadModel")  # no rotary table; logn's factors
-    prompt = random_prompt(50)
-    np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
-    prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
-    same(*(which.generate(prompts, max_new_tokens=25) for which in (session, expected)))
 
 
 def test_the_benchmarks_engines_are_one_network(trt, monkeypatch):
@@ -115,7 +109,7 @@ def test_logn_and_a_table_for_a_batch_of_long_prompts(trt, tmp_path):
 @pytest.fixture
 def sessions(trt, model_dir, tmp_path):
     """Of the torch and of the TensorRT back end, for the checkpoint that has a tokenizer and end tokens."""
-    return both(model_dir, tmp_path, rmsnorm_plugin=True)
+    return both(model_dir, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +215,7 @@ def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypat
 
 def test_half_precision(trt, model_dir, tmp_path):
     dtype = "float16" if trt.__version__.startswith("8.") else "bfloat16"
-    expected, session = both(model_dir, tmp_path, dtype=dtype, rmsnorm_plugin=True)
+    expected, session = both(model_dir, tmp_path, dtype=dtype)
     prompt = random_prompt(30)
     ours, theirs = session.logits(prompt), expected.logits(prompt)
     assert np.abs(ours - theirs).max() < (0.05 if dtype == "float16" else 0.4) * np.abs(theirs).max()
@@ -296,7 +290,7 @@ def test_an_engine_for_something_else_says_so(trt, model_dir, tmp_path, name):
     with pytest.raises(qwen_model.QwenModelError, match=message) as error:
         qwen_model.load_engine(engine)
     command = (
-        "(python -m qwen_model.build --backend tensorrt --model-dir CHECKPOINT --dtype float32 --max-batch-size 6 "
+        "(qwen-model build --backend tensorrt --model-dir CHECKPOINT --dtype float32 --max-batch-size 6 "
         f"--max-input-len 60 --max-output-len 30 --output-dir {engine})"
     )
     assert command in str(error.value)
@@ -480,9 +474,9 @@ def test_the_commands(trt, model_dir, tmp_path, capsys):
     from qwen_model import perplexity, run
 
     engine, limits = str(tmp_path / "engine"), ["--max-input-len", "64", "--max-output-len", "16"]
-    arguments = ["--backend", "tensorrt", "--rmsnorm-plugin", "--model-dir", str(model_dir), "--output-dir", engine]
+    arguments = ["--backend", "tensorrt", "--model-dir", str(model_dir), "--output-dir", engine]
     build_command.main([*arguments, "--dtype", "float32", *limits])
-    assert "back end    tensorrt, float32, RMSNorm kernel" in capsys.readouterr().out
+    assert "back end    tensorrt, float32\n" in capsys.readouterr().out
     run.main(["--engine-dir", engine, "--json", "--max-new-tokens", "5", "abc", "de"])
     assert [len(output["output_ids"]) for output in json.loads(capsys.readouterr().out)["outputs"]] == [5, 5]
     run.main(["--engine-dir", engine, "--stream", "--max-new-tokens", "5", "abc"])

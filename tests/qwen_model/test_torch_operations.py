@@ -25,7 +25,7 @@ def attend(case: Case) -> torch.Tensor:
     weights = {"q": case.q_norm, "k": case.k_norm} if case.qk_norm else {}
     # Attention with a mask computes with what is masked out: the executor's cache begins as zeros.
     case.cache = case.cache.nan_to_num(0.0)
-    operations = TorchOperations(config, weights, case.cache[None], rmsnorm_plugin=False)
+    operations = TorchOperations(config, weights, case.cache[None], ["rms_norm"])
     past = torch.tensor(case.past_lengths, dtype=torch.int32)
     operations.batch = Batch(
         case.new_tokens,

@@ -14,7 +14,6 @@ OURS = (
     "qwen_plugins.tensorrt",
     "qwen_plugins.registration",
     "qwen_model.backends.tensorrt",
-    "benchmarks.native_rotary",
     "benchmarks.generate_tensorrt",
 )
 

@@ -11,8 +11,9 @@ import enum
 import itertools
 import json
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import ml_dtypes
@@ -135,7 +136,8 @@ class Shuffle(Layer):
 
     @reshape_dims.setter
     def reshape_dims(self, shape: Shape) -> None:
-        self.outputs[0].shape = tuple(shape)
+        given = self.inputs[0].shape
+        self.outputs[0].shape = tuple(size or given[axis] for axis, size in enumerate(shape))  # 0: as it is
 
 
 class Slice(Layer):
@@ -221,9 +223,18 @@ class INetworkDefinition:
         return self.add([tensor], shape, tensor.known_type, lambda x: compute(wide(x)))
 
     def add_activation(self, tensor: ITensor, kind: str) -> Layer:
+        if kind == "SIGMOID":
+            return self.add([tensor], tensor.shape, tensor.known_type, lambda x: 1 / (1 + np.exp(-wide(x))))
         assert kind == "CLIP"
         layer = self.add([tensor], tensor.shape, tensor.known_type, lambda x: np.clip(wide(x), layer.alpha, layer.beta))
         return layer
+
+    def add_matrix_multiply(self, a: ITensor, op_a: str, b: ITensor, op_b: str) -> Layer:
+        assert (op_a, op_b) == ("NONE", "TRANSPOSE")
+        assert len(a.shape) == len(b.shape), "a matrix multiplication takes two tensors of one rank"
+        assert a.dtype == b.dtype, "a matrix multiplication takes two tensors of one type"
+        shape = (*a.shape[:-1], b.shape[-2])
+        return self.add([a, b], shape, a.known_type, lambda x, w: wide(x) @ wide(w).swapaxes(-1, -2))
 
     def add_shuffle(self, tensor: ITensor) -> Layer:
         shape = (1, *tensor.shape)
@@ -237,7 +248,7 @@ class INetworkDefinition:
     def add_slice(self, tensor: ITensor, start: Shape, shape: Shape, stride: Shape) -> Layer:
         assert set(stride) == {1}
 
-        def compute(x: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        def compute(x: np.ndarray, sizes: Sequence[int] = shape) -> np.ndarray:
             result = x[tuple(slice(first, first + size) for first, size in zip(start, sizes, strict=True))]
             assert result.shape == tuple(sizes), "a slice ends outside of its tensor"
             return result
@@ -247,6 +258,7 @@ class INetworkDefinition:
     def add_concatenation(self, tensors: list[ITensor]) -> Layer:
         (dtype,) = {tensor.known_type for tensor in tensors}
         layer = self.add(tensors, tensors[0].shape, dtype, lambda *arrays: np.concatenate(arrays, layer.axis))
+        layer.axis = 0
         return layer
 
     def add_cast(self, tensor: ITensor, dtype: DataType) -> Layer:
@@ -490,20 +502,26 @@ def make_module(version: str) -> types.ModuleType:
     global MAJOR
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")
-    module.__spec__ = types.SimpleNamespace(name="tensorrt")  # type: ignore[assignment]
+    module.__spec__ = ModuleSpec("tensorrt", None)
     creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")]
-    operations = types.SimpleNamespace(
-        **{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, "CLIP", "FLOAT32", "INT32")}
-    )
+    others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
+    operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")
     classes = (DataType, ITensor, INetworkDefinition, Weights, Builder, Runtime, ILogger, IProfiler)
     module.__dict__.update(
         __version__=version,
         **{kind.__name__: kind for kind in classes},
-        **{"float32": DataType.FLOAT, "float16": DataType.HALF, "int8": DataType.INT8, "int32": DataType.INT32},
+        **{
+            "float32": DataType.FLOAT,
+            "float16": DataType.HALF,
+            "int8": DataType.INT8,
+            "int32": DataType.INT32,
+            "int64": DataType.INT64,
+        },
         nptype=NUMPY_TYPES.__getitem__,
         **{f"{kind}Operation": operations for kind in ("ElementWise", "Unary", "Reduce")},
         ActivationType=operations,
+        MatrixOperation=operations,
         PluginFieldType=operations,
         PluginField=lambda name, array, kind: types.SimpleNamespace(name=name, array=array, kind=kind),
         PluginFieldCollection=list,

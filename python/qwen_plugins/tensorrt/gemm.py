@@ -27,6 +27,7 @@ def gemm(
     activation: str | None = None,
     constant_weight: bool | None = None,
     dtype: Any = None,
+    plugin: bool = True,
     name: str | None = None,
 ) -> Any:
     """Adds z = x · weightᵀ + bias, and with ``activation="swiglu"`` y = silu(z_gate) · z_up, else y = z.
@@ -48,6 +49,7 @@ def gemm(
             with TensorRT's weight streaming (10 and later), which copies weights to the GPU while the engine runs.
         dtype: ``tensorrt.DataType`` of x, weight, bias and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where
             it reports float32 for a tensor that it will compute in float16.
+        plugin: False adds the same operation in TensorRT's own layers, SwiGLU computed in float32.
         name: of the layer, and prefix of its constants' names; no two layers of a network may share one. By default
             gemm with a number.
 
@@ -74,9 +76,11 @@ def gemm(
     out_features = int(weight.shape[0])
     if out_features < 1 or (activation == "swiglu" and out_features % 2 != 0):
         raise ValueError(f"weight has {out_features} rows; expected {'an even' if activation else 'a known'} number")
-    inputs = [x, weight]
     if bias is not None:
-        inputs.append(_parameter(layers, bias, (out_features,), dtype, "bias"))
+        bias = _parameter(layers, bias, (out_features,), dtype, "bias")
+    if not plugin:
+        return layers.gemm(x, weight, bias, dtype, swiglu=activation == "swiglu")
+    inputs = [x, weight] if bias is None else [x, weight, bias]
     fields = {
         "type_id": int(dtype),
         "bias": int(bias is not None),

@@ -58,6 +58,26 @@ class NativeLayers:
             factor = self._elementwise(factor, self._scalar(1.0, rank), "SUM", "unit_offset")
         return h, self._elementwise(normalised, factor, "PROD", "weight")
 
+    def gemm(self, x: Any, weight: Any, bias: Any, dtype: Any, *, swiglu: bool = False) -> Any:
+        """x · weightᵀ + bias in ``dtype``; with ``swiglu`` the first half of its columns gates the second."""
+        rank = len(x.shape)
+        transposed = (trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE)
+        layer = self.network.add_matrix_multiply(x, transposed[0], self._broadcast_matrix(weight, rank), transposed[1])
+        z = self._of_type(self._named(layer, "matrix_multiply"), dtype)
+        if bias is not None:
+            layer = self.network.add_elementwise(z, self._broadcast(bias, rank), trt.ElementWiseOperation.SUM)
+            z = self._of_type(self._named(layer, "bias"), dtype)
+        if not swiglu:
+            return z
+        gate, up = (self.cast(part, trt.float32) for part in self._halves(z, int(weight.shape[-2]) // 2))
+        sigmoid = self._named(self.network.add_activation(gate, trt.ActivationType.SIGMOID), "sigmoid")
+        silu = self._elementwise(gate, self._computed_in_float32(sigmoid), "PROD", "silu")
+        y = self.cast(self._elementwise(silu, up, "PROD", "swiglu"), dtype)
+        # What follows has to know the number of columns, which slices of a dynamic size do not say.
+        shuffle = self._named(self.network.add_shuffle(y), "columns")
+        shuffle.reshape_dims = (0,) * (rank - 1) + (int(weight.shape[-2]) // 2,)
+        return self._of_type(shuffle, dtype)
+
     def quantize(self, y: Any, quant_dtype: Any, scale: Any, smoothing: Any) -> list[Any]:
         """[q], or [q, scales] where ``scale`` is None; ``y`` is float32."""
         rank = len(y.shape)
@@ -135,6 +155,38 @@ class NativeLayers:
         shuffle = self._named(self.network.add_shuffle(tensor), "broadcast")
         shuffle.reshape_dims = (1,) * (rank - 1) + (tuple(tensor.shape) or (1,))
         return shuffle.get_output(0)
+
+    def _broadcast_matrix(self, weight: Any, rank: int) -> Any:
+        """[n, k] as [1, ..., n, k], since a matrix multiplication wants operands of one rank."""
+        if rank <= 2:
+            return weight
+        shuffle = self._named(self.network.add_shuffle(weight), "broadcast")
+        shuffle.reshape_dims = (1,) * (rank - 2) + tuple(weight.shape)
+        return shuffle.get_output(0)
+
+    def _halves(self, z: Any, columns: int) -> list[Any]:
+        """The first and the second half of the last dimension; the others may be dynamic."""
+        rank = len(z.shape)
+        shape = self._named(self.network.add_shape(z), "shape").get_output(0)
+        shape_type = np.int64 if MAJOR >= 10 else np.int32
+        leading = self._named(self.network.add_slice(shape, (0,), (rank - 1,), (1,)), "leading").get_output(0)
+        last = self.constant(np.array([columns], shape_type), trt.int64 if MAJOR >= 10 else trt.int32, "columns")
+        sizes = self._named(self.network.add_concatenation([leading, last]), "sizes").get_output(0)
+        halves = []
+        for start in (0, columns):
+            layer = self.network.add_slice(z, (0,) * (rank - 1) + (start,), (0,) * rank, (1,) * rank)
+            layer.set_input(2, sizes)
+            halves.append(self._of_type(self._named(layer, "half"), z.dtype))
+        return halves
+
+    def _of_type(self, layer: Any, dtype: Any) -> Any:
+        """The layer's output, computed and kept in ``dtype``."""
+        output = layer.get_output(0)
+        if not self.typed:
+            layer.precision = dtype
+            layer.set_output_type(0, dtype)
+            output.dtype = dtype
+        return output
 
     def _typed_output(self, layer: Any, dtype: Any) -> Any:
         output = layer.get_output(0)

@@ -30,6 +30,7 @@ from ...network.rotary import rotary_table
 from . import compat
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
+from .native_rotary import NativeRotaryOperations
 from .operations import TensorRTOperations
 from .timing_cache import TimingCache
 
@@ -121,19 +122,17 @@ def write_engine(
     read_weight: ReadWeight,
     progress: Progress,
     timing_cache: Path | None = None,
-    operations: type[TensorRTOperations] = TensorRTOperations,
 ) -> list[str]:
     """Build the plan and write it to `folder`. Returns what the user should know, if anything.
 
     read_weight: gives each weight of weights.py as an array of any floating-point type.
     timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
-    operations: what the network is made of; benchmarks measure others beside ours.
     """
     _check_dtype(config.dtype)
     cache = TimingCache(timing_cache, timing_cache_name())
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
-    _define(network, config, _reporting(read_weight, config, progress), operations)
+    _define(network, config, _reporting(read_weight, config, progress))
     builder_config = compat.create_config(builder, network)
     _add_profiles(builder, builder_config, network_inputs(config))
     cache.load_into(builder_config)
@@ -148,15 +147,11 @@ def write_engine(
     return cache.warnings
 
 
-def _define(
-    network: Any,
-    config: EngineConfig,
-    read_weight: Callable[[str], npt.NDArray[Any]],
-    operations: type[TensorRTOperations],
-) -> None:
+def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt.NDArray[Any]]) -> None:
     inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
     dtype = compat.dtypes()[config.dtype]
-    ops = operations(network, config.model, dtype, inputs, read_weight, config.rmsnorm_plugin)
+    operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
+    ops = operations(network, config.model, dtype, inputs, read_weight, config.disabled_plugins)
     outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
     for name, tensor in outputs.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -26,19 +26,20 @@ class TensorRTOperations:
         dtype: Any,
         inputs: Mapping[str, Any],
         read_weight: ReadWeight,
-        rmsnorm_plugin: bool,
+        disabled: Collection[str] = (),
     ):
         """Begin with the network's inputs, by the names of `tensorrt.network_inputs`.
 
         dtype: `tensorrt.DataType` of weights, activations and cache.
         read_weight: gives a weight by its name, of any floating-point type; called once for each use.
+        disabled: of `PLUGINS`, those whose operations TensorRT's own layers compute ("rotary": NativeRotaryOperations).
         """
         self._network = network
         self._config = config
         self._dtype = dtype
         self._inputs = inputs
         self._read = read_weight
-        self._rmsnorm_plugin = rmsnorm_plugin
+        self._disabled = frozenset(disabled)
         self.present_key_values: list[Any] = []
 
     def embedding(self, input_ids: Any, weight: str) -> Any:
@@ -63,7 +64,7 @@ class TensorRTOperations:
             self._config.norm_eps,
             residual,
             dtype=self._dtype,
-            plugin=self._rmsnorm_plugin,
+            plugin="rms_norm" not in self._disabled,
             name=_layer_name(weight),
         )
         return (found, x) if residual is None else found
@@ -115,6 +116,7 @@ class TensorRTOperations:
             None if bias is None else self._read(bias),
             activation=activation,
             dtype=self._dtype,
+            plugin="gemm" not in self._disabled,
             name=name,
         )
 

@@ -65,7 +65,7 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is not whole: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, config.dtype, target))
-    return TorchExecutor(config.model, config.limits, weights, config.rmsnorm_plugin)
+    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
 
 
 def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.device) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,7 @@ class TorchExecutor:
         config: ModelConfig,
         limits: Limits,
         weights: Mapping[str, Tensor],
-        rmsnorm_plugin: bool = True,
+        disabled_plugins: Collection[str] = (),
         use_kernels: bool | None = None,
     ):
         """Weights by the names of weights.py, all on one device and of one type.
@@ -108,7 +108,7 @@ class TorchExecutor:
         shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
         self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
-        self._ops = _operations(config, dict(weights), self.cache, rmsnorm_plugin, use_kernels)
+        self._ops = _operations(config, dict(weights), self.cache, disabled_plugins, use_kernels)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = torch.from_numpy(self._table.values).to(self.device)
         scale = self._table.query_scale
@@ -296,10 +296,10 @@ def _has_kernels(config: ModelConfig) -> bool:
 
 
 def _operations(
-    config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool, use_kernels: bool
+    config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str], use_kernels: bool
 ) -> TorchOperations:
     if not use_kernels:
-        return TorchOperations(config, weights, cache, rmsnorm_plugin)
+        return TorchOperations(config, weights, cache, disabled)
     from .kernel_operations import KernelOperations
 
-    return KernelOperations(config, weights, cache, rmsnorm_plugin)
+    return KernelOperations(config, weights, cache, disabled)

@@ -6,6 +6,8 @@ them again takes several times as long as launching, and before a short prompt's
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,10 @@ def supported(config: ModelConfig) -> bool:
 class KernelOperations(TorchOperations):
     """For a GPU. Everything it is given and makes is contiguous and of one type."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool):
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
         """See `TorchOperations`."""
-        super().__init__(config, weights, cache, rmsnorm_plugin)
-        self._rmsnorm_plugin = rmsnorm_plugin
+        super().__init__(config, weights, cache, disabled)
+        self._disabled = frozenset(disabled)
         self._dtype = type_number(cache.dtype)
         any_table = torch.empty(1, config.rotary.dim, device=cache.device)
         inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
@@ -70,10 +72,12 @@ class KernelOperations(TorchOperations):
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
-        return self._gemm(x, weight, bias, None)
+        return super().linear(x, weight, bias) if "gemm" in self._disabled else self._gemm(x, weight, bias, None)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """See `qwen_model.network.Operations`."""
+        if "gemm" in self._disabled:
+            return super().linear_swiglu(x, weight, bias)
         return self._gemm(x, weight, bias, "swiglu")
 
     def _gemm(self, x: Tensor, weight: str, bias: str | None, activation: str | None) -> Tensor:
@@ -104,7 +108,7 @@ class KernelOperations(TorchOperations):
 
     def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.Operations`."""
-        if not self._rmsnorm_plugin:
+        if "rms_norm" in self._disabled:
             return super().rms_norm(x, weight, residual)
         rows, hidden_size = x.shape
         strides = (0, hidden_size)
@@ -131,9 +135,14 @@ class KernelOperations(TorchOperations):
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         """See `qwen_model.network.Operations`."""
         batch, config = self.batch, self.config
+        rotate = "rotary" not in self._disabled
+        if not rotate:
+            q, k, v = self.split_heads(qkv)
+            qkv = torch.cat([*self.norm_and_rotate(q, k, q_norm, k_norm), v], dim=1).flatten(1)
+            q_norm = k_norm = None
         context = qkv.new_empty(len(qkv), config.num_heads * config.head_size)
         operands = {
-            "heads": self._attention_heads(q_norm, k_norm),
+            "heads": self._attention_heads(q_norm, k_norm, rotate),
             "cache": self.cache[layer].data_ptr(),
             "max_positions": self.cache.shape[4],
             "qkv": qkv.data_ptr(),
@@ -154,7 +163,7 @@ class KernelOperations(TorchOperations):
             _core.prefill_attention(past_lengths=0, cu_seqlens=batch.cu_seqlens.data_ptr(), tokens=len(qkv), **operands)
         return context
 
-    def _attention_heads(self, q_norm: str | None, k_norm: str | None) -> _core.AttentionHeads:
+    def _attention_heads(self, q_norm: str | None, k_norm: str | None, rotate: bool) -> _core.AttentionHeads:
         """What all layers have in common; those with weights of their own to normalise q and k have one each."""
         if (q_norm, k_norm) not in self._heads:
             config, batch = self.config, self.batch
@@ -162,12 +171,12 @@ class KernelOperations(TorchOperations):
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
                 head_size=config.head_size,
-                rotary_dim=batch.rotary_table.shape[1],
+                rotary_dim=batch.rotary_table.shape[1] if rotate else 0,
                 dtype=self._dtype,
-                rotary_table=batch.rotary_table.data_ptr(),
+                rotary_table=batch.rotary_table.data_ptr() if rotate else 0,
                 rotary_offsets=batch.rotary_offsets.data_ptr(),
                 rotary_style=ROTARY_STYLES["neox"],
-                query_scale=address(batch.query_scale),
+                query_scale=address(batch.query_scale if rotate else None),
                 q_norm_weight=self._weight_address(q_norm),
                 k_norm_weight=self._weight_address(k_norm),
                 norm_eps=config.norm_eps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -52,12 +52,15 @@ class TorchOperations:
 
     batch: Batch
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, rmsnorm_plugin: bool):
-        """`cache` is [layers, max_batch_size, 2, kv_heads, max_positions, head_size]: keys, then values."""
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
+        """`cache` is [layers, max_batch_size, 2, kv_heads, max_positions, head_size]: keys, then values.
+
+        disabled: of `PLUGINS`, those whose operations PyTorch's own functions compute.
+        """
         self.config = config
         self.weights = weights
         self.cache = cache
-        self._rms_norm: Callable[..., Any] = _plugin_rms_norm() if rmsnorm_plugin else plain_rms_norm
+        self._rms_norm: Callable[..., Any] = plain_rms_norm if "rms_norm" in disabled else _plugin_rms_norm()
 
     def begin(self, batch: Batch) -> None:
         """The sequences that the next pass is about, on the stream that is current now."""
@@ -92,10 +95,7 @@ class TorchOperations:
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         """See `qwen_model.network.Operations`."""
         q, k, v = self.split_heads(qkv)
-        if q_norm is not None and k_norm is not None:
-            q = self._rms_norm(q, self.weights[q_norm], self.config.norm_eps)
-            k = self._rms_norm(k, self.weights[k_norm], self.config.norm_eps)
-        q, k = self._rotate(q, True), self._rotate(k, False)
+        q, k = self.norm_and_rotate(q, k, q_norm, k_norm)
         self._write_cache(layer, k, v)
         return self._attend_cache(q, layer) if self.batch.decoding else self.attend_prompts(q, k, v)
 
@@ -105,6 +105,13 @@ class TorchOperations:
         heads = qkv.view(len(qkv), -1, config.head_size)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         return q, k, v
+
+    def norm_and_rotate(self, q: Tensor, k: Tensor, q_norm: str | None, k_norm: str | None) -> tuple[Tensor, Tensor]:
+        """Apply the RMSNorm of each head, if there is one, and the rotary embedding to [tokens, heads, head_size]."""
+        if q_norm is not None and k_norm is not None:
+            q = self._rms_norm(q, self.weights[q_norm], self.config.norm_eps)
+            k = self._rms_norm(k, self.weights[k_norm], self.config.norm_eps)
+        return self._rotate(q, True), self._rotate(k, False)
 
     def _rotate(self, x: Tensor, is_query: bool) -> Tensor:
         """The rotary embedding, in float32, of [tokens, heads, head_size]."""

@@ -1,26 +1,27 @@
-"""A TensorRT network with the rotary embedding outside of the attention plug-in, in TensorRT's own layers.
+"""The rotary embedding in TensorRT's own layers, before the attention plug-in (`build --disable-plugin rotary`).
 
-For `benchmarks.generate_tensorrt`, to measure what the plug-in's own embedding brings. The cosines and sines of a pass
-are gathered once for all layers of the model.
+It shows what the embedding inside the plug-in brings. The cosines and sines of a pass are gathered once for all layers
+of the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorrt as trt
 
-from qwen_model.backends.tensorrt.compat import MAJOR, set_type
-from qwen_model.backends.tensorrt.operations import ReadWeight, TensorRTOperations
-from qwen_model.checkpoints.config import ModelConfig
 from qwen_plugins import tensorrt as layers
+
+from ...checkpoints.config import ModelConfig
+from .compat import MAJOR, set_type
+from .operations import ReadWeight, TensorRTOperations
 
 
 class NativeRotaryOperations(TensorRTOperations):
-    """The operations, but that q and k are rotated before the attention plug-in, which is given no rotary table."""
+    """The operations, but that q and k are normalised and rotated before the attention plug-in."""
 
     def __init__(
         self,
@@ -29,13 +30,11 @@ class NativeRotaryOperations(TensorRTOperations):
         dtype: Any,
         inputs: Mapping[str, Any],
         read_weight: ReadWeight,
-        rmsnorm_plugin: bool,
+        disabled: Collection[str] = (),
     ):
-        """See `TensorRTOperations`. ValueError for a model that normalises heads: the plug-in does, after this."""
-        if config.qk_norm:
-            raise ValueError("native_rotary is not for models with an RMSNorm of each head, which comes before it")
+        """See `TensorRTOperations`."""
         inside = dataclasses.replace(config, rotary=dataclasses.replace(config.rotary, dim=0))
-        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, read_weight, rmsnorm_plugin)
+        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, read_weight, disabled)
         self._dim = config.rotary.dim
         self._layer = "rotary"  # prefix of layers' names
         self._tokens = self._length(inputs["input_ids"])
@@ -44,13 +43,21 @@ class NativeRotaryOperations(TensorRTOperations):
     def gpt_attention(self, qkv: Any, layer: int, q_norm: str | None, k_norm: str | None) -> Any:
         """See `qwen_model.network.Operations`."""
         self._layer = f"layers.{layer}.rotary"
-        return super().gpt_attention(self._rotated(qkv), layer, q_norm, k_norm)
+        return super().gpt_attention(self._rotated(qkv, q_norm, k_norm), layer, None, None)
 
-    def _rotated(self, qkv: Any) -> Any:
-        """Of packed [tokens, (heads + 2 · kv_heads) · head_size] the heads of q and k turned, in float32."""
+    def _rotated(self, qkv: Any, q_norm: str | None, k_norm: str | None) -> Any:
+        """Packed [tokens, (heads + 2 · kv_heads) · head_size] with q and k rotated, after their RMSNorm if any.
+
+        The rotation is computed in float32.
+        """
         config, dim, half = self._config, self._dim, self._dim // 2
         turning = config.num_heads + config.num_kv_heads
         heads = self._reshaped(qkv, (-1, turning + config.num_kv_heads, config.head_size), self._dtype)
+        values = self._columns(heads, turning, turning + config.num_kv_heads, 0, config.head_size)
+        if q_norm is not None and k_norm is not None:
+            q = self._columns(heads, 0, config.num_heads, 0, config.head_size)
+            k = self._columns(heads, config.num_heads, turning, 0, config.head_size)
+            heads = self._joined([self.rms_norm(q, q_norm)[0], self.rms_norm(k, k_norm)[0]], 1, self._dtype)
         first = self._cast(self._columns(heads, 0, turning, 0, half), trt.float32)
         second = self._cast(self._columns(heads, 0, turning, half, dim), trt.float32)
         turned = [
@@ -60,7 +67,6 @@ class NativeRotaryOperations(TensorRTOperations):
         parts = [self._cast(part, self._dtype) for part in turned]
         if dim < config.head_size:
             parts.append(self._columns(heads, 0, turning, dim, config.head_size))
-        values = self._columns(heads, turning, turning + config.num_kv_heads, 0, config.head_size)
         together = self._joined([self._joined(parts, 2, self._dtype), values], 1, self._dtype)
         packed = (turning + config.num_kv_heads) * config.head_size
         return self._reshaped(together, (-1, packed), self._dtype)

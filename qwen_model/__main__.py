@@ -1,0 +1,44 @@
+"""qwen-model, or python -m qwen_model: all commands under one name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import shtab
+
+from . import build, chat, inspect, perplexity, run
+from .command_line import run_command
+from .common.version import package_version
+
+COMMANDS = {"build": build, "run": run, "chat": chat, "inspect": inspect, "perplexity": perplexity}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command that the first argument names; print the version, the help or a shell's completion script."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in COMMANDS:
+        COMMANDS[given[0]].main(given[1:])
+    else:
+        _parser().parse_args(given or ["--help"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Build engines of Qwen and its relatives from checkpoints, and generate with them."
+    parser = argparse.ArgumentParser(prog="qwen-model", description=description)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
+    shtab.add_argument_to(parser, "--print-completion", help="print the script that completes this command in a shell")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = module.make_parser()
+        commands.add_parser(name, parents=[command], add_help=False, help=command.description)
+    return parser
+
+
+def entry_point() -> None:
+    """Run as the console script `qwen-model`."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    entry_point()
