@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..interface.engine_config import BACKENDS
 from .errors import QwenModelError
+
+ANY_BACK_END = ("torch", "tensorrt")
+"""The extras that bring what all of the package needs beyond NumPy."""
 
 PACKAGES = {"cuda": "cuda-bindings", "cuda.bindings": "cuda-bindings"}
 """Of modules that are called otherwise."""
@@ -21,7 +23,7 @@ def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extras = " or ".join(f'pip install "qwen-plugins[{name}]"' for name in ([extra] if extra else BACKENDS))
+        extras = " or ".join(f'pip install "qwen-plugins[{name}]"' for name in ([extra] if extra else ANY_BACK_END))
         missing = PACKAGES.get(error.name or "", error.name)
         raise QwenModelError(f"{needed_for} needs {missing}, which is not installed: {extras}") from error
     except ImportError as error:

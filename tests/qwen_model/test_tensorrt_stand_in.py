@@ -454,7 +454,7 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["tensors"][0]["name"] == "input_ids"
     assert "layers.2.mlp.down" in [layer["name"] for layer in found["layers"]["decode"]]
-    monkeypatch.setattr("qwen_model.engine.load_engine", None)  # all of this is checked before
+    monkeypatch.setattr("qwen_model.evaluation.inspection.load_engine", None)  # all of this is checked before
     for arguments, message in (
         (["--sequences", "9"], "--sequences must be 1 to 6"),
         (["--prompt-tokens", "61"], "must be 1 to 60"),

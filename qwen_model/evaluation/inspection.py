@@ -1,0 +1,171 @@
+"""What is in a TensorRT engine, and how long each of its layers takes, as tables and as a picture."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
+
+from ..common.errors import QwenModelError
+from ..engine import load_engine
+from ..interface.engine_config import EngineConfig
+
+if TYPE_CHECKING:
+    from ..backends.tensorrt.inspection import LayerInfo, TensorInfo
+
+DEFAULT_PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the command prints."""
+
+    engine_dir: str
+    config: dict[str, Any]
+    num_sequences: int
+    prompt_tokens: int
+    tensors: list[TensorInfo]
+    layers: dict[str, list[LayerInfo]]  # of "prefill" and "decode"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Layers of one name but for the number in it, together."""
+
+    name: str
+    kind: str
+    count: int
+    milliseconds: float
+
+
+def inspect_engine(
+    engine_dir: str, num_sequences: int = 1, prompt_tokens: int | None = None, device: str | None = None
+) -> Inspection:
+    """Load an engine, run it, and say what is in it and how long each layer takes.
+
+    num_sequences: of a decode step, and prompts of a prefill.
+    prompt_tokens: of each prompt; None: 128, or the engine's limit if that is lower.
+    """
+    config = EngineConfig.read(Path(engine_dir))
+    if config.backend != "tensorrt":
+        raise QwenModelError(
+            f"{engine_dir} is an engine of the {config.backend} back end; only TensorRT's are inspected"
+        )
+    limits = config.limits
+    tokens = min(DEFAULT_PROMPT_TOKENS, limits.max_input_len) if prompt_tokens is None else prompt_tokens
+    for name, value, limit in (
+        ("--sequences", num_sequences, limits.max_batch_size),
+        ("--prompt-tokens", tokens, limits.max_input_len),
+    ):
+        if not 1 <= value <= limit:
+            raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
+    prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
+    executor: Any = load_engine(engine_dir, device=device).executor
+    from .backends.tensorrt import (
+        inspection as tensorrt_inspection,  # which needs what load_engine has checked is there
+    )
+
+    return Inspection(
+        str(engine_dir),
+        asdict(config),
+        num_sequences,
+        tokens,
+        tensorrt_inspection.tensors(executor.engine),
+        tensorrt_inspection.layers(executor, prompts),
+    )
+
+
+def shares(layers: list[LayerInfo]) -> list[Share]:
+    """Layers that differ in a number alone are one line, the slowest first."""
+    groups: dict[str, list[LayerInfo]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"\d+", "*", layer.name), []).append(layer)
+    found = [
+        Share(name, group[0].kind, len(group), sum(layer.milliseconds for layer in group))
+        for name, group in groups.items()
+    ]
+    return sorted(found, key=lambda share: -share.milliseconds)
+
+
+def text(found: Inspection, every_layer: bool = False) -> str:
+    """Tables for people."""
+    config = found.config
+    limits = config["limits"]
+    lines = [
+        f"engine    {found.engine_dir}: {config['model']['architecture']}, {config['dtype']}, "
+        f"{config['num_parameters'] / 1e6:,.1f} million parameters",
+        f"built by  {', '.join(f'{name} {version}' for name, version in config['versions'].items())}",
+        f"limits    {limits['max_batch_size']} sequences, prompts of {limits['max_input_len']} tokens, outputs of "
+        f"{limits['max_output_len']} tokens",
+        "",
+        "inputs and outputs (decode and prefill: smallest, usual, largest first dimension)",
+        *_table([_tensor_row(tensor) for tensor in _without_repeats(found.tensors)]),
+    ]
+    loads = {
+        "prefill": f"prefill of {found.num_sequences} x {found.prompt_tokens} tokens",
+        "decode": f"one step of decode, {found.num_sequences} sequences",
+    }
+    for phase, every in found.layers.items():
+        layers = [layer for layer in every if layer.kind != "Constant"]  # which take no time
+        total = sum(layer.milliseconds for layer in layers)
+        lines += ["", f"{loads[phase]}: {total:.3f} ms in {len(layers)} layers, each timed on its own"]
+        rows = [Share(layer.name, layer.kind, 1, layer.milliseconds) for layer in layers]
+        lines += _table([_share_row(share, total) for share in (rows if every_layer else shares(layers))])
+    return "\n".join(lines)
+
+
+def _tensor_row(tensor: TensorInfo) -> list[str]:
+    limits = [" ".join(str(shape[0]) for shape in profile) if -1 in tensor.shape else "" for profile in tensor.profiles]
+    return [tensor.name, tensor.mode, tensor.dtype, str(list(tensor.shape)), *limits]
+
+
+def _without_repeats(tensors: list[TensorInfo]) -> list[TensorInfo]:
+    """The caches of all layers but the first are like it."""
+    return [tensor for tensor in tensors if not re.search(r"_key_value_[1-9]", tensor.name)]
+
+
+def _share_row(share: Share, total: float) -> list[str]:
+    return [
+        f"{share.milliseconds:9.4f} ms",
+        f"{100 * share.milliseconds / total:5.1f} %",
+        f"{share.count:4} x",
+        share.name,
+        share.kind,
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    columns = max(len(row) for row in rows)
+    padded = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(len(row[column]) for row in padded) for column in range(columns)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in padded]
+
+
+BAR_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 22, 330, 420
+
+
+def picture(found: Inspection) -> str:
+    """An SVG: a bar for each kind of layer, in decode and in prefill."""
+    parts, y = [], 10
+    for phase, layers in found.layers.items():
+        total = sum(layer.milliseconds for layer in layers)
+        y += 24
+        parts.append(f'<text x="10" y="{y}" font-weight="bold">{phase}: {total:.3f} ms</text>')
+        groups = shares(layers)
+        for share in groups:
+            y += BAR_HEIGHT
+            width = BAR_WIDTH * share.milliseconds / groups[0].milliseconds
+            parts += [
+                f'<text x="10" y="{y}">{share.count} x {escape(share.name)}</text>',
+                f'<rect x="{LABEL_WIDTH}" y="{y - 12}" width="{width:.1f}" height="15" fill="#4878a8"/>',
+                f'<text x="{LABEL_WIDTH + width + 6:.1f}" y="{y}">{share.milliseconds:.3f} ms, '
+                f"{100 * share.milliseconds / total:.1f} %</text>",
+            ]
+        y += 16
+    width = LABEL_WIDTH + BAR_WIDTH + 140
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" font-family="sans-serif" font-size="12">'
+    )
+    return "\n".join([head, f'<rect width="{width}" height="{y}" fill="white"/>', *parts, "</svg>\n"])

@@ -1,0 +1,92 @@
+"""The perplexity of a text under an engine: what quantization costs shows here first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..common.errors import QwenModelError
+from ..engine.session import Session
+from ..packaged_model import held_out_text
+
+DEFAULT_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of one text.
+
+    per_token: exp of the mean of -log p over the predicted tokens; models of one tokenizer can be compared by it.
+    bits_per_byte: the same in bits, over the text's UTF-8 bytes; any models can be compared by it.
+    tokens: how many tokens were predicted.
+    bytes: of the text, special tokens not counted.
+    window: tokens that see one another; each window starts anew.
+    """
+
+    per_token: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    window: int
+
+
+def next_token_nats(
+    logits: Callable[[Sequence[int]], npt.NDArray[np.floating]],
+    token_ids: Sequence[int],
+    window: int = DEFAULT_WINDOW,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """The sum of -log p(token | tokens before it in its window), in nats, over all ``token_ids`` but the first.
+
+    Args:
+        logits: gives the logits [tokens, vocab_size] after each of at most ``window`` tokens.
+        token_ids: the text.
+        window: the last token of a window is the first of the next, so that each is predicted once.
+        progress: called with the tokens predicted and their total.
+    """
+    nats, total = 0.0, len(token_ids) - 1
+    for start in range(0, total, window):
+        inputs, targets = token_ids[start : start + window], token_ids[start + 1 : start + window + 1]
+        scores = np.asarray(logits(inputs[: len(targets)]), dtype=np.float32)
+        scores = scores - scores.max(axis=-1, keepdims=True)  # a new array: the old one is not ours
+        log_sums = np.log(np.exp(scores).sum(axis=-1, dtype=np.float64))
+        nats += float((log_sums - scores[np.arange(len(targets)), targets]).sum())
+        if progress is not None:
+            progress(start + len(targets), total)
+    return nats
+
+
+def measure_perplexity(
+    session: Session,
+    text: str | None = None,
+    window: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """The perplexity of an engine.
+
+    Args:
+        session: a loaded engine that has a tokenizer.
+        text: None: the packaged model's held-out text.
+        window: tokens that see one another. None: 1024, or the engine's ``max_input_len`` if that is lower.
+        progress: called with the tokens predicted and their total.
+
+    Raises:
+        QwenModelError: the engine has no tokenizer, the text is too short, or the window longer than its limit.
+    """
+    if session.tokenizer is None:
+        raise QwenModelError("measuring a perplexity needs a tokenizer, and this engine has none")
+    limit = session.config.limits.max_input_len
+    window = min(DEFAULT_WINDOW, limit) if window is None else window
+    if not 1 <= window <= limit:
+        raise QwenModelError(f"the window must be 1 to {limit} tokens, the engine's max_input_len, not {window}")
+    token_ids = session.tokenizer.encode(held_out_text() if text is None else text)
+    num_bytes = len(session.tokenizer.decode(token_ids).encode())
+    if len(token_ids) < 2 or num_bytes == 0:
+        raise QwenModelError(f"a perplexity needs a text of at least 2 tokens, this one has {len(token_ids)}")
+    nats = next_token_nats(session.logits, token_ids, window, progress)
+    predicted = len(token_ids) - 1
+    return Perplexity(math.exp(nats / predicted), nats / math.log(2) / num_bytes, predicted, num_bytes, window)
