@@ -63,9 +63,8 @@ def inspect_engine(
             raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
     prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
     executor: Any = load_engine(engine_dir, device=device).executor
-    from .backends.tensorrt import (
-        inspection as tensorrt_inspection,  # which needs what load_engine has checked is there
-    )
+    # Imported now, since only load_engine has checked that what it needs is there.
+    from ..backends.tensorrt import inspection as tensorrt_inspection
 
     return Inspection(
         str(engine_dir),
