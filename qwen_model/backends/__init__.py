@@ -1,1 +1,1 @@
-"""One module per back end; see `qwen_model.network.Operations` and `qwen_model.executor.Executor`."""
+"""One module per back end; see `qwen_model.network.decoder.Operations` and `qwen_model.interface.executor.Executor`."""

@@ -1,4 +1,4 @@
-"""The back ends by their names, imported when one is asked for."""
+"""Imports a back end when it is asked for by name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ MODULES = {
     "torch": ("torch", "safetensors"),
     "tensorrt": ("tensorrt", "cuda.bindings", "safetensors", "ml_dtypes"),
 }
-"""What each back end needs; the extra of the package that has its name brings it."""
+"""The modules that each back end needs; `pip install "qwen-plugins[NAME]"` brings them."""
 
 
 def back_end(name: str) -> BackEnd:
-    """The back end of that name.
+    """Import the back end of that name.
 
     Raises:
         QwenModelError: something that it needs is not installed, or cannot be imported.

@@ -1,4 +1,4 @@
-"""Beam search with the rules of transformers' `generate(num_beams=n)` (length_penalty 1, early_stopping False).
+"""Searches with beams by the rules of transformers' `generate(num_beams=n)` (length_penalty 1, early_stopping False).
 
 Each step keeps the best candidates of all beams of a prompt. Those that end, among the best n, become finished beams;
 the best n of the others run on. A prompt is done when its best running beam, at its present length, scores below its
@@ -36,7 +36,7 @@ class _Prompt:
     done: bool = False
 
     def advance(self, sums: FloatArray, beams: IntArray, tokens: IntArray, ended: np.ndarray) -> IntArray:
-        """Take the step's candidates, best first; returns which beam each running beam continues."""
+        """Take the step's candidates, best first; return which beam each running beam continues."""
         length = len(self.running[0]) + 1
         if not self.done:
             for i in np.flatnonzero(ended[: self.num_beams]):
@@ -59,12 +59,14 @@ def beam_search(
     end_token_ids: frozenset[int],
     on_step: Callable[[], None] = lambda: None,
 ) -> list[list[Beam]]:
-    """The finished beams of each prompt, best first. `on_step` is called when the tokens of a step are known."""
-    # One beam has the prompt; were all to begin, they would be the same.
+    """Return the finished beams of each prompt, best first. `on_step` is called after each step."""
+    # Only the first beam may continue at the first step: all beams of a prompt are still the same.
     first_scores = np.array([0.0] + [_NEVER] * (num_beams - 1), dtype=np.float32)
     states = [_Prompt(num_beams, [[]] * num_beams, first_scores) for _ in prompts]
     ends = np.array(sorted(end_token_ids), dtype=np.int64)
-    count = max(2, 1 + len(ends)) * num_beams  # so many that enough are left when all that can end do
+    count = (
+        max(2, 1 + len(ends)) * num_beams
+    )  # enough for num_beams that run on even if every candidate that can end does
     executor.begin_beams(prompts, num_beams)
     for step in range(1, max_new_tokens + 1):
         sums, beams, tokens = executor.beam_candidates(np.stack([state.scores for state in states]), count)

@@ -1,4 +1,4 @@
-"""Building an engine from a checkpoint.
+"""Builds an engine from a checkpoint.
 
 An engine is a folder: `config.json` (see engine_config.py), the tokenizer's files, and of the torch back end `weights/`
 with one safetensors file for the embedding, one for each layer and one for the output, of the TensorRT back end
@@ -33,7 +33,7 @@ from .output_folder import check_target, written_whole
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What `build_engine` made."""
+    """Describes the engine that `build_engine` made."""
 
     engine_dir: Path
     config: EngineConfig
@@ -134,7 +134,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tuple[str, ...]:
-    """Those of `PLUGINS`, in that order; an error for what is none of them, or is asked for and disabled at once."""
+    """Return the disabled plug-ins in the order of `PLUGINS`; an error for unknown names and contradictions."""
     if isinstance(names, str):
         raise QwenModelError(f"disable_plugins must be a collection of names, not the text {names!r}")
     for name in names:
@@ -159,7 +159,7 @@ def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
-    """What the user should know; `chosen_dtype` is the engine's type if the user named none."""
+    """Yield warnings about type and length; `chosen_dtype` is the engine's type if the user named none."""
     if (model.dtype, chosen_dtype) == ("bfloat16", "float16"):
         yield (
             "the checkpoint is bfloat16, which this back end does not have: the engine is float16, whose range is "
@@ -173,7 +173,7 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
 
 
 def _check_tokenizer(model_dir: Path) -> list[str]:
-    """What the user should know of the checkpoint's tokenizer; one that cannot be loaded is an error.
+    """Return warnings about the checkpoint's tokenizer; one that cannot be loaded is an error.
 
     Building needs no tokenizer: without the library of this one, only running with text says what is missing.
     """

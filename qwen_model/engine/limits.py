@@ -1,4 +1,4 @@
-"""The limits of an engine: what was asked for, and what a model leaves room for."""
+"""Chooses an engine's limits from what was asked for and the lengths that the model was trained for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..interface.engine_config import Limits
 def engine_limits(
     model: ModelConfig, max_batch_size: int | None, max_input_len: int | None, max_output_len: int | None
 ) -> Limits:
-    """What was asked for; what was not is the default, but no more than the model was made for."""
+    """Return the limits asked for; those not given are the defaults, or less if the model's length is shorter."""
     asked = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_output_len": max_output_len}
     limits = dataclasses.replace(Limits(), **{name: value for name, value in asked.items() if value is not None})
     room = usable_positions(model)
@@ -26,7 +26,7 @@ def engine_limits(
 
 
 def _at_most(limits: Limits, name: str, left: int, taken_by: str, room: int) -> Limits:
-    """`limits` with no more than the tokens that are left for `name`; an error that names the flags if none are."""
+    """Lower the limit `name` to the tokens that are left; an error that names the flags if none are."""
     if left < 1:
         raise QwenModelError(
             f"{taken_by} leave none of the model's {room} for {name}: give smaller ones, or both --max-input-len and "
@@ -36,7 +36,7 @@ def _at_most(limits: Limits, name: str, left: int, taken_by: str, room: int) -> 
 
 
 def usable_positions(model: ModelConfig) -> int:
-    """The length that the model was made for, stretched by the rotary scaling."""
+    """Return the longest sequence, in tokens, that the model was trained for, times the rotary scaling's factor."""
     rotary = model.rotary
     stretched = rotary.original_max_positions * rotary.factor if rotary.scaling != "none" else 0
     return max(model.max_positions, int(stretched))

@@ -1,4 +1,4 @@
-"""What is in a TensorRT engine, and how long each of its layers takes, as tables and as a picture."""
+"""Shows what is in a TensorRT engine and how long each layer takes, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_PROMPT_TOKENS = 128
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the command prints."""
+    """Everything that `qwen-model inspect` prints."""
 
     engine_dir: str
     config: dict[str, Any]
@@ -32,7 +32,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Share:
-    """Layers of one name but for the number in it, together."""
+    """The layers whose names differ in a number alone, taken together."""
 
     name: str
     kind: str
@@ -43,7 +43,7 @@ class Share:
 def inspect_engine(
     engine_dir: str, num_sequences: int = 1, prompt_tokens: int | None = None, device: str | None = None
 ) -> Inspection:
-    """Load an engine, run it, and say what is in it and how long each layer takes.
+    """Load an engine, run it, and return what is in it and how long each layer takes.
 
     num_sequences: of a decode step, and prompts of a prefill.
     prompt_tokens: of each prompt; None: 128, or the engine's limit if that is lower.
@@ -77,7 +77,7 @@ def inspect_engine(
 
 
 def shares(layers: list[LayerInfo]) -> list[Share]:
-    """Layers that differ in a number alone are one line, the slowest first."""
+    """Group layers whose names differ in a number alone, the slowest group first."""
     groups: dict[str, list[LayerInfo]] = {}
     for layer in layers:
         groups.setdefault(re.sub(r"\d+", "*", layer.name), []).append(layer)
@@ -89,7 +89,7 @@ def shares(layers: list[LayerInfo]) -> list[Share]:
 
 
 def text(found: Inspection, every_layer: bool = False) -> str:
-    """Tables for people."""
+    """Format the inspection as tables."""
     config = found.config
     limits = config["limits"]
     lines = [
@@ -121,7 +121,7 @@ def _tensor_row(tensor: TensorInfo) -> list[str]:
 
 
 def _without_repeats(tensors: list[TensorInfo]) -> list[TensorInfo]:
-    """The caches of all layers but the first are like it."""
+    """Leave out the caches of all layers but the first, which are like it."""
     return [tensor for tensor in tensors if not re.search(r"_key_value_[1-9]", tensor.name)]
 
 
@@ -146,7 +146,7 @@ BAR_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 22, 330, 420
 
 
 def picture(found: Inspection) -> str:
-    """An SVG: a bar for each kind of layer, in decode and in prefill."""
+    """Draw an SVG with a bar for each kind of layer, in decode and in prefill."""
     parts, y = [], 10
     for phase, layers in found.layers.items():
         total = sum(layer.milliseconds for layer in layers)

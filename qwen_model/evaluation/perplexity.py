@@ -1,4 +1,4 @@
-"""The perplexity of a text under an engine: what quantization costs shows here first."""
+"""Measures the perplexity of a text under an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The perplexity of one text.
+    """The perplexity of one text, and what it was measured over.
 
     per_token: exp of the mean of -log p over the predicted tokens; models of one tokenizer can be compared by it.
     bits_per_byte: the same in bits, over the text's UTF-8 bytes; any models can be compared by it.
@@ -40,7 +40,7 @@ def next_token_nats(
     window: int = DEFAULT_WINDOW,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """The sum of -log p(token | tokens before it in its window), in nats, over all ``token_ids`` but the first.
+    """Sum -log p(token | tokens before it in its window), in nats, over all ``token_ids`` but the first.
 
     Args:
         logits: gives the logits [tokens, vocab_size] after each of at most ``window`` tokens.
@@ -66,7 +66,7 @@ def measure_perplexity(
     window: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """The perplexity of an engine.
+    """Measure the perplexity of an engine.
 
     Args:
         session: a loaded engine that has a tokenizer.

@@ -1,1 +1,1 @@
-"""What an engine and a back end agree on: the engine's configuration, sampling options, the protocols."""
+"""Defines what engines and back ends share: the engine's configuration, sampling options and protocols."""

@@ -1,4 +1,4 @@
-"""What a back end is: four functions and a constant, which each module `backends/NAME/back_end.py` has."""
+"""Defines what a back end is: four functions and a constant, which each module `backends/NAME/back_end.py` has."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class BackEnd(Protocol):
 
     @property
     def FRAMEWORK(self) -> Framework:  # noqa: N802 (a constant of the module)
-        """Whose arrays `write_engine` takes: "torch" or "numpy"."""
+        """The library whose arrays `write_engine` takes."""
 
     def default_dtype(self, checkpoint_dtype: str) -> str:
-        """The engine's type where the user names none, for a checkpoint of this type."""
+        """Return the engine's type where the user names none, for a checkpoint of this type."""
 
     def versions(self) -> dict[str, str]:
-        """What is to be remembered of the software and the GPU that an engine is built with."""
+        """Return names and versions of the software, and of the GPU where an engine depends on it."""
 
     def write_engine(
         self,
@@ -36,9 +36,9 @@ class BackEnd(Protocol):
         progress: Progress,
         timing_cache: Path | None = None,
     ) -> list[str]:
-        """Write the weights, or what is made of them, to `folder`. Returns what the user should know, if anything.
+        """Write the weights, or the plan built from them, to `folder`. Returns warnings for the user.
 
-        timing_cache: file with what a builder that measures has measured; None: a default one, or none.
+        timing_cache: file with the measurements of a builder that times kernels; None: the back end's default.
         """
 
     def load_executor(self, engine_dir: Path, config: EngineConfig, device: str | None = None) -> Executor:

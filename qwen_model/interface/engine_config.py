@@ -1,4 +1,4 @@
-"""What an engine's `config.json` says: the model, the limits, the back end, and which plug-ins were switched off."""
+"""Reads and writes an engine's `config.json`: model, limits, back end and disabled plug-ins."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..common.errors import QwenModelError
 
 FORMAT = "qwen_model.engine"
 FORMAT_VERSION = 2
-"""Raised whenever engines that were built before can no longer be run as they are."""
+"""Increased whenever this package can no longer run engines that were built before."""
 BACKENDS = ("torch", "tensorrt")
 PLUGINS = ("rms_norm", "gemm", "rotary")
-"""What can be switched off, to compare with the back end's own operations.
+"""The plug-ins that can be disabled, to compare with the back end's own operations.
 
 rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention, which comes before it then.
 """
@@ -26,7 +26,7 @@ rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside 
 
 @dataclass(frozen=True)
 class Limits:
-    """What memory is set aside for."""
+    """The sizes that memory is allocated for."""
 
     max_batch_size: int = 8  # sequences at a time; a beam is a sequence
     max_input_len: int = 1024  # tokens of a prompt
@@ -39,13 +39,13 @@ class Limits:
 
     @property
     def max_positions(self) -> int:
-        """Tokens of a sequence in the cache."""
+        """The longest sequence in the cache, in tokens."""
         return self.max_input_len + self.max_output_len
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything about an engine but its weights."""
+    """Describes an engine, except its weights."""
 
     backend: str
     dtype: str
@@ -112,7 +112,7 @@ class EngineConfig:
         return config
 
     def build_command(self, engine_dir: Path) -> str:
-        """The command that makes such an engine again, but for the checkpoint's folder and a rotary scaling."""
+        """Return the command that builds such an engine, with a placeholder for the checkpoint's folder."""
         disable = ["--disable-plugin", *self.disabled_plugins] if self.disabled_plugins else []
         return _build_command(self.backend, self.dtype, self.limits, disable, engine_dir)
 
@@ -125,7 +125,7 @@ def _build_command(backend: str, dtype: str, limits: Limits, disable: list[str],
 
 
 def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:
-    """The command that builds an engine of another format again, if its `config.json` still says enough for that."""
+    """Return a hint with the command that rebuilds an engine of another format, "" if `config.json` lacks something."""
     try:
         limits = Limits(**values["limits"])
         # Format 1 had the RMSNorm kernel off unless it was asked for.
@@ -138,7 +138,7 @@ def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:
 
 
 def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:
-    """The contents of `config.json` if the folder is an engine, of whatever version; else None."""
+    """Return the content of `config.json` if the folder is an engine of any version, else None."""
     try:
         values = json.loads((Path(engine_dir) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a back end gives to a session: prompts in, one token for each sequence out, step by step."""
+"""Defines the protocol between a session and a loaded engine: prompts in, then one token per sequence and step out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class PendingTokens(Protocol):
-    """The tokens of one step, which a device may still be working on."""
+    """The tokens of one step, which the device may still be computing."""
 
     def wait(self) -> IntArray:
-        """[sequences]: blocks until they are there."""
+        """Block until the tokens are there; return them: [sequences]."""
 
 
 class Executor(Protocol):
@@ -28,7 +28,7 @@ class Executor(Protocol):
     """Whether `decode` returns before the step is done, so that it pays to ask for a step before reading the last."""
 
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
-        """Do now what the first batch of this size that chooses so would have to wait for. Forgets the batch."""
+        """Do the one-time work for such batches, such as capturing a CUDA graph. Forgets the batch."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> PendingTokens:
         """Begin a batch, forgetting the last one: process the prompts and choose the first token of each."""
@@ -37,13 +37,13 @@ class Executor(Protocol):
         """Feed the tokens chosen last and choose the next ones."""
 
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
-        """Logits [tokens, vocab_size] after each token of one prompt. Forgets the batch."""
+        """Return the logits [tokens, vocab_size] after each token of one prompt. Forgets the batch."""
 
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """Begin a batch in which each prompt has `num_beams` rows, one after the other."""
 
     def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
-        """The best `count` continuations of each prompt: sums of log-probabilities, beams (0 ...), and tokens.
+        """Return the best `count` continuations of each prompt: sums of log-probabilities, beam indices, and tokens.
 
         `scores` [prompts, beams] are the sums so far; each result is [prompts, count], best first.
         """

@@ -1,1 +1,1 @@
-"""The decoder, stated once for all back ends, and the tables of the rotary embedding."""
+"""Defines the decoder once for all back ends, and computes the tables of the rotary embedding."""

@@ -1,4 +1,4 @@
-"""The decoder, stated once against a small set of operations; a back end is a class that has them.
+"""Defines the decoder in terms of a small set of operations, which each back end implements.
 
 A back end either computes at once (PyTorch) or adds layers to a network (TensorRT): `T` is what it passes from one
 operation to the next. Weights are given by name (see weights.py), so that each back end loads and keeps them its way.
@@ -16,33 +16,33 @@ T = TypeVar("T")
 
 
 class Operations(Protocol[T]):
-    """What a back end can do. Linear layers are y = x · weightᵀ (+ bias), weights [out, in]."""
+    """The operations of the decoder. Linear layers compute y = x · weightᵀ (+ bias), with weights [out, in]."""
 
     def embedding(self, input_ids: T, weight: str) -> T:
-        """[tokens] to [tokens, hidden_size]."""
+        """Look up [tokens] ids: [tokens, hidden_size]."""
 
     def linear(self, x: T, weight: str, bias: str | None = None) -> T:
-        """[tokens, in] to [tokens, out]."""
+        """Apply a linear layer to [tokens, in]: [tokens, out]."""
 
     def rms_norm(self, x: T, weight: str, residual: T | None = None) -> tuple[T, T]:
-        """The normalised sum h = x + residual, and h itself (x without a residual)."""
+        """Return RMSNorm(h) and h, where h = x + residual, or x without a residual."""
 
     def gpt_attention(self, qkv: T, layer: int, q_norm: str | None, k_norm: str | None) -> T:
-        """Causal attention of packed [tokens, (heads + 2 · kv_heads) · head_size] to [tokens, heads · head_size].
+        """Compute causal attention of packed [tokens, (heads + 2 · kv_heads) · head_size]: [tokens, heads · head_size].
 
         Inside: RMSNorm of each head of q and k where weights are given, the rotary embedding (and Qwen v1's logn), the
         new keys and values written to the cache, attention over the cache.
         """
 
     def linear_swiglu(self, x: T, weight: str, bias: str | None = None) -> T:
-        """`linear` to [tokens, 2 · intermediate_size], the gate first, and of that silu(gate) · up."""
+        """Apply a linear layer with 2 · intermediate_size outputs, gate first, and return silu(gate) · up."""
 
     def last_token(self, x: T, residual: T) -> tuple[T, T]:
-        """The rows, of both, of the last token of each sequence: [tokens, ...] to [sequences, ...]."""
+        """Select the rows of each sequence's last token from both: [tokens, ...] to [sequences, ...]."""
 
 
 def decoder(ops: Operations[T], config: ModelConfig, input_ids: T, last_token_only: bool = True) -> T:
-    """Logits [sequences, vocab_size] after the last token of each sequence, or [tokens, vocab_size] after each."""
+    """Compute the logits after the last token of each sequence [sequences, vocab_size], or after every token."""
     x = ops.embedding(input_ids, "embedding.weight")
     residual = None
     for layer in range(config.num_layers):
@@ -55,7 +55,7 @@ def decoder(ops: Operations[T], config: ModelConfig, input_ids: T, last_token_on
 def decoder_layer(
     ops: Operations[T], config: ModelConfig, layer: int, x: T, residual: T | None, last_token_only: bool = False
 ) -> tuple[T, T]:
-    """One layer. Its input is x + residual, its output likewise: each sum is taken inside the next normalisation.
+    """Compute one layer. Its input is x + residual, as is its output: the next RMSNorm computes each sum.
 
     last_token_only: of the last layer, behind whose attention no token needs another: the rest of it, most of its
         arithmetic, is for the last token of each sequence alone.

@@ -1,4 +1,4 @@
-"""Cosines and sines of the rotary embedding for every kind of scaling, in NumPy, for all back ends.
+"""Computes cosines and sines of the rotary embedding for every kind of scaling, in NumPy, for all back ends.
 
 Su et al., "RoFormer" (2021). The scalings are those of transformers' `modeling_rope_utils` (linear, dynamic NTK,
 Llama 3, YaRN) and of Qwen v1.
@@ -20,9 +20,9 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
-    """Radians per position of each pair of elements, [dim / 2].
+    """Return the rotation of each pair of elements in radians per position: [dim / 2].
 
-    `length` is the length of the sequence, on which the two dynamic scalings depend; the others don't look at it.
+    length: of the sequence in tokens; only the two dynamic scalings depend on it.
     """
     base = rotary.base
     if rotary.scaling == "dynamic":
@@ -42,14 +42,14 @@ def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
 
 
 def qwen_ntk_alpha(length: int, trained_length: int) -> int:
-    """Qwen v1 multiplies the base by alpha ** (dim / (dim - 2)): 1 up to the trained length, then 3, 7, 15, ..."""
+    """Return Qwen v1's alpha, 1 up to the trained length, then 3, 7, 15, ...: base · alpha ** (dim / (dim - 2))."""
     if length <= trained_length:
         return 1
     return int(2 ** math.ceil(math.log2(length / trained_length) + 1) - 1)
 
 
 def _llama3(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
-    """Slow rotations are divided by the factor, fast ones kept, those between interpolated."""
+    """Scale as Llama 3 does: divide low frequencies by the factor, keep high ones, interpolate between."""
     turns = rotary.original_max_positions * frequencies / np.float32(2 * math.pi)  # over the trained length
     smooth = (turns - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -57,7 +57,7 @@ def _llama3(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
 
 
 def _yarn(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
-    """Peng et al., "YaRN" (2023), section 3.2: the same idea, interpolated over the index of the dimension."""
+    """Scale as YaRN does (Peng et al., 2023, section 3.2), interpolating over the index of the dimension."""
 
     def dimension_that_turns(times: float) -> float:
         trained = rotary.original_max_positions
@@ -73,7 +73,7 @@ def _yarn(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
 
 
 def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attention_factor: float = 1.0) -> FloatArray:
-    """[positions, dim]: the cosines of each position, then its sines."""
+    """Return [positions, dim]: the cosines of each position, then its sines."""
     angles = positions.astype(np.float32)[:, None] * frequencies
     table: FloatArray = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     return table * np.float32(attention_factor)
@@ -81,7 +81,7 @@ def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attenti
 
 @dataclass(frozen=True)
 class PromptTable:
-    """Rows for one batch of prompts alone: position p of prompt i has row `starts[i] + p`."""
+    """Rows for a single batch of prompts: position p of prompt i has row `starts[i] + p`."""
 
     values: FloatArray  # [tokens, dim]: cosines, then sines
     query_scale: FloatArray | None  # [tokens]
@@ -104,7 +104,7 @@ class RotaryTable:
     query_scale: FloatArray | None  # [rows]: Qwen v1's logn, which multiplies q
 
     def offset(self, prompt_length: int) -> int:
-        """First row for a sequence with a prompt of this many tokens."""
+        """Return the first row for a sequence whose prompt has this many tokens."""
         rotary = self.config.rotary
         if rotary.scaling != "qwen_dynamic":
             return 0
@@ -112,7 +112,7 @@ class RotaryTable:
         return (alpha.bit_length() - 1) * self.max_positions
 
     def prompt_table(self, prompt_lengths: Sequence[int]) -> PromptTable | None:
-        """A table for these prompts alone, where the rows of `values` are not right for one of them; else None."""
+        """Return a table for these prompts alone if one of them needs other rows than `values` has, else None."""
         rotary = self.config.rotary
         if rotary.scaling != "dynamic" or max(prompt_lengths) <= rotary.original_max_positions:
             return None
@@ -122,7 +122,7 @@ class RotaryTable:
         return PromptTable(values, scales, [0, *accumulate(prompt_lengths[:-1])])
 
     def _prompt_rows(self, prompt_length: int) -> FloatArray:
-        """[prompt_length, dim], with dynamic NTK."""
+        """Return the rows of one prompt under dynamic NTK: [prompt_length, dim]."""
         rotary = self.config.rotary
         if prompt_length <= rotary.original_max_positions:
             return self.values[:prompt_length]
@@ -130,7 +130,7 @@ class RotaryTable:
 
 
 def rotary_table(config: ModelConfig, max_positions: int) -> RotaryTable:
-    """The table for sequences of up to `max_positions` tokens."""
+    """Compute the table for sequences of up to `max_positions` tokens."""
     rotary = config.rotary
     positions = np.arange(max_positions)
     if rotary.scaling == "qwen_dynamic":

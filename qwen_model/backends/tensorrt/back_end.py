@@ -1,7 +1,7 @@
-"""The TensorRT back end: an engine is a plan, with the weights inside, of the network with our plug-ins. No torch.
+"""Builds and loads TensorRT engines (plans) of the network with this project's plug-ins, without PyTorch.
 
-`write_engine` makes the plan, `load_executor` reads it. The plan has two optimization profiles: one step of decoding,
-and prompts.
+`write_engine` builds the plan, which holds the weights; `load_executor` loads it. It has two optimization profiles: one
+for decode steps, one for prompts.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ FRAMEWORK: Framework = "numpy"
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
 LOGIT_ROWS = 256
-"""Tokens of a prompt whose logits `prompt_logits` takes at a time."""
+"""`prompt_logits` runs a prompt in chunks of at most so many tokens."""
 WRITE_BYTES = 64 << 20
 
 
 def default_dtype(checkpoint_dtype: str) -> str:
-    """The checkpoint's type; float16 for bfloat16 where this TensorRT has none."""
+    """Return the checkpoint's type, or float16 for bfloat16 where this TensorRT has no bfloat16."""
     return checkpoint_dtype if checkpoint_dtype in compat.dtypes() else "float16"
 
 
@@ -53,7 +53,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What an engine's `config.json` says about what built it; an engine only runs where these are the same."""
+    """Return what a plan depends on: it only runs where all of these are the same as when it was built."""
     _device_count()
     name, capability = cuda.device_name_and_capability()
     return {
@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Range:
-    """What the first dimension of an input may be in a profile, and what the profile is made for."""
+    """The range of an input's first dimension in a profile, and the size that the profile is optimized for."""
 
     min: int
     opt: int
@@ -75,7 +75,7 @@ class Range:
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """Its type, its shape with -1 for a first dimension that changes, and how far in decoding and for prompts."""
+    """An input of the network: its type, its shape (-1: dynamic), and the range of its first dimension per profile."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ class NetworkInput:
 
 
 def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
-    """Every input of the network, by its name."""
+    """Return every input of the network, by name."""
     model, limits = config.model, config.limits
     batch, tokens = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
     rows = logit_rows(config)
@@ -112,7 +112,7 @@ def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
 
 
 def logit_rows(config: EngineConfig) -> int:
-    """The most rows of logits that one pass through the network gives."""
+    """Return the largest number of rows of logits that one pass through the network computes."""
     return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
 
 
@@ -163,7 +163,7 @@ def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt
 
 
 def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
-    """Weights by their names, in the engine's type; tells how many bytes of them have been read."""
+    """Wrap `read_weight`: takes a weight's name, converts to the engine's type, and reports the bytes read."""
     specs = {spec.name: spec for group in weight_groups(config.model) for spec in group.specs}
     total, _ = required_bytes(config.model, config.limits, config.dtype)
     dtype = compat.numpy_dtype(config.dtype)
@@ -179,7 +179,7 @@ def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress
 
 
 def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.NDArray[Any]:
-    """Of that type; an error if it has numbers that are finite and too large for it."""
+    """Convert to a type; an error if a finite number is too large for it."""
     with np.errstate(over="ignore"):
         converted = weight.astype(dtype, copy=False)
     if weight.dtype != converted.dtype == np.float16 and not np.isfinite(converted).all():
@@ -205,7 +205,7 @@ def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
 
 
 def timing_cache_name() -> str:
-    """One file for each TensorRT and GPU."""
+    """Return the name of the timing cache's file, one for each TensorRT version and GPU."""
     gpu, _ = cuda.device_name_and_capability()
     return f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
 
@@ -240,7 +240,7 @@ def _read_plan(path: Path) -> Any:
 
 
 def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
-    """What `config.json` says must be what the plan was built for: buffers are made for the one, and the other runs."""
+    """Check that the plan was built for the limits in `config.json`, which buffers are sized by."""
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     for name, expected in network_inputs(config).items():
         if name not in names:  # TensorRT leaves out what no layer uses
@@ -289,7 +289,7 @@ def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
 
 
 def _buffer_bytes(config: EngineConfig) -> int:
-    """Of the logits and of the network's inputs but for the cache."""
+    """Return the bytes of the logits and of all inputs except the key-value cache."""
     logits = logit_rows(config) * config.model.vocab_size * ITEM_SIZES[config.dtype]
     inputs = [given for name, given in network_inputs(config).items() if not name.startswith("past_key_value")]
     rows = (given.shape[0] if given.prefill is None else given.prefill.max for given in inputs)
@@ -297,7 +297,7 @@ def _buffer_bytes(config: EngineConfig) -> int:
 
 
 def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
-    """Say what is needed before the memory runs out half-way: these bytes, the cache and buffers."""
+    """Raise an error that lists what is needed if `num_bytes`, the cache and the buffers do not fit the free memory."""
     _, cache = required_bytes(config.model, config.limits, config.dtype)
     buffers = _buffer_bytes(config)
     free, total = cuda.memory_info()

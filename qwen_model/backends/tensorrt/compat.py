@@ -1,4 +1,4 @@
-"""What differs between TensorRT 8.6, 10 and 11, for building and for running; plug-in layers are qwen_plugins' work."""
+"""Hides what differs between TensorRT 8.6, 10 and 11 in building and running engines."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MAJOR = int(trt.__version__.split(".")[0])
 
 
 class Log(trt.ILogger):
-    """Keeps the last errors and warnings that TensorRT logs."""
+    """A logger that keeps TensorRT's last errors and warnings."""
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: deque[str] = deque(maxlen=100)
 
     def log(self, severity: Any, message: str) -> None:
-        """Keep a message, from a warning upwards."""
+        """Keep a message of severity WARNING or higher."""
         if severity <= trt.ILogger.WARNING:
             self.messages.append(message)
 
     def take(self) -> str:
-        """The messages since the last call, the last few of them if there are many."""
+        """Return and forget the messages since the last call, of many the last 8."""
         text = "\n".join(list(self.messages)[-8:])
         self.messages.clear()
         return text or "TensorRT said nothing"
@@ -40,13 +40,13 @@ LOG = Log()
 
 
 def dtypes() -> dict[str, Any]:
-    """The types that engines can have with this TensorRT, by name."""
+    """Return the floating-point types that this TensorRT has, by name."""
     found = {"float32": trt.float32, "float16": trt.float16}
     return {**found, "bfloat16": trt.bfloat16} if hasattr(trt, "bfloat16") else found
 
 
 def numpy_dtype(name: str) -> npt.DTypeLike:
-    """NumPy's type of that name; bfloat16 is that of ml_dtypes."""
+    """Return NumPy's type of that name; bfloat16 comes from ml_dtypes."""
     if name != "bfloat16":
         return np.dtype(name)
     import ml_dtypes
@@ -55,7 +55,7 @@ def numpy_dtype(name: str) -> npt.DTypeLike:
 
 
 def create_network(builder: Any) -> Any:
-    """A network with dynamic shapes; strongly typed where there is such a thing."""
+    """Create a network with dynamic shapes, strongly typed from TensorRT 10 on."""
     flags = 0
     if MAJOR < 10:
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
@@ -65,7 +65,7 @@ def create_network(builder: Any) -> Any:
 
 
 def create_config(builder: Any, network: Any) -> Any:
-    """What the builder is told, but for profiles and the timing cache."""
+    """Create the builder configuration, still without profiles and timing cache."""
     config = builder.create_builder_config()
     configure_builder(config, network)
     if hasattr(config, "set_tactic_sources"):
@@ -81,7 +81,7 @@ def create_config(builder: Any, network: Any) -> Any:
 
 
 def set_type(layer: Any, dtype: Any, network: Any) -> Any:
-    """The layer's output, of this type. In a strongly typed network types follow from the inputs."""
+    """Return the layer's output after setting its type; in a strongly typed network the inputs determine it."""
     output = layer.get_output(0)
     if not is_strongly_typed(network):
         layer.precision = dtype
@@ -91,13 +91,13 @@ def set_type(layer: Any, dtype: Any, network: Any) -> Any:
 
 
 def set_tensor_type(tensor: Any, dtype: Any, network: Any) -> None:
-    """An output of the network, of this type: marking it as such made it float32 in TensorRT 8.6."""
+    """Set the type of a network output, which TensorRT 8.6 makes float32 when the output is marked."""
     if not is_strongly_typed(network):
         tensor.dtype = dtype
 
 
 def set_timing_cache(config: Any, content: bytes) -> bool:
-    """Give the builder what it measured in earlier builds; if that is damaged or another machine's, false, and none."""
+    """Set the builder's timing cache; return False, and set an empty one, if the content is of no use here."""
     cache = config.create_timing_cache(content)  # None: damaged
     if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
         return True
@@ -106,18 +106,18 @@ def set_timing_cache(config: Any, content: bytes) -> bool:
 
 
 def timing_cache_bytes(config: Any) -> bytes:
-    """What is to be kept for later builds."""
+    """Return the serialised timing cache."""
     return bytes(config.get_timing_cache().serialize())
 
 
 def ran_out_of_memory(messages: str) -> bool:
-    """Whether that is what TensorRT says: it has no other way to tell."""
+    """Return whether TensorRT's messages, its only way to tell, say that memory ran out."""
     said = messages.lower().replace(" ", "")
     return any(words in said for words in ("outofmemory", "memoryallocation", "couldnotbeallocated"))
 
 
 def refusal(what: str) -> Exception:
-    """The error to raise, with what TensorRT says: one that the user can put right if the memory ran out."""
+    """Return the exception to raise, with TensorRT's messages; a QwenModelError if memory ran out."""
     said = LOG.take()
     if ran_out_of_memory(said):
         return QwenModelError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")
@@ -125,12 +125,15 @@ def refusal(what: str) -> Exception:
 
 
 def activation_bytes(engine: Any) -> int:
-    """Device memory that a context needs, for the profile that needs most."""
+    """Return the bytes of device memory that an execution context needs, for the profile that needs most."""
     return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
 
 
 def create_context(engine: Any, profile: int, address: int, num_bytes: int, stream: int) -> Any:
-    """An execution context of that profile in device memory that it may share with others on the same stream."""
+    """Create an execution context of a profile in the caller's device memory.
+
+    Contexts that run on one stream may share that memory.
+    """
     if hasattr(trt, "ExecutionContextAllocationStrategy"):
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     else:

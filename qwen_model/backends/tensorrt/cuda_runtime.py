@@ -1,4 +1,4 @@
-"""Device memory, streams, events and graphs from `cuda-bindings`: what a back end without a framework needs of CUDA."""
+"""Wraps what the TensorRT back end needs of the CUDA runtime: device memory, streams, events and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLDEST_DRIVER = "580, which CUDA 13 needs"
 
 
 class CudaError(RuntimeError):
-    """A call of the CUDA runtime that failed."""
+    """A call of the CUDA runtime failed."""
 
 
 class OutOfMemoryError(QwenModelError):
@@ -25,11 +25,11 @@ class OutOfMemoryError(QwenModelError):
 
 
 class NoDeviceError(QwenModelError):
-    """There is no GPU that can be used; says why."""
+    """There is no usable GPU; the message says why."""
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The values of a cuda-bindings call: None, one, or a tuple.
+    """Return the values of a cuda-bindings call: None, one value, or a tuple.
 
     Raises:
         OutOfMemoryError: the GPU's memory ran out.
@@ -53,10 +53,10 @@ def _described(status: Any) -> str:
 
 
 def device_count() -> int:
-    """How many GPUs the driver has, at least one.
+    """Return the number of GPUs that the driver finds, at least 1.
 
     Raises:
-        NoDeviceError: none, or they cannot be used.
+        NoDeviceError: there is none, or none can be used.
     """
     status, count = cudart.cudaGetDeviceCount()
     if status == cudart.cudaError_t.cudaErrorInsufficientDriver:  # said without any driver too
@@ -69,13 +69,13 @@ def device_count() -> int:
 
 
 def current_device() -> int:
-    """This thread's present device."""
+    """Return the index of the calling thread's current device."""
     return int(check(cudart.cudaGetDevice()))
 
 
 @contextmanager
 def on_device(device: int) -> Iterator[None]:
-    """Inside, it is this thread's present device; afterwards that is what it was before."""
+    """Make `device` the calling thread's current device inside the `with` block."""
     before = current_device()
     if before == device:
         yield
@@ -88,19 +88,19 @@ def on_device(device: int) -> Iterator[None]:
 
 
 def device_name_and_capability() -> tuple[str, str]:
-    """Of the present device, as in ("NVIDIA H200", "9.0")."""
+    """Return the current device's name and compute capability, such as ("NVIDIA H200", "9.0")."""
     properties = check(cudart.cudaGetDeviceProperties(current_device()))
     return bytes(properties.name).split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}"
 
 
 def memory_info() -> tuple[int, int]:
-    """Bytes of the present device that are free and that there are."""
+    """Return the free and the total bytes of the current device's memory."""
     free, total = check(cudart.cudaMemGetInfo())
     return int(free), int(total)
 
 
 class Stream:
-    """A stream that does not wait for the default stream; destroyed with the object."""
+    """A non-blocking CUDA stream, destroyed with the object."""
 
     def __init__(self) -> None:
         self.handle = int(check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
@@ -110,7 +110,7 @@ class Stream:
             cudart.cudaStreamDestroy(self.handle)
 
     def synchronize(self) -> None:
-        """Wait until everything on it is done."""
+        """Block until all work on the stream is done."""
         check(cudart.cudaStreamSynchronize(self.handle))
 
 
@@ -125,16 +125,16 @@ class Event:
             cudart.cudaEventDestroy(self.handle)
 
     def record(self, stream: Stream) -> None:
-        """The point is after what is on the stream now."""
+        """Record the event behind the work that is on the stream now."""
         check(cudart.cudaEventRecord(self.handle, stream.handle))
 
     def synchronize(self) -> None:
-        """Wait until the point is reached."""
+        """Block until the event has happened."""
         check(cudart.cudaEventSynchronize(self.handle))
 
 
 class DeviceMemory:
-    """Bytes on the present device; freed with the object."""
+    """Memory on the current device, freed with the object."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -145,7 +145,7 @@ class DeviceMemory:
             cudart.cudaFree(self.address)
 
     def fill(self, byte: int, stream: Stream) -> None:
-        """Every byte the same."""
+        """Set every byte to this value."""
         check(cudart.cudaMemsetAsync(self.address, byte, self.num_bytes, stream.handle))
 
 
@@ -158,7 +158,7 @@ class DeviceArray(DeviceMemory):
         super().__init__(int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize)
 
     def upload(self, array: npt.ArrayLike, stream: Stream) -> None:
-        """Copy an array to the beginning of the memory; it may be changed as soon as this returns."""
+        """Copy an array to the beginning of the memory; the array may be changed as soon as this returns."""
         source = np.ascontiguousarray(array, self.dtype)
         if source.nbytes > self.num_bytes:
             raise ValueError(f"an array of shape {source.shape} is too large for memory of shape {self.shape}")
@@ -166,7 +166,7 @@ class DeviceArray(DeviceMemory):
         check(cudart.cudaMemcpyAsync(self.address, source.ctypes.data, source.nbytes, kind, stream.handle))
 
     def download(self, stream: Stream, rows: int | None = None) -> npt.NDArray[Any]:
-        """Wait for the stream and copy the first rows, or everything, to the host."""
+        """Wait for the stream and return a copy of the first `rows` rows; None: of all."""
         array = np.empty(self.shape if rows is None else (rows, *self.shape[1:]), self.dtype)
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         check(cudart.cudaMemcpyAsync(array.ctypes.data, self.address, array.nbytes, kind, stream.handle))
@@ -175,7 +175,7 @@ class DeviceArray(DeviceMemory):
 
 
 class PinnedArray:
-    """Host memory that the device copies to while the host goes on."""
+    """Page-locked host memory, which the device copies to asynchronously."""
 
     def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
         count = int(np.prod(tuple(shape), dtype=np.int64))
@@ -189,7 +189,7 @@ class PinnedArray:
             cudart.cudaFreeHost(self.address)
 
     def copy_from(self, address: int, num_bytes: int, stream: Stream) -> None:
-        """Begin to copy from the device."""
+        """Enqueue a copy from device memory."""
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         check(cudart.cudaMemcpyAsync(self.address, address, num_bytes, kind, stream.handle))
 
@@ -203,7 +203,7 @@ def copy_rows(
 
 
 class Graph:
-    """A CUDA graph of whatever `enqueue` puts on the stream."""
+    """A CUDA graph, captured from what `enqueue` launches on the stream."""
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
         self.stream = stream
@@ -226,11 +226,11 @@ class Graph:
             cudart.cudaGraphDestroy(self.graph)
 
     def launch(self) -> None:
-        """Put the graph on its stream."""
+        """Launch the graph on its stream."""
         check(cudart.cudaGraphLaunch(self._executable, self.stream.handle))
 
     def node_types(self) -> list[str]:
-        """What the graph consists of: Kernel, Memcpy, Memset, ..."""
+        """Return the type of each node: Kernel, Memcpy, Memset, ..."""
         _, count = check(cudart.cudaGraphGetNodes(self.graph))
         nodes, _ = check(cudart.cudaGraphGetNodes(self.graph, count))
         return [check(cudart.cudaGraphNodeGetType(node)).name.removeprefix("cudaGraphNodeType") for node in nodes]

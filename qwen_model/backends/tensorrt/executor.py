@@ -104,7 +104,7 @@ def _on_its_device(
 
 
 class TensorRTExecutor:
-    """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
+    """See `qwen_model.interface.executor.Executor`. Not for use by several threads at a time."""
 
     runs_ahead = True
 

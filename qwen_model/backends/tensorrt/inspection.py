@@ -1,4 +1,4 @@
-"""What is in a plan, and how long each of its layers takes."""
+"""Reads the inputs, outputs and layers of a built engine, and times each layer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ REPEATS = 9
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output: its shape with -1 for what changes, and of inputs its limits in each profile."""
+    """An input or output: its shape, -1 for dynamic dimensions, and an input's range in each profile."""
 
     name: str
     mode: str
     dtype: str
     shape: tuple[int, ...]
-    profiles: tuple[tuple[tuple[int, ...], ...], ...]  # of each profile the smallest, the usual and the largest
+    profiles: tuple[tuple[tuple[int, ...], ...], ...]  # for each profile the min, opt and max shape
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer of the built engine, and its milliseconds in one run."""
+    """A layer of the built engine, and the milliseconds that it takes."""
 
     name: str
     kind: str
@@ -36,7 +36,7 @@ class LayerInfo:
 
 
 def tensors(engine: Any) -> list[TensorInfo]:
-    """Every input and output."""
+    """Return every input and output of the engine."""
     found = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -52,7 +52,7 @@ def tensors(engine: Any) -> list[TensorInfo]:
 
 
 def layers(executor: TensorRTExecutor, prompts: Sequence[Sequence[int]]) -> dict[str, list[LayerInfo]]:
-    """The layers of "prefill" of these prompts, and of one step of "decode" after it, in their order."""
+    """Time the layers of the "prefill" of these prompts and of one "decode" step after it, in execution order."""
     kinds = _kinds(executor.engine)
     measured = executor.measure_layers(prompts, REPEATS)
     return {
@@ -69,5 +69,5 @@ def _kinds(engine: Any) -> dict[str, str]:
 
 
 def _plain_name(name: str) -> str:
-    """Without what TensorRT adds where there are several profiles."""
+    """Strip the suffix that TensorRT adds where there are several profiles."""
     return re.sub(r" \[profile \d+\]$", "", name)

@@ -1,7 +1,7 @@
-"""The rotary embedding in TensorRT's own layers, before the attention plug-in (`build --disable-plugin rotary`).
+"""Adds the rotary embedding in TensorRT's own layers before the attention plug-in (`build --disable-plugin rotary`).
 
-It shows what the embedding inside the plug-in brings. The cosines and sines of a pass are gathered once for all layers
-of the model.
+By comparison it shows what the embedding inside the plug-in brings. The cosines and sines of a pass are gathered once
+for all layers of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .operations import ReadWeight, TensorRTOperations
 
 
 class NativeRotaryOperations(TensorRTOperations):
-    """The operations, but that q and k are normalised and rotated before the attention plug-in."""
+    """The same operations, except that native layers normalise and rotate q and k before the attention plug-in."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class NativeRotaryOperations(TensorRTOperations):
         self._cos, self._sin = self._cos_and_sin(inputs)
 
     def gpt_attention(self, qkv: Any, layer: int, q_norm: str | None, k_norm: str | None) -> Any:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         self._layer = f"layers.{layer}.rotary"
         return super().gpt_attention(self._rotated(qkv, q_norm, k_norm), layer, None, None)
 
     def _rotated(self, qkv: Any, q_norm: str | None, k_norm: str | None) -> Any:
-        """Packed [tokens, (heads + 2 · kv_heads) · head_size] with q and k rotated, after their RMSNorm if any.
+        """Normalise, where the model does, and rotate q and k in packed [tokens, (heads + 2 · kv_heads) · head_size].
 
         The rotation is computed in float32.
         """
@@ -72,7 +72,7 @@ class NativeRotaryOperations(TensorRTOperations):
         return self._reshaped(together, (-1, packed), self._dtype)
 
     def _cos_and_sin(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Each [tokens, 1, dim / 2], float32."""
+        """Gather cosines and sines of every token: float32 [tokens, 1, dim / 2] each."""
         gathered = set_type(
             self._network.add_gather(inputs["rotary_table"], self._rows(inputs), 0), trt.float32, self._network
         )
@@ -82,7 +82,7 @@ class NativeRotaryOperations(TensorRTOperations):
         return cos, sin
 
     def _rows(self, inputs: Mapping[str, Any]) -> Any:
-        """[tokens] int32: the row of each token in the rotary table.
+        """Compute each token's row in the rotary table: int32 [tokens].
 
         Token t of sequence i, where cu_seqlens[i] <= t < cu_seqlens[i + 1], has row
         t + rotary_offsets[i] + past_lengths[i] - cu_seqlens[i].
@@ -105,20 +105,20 @@ class NativeRotaryOperations(TensorRTOperations):
         return self._int(tokens, "SUM", self._named(summed).get_output(0))
 
     def _columns(self, tensor: Any, head: int, last_head: int, start: int, end: int, dtype: Any = None) -> Any:
-        """Of [tokens, heads, columns] these heads and columns."""
+        """Slice a range of heads and of columns from [tokens, heads, columns]."""
         static = (last_head - head, end - start)
         sizes = layers.constant(self._network, np.array(static), trt.int32, f"{self._layer}/sizes")
         size = self._joined([self._tokens, sizes], 0)
         return self._slice(tensor, (0, head, start), (0, *static), size, dtype or self._dtype)
 
     def _slice(self, tensor: Any, start: Sequence[int], shape: Sequence[int], size: Any, dtype: Any = None) -> Any:
-        """`size` is a tensor with the shape of the result, of which `shape` has what does not change."""
+        """Slice to the shape that the tensor `size` holds; `shape` repeats its static dimensions."""
         layer = self._network.add_slice(tensor, start, shape, (1,) * len(start))
         layer.set_input(2, size)
         return self._output(layer, dtype)
 
     def _length(self, tensor: Any) -> Any:
-        """[1] int32: the length of a tensor of one dimension."""
+        """Compute the length of a tensor of one dimension: int32 [1]."""
         length = self._named(self._network.add_shape(tensor)).get_output(0)
         return length if MAJOR < 10 else self._cast(length, trt.int32)  # int64 from 10 on
 
@@ -148,7 +148,7 @@ class NativeRotaryOperations(TensorRTOperations):
         return self._output(self._network.add_elementwise(a, b, getattr(trt.ElementWiseOperation, operation)))
 
     def _output(self, layer: Any, dtype: Any = None) -> Any:
-        """Its output, of this type; None: of integers, the types of which TensorRT finds itself."""
+        """Name the layer and return its output with this type; None: an integer type, which TensorRT infers."""
         self._named(layer)
         return layer.get_output(0) if dtype is None else set_type(layer, dtype, self._network)
 

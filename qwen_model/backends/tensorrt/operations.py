@@ -1,4 +1,4 @@
-"""The operations of the network as layers of a TensorRT network: our plug-ins, and gathers of rows."""
+"""Implements the decoder's operations as layers of a TensorRT network: the plug-ins of this project, and gathers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ReadWeight = Callable[[str], npt.NDArray[Any]]
 
 
 class TensorRTOperations:
-    """Each operation adds its layers, named after their weights. Tensors are `ITensor`."""
+    """Each operation adds layers, named after their weights, and returns an `ITensor`."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class TensorRTOperations:
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
     ):
-        """Begin with the network's inputs, by the names of `tensorrt.network_inputs`.
+        """Take the network's inputs, by the names of `network_inputs` in back_end.py.
 
         dtype: `tensorrt.DataType` of weights, activations and cache.
         read_weight: gives a weight by its name, of any floating-point type; called once for each use.
@@ -43,20 +43,20 @@ class TensorRTOperations:
         self.present_key_values: list[Any] = []
 
     def embedding(self, input_ids: Any, weight: str) -> Any:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         table = layers.constant(self._network, self._read(weight), self._dtype, f"{weight} table")
         return self._gather(table, input_ids, weight)
 
     def linear(self, x: Any, weight: str, bias: str | None = None) -> Any:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return self._gemm(x, weight, bias)
 
     def linear_swiglu(self, x: Any, weight: str, bias: str | None = None) -> Any:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return self._gemm(x, weight, bias, activation="swiglu")
 
     def rms_norm(self, x: Any, weight: str, residual: Any = None) -> tuple[Any, Any]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         found = layers.rms_norm(
             self._network,
             x,
@@ -70,7 +70,7 @@ class TensorRTOperations:
         return (found, x) if residual is None else found
 
     def gpt_attention(self, qkv: Any, layer: int, q_norm: str | None, k_norm: str | None) -> Any:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         config, inputs = self._config, self._inputs
         try:
             context, present = layers.gpt_attention(
@@ -101,7 +101,7 @@ class TensorRTOperations:
         return context
 
     def last_token(self, x: Any, residual: Any) -> tuple[Any, Any]:
-        """The rows that `last_token_ids` names; see `qwen_model.network.Operations`."""
+        """Gather the rows that the input `last_token_ids` names; see `Operations`."""
         rows = self._inputs["last_token_ids"]
         return self._gather(x, rows, "last_token"), self._gather(residual, rows, "last_token.residual")
 

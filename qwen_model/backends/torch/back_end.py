@@ -1,4 +1,4 @@
-"""Writing and loading engines of the PyTorch back end: a safetensors file for each group of weights."""
+"""Writes and loads engines of the PyTorch back end: one safetensors file for each group of weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _weights_file(engine_dir: Path, group: WeightGroup) -> Path:
 
 
 def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
-    """Of that type; an error if it has numbers that are too large for it."""
+    """Convert to a type; an error if a number is too large for it."""
     converted = weight.to(getattr(torch, dtype))
     if weight.dtype != converted.dtype == torch.float16 and not converted.isfinite().all():
         raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
@@ -88,7 +88,7 @@ def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.devi
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: the GPU if there is one."""
+    """Return the device of that name; None: the GPU if there is one, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -103,23 +103,23 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def default_dtype(checkpoint_dtype: str) -> str:
-    """The checkpoint's type where there is a GPU; a CPU is slow in the half-precision types."""
+    """Return the checkpoint's type where there is a GPU, else float32: CPUs are slow in 16-bit types."""
     return checkpoint_dtype if torch.cuda.is_available() else "float32"
 
 
 def versions() -> dict[str, str]:
-    """What an engine's `config.json` says about the software that built it."""
+    """Return the versions of PyTorch and CUDA, for the record."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
 def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
-    """About what the largest prefill needs: the widest moment of a layer, in the MLP, beside the residual."""
+    """Estimate the bytes of the largest prefill's activations: those of the MLP, and the residual."""
     columns = 3 * config.intermediate_size + 3 * config.hidden_size
     return limits.max_batch_size * limits.max_input_len * columns * getattr(torch, dtype).itemsize
 
 
 def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
-    """Say what is needed before the memory runs out half-way."""
+    """Raise an error that lists what is needed if weights, cache and activations do not fit the memory."""
     weights, cache = required_bytes(config, limits, dtype)
     activations = activation_bytes(config, limits, dtype)
     free, total = _memory(device)
@@ -135,7 +135,7 @@ def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free and that there are. A CPU gives up caches and swaps for us: all of it counts as free."""
+    """Return free and total bytes. All of a CPU's memory counts as free: the system drops caches and swaps."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

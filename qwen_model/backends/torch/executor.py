@@ -81,7 +81,7 @@ class _StepGraph:
 
 
 class TorchExecutor:
-    """See `qwen_model.executor.Executor`. Not for use by several threads at a time."""
+    """See `qwen_model.interface.executor.Executor`. Not for use by several threads at a time."""
 
     def __init__(
         self,

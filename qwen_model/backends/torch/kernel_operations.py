@@ -46,11 +46,11 @@ class KernelOperations(TorchOperations):
         self._stream = torch.cuda.current_stream(self.cache.device).cuda_stream
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return self._gather_rows(self.weights[weight], input_ids)
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if self.batch.decoding:
             return x, residual
         rows = self.batch.cu_seqlens[1:] - 1
@@ -71,11 +71,11 @@ class KernelOperations(TorchOperations):
         return y
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return super().linear(x, weight, bias) if "gemm" in self._disabled else self._gemm(x, weight, bias, None)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if "gemm" in self._disabled:
             return super().linear_swiglu(x, weight, bias)
         return self._gemm(x, weight, bias, "swiglu")
@@ -107,7 +107,7 @@ class KernelOperations(TorchOperations):
         return y
 
     def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if "rms_norm" in self._disabled:
             return super().rms_norm(x, weight, residual)
         rows, hidden_size = x.shape
@@ -133,7 +133,7 @@ class KernelOperations(TorchOperations):
         return y, h
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         batch, config = self.batch, self.config
         rotate = "rotary" not in self._disabled
         if not rotate:

@@ -1,4 +1,4 @@
-"""The operations of the network in PyTorch: plain ones that run on any device, and those with our CUDA kernels."""
+"""Implements the decoder's operations with PyTorch's own functions, for any device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...checkpoints.config import ModelConfig
 
 @dataclass
 class Batch:
-    """What attention must know of the packed tokens of one call."""
+    """Describes the packed tokens of one pass to attention."""
 
     lengths: list[int]  # tokens of each sequence in this call: its prompt, or 1 while decoding
     past_lengths: list[int]  # tokens of each sequence in the cache before this call; 0 for prompts
@@ -30,12 +30,12 @@ class Batch:
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """int32 [sequences + 1]: where each sequence begins in the packed tokens, and their end."""
+        """Where each sequence begins in the packed tokens, and where the last one ends: int32 [sequences + 1]."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device_past_lengths.device)
 
     @cached_property
     def rotary_rows(self) -> Tensor:
-        """[tokens]: the row of each token in the rotary table."""
+        """The row of each token in the rotary table: [tokens]."""
         if self.decoding:
             return self.rotary_offsets + self.device_past_lengths
         lengths = torch.tensor(self.lengths, device=self.rotary_offsets.device)
@@ -43,17 +43,19 @@ class Batch:
         return self.rotary_offsets.repeat_interleave(lengths) + positions
 
     def runs(self) -> list[tuple[int, int]]:
-        """Neighbouring sequences of equal length: their number, their length."""
+        """Group neighbouring sequences of equal length: (number of sequences, length) of each group."""
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
 
 class TorchOperations:
-    """Every operation with PyTorch's own functions. `begin` comes before each pass through the network."""
+    """Computes every operation with PyTorch's own functions. Call `begin` before each pass through the network."""
 
     batch: Batch
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
-        """`cache` is [layers, max_batch_size, 2, kv_heads, max_positions, head_size]: keys, then values.
+        """Take the weights by name and the cache [layers, max_batch_size, 2, kv_heads, max_positions, head_size].
+
+        Along the dimension of 2 lie keys, then values.
 
         disabled: of `PLUGINS`, those whose operations PyTorch's own functions compute.
         """
@@ -63,44 +65,44 @@ class TorchOperations:
         self._rms_norm: Callable[..., Any] = plain_rms_norm if "rms_norm" in disabled else _plugin_rms_norm()
 
     def begin(self, batch: Batch) -> None:
-        """The sequences that the next pass is about, on the stream that is current now."""
+        """Set the batch of the next pass, which runs on the stream that is current now."""
         self.batch = batch
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return F.embedding(input_ids, self.weights[weight])
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
 
     def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if residual is None:
             return self._rms_norm(x, self.weights[weight], self.config.norm_eps), x
         return self._rms_norm(x, self.weights[weight], self.config.norm_eps, residual=residual)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if self.batch.decoding:
             return x, residual
         rows = self.batch.cu_seqlens[1:] - 1
         return x[rows], residual[rows]
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         q, k, v = self.split_heads(qkv)
         q, k = self.norm_and_rotate(q, k, q_norm, k_norm)
         self._write_cache(layer, k, v)
         return self._attend_cache(q, layer) if self.batch.decoding else self.attend_prompts(q, k, v)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of q, k and v: [tokens, heads, head_size]."""
+        """Return views of q, k and v: [tokens, heads, head_size] each."""
         config = self.config
         heads = qkv.view(len(qkv), -1, config.head_size)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
@@ -114,7 +116,7 @@ class TorchOperations:
         return self._rotate(q, True), self._rotate(k, False)
 
     def _rotate(self, x: Tensor, is_query: bool) -> Tensor:
-        """The rotary embedding, in float32, of [tokens, heads, head_size]."""
+        """Apply the rotary embedding to [tokens, heads, head_size], computed in float32."""
         batch, dim = self.batch, self.config.rotary.dim
         cos, sin = batch.rotary_table[batch.rotary_rows].unsqueeze(1).chunk(2, dim=-1)
         first, second = x[..., :dim].float().chunk(2, dim=-1)
@@ -135,7 +137,7 @@ class TorchOperations:
             cache[sequence, :, :, : len(tokens)] = tokens.permute(1, 2, 0, 3)
 
     def attend_prompts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention within each prompt; neighbours of equal length go in one call."""
+        """Compute causal attention within each prompt, neighbours of equal length in one call."""
         grouped = self.config.num_heads != self.config.num_kv_heads
         contexts, start = [], 0
         for count, length in self.batch.runs():
@@ -147,7 +149,7 @@ class TorchOperations:
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
     def _attend_cache(self, q: Tensor, layer: int) -> Tensor:
-        """Attention of one token a sequence over its cache. Query heads that share a key head become its rows."""
+        """Compute attention of one token per sequence over its cache; query heads of one key head are batched."""
         lengths = [past + 1 for past in self.batch.past_lengths]
         cached = self.cache[layer, : len(q), :, :, : max(lengths)]
         mask = None
@@ -164,7 +166,7 @@ class TorchOperations:
 def plain_rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm spelt out, with the roundings of transformers' modules."""
+    """Compute RMSNorm with elementary operations, rounding where transformers' modules do."""
     if residual is not None:
         x = x + residual
     wide = x.float()
