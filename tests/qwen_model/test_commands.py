@@ -14,6 +14,7 @@ from qwen_model.__main__ import COMMANDS, main
 from qwen_model.build import parse_rotary_scaling
 from qwen_model.command_line import run_command
 from qwen_model.common.errors import QwenModelError
+from qwen_model.packaged_model import packaged_model_dir
 from qwen_model.run import parse_token_ids
 from tests.qwen_model.checkpoints import random_prompt
 
@@ -53,11 +54,17 @@ def test_build_and_run_in_processes_of_their_own(model_dir, tmp_path):
 
 
 def test_the_main_job_without_a_checkpoint(tmp_path):
-    """The README's commands: the packaged model continues a function."""
-    assert python("-m", "qwen_model", "build", cwd=tmp_path).returncode == 0
-    ran = python("-m", "qwen_model", "run", "def add(a, b):\n    return", "--max-new-tokens", "8", cwd=tmp_path)
+    """The README's commands: the packaged model continues a function with the tokens that transformers chooses."""
+    transformers = pytest.importorskip("transformers")
+    prompt = "def add(a, b):\n    return"
+    assert python("-m", "qwen_model", "build", "--dtype", "float32", cwd=tmp_path).returncode == 0
+    ran = python("-m", "qwen_model", "run", prompt, "--max-new-tokens", "8", "--device", "cpu", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packaged_model_dir())
+    model = transformers.AutoModelForCausalLM.from_pretrained(packaged_model_dir(), dtype="float32")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    chosen = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert ran.stdout == tokenizer.decode(chosen, skip_special_tokens=True) + "\n"
 
 
 @pytest.mark.parametrize("module", ["qwen_model", "qwen_model.run", "qwen_model.build", "qwen_model.chat"])
