@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from .common.errors import QwenModelError
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0; 1 with one line on standard error for what a user can put right; 130 on Ctrl-C."""
-    signal.signal(signal.SIGTERM, _terminate)  # so that half-written files are taken away
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that half-written files are taken away
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal's encoding has not all characters
     try:
@@ -31,7 +35,18 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; there is nothing left to say
         sys.exit(1)
+    except OSError as error:
+        where = "" if error.filename is None else f": {error.filename}"
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        _forget_output()
+        sys.exit(1)
     sys.exit(0)
+
+
+def _forget_output() -> None:
+    """Python writes what is left of standard output at the end, and complains where the disk is full."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

@@ -17,11 +17,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     if options.engine is not None and options.engine_dir is not None:
         raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
+
+    from .evaluation.inspection import check_picture, inspect_engine, picture, text
+
     if options.picture is not None:
-        _check_picture(options.picture)
-
-    from .evaluation.inspection import inspect_engine, picture, text
-
+        check_picture(options.picture)
     engine_dir = options.engine or options.engine_dir or DEFAULT_ENGINE_DIR
     found = inspect_engine(engine_dir, options.sequences, options.prompt_tokens, options.device)
     print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
@@ -30,13 +30,6 @@ def main(arguments: list[str] | None = None) -> None:
             write_whole(options.picture, picture(found).encode())
         except OSError as error:
             raise QwenModelError(f"{options.picture} cannot be written: {error.strerror}") from error
-
-
-def _check_picture(path: Path) -> None:
-    if path.suffix != ".svg":
-        raise QwenModelError(f"--picture draws an SVG: give a name that ends in .svg, not {path}")
-    if not path.absolute().parent.is_dir():
-        raise QwenModelError(f"--picture {path}: there is no folder {path.parent}")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,26 @@ from .errors import QwenModelError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside its place, then rename: whatever goes wrong, what was there before stays. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    """Write beside its place, then rename: whatever goes wrong, what was there before stays. Raises OSError.
+
+    A symbolic link stays, and the file it points to is written. A file keeps its mode, and is left alone where it may
+    not be written. What is no regular file, like /dev/null, is written as it is.
+    """
+    path = Path(os.path.realpath(path))
+    there = path.exists()
+    if there and not path.is_file():
+        path.write_bytes(content)
+        return
+    partial = path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}")
     try:
-        partial.write_bytes(content)
+        if there:
+            path.open("r+b").close()
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # which tells of a full disk where closing does not
+        if there:
+            shutil.copymode(path, partial)
         partial.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -2,7 +2,7 @@
 
 An engine is a folder: `config.json` (see engine_config.py), the tokenizer's files, and of the torch back end `weights/`
 with one safetensors file for the embedding, one for each layer and one for the output, of the TensorRT back end
-`model.plan`. It is written beside its place and renamed when whole.
+`model.plan`. It is there whole or not at all (see output_folder.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..interface.engine_config import BACKENDS, PLUGINS, EngineConfig, Limits
 from ..interface.memory import required_bytes
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
-from .output_folder import check_target, written_whole
+from .output_folder import output_place, written_whole
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def build_engine(
     timing_cache: file with what TensorRT's builder measured, read and written; None: one in the user's cache folder.
     progress: see `Progress`.
 
-    An engine that is in `output_dir` already is replaced; a folder with anything else in it is an error.
+    An engine that is in `output_dir` already is replaced, in one step where the file system can; a folder with anything
+    else in it is an error. Where `output_dir` is a symbolic link, the engine goes where it points.
     """
     start = time.perf_counter()
     _check_choice("backend", backend, BACKENDS)
@@ -79,8 +80,9 @@ def build_engine(
         raise QwenModelError(f"timing_cache (--timing-cache) is for the back end tensorrt, not for {backend}")
     disabled = _disabled_plugins(disable_plugins, rmsnorm_plugin)
     source = _model_dir(model_dir)
-    target = Path(output_dir).absolute()
-    check_target(target, source)
+    target = output_place(output_dir, source)
+    if timing_cache is not None and Path(os.path.realpath(timing_cache)).is_relative_to(target):
+        raise QwenModelError(f"the timing cache {timing_cache} would lie in the engine's folder: keep it elsewhere")
     model = ModelConfig.from_model_dir(source)
     if rotary_scaling is not None:
         model = model.with_rotary_scaling(rotary_scaling)

@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from ..common.errors import QwenModelError
 from ..interface.engine_config import EngineConfig
 from .back_ends import back_end
+from .output_folder import ENGINE_FILES, WEIGHT_FILE, WEIGHTS
 from .session import Session
 
 
 def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None) -> Session:
     """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate."""
     folder = Path(engine_dir)
+    before = _version(folder)
+    try:
+        session = _load(folder, device)
+    except QwenModelError as error:
+        if _version(folder) != before:  # what is wrong with it is then no fault of the engine
+            raise _replaced(folder) from error
+        raise
+    except OSError as error:
+        raise QwenModelError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
+    if _version(folder) != before:
+        raise _replaced(folder)
+    return session
+
+
+def _load(folder: Path, device: str | None) -> Session:
     config = EngineConfig.read(folder)
-    before = folder.stat()
+    _check_readable(folder)
     executor = back_end(config.backend).load_executor(folder, config, device)
-    tokenizer = _load_tokenizer(folder)
-    if not folder.is_dir() or not os.path.samestat(before, folder.stat()):
-        raise QwenModelError(f"{folder} was replaced while it was being loaded: load it again")
-    return Session(config, executor, tokenizer)
+    return Session(config, executor, _load_tokenizer(folder))
+
+
+def _version(folder: Path) -> tuple[int, ...]:
+    """What changes when another engine takes its place: a build takes config.json away first and puts it there last."""
+    try:
+        status = (folder / "config.json").stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _replaced(folder: Path) -> QwenModelError:
+    return QwenModelError(f"{folder} was replaced while it was being loaded: load it again")
+
+
+def _check_readable(folder: Path) -> None:
+    """Open each file, since the readers of some formats call one that may not be read missing. Raises OSError."""
+    weights = folder / WEIGHTS
+    names = [name for name in os.listdir(weights) if WEIGHT_FILE.fullmatch(name)] if weights.is_dir() else []
+    for path in (*(folder / name for name in ENGINE_FILES), *(weights / name for name in names)):
+        with suppress(FileNotFoundError):
+            path.open("rb").close()
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer | None:

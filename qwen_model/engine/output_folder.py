@@ -1,9 +1,16 @@
-"""An engine's folder: checked before the work, written beside its place, and renamed when whole."""
+"""An engine's folder: checked before the work, written in a hidden folder, and put in its place when whole.
+
+The hidden folder lies beside the engine's place, so that one rename puts a new engine there and one exchange replaces
+an old one. Where the folder itself has to stay (see `_stays`) it lies inside, and the files are moved one by one.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,68 +19,151 @@ from pathlib import Path
 from ..checkpoints.tokenizer import TOKENIZER_FILES
 from ..common.errors import QwenModelError
 from ..interface.engine_config import read_engine_json
+from .work_folder import INSIDE, NEW, OLD, has_work, work_folder
 
-ENGINE_FILES = {"config.json", "weights", "model.plan", *TOKENIZER_FILES}
+CONFIG, WEIGHTS = "config.json", "weights"
+ENGINE_FILES = {CONFIG, "model.plan", *TOKENIZER_FILES}
+WEIGHT_FILE = re.compile(r"(embedding|layer_\d{3,}|output)\.safetensors")
+NOT_COUNTED = {INSIDE, "lost+found"}  # the latter is at the top of every ext4 volume
 
 
-def check_target(target: Path, source: Path) -> None:
-    """Nothing that is not ours is replaced, and a folder that cannot be written is found before the work."""
-    if source.resolve().is_relative_to(target.resolve()):
-        raise QwenModelError(f"{target} holds the checkpoint {source}: give another folder")
-    if target.exists() and not target.is_dir():
-        raise QwenModelError(f"{target} is there already and is not a folder")
-    if target.is_dir() and any(target.iterdir()) and read_engine_json(target) is None:
-        raise QwenModelError(f"{target} is there already and is not an engine; give an empty or a new folder")
-    others = sorted({path.name for path in target.iterdir()} - ENGINE_FILES) if target.is_dir() else []
-    if others:
-        raise QwenModelError(f"{target} has more in it than an engine ({', '.join(others[:5])}): give another folder")
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise QwenModelError(f"{target} cannot be written: no permission to write in {parent}")
+def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
+    """The folder that `output_dir` leads to, symbolic links followed, for an engine of the checkpoint `source`.
+
+    Raises:
+        QwenModelError: it cannot be written, or is there already and is not an engine and nothing else.
+    """
+    try:
+        place = Path(os.path.realpath(output_dir))
+    except (OSError, ValueError) as error:  # the current folder is gone; a zero byte in the name
+        raise QwenModelError(f"{os.fspath(output_dir)!r} is no folder that can be written: {error}") from error
+    try:
+        if _is_folder(place):
+            _check_contents(place, source)
+            folders = [place, place / WEIGHTS] if (place / WEIGHTS).is_dir() else [place]
+        else:
+            folders = [next(folder for folder in place.parents if folder.exists())]
+            if not folders[0].is_dir():
+                raise QwenModelError(f"{place} cannot be written: {folders[0]} is a file, not a folder")
+        for folder in folders:
+            _check_writable(folder, place)
+    except OSError as error:
+        raise _not_written(place, error) from error
+    return place
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place at the end; on any error nothing of it is left."""
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+def written_whole(place: Path) -> Iterator[Path]:
+    """A new folder that takes its place (of `output_place`) at the end; on any error nothing of it is left."""
+    made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise QwenModelError(f"{target} cannot be written: {error.strerror}") from error
-    try:
-        yield folder
-        _open_as_usual(folder)
-        _put_in_place(folder, target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        is_there = _is_folder(place)
+        before = _contents(place)[0] if is_there else []
+        with work_folder(place, inside=is_there and _stays(place)) as work:
+            new = work / NEW
+            new.mkdir()
+            yield new
+            _finish(new)
+            _put_in_place(new, place, work / OLD, before)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise QwenModelError(f"{target} cannot be written: {error}") from error
+            raise _not_written(place, error) from error
         raise
 
 
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; if that fails, what was there before is back."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+def _not_written(place: Path, error: OSError) -> QwenModelError:
+    """One line, which names the file at fault: it may be one of the checkpoint."""
+    name = error.filename2 or error.filename
+    where = f" ({os.fsdecode(name)})" if name not in (None, str(place)) else ""
+    return QwenModelError(f"{place} cannot be written: {error.strerror or error}{where}")
+
+
+def _is_folder(place: Path) -> bool:
+    """Whether it is there; an error if it is there and is no folder. OSError: nobody can tell."""
     try:
-        target.rename(aside / "engine")
-        folder.rename(target)
-    finally:
-        if not target.exists():
-            (aside / "engine").rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
+        mode = place.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISDIR(mode):
+        raise QwenModelError(f"{place} is there already and is not a folder")
+    return True
 
 
-def _open_as_usual(folder: Path) -> None:
-    """Give all of it the modes of new files: temporary folders and safetensors' files are their owner's alone."""
+def _check_writable(folder: Path, place: Path) -> None:
+    """Make a file without a name, since `os.access` does not know every reason why one cannot be made."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise QwenModelError(f"{place} cannot be written: {error.strerror} in {folder}") from error
+
+
+def _check_contents(place: Path, source: Path) -> None:
+    """Nothing that no build wrote is replaced."""
+    if source.resolve().is_relative_to(place):
+        raise QwenModelError(f"{place} holds the checkpoint {source}: give another folder")
+    is_ours = read_engine_json(place) is not None or has_work(place)  # of a build that died when it moved its files in
+    if set(os.listdir(place)) - NOT_COUNTED and not is_ours:
+        raise _not_an_engine(place)
+    others = [name for name in _contents(place)[1] if name not in NOT_COUNTED]
+    if others:
+        raise QwenModelError(f"{place} has more in it than an engine ({', '.join(others[:5])}): give another folder")
+
+
+def _not_an_engine(place: Path) -> QwenModelError:
+    return QwenModelError(f"{place} is there already and is not an engine; give an empty or a new folder")
+
+
+def _contents(folder: Path) -> tuple[list[str], list[str]]:
+    """An engine's files in a folder, and what no build wrote, at any depth, as relative paths."""
+    files: list[str] = []
+    others: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name == WEIGHTS and entry.is_dir(follow_symlinks=False):
+            for inner in sorted(os.scandir(entry), key=lambda inner: inner.name):
+                ours = WEIGHT_FILE.fullmatch(inner.name) and inner.is_file(follow_symlinks=False)
+                (files if ours else others).append(f"{WEIGHTS}/{inner.name}")
+        else:
+            ours = entry.name in ENGINE_FILES and entry.is_file(follow_symlinks=False)
+            (files if ours else others).append(entry.name)
+    return files, others
+
+
+def _stays(place: Path) -> bool:
+    """Whether the folder must not be exchanged for another, but filled.
+
+    So it is with an empty one, a shell's current folder, and one that nothing can be moved into from beside it: a mount
+    point, or one whose parent folder cannot be written.
+    """
+    if not set(os.listdir(place)) - NOT_COUNTED:
+        return True
+    with suppress(FileNotFoundError):  # the current folder was deleted
+        if Path.cwd().is_relative_to(place):
+            return True
+    try:
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine.") as beside:
+            probe = Path(beside, "probe")
+            probe.touch()
+            probe.rename(place / Path(beside).name).unlink()
+    except OSError:
+        return True
+    return False
+
+
+def _finish(folder: Path) -> None:
+    """Have all of it on the disk, and give it the modes of new files: safetensors' are their owner's alone."""
+    unknown = _contents(folder)[1]
+    if unknown:
+        raise RuntimeError(f"the next build would take these files for a user's: {unknown}; name them in this module")
     mask = _umask()
     for path in (folder, *folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # which tells of a full disk where closing does not
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
@@ -81,3 +171,52 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _put_in_place(new: Path, place: Path, old: Path, before: list[str]) -> None:
+    """Rename, exchange or move it there; what is moved away for it goes to `old`. On an error all is as before.
+
+    before: what files of an engine were there when the build began. Others may have come meanwhile.
+    """
+    if not _is_folder(place):
+        new.rename(place)
+        return
+    files, others = _contents(place)
+    if set(files) - set(before) and read_engine_json(place) is None:
+        raise _not_an_engine(place)
+    shutil.copymode(place, new)
+    if others or not _exchange(new, place):
+        _move_files(new, place, files, old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system, the file system or the place does not allow it."""
+    current_folder, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # not every C library has it
+        return False
+    renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    done: int = renameat2(current_folder, os.fsencode(one), current_folder, os.fsencode(other), rename_exchange)
+    return done == 0
+
+
+def _move_files(new: Path, place: Path, files: list[str], old: Path) -> None:
+    """Move `files` from the place to `old` and all of `new` there, config.json first out and last in.
+
+    Without it a folder is no engine.
+    """
+    moves = [(place / name, old / name) for name in sorted(files, key=lambda name: name != CONFIG)]
+    moves += [(new / name, place / name) for name in sorted(_contents(new)[0], key=lambda name: name == CONFIG)]
+    try:
+        for here, there in moves:
+            there.parent.mkdir(parents=True, exist_ok=True)
+            here.rename(there)
+    except BaseException:
+        for here, there in reversed(moves):
+            if there.exists() and not here.exists():
+                there.rename(here)
+        raise
+    finally:
+        with suppress(OSError):  # where the engine of another back end was
+            (place / WEIGHTS).rmdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +145,32 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 BAR_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 22, 330, 420
+DRAWN_BY = "<!-- qwen-model inspect -->"
+"""Tells near the beginning of a file that it is a picture of ours, which may be replaced."""
+
+
+def check_picture(path: Path) -> None:
+    """Raise QwenModelError if no picture can be written there, or one would replace a file that is not ours."""
+    if path.suffix != ".svg":
+        raise QwenModelError(f"--picture draws an SVG: give a name that ends in .svg, not {path}")
+    place = Path(os.path.realpath(path))
+    if not place.parent.is_dir():
+        raise QwenModelError(f"--picture {path}: there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=place.parent):
+            beginning = _first_bytes(place, 1000)
+    except OSError as error:
+        raise QwenModelError(f"{path} cannot be written: {error.strerror}") from error
+    if beginning and DRAWN_BY.encode() not in beginning:
+        raise QwenModelError(f"{path} is there already and no picture of this command: give another name")
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        return b""
 
 
 def picture(found: Inspection) -> str:
@@ -167,4 +195,4 @@ def picture(found: Inspection) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" font-family="sans-serif" font-size="12">'
     )
-    return "\n".join([head, f'<rect width="{width}" height="{y}" fill="white"/>', *parts, "</svg>\n"])
+    return "\n".join([head, DRAWN_BY, f'<rect width="{width}" height="{y}" fill="white"/>', *parts, "</svg>\n"])

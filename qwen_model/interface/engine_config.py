@@ -138,9 +138,16 @@ def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:
 
 
 def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:
-    """Return the content of `config.json` if the folder is an engine of any version, else None."""
+    """Return the content of `config.json` if the folder is an engine of any version, else None.
+
+    Raises:
+        QwenModelError: there is such a file, and it cannot be read.
+    """
+    path = Path(engine_dir) / "config.json"
     try:
-        values = json.loads((Path(engine_dir) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error
     return values if isinstance(values, dict) and values.get("format") == FORMAT else None

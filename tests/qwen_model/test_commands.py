@@ -75,6 +75,16 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module):
     assert python("-c", program).stdout.strip() == "[]"
 
 
+def test_a_full_disk_under_standard_output():
+    program = (
+        "import os, qwen_model.command_line as c\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        "c.run_command(lambda arguments: print('much'))"
+    )
+    result = python("-c", program)
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+
+
 def test_run_imports_no_transformers(engine_dir):
     program = (
         "import sys\n"

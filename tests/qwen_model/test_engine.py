@@ -1,14 +1,8 @@
 """Engines as folders: what is in them, that they are whole or not there, and what is said of those that are wrong."""
 
-import errno
 import json
-import os
 import re
-import resource
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,128 +82,6 @@ def test_plugins_that_cannot_be_disabled(model_dir, tmp_path, options, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_an_engine_is_replaced_and_other_folders_are_not(model_dir, tmp_path):
-    target = tmp_path / "engine"
-    target.mkdir()
-    build(model_dir, target, max_batch_size=3)
-    build(model_dir, target, max_batch_size=5)
-    assert EngineConfig.read(target).limits.max_batch_size == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
-
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("keep me")
-    with pytest.raises(QwenModelError, match="mine is there already and is not an engine"):
-        build(model_dir, tmp_path / "mine")
-    with pytest.raises(QwenModelError, match="is not a folder"):
-        build(model_dir, tmp_path / "mine" / "letter.txt")
-    assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
-
-
-def test_a_build_that_fails_leaves_nothing(model_dir, tmp_path):
-    written = []
-
-    def fail(phase, done, total):
-        written.append(done)
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(model_dir, tmp_path / "a" / "b" / "engine", progress=fail)
-    assert len(written) > 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_build_that_fails_leaves_the_engine_before_it(model_dir, tmp_path):
-    def fail(phase, done, total):
-        raise OSError("disk full")
-
-    build(model_dir, tmp_path / "engine", max_batch_size=3)
-    with pytest.raises(QwenModelError, match="engine cannot be written: disk full"):
-        build(model_dir, tmp_path / "engine", progress=fail)
-    assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
-
-
-def test_a_disk_that_is_full_half_way(model_dir, tmp_path):
-    """A limit on the size of files stands for it: the system refuses to write on, as with a full disk."""
-    build(model_dir, tmp_path / "engine", max_batch_size=3)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(QwenModelError, match="engine cannot be written"):
-            build(model_dir, tmp_path / "engine")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit(143)], ids=repr)
-def test_the_old_engine_is_back_when_the_new_one_cannot_take_its_place(model_dir, tmp_path, monkeypatch, error):
-    """The first rename puts the old engine aside, the second, of the new one, fails."""
-    build(model_dir, tmp_path / "engine", max_batch_size=3)
-    rename, renamed = Path.rename, []
-
-    def failing_rename(path, target):
-        renamed.append(path)
-        if len(renamed) == 2:
-            raise error
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", failing_rename)
-    with pytest.raises((QwenModelError, SystemExit), match=r"engine cannot be written.*No space left|143"):
-        build(model_dir, tmp_path / "engine", max_batch_size=5)
-    assert EngineConfig.read(tmp_path / "engine").limits.max_batch_size == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
-
-
-def test_a_build_that_is_terminated_leaves_nothing(model_dir, tmp_path):
-    """SIGTERM while the weights are written: the progress callback says when."""
-    program = (
-        "import sys, time, qwen_model.command_line as c, qwen_model.engine as e\n"
-        "def main(arguments):\n"
-        "    def progress(phase, done, total):\n"
-        "        print('writing', flush=True); time.sleep(60)\n"
-        "    e.build_engine(sys.argv[1], output_dir=sys.argv[2], dtype='float32', progress=progress)\n"
-        "c.run_command(main)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, model_dir, tmp_path / "engine"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "writing\n"
-    assert len(list(tmp_path.iterdir())) == 1
-    process.terminate()
-    assert process.wait(30) == 128 + 15
-    process.stdout.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_engine_that_is_replaced_while_it_is_loaded(model_dir, tmp_path, monkeypatch):
-    build(model_dir, tmp_path / "engine")
-    read = back_end._read_weights
-
-    def replace_first(*arguments):
-        monkeypatch.setattr(back_end, "_read_weights", read)
-        build(model_dir, tmp_path / "engine")
-        return read(*arguments)
-
-    monkeypatch.setattr(back_end, "_read_weights", replace_first)
-    with pytest.raises(QwenModelError, match="was replaced while it was being loaded"):
-        qwen_model.load_engine(tmp_path / "engine", device="cpu")
-
-
-def test_what_is_not_the_engines_is_not_deleted(model_dir, tmp_path):
-    engine = tmp_path / "engine"
-    build(model_dir, engine)
-    (engine / "notes.txt").touch()
-    with pytest.raises(QwenModelError, match=r"more in it than an engine \(notes.txt\)"):
-        build(model_dir, engine)
-    (engine / "notes.txt").rename(tmp_path / "notes.txt")
-    shutil.copytree(model_dir, engine / "weights" / "checkpoint")
-    with pytest.raises(QwenModelError, match="holds the checkpoint"):
-        build(engine / "weights" / "checkpoint", engine)
-
-
 def test_tokenizers_are_loaded_before_the_work(model_dir, tmp_path):
     folder = shutil.copytree(model_dir, tmp_path / "model")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|gone|>"}')
@@ -242,24 +114,6 @@ def test_end_tokens_that_are_no_integers(model_dir, tmp_path, value):
 def test_devices_that_are_none(engine_dir, device):
     with pytest.raises(QwenModelError, match="device must be 'cpu' or 'cuda'"):
         qwen_model.load_engine(engine_dir, device=device)
-
-
-def test_whom_the_umask_lets_read_may_read_all_files(model_dir, tmp_path):
-    before = os.umask(0o027)
-    try:
-        build(model_dir, tmp_path / "engine")
-    finally:
-        os.umask(before)
-    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "engine").rglob("*")}
-    assert modes == {True: 0o750, False: 0o640}
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_not_writable(model_dir, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(QwenModelError, match="no permission to write"):
-        build(model_dir, tmp_path / "engine")
-    tmp_path.chmod(0o700)
 
 
 def test_limits_follow_the_model(tmp_path):

@@ -243,12 +243,22 @@ def test_timing_caches_are_kept(trt, model_dir, tmp_path):
     assert [path.read_bytes() for path in (tmp_path / "cache" / "qwen_model").iterdir()] == [b"measured"]
     build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "here" / "cache")
     assert (tmp_path / "here" / "cache").read_bytes() == b"measured"
-    for content in (b"of another machine", b"damaged"):
-        (tmp_path / "other").write_bytes(content)
-        summary = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other")
-        assert "other is damaged, or of another GPU or TensorRT" in summary.warnings[0]
-        assert (tmp_path / "other").read_bytes() == b"measured"
-    assert build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other").warnings == ()
+    assert build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "here" / "cache").warnings == ()
+
+
+@pytest.mark.parametrize("content", [b"of another machine", b"damaged"])
+def test_what_is_no_timing_cache_of_this_machine_is_not_lost(trt, model_dir, tmp_path, content):
+    """A file that the user named may be anything; that in the cache folder is ours."""
+    (tmp_path / "other").write_bytes(content)
+    (warning,) = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other").warnings
+    assert "other is damaged, or of another GPU or TensorRT: it is left as it is; give another file" in warning
+    assert (tmp_path / "other").read_bytes() == content
+    build(model_dir, tmp_path / "engine")
+    (default,) = (tmp_path / "cache" / "qwen_model").iterdir()
+    default.write_bytes(content)
+    (warning,) = build(model_dir, tmp_path / "engine").warnings
+    assert "is damaged, or of another GPU or TensorRT: it is begun anew" in warning
+    assert default.read_bytes() == b"measured"
 
 
 def test_timing_caches_that_cannot_be_kept(trt, model_dir, tmp_path, monkeypatch):
@@ -261,11 +271,11 @@ def test_timing_caches_that_cannot_be_kept(trt, model_dir, tmp_path, monkeypatch
         build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache", backend="torch")
     assert not (tmp_path / "engine").exists()
 
-    def refuse(path, content):
+    def refuse(path, target):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", refuse)
+        patched.setattr(Path, "replace", refuse)
         summary = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache")
     assert summary.warnings == (f"the timing cache {tmp_path / 'cache'} cannot be written: Permission denied",)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # the user's cache folder is not one
@@ -450,6 +460,9 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
     assert "prefill of 1 x 60 tokens" in printed
     assert "layers.*.attention.qkv" in printed
     ElementTree.parse(tmp_path / "picture.svg")
+    inspect.main([engine, "--picture", str(tmp_path / "picture.svg")])  # one of ours is replaced
+    capsys.readouterr()
+    (tmp_path / "logo.svg").write_text("<svg/>")
     inspect.main(["--engine-dir", engine, "--json", "--sequences", "3", "--prompt-tokens", "5"])
     found = json.loads(capsys.readouterr().out)
     assert found["tensors"][0]["name"] == "input_ids"
@@ -460,6 +473,8 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
         (["--prompt-tokens", "61"], "must be 1 to 60"),
         (["--picture", "x.png"], "ends in .svg"),
         (["--picture", "nowhere/x.svg"], "there is no folder nowhere"),
+        (["--picture", str(tmp_path / "logo.svg")], "logo.svg is there already and no picture of this command"),
+        (["--picture", str(tmp_path / ("n" * 300 + ".svg"))], "cannot be written: File name too long"),
         (["--engine-dir", engine], "give the engine once"),
     ):
         with pytest.raises(qwen_model.QwenModelError, match=message):
@@ -467,6 +482,7 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
     build(model_dir, tmp_path / "torch", backend="torch")
     with pytest.raises(qwen_model.QwenModelError, match="only TensorRT's are inspected"):
         inspect.main([str(tmp_path / "torch")])
+    assert (tmp_path / "logo.svg").read_text() == "<svg/>"
 
 
 def test_the_commands(trt, model_dir, tmp_path, capsys):

@@ -38,10 +38,14 @@ class TimingCache:
 
     def load_into(self, builder_config: Any) -> None:
         """Let the builder know what it measured in earlier builds; measurements of another machine are not used."""
-        if not compat.set_timing_cache(builder_config, self._content):
-            self.warnings.append(
-                f"the timing cache {self._path} is damaged, or of another GPU or TensorRT: it is begun anew"
-            )
+        if compat.set_timing_cache(builder_config, self._content):
+            return
+        what = f"the timing cache {self._path} is damaged, or of another GPU or TensorRT"
+        if self._given and self._content:  # it may be no timing cache at all
+            self.warnings.append(f"{what}: it is left as it is; give another file, or remove this one")
+            self._path = None
+        else:
+            self.warnings.append(f"{what}: it is begun anew")
 
     def keep(self, builder_config: Any) -> None:
         """Write what the builder knows now, whole or not at all."""
