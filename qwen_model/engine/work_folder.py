@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..common.errors import QwenModelError
 
@@ -35,17 +35,8 @@ def work_folder(place: Path, inside: bool) -> Iterator[Path]:
     for work in (within, beside):
         _remove_dead(work, place)
     work = within if inside else beside
-    try:
-        work.mkdir(mode=0o700)
-        lock = (work / LOCK).open("x", encoding="utf-8")
-    except (FileExistsError, FileNotFoundError):
-        raise _another_build(place) from None
-    with lock:
+    with _new_and_locked(work, place) as lock:
         try:
-            with suppress(OSError):  # a file system without locks: there nothing of a dead build is removed either
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (work / LOCK).exists():  # another build, a moment earlier, took it for a dead one's
-                raise _another_build(place)
             json.dump(_this_process(), lock)
             lock.flush()
             yield work
@@ -64,6 +55,32 @@ def _name_beside(place: Path) -> str:
     return f".{place.name[:50]}.{zlib.crc32(os.fsencode(place.name)):08x}.building"
 
 
+def _new_and_locked(work: Path, place: Path) -> IO[str]:
+    """Make the folder, and the lock in it."""
+    try:
+        work.mkdir(mode=0o700)
+        lock = (work / LOCK).open("x", encoding="utf-8")
+    except (FileExistsError, FileNotFoundError):  # another build was quicker, or took it for a dead one's
+        raise _another_build(place) from None
+    except OSError:
+        _remove_empty(work)
+        raise
+    with suppress(OSError):  # a file system without locks: there nothing of a dead build is removed either
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if not _is_lock_of(work, lock):
+        lock.close()
+        raise _another_build(place)
+    return lock
+
+
+def _is_lock_of(work: Path, lock: IO[str]) -> bool:
+    """Whether it is still there: the folder may have been removed, and made anew, before the lock was ours."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), (work / LOCK).stat())
+    except FileNotFoundError:
+        return False
+
+
 def _remove_dead(work: Path, place: Path) -> None:
     """Remove what a dead build left; a living one, or what may be one on another machine, is an error."""
     if not os.path.lexists(work):
@@ -80,6 +97,8 @@ def _remove_dead(work: Path, place: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _another_build(place, maker) from None
+            if not _is_lock_of(work, lock):
+                raise _another_build(place)
             if os.listdir(work) != [LOCK] and not _of_this_machine(maker):
                 raise QwenModelError(unknown)
             _remove(work)

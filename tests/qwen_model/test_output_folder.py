@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -490,6 +492,33 @@ def test_two_builds_at_the_same_time(model_dir, tmp_path):
     )
     assert batch_size(tmp_path / "engine") == 3
     assert names(tmp_path) == ["engine"]
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_builds_that_begin_and_end_at_the_same_moment(tmp_path, monkeypatch, filled):
+    """Each of many either writes its engine whole or says that another build is writing, and none harms another."""
+
+    place = tmp_path / "engine"
+    if filled:
+        place.mkdir()
+        monkeypatch.chdir(place)
+
+    def write(number):
+        try:
+            with output_folder.written_whole(place) as folder:
+                (folder / "config.json").write_text(json.dumps({"format": "qwen_model.engine", "number": number}))
+                (folder / "model.plan").write_text(str(number))
+        except QwenModelError as error:
+            return str(error)
+        return "written"
+
+    with ThreadPoolExecutor(8) as threads:
+        results = set(threads.map(write, range(200)))
+    assert "written" in results
+    assert [said for said in results if not re.match("written|another build .*is writing", said)] == []
+    config = json.loads((place / "config.json").read_text())
+    assert (place / "model.plan").read_text() == str(config["number"])
+    assert (names(tmp_path), names(place)) == (["engine"], ["config.json", "model.plan"])
 
 
 @pytest.mark.parametrize("moves", [1, 4, 8])
