@@ -44,7 +44,7 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
 
 
 def _forget_output() -> None:
-    """Python writes what is left of standard output at the end, and complains where the disk is full."""
+    """Send what is left to /dev/null: Python writes it at the end, and complains where the disk is full."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -39,7 +39,7 @@ def _load(folder: Path, device: str | None) -> Session:
 
 
 def _version(folder: Path) -> tuple[int, ...]:
-    """What changes when another engine takes its place: a build takes config.json away first and puts it there last."""
+    """Return what changes with each build: it takes config.json away first and puts the new one there last."""
     try:
         status = (folder / "config.json").stat()
     except OSError:

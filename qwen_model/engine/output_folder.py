@@ -1,4 +1,4 @@
-"""An engine's folder: checked before the work, written in a hidden folder, and put in its place when whole.
+"""Puts an engine where the user said: checked before the work, written in a hidden folder, in its place when whole.
 
 The hidden folder lies beside the engine's place, so that one rename puts a new engine there and one exchange replaces
 an old one. Where the folder itself has to stay (see `_stays`) it lies inside, and the files are moved one by one.
@@ -28,7 +28,7 @@ NOT_COUNTED = {INSIDE, "lost+found"}  # the latter is at the top of every ext4 v
 
 
 def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
-    """The folder that `output_dir` leads to, symbolic links followed, for an engine of the checkpoint `source`.
+    """Return the folder that `output_dir` leads to, symbolic links followed, for an engine of the checkpoint `source`.
 
     Raises:
         QwenModelError: it cannot be written, or is there already and is not an engine and nothing else.
@@ -54,7 +54,7 @@ def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
 
 @contextmanager
 def written_whole(place: Path) -> Iterator[Path]:
-    """A new folder that takes its place (of `output_place`) at the end; on any error nothing of it is left."""
+    """Give a new folder that becomes `place` (of `output_place`) at the end; on any error nothing of it is left."""
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ def written_whole(place: Path) -> Iterator[Path]:
 
 
 def _not_written(place: Path, error: OSError) -> QwenModelError:
-    """One line, which names the file at fault: it may be one of the checkpoint."""
+    """Name the file at fault, which may be one of the checkpoint."""
     name = error.filename2 or error.filename
     where = f" ({os.fsdecode(name)})" if name not in (None, str(place)) else ""
     return QwenModelError(f"{place} cannot be written: {error.strerror or error}{where}")
 
 
 def _is_folder(place: Path) -> bool:
-    """Whether it is there; an error if it is there and is no folder. OSError: nobody can tell."""
+    """Tell whether it is there; QwenModelError if it is and is no folder, OSError if nobody can tell."""
     try:
         mode = place.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -103,7 +103,7 @@ def _check_writable(folder: Path, place: Path) -> None:
 
 
 def _check_contents(place: Path, source: Path) -> None:
-    """Nothing that no build wrote is replaced."""
+    """Raise QwenModelError if an engine there would replace anything that no build wrote."""
     if source.resolve().is_relative_to(place):
         raise QwenModelError(f"{place} holds the checkpoint {source}: give another folder")
     is_ours = read_engine_json(place) is not None or has_work(place)  # of a build that died when it moved its files in
@@ -119,7 +119,7 @@ def _not_an_engine(place: Path) -> QwenModelError:
 
 
 def _contents(folder: Path) -> tuple[list[str], list[str]]:
-    """An engine's files in a folder, and what no build wrote, at any depth, as relative paths."""
+    """List an engine's files in a folder, and what no build wrote, at any depth, as relative paths."""
     files: list[str] = []
     others: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -134,7 +134,7 @@ def _contents(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _stays(place: Path) -> bool:
-    """Whether the folder must not be exchanged for another, but filled.
+    """Tell whether the folder must not be exchanged for another, but filled.
 
     So it is with an empty one, a shell's current folder, and one that nothing can be moved into from beside it: a mount
     point, or one whose parent folder cannot be written.

@@ -1,4 +1,4 @@
-"""The hidden folder that a build writes in: its own alone while it lives, and known for a build's when it is dead.
+"""Makes the hidden folder that a build writes in: its own while it lives, and known for a build's when it is dead.
 
 The building process holds a lock on a file in it. So a second build for the same place finds the first, and the next
 one removes what a build left that was killed.
@@ -25,7 +25,7 @@ LOCK, NEW, OLD = "lock", "new", "old"
 
 @contextmanager
 def work_folder(place: Path, inside: bool) -> Iterator[Path]:
-    """A new folder inside the engine's or beside it, removed at the end with all that is in it.
+    """Make a folder inside the engine's or beside it, and remove it at the end with all that is in it.
 
     Raises:
         QwenModelError: another build is writing an engine there, or may be, on another machine.
@@ -46,12 +46,12 @@ def work_folder(place: Path, inside: bool) -> Iterator[Path]:
 
 
 def has_work(place: Path) -> bool:
-    """Whether a build is writing inside the folder, or was killed when it did."""
+    """Tell whether a build is writing inside the folder, or was killed when it did."""
     return (place / INSIDE / LOCK).is_file()
 
 
 def _name_beside(place: Path) -> str:
-    """One name for each place, of at most 255 bytes."""
+    """Give each place a name of its own, of at most 255 bytes."""
     return f".{place.name[:50]}.{zlib.crc32(os.fsencode(place.name)):08x}.building"
 
 
@@ -74,7 +74,7 @@ def _new_and_locked(work: Path, place: Path) -> IO[str]:
 
 
 def _is_lock_of(work: Path, lock: IO[str]) -> bool:
-    """Whether it is still there: the folder may have been removed, and made anew, before the lock was ours."""
+    """Tell whether it is still there: the folder may have been removed, and made anew, before the lock was ours."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), (work / LOCK).stat())
     except FileNotFoundError:
@@ -110,6 +110,7 @@ def _remove_dead(work: Path, place: Path) -> None:
 
 
 def _this_process() -> dict[str, str]:
+    """Describe this process, for the lock."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -118,7 +119,7 @@ def _this_process() -> dict[str, str]:
 
 
 def _maker(text: str) -> dict[str, Any]:
-    """Who wrote the lock; nobody if it is not written yet."""
+    """Read who wrote the lock; it is empty if that is not written yet."""
     try:
         maker = json.loads(text)
     except ValueError:
@@ -127,7 +128,7 @@ def _maker(text: str) -> dict[str, Any]:
 
 
 def _of_this_machine(maker: dict[str, Any]) -> bool:
-    """Whether its lock says for sure that it is dead; the locks of other machines are not always seen over a network.
+    """Tell whether its lock can be trusted: over a network the locks of other machines are not always seen.
 
     Containers have names of their own, and the boot id of their machine in common.
     """
@@ -141,7 +142,7 @@ def _another_build(place: Path, maker: dict[str, Any] | None = None) -> QwenMode
 
 
 def _remove(work: Path) -> None:
-    """The lock last: what is left when this is interrupted is still known as a build's."""
+    """Remove all, the lock last: what is left when this is interrupted is still known as a build's."""
     for name in (NEW, OLD):
         shutil.rmtree(work / name, ignore_errors=True)
     with suppress(OSError):
@@ -151,6 +152,6 @@ def _remove(work: Path) -> None:
 
 
 def _remove_empty(work: Path) -> None:
-    """Once more after the lock was closed: on NFS an open file cannot be unlinked for good."""
+    """Remove the folder if nothing is in it; on NFS the lock goes when it is closed."""
     with suppress(OSError):
         work.rmdir()
