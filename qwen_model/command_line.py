@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from .common.errors import QwenModelError
@@ -36,17 +35,11 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
         sys.stderr.close()  # the reader of our output has gone; there is nothing left to say
         sys.exit(1)
     except OSError as error:
-        where = "" if error.filename is None else f": {error.filename}"
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        _forget_output()
+        print(f"error: {error}", file=sys.stderr)
+        # Where standard output's device is full, the interpreter would try again at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
-
-
-def _forget_output() -> None:
-    """Send what is left to /dev/null: Python writes it at the end, and complains where the disk is full."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

@@ -82,7 +82,7 @@ def test_a_full_disk_under_standard_output():
         "c.run_command(lambda arguments: print('much'))"
     )
     result = python("-c", program)
-    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+    assert (result.returncode, result.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
 def test_run_imports_no_transformers(engine_dir):
