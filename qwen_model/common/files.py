@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # which tells of a full disk where closing does not
         if there:
-            shutil.copymode(path, partial)
+            partial.chmod(path.stat().st_mode & 0o7777)
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
