@@ -24,8 +24,8 @@ void gather_rows(Address table, Address ids, Address y, int64_t table_rows, int6
 }
 
 void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_t vocab_size, int32_t dtype,
-            Address settings, bool greedy, Address seen, Address tokens, Address past_lengths, Address workspace,
-            Address semaphores, Address stream) {
+            Address settings, bool greedy, Address seen, Address tokens, Address input_ids, Address past_lengths,
+            Address workspace, Address semaphores, Address stream) {
   SamplingParams params;
   params.logits = pointer<const void>(logits);
   params.logits_row_stride = logits_row_stride;
@@ -36,6 +36,7 @@ void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_
   params.greedy = greedy;
   params.seen = pointer<uint32_t>(seen);
   params.tokens = pointer<int32_t>(tokens);
+  params.input_ids = pointer<int32_t>(input_ids);
   params.past_lengths = pointer<int32_t>(past_lengths);
   params.workspace = pointer<void>(workspace);
   params.semaphores = pointer<int32_t>(semaphores);
@@ -80,8 +81,8 @@ void bind_sampling(py::module_& module) {
              py::arg("table_rows"), py::arg("row_size"), py::arg("rows"), py::arg("dtype"), py::arg("stream"));
   module.def("sample", &sample, Unlocked(), py::kw_only(), py::arg("logits"), py::arg("logits_row_stride"),
              py::arg("sequences"), py::arg("vocab_size"), py::arg("dtype"), py::arg("settings"), py::arg("greedy"),
-             py::arg("seen"), py::arg("tokens"), py::arg("past_lengths"), py::arg("workspace"), py::arg("semaphores"),
-             py::arg("stream"));
+             py::arg("seen"), py::arg("tokens"), py::arg("input_ids"), py::arg("past_lengths"), py::arg("workspace"),
+             py::arg("semaphores"), py::arg("stream"));
   module.def("mark_seen", &mark_seen, Unlocked(), py::kw_only(), py::arg("tokens"), py::arg("cu_seqlens"),
              py::arg("sequences"), py::arg("vocab_size"), py::arg("seen"), py::arg("stream"));
   module.def("sampling_settings_bytes", &settings_bytes, py::kw_only(), py::arg("temperature"), py::arg("top_k"),

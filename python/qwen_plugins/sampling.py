@@ -22,14 +22,17 @@ from qwen_plugins._arguments import (
     float_type_number,
 )
 
+NO_TOKEN = -1
+"""The result of `sample` for logits that are not finite: kNoToken of csrc/kernels/sampling/sampling.h."""
+
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What `sample` keeps on the device from launch to launch, for up to `max_sequences`; of `sampling_state`."""
+    """Holds what `sample` keeps on the device from launch to launch; `sampling_state` makes one."""
 
     max_sequences: int
     vocab_size: int
-    settings: Tensor  # uint8: SamplingSettings of csrc/kernels/sampling.h
+    settings: Tensor  # uint8: SamplingSettings of csrc/kernels/sampling/sampling.h
     seen: Tensor  # int32 [max_sequences, (vocab_size + 31) // 32]: bits of the tokens that the penalty holds for
     workspace: Tensor
     semaphores: Tensor
@@ -70,7 +73,7 @@ class SamplingState:
 
 
 def sampling_state(max_sequences: int, vocab_size: int, device: torch.device | str) -> SamplingState:
-    """A state whose settings are those of `SamplingState.set()`; its device must be an NVIDIA GPU."""
+    """Allocate a state for up to `max_sequences`, with the settings of `SamplingState.set()`, on an NVIDIA GPU."""
     check(0 < max_sequences < 2**20, f"max_sequences must be from 1 to {2**20 - 1}, not {max_sequences}")
     _check_vocab_size(vocab_size)
     target = torch.device(device)
@@ -99,19 +102,26 @@ def sample(
     greedy: bool = False,
     penalty: bool = True,
     past_lengths: Tensor | None = None,
+    input_ids: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each sequence, int32 [sequences], from logits [sequences, vocab_size].
+    """Choose the next token of each sequence, int32 [sequences], from logits [sequences, vocab_size].
 
-    As transformers: the repetition penalty of the tokens seen, then the temperature, the top_k most likely tokens, of
-    those the most likely ones that together have probability top_p, a draw. It depends on the logits, the state's
-    settings, the number of the draw and the place in the batch alone. Every draw adds 1 to the step in the settings.
+    In the order of transformers: the repetition penalty of the tokens seen, the temperature, the top_k most likely
+    tokens, of those the most likely ones that together have probability top_p, a draw. It depends on the logits, the
+    state's settings, the number of the draw and the place in the batch alone. Every draw adds 1 to the step in the
+    settings.
 
-    logits: float32, float16 or bfloat16; rows may be strided. NaN counts as -infinity.
+    A sequence whose logits have NaN or +infinity, or are all -infinity, gets NO_TOKEN (-1). Single logits may be
+    -infinity: they are never chosen.
+
+    logits: float32, float16 or bfloat16; rows may be strided.
     greedy: the largest logit after the penalty, the first of equal ones.
     penalty: whether there is a repetition penalty; if so, the chosen tokens are seen from now on. A greedy choice
         without it needs no settings, and leaves them as they are.
     past_lengths: int32 [sequences], on the device: 1 is added to each.
+    input_ids: int32 [sequences], on the device: gets the tokens, with 0 for NO_TOKEN. A step that is launched before
+        anybody has looked at the tokens takes these.
     """
     check_matrix("logits", logits)
     sequences, vocab_size = logits.shape
@@ -123,6 +133,8 @@ def sample(
     )
     if past_lengths is not None:
         check_int32("past_lengths", past_lengths, sequences, logits)
+    if input_ids is not None:
+        check_int32("input_ids", input_ids, sequences, logits)
     if out is None:
         out = logits.new_empty(sequences, dtype=state.seen.dtype)
     check_int32("out", out, sequences, logits)
@@ -137,6 +149,7 @@ def sample(
             greedy=greedy and penalty,
             seen=state.seen.data_ptr() if penalty else 0,
             tokens=out.data_ptr(),
+            input_ids=address(input_ids),
             past_lengths=address(past_lengths),
             workspace=state.workspace.data_ptr(),
             semaphores=state.semaphores.data_ptr(),
@@ -146,7 +159,7 @@ def sample(
 
 
 def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
-    """Let the repetition penalty hold for these tokens.
+    """Mark tokens as seen: the repetition penalty holds for them from now on.
 
     tokens: int32 [tokens], those of all sequences one after the other; outside of the vocabulary they are ignored.
     cu_seqlens: int32 [sequences + 1], on the device: where each sequence begins, and their end (not checked).

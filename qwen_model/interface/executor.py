@@ -13,12 +13,15 @@ from .sampling import SamplingOptions
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
+NO_TOKEN = -1
+"""In place of a token where the logits are not finite: NaN or +infinity among them, or nothing but -infinity."""
+
 
 class PendingTokens(Protocol):
     """The tokens of one step, which the device may still be computing."""
 
     def wait(self) -> IntArray:
-        """Block until the tokens are there; return them: [sequences]."""
+        """Block until the tokens are there; return them: [sequences], NO_TOKEN where logits were not finite."""
 
 
 class Executor(Protocol):
@@ -34,7 +37,10 @@ class Executor(Protocol):
         """Begin a batch, forgetting the last one: process the prompts and choose the first token of each."""
 
     def decode(self) -> PendingTokens:
-        """Feed the tokens chosen last and choose the next ones."""
+        """Feed the tokens chosen last and choose the next ones.
+
+        A sequence whose last token is NO_TOKEN goes on with some token of the vocabulary, and disturbs no other.
+        """
 
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """Return the logits [tokens, vocab_size] after each token of one prompt. Forgets the batch."""
@@ -45,7 +51,8 @@ class Executor(Protocol):
     def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
         """Return the best `count` continuations of each prompt: sums of log-probabilities, beam indices, and tokens.
 
-        `scores` [prompts, beams] are the sums so far; each result is [prompts, count], best first.
+        `scores` [prompts, beams] are the sums so far; each result is [prompts, count], best first. If logits of a
+        prompt's beams are NaN or infinite, sums of that prompt are NaN.
         """
 
     def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:

@@ -73,7 +73,7 @@ class Choice(NamedTuple):
 
 
 class KernelSettings(TypedDict):
-    """What our kernel reads of a request's options on the device (csrc/kernels/sampling.h)."""
+    """What our kernel reads of a request's options on the device (csrc/kernels/sampling/sampling.h)."""
 
     temperature: float
     top_k: int

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_plugins.sampling import gather_rows, mark_seen, sample, sampling_state
+from qwen_plugins.sampling import NO_TOKEN, SamplingState, gather_rows, mark_seen, sample, sampling_state
 
 pytestmark = pytest.mark.gpu
 
@@ -21,9 +21,9 @@ def greedy(logits: torch.Tensor, **options) -> torch.Tensor:
 
 
 def first_largest(logits: torch.Tensor) -> torch.Tensor:
-    """As torch.argmax on a CPU, with NaN as -infinity: the first of equal ones."""
-    known = logits.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).cpu()
-    return torch.tensor([int((row == row.max()).nonzero()[0]) for row in known], dtype=torch.int32, device="cuda")
+    """As torch.argmax on a CPU: the first of equal ones. NO_TOKEN where the largest is not finite."""
+    largest, tokens = logits.float().cpu().max(-1)
+    return torch.where(largest.isfinite(), tokens, NO_TOKEN).int().cuda()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,20 +48,135 @@ def test_argmax_of_many_equal_ones(vocab_size, dtype):
     assert torch.equal(greedy(logits), first_largest(logits))
 
 
+CHOICES = {
+    "argmax": (True, False, {}),
+    "argmax after a penalty": (True, True, {"repetition_penalty": 1.3}),
+    "draw": (False, False, {}),
+    "draw after a penalty": (False, True, {"repetition_penalty": 1.3}),
+    "draw at a low temperature": (False, False, {"temperature": 1e-4}),
+    "top_k": (False, False, {"top_k": 5}),
+    "top_p": (False, False, {"top_p": 0.9}),
+    "everything": (False, True, {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.3}),
+}
+
+
+def choose(name: str, logits: torch.Tensor, state: SamplingState) -> tuple[list[int], torch.Tensor]:
+    """The tokens and the marks of what was seen after a choice by that name; checks what else it writes."""
+    is_greedy, penalty, options = CHOICES[name]
+    count, vocab_size = logits.shape
+    state.set(seed=11, **options)
+    if penalty:
+        prompts = torch.tensor([0, vocab_size // 2, vocab_size - 1] * count, dtype=torch.int32, device="cuda")
+        mark_seen(prompts, torch.arange(0, 3 * count + 1, 3, dtype=torch.int32, device="cuda"), state)
+    past = torch.arange(count, dtype=torch.int32, device="cuda")
+    input_ids = torch.full_like(past, -7)
+    tokens = sample(logits, state, greedy=is_greedy, penalty=penalty, past_lengths=past, input_ids=input_ids)
+    assert torch.equal(input_ids, tokens.clamp(min=0))
+    assert past.tolist() == list(range(1, count + 1))
+    assert not state.semaphores.any()
+    return tokens.tolist(), state.seen[:count].clone()
+
+
+def set_not_finite(row: torch.Tensor, value: float, place: int) -> None:
+    """NaN of either sign, +infinity, or with -infinity a row of nothing else."""
+    if value == -math.inf:
+        row[:] = value
+    elif math.isnan(value) and math.copysign(1, value) < 0:
+        bits = {torch.float32: -(2**22), torch.float16: -(2**9), torch.bfloat16: -(2**6)}[row.dtype]
+        row.view(torch.int32 if row.dtype == torch.float32 else torch.int16)[place] = bits
+    else:
+        row[place] = value
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf], ids=["nan", "-nan", "inf", "-inf"])
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 1000, 4097, 151936])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_finite(dtype, vocab_size, value, name):
+    """They get no token, wherever the value stands and however many blocks share a row; other rows get theirs."""
+    places = sorted({place % vocab_size for place in (0, 1, 6, 8, vocab_size // 2, vocab_size // 3, -9, -8, -2, -1)})
+    for count in (1, 3, 20, 80):
+        if count == 80 and vocab_size > 5000:
+            continue
+        logits = torch.randn(count, vocab_size, device="cuda").to(dtype)
+        logits[:, 1::3] = -math.inf  # which by itself is nothing wrong
+        state = sampling_state(count, vocab_size, "cuda")
+        expected, seen = choose(name, logits, state)
+        assert NO_TOKEN not in expected
+        assert not any(token % 3 == 1 for token in expected)
+        for round_ in range(len(places) if count == 1 else 2):
+            damaged = logits.clone()
+            rows = range(0, count, 3)
+            for row in rows:
+                set_not_finite(damaged[row], value, places[(row + round_) % len(places)])
+            tokens, marks = choose(name, damaged, state)
+            assert tokens == [NO_TOKEN if row in rows else token for row, token in enumerate(expected)]
+            others = [row for row in range(count) if row not in rows]
+            assert torch.equal(marks[others], seen[others])
+            if CHOICES[name][1]:
+                untouched = sampling_state(count, vocab_size, "cuda")
+                prompt = torch.tensor([0, vocab_size // 2, vocab_size - 1], dtype=torch.int32, device="cuda")
+                mark_seen(prompt, torch.tensor([0, 3], dtype=torch.int32, device="cuda"), untouched)
+                assert (marks[list(rows)] == untouched.seen[0]).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [7, 1000, 151936])
-def test_argmax_with_nan(vocab_size, dtype):
+def test_many_values_that_are_not_finite(vocab_size, dtype):
     logits = torch.randn(20, vocab_size, device="cuda").to(dtype)
-    logits[torch.rand_like(logits, dtype=torch.float32) < 0.5] = math.nan
-    logits[0] = math.nan
-    logits[1], logits[1, vocab_size // 2] = math.nan, -5.0
-    tokens = greedy(logits)
-    assert torch.equal(tokens, first_largest(logits))
-    assert tokens[0] == 0
-    state = sampling_state(20, vocab_size, "cuda")
-    for options in ({}, {"top_k": 5}, {"top_p": 0.9}):
-        state.set(**options)
-        assert sample(logits, state)[1] == vocab_size // 2
+    logits[::2][torch.rand(10, vocab_size, device="cuda") < 0.5] = math.nan
+    logits[0], logits[2, vocab_size // 2] = math.nan, math.inf
+    logits[4] = math.nan
+    logits[4, vocab_size // 2] = 5.0
+    for name in CHOICES:
+        tokens, _ = choose(name, logits, sampling_state(20, vocab_size, "cuda"))
+        bad = (~logits.float().max(-1).values.isfinite()).tolist()
+        assert [token == NO_TOKEN for token in tokens] == bad
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_graph_finds_what_is_not_finite(name):
+    """Replayed, with a row that comes and goes: the next step's embedding always has an id that it can gather."""
+    is_greedy, penalty, options = CHOICES[name]
+    clean = torch.randn(3, 151936, device="cuda").half()
+    logits, table = clean.clone(), torch.randn(151936, 8, device="cuda").half()
+    state = sampling_state(3, 151936, "cuda")
+    tokens, input_ids, past = (torch.zeros(3, dtype=torch.int32, device="cuda") for _ in range(3))
+
+    torch.cuda.synchronize()
+
+    def step() -> torch.Tensor:
+        sample(logits, state, greedy=is_greedy, penalty=penalty, past_lengths=past, input_ids=input_ids, out=tokens)
+        return gather_rows(table, input_ids)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            rows = step()
+    torch.cuda.synchronize()
+
+    def replay(damaged: bool) -> list[list[int]]:
+        state.set(seed=2, **options)
+        found = []
+        for number in range(4):
+            logits.copy_(clean)
+            if damaged and number in (1, 2):
+                logits[1, 151936 - number] = math.nan
+            graph.replay()
+            assert torch.equal(rows, table[tokens.clamp(min=0).long()])
+            found.append(tokens.tolist())
+        return found
+
+    expected, found = replay(False), replay(True)
+    for number, (before, after) in enumerate(zip(expected, found, strict=True)):
+        assert (after[0], after[2]) == (before[0], before[2])
+        if number < 3:
+            assert after[1] == (NO_TOKEN if number in (1, 2) else before[1])
+        else:
+            assert after[1] != NO_TOKEN
+    assert past.tolist() == [9, 9, 9]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,8 +409,7 @@ def test_infinities():
     state = sampling_state(DRAWS, 300, "cuda")
     for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 1e-4}):
         state.set(**options)
-        assert ((tokens := sample(logits, state)) >= 0).all()
-        assert (tokens < 300).all()
+        assert (sample(logits, state) == NO_TOKEN).all()
         some = logits.clone()
         some[:, [7, 200]] = 3.0
         state.set(**options)
@@ -314,6 +428,8 @@ def test_errors():
         sample(logits[:2].double(), state)
     with pytest.raises(ValueError, match="past_lengths must be contiguous int32"):
         sample(logits[:2], state, past_lengths=torch.zeros(2, device="cuda"))
+    with pytest.raises(ValueError, match="input_ids must be contiguous int32"):
+        sample(logits[:2], state, input_ids=torch.zeros(3, dtype=torch.int32, device="cuda"))
     with pytest.raises(ValueError, match="must be contiguous"):
         sample(torch.randn(50, 2, device="cuda").T, state)
     for options in ({"temperature": 0}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}, {"seed": -1}):

@@ -9,6 +9,7 @@ import numpy as np
 from tests.stand_ins.numpy_cuda import enqueue, view
 
 DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 7: np.dtype(ml_dtypes.bfloat16)}
+NO_TOKEN = -1
 SETTINGS = struct.Struct("<fffiQQ")  # temperature, top_p, repetition_penalty, top_k, seed, step
 
 
@@ -29,6 +30,7 @@ def sample(
     greedy: bool,
     seen: int,
     tokens: int,
+    input_ids: int,
     past_lengths: int,
     workspace: int,
     semaphores: int,
@@ -46,9 +48,13 @@ def sample(
             if values is not None and bits is not None:
                 known = np.unpackbits(bits[i].view(np.uint8), bitorder="little")[:vocab_size].astype(bool)
                 row = np.where(known, np.where(row > 0, row / values[2], row * values[2]), row)
-            token = int(row.argmax()) if greedy or values is None else draw(row, values, i)
+            if not np.isfinite(row.max()):  # NaN or +infinity somewhere, or -infinity everywhere
+                token = NO_TOKEN
+            else:
+                token = int(row.argmax()) if greedy or values is None else draw(row, values, i)
             view(tokens, (sequences,), np.dtype(np.int32))[i] = token
-            if bits is not None:
+            view(input_ids, (sequences,), np.dtype(np.int32))[i] = max(token, 0)
+            if bits is not None and token != NO_TOKEN:
                 bits[i, token // 32] |= np.uint32(1 << token % 32)
         if past_lengths:
             view(past_lengths, (sequences,), np.dtype(np.int32))[:] += 1

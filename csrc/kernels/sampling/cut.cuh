@@ -35,7 +35,6 @@ struct ProbabilityWeights {
   float inverse_temperature;
   float top_p;
   __device__ __forceinline__ Weight operator()(float value) const {
-    if (value == largest) return kMaxWeight;  // infinities too
     const Weight weight =
         __float2ull_rn(expf((value - largest) * inverse_temperature) * static_cast<float>(kMaxWeight));
     return weight < kMaxWeight ? weight : kMaxWeight;

@@ -11,12 +11,12 @@
 
 namespace qwen_plugins {
 
-// A token and how good it is, in one number: the larger wins, of equal scores the lower token. Zero is no token.
+// A token and its score in one number: the larger wins, of equal scores the lower token. Zero is no token.
 using Choice = unsigned long long;
 
-// Orders as floats do; -0 and +0 are the same. Never 0. `value` is not NaN.
+// Orders as floats do, NaN above +infinity; -0 and +0 are the same. Never 0.
 __device__ __forceinline__ uint32_t ordered_bits(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value + 0.0F);
+  const uint32_t bits = bit_cast<uint32_t>(value + 0.0F);  // the addition makes every NaN 0x7fffffff
   return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
 }
 __device__ __forceinline__ Choice make_choice(float score, int32_t token) {
@@ -28,6 +28,16 @@ __device__ __forceinline__ float score_of(Choice choice) {
 }
 __device__ __forceinline__ int32_t token_of(Choice choice) {
   return static_cast<int32_t>(~static_cast<uint32_t>(choice));
+}
+
+// Whether the best choice of a row is one that counts: not where a logit is NaN or +infinity, or all are -infinity.
+__device__ __forceinline__ bool is_finite(Choice choice) { return fabsf(score_of(choice)) < INFINITY; }
+
+// The larger one; NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
 }
 
 // The logits of a sequence, in groups of kWidth: full packs or single ones.
@@ -55,7 +65,7 @@ struct Row {
   }
 
   // Calls visit(values, first token) for this thread's groups of those from `begin` to `end`: logits after the
-  // repetition penalty, NaN as -infinity. A few groups are loaded before the first is used.
+  // repetition penalty. A few groups are loaded before the first is used.
   template <int kAtOnce, typename Visit>
   __device__ __forceinline__ void for_each(int32_t begin, int32_t end, Visit visit) const {
     const auto step = static_cast<int32_t>(blockDim.x);
@@ -92,9 +102,9 @@ struct Row {
     } else {
       unpack<T>(values, group);
     }
+    if (marks == 0) return;  // nearly always
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      values[i] = fmaxf(values[i], -INFINITY);
       if ((marks >> i & 1) != 0) values[i] = values[i] > 0.0F ? values[i] / penalty : values[i] * penalty;
     }
   }
@@ -171,12 +181,13 @@ __device__ __forceinline__ Choice block_largest(Choice choice) {
   return choice;
 }
 
-// The last thing done for a sequence, by one thread.
+// Writes the result of a sequence: its last step, by one thread.
 __device__ __forceinline__ void finish(const SamplingParams& p, int32_t sequence, Choice choice) {
-  const int32_t token = token_of(choice);
+  const int32_t token = is_finite(choice) ? token_of(choice) : kNoToken;
   p.tokens[sequence] = token;
+  if (p.input_ids != nullptr) p.input_ids[sequence] = max(token, 0);
   if (p.past_lengths != nullptr) ++p.past_lengths[sequence];
-  if (p.seen != nullptr) {
+  if (p.seen != nullptr && token != kNoToken) {
     p.seen[static_cast<int64_t>(sequence) * ((p.vocab_size + 31) / 32) + token / 32] |= 1U << (token % 32);
   }
   if (p.settings == nullptr) return;

@@ -25,21 +25,21 @@ __device__ __forceinline__ Range share_of(int part, int parts, int32_t groups) {
   return {min(part * size, groups), min((part + 1) * size, groups)};
 }
 
-// The best choice among this thread's groups; `score(values, first)` turns logits into scores.
+// The best choice among this thread's groups, NaN before all others; `score(values, first)` turns logits into scores.
 template <typename T, int kWidth, typename Score>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range, Score score) {
   Choice best = 0;
   row.template for_each<4>(range.begin, range.end, [&](float (&values)[kWidth], int32_t first) {
     score(values, first);
-    int32_t place = 0;
+    float largest = values[0];
 #pragma unroll
-    for (int i = 1; i < kWidth; ++i) {
-      if (values[i] > values[0]) {
-        values[0] = values[i];
-        place = i;
-      }
+    for (int i = 1; i < kWidth; ++i) largest = max_or_nan(largest, values[i]);
+    int32_t place = kWidth - 1;
+#pragma unroll
+    for (int i = kWidth - 2; i >= 0; --i) {
+      if (values[i] == largest) place = i;
     }
-    best = larger(best, make_choice(values[0], first + place));
+    best = larger(best, make_choice(largest, first + place));
   });
   return best;
 }
@@ -61,7 +61,12 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
                                               const Row<T, kWidth>& row, float inverse_temperature) {
   __shared__ CutMemory memory;
   const Range range = share_of(Cluster::rank(), Cluster::size(), row.groups());
-  const float largest = score_of(Cluster::largest(best_of(row, range, [](float (&)[kWidth], int32_t) {})));
+  const Choice likeliest = Cluster::largest(best_of(row, range, [](float (&)[kWidth], int32_t) {}));
+  if (!is_finite(likeliest)) {  // from here on logits are finite or -infinity
+    if (Cluster::rank() == 0 && threadIdx.x == 0) finish(p, sequence, likeliest);
+    return;
+  }
+  const float largest = score_of(likeliest);
   Choice floor = 0;
   if (settings.top_k > 0 && settings.top_k < p.vocab_size) {
     const CountWeights weights{static_cast<Weight>(settings.top_k)};
@@ -85,8 +90,8 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
     noise.get(added, first);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const float relative = values[i] == largest ? 0.0F : (values[i] - largest) * inverse_temperature;
-      if ((allowed >> i & 1) != 0) best = larger(best, make_choice(relative + added[i], first + i));
+      const float score = fmaf(values[i] - largest, inverse_temperature, added[i]);
+      if ((allowed >> i & 1) != 0) best = larger(best, make_choice(score, first + i));
     }
   });
   best = Cluster::largest(best);

@@ -3,7 +3,8 @@
 // In this order, as transformers does: the repetition penalty, the temperature, the k most likely tokens, of those the
 // most likely ones that together have probability top_p (the one that reaches it included), a draw. The same logits,
 // settings, step and place in the batch give the same token, whatever else is in the batch. Of equal logits at a limit
-// those of the lower tokens stay. NaN counts as -infinity.
+// those of the lower tokens stay. Logits may be -infinity; a row that has NaN or +infinity, or nothing but -infinity,
+// gives kNoToken.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,6 +26,7 @@ struct SamplingSettings {
 };
 
 constexpr int32_t kMaxVocabSize = 1 << 19;
+constexpr int32_t kNoToken = -1;
 
 struct SamplingParams {
   const void* logits = nullptr;  // [sequences, vocab_size], dtype
@@ -36,7 +38,8 @@ struct SamplingParams {
   bool greedy = false;                   // with settings: the largest logit after the repetition penalty
   uint32_t* seen = nullptr;              // [sequences, (vocab_size + 31) / 32]: a bit for each token that the penalty
                                          // holds for; the chosen token's is set. Null: no penalty
-  int32_t* tokens = nullptr;             // [sequences]: the result
+  int32_t* tokens = nullptr;             // [sequences]: the result, kNoToken where the logits are not finite
+  int32_t* input_ids = nullptr;          // [sequences]: the tokens for the next step, 0 for kNoToken; may be null
   int32_t* past_lengths = nullptr;       // [sequences]: 1 is added to each, for the next step; may be null
   void* workspace = nullptr;             // 16-byte aligned, of sampling_workspace_bytes; its contents do not matter
   int32_t* semaphores = nullptr;         // [sequences + 1]: zero before the first launch, and left zero
@@ -45,7 +48,7 @@ struct SamplingParams {
 cudaError_t sampling_workspace_bytes(int32_t max_sequences, int32_t vocab_size, int64_t* bytes);
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation. cudaErrorInvalidValue for parameters
-// outside of what is written above. A row of NaNs chooses token 0.
+// outside of what is written above.
 cudaError_t launch_sampling(const SamplingParams& params, cudaStream_t stream);
 
 struct MarkSeenParams {

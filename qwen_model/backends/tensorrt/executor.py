@@ -136,6 +136,7 @@ class TensorRTExecutor:
         self._semaphores = cuda.DeviceArray((batch, model.num_heads), np.int32)
         self._activations = cuda.DeviceMemory(compat.activation_bytes(engine))
         self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
+        self._tokens = cuda.DeviceArray((batch,), np.int32)  # as chosen; the next step's input has 0 for NO_TOKEN
         self._ring = _TokenRing(batch)
         self._prefill_context = self._context(prefill_profile)
         self._decode_contexts: dict[int, Any] = {}  # by the number of sequences
@@ -206,13 +207,16 @@ class TensorRTExecutor:
         """See `Executor`."""
         if self._beam_logits is None:
             raise RuntimeError("begin_beams comes first")
-        logits = self._beam_logits - self._beam_logits.max(-1, keepdims=True)
+        largest = self._beam_logits.max(-1, keepdims=True)  # NaN where one is
+        with np.errstate(invalid="ignore"):
+            logits = self._beam_logits - largest
         sums = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) + scores.reshape(-1, 1)
         sums = sums.reshape(len(scores), -1)
         places = np.sort(np.argpartition(-sums, count - 1)[:, :count])  # of equal ones the lower comes first
         order = np.argsort(-np.take_along_axis(sums, places, -1), kind="stable")
         places = np.take_along_axis(places, order, -1)
         best = np.take_along_axis(sums, places, -1)
+        best[~np.isfinite(largest).reshape(len(scores), -1).all(-1)] = np.nan
         return best, places // self.config.model.vocab_size, places % self.config.model.vocab_size
 
     @_on_its_device
@@ -298,11 +302,11 @@ class TensorRTExecutor:
 
     def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
         """Leave the next tokens on the device, as the next step's input."""
-        self._sampler.choose(self._logits, self._choice, count, self._decode.input_ids, past_lengths)
+        self._sampler.choose(self._logits, self._choice, count, self._tokens, self._decode.input_ids, past_lengths)
 
     def _chosen(self) -> _PendingTokens:
         """The tokens that the last step chose, on their way to the host."""
-        return self._ring.fetch(self._decode.input_ids, len(self._host_past), self.stream)
+        return self._ring.fetch(self._tokens, len(self._host_past), self.stream)
 
     def _step(self) -> None:
         self._graphs[len(self._host_past), self._choice].launch()

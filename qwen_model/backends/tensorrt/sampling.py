@@ -1,4 +1,4 @@
-"""Choosing the next token on the GPU by our kernel (csrc/kernels/sampling.h), without a framework."""
+"""Choosing the next tokens on the GPU by our kernel (csrc/kernels/sampling/sampling.h), without a framework."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from . import cuda_runtime as cuda
 
 
 class DeviceSampler:
-    """The kernel's settings and buffers, for one batch at a time. Nothing waits for the device."""
+    """Keeps the kernel's settings and buffers, for one batch at a time. Nothing waits for the device."""
 
     def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
-        """`dtype` is that of the logits, which are [sequences, vocab_size]."""
+        """Allocate what the kernel needs for logits [up to max_batch_size, vocab_size] of this type."""
         self._vocab_size = vocab_size
         self._dtype = int(getattr(_core.DataType, dtype))
         self._stream = stream
@@ -43,9 +43,14 @@ class DeviceSampler:
         choice: Choice,
         count: int,
         tokens: cuda.DeviceArray,
+        input_ids: cuda.DeviceArray,
         past_lengths: cuda.DeviceArray | None,
     ) -> None:
-        """Put the tokens of the first `count` rows of logits into `tokens`; add 1 to the past lengths."""
+        """Choose from the first `count` rows of logits, and add 1 to the past lengths.
+
+        tokens: gets the tokens, NO_TOKEN where the logits are not finite.
+        input_ids: gets the same, with 0 for NO_TOKEN.
+        """
         # Without settings the kernel takes the largest logit; with them `greedy` is the largest after the penalty.
         without_settings = choice == Choice(greedy=True, penalty=False)
         _core.sample(
@@ -58,6 +63,7 @@ class DeviceSampler:
             greedy=choice.greedy and not without_settings,
             seen=self._seen.address if choice.penalty else 0,
             tokens=tokens.address,
+            input_ids=input_ids.address,
             past_lengths=0 if past_lengths is None else past_lengths.address,
             workspace=self._workspace.address,
             semaphores=self._semaphores.address,
@@ -66,12 +72,12 @@ class DeviceSampler:
 
 
 def _settings(options: SamplingOptions, vocab_size: int) -> bytes:
-    """As they lie in device memory."""
+    """The options as SamplingSettings of the kernel, byte for byte."""
     return _core.sampling_settings_bytes(**kernel_settings(options, vocab_size), step=0)
 
 
 def seen_bits(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """uint32 [prompts, (vocab_size + 31) / 32]: bit i % 32 of word i / 32 is set if token i is in the prompt."""
+    """The tokens of each prompt, uint32 [prompts, (vocab_size + 31) / 32]: token i is bit i % 32 of word i / 32."""
     words = (vocab_size + 31) // 32
     seen = np.zeros((len(prompts), words * 32), bool)
     for row, prompt in zip(seen, prompts, strict=True):

@@ -117,7 +117,8 @@ class TorchExecutor:
         self._graphs: dict[tuple[int, Choice], _StepGraph] | None = {} if use_kernels else None
         self._graph_pool: Any = torch.cuda.graph_pool_handle() if use_kernels else None
         token_dtype = torch.int32 if use_kernels else torch.int64
-        self._tokens = torch.zeros(limits.max_batch_size, dtype=token_dtype, device=self.device)
+        self._tokens = torch.zeros(limits.max_batch_size, dtype=token_dtype, device=self.device)  # as chosen
+        self._input_ids = torch.zeros_like(self._tokens)  # of the next step: the same, with 0 for NO_TOKEN
         self._past = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._offsets = torch.zeros(limits.max_batch_size, dtype=torch.int32, device=self.device)
         self._host_past: list[int] = []
@@ -135,7 +136,7 @@ class TorchExecutor:
         self._choice = Choice.of(sampling)
         if self._graphs is None or (num_sequences, self._choice) in self._graphs:
             return
-        for state in (self._past, self._offsets, self._tokens):
+        for state in (self._past, self._offsets, self._input_ids):
             state.zero_()
         with torch.cuda.device(self.device):
             graph = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
@@ -198,17 +199,18 @@ class TorchExecutor:
         """See `Executor`."""
         if not np.array_equal(rows, np.arange(len(rows))):
             self._reorder(torch.from_numpy(rows).to(self.device))
-        self._tokens[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
+        self._input_ids[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
         self._beam_logits = self._decode_logits()
 
     def _choose(self, logits: Tensor, past_lengths: Tensor | None = None) -> None:
         """Leave the tokens on the device for the next step, and add 1 to the lengths."""
-        tokens = self._tokens[: len(logits)]
+        tokens, input_ids = self._tokens[: len(logits)], self._input_ids[: len(logits)]
         if self._kernel_sampler is not None:
-            self._kernel_sampler(logits, self._choice, tokens, past_lengths)
+            self._kernel_sampler(logits, self._choice, tokens, input_ids, past_lengths)
             return
         if self._sampler is not None:  # beam search chooses its tokens itself
             tokens.copy_(self._sampler(logits))
+            torch.clamp(tokens, min=0, out=input_ids)
         if past_lengths is not None:
             past_lengths += 1
 
@@ -251,12 +253,12 @@ class TorchExecutor:
         return logits
 
     def _step(self, count: int) -> Tensor:
-        """One token for each sequence, from `_tokens`. On a GPU this is captured: no host value that changes."""
+        """One token for each sequence, `_input_ids`. On a GPU this is captured: no host value that changes."""
         past = self._past[:count]
         offsets, scale = self._offsets[:count], self._query_scale
         with self._running(count):
             self._ops.begin(Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True))
-            logits = decoder(self._ops, self.config, self._tokens[:count])
+            logits = decoder(self._ops, self.config, self._input_ids[:count])
             self._choose(logits, past)
         return logits
 

@@ -1,4 +1,4 @@
-"""Choosing the next token, on the device of the logits and without waiting for it: with our kernel, or with PyTorch."""
+"""Choosing the next tokens on the logits' device, without waiting for it: with our kernel, or with PyTorch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...interface.executor import NO_TOKEN
 from ...interface.sampling import Choice, SamplingOptions, kernel_settings
 
 
 class KernelSampler:
-    """The choice of tokens of an executor's batches, one after the other, by our kernel on an NVIDIA GPU."""
+    """Chooses the tokens of one batch after the other by our kernel, on an NVIDIA GPU."""
 
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
-        """Sequences and vocabulary of the logits; what the kernel needs is allocated now."""
+        """Allocate what the kernel needs for logits [up to max_sequences, vocab_size]."""
         from qwen_plugins.sampling import sampling_state
 
         self._state = sampling_state(max_sequences, vocab_size, device)
@@ -29,8 +30,14 @@ class KernelSampler:
         if options.repetition_penalty != 1.0:
             mark_seen(tokens, cu_seqlens, self._state)
 
-    def __call__(self, logits: Tensor, choice: Choice, tokens: Tensor, past_lengths: Tensor | None) -> None:
-        """Put the tokens [sequences] of logits [sequences, vocab_size] into `tokens`; add 1 to the lengths."""
+    def __call__(
+        self, logits: Tensor, choice: Choice, tokens: Tensor, input_ids: Tensor, past_lengths: Tensor | None
+    ) -> None:
+        """Choose from logits [sequences, vocab_size], and add 1 to the past lengths.
+
+        tokens: gets the tokens [sequences], NO_TOKEN where the logits are not finite.
+        input_ids: gets the same, with 0 for NO_TOKEN.
+        """
         from qwen_plugins.sampling import sample
 
         sample(
@@ -39,12 +46,13 @@ class KernelSampler:
             greedy=choice.greedy,
             penalty=choice.penalty,
             past_lengths=past_lengths,
+            input_ids=input_ids,
             out=tokens,
         )
 
 
 class TorchSampler:
-    """One batch's choice of tokens with PyTorch; keeps which tokens each sequence has seen, and the random numbers."""
+    """Chooses the tokens of one batch with PyTorch; keeps the tokens that each sequence has seen."""
 
     def __init__(
         self, options: SamplingOptions, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
@@ -64,23 +72,25 @@ class TorchSampler:
             self._seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens [sequences] from logits [sequences, vocab_size]."""
+        """Tokens [sequences] from logits [sequences, vocab_size]; NO_TOKEN where these are not finite."""
         if self.options.changes_logits:
             logits = logits.float()
         if self._seen is not None:
             penalty = self.options.repetition_penalty
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, penalised, logits)
-        tokens = logits.argmax(-1) if self.options.greedy else self._draw(logits)
+        largest, tokens = logits.max(-1)  # NaN where one is
+        if not self.options.greedy:
+            tokens = self._draw(logits, largest)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        return torch.where(largest.isfinite(), tokens, NO_TOKEN)
 
-    def _draw(self, logits: Tensor) -> Tensor:
+    def _draw(self, logits: Tensor, largest: Tensor) -> Tensor:
         options = self.options
         if options.temperature is not None:
             # The largest becomes 0: by a very low temperature others may become infinite, and only these.
-            logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
+            logits = (logits - largest[:, None]) / options.temperature
         candidates = None
         if 0 < options.top_k < logits.shape[-1]:
             logits, candidates = logits.topk(options.top_k)
