@@ -57,9 +57,14 @@ def beam_search(
     num_beams: int,
     max_new_tokens: int,
     end_token_ids: frozenset[int],
+    not_finite: Callable[[int], Exception],
     on_step: Callable[[], None] = lambda: None,
 ) -> list[list[Beam]]:
-    """Return the finished beams of each prompt, best first. `on_step` is called after each step."""
+    """Return the finished beams of each prompt, best first.
+
+    not_finite: makes the error to raise for a prompt, given its index, whose logits are not finite before it is done.
+    on_step: called after each step.
+    """
     # Only the first beam may continue at the first step: all beams of a prompt are still the same.
     first_scores = np.array([0.0] + [_NEVER] * (num_beams - 1), dtype=np.float32)
     states = [_Prompt(num_beams, [[]] * num_beams, first_scores) for _ in prompts]
@@ -71,6 +76,9 @@ def beam_search(
     for step in range(1, max_new_tokens + 1):
         sums, beams, tokens = executor.beam_candidates(np.stack([state.scores for state in states]), count)
         on_step()
+        for index in np.flatnonzero(np.isnan(sums).any(-1)):
+            if not states[index].done:
+                raise not_finite(int(index))
         ended = np.isin(tokens, ends) | (step == max_new_tokens)
         sources = [state.advance(*found) for state, *found in zip(states, sums, beams, tokens, ended, strict=True)]
         if step == max_new_tokens or all(state.done for state in states):

@@ -7,14 +7,18 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ..common.errors import QwenModelError
 from ..interface.engine_config import EngineConfig
-from ..interface.executor import Executor, FloatArray, IntArray, PendingTokens
+from ..interface.executor import NO_TOKEN, Executor, FloatArray, IntArray, PendingTokens
 from ..interface.sampling import SamplingOptions
 from .beam_search import beam_search
+from .overflow import not_finite
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -130,13 +134,16 @@ class Session:
         return self._run(request, _Timer(request.prompts))
 
     def logits(self, input_ids: Sequence[int]) -> FloatArray:
-        """Logits [tokens, vocab_size] after each token of one prompt."""
+        """Logits [tokens, vocab_size] after each token of one prompt; an error where they are not finite."""
         prompt = _plain(input_ids)
         if not _all_are(prompt, int):
             raise QwenModelError(f"input_ids must be a list of token ids, not {reprlib.repr(input_ids)}")
         self._check_prompts([prompt], 1)
         self._running = None
-        return self.executor.prompt_logits(prompt)
+        logits = self.executor.prompt_logits(prompt)
+        if not np.isfinite(logits).all():
+            raise not_finite(self.config, 1, 0)
+        return logits
 
     def _request(
         self,
@@ -242,6 +249,8 @@ class Session:
             timer.step()
             for sequence, token in zip(request.sequences, tokens.tolist(), strict=True):
                 if sequence.finish_reason is None:
+                    if token == NO_TOKEN:
+                        raise not_finite(self.config, len(request.sequences), sequence.index)
                     yield sequence.push(token)
             if all(sequence.finish_reason for sequence in request.sequences):
                 return
@@ -267,7 +276,8 @@ class Session:
         self.executor.prepare(len(token_ids) * num_beams, SamplingOptions())
         timer = _Timer(token_ids)
         timer.start()
-        found = beam_search(self.executor, token_ids, num_beams, count, ends, on_step=timer.step)
+        error = partial(not_finite, self.config, len(token_ids))
+        found = beam_search(self.executor, token_ids, num_beams, count, ends, error, on_step=timer.step)
         outputs = [self._beam_output([BeamOutput(beam.tokens, beam.score) for beam in beams], ends) for beams in found]
         return GenerationResult(outputs, timer.timing(sum(len(output.output_ids) for output in outputs)))
 

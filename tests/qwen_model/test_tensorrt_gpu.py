@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import qwen_model
+from tests.qwen_model import overflow_checks
 from tests.qwen_model.session_checks import check_streams, check_that_nothing_is_left_behind
 from tests.qwen_model.tensorrt_reference import (
     ARCHITECTURES,
@@ -141,6 +142,17 @@ def test_streams(engines, model, dtype):
 def test_requests_that_fail_or_stop_leave_nothing_behind(engines, model, dtype):
     _, prompts = reference(model, dtype)
     check_that_nothing_is_left_behind(engines(model, dtype), prompts[1:4])
+
+
+def test_overflow_is_an_error(tmp_path):
+    model = overflow_checks.save_overflowing_model(tmp_path / "model")
+    for dtype, check in (
+        ("float16", overflow_checks.check_that_overflow_is_an_error),
+        ("float32", overflow_checks.check_that_there_is_room),
+    ):
+        options = {"backend": "tensorrt", "dtype": dtype, **overflow_checks.LIMITS}
+        qwen_model.build_engine(model, output_dir=tmp_path / dtype, **options)
+        check(qwen_model.load_engine(tmp_path / dtype))
 
 
 def test_an_engine_runs_in_another_process(engines, tmp_path):

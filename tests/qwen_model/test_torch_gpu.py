@@ -8,6 +8,12 @@ import torch
 import qwen_model
 from qwen_model import SamplingOptions
 from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, random_prompt, save_hugging_face, save_reference
+from tests.qwen_model.overflow_checks import (
+    LIMITS,
+    check_that_overflow_is_an_error,
+    check_that_there_is_room,
+    save_overflowing_model,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -180,6 +186,14 @@ def test_a_head_size_without_kernels_runs_all_the_same(tmp_path):
     gpu, cpu = (qwen_model.load_engine(engine, device=device) for device in ("cuda", "cpu"))
     prompts = [random_prompt(5), random_prompt(50)]
     assert token_ids(gpu, prompts) == token_ids(cpu, prompts)
+
+
+@pytest.mark.parametrize("num_heads", [2, 8], ids=["kernels", "PyTorch"])  # there are no kernels for heads of 16
+def test_overflow_is_an_error(tmp_path, num_heads):
+    save_overflowing_model(tmp_path / "model", num_heads)
+    for dtype, check in (("float16", check_that_overflow_is_an_error), ("bfloat16", check_that_there_is_room)):
+        qwen_model.build_engine(tmp_path / "model", output_dir=tmp_path / dtype, dtype=dtype, **LIMITS)
+        check(qwen_model.load_engine(tmp_path / dtype, device="cuda"))
 
 
 def test_out_of_memory_is_said_before_loading(model, tmp_path):
