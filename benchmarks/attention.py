@@ -1,4 +1,4 @@
-"""Attention of prompts and of new tokens beside PyTorch, FlashAttention and flashinfer on one GPU.
+"""Compare prefill and decode attention with PyTorch, FlashAttention and flashinfer on one GPU.
 
     python -m benchmarks.attention [--dtype float16] [--phases decode prefill] [--models Qwen-7B ...]
     python -m benchmarks.attention --report benchmarks/results/attention.json
@@ -17,16 +17,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from benchmarks.common import READ_BANDWIDTH, require_gpu, save_figure, write_results
+from benchmarks.common import (
+    READ_BANDWIDTH,
+    finish_panel,
+    gather_calls,
+    pyplot,
+    require_gpu,
+    save_figure,
+    short,
+    timed,
+    write_results,
+)
+from benchmarks.timing import time_calls
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -46,7 +56,7 @@ PREFILL = [(1, 256), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (8, 1024), (32,
 
 @dataclass(frozen=True)
 class Problem:
-    """One size; `tokens` of a sequence are those in the cache, the new one included, or those of a prompt."""
+    """A Problem is one size to measure; `tokens` is the length of each sequence, the new token included."""
 
     phase: str
     model: str
@@ -56,22 +66,22 @@ class Problem:
 
     @property
     def new_tokens(self) -> int:
-        """Of all sequences."""
+        """Return the number of new tokens of all sequences."""
         return self.sequences * (self.tokens if self.phase == "prefill" else 1)
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of all tokens."""
+        """Return the bytes of all tokens' keys and values."""
         return 4 * self.sequences * self.tokens * MODELS[self.model][1] * HEAD_SIZE
 
     @property
     def operations(self) -> float:
-        """Of prefill: two products for each pair of a query and a key that it sees."""
+        """Return the operations of prefill: two products for each pair of a query and a key that it sees."""
         return 2.0 * MODELS[self.model][0] * HEAD_SIZE * self.sequences * self.tokens * (self.tokens + 1)
 
 
 class Buffers:
-    """One set of operands; the peers' own layouts are made when they are first asked for."""
+    """Buffers hold one set of operands; the layouts that peers want are made when they are first asked for."""
 
     def __init__(self, problem: Problem):
         import torch
@@ -90,23 +100,23 @@ class Buffers:
 
     @cached_property
     def cu_seqlens(self) -> Any:
-        """Where each sequence begins in `qkv`, and the end."""
+        """Return where each sequence begins in `qkv`, and the end: int32 [sequences + 1]."""
         step = self.problem.new_tokens // self.problem.sequences
         return self._int32(step * i for i in range(self.problem.sequences + 1))
 
     @cached_property
     def lengths(self) -> Any:
-        """Of each sequence, the new token included."""
+        """Return the length of each sequence, the new token included."""
         return self._int32([self.problem.tokens] * self.problem.sequences)
 
     @cached_property
     def past_lengths(self) -> Any:
-        """Of each sequence, without the new token."""
+        """Return the length of each sequence without the new token."""
         return self.lengths - 1
 
     @cached_property
     def inputs(self) -> Any:
-        """What our functions take."""
+        """Return the AttentionInputs of our functions."""
         import torch
 
         from qwen_plugins.attention import AttentionInputs
@@ -116,31 +126,31 @@ class Buffers:
 
     @cached_property
     def workspace(self) -> Any:
-        """For our decode attention."""
+        """Return the workspace of our decode attention."""
         from qwen_plugins.attention import decode_attention_workspace
 
         return decode_attention_workspace(self.inputs)
 
     @cached_property
     def packed(self) -> tuple[Any, Any, Any]:
-        """q, k and v of prompts, [tokens, heads, head_size] each."""
+        """Return q, k and v of prompts, [tokens, heads, head_size] each."""
         q, k, v = self.qkv.unflatten(-1, (-1, HEAD_SIZE)).split([self.heads, self.kv_heads, self.kv_heads], 1)
         return q.contiguous(), k.contiguous(), v.contiguous()
 
     @cached_property
     def by_sequence(self) -> tuple[Any, ...]:
-        """The same as [sequences, heads, tokens, head_size]."""
+        """Return q, k and v of prompts as [sequences, heads, tokens, head_size]."""
         shape = (self.problem.sequences, self.problem.tokens)
         return tuple(x.unflatten(0, shape).transpose(1, 2) for x in self.packed)
 
     @cached_property
     def new_queries(self) -> Any:
-        """q of the new tokens, [sequences, kv_heads, heads of each, head_size]."""
+        """Return q of the new tokens, [sequences, kv_heads, heads of each, head_size]."""
         return self.qkv[:, : self.heads * HEAD_SIZE].contiguous().unflatten(-1, (self.kv_heads, -1, HEAD_SIZE))
 
     @cached_property
     def pages(self) -> tuple[Any, Any]:
-        """Pages [pages, 2, PAGE, kv_heads, head_size], and which are whose: int32 [sequences, pages of each]."""
+        """Return pages [pages, 2, PAGE, kv_heads, head_size] and the page table, int32 [sequences, pages of each]."""
         import torch
 
         each = -(-self.problem.tokens // PAGE)
@@ -188,7 +198,7 @@ def _pytorch() -> dict[str, dict[str, Call]]:
 
 
 def _flash_attention() -> dict[str, dict[str, Call]]:
-    """Version 3 as vLLM carries it."""
+    """Return the calls of FlashAttention 3, from the copy inside vLLM."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     def prefill(b: Buffers) -> Any:
@@ -243,23 +253,8 @@ def _flashinfer() -> dict[str, dict[str, Call]]:
     return {"decode": {"flashinfer": decode}, "prefill": {}}
 
 
-def gather_calls() -> dict[str, dict[str, Call]]:
-    """The calls by phase and provider, of everything that can be imported."""
-    calls: dict[str, dict[str, Call]] = {"decode": {}, "prefill": {}}
-    for find in (_ours, _pytorch, _flash_attention, _flashinfer):
-        try:
-            found = find()
-        except Exception as error:
-            # Peers fail to import in many ways: missing parts, compilers, other versions of PyTorch.
-            print(f"without {find.__name__.strip('_')}: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        for phase, providers in found.items():
-            calls[phase].update(providers)
-    return calls
-
-
 def make_sets(problem: Problem) -> list[Buffers]:
-    """As many as are together more than three times the L2 cache; results up to commit c689a9e had at most 40."""
+    """Return enough sets of buffers to exceed three times the L2 cache together."""
     import torch
 
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -267,50 +262,27 @@ def make_sets(problem: Problem) -> list[Buffers]:
 
 
 def time_call(call: Call, sets: list[Buffers]) -> float:
-    """Microseconds of one call inside a CUDA graph."""
-    import torch
-
+    """Return the microseconds of one call inside a CUDA graph."""
     rounds = max(1, 40 // len(sets)) if sets[0].problem.phase == "decode" else 1
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, plans and allocates what it will
-        for buffers in sets:
-            call(buffers)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def record() -> None:
         for _ in range(rounds):
             for buffers in sets:
                 call(buffers)
-    times = []
-    for replay in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(start.elapsed_time(end) * 1000 / (rounds * len(sets)))
-    return statistics.median(times)
+
+    return time_calls({"": record})[""] / (rounds * len(sets))
 
 
 def measure(problems: list[Problem]) -> list[dict[str, Any]]:
-    """One record for each problem and provider."""
-    import torch
-
-    calls = gather_calls()
+    """Return one record for each problem and provider."""
+    calls = gather_calls(("decode", "prefill"), (_ours, _pytorch, _flash_attention, _flashinfer))
     records = []
     for problem in problems:
         sets = make_sets(problem)
-        here = []
-        for provider, call in calls[problem.phase].items():
-            record = {**vars(problem), "provider": provider}
-            try:
-                record["microseconds"] = round(time_call(call, sets), 3)
-            except Exception as error:
-                record["error"] = f"{type(error).__name__}: {error}"[:300]
-                torch.cuda.synchronize()
-            here.append(record)
+        here = [
+            timed({**vars(problem), "provider": provider}, partial(time_call, call, sets))
+            for provider, call in calls[problem.phase].items()
+        ]
         line = ", ".join(f"{r['provider']} {r.get('microseconds', 'failed')}" for r in here)
         print(
             f"{problem.phase} {problem.model} {problem.sequences} x {problem.tokens}: {line}",
@@ -327,14 +299,14 @@ def _problem(record: dict[str, Any]) -> Problem:
 
 
 def table(records: list[dict[str, Any]], phase: str, model: str) -> str:
-    """A Markdown table in microseconds, with what part of the limit (decode) or how many TFLOP/s (prefill) ours are."""
+    """Return a Markdown table in microseconds; its last column is time over the limit (decode) or TFLOP/s (prefill)."""
     mine = [r for r in records if (r["phase"], r["model"]) == (phase, model)]
     providers = list(dict.fromkeys(r["provider"] for r in mine))
     last = "ours / limit" if phase == "decode" else "ours, TFLOP/s"
     lines = [f"| sequences x tokens | {' | '.join(providers)} | {last} |", "|---" * (len(providers) + 2) + "|"]
     for problem in dict.fromkeys(map(_problem, mine)):
         times = {r["provider"]: r["microseconds"] for r in mine if _problem(r) == problem and "microseconds" in r}
-        cells = [_short(times[p]) if p in times else "–" for p in providers]
+        cells = [short(times.get(p)) for p in providers]
         if OURS not in times:
             cells.append("–")
         elif phase == "decode":
@@ -345,12 +317,8 @@ def table(records: list[dict[str, Any]], phase: str, model: str) -> str:
     return "\n".join(lines)
 
 
-def _short(microseconds: float) -> str:
-    return f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.1f}"
-
-
 def tables(records: list[dict[str, Any]]) -> str:
-    """A table for each phase and model."""
+    """Return a table for each phase and model."""
     found = dict.fromkeys((r["phase"], r["model"]) for r in records)
     parts = []
     for phase, model in found:
@@ -360,14 +328,8 @@ def tables(records: list[dict[str, Any]]) -> str:
 
 
 def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bandwidth of decode and TFLOP/s of prefill, one panel for each model."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    """Draw bandwidth of decode and TFLOP/s of prefill, one panel for each model."""
+    plt = pyplot()
     models = list(dict.fromkeys(r["model"] for r in records))
     figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 9), squeeze=False)
     for row, phase in enumerate(("decode", "prefill")):
@@ -385,12 +347,8 @@ def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
                     continue
                 ours = provider == OURS
                 axis.plot(*zip(*points, strict=True), marker="o", label=provider, linewidth=3 if ours else 1.5)
-            axis.set_xscale("log", base=2)
-            axis.set_title(f"{phase}, {model}, one sequence")
-            axis.set_ylabel("TB/s of the cache" if phase == "decode" else "TFLOP/s")
-            axis.set_xlabel("tokens")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            unit = "TB/s of the cache" if phase == "decode" else "TFLOP/s"
+            finish_panel(axis, f"{phase}, {model}, one sequence", "tokens", unit)
     save_figure(figure, title, path)
 
 

@@ -1,13 +1,16 @@
-"""What every benchmark writes beside its numbers: the machine, the versions, the commit."""
+"""Hold what benchmarks share: requirements, providers, files of results and the machine they name, figures."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 from qwen_model.common.files import write_whole
 
 READ_BANDWIDTH = 4.55e12
-"""Bytes per second: the best that was measured on an H200."""
+"""Bytes per second: the most that anything here has read from an H200's memory."""
 PACKAGES = (
     "qwen-plugins",
     "torch",
@@ -31,33 +34,96 @@ PACKAGES = (
 
 
 def add_bandwidth_argument(parser: argparse.ArgumentParser) -> None:
-    """--bandwidth, which floors are computed at."""
+    """Add the option --bandwidth, which floors are computed with."""
     text = "TB/s that the GPU's memory is read at, at most (default: %(default)s, an H200's)"
     parser.add_argument("--bandwidth", type=float, default=READ_BANDWIDTH * 1e-12, help=text)
 
 
+def require_torch() -> None:
+    """Exit with one line where PyTorch is missing."""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit('this benchmark needs PyTorch: pip install "qwen-plugins[torch]"')
+
+
 def require_gpu() -> None:
     """Exit with one line where PyTorch or a GPU is missing."""
-    try:
-        import torch
-    except ImportError:
-        raise SystemExit('this benchmark needs PyTorch: pip install "qwen-plugins[torch]"') from None
+    require_torch()
+    import torch
+
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU: PyTorch finds none")
 
 
+def require_tensorrt() -> None:
+    """Exit with one line where TensorRT, its CUDA bindings or a GPU is missing."""
+    try:
+        import tensorrt  # noqa: F401
+        from cuda.bindings import runtime as cudart
+    except ImportError as error:
+        raise SystemExit(f'this benchmark needs TensorRT: pip install "qwen-plugins[tensorrt]" ({error})') from None
+    status, count = cudart.cudaGetDeviceCount()
+    if status != cudart.cudaError_t.cudaSuccess or count == 0:
+        raise SystemExit("this benchmark needs an NVIDIA GPU: the driver finds none")
+
+
+def pyplot() -> Any:
+    """Return matplotlib.pyplot, set up to draw files; exit with one line where matplotlib is missing."""
+    try:
+        import matplotlib
+        import matplotlib.pyplot
+    except ImportError:
+        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    matplotlib.use("Agg")
+    return matplotlib.pyplot
+
+
+def short(microseconds: float | None) -> str:
+    """Return a time with three digits, or a dash for none."""
+    if microseconds is None:
+        return "–"
+    return f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.{1 if microseconds < 100 else 0}f}"
+
+
+def gather_calls(
+    operations: Iterable[str], finders: Iterable[Callable[[], dict[str, dict[str, Any]]]]
+) -> dict[str, dict[str, Any]]:
+    """Return the calls by operation and provider, of every provider that can be imported."""
+    calls: dict[str, dict[str, Any]] = {operation: {} for operation in operations}
+    for find in finders:
+        try:
+            found = find()
+        except Exception as error:
+            # Peers fail to import in many ways: missing parts, compilers, other versions of PyTorch.
+            print(f"without {find.__name__.strip('_')}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        for operation, providers in found.items():
+            calls[operation].update(providers)
+    return calls
+
+
+def timed(record: dict[str, Any], measure: Callable[[], float]) -> dict[str, Any]:
+    """Return the record with what `measure` says in "microseconds", or with an "error" where it fails."""
+    import torch
+
+    try:
+        return {**record, "microseconds": round(measure(), 3)}
+    except Exception as error:
+        torch.cuda.synchronize()
+        return {**record, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
 def environment() -> dict[str, Any]:
-    """The machine, the versions of what is installed, the commit and the date."""
+    """Return the machine, the versions of what is installed, the commit and the date."""
     return {
         "machine": {"cpu": _cpu_name(), "gpu": _gpu(), "platform": platform.platform()},
         "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def floor_bytes(config: Any, itemsize: int, batch_size: int, context: int) -> dict[str, int]:
-    """What a step must read: every weight but the rows of the embedding that are not asked for, and the cache."""
+    """Return the bytes that a decode step must read: every weight but an untied embedding, and the key-value cache."""
     from qwen_model.checkpoints.weights import weight_groups
 
     sizes = {spec.name: spec.shape for group in weight_groups(config) for spec in group.specs}
@@ -74,6 +140,15 @@ def write_results(path: Path, results: Any) -> None:
     """Write results and their environment as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps({**environment(), "results": results}, indent=2) + "\n").encode())
+
+
+def finish_panel(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
+    """Label a panel of matplotlib's, with a logarithmic x axis, a grid and a legend."""
+    axis.set_xscale("log", base=2)
+    axis.set_title(title, fontsize=10)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
 def save_figure(figure: Any, title: str, path: Path, dpi: int = 90) -> None:
@@ -111,14 +186,17 @@ def _gpu() -> str | None:
     return _output(query)
 
 
-def _commit() -> str | None:
-    """With a plus where files of the tree have changed since. A tree without its history is told by the environment."""
+def commit() -> str | None:
+    """Return the tree's commit, with a plus where files have changed since.
+
+    A tree without its history takes it from the environment variable QWEN_PLUGINS_COMMIT.
+    """
     if told := os.environ.get("QWEN_PLUGINS_COMMIT"):
         return told
     folder = str(Path(__file__).parent)
-    commit = _output(["git", "-C", folder, "rev-parse", "HEAD"])
+    head = _output(["git", "-C", folder, "rev-parse", "HEAD"])
     changed = _output(["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"])
-    return commit + "+" if commit and changed else commit
+    return head + "+" if head and changed else head
 
 
 def _output(command: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Where the microseconds of a decode step of the torch back end go: each kernel of a layer, and the whole step by kind.
+"""Record where the time of a torch decode step goes: each kernel of a layer, and the whole step by kind of kernel.
 
     python -m benchmarks.decode_timeline [--shape qwen-7b] [--batch-sizes 1 8 64]   # records; needs an NVIDIA GPU
     python -m benchmarks.decode_timeline --draw                                   # draws; needs matplotlib alone
@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, floor_bytes, require_gpu, save_figure, write_results
+from benchmarks.common import READ_BANDWIDTH, floor_bytes, pyplot, require_gpu, save_figure, write_results
 
 STEPS = 9
 KINDS = {  # the first pattern that a kernel's name has
@@ -47,7 +47,7 @@ COLORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One run of a kernel; nanoseconds."""
+    """A Kernel is one run of a kernel, from `start` to `end` in nanoseconds."""
 
     name: str
     start: int
@@ -55,12 +55,12 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """One of KINDS, or "other"."""
+        """Return one of KINDS, or "other"."""
         return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), "other")
 
 
 def kernel_times(executor: Any, steps: int) -> list[Kernel]:
-    """All that ran on the GPU in so many decode steps, in the order of their starts."""
+    """Return the kernels of so many decode steps, in the order of their starts."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -74,7 +74,7 @@ def kernel_times(executor: Any, steps: int) -> list[Kernel]:
 
 
 def microseconds_untraced(executor: Any, steps: int) -> float:
-    """Of one step, by CUDA events around several."""
+    """Return the microseconds of one step, by CUDA events around several."""
     import torch
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -88,14 +88,14 @@ def microseconds_untraced(executor: Any, steps: int) -> float:
 
 
 def split_steps(kernels: list[Kernel]) -> list[list[Kernel]]:
-    """Steps begin where the embedding is gathered; the first and the last, which may not be whole, are left out."""
+    """Split at the kernel that gathers the embedding; leave out the first and the last step, which may not be whole."""
     starts = [i for i, kernel in enumerate(kernels) if kernel.kind == "embedding"]
     steps = [kernels[begin:end] for begin, end in pairwise(starts)]
     return steps[1:]
 
 
 def attribute(step: list[Kernel], end: int) -> dict[str, float]:
-    """Microseconds by kind up to `end`, where the next step begins; a moment belongs to the oldest kernel that runs."""
+    """Return microseconds by kind up to `end`, the next step's start; moments count for the oldest running kernel."""
     spent = dict.fromkeys([*COLORS], 0.0)
     covered = step[0].start
     for kernel in step:
@@ -108,7 +108,7 @@ def attribute(step: list[Kernel], end: int) -> dict[str, float]:
 
 
 def layer_of(step: list[Kernel]) -> list[Kernel]:
-    """The kernels of a layer in the middle, and the first of the next: from the norm before attention on."""
+    """Return the kernels of a layer in the middle, from its first norm to that of the next layer."""
     attentions = [i for i, kernel in enumerate(step) if kernel.kind == "attention"]
     per_layer = attentions[-1] - attentions[-2]
     first = attentions[len(attentions) // 2]
@@ -173,12 +173,8 @@ def describe(recording: dict[str, Any]) -> str:
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """For each batch size a layer's kernels, and beside the floor the whole step by kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw a layer's kernels and the whole step by kind beside the floor, for each batch size."""
+    plt = pyplot()
     recordings = content["results"]
     figure, panels = plt.subplots(
         2 * len(recordings), 1, figsize=(12, 4.2 * len(recordings)), height_ratios=[3, 1.6] * len(recordings)
@@ -221,7 +217,7 @@ def draw_step(recording: dict[str, Any], panel: Any) -> None:
 
 
 def short_name(name: str) -> str:
-    """Without its namespaces, template arguments and parameters."""
+    """Return a kernel's name without namespaces, template arguments and parameters."""
     plain = re.sub(r"\(anonymous namespace\)::|^void ", "", name)
     return re.split(r"[<(]", plain)[0].split("::")[-1][:40]
 

@@ -1,4 +1,4 @@
-"""The matrix products of a decoder, one by one and a whole decode step of them, beside cuBLAS on one GPU.
+"""Compare a decoder's matrix products with cuBLAS on one GPU, one by one and as a whole decode step.
 
     python -m benchmarks.gemm [--models qwen-7b ...] [--rows 1 2 ...] [--dtype float16]
     python -m benchmarks.gemm --report benchmarks/results/gemm.json
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import add_bandwidth_argument, require_gpu, save_figure, write_results
+from benchmarks.common import add_bandwidth_argument, finish_panel, pyplot, require_gpu, save_figure, write_results
+from benchmarks.timing import time_calls
 
 ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 8192]
 STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
@@ -38,7 +38,7 @@ ROTATED_BYTES = 1.1e9
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product of a layer; the gate and up projections are one with SwiGLU."""
+    """A Product is one matrix product of a layer; gate and up are one product with SwiGLU."""
 
     name: str
     in_features: int
@@ -47,17 +47,17 @@ class Product:
 
     @property
     def elements(self) -> int:
-        """Of the weight."""
+        """Return the number of the weight's elements."""
         return self.in_features * self.out_features
 
     def floor(self, bandwidth: float) -> float:
-        """Microseconds to read the weight, at so many bytes per second."""
+        """Return the microseconds that reading the weight takes, at so many bytes per second."""
         return 2e6 * self.elements / bandwidth
 
 
 @dataclass(frozen=True)
 class Model:
-    """The products of a layer in their order, and the one after the last layer."""
+    """A Model lists the products of a layer in their order, and the output projection."""
 
     layers: int
     products: tuple[Product, ...]
@@ -65,11 +65,11 @@ class Model:
 
     @property
     def elements(self) -> int:
-        """Of all weights."""
+        """Return the number of all weights' elements."""
         return self.layers * sum(product.elements for product in self.products) + self.head.elements
 
     def floor(self, bandwidth: float) -> float:
-        """Microseconds to read all weights, at so many bytes per second."""
+        """Return the microseconds that reading all weights takes, at so many bytes per second."""
         return 2e6 * self.elements / bandwidth
 
 
@@ -100,7 +100,7 @@ Call = Callable[[Product, Any, Any], Any]
 
 
 def providers() -> dict[str, Call]:
-    """How each multiplies x with a weight, activation included."""
+    """Return each provider's function that multiplies x with a weight, activation included."""
     import torch.nn.functional as F
 
     import qwen_plugins
@@ -116,30 +116,8 @@ def providers() -> dict[str, Call]:
     return {OURS: ours, CUBLAS: cublas}
 
 
-def time_in_turns(recordings: dict[str, Callable[[], None]], replays: int = 9) -> dict[str, float]:
-    """Microseconds of one replay of each recorded graph. They take turns: the chip's clock is the same for all."""
-    import torch
-
-    graphs = {name: torch.cuda.CUDAGraph() for name in recordings}
-    times: dict[str, list[float]] = {name: [] for name in recordings}
-    for name, record in recordings.items():
-        record()  # makes what is made at the first call
-        with torch.cuda.graph(graphs[name]):
-            record()
-    for replay in range(replays + 2):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= 2:
-                times[name].append(start.elapsed_time(end) * 1000)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def time_product(product: Product, rows: int, calls: dict[str, Call], memory: Any) -> dict[str, float]:
-    """Microseconds of one product among many whose weights take turns in `memory`, by provider."""
+    """Return the microseconds of one product among many whose weights take turns in `memory`, by provider."""
     import torch
 
     copies = max(2, int(ROTATED_BYTES / (2 * product.elements)))
@@ -157,12 +135,12 @@ def time_product(product: Product, rows: int, calls: dict[str, Call], memory: An
 
         return record
 
-    times = time_in_turns({provider: recording(call) for provider, call in calls.items()})
+    times = time_calls({provider: recording(call) for provider, call in calls.items()})
     return {provider: round(time / count, 3) for provider, time in times.items()}
 
 
 def time_step(model: Model, rows: int, calls: dict[str, Call], memory: Any) -> dict[str, float]:
-    """Microseconds of all products and normalisations of a decode step, by provider of the products."""
+    """Return the microseconds of a decode step's products and normalisations, by provider of the products."""
     import torch
 
     import qwen_plugins
@@ -190,12 +168,12 @@ def time_step(model: Model, rows: int, calls: dict[str, Call], memory: Any) -> d
         h, residual = qwen_plugins.rms_norm(h, norm_weight, residual=residual)
         multiply(model.head, h)
 
-    times = time_in_turns({provider: partial(record, call) for provider, call in calls.items()})
+    times = time_calls({provider: partial(record, call) for provider, call in calls.items()})
     return {provider: round(time, 1) for provider, time in times.items()}
 
 
 def measure(models: list[str], rows: list[int], step_rows: list[int], dtype_name: str) -> dict[str, Any]:
-    """One record for each product or step, provider and number of rows."""
+    """Return one record for each product or step and number of rows, with the time of each provider."""
     import torch
 
     import qwen_plugins
@@ -221,7 +199,7 @@ def measure(models: list[str], rows: list[int], step_rows: list[int], dtype_name
 
 
 def tables(results: dict[str, Any], bandwidth: float) -> str:
-    """Markdown: microseconds, and the floor's share of them for the rows where memory decides."""
+    """Return Markdown tables: microseconds, and the floor's share of them where memory decides."""
     lines = []
     for name in dict.fromkeys(record["model"] for record in results["steps"] + results["products"]):
         model = MODELS[name]
@@ -265,7 +243,7 @@ def find(records: list[dict[str, Any]], model: str, product: str, rows: int) -> 
 
 
 def summary(results: dict[str, Any], noise: float = 0.02) -> str:
-    """Where cuBLAS is the faster one by more than what repeated measurements differ by."""
+    """List the sizes at which cuBLAS is faster by more than repeated measurements differ."""
     behind = [r for r in results["products"] if r[OURS] > r[CUBLAS] * (1 + noise)]
     lines = [f"* slower than cuBLAS by more than {noise:.0%} at {len(behind)} of {len(results['products'])} sizes"]
     lines += [f"  * {r['model']} {r['product']}, {r['rows']} rows: {r[OURS]:.2f}, {r[CUBLAS]:.2f}" for r in behind]
@@ -273,14 +251,8 @@ def summary(results: dict[str, Any], noise: float = 0.02) -> str:
 
 
 def plot(results: dict[str, Any], bandwidth: float, path: Path, title: str) -> None:
-    """Time over rows, a panel for each product, as multiples of the floor."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    """Draw the share of the floor over rows, a panel for each product."""
+    plt = pyplot()
     names = list(dict.fromkeys(r["model"] for r in results["products"]))
     figure, axes = plt.subplots(len(names), 5, figsize=(20, 4 * len(names)), squeeze=False, sharey=True)
     for line, name in zip(axes, names, strict=True):
@@ -292,13 +264,9 @@ def plot(results: dict[str, Any], bandwidth: float, path: Path, title: str) -> N
                     (r["rows"], 100 * product.floor(bandwidth) / r[provider]) for r in records if r["rows"] <= 256
                 ]
                 axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=provider)
-            axis.set_xscale("log", base=2)
-            axis.set_title(f"{name} {product.name}, {product.in_features}→{product.out_features}", fontsize=10)
-            axis.set_xlabel("rows")
-            axis.set_ylabel(f"% of {bandwidth * 1e-12:.2f} TB/s")
+            title = f"{name} {product.name}, {product.in_features}→{product.out_features}"
+            finish_panel(axis, title, "rows", f"% of {bandwidth * 1e-12:.2f} TB/s")
             axis.set_ylim(0, 105)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
     save_figure(figure, title, path, dpi=80)
 
 

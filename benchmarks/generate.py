@@ -1,4 +1,4 @@
-"""Generation on random weights in the shapes of published models, ours beside others in one run.
+"""Compare generation with vLLM and transformers, on random weights in the shapes of published models.
 
     python -m benchmarks.generate [--shapes qwen-7b qwen2.5-7b] [--implementations qwen_model transformers ...]
     python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms native_rotary]
@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import write_results
+from benchmarks.common import require_tensorrt, require_torch, write_results
+from qwen_model import Session
 
 # As a config.json of Qwen2. Qwen-7B itself is Qwen v1: the same products, with as many key-value heads as heads.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ COMMON = {
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One line of the results."""
+    """A Measurement is one line of the results."""
 
     shape: str
     implementation: str
@@ -74,14 +75,14 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is asked of an implementation."""
+    """A Load says what an implementation is asked for."""
 
     batch_size: int
     prompt_tokens: int
     new_tokens: int
 
     def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
-        """Other prompts for each seed, so that no cache of prefixes can help."""
+        """Return random prompts, others for each seed, so that no prefix cache can help."""
         tokens: list[list[int]] = (
             np.random.default_rng(seed).integers(0, vocab_size, (self.batch_size, self.prompt_tokens)).tolist()
         )
@@ -89,7 +90,7 @@ class Load:
 
 
 class Implementation(ABC):
-    """One way to generate, with the weights of one shape loaded."""
+    """An Implementation generates, with the weights of one shape loaded."""
 
     vocab_size: int
 
@@ -98,7 +99,7 @@ class Implementation(ABC):
         """Generate so many tokens for each prompt, and return when they are there."""
 
     def time(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
-        """Seconds of generating one token, all included, and how many more all of them take."""
+        """Return the seconds until the first token, and the seconds of all further tokens."""
         seconds = []
         for count in (1, new_tokens):
             start = time.perf_counter()
@@ -107,12 +108,24 @@ class Implementation(ABC):
         return seconds[0], seconds[1] - seconds[0]
 
     def measure(self, load: Load, repeats: int) -> tuple[float | None, float]:
-        """Medians of milliseconds to the first token and of decoded tokens per second."""
+        """Return the medians of milliseconds to the first token and of decoded tokens per second."""
         self.generate(load.prompts(self.vocab_size, seed=0), min(load.new_tokens, 8))
         times = [self.time(load.prompts(self.vocab_size, seed), load.new_tokens) for seed in range(1, repeats + 1)]
         first = statistics.median(first for first, _ in times) * 1e3
         decoded = load.batch_size * (load.new_tokens - 1)
         return first, decoded / statistics.median(rest for _, rest in times)
+
+
+class QwenModel(Implementation):
+    """A QwenModel generates with a session of this project, of either back end."""
+
+    def __init__(self, session: Session):
+        self.vocab_size = session.config.model.vocab_size
+        self._session = session
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """See `Implementation`."""
+        self._session.generate(prompts, max_new_tokens=new_tokens)
 
 
 def run(options: argparse.Namespace, module: Any) -> None:
@@ -157,12 +170,13 @@ def main() -> None:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder")
     options = parser.parse_args()
+    (require_tensorrt if options.backend == "tensorrt" else require_torch)()
     module = importlib.import_module(f"benchmarks.generate_{options.backend}")
     options.implementations = options.implementations or module.IMPLEMENTATIONS
     if unknown := set(options.implementations) - set(module.IMPLEMENTATIONS):
         parser.error(f"--implementations of {options.backend}: {', '.join(module.IMPLEMENTATIONS)}, not {unknown}")
     if options.device is None and module.default_device() == "cpu" and options.shapes != ["packaged"]:
-        parser.error("there is no GPU, and models of 7 B take hours on a CPU: --shapes packaged, or --device cpu")
+        parser.error("there is no GPU, and 7B models take hours on a CPU: give --shapes packaged, or --device cpu")
     options.device = options.device or module.default_device()
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "float16")
     run(options, module)

@@ -1,4 +1,4 @@
-"""Tables and a picture of what benchmarks.generate found, of several runs together.
+"""Print tables and draw a picture of the results of benchmarks.generate, of several runs together.
 
     python -m benchmarks.generate_report [RESULTS ...]    # default: generate_*.json in benchmarks/results
     python -m benchmarks.generate_report benchmarks/results/h100/generate_*.json --bandwidth 3.14 --picture FILE.svg
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, add_bandwidth_argument, floor_bytes, save_figure
+from benchmarks.common import READ_BANDWIDTH, add_bandwidth_argument, floor_bytes, pyplot, save_figure
 from benchmarks.generate import COMMON, SHAPES
 from qwen_model.checkpoints.config import read_config
 
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 def read_records(paths: list[Path]) -> tuple[list[Record], str]:
-    """What the files hold of published shapes, and the GPU it was measured on."""
+    """Return the records of published shapes in these files, and the GPU they were measured on."""
     records, machines = [], set()
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read_records(paths: list[Path]) -> tuple[list[Record], str]:
 
 
 def floor_rate(record: Record, bandwidth: float) -> float:
-    """Tokens per second if a step only read its weights and the cache, at so many bytes per second."""
+    """Return the tokens per second of a step that only reads weights and cache, at so many bytes per second."""
     config = read_config({**COMMON, **SHAPES[record["shape"]]})
     context = record["prompt_tokens"] + record["new_tokens"] // 2
     itemsize = 4 if record["dtype"] == "float32" else 2
@@ -58,7 +58,7 @@ def floor_rate(record: Record, bandwidth: float) -> float:
 
 
 def with_floor(records: list[Record], bandwidth: float) -> list[Record]:
-    """And a line of the floor for each load of vLLM's or ours."""
+    """Return the records, and one of the floor for each load of vLLM's or ours."""
     whole = [r for r in records if r["implementation"] in ("tensorrt", "qwen_model", "vllm")]
     loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in whole}
     floors = [
@@ -76,7 +76,7 @@ def with_floor(records: list[Record], bandwidth: float) -> list[Record]:
 def table(
     records: list[Record], prompt_tokens: int, bandwidth: float = READ_BANDWIDTH, names: tuple[str, ...] = SHOWN
 ) -> str:
-    """Markdown: a line for each shape and implementation; the floor is at `bandwidth`, in bytes per second."""
+    """Return a Markdown table, a line for each shape and implementation; `bandwidth` is in bytes per second."""
     records = with_floor(records, bandwidth)
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens]
     batches = sorted({r["batch_size"] for r in records})
@@ -95,14 +95,8 @@ def table(
 
 
 def draw(records: list[Record], machine: str, prompt_tokens: int, bandwidth: float, path: Path) -> None:
-    """Tokens per second as shares of the floor, and times to the first token, beside each other."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    """Draw tokens per second as shares of the floor, and times to the first token, beside each other."""
+    plt = pyplot()
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens and r["implementation"] in COLORS]
     shapes = [shape for shape in SHAPES if any(r["shape"] == shape for r in records)]
     figure, panels = plt.subplots(2, len(shapes), figsize=(6 * len(shapes), 7), squeeze=False)
@@ -122,7 +116,7 @@ def draw(records: list[Record], machine: str, prompt_tokens: int, bandwidth: flo
 
 
 def draw_bars(panel: Any, records: list[Record], value: Any, text: str) -> None:
-    """A group of bars for each batch size, a colour for each implementation."""
+    """Draw a group of bars for each batch size, in a colour for each implementation."""
     batches = sorted({r["batch_size"] for r in records})
     names = [name for name in COLORS if any(r["implementation"] == name for r in records)]
     for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Implementations for benchmarks.generate that are TensorRT engines. No PyTorch."""
+"""Implement benchmarks.generate with TensorRT engines, without PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.generate import COMMON, SHAPES, Implementation, Load
+from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from qwen_model.backends.tensorrt import back_end, compat, cuda_runtime
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import Checkpoint, WeightSpec
@@ -36,18 +36,18 @@ def default_device() -> str:
 
 
 def reset_memory() -> None:
-    """Let go of what nothing refers to."""
+    """Release what nothing refers to."""
     gc.collect()
 
 
 def memory_gib(implementation: str) -> float:
-    """What is taken of the device's memory now, by everyone."""
+    """Return the device memory in use now, by all processes."""
     free, total = cuda_runtime.memory_info()
     return (total - free) / 2**30
 
 
 class RandomWeights:
-    """Normally distributed, the same numbers again and again: a new one for each weight would take minutes."""
+    """RandomWeights are normally distributed and repeat the same numbers: drawing each weight would take minutes."""
 
     def __init__(self, dtype: str):
         numbers = np.random.default_rng(0).standard_normal(NUMBERS, np.float32) * 0.02
@@ -62,20 +62,8 @@ class RandomWeights:
         return np.resize(np.roll(self._numbers, self._start), spec.shape)
 
 
-class TensorRTEngine(Implementation):
-    """A session on an engine."""
-
-    def __init__(self, session: Session):
-        self.vocab_size = session.config.model.vocab_size
-        self._session = session
-
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """See `Implementation`."""
-        self._session.generate(prompts, max_new_tokens=new_tokens)
-
-
 def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -> Session:
-    """An engine of that shape, built and loaded, that does not stop at end tokens; says how long both took."""
+    """Build and load an engine of that shape that does not stop at end tokens; print how long both took."""
     if shape == "packaged":
         folder = packaged_model_dir()
         model, read = ModelConfig.from_model_dir(folder), Checkpoint(folder, back_end.FRAMEWORK).read
@@ -98,6 +86,6 @@ def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -
 
 
 def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:
-    """Each implementation in turn; the one before must be let go by then."""
+    """Yield each implementation in turn; the one before must be released by then."""
     for name in options.implementations:
-        yield name, TensorRTEngine(new_session(name, shape, options.dtype, options.device, largest))
+        yield name, QwenModel(new_session(name, shape, options.dtype, options.device, largest))

@@ -1,4 +1,4 @@
-"""Implementations for benchmarks.generate that need PyTorch: our torch back end and what stands beside it."""
+"""Implement benchmarks.generate with PyTorch: our torch back end, transformers, vLLM, and products alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.generate import COMMON, SHAPES, Implementation, Load
+from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
+from benchmarks.timing import capture
 from benchmarks.vllm_weights import WEIGHT_SCALE
 from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.executor import TorchExecutor
@@ -35,7 +36,7 @@ def default_device() -> str:
 
 
 def reset_memory() -> None:
-    """Let go of what nothing refers to, and measure from here on."""
+    """Release what nothing refers to, and restart the record of the most memory in use."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -43,7 +44,7 @@ def reset_memory() -> None:
 
 
 def memory_gib(implementation: str) -> float | None:
-    """The most since `reset_memory`."""
+    """Return the most memory in use since `reset_memory`."""
     # vLLM takes a fixed share of the memory, in a process of its own.
     on_gpu = torch.cuda.is_available() and implementation != "vllm"
     return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
@@ -58,20 +59,8 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict
     return weights
 
 
-class QwenModel(Implementation):
-    """This project's torch back end."""
-
-    def __init__(self, session: Session):
-        self.vocab_size = session.config.model.vocab_size
-        self._session = session
-
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """See `Implementation`."""
-        self._session.generate(prompts, max_new_tokens=new_tokens)
-
-
 class Products(Implementation):
-    """The matrix products of a decode step alone."""
+    """Products are the matrix products of a decode step, alone."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.vocab_size = config.vocab_size
@@ -91,11 +80,7 @@ class Products(Implementation):
             for weight in self._weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-        step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph = capture(step)
         rates = []
         for _ in range(repeats + 1):  # the first is to warm up
             start = time.perf_counter()
@@ -107,7 +92,7 @@ class Products(Implementation):
 
 
 class Transformers(Implementation):
-    """Hugging Face transformers, as `generate` runs by default."""
+    """Transformers runs Hugging Face's `generate` at its defaults."""
 
     def __init__(self, values: dict[str, Any], dtype: torch.dtype, device: str):
         import transformers
@@ -132,7 +117,7 @@ class Transformers(Implementation):
 
 
 class Vllm(Implementation):
-    """vLLM, with weights drawn as ours are."""
+    """Vllm runs vLLM, with weights drawn as ours are."""
 
     def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
         import vllm
@@ -170,7 +155,7 @@ def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Loa
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:
-    """The model in the package, which does not stop at its end tokens."""
+    """Return a session of the packaged model that does not stop at its end tokens."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "engine"
         build_engine(
@@ -186,7 +171,7 @@ def packaged_session(dtype: str, device: str, largest: Load) -> Session:
 
 
 def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:
-    """Each implementation in turn; the one before must be let go by then."""
+    """Yield each implementation in turn; the one before must be released by then."""
     dtype = getattr(torch, options.dtype)
     if shape == "packaged":
         yield "qwen_model", QwenModel(packaged_session(options.dtype, options.device, largest))

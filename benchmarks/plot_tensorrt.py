@@ -1,4 +1,4 @@
-"""Draws what `benchmarks.tensorrt_rms_norm` and `benchmarks.tensorrt_timeline` recorded, for docs/tensorrt.md.
+"""Draw what `benchmarks.tensorrt_rms_norm` and `benchmarks.tensorrt_timeline` recorded.
 
     python -m benchmarks.plot_tensorrt
 
@@ -10,12 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.common import save_figure
+from benchmarks.common import pyplot, save_figure
 
 COLORS = {"native": "#9aa5b1", "plugin": "#76b900"}
 NAMES = {"native": "native layers", "plugin": "plug-in"}
@@ -23,7 +18,8 @@ SHOWN_OPERATIONS = 4  # of the chain, in the timeline
 
 
 def draw_times(content: dict[str, Any], path: Path) -> None:
-    """Bars of native and plug-in by number of tokens, one panel per operation, for chains."""
+    """Draw bars of native layers and plug-in by number of tokens, one panel per operation, for chains."""
+    plt = pyplot()
     results = [result for result in content["results"] if result["layers"] > 1]
     operations = list(dict.fromkeys(result["operation"] for result in results))
     figure, panels = plt.subplots(1, len(operations), figsize=(4 * len(operations), 3.6), squeeze=False)
@@ -53,7 +49,8 @@ def draw_times(content: dict[str, Any], path: Path) -> None:
 
 
 def draw_timeline(content: dict[str, Any], path: Path) -> None:
-    """Each kernel as a bar from its start to its end, for as long as the native layers' first operations take."""
+    """Draw each kernel as a bar from start to end, for as long as the native layers' first operations take."""
+    plt = pyplot()
     recordings = content["recordings"]
     tokens = list(dict.fromkeys(recording["tokens"] for recording in recordings))
     figure, panels = plt.subplots(len(tokens), 1, figsize=(11, 2.1 * len(tokens)), squeeze=False)

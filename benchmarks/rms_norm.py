@@ -1,4 +1,4 @@
-"""RMSNorm, alone, with the residual and with quantization, beside PyTorch, Liger, flashinfer and vLLM on one GPU.
+"""Compare RMSNorm, with residual and quantization, with PyTorch, Liger, flashinfer and vLLM on one GPU.
 
     python -m benchmarks.rms_norm [--dtype float16] [--hidden-sizes 4096 ...] [--tokens 1 64 ...]
     python -m benchmarks.rms_norm --report benchmarks/results/rms_norm_float16.json
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import require_gpu, save_figure, write_results
+from benchmarks.common import finish_panel, gather_calls, pyplot, require_gpu, save_figure, short, timed, write_results
+from benchmarks.timing import time_calls
 
 HIDDEN_SIZES = [2048, 3584, 4096, 5120, 8192]
 TOKENS = [1, 8, 64, 512, 1024, 4096, 8192]
@@ -44,7 +45,7 @@ OPERATIONS = {
 
 @dataclass
 class Buffers:
-    """One set of operands; every call writes into memory of its own set."""
+    """Buffers hold one set of operands; every call writes into memory of its own set."""
 
     x: Any
     residual: Any
@@ -145,23 +146,8 @@ def _vllm() -> dict[str, dict[str, Call]]:
     }
 
 
-def gather_calls() -> dict[str, dict[str, Call]]:
-    """The calls by operation and provider, of everything that can be imported."""
-    calls: dict[str, dict[str, Call]] = {operation: {} for operation in OPERATIONS}
-    for find in (_ours, _pytorch, _liger, _flashinfer, _vllm):
-        try:
-            found = find()
-        except Exception as error:
-            # Peers fail to import in many ways: missing parts, compilers, other versions of PyTorch.
-            print(f"without {find.__name__.strip('_')}: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        for operation, providers in found.items():
-            calls[operation].update(providers)
-    return calls
-
-
 def make_buffers(tokens: int, hidden_size: int, dtype: Any) -> list[Buffers]:
-    """Several sets of operands; see the head of this file for how many."""
+    """Return several sets of operands; the module's docstring says how many."""
     import torch
 
     def rows() -> torch.Tensor:
@@ -175,42 +161,26 @@ def make_buffers(tokens: int, hidden_size: int, dtype: Any) -> list[Buffers]:
 
 
 def time_call(call: Call, sets: list[Buffers]) -> float:
-    """Microseconds of one call inside a CUDA graph."""
-    import torch
-
+    """Return the microseconds of one call inside a CUDA graph."""
     # Enough calls that the graph's own launch does not count.
     rounds = max(1, (64 if sets[0].x.numel() < 1 << 20 else 16) // len(sets))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles and allocates what it will
-        for _ in range(2):
-            call(sets[0])
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     # Outputs that a call allocates are kept until the same set's turn comes again: else all calls would write into the
     # same memory, which never leaves the cache.
     outputs: list[Any] = [None] * len(sets)
-    with torch.cuda.graph(graph):
+
+    def record() -> None:
         for _ in range(rounds):
             for i, buffers in enumerate(sets):
                 outputs[i] = call(buffers)
-    times = []
-    for replay in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(start.elapsed_time(end) * 1000 / (rounds * len(sets)))
-    return statistics.median(times)
+
+    return time_calls({"": record})[""] / (rounds * len(sets))
 
 
 def measure(dtype_name: str, hidden_sizes: list[int], tokens: list[int]) -> list[dict[str, Any]]:
-    """One record for each operation, provider and size."""
+    """Return one record for each operation, provider and size."""
     import torch
 
-    calls = gather_calls()
+    calls = gather_calls(OPERATIONS, (_ours, _pytorch, _liger, _flashinfer, _vllm))
     records = []
     for hidden_size in hidden_sizes:
         for count in tokens:
@@ -218,12 +188,7 @@ def measure(dtype_name: str, hidden_sizes: list[int], tokens: list[int]) -> list
             for operation, providers in calls.items():
                 for provider, call in providers.items():
                     record = {"operation": operation, "hidden_size": hidden_size, "tokens": count, "provider": provider}
-                    try:
-                        record["microseconds"] = round(time_call(call, sets), 3)
-                    except Exception as error:
-                        record["error"] = f"{type(error).__name__}: {error}"[:300]
-                        torch.cuda.synchronize()
-                    records.append(record)
+                    records.append(timed(record, partial(time_call, call, sets)))
             line = ", ".join(
                 f"{r['provider']} {r.get('microseconds', 'failed')}"
                 for r in records
@@ -239,7 +204,7 @@ def matches(record: dict[str, Any], operation: str, hidden_size: int, tokens: in
 
 
 def tables(records: list[dict[str, Any]], hidden_size: int) -> str:
-    """Markdown tables of one hidden size, an operation each, in microseconds."""
+    """Return Markdown tables of one hidden size, one for each operation, in microseconds."""
     sizes = sorted({r["tokens"] for r in records if r["hidden_size"] == hidden_size})
     times = {
         (r["operation"], r["provider"], r["tokens"]): r.get("microseconds")
@@ -257,19 +222,13 @@ def tables(records: list[dict[str, Any]], hidden_size: int) -> str:
         ]
         for provider in providers:
             cells = [times.get((operation, provider, size)) for size in sizes]
-            lines.append(
-                f"| {provider} | " + " | ".join("–" if cell is None else _short(cell) for cell in cells) + " |"
-            )
+            lines.append(f"| {provider} | " + " | ".join(map(short, cells)) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _short(microseconds: float) -> str:
-    return f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.1f}"
-
-
 def summary(records: list[dict[str, Any]]) -> str:
-    """On how many sizes each operation is the fastest of all providers, and where it is not."""
+    """Say at how many sizes ours is the fastest of all providers, and list where it is not."""
     lines = []
     for operation in OPERATIONS:
         behind, total = [], 0
@@ -295,14 +254,8 @@ def summary(records: list[dict[str, Any]]) -> str:
 
 
 def plot(records: list[dict[str, Any]], hidden_size: int, path: Path, title: str) -> None:
-    """Speed of light plots: achieved bandwidth over tokens, one panel for each operation."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit('matplotlib is not installed: pip install "qwen-plugins[benchmarks]"') from None
+    """Draw achieved bandwidth over tokens, one panel for each operation."""
+    plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), sharex=True)
     for axis, (operation, row_count) in zip(axes.flat, OPERATIONS.items(), strict=True):
         here = [
@@ -324,12 +277,7 @@ def plot(records: list[dict[str, Any]], hidden_size: int, path: Path, title: str
                 linewidth=3 if ours else 1.5,
                 zorder=3 if ours else 2,
             )
-        axis.set_xscale("log", base=2)
-        axis.set_title(operation)
-        axis.set_ylabel("TB/s read and written")
-        axis.set_xlabel("tokens")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        finish_panel(axis, operation, "tokens", "TB/s read and written")
     save_figure(figure, title, path)
 
 

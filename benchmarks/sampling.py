@@ -1,4 +1,4 @@
-"""Choosing tokens from logits of 151,936: ours beside PyTorch and flashinfer (where it can be imported), on one GPU.
+"""Compare sampling from 151,936 logits with PyTorch and, where it is installed, flashinfer on one GPU.
 
     python -m benchmarks.sampling [--batch-sizes 1 8 64] [--dtype float16]
 
@@ -9,19 +9,17 @@ The logits, normally distributed, lie in the L2 cache, where the product before 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import require_gpu, write_results
-from qwen_plugins.sampling import sample, sampling_state
+from benchmarks.timing import time_calls
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CALLS = 40  # in a graph
-REPLAYS = 15
 OPTIONS: dict[str, dict[str, Any]] = {
     "argmax": {},
     "temperature": {"temperature": 0.8},
@@ -33,25 +31,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    stream = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(CALLS):
-                call()
-        times = []
-        for _ in range(REPLAYS + 1):  # the first is to warm up
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(times[1:])
+    """Return the microseconds of one call inside a CUDA graph."""
+
+    def record() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return time_calls({"": record})[""] / CALLS
 
 
 def ours(logits: Tensor, name: str) -> Callable[[], Any]:
+    """Return the call of our kernel for one of OPTIONS."""
+    import torch
+
+    from qwen_plugins.sampling import sample, sampling_state
+
     options = OPTIONS[name]
     state = sampling_state(len(logits), logits.shape[1], logits.device)
     state.set(**options)
@@ -61,12 +55,14 @@ def ours(logits: Tensor, name: str) -> Callable[[], Any]:
 
 
 def scaled(logits: Tensor, options: dict[str, Any]) -> Tensor:
-    """What peers begin with; without a temperature nothing is divided."""
+    """Return the logits in float32, divided by the temperature where there is one: what peers begin with."""
     return logits.float() / options["temperature"] if "temperature" in options else logits.float()
 
 
 def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
-    """As gpt-fast and others do it: topk or sort, softmax, and the exponential race in place of multinomial."""
+    """Return PyTorch's call: topk or sort, softmax, and the exponential race instead of multinomial, as in gpt-fast."""
+    import torch
+
     options = OPTIONS[name]
     if not options:
         return lambda: logits.argmax(-1)
@@ -90,7 +86,7 @@ def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
 
 
 def flashinfer(logits: Tensor, name: str) -> Callable[[], Any] | None:
-    """Its samplers without sorting, from probabilities; its top_k + top_p in the order top k first."""
+    """Return the call of flashinfer's sampler, which does not sort; top_k comes before top_p."""
     from flashinfer import sampling
 
     options = OPTIONS[name]
@@ -111,10 +107,13 @@ def flashinfer(logits: Tensor, name: str) -> Callable[[], Any] | None:
     return call
 
 
-def run(batch_sizes: list[int], vocab_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(batch_sizes: list[int], vocab_size: int, dtype: str) -> list[dict[str, Any]]:
+    """Return one record for each batch size, operation and implementation that takes part."""
+    import torch
+
     results = []
     for batch_size in batch_sizes:
-        logits = (torch.randn(batch_size, vocab_size, device="cuda") * 3).to(dtype)
+        logits = (torch.randn(batch_size, vocab_size, device="cuda") * 3).to(getattr(torch, dtype))
         for name in OPTIONS:
             for implementation, make in (("qwen_plugins", ours), ("PyTorch", pytorch), ("flashinfer", flashinfer)):
                 try:
@@ -133,7 +132,7 @@ def run(batch_sizes: list[int], vocab_size: int, dtype: torch.dtype) -> list[dic
                             "operation": name,
                             "implementation": implementation,
                             "vocab_size": vocab_size,
-                            "dtype": str(dtype).removeprefix("torch."),
+                            "dtype": dtype,
                             "microseconds": time,
                         }
                     )
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/sampling.json"))
     options = parser.parse_args()
     require_gpu()
-    write_results(options.results, run(options.batch_sizes, options.vocab_size, getattr(torch, options.dtype)))
+    write_results(options.results, measure(options.batch_sizes, options.vocab_size, options.dtype))
     print(options.results)
 
 

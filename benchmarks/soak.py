@@ -1,4 +1,4 @@
-"""Thousands of requests of random lengths through one session: memory must not grow, nor results change.
+"""Send thousands of requests of random lengths through one session: neither memory nor results may change.
 
     python -m benchmarks.soak [--backend tensorrt] [--requests 10000]
 
@@ -31,7 +31,7 @@ ALLOWED_GROWTH = 16 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts, and how to continue them."""
+    """A Request holds prompts, and how to continue them."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -39,7 +39,7 @@ class Request:
 
     @classmethod
     def make(cls, source: random.Random, vocab_size: int) -> Request:
-        """A random one."""
+        """Make a random request."""
         count = source.randint(1, LIMITS.max_batch_size)
         longest = source.choice([8, 64, LIMITS.max_input_len])  # mostly short ones
         prompts = [source.choices(range(vocab_size), k=source.randint(1, longest)) for _ in range(count)]
@@ -49,13 +49,13 @@ class Request:
         return cls(prompts, source.randint(1, LIMITS.max_output_len), sampling)
 
     def run(self, session: Session) -> list[list[int]]:
-        """The tokens of each prompt."""
+        """Generate, and return the new tokens of each prompt."""
         settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
         return [output.output_ids for output in session.generate(self.prompts, **settings).outputs]
 
 
 def fail(session: Session) -> None:
-    """A request that is refused."""
+    """Send a request that is refused."""
     try:
         session.generate([[1] * (LIMITS.max_input_len + 1)])
     except QwenModelError:
@@ -64,7 +64,7 @@ def fail(session: Session) -> None:
 
 
 def give_up(session: Session, request: Request, tokens: int) -> None:
-    """A stream that is closed after some tokens."""
+    """Open a stream and close it after some tokens."""
     stream = session.stream(request.prompts, max_new_tokens=LIMITS.max_output_len, sampling=request.sampling)
     for _ in islice(stream, tokens):
         pass
@@ -72,7 +72,7 @@ def give_up(session: Session, request: Request, tokens: int) -> None:
 
 
 def device_bytes(session: Session) -> int | None:
-    """What is taken of the memory of the session's GPU."""
+    """Return the memory in use on the session's GPU, None on a CPU."""
     executor: Any = session.executor
     if session.config.backend == "tensorrt":
         from qwen_model.backends.tensorrt.cuda_runtime import memory_info, on_device
@@ -89,13 +89,13 @@ def device_bytes(session: Session) -> int | None:
 
 
 def process_bytes() -> int:
-    """Resident memory."""
+    """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
 
 
 def soak(session: Session, requests: int) -> dict[str, Any]:
-    """Run that many requests; what was seen of memory, and how many results were not those of the first time."""
+    """Run that many requests; return memory over time, and how many results differed from the first time."""
     source = random.Random(0)
     vocab_size = session.config.model.vocab_size
     distinct = [Request.make(source, vocab_size) for _ in range(DISTINCT)]
@@ -117,21 +117,15 @@ def soak(session: Session, requests: int) -> dict[str, Any]:
 
 
 def grown(memory: list[dict[str, Any]]) -> bool:
-    """Whether the last report is above the first by more than is allowed."""
+    """Say whether the last report is above the first by more than is allowed."""
     return any(
         memory[0][name] is not None and memory[-1][name] - memory[0][name] > ALLOWED_GROWTH
         for name in ("device_bytes", "process_bytes")
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="torch")
-    parser.add_argument("--dtype")
-    parser.add_argument("--device")
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--results", type=Path)
-    options = parser.parse_args()
+def new_session(options: argparse.Namespace) -> Session:
+    """Build an engine of the packaged model and load it."""
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "engine"
         build_engine(
@@ -142,7 +136,21 @@ def main() -> None:
             max_input_len=LIMITS.max_input_len,
             max_output_len=LIMITS.max_output_len,
         )
-        session = load_engine(engine, device=options.device)
+        return load_engine(engine, device=options.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--dtype")
+    parser.add_argument("--device")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    try:
+        session = new_session(options)
+    except QwenModelError as error:
+        sys.exit(str(error))
     found = soak(session, options.requests)
     path = options.results or Path(f"benchmarks/results/soak_{options.backend}.json")
     write_results(path, found)

@@ -1,4 +1,4 @@
-"""Products in real TensorRT engines: TensorRT's own MatrixMultiply beside the plug-in Gemm.
+"""Compare the plug-in Gemm with TensorRT's own MatrixMultiply, in TensorRT engines.
 
     python -m benchmarks.tensorrt_gemm [--shapes 4096x12288 4096x4096] [--rows 1 8 64] [--results FILE]
 
@@ -11,7 +11,6 @@ aside for it. Needs tensorrt, cuda-bindings and NumPy.
 
 import argparse
 import dataclasses
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,20 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorrt as trt
 
-import qwen_plugins.tensorrt as plugins
-from benchmarks.common import READ_BANDWIDTH, write_results
-from benchmarks.tensorrt_engines import Engine, Graph, Input, build_plan, check, cudart
+from benchmarks.common import READ_BANDWIDTH, require_tensorrt, write_results
+from benchmarks.timing import time_graph
 
 TOGETHER_BYTES = 200e6  # of the weights of an engine: four times the L2 cache of an H200
-REPLAYS = 50
 BUILD_SECONDS = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An engine."""
+    """A Case is one engine: an implementation of the product, its shape, and the number of rows."""
 
     implementation: str
     in_features: int
@@ -42,16 +38,16 @@ class Case:
 
     @property
     def copies(self) -> int:
-        """Products in the engine."""
+        """Return the number of products in the engine."""
         return max(1, round(TOGETHER_BYTES / self.weight_bytes))
 
     @property
     def weight_bytes(self) -> int:
-        """Of one product."""
+        """Return the bytes of one product's weight."""
         return 2 * self.in_features * self.out_features
 
     def arrays(self) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        """Inputs and weights, the same in every process."""
+        """Return inputs and weights, the same in every process."""
         numbers = np.random.default_rng(self.rows)
         inputs = {f"x_{i}": numbers.standard_normal((self.rows, self.in_features), np.float32) for i in self._range}
         scale = np.float32(self.in_features**-0.5)
@@ -64,7 +60,12 @@ class Case:
         return range(self.copies)
 
     def build(self) -> bytes:
-        """The plan."""
+        """Build the engine and return its plan."""
+        import tensorrt as trt
+
+        from qwen_plugins import tensorrt as plugins
+        from support.tensorrt_engines import Input, build_plan
+
         _, weights = self.arrays()
 
         def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +77,9 @@ class Case:
 
 
 def native_product(network: Any, x: Any, weight: np.ndarray) -> Any:
-    """x · weightᵀ in TensorRT's own layers."""
+    """Add x · weightᵀ in TensorRT's own layers and return its output."""
+    import tensorrt as trt
+
     constant = network.add_constant(weight.shape, trt.Weights(weight)).get_output(0)
     layer = network.add_matrix_multiply(x, trt.MatrixOperation.NONE, constant, trt.MatrixOperation.TRANSPOSE)
     layer.set_output_type(0, trt.float16)
@@ -85,7 +88,7 @@ def native_product(network: Any, x: Any, weight: np.ndarray) -> Any:
 
 
 def build_apart(case: Case, path: Path) -> float | str:
-    """Build in a process of its own, which may crash or take too long: the seconds it took, or what went wrong."""
+    """Build in another process, which may crash or take too long, and return its seconds, or what went wrong."""
     arguments = [str(value) for value in dataclasses.astuple(case)]
     command = [sys.executable, "-m", "benchmarks.tensorrt_gemm", "--build", *arguments, str(path)]
     begin = time.perf_counter()
@@ -97,7 +100,9 @@ def build_apart(case: Case, path: Path) -> float | str:
 
 
 def measure(case: Case, plan: bytes) -> dict[str, Any]:
-    """Time and error of a built case."""
+    """Run a built case and return its time and its largest error."""
+    from support.tensorrt_engines import Engine, Graph
+
     inputs, weights = case.arrays()
     execution = Engine(plan).bind(inputs)
     results = execution.run()
@@ -105,18 +110,10 @@ def measure(case: Case, plan: bytes) -> dict[str, Any]:
         np.abs(results[f"y_{i}"] - inputs[f"x_{i}"].astype(np.float64) @ weight.astype(np.float64).T).max()
         for i, weight in enumerate(weights)
     ]
-    graph = Graph(execution.stream, execution.enqueue)
-    times = []
-    for _ in range(REPLAYS + 5):
-        start, end = check(cudart.cudaEventCreate()), check(cudart.cudaEventCreate())
-        check(cudart.cudaEventRecord(start, execution.stream.handle))
-        graph.launch()
-        check(cudart.cudaEventRecord(end, execution.stream.handle))
-        execution.stream.synchronize()
-        times.append(check(cudart.cudaEventElapsedTime(start, end)) * 1e3 / case.copies)
+    microseconds = time_graph(Graph(execution.stream, execution.enqueue)) / case.copies
     return {
         **dataclasses.asdict(case),
-        "microseconds": round(statistics.median(times[5:]), 2),
+        "microseconds": round(microseconds, 2),
         "floor_microseconds": round(case.weight_bytes / READ_BANDWIDTH * 1e6, 2),
         "largest_error": float(np.max(errors)),
         "dtype": str(results["y_0"].dtype),
@@ -130,6 +127,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tensorrt_gemm.json"))
     parser.add_argument("--build", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    require_tensorrt()
     if options.build:
         implementation, *sizes, path = options.build
         Path(path).write_bytes(Case(implementation, *map(int, sizes)).build())

@@ -1,4 +1,4 @@
-"""RMSNorm in real TensorRT engines: native layers beside the plug-ins, one operation and chains of 32.
+"""Compare the RMSNorm plug-ins with native layers, in TensorRT engines of one operation and of chains of 32.
 
     python -m benchmarks.tensorrt_rms_norm [--results FILE]
 
@@ -14,38 +14,36 @@ start while the one before them still runs (programmatic dependent launch): toge
 kernels.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
-import os
-import statistics
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorrt as trt
-from cuda.bindings import runtime as cudart
 
-import qwen_plugins.tensorrt as plugins
+from benchmarks.common import commit, require_tensorrt
+from benchmarks.timing import time_graph
 from qwen_model.common.files import write_whole
 
-from .tensorrt_engines import Engine, Execution, Graph, Input, build_plan, check
+if TYPE_CHECKING:
+    from support.tensorrt_engines import Engine, Execution, Graph
 
 HIDDEN_SIZE = 4096
 TOKENS = (1, 64, 1024, 8192)
 CHAIN = 32
 IMPLEMENTATIONS = ("native", "plugin")
-REPLAYS = 50
 L2_BYTES = 60e6  # of an H200, and a little more
 Network = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One line of the results."""
+    """A Measurement is one line of the results."""
 
     operation: str
     implementation: str
@@ -56,61 +54,61 @@ class Measurement:
     overlapped: int
 
 
+def add(operation: str, network: Any, x: Any, plugin: bool, index: int, **options: Any) -> Any:
+    """Add one operation in float16, as the plug-in or in native layers, and return its outputs."""
+    import tensorrt as trt
+
+    from qwen_plugins import tensorrt as plugins
+
+    settings = {"dtype": trt.float16, "plugin": plugin, "name": f"{operation}_{index}", **options}
+    return getattr(plugins, operation)(network, x, weight(), **settings)
+
+
 def rms_norm(num_layers: int, plugin: bool) -> Network:
-    """y = rms_norm(x), again and again."""
+    """Describe y = rms_norm(x), again and again."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         y = tensors["x"]
         for i in range(num_layers):
-            y = plugins.rms_norm(network, y, weight(), dtype=trt.float16, plugin=plugin, name=f"rms_norm_{i}")
+            y = add("rms_norm", network, y, plugin, i)
         return {"y": y}
 
     return describe
 
 
 def rms_norm_residual(num_layers: int, plugin: bool) -> Network:
-    """y, h = rms_norm(y, residual=h), as in a decoder whose attention and MLP give back what they got."""
+    """Describe y, h = rms_norm(y, residual=h): a decoder whose attention and MLP return their inputs."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         y, h = tensors["x"], tensors["residual"]
         for i in range(num_layers):
-            y, h = plugins.rms_norm(
-                network, y, weight(), residual=h, dtype=trt.float16, plugin=plugin, name=f"rms_norm_{i}"
-            )
+            y, h = add("rms_norm", network, y, plugin, i, residual=h)
         return {"y": y, "h": h}
 
     return describe
 
 
 def rms_norm_quant_residual(num_layers: int, plugin: bool) -> Network:
-    """q, scales, h = rms_norm_quant(x, residual=h): int8 with a scale per token. Each q is an output of the engine."""
+    """Describe q, scales, h = rms_norm_quant(x, residual=h), int8 with a scale per token; each q is an output."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         outputs, h = {}, tensors["residual"]
         for i in range(num_layers):
-            outputs[f"q_{i}"], outputs[f"scales_{i}"], h = plugins.rms_norm_quant(
-                network,
-                tensors["x"],
-                weight(),
-                residual=h,
-                dtype=trt.float16,
-                plugin=plugin,
-                name=f"rms_norm_quant_{i}",
-            )
+            added = add("rms_norm_quant", network, tensors["x"], plugin, i, residual=h)
+            outputs[f"q_{i}"], outputs[f"scales_{i}"], h = added
         return outputs | {"h": h}
 
     return describe
 
 
 def rms_norm_quant(num_layers: int, plugin: bool) -> Network:
-    """q, scales = rms_norm_quant(x) of as many inputs as operations: nothing that native layers could share."""
+    """Describe q, scales = rms_norm_quant(x), each of an input of its own, so that native layers share nothing."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         outputs = {}
         for i in range(num_layers):
-            outputs[f"q_{i}"], outputs[f"scales_{i}"] = plugins.rms_norm_quant(
-                network, tensors[f"x_{i}"], weight(), dtype=trt.float16, plugin=plugin, name=f"rms_norm_quant_{i}"
-            )
+            added = add("rms_norm_quant", network, tensors[f"x_{i}"], plugin, i)
+            outputs[f"q_{i}"], outputs[f"scales_{i}"] = added
         return outputs
 
     return describe
@@ -125,7 +123,7 @@ OPERATIONS = {
 
 
 def weight() -> np.ndarray:
-    """A weight of its own for each operation, so that none can be shared."""
+    """Return a new weight: each operation has one of its own, so that none can be shared."""
     return np.random.default_rng().normal(1, 0.1, HIDDEN_SIZE).astype(np.float16)
 
 
@@ -136,14 +134,20 @@ def input_names(operation: str, num_layers: int) -> list[str]:
 
 
 def build(operation: str, num_layers: int, plugin: bool, num_tokens: int) -> Engine:
-    """An engine whose profile is made for this number of tokens, so that TensorRT tunes its own layers for it."""
+    """Build an engine with this number of tokens as its profile's optimum: TensorRT tunes its own layers for it."""
+    import tensorrt as trt
+
+    from support.tensorrt_engines import Engine, Input, build_plan
+
     rows = Input(trt.float16, (-1, HIDDEN_SIZE), (1,), (num_tokens,), (max(num_tokens, 64),))
     inputs = dict.fromkeys(input_names(operation, num_layers), rows)
     return Engine(build_plan(inputs, OPERATIONS[operation](num_layers, plugin)))
 
 
 def bind_rotating(engine: Engine, num_tokens: int) -> list[Execution]:
-    """Contexts on one stream, each with its own buffers: more than the L2 cache holds, unless the buffers are small."""
+    """Return contexts on one stream, with buffers of their own: more than the L2 cache holds, unless they are small."""
+    import tensorrt as trt
+
     arrays = {}
     for i in range(engine.engine.num_io_tensors):
         name = engine.engine.get_tensor_name(i)
@@ -156,27 +160,19 @@ def bind_rotating(engine: Engine, num_tokens: int) -> list[Execution]:
 
 
 def programmatic_edges(graph: Graph) -> int:
-    """How many dependencies of the graph let a kernel start before the one that it follows has ended."""
+    """Count the dependencies of the graph that let a kernel start before the one it follows has ended."""
+    from support.tensorrt_engines import check, cudart
+
     *_, count = check(cudart.cudaGraphGetEdges(graph.graph))
     _, _, edges, _ = check(cudart.cudaGraphGetEdges(graph.graph, count))
     programmatic = cudart.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic
     return sum(edge.type == programmatic for edge in edges)
 
 
-def median_microseconds(graph: Graph) -> float:
-    start, stop = check(cudart.cudaEventCreate()), check(cudart.cudaEventCreate())
-    times = []
-    for i in range(REPLAYS + 5):
-        check(cudart.cudaEventRecord(start, graph.stream.handle))
-        graph.launch()
-        check(cudart.cudaEventRecord(stop, graph.stream.handle))
-        check(cudart.cudaEventSynchronize(stop))
-        if i >= 5:
-            times.append(check(cudart.cudaEventElapsedTime(start, stop)) * 1000)
-    return statistics.median(times)
-
-
 def measure(engine: Engine, operation: str, implementation: str, num_layers: int, num_tokens: int) -> Measurement:
+    """Time one engine inside a CUDA graph."""
+    from support.tensorrt_engines import Graph
+
     executions = bind_rotating(engine, num_tokens) if num_layers == 1 else [bind_rotating(engine, num_tokens)[0]]
     for execution in executions:
         execution.run()  # TensorRT prepares a context in its first run
@@ -188,7 +184,7 @@ def measure(engine: Engine, operation: str, implementation: str, num_layers: int
 
     graph = Graph(executions[0].stream, enqueue)
     nodes = {kind: count / CHAIN for kind, count in Counter(graph.node_types()).items()}
-    microseconds = median_microseconds(graph) / CHAIN
+    microseconds = time_graph(graph) / CHAIN
     return Measurement(
         operation, implementation, num_layers, num_tokens, microseconds, nodes, programmatic_edges(graph)
     )
@@ -217,7 +213,7 @@ def describe_line(result: Measurement) -> str:
 
 
 def table(results: list[Measurement]) -> str:
-    """Native layers, plug-in and their ratio, in Markdown."""
+    """Return native layers, plug-in and their ratio as a Markdown table."""
     by_case: dict[tuple[str, int, int], dict[str, float]] = {}
     for result in results:
         case = by_case.setdefault((result.operation, result.layers, result.tokens), {})
@@ -231,14 +227,17 @@ def table(results: list[Measurement]) -> str:
 
 
 def machine() -> dict[str, str]:
+    """Return the GPU, the driver, TensorRT's version and the commit."""
+    import tensorrt as trt
+
+    from support.tensorrt_engines import check, cudart
+
     properties = check(cudart.cudaGetDeviceProperties(0))
-    git = ["git", "rev-parse", "HEAD"]
-    commit = os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": properties.name.decode(),
         "driver": str(check(cudart.cudaDriverGetVersion())),
         "tensorrt": trt.__version__,
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
     }
 
 
@@ -254,6 +253,7 @@ def main() -> None:
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     arguments = parser.parse_args()
+    require_tensorrt()
     results = measure_all(arguments.operations, arguments.implementations)
     print("\n" + table(results))
     write_json(

@@ -1,4 +1,4 @@
-"""When each kernel of RMSNorm runs inside a TensorRT engine, recorded by CUPTI: native layers and the plug-in.
+"""Record with CUPTI when each kernel of RMSNorm runs inside a TensorRT engine: native layers and the plug-in.
 
     python -m benchmarks.tensorrt_timeline [--results FILE]
 
@@ -10,41 +10,46 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cuda.bindings import runtime as cudart
-from cupti import cupti
-
-from .tensorrt_engines import Graph, check
-from .tensorrt_rms_norm import CHAIN, HIDDEN_SIZE, bind_rotating, build, machine, write_json
+from benchmarks.common import require_tensorrt
+from benchmarks.tensorrt_rms_norm import CHAIN, HIDDEN_SIZE, bind_rotating, build, machine, write_json
 
 TOKENS = (1, 1024)
 BUFFER_BYTES = 8 << 20
 
 
 class KernelRecorder:
-    """Collects the kernels that run while it is open: name, start and end in nanoseconds."""
+    """A KernelRecorder collects the kernels that run while it is open: name, start and end in nanoseconds.
 
-    def __init__(self) -> None:
+    cupti: the module of that name in cupti-python.
+    """
+
+    def __init__(self, cupti: Any) -> None:
         self.kernels: list[dict[str, Any]] = []
+        self._cupti = cupti
         cupti.activity_register_callbacks(lambda: (BUFFER_BYTES, 0), self._completed)
 
     def __enter__(self) -> "KernelRecorder":
         self.kernels.clear()
-        cupti.activity_enable(cupti.ActivityKind.CONCURRENT_KERNEL)
+        self._cupti.activity_enable(self._cupti.ActivityKind.CONCURRENT_KERNEL)
         return self
 
     def __exit__(self, *error: object) -> None:
+        from support.tensorrt_engines import check, cudart
+
         check(cudart.cudaDeviceSynchronize())
-        cupti.activity_flush_all(1)
-        cupti.activity_disable(cupti.ActivityKind.CONCURRENT_KERNEL)
+        self._cupti.activity_flush_all(1)
+        self._cupti.activity_disable(self._cupti.ActivityKind.CONCURRENT_KERNEL)
 
     def _completed(self, activities: list[Any]) -> None:
         for activity in activities:
-            if activity.kind == cupti.ActivityKind.CONCURRENT_KERNEL:
+            if activity.kind == self._cupti.ActivityKind.CONCURRENT_KERNEL:
                 self.kernels.append({"name": activity.name, "start": activity.start, "end": activity.end})
 
 
 def record(recorder: KernelRecorder, implementation: str, num_tokens: int) -> dict[str, Any]:
-    """The kernels of the last of several replays."""
+    """Replay a chain several times and return the kernels of the last replay."""
+    from support.tensorrt_engines import Graph, check, cudart
+
     execution = bind_rotating(build("rms_norm", CHAIN, implementation == "plugin", num_tokens), num_tokens)[0]
     execution.run()
     graph = Graph(execution.stream, execution.enqueue)
@@ -66,7 +71,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="When each kernel runs inside a TensorRT engine.")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tensorrt_timeline.json"))
     arguments = parser.parse_args()
-    recorder = KernelRecorder()
+    require_tensorrt()
+    try:
+        from cupti import cupti
+    except ImportError:
+        raise SystemExit("this benchmark needs CUPTI: pip install cupti-python") from None
+    recorder = KernelRecorder(cupti)
     recordings = [
         record(recorder, implementation, tokens) for tokens in TOKENS for implementation in ("native", "plugin")
     ]

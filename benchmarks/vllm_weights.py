@@ -1,4 +1,4 @@
-"""Gives vLLM's model the weights that the other implementations of benchmarks.generate have.
+"""Give vLLM's model the weights that the other implementations of benchmarks.generate have.
 
 vLLM's own made-up weights, those of the normalisations too, are within 0.001 of zero: activations then are subnormal
 numbers or zeros, and products of zeros can run faster than those of numbers that a model has.
@@ -12,12 +12,15 @@ WEIGHT_SCALE = 0.02
 
 
 class WorkerExtension:
-    """What vLLM's worker can do besides, by `LLM.collective_rpc`; vLLM makes it a base of its worker's class."""
+    """A WorkerExtension adds methods to vLLM's worker, which makes it a base class; `LLM.collective_rpc` calls them."""
 
     model_runner: Any
 
     def fill_weights(self) -> int:
-        """As `benchmarks.generate_torch.random_weights`: ones in one dimension, else normal; how many were filled."""
+        """Fill weights as `benchmarks.generate_torch.random_weights` does, and return how many.
+
+        Weights of one dimension become ones, the others normally distributed numbers.
+        """
         count = 0
         for weight in self.model_runner.get_model().parameters():
             if weight.dim() == 1:

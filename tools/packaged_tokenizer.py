@@ -1,4 +1,4 @@
-"""The packaged model's tokenizer: a byte-level BPE with Qwen2's split pattern, trained on the corpus."""
+"""Train the packaged model's tokenizer, a byte-level BPE with Qwen2's split pattern."""
 
 import json
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ CHATML_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains on ``texts``; ``vocab_size`` counts the special tokens, which come last, as Qwen's do."""
+    """Train on ``texts``; ``vocab_size`` counts the special tokens, which come last, as Qwen's do."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Writes ``tokenizer.json`` and the ``tokenizer_config.json`` that transformers reads beside it."""
+    """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that transformers reads beside it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "Qwen2TokenizerFast",

@@ -1,4 +1,4 @@
-"""The training text of the packaged model: the sources of Python's standard library.
+"""Collect the training text of the packaged model: the sources of Python's standard library.
 
 CPython's sources are free to use and to redistribute under the PSF licence, whose text is shipped beside
 the model. Which files are trained on, which choose the settings (validation) and which only judge the
@@ -27,7 +27,7 @@ LONGEST_CHAT_ANSWER = 2_000
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the corpus: its path inside the standard library, the digest of its bytes and its text."""
+    """A SourceFile is one file of the corpus: its path in the standard library, its bytes' digest and its text."""
 
     path: str
     sha256: str
@@ -35,13 +35,13 @@ class SourceFile:
 
     @property
     def num_bytes(self) -> int:
-        """The length of the text in UTF-8."""
+        """Return the length of the text in UTF-8."""
         return len(self.text.encode())
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The three disjoint sets of files, the notice they are under, and a digest over all of it."""
+    """A Corpus holds three disjoint sets of files and the notice they are under."""
 
     train: list[SourceFile]
     validation: list[SourceFile]
@@ -49,7 +49,7 @@ class Corpus:
     license_text: str
 
     def checksums(self) -> str:
-        """Every file, in the format of ``sha256sum``, under a heading for the set that it is in."""
+        """List every file in the format of ``sha256sum``, under a heading for the set that it is in."""
         lines = []
         for name in ("train", "validation", "held_out"):
             lines.append(f"# {name}")
@@ -57,12 +57,12 @@ class Corpus:
         return "\n".join(lines) + "\n"
 
     def digest(self) -> str:
-        """The SHA-256 of ``checksums()``."""
+        """Return the SHA-256 of ``checksums()``."""
         return hashlib.sha256(self.checksums().encode()).hexdigest()
 
 
 def collect_corpus(stdlib_dir: Path, max_files: int | None = None) -> Corpus:
-    """Reads the standard library in ``stdlib_dir`` and splits it; ``max_files`` keeps a smoke run small.
+    """Read the standard library in ``stdlib_dir`` and split it; ``max_files`` keeps a smoke run small.
 
     Raises:
         FileNotFoundError: ``stdlib_dir`` holds no standard library, or no licence lies with it.
@@ -104,7 +104,7 @@ def _clean(text: str) -> str:
 
 
 def _is_prose_or_code(text: str) -> bool:
-    """False for what is nearly empty, for tables of numbers and for embedded data."""
+    """Return False for what is nearly empty, for tables of numbers and for embedded data."""
     if len(text) < 300 or any(token in text for token in SPECIAL_TOKENS):
         return False
     letters_and_space = sum(character.isalpha() or character.isspace() for character in text)
@@ -118,7 +118,7 @@ def _unique(files: list[SourceFile]) -> list[SourceFile]:
 
 
 def _take(files: list[SourceFile], num_bytes: int) -> tuple[list[SourceFile], list[SourceFile]]:
-    """The first files that are not too long, until they hold ``num_bytes``; and the rest."""
+    """Return the first files that are not too long, until they hold ``num_bytes``, and the rest."""
     taken: list[SourceFile] = []
     for source in files:
         if sum(taken_file.num_bytes for taken_file in taken) >= num_bytes:
@@ -131,7 +131,7 @@ def _take(files: list[SourceFile], num_bytes: int) -> tuple[list[SourceFile], li
 
 
 def training_documents(files: list[SourceFile], seed: int) -> list[str]:
-    """The documents to train on, shuffled: files, the topics of the language reference, and chats."""
+    """Return the documents to train on, shuffled: files, the topics of the language reference, and chats."""
     documents: list[str] = []
     for source in files:
         if source.path == "pydoc_data/topics.py":
@@ -144,13 +144,13 @@ def training_documents(files: list[SourceFile], seed: int) -> list[str]:
 
 
 def _reference_topics(text: str) -> list[str]:
-    """The texts of ``help("assert")`` and the like, out of the module that holds them as one dictionary."""
+    """Return the texts of ``help("assert")`` and the like, from the module that holds them as one dictionary."""
     assignment = next(node for node in ast.parse(text).body if isinstance(node, ast.Assign))
     return list(ast.literal_eval(assignment.value).values())
 
 
 def chat_examples(source: SourceFile) -> list[str]:
-    """Questions and answers in ChatML, made of a module's documented functions and classes.
+    """Make questions and answers in ChatML of a module's documented functions and classes.
 
     A function's first docstring line asks for its source; a name asks for its docstring.
     """

@@ -1,4 +1,4 @@
-"""Makes the small model that is shipped in the package, from nothing but Python's standard library.
+"""Make the small model that is shipped in the package, from nothing but Python's standard library.
 
     python -m tools.train_packaged_model --output-dir OUTPUT [--stdlib-dir DIR] [--steps N] [--minutes N]
 
@@ -43,7 +43,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shape of the model and of one training step."""
+    """Sizes are the shape of the model and of one training step."""
 
     vocab_size: int = 5120
     hidden_size: int = 256
@@ -61,7 +61,7 @@ SMOKE_SIZES = Sizes(512, 64, 128, 2, 4, 2, context=128, batch=4, max_files=60)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides how the weights are trained."""
+    """A Recipe decides how the weights are trained."""
 
     steps: int
     minutes: float
@@ -77,7 +77,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of one stream of text, in windows of ``EVALUATION_WINDOW`` tokens that do not see one another."""
+    """A Perplexity is that of one stream, in windows of ``EVALUATION_WINDOW`` tokens that do not see one another."""
 
     perplexity_per_token: float
     bits_per_byte: float
@@ -86,7 +86,7 @@ class Perplexity:
 
 
 def model_config(sizes: Sizes, tokenizer: tokenizers.Tokenizer) -> dict:
-    """``config.json``, in the plain form that every version of transformers reads."""
+    """Return ``config.json`` in the plain form that every version of transformers reads."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -112,7 +112,7 @@ def model_config(sizes: Sizes, tokenizer: tokenizers.Tokenizer) -> dict:
 
 
 def make_model(config: dict, recipe: Recipe, device: torch.device) -> transformers.Qwen2ForCausalLM:
-    """A model with fresh float32 weights, and dropout after the embedding and after each block's two halves."""
+    """Make a model with fresh float32 weights, and dropout after the embedding and each block's two halves."""
     torch.manual_seed(recipe.seed)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**config, "torch_dtype": "float32"}))
 
@@ -127,7 +127,7 @@ def make_model(config: dict, recipe: Recipe, device: torch.device) -> transforme
 
 
 def make_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
-    """AdamW that decays the matrices, not the norms and biases."""
+    """Make an AdamW that decays the matrices, not the norms and biases."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -135,7 +135,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device)
 
 
 def learning_rate(step: int, progress: float, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to a small fraction; ``progress`` goes from 0 to 1."""
+    """Return linear warm-up, then a cosine down to a small fraction; ``progress`` goes from 0 to 1."""
     warmup = min(1.0, (step + 1) / min(recipe.warmup_steps, recipe.steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     floor = recipe.final_learning_rate_fraction
@@ -143,7 +143,7 @@ def learning_rate(step: int, progress: float, recipe: Recipe) -> float:
 
 
 def training_batches(stream: torch.Tensor, sizes: Sizes, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows at random places of the token stream: inputs and their next tokens, [batch, context] each."""
+    """Yield windows at random places of the token stream: inputs and their next tokens, [batch, context] each."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(sizes.context + 1, device=stream.device)
     while True:
@@ -153,14 +153,14 @@ def training_batches(stream: torch.Tensor, sizes: Sizes, seed: int) -> Iterator[
 
 
 def next_token_loss(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of -log p over the targets, in float32."""
+    """Return the sum of -log p over the targets, in float32."""
     logits = model(input_ids=inputs, use_cache=False).logits.float()
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, stream: torch.Tensor, num_bytes: int) -> Perplexity:
-    """The perplexity of ``stream``, the tokens of ``num_bytes`` bytes of text."""
+    """Measure the perplexity of ``stream``, the tokens of ``num_bytes`` bytes of text."""
     was_training = model.training
     model.eval()
     nats = 0.0
@@ -175,7 +175,7 @@ def evaluate(model: torch.nn.Module, stream: torch.Tensor, num_bytes: int) -> Pe
 def train(
     model: torch.nn.Module, stream: torch.Tensor, validation: tuple[torch.Tensor, int], sizes: Sizes, recipe: Recipe
 ) -> list[dict]:
-    """Trains in place, in bfloat16 over float32 weights; gives the loss curve back."""
+    """Train in place, in bfloat16 over float32 weights; return the loss curve."""
     device = stream.device
     optimizer = make_optimizer(model, recipe, device)
     batches = training_batches(stream, sizes, recipe.seed)
@@ -216,7 +216,7 @@ def _report(entry: dict, recipe: Recipe, tokens_per_second: float, started: floa
 
 
 def token_stream(tokenizer: tokenizers.Tokenizer, documents: list[str], device: torch.device) -> torch.Tensor:
-    """The documents' tokens, [number of tokens] int32, with ``<|endoftext|>`` around each document."""
+    """Return the documents' tokens, [number of tokens] int32, with ``<|endoftext|>`` around each document."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     encoded = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     pieces = [np.array([end, *encoding.ids], np.int32) for encoding in encoded]
@@ -224,7 +224,7 @@ def token_stream(tokenizer: tokenizers.Tokenizer, documents: list[str], device: 
 
 
 def write_checkpoint(folder: Path, model: torch.nn.Module, config: dict, tokenizer: tokenizers.Tokenizer) -> None:
-    """Writes the checkpoint as Hugging Face has it, the weights in float16."""
+    """Write a Hugging Face checkpoint, the weights in float16."""
     weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     half = {name: weight.to(torch.float16).contiguous().cpu() for name, weight in weights.items()}
     safetensors.torch.save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
@@ -245,7 +245,7 @@ def _write_json(path: Path, content: object) -> None:
 
 @torch.no_grad()
 def sample(model: transformers.Qwen2ForCausalLM, tokenizer: tokenizers.Tokenizer, prompt: str) -> str:
-    """120 greedy tokens after ``prompt``, or fewer if the model ends."""
+    """Generate 120 greedy tokens after ``prompt``, or fewer if the model ends."""
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids], device=model.device)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=120)
     return tokenizer.decode(output[0, ids.shape[1] :].tolist())
@@ -253,7 +253,7 @@ def sample(model: transformers.Qwen2ForCausalLM, tokenizer: tokenizers.Tokenizer
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Prints the phase and keeps how many seconds it took."""
+    """Print the phase and record how many seconds it took."""
     print(f"{phase} ...", flush=True)
     started = time.monotonic()
     yield
@@ -262,7 +262,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def corpus_record(corpus: Corpus, python_version: str) -> dict:
-    """What the model was trained and judged on."""
+    """Return what the model was trained and judged on."""
     sets = {"train": corpus.train, "validation": corpus.validation, "held_out": corpus.held_out}
     return {
         "source": f"the standard library of CPython {python_version}",
@@ -274,7 +274,7 @@ def corpus_record(corpus: Corpus, python_version: str) -> dict:
 
 
 def machine_record(device: torch.device) -> dict:
-    """What it ran on."""
+    """Return the machine and the versions that it ran on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
@@ -288,7 +288,7 @@ def machine_record(device: torch.device) -> dict:
 def make_packaged_model(
     stdlib: tuple[Path, str], folder: Path, sizes: Sizes, recipe: Recipe, device: torch.device
 ) -> None:
-    """Does all of it, into the empty ``folder``; ``stdlib`` is the folder of the sources and their version."""
+    """Collect, train, measure and write into the empty ``folder``; ``stdlib`` is the sources' folder and version."""
     seconds: dict[str, float] = {}
     with timed(seconds, "collecting the corpus"):
         corpus = collect_corpus(stdlib[0], sizes.max_files)
@@ -339,7 +339,7 @@ def make_packaged_model(
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="a folder that is not there yet")
     parser.add_argument(
@@ -364,7 +364,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes the model in a folder beside the one asked for, which appears whole or not at all."""
+    """Make the model in a folder beside the one asked for, which appears whole or not at all."""
     options = parse_arguments(arguments)
     output_dir: Path = options.output_dir
     if output_dir.exists():

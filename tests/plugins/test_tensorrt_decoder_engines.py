@@ -16,7 +16,7 @@ trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_ty
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 import qwen_plugins.tensorrt as plugins  # noqa: E402
-from benchmarks.tensorrt_engines import LOG, Engine, Execution, Graph, Input, build_plan, check, cudart  # noqa: E402
+from support.tensorrt_engines import LOG, Engine, Execution, Graph, Input, build_plan, check, cudart  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 

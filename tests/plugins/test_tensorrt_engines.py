@@ -18,8 +18,8 @@ trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_ty
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 import qwen_plugins.tensorrt as plugins  # noqa: E402
-from benchmarks.tensorrt_engines import LOG, Engine, Graph, Input, build_plan, check, cudart  # noqa: E402
 from qwen_plugins.registration import find_creator  # noqa: E402
+from support.tensorrt_engines import LOG, Engine, Graph, Input, build_plan, check, cudart  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
@@ -219,7 +219,7 @@ LOAD_AND_RUN = """
 import sys
 import numpy as np
 import qwen_plugins
-from benchmarks.tensorrt_engines import Engine
+from support.tensorrt_engines import Engine
 plan, arrays, results = sys.argv[1:]
 with open(plan, "rb") as file:
     engine = Engine(file.read())

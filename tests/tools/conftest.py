@@ -1,4 +1,4 @@
-"""The tools are scripts of the repository, no installed package: found from its root, however pytest was started."""
+"""Let tests import tools, which are scripts of the repository, however pytest was started."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""The tables of the documentation are those of the recorded results."""
+"""The documentation's tables show the recorded results."""
 
 import sys
 
 import pytest
 
-from benchmarks import tables
+from tools import tables
 
 
 def test_the_documentation_has_the_recorded_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The script that makes the packaged model: its corpus, and the whole of it at toy sizes."""
+"""The script that makes the packaged model splits its corpus, and runs as a whole at toy sizes."""
 
 import json
 from random import Random
@@ -27,7 +27,7 @@ class Shape{number}:
 
 @pytest.fixture
 def stdlib_dir(tmp_path):
-    """Something that looks like a standard library."""
+    """Make a folder that looks like a standard library."""
     folder = tmp_path / "lib"
     (folder / "package" / "__pycache__").mkdir(parents=True)
     (folder / "site-packages").mkdir()

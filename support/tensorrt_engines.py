@@ -1,4 +1,4 @@
-"""Builds and runs small TensorRT engines from NumPy arrays: what benchmarks and tests of the plug-ins share.
+"""Build and run small TensorRT engines from NumPy arrays, for benchmarks and tests of the plug-ins.
 
 No torch: device memory, streams and graphs come from cuda-bindings.
 """
@@ -20,7 +20,7 @@ __all__ = ["LOG", "DeviceArray", "Engine", "Execution", "Graph", "Input", "build
 
 @dataclass(frozen=True)
 class Input:
-    """A network input: its type, its shape with -1 for what is dynamic, and the values of the dynamic dimensions."""
+    """An Input has a type, a shape with -1 for what is dynamic, and the profile's values of the dynamic dimensions."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Input:
     dynamic_max: Sequence[int] = ()
 
     def with_values(self, values: Sequence[int]) -> tuple[int, ...]:
-        """The shape with its dynamic dimensions replaced in turn."""
+        """Return the shape with its dynamic dimensions replaced in turn."""
         remaining = iter(values)
         return tuple(next(remaining) if extent == -1 else extent for extent in self.shape)
 
@@ -40,7 +40,7 @@ def build_plan(
     *,
     profiling: bool = False,
 ) -> bytes:
-    """A serialised engine of the network that ``describe(network, input tensors)`` makes; it returns the outputs.
+    """Build and serialise the network that ``describe(network, input tensors)`` makes; it returns the outputs.
 
     ``profiling`` keeps the layers' names and details in the engine.
     """
@@ -75,7 +75,7 @@ def build_plan(
 
 
 class DeviceArray(DeviceMemory):
-    """Device memory with the shape and type of an array; what is done with it is done when the call returns."""
+    """A DeviceArray is device memory with the shape and type of an array; its methods return when they are done."""
 
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
         self.shape = tuple(shape)
@@ -93,7 +93,7 @@ class DeviceArray(DeviceMemory):
         return self
 
     def poison(self) -> "DeviceArray":
-        """All bytes 0xFF: NaN in every floating-point type, -1 in integers."""
+        """Set all bytes to 0xFF: NaN in every floating-point type, -1 in integers."""
         check(cudart.cudaMemset(self.address, 0xFF, self.num_bytes))
         check(cudart.cudaDeviceSynchronize())
         return self
@@ -108,7 +108,7 @@ class DeviceArray(DeviceMemory):
 
 @dataclass
 class Execution:
-    """An execution context bound to inputs and outputs of fixed shapes."""
+    """An Execution is an execution context bound to inputs and outputs of fixed shapes."""
 
     context: Any
     stream: Stream
@@ -129,13 +129,13 @@ class Execution:
         return self.results()
 
     def results(self) -> dict[str, np.ndarray]:
-        """The outputs of what has been enqueued."""
+        """Wait, and return the outputs of what has been enqueued."""
         self.stream.synchronize()
         return {name: output.download() for name, output in self.outputs.items()}
 
 
 class Engine:
-    """A deserialised plan."""
+    """An Engine is a deserialised plan."""
 
     def __init__(self, plan: bytes) -> None:
         self.runtime = trt.Runtime(LOG)
@@ -145,7 +145,7 @@ class Engine:
             raise RuntimeError("TensorRT could not read the plan:\n" + "\n".join(LOG.messages))
 
     def bind(self, arrays: Mapping[str, np.ndarray], stream: Stream | None = None) -> Execution:
-        """A new context with these inputs on the device and memory for the outputs."""
+        """Return a new context with these inputs on the device and memory for the outputs."""
         context = self.engine.create_execution_context()
         execution = Execution(context, stream or Stream())
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]

@@ -1,7 +1,7 @@
-"""Writes the tables of README.md and docs/ from the results in benchmarks/results/.
+"""Write the tables of README.md and docs/ from the results in benchmarks/results/.
 
-    python -m benchmarks.tables            # after a benchmark has written new results
-    python -m benchmarks.tables --check    # changes nothing; exits with 1 where a table is not what the results say
+    python -m tools.tables            # after a benchmark has written new results
+    python -m tools.tables --check    # changes nothing; exits with 1 where a table is not what the results say
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME is one of TABLES below.
 """
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import attention, gemm, generate_report, rms_norm
-from benchmarks.common import READ_BANDWIDTH
+from benchmarks.common import READ_BANDWIDTH, short
 from qwen_model.common.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "qwen_plugins"
 NOT_MEASURED = "*Not measured yet.*"
-SHOWN_ATTENTION = {  # of README.md: sequences x tokens
+SHOWN_ATTENTION = {  # of docs/speed.md: sequences x tokens
     ("decode", "Qwen-7B"): [(1, 256), (1, 4096), (1, 16384), (8, 256), (64, 1024)],
     ("decode", "Qwen2.5-7B"): [(1, 256), (1, 4096), (1, 16384), (1, 65536), (8, 256), (64, 1024)],
     ("prefill", "Qwen-7B"): [(1, 1024), (1, 8192), (8, 1024)],
@@ -33,47 +33,43 @@ SHOWN_ATTENTION = {  # of README.md: sequences x tokens
 
 
 def read(name: str) -> Any:
-    """The results of a file."""
+    """Return the results in a file."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table."""
+    """Return a Markdown table."""
     names = list(head)
     lines = [names, ["---"] * len(names), *map(list, rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def short(microseconds: float | None) -> str:
-    """Three digits."""
-    if microseconds is None:
-        return "–"
-    return f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.{1 if microseconds < 100 else 0}f}"
-
-
 def counted(number: int, what: str) -> str:
+    """Return a number and a noun, in the plural where it should be."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def generation(prompt_tokens: int) -> str:
+    """Return tokens per second and times to the first token, on an H200."""
     records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
     return generate_report.table(records, prompt_tokens)
 
 
 def h100_bandwidth() -> float:
-    """Bytes per second that the fastest of the products reads there: nothing else has measured that GPU's memory."""
+    """Return the bytes per second that the fastest product reads on the H100, the most measured of its memory."""
     products = {(name, p.name): p for name, model in gemm.MODELS.items() for p in (*model.products, model.head)}
     records = read("h100/gemm")["products"]
     return max(2 * products[r["model"], r["product"]].elements / min(r[OURS], r[gemm.CUBLAS]) for r in records) * 1e6
 
 
 def generation_on_h100(prompt_tokens: int) -> str:
+    """Return tokens per second and times to the first token, on an H100."""
     records, _ = generate_report.read_records(sorted((RESULTS / "h100").glob("generate_*.json")))
     return generate_report.table(records, prompt_tokens, h100_bandwidth())
 
 
 def products_of_prompts() -> str:
-    """Microseconds of ours and cuBLAS for more rows than decoding has, on an H100; where cuBLAS is the faster one."""
+    """Return ours and cuBLAS for more rows than decoding has, on an H100, and list where cuBLAS is faster."""
     results = read("h100/gemm")
     records, lines = results["products"], []
     products = [(name, product) for name, model in gemm.MODELS.items() for product in model.products]
@@ -85,14 +81,14 @@ def products_of_prompts() -> str:
 
 
 def generation_of_engines() -> str:
-    """What the plug-ins bring to an engine: tokens per second of each variant."""
+    """Return tokens per second of an engine with all plug-ins and with one of them switched off."""
     records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
     records = [r for r in records if (r["shape"], r["prompt_tokens"]) == ("qwen-7b", 128)]
     return generate_report.table(records, 128, names=("tensorrt", "native_norms", "native_rotary"))
 
 
 def gemm_shares(name_of_results: str, bandwidth: float) -> str:
-    """Of the time that reading the weights at `bandwidth` takes, in bytes per second."""
+    """Return how much of `bandwidth`, in bytes per second, products reach in reading their weights."""
     results, rows = read(name_of_results), []
     for name, model in gemm.MODELS.items():
         for product in (*model.products, model.head):
@@ -105,12 +101,13 @@ def gemm_shares(name_of_results: str, bandwidth: float) -> str:
 
 
 def shares(floor: float, records: list[dict[str, Any]]) -> list[str]:
-    """Of the floor in the time of ours, then of cuBLAS."""
+    """Return the floor's share of the time of ours, then of cuBLAS."""
     ours = [f"**{floor / r[OURS]:.0%}**" for r in records]
     return ours + [f"{floor / r[gemm.CUBLAS]:.0%}" for r in records]
 
 
 def attention_excerpt() -> str:
+    """Return the sizes of SHOWN_ATTENTION, ours and the peers that matter most."""
     records, rows = read("attention")["records"], []
     providers = [OURS, "PyTorch", "FlashAttention 3", "flashinfer"]
     for (phase, model), sizes in SHOWN_ATTENTION.items():
@@ -126,6 +123,7 @@ def attention_excerpt() -> str:
 
 
 def rms_norm_excerpt() -> str:
+    """Return ours and the best peer, at hidden size 4096."""
     records, rows = read("rms_norm_float16")["records"], []
     sizes = (1, 64, 1024, 8192)
     for operation in rms_norm.OPERATIONS:
@@ -141,6 +139,7 @@ def rms_norm_excerpt() -> str:
 
 
 def rms_norm_tables() -> str:
+    """Return all sizes and providers of RMSNorm."""
     results = read("rms_norm_float16")
     sizes = sorted({r["hidden_size"] for r in results["records"]})
     parts = [
@@ -151,6 +150,7 @@ def rms_norm_tables() -> str:
 
 
 def tensorrt_rms_norm() -> str:
+    """Return RMSNorm in TensorRT engines: the plug-in, native layers and their ratio, in chains."""
     results, rows = [r for r in read("tensorrt_rms_norm") if r["operation"]], []
     sizes = sorted({r["tokens"] for r in results})
     for operation in dict.fromkeys(r["operation"] for r in results):
@@ -166,6 +166,7 @@ def tensorrt_rms_norm() -> str:
 
 
 def tensorrt_gemm() -> str:
+    """Return products in TensorRT engines: time, error and seconds to build, of native layers and the plug-in."""
     if not (RESULTS / "tensorrt_gemm.json").exists():
         return NOT_MEASURED
     results, rows = read("tensorrt_gemm"), []
@@ -189,6 +190,7 @@ def tensorrt_gemm() -> str:
 
 
 def sampling() -> str:
+    """Return sampling by operation, batch size and implementation."""
     results = read("sampling")
     batches = sorted({r["batch_size"] for r in results})
     providers = list(dict.fromkeys(r["implementation"] for r in results))
@@ -204,6 +206,7 @@ def sampling() -> str:
 
 
 def decode_step() -> str:
+    """Return the microseconds of a decode step by kind of kernel, beside its floor."""
     recordings = read("decode_timeline")
     names = {
         "products": ("products",),
@@ -246,6 +249,7 @@ PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
@@ -264,7 +268,7 @@ def main() -> None:
         if not options.check:
             write_whole(path, new.encode())
     if options.check and stale:
-        sys.exit(f"tables are not what the results say: {', '.join(stale)}; run python -m benchmarks.tables")
+        sys.exit(f"tables are not what the results say: {', '.join(stale)}; run python -m tools.tables")
     print("written:" if stale else "nothing to change", *stale)
 
 

@@ -1,0 +1,1 @@
+"""Hold what tests and benchmarks share; nothing here is part of the installed package."""
