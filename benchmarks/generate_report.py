@@ -20,7 +20,7 @@ from qwen_model.checkpoints.config import read_config
 NAMES = {
     "tensorrt": "**ours**, TensorRT engine",
     "qwen_model": "**ours**, torch back end",
-    "native_norms": "engine without `--rmsnorm-plugin`",
+    "native_norms": "engine with RMSNorm in native layers",
     "native_rotary": "engine with the rotary embedding in native layers",
     "vllm": "vLLM",
     "transformers": "transformers, eager",

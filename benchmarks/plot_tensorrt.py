@@ -78,7 +78,7 @@ def draw_timeline(content: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the TensorRT benchmarks.")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--pictures", type=Path, default=Path("docs"))
+    parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     drawings = {"tensorrt_rms_norm": draw_times, "tensorrt_timeline": draw_timeline}
     for name, draw in drawings.items():

@@ -24,12 +24,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "qwen_plugins"
 NOT_MEASURED = "*Not measured yet.*"
-SHOWN_ATTENTION = {  # of docs/speed.md: sequences x tokens
-    ("decode", "Qwen-7B"): [(1, 256), (1, 4096), (1, 16384), (8, 256), (64, 1024)],
-    ("decode", "Qwen2.5-7B"): [(1, 256), (1, 4096), (1, 16384), (1, 65536), (8, 256), (64, 1024)],
-    ("prefill", "Qwen-7B"): [(1, 1024), (1, 8192), (8, 1024)],
-    ("prefill", "Qwen2.5-7B"): [(1, 1024), (1, 8192), (8, 1024)],
-}
 
 
 def read(name: str) -> Any:
@@ -60,6 +54,12 @@ def h100_bandwidth() -> float:
     products = {(name, p.name): p for name, model in gemm.MODELS.items() for p in (*model.products, model.head)}
     records = read("h100/gemm")["products"]
     return max(2 * products[r["model"], r["product"]].elements / min(r[OURS], r[gemm.CUBLAS]) for r in records) * 1e6
+
+
+def generation_of_readme() -> str:
+    """Return ours, vLLM and the floor in one shape, on an H100."""
+    records, _ = generate_report.read_records(sorted((RESULTS / "h100").glob("generate_qwen2.5-7b_*.json")))
+    return generate_report.table(records, 128, h100_bandwidth(), names=("tensorrt", "qwen_model", "vllm", "floor"))
 
 
 def generation_on_h100(prompt_tokens: int) -> str:
@@ -104,22 +104,6 @@ def shares(floor: float, records: list[dict[str, Any]]) -> list[str]:
     """Return the floor's share of the time of ours, then of cuBLAS."""
     ours = [f"**{floor / r[OURS]:.0%}**" for r in records]
     return ours + [f"{floor / r[gemm.CUBLAS]:.0%}" for r in records]
-
-
-def attention_excerpt() -> str:
-    """Return the sizes of SHOWN_ATTENTION, ours and the peers that matter most."""
-    records, rows = read("attention")["records"], []
-    providers = [OURS, "PyTorch", "FlashAttention 3", "flashinfer"]
-    for (phase, model), sizes in SHOWN_ATTENTION.items():
-        heads, kv_heads = attention.MODELS[model]
-        what = "new tokens" if phase == "decode" else "prompts"
-        for place, (sequences, tokens) in enumerate(sizes):
-            size = (phase, model, sequences, tokens)
-            here = [r for r in records if (r["phase"], r["model"], r["sequences"], r["tokens"]) == size]
-            times = {r["provider"]: r.get("microseconds") for r in here}
-            label = f"{what}, {model} ({heads}/{kv_heads} heads)" if place == 0 else ""
-            rows.append([label, f"{sequences} x {tokens}", *(short(times.get(name)) for name in providers)])
-    return markdown(["", "sequences x tokens", "**ours**", *providers[1:]], rows)
 
 
 def rms_norm_excerpt() -> str:
@@ -226,7 +210,20 @@ def decode_step() -> str:
     return markdown(["microseconds", *(f"batch {r['batch_size']}" for r in recordings)], rows)
 
 
+def measured() -> str:
+    """Return which GPU and commit each file of results is from."""
+    rows = []
+    for path in sorted(RESULTS.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine, versions = content["machine"], content.get("versions", content["machine"])
+        library = next((f"{name} {versions[name]}" for name in ("torch", "tensorrt") if name in versions), "")
+        commit = content.get("commit") or machine["commit"]
+        rows.append([path.relative_to(RESULTS).as_posix(), machine["gpu"].split(",")[0], library, f"`{commit[:7]}`"])
+    return markdown(["file", "GPU", "with", "ran at"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "generation-readme": generation_of_readme,
     "generation-128": lambda: generation(128),
     "generation-1024": lambda: generation(1024),
     "generation-128-h100": lambda: generation_on_h100(128),
@@ -236,7 +233,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
     "gemm": lambda: f"{gemm.tables(read('gemm'), READ_BANDWIDTH)}\n{gemm.summary(read('gemm'))}",
     "gemm-prompts": products_of_prompts,
-    "attention-excerpt": attention_excerpt,
     "attention": lambda: attention.tables(read("attention")["records"]),
     "rms_norm-excerpt": rms_norm_excerpt,
     "rms_norm": rms_norm_tables,
@@ -244,6 +240,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt_gemm": tensorrt_gemm,
     "sampling": sampling,
     "decode_step": decode_step,
+    "measured": measured,
 }
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
