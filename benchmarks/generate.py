@@ -1,16 +1,14 @@
 """Compare generation with vLLM and transformers, on random weights in the shapes of published models.
 
     python -m benchmarks.generate [--shapes qwen-7b qwen2.5-7b] [--implementations qwen_model transformers ...]
-    python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms native_rotary]
+    python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms ...]
     python -m benchmarks.generate --shapes packaged --device cpu
 
 Each line: time to the first token (of a call that generates one), tokens decoded per second after it (of the whole
-batch), device memory. `products` is no implementation but the matrix products of a decode step by cuBLAS, in one CUDA
-graph, and nothing else.
-Each implementation's results for a shape are a file, generate_SHAPE_IMPLEMENTATION.json.
-An implementation that is not installed is left out. Weights are made up; nothing is kept but the results. With
-`--backend tensorrt` no PyTorch is needed; `native_norms` and `native_rotary` are the same engine with RMSNorm, or the
-rotary embedding, in TensorRT's own layers.
+batch), device memory. `products` is no implementation: it is the GEMMs of a decode step by cuBLAS, in one CUDA graph.
+Each implementation's results for a shape are a file, generate_SHAPE_IMPLEMENTATION.json. An implementation that is not
+installed is left out. With `--backend tensorrt` no PyTorch is needed; `native_norms`, `native_rotary` and `native_gemm`
+are the same engine with RMSNorm, the rotary embedding or the linear layers in TensorRT's own layers.
 """
 
 from __future__ import annotations

@@ -22,10 +22,11 @@ NAMES = {
     "qwen_model": "**ours**, torch back end",
     "native_norms": "engine with RMSNorm in native layers",
     "native_rotary": "engine with the rotary embedding in native layers",
+    "native_gemm": "engine with linear layers in native layers",
     "vllm": "vLLM",
     "transformers": "transformers, eager",
-    "products": "only the matrix products (cuBLAS, one CUDA graph)",
-    "floor": "only reading weights and cache at {:.2f} TB/s",
+    "products": "GEMMs alone (cuBLAS, one CUDA graph)",
+    "floor": "floor: reading weights and cache at {:.2f} TB/s",
 }
 SHOWN = ("tensorrt", "qwen_model", "vllm", "transformers", "products", "floor")
 COLORS = {"tensorrt": "#76b900", "qwen_model": "#4a7500", "vllm": "#3b7dd8", "transformers": "#d1495b"}
@@ -80,7 +81,7 @@ def table(
     records = with_floor(records, bandwidth)
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens]
     batches = sorted({r["batch_size"] for r in records})
-    columns = [*(f"batch {n}" for n in batches), *(f"first token, ms: {n}" for n in batches)]
+    columns = [*(f"tokens/s, batch {n}" for n in batches), *(f"first token, ms, batch {n}" for n in batches)]
     lines = ["| shape | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for shape in SHAPES:
         for name in names:

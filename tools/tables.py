@@ -59,7 +59,7 @@ def h100_bandwidth() -> float:
 def generation_of_readme() -> str:
     """Return ours, vLLM and the floor in one shape, on an H100."""
     records, _ = generate_report.read_records(sorted((RESULTS / "h100").glob("generate_qwen2.5-7b_*.json")))
-    return generate_report.table(records, 128, h100_bandwidth(), names=("tensorrt", "qwen_model", "vllm", "floor"))
+    return generate_report.table(records, 1024, h100_bandwidth(), names=("tensorrt", "qwen_model", "vllm", "floor"))
 
 
 def generation_on_h100(prompt_tokens: int) -> str:
@@ -84,7 +84,7 @@ def generation_of_engines() -> str:
     """Return tokens per second of an engine with all plug-ins and with one of them switched off."""
     records, _ = generate_report.read_records(sorted(RESULTS.glob("generate_*.json")))
     records = [r for r in records if (r["shape"], r["prompt_tokens"]) == ("qwen-7b", 128)]
-    return generate_report.table(records, 128, names=("tensorrt", "native_norms", "native_rotary"))
+    return generate_report.table(records, 128, names=("tensorrt", "native_norms", "native_rotary", "native_gemm"))
 
 
 def gemm_shares(name_of_results: str, bandwidth: float) -> str:
@@ -96,7 +96,7 @@ def gemm_shares(name_of_results: str, bandwidth: float) -> str:
             label = f"{name} {product.name}, {product.in_features} to {product.out_features}"
             rows.append([label, *shares(product.floor(bandwidth), found)])
         steps = [next(s for s in results["steps"] if (s["model"], s["rows"]) == (name, n)) for n in (1, 8, 64)]
-        rows.append([f"all products and norms of a step, {name}", *shares(model.floor(bandwidth), steps)])
+        rows.append([f"all GEMMs and norms of a step, {name}", *shares(model.floor(bandwidth), steps)])
     return markdown(["", "1 row", "8 rows", "64 rows", "cuBLAS: 1 row", "8 rows", "64 rows"], rows)
 
 
@@ -193,12 +193,12 @@ def decode_step() -> str:
     """Return the microseconds of a decode step by kind of kernel, beside its floor."""
     recordings = read("decode_timeline")
     names = {
-        "products": ("products",),
+        "GEMMs": ("products",),
         "attention": ("attention",),
         "norms": ("norms",),
         "SwiGLU on its own": ("SwiGLU",),
-        "choice of the token, embedding, copies": ("sampling", "embedding", "copies", "other"),
-        "nothing runs": ("gaps",),
+        "sampling, embedding, copies": ("sampling", "embedding", "copies", "other"),
+        "idle": ("gaps",),
     }
     rows = [
         ["**step**, replayed without a profiler", *(f"**{r['microseconds_per_step']:.0f}**" for r in recordings)],
