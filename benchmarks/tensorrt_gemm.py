@@ -4,9 +4,8 @@
 
 float16, the weight a constant of the network; an engine for each number of rows, several products in it, each with a
 weight and an input of its own and together larger than the L2 cache. Microseconds per product, medians over replays of
-a CUDA graph; the largest error beside float64; seconds that the build took, in a process of its own. The native
-product's output is told to be float16: with the builder's flag alone it is float32, twice the bytes that one would set
-aside for it. Needs tensorrt, cuda-bindings and NumPy.
+a CUDA graph; the largest error beside float64; seconds that the build took, in a process of its own. Needs tensorrt,
+cuda-bindings and NumPy.
 """
 
 import argparse
@@ -69,22 +68,14 @@ class Case:
         _, weights = self.arrays()
 
         def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            product = native_product if self.implementation == "native" else plugins.gemm
-            return {f"y_{i}": product(network, tensors[f"x_{i}"], weights[i]) for i in self._range}
+            plugin = self.implementation == "plugin"
+            return {
+                f"y_{i}": plugins.gemm(network, tensors[f"x_{i}"], weights[i], dtype=trt.float16, plugin=plugin)
+                for i in self._range
+            }
 
         inputs = {f"x_{i}": Input(trt.float16, (self.rows, self.in_features)) for i in self._range}
         return build_plan(inputs, describe)
-
-
-def native_product(network: Any, x: Any, weight: np.ndarray) -> Any:
-    """Add x · weightᵀ in TensorRT's own layers and return its output."""
-    import tensorrt as trt
-
-    constant = network.add_constant(weight.shape, trt.Weights(weight)).get_output(0)
-    layer = network.add_matrix_multiply(x, trt.MatrixOperation.NONE, constant, trt.MatrixOperation.TRANSPOSE)
-    layer.set_output_type(0, trt.float16)
-    layer.get_output(0).dtype = trt.float16
-    return layer.get_output(0)
 
 
 def build_apart(case: Case, path: Path) -> float | str:
