@@ -1,30 +1,56 @@
 #include "attributes.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 
+#include "kernels/common/data_type.h"
+
 namespace qwen_plugins {
 namespace {
 
-using nvinfer1::DataType;
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 constexpr size_t kAttributeSize = 4;
+constexpr char const* kSchemaField = "schema_version";
 constexpr uint32_t kMagic = 0x51504C47;  // "QPLG"
-constexpr uint32_t kFormatVersion = 1;
 
-// Precedes the attributes in the serialised form. All members and attributes are little-endian, as TensorRT's hosts
-// are.
+// Precedes the attributes where the state is bytes. All members and attributes are little-endian, as on every host that
+// TensorRT runs on.
 struct Header {
   uint32_t magic;
-  uint32_t format_version;
+  int32_t schema_version;
   uint32_t attribute_count;
   uint32_t checksum;  // of the plug-in's name and the attributes
 };
 
+// Fields and launches use one numbering of types.
+constexpr bool same(DataType ours, nvinfer1::DataType theirs) {
+  return static_cast<int32_t>(ours) == static_cast<int32_t>(theirs);
+}
+static_assert(same(DataType::kFloat32, nvinfer1::DataType::kFLOAT));
+static_assert(same(DataType::kFloat16, nvinfer1::DataType::kHALF));
+static_assert(same(DataType::kInt8, nvinfer1::DataType::kINT8));
+static_assert(same(DataType::kInt32, nvinfer1::DataType::kINT32));
+static_assert(same(DataType::kFloat8E4M3, nvinfer1::DataType::kFP8));
+#if QWEN_PLUGINS_TENSORRT_MAJOR >= 10
+static_assert(same(DataType::kBFloat16, nvinfer1::DataType::kBF16));
+#endif
+
 [[noreturn]] void fail(std::string const& message) { throw std::invalid_argument(message); }
+
+[[noreturn]] void refuse_version(AttributeSchema const& schema, std::string const& found) {
+  fail("serialised plug-in has " + found + "; this library reads schema version " + std::to_string(schema.version) +
+       ". Build the engine again with the installed qwen_plugins");
+}
+
+void check_version(AttributeSchema const& schema, int32_t version) {
+  if (version != schema.version) {
+    refuse_version(schema, "schema version " + std::to_string(version));
+  }
+}
 
 std::string field_type_name(PluginFieldType type) {
   switch (type) {
@@ -37,37 +63,47 @@ std::string field_type_name(PluginFieldType type) {
   }
 }
 
-std::string expected_names(AttributeSpecs const& specs) {
+std::string expected_names(AttributeSchema const& schema) {
   std::string names;
-  for (AttributeSpec const& spec : specs) {
+  for (AttributeSpec const& spec : schema.attributes) {
     names += (names.empty() ? "" : ", ") + std::string(spec.name);
   }
   return names;
 }
 
-size_t find_attribute(AttributeSpecs const& specs, PluginField const& field) {
-  if (field.name == nullptr) {
-    fail("a field has no name; expected " + expected_names(specs));
+void check_collection(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields) {
+  if (fields == nullptr || fields->nbFields < 0 || (fields->nbFields > 0 && fields->fields == nullptr)) {
+    fail("no field collection; expected fields " + expected_names(schema));
   }
-  for (size_t i = 0; i < specs.size(); ++i) {
-    if (std::strcmp(specs[i].name, field.name) == 0) {
+}
+
+size_t find_attribute(AttributeSchema const& schema, PluginField const& field) {
+  if (field.name == nullptr) {
+    fail("a field has no name; expected " + expected_names(schema));
+  }
+  for (size_t i = 0; i < schema.attributes.size(); ++i) {
+    if (std::strcmp(schema.attributes[i].name, field.name) == 0) {
       return i;
     }
   }
-  fail("unknown field '" + std::string(field.name) + "'; expected " + expected_names(specs));
+  fail("unknown field '" + std::string(field.name) + "'; expected " + expected_names(schema));
 }
 
-void check_field(AttributeSpec const& spec, PluginField const& field) {
-  std::string const name = "field '" + std::string(spec.name) + "' ";
-  if (field.type != spec.type) {
-    fail(name + "has type " + field_type_name(field.type) + "; expected " + field_type_name(spec.type));
+void check_field(char const* name, PluginFieldType type, PluginField const& field) {
+  std::string const subject = "field '" + std::string(name) + "' ";
+  if (field.type != type) {
+    fail(subject + "has type " + field_type_name(field.type) + "; expected " + field_type_name(type));
   }
   if (field.length != 1) {
-    fail(name + "has " + std::to_string(field.length) + " values; expected 1");
+    fail(subject + "has " + std::to_string(field.length) + " values; expected 1");
   }
   if (field.data == nullptr) {
-    fail(name + "has no data");
+    fail(subject + "has no data");
   }
+}
+
+bool is_schema_version(PluginField const& field) {
+  return field.name != nullptr && std::strcmp(field.name, kSchemaField) == 0;
 }
 
 // FNV-1a, http://www.isthe.com/chongo/tech/comp/fnv
@@ -85,15 +121,22 @@ uint32_t checksum(char const* plugin_name, unsigned char const* data, size_t siz
 
 }  // namespace
 
-void read_fields(AttributeSpecs const& specs, nvinfer1::PluginFieldCollection const* fields, void* attributes) {
-  if (fields == nullptr || fields->nbFields < 0 || (fields->nbFields > 0 && fields->fields == nullptr)) {
-    fail("no field collection; expected fields " + expected_names(specs));
+std::vector<PluginField> declare_fields(AttributeSchema const& schema) {
+  std::vector<PluginField> fields;
+  for (AttributeSpec const& spec : schema.attributes) {
+    fields.emplace_back(spec.name, nullptr, spec.type, 1);
   }
+  return fields;
+}
+
+void read_fields(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes) {
+  check_collection(schema, fields);
+  std::vector<AttributeSpec> const& specs = schema.attributes;
   std::vector<bool> seen(specs.size(), false);
   for (int32_t i = 0; i < fields->nbFields; ++i) {
     PluginField const& field = fields->fields[i];
-    size_t const index = find_attribute(specs, field);
-    check_field(specs[index], field);
+    size_t const index = find_attribute(schema, field);
+    check_field(specs[index].name, specs[index].type, field);
     if (seen[index]) {
       fail("field '" + std::string(specs[index].name) + "' is given twice");
     }
@@ -107,30 +150,49 @@ void read_fields(AttributeSpecs const& specs, nvinfer1::PluginFieldCollection co
   }
 }
 
-std::vector<PluginField> write_fields(AttributeSpecs const& specs, void const* attributes) {
+std::vector<PluginField> write_state(AttributeSchema const& schema, void const* attributes) {
   std::vector<PluginField> fields;
-  for (AttributeSpec const& spec : specs) {
-    void const* data = attributes == nullptr ? nullptr : static_cast<char const*>(attributes) + spec.offset;
-    fields.emplace_back(spec.name, data, spec.type, 1);
+  for (AttributeSpec const& spec : schema.attributes) {
+    fields.emplace_back(spec.name, static_cast<char const*>(attributes) + spec.offset, spec.type, 1);
   }
+  fields.emplace_back(kSchemaField, &schema.version, PluginFieldType::kINT32, 1);
   return fields;
 }
 
-size_t serialized_size(AttributeSpecs const& specs) { return sizeof(Header) + specs.size() * kAttributeSize; }
-
-void serialize(AttributeSpecs const& specs, char const* plugin_name, void const* attributes, void* buffer) {
-  auto* values = static_cast<unsigned char*>(buffer) + sizeof(Header);
-  for (size_t i = 0; i < specs.size(); ++i) {
-    std::memcpy(values + i * kAttributeSize, static_cast<char const*>(attributes) + specs[i].offset, kAttributeSize);
+void read_state(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes) {
+  check_collection(schema, fields);
+  std::vector<PluginField> others(fields->fields, fields->fields + fields->nbFields);
+  auto const found = std::find_if(others.begin(), others.end(), is_schema_version);
+  if (found == others.end()) {
+    refuse_version(schema, "no schema version");
   }
-  Header const header{kMagic, kFormatVersion, static_cast<uint32_t>(specs.size()),
-                      checksum(plugin_name, values, specs.size() * kAttributeSize)};
+  check_field(kSchemaField, PluginFieldType::kINT32, *found);
+  int32_t version = 0;
+  std::memcpy(&version, found->data, sizeof(version));
+  check_version(schema, version);
+  others.erase(found);
+  nvinfer1::PluginFieldCollection const rest{static_cast<int32_t>(others.size()), others.data()};
+  read_fields(schema, &rest, attributes);
+}
+
+size_t serialized_size(AttributeSchema const& schema) {
+  return sizeof(Header) + schema.attributes.size() * kAttributeSize;
+}
+
+void serialize(AttributeSchema const& schema, void const* attributes, void* buffer) {
+  auto* values = static_cast<unsigned char*>(buffer) + sizeof(Header);
+  size_t const count = schema.attributes.size();
+  for (size_t i = 0; i < count; ++i) {
+    std::memcpy(values + i * kAttributeSize, static_cast<char const*>(attributes) + schema.attributes[i].offset,
+                kAttributeSize);
+  }
+  Header const header{kMagic, schema.version, static_cast<uint32_t>(count),
+                      checksum(schema.plugin, values, count * kAttributeSize)};
   std::memcpy(buffer, &header, sizeof(header));
 }
 
-void deserialize(AttributeSpecs const& specs, char const* plugin_name, void const* data, size_t size,
-                 void* attributes) {
-  std::string const expected = "; expected " + std::to_string(serialized_size(specs)) + " bytes";
+void deserialize(AttributeSchema const& schema, void const* data, size_t size, void* attributes) {
+  std::string const expected = "; expected " + std::to_string(serialized_size(schema)) + " bytes";
   if (data == nullptr || size < sizeof(Header)) {
     fail("serialised plug-in has " + std::to_string(data == nullptr ? 0 : size) + " bytes" + expected);
   }
@@ -139,21 +201,21 @@ void deserialize(AttributeSpecs const& specs, char const* plugin_name, void cons
   if (header.magic != kMagic) {
     fail("serialised plug-in is not one of this library (wrong first bytes)");
   }
-  if (header.format_version != kFormatVersion || header.attribute_count != specs.size()) {
-    fail("serialised plug-in has format version " + std::to_string(header.format_version) + " with " +
-         std::to_string(header.attribute_count) + " attributes; this library reads version " +
-         std::to_string(kFormatVersion) + " with " + std::to_string(specs.size()) +
-         ". Build the engine again with the installed qwen_plugins");
+  check_version(schema, header.schema_version);
+  if (header.attribute_count != schema.attributes.size()) {
+    fail("serialised plug-in has " + std::to_string(header.attribute_count) + " attributes; expected " +
+         std::to_string(schema.attributes.size()));
   }
-  if (size != serialized_size(specs)) {
+  if (size != serialized_size(schema)) {
     fail("serialised plug-in has " + std::to_string(size) + " bytes" + expected);
   }
   auto const* values = static_cast<unsigned char const*>(data) + sizeof(Header);
-  if (header.checksum != checksum(plugin_name, values, size - sizeof(Header))) {
+  if (header.checksum != checksum(schema.plugin, values, size - sizeof(Header))) {
     fail("serialised plug-in is corrupted (checksum mismatch)");
   }
-  for (size_t i = 0; i < specs.size(); ++i) {
-    std::memcpy(static_cast<char*>(attributes) + specs[i].offset, values + i * kAttributeSize, kAttributeSize);
+  for (size_t i = 0; i < schema.attributes.size(); ++i) {
+    std::memcpy(static_cast<char*>(attributes) + schema.attributes[i].offset, values + i * kAttributeSize,
+                kAttributeSize);
   }
 }
 
@@ -186,9 +248,9 @@ void require_one_of(char const* name, int32_t value, std::vector<int32_t> const&
   fail("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected one of " + expected);
 }
 
-void require_type(char const* name, int32_t value, std::vector<DataType> const& allowed) {
+void require_type(char const* name, int32_t value, std::vector<nvinfer1::DataType> const& allowed) {
   std::string expected;
-  for (DataType const type : allowed) {
+  for (nvinfer1::DataType const type : allowed) {
     if (value == static_cast<int32_t>(type)) {
       return;
     }
@@ -198,31 +260,30 @@ void require_type(char const* name, int32_t value, std::vector<DataType> const& 
   fail("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected " + expected);
 }
 
-std::vector<DataType> floating_types() {
+std::vector<nvinfer1::DataType> floating_types() {
 #if QWEN_PLUGINS_TENSORRT_MAJOR >= 10
-  return {DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
+  return {nvinfer1::DataType::kFLOAT, nvinfer1::DataType::kHALF, nvinfer1::DataType::kBF16};
 #else
-  return {DataType::kFLOAT, DataType::kHALF};
+  return {nvinfer1::DataType::kFLOAT, nvinfer1::DataType::kHALF};
 #endif
 }
 
-std::string type_name(DataType type) {
-  switch (static_cast<int32_t>(type)) {
-    case 0:
+std::string type_name(nvinfer1::DataType type) {
+  switch (static_cast<DataType>(type)) {
+    case DataType::kFloat32:
       return "float32";
-    case 1:
+    case DataType::kFloat16:
       return "float16";
-    case 2:
-      return "int8";
-    case 3:
-      return "int32";
-    case 6:
-      return "float8_e4m3fn";
-    case 7:
+    case DataType::kBFloat16:
       return "bfloat16";
-    default:
-      return "DataType " + std::to_string(static_cast<int32_t>(type));
+    case DataType::kInt8:
+      return "int8";
+    case DataType::kInt32:
+      return "int32";
+    case DataType::kFloat8E4M3:
+      return "float8_e4m3fn";
   }
+  return "DataType " + std::to_string(static_cast<int32_t>(type));
 }
 
 }  // namespace qwen_plugins

@@ -1,5 +1,5 @@
-// A plug-in's attributes: a plain struct of 32-bit members and a table that names them. The table gives everything that
-// crosses TensorRT's border: the creator's field list, a struct from fields, fields from a struct, bytes and back.
+// A plug-in's attributes: a plain struct of 32-bit members, and a schema that names them. From the schema follow the
+// creator's list of fields, a struct from fields, and the state in a serialised engine, written and read.
 #pragma once
 
 #include <cstddef>
@@ -19,15 +19,31 @@ struct AttributeSpec {
   bool required;
 };
 
-using AttributeSpecs = std::vector<AttributeSpec>;
+struct AttributeSchema {
+  char const* plugin;  // name
+  // Of the state in serialised engines. It grows by 1 with every change of `attributes` or of what they mean, and an
+  // engine with another one is refused: README.md.
+  int32_t version;
+  std::vector<AttributeSpec> attributes;
+};
 
-// All of these throw std::invalid_argument with what was given and what was expected.
-void read_fields(AttributeSpecs const& specs, nvinfer1::PluginFieldCollection const* fields, void* attributes);
-std::vector<nvinfer1::PluginField> write_fields(AttributeSpecs const& specs, void const* attributes);
+// All of these but declare_fields throw std::invalid_argument, which says what was given and what was expected.
 
-size_t serialized_size(AttributeSpecs const& specs);
-void serialize(AttributeSpecs const& specs, char const* plugin_name, void const* attributes, void* buffer);
-void deserialize(AttributeSpecs const& specs, char const* plugin_name, void const* data, size_t size, void* attributes);
+// The fields that a creator lists, without values.
+std::vector<nvinfer1::PluginField> declare_fields(AttributeSchema const& schema);
+
+// Attributes from the fields of whoever defines a network.
+void read_fields(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes);
+
+// State as fields, for IPluginV3: the attributes, and the schema's version in one field more. What is written refers to
+// the memory of both.
+std::vector<nvinfer1::PluginField> write_state(AttributeSchema const& schema, void const* attributes);
+void read_state(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes);
+
+// State as bytes, for IPluginV2.
+size_t serialized_size(AttributeSchema const& schema);
+void serialize(AttributeSchema const& schema, void const* attributes, void* buffer);
+void deserialize(AttributeSchema const& schema, void const* data, size_t size, void* attributes);
 
 // Rules that several plug-ins share; `name` is the attribute's.
 void require_flag(char const* name, int32_t value);

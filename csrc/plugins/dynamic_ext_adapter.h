@@ -16,7 +16,7 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
   DynamicExtAdapter(typename Plugin::Attributes const& attributes, Phase phase) : plugin_(attributes), phase_(phase) {}
 
   char const* getPluginType() const noexcept override { return Plugin::kName; }
-  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginVersion() const noexcept override { return Plugin::kVersion; }
   char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
   void setPluginNamespace(char const* name) noexcept override { namespace_ = name == nullptr ? "" : name; }
 
@@ -58,10 +58,10 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
     });
   }
 
-  size_t getSerializationSize() const noexcept override { return serialized_size(Plugin::attribute_specs()); }
+  size_t getSerializationSize() const noexcept override { return serialized_size(Plugin::schema()); }
 
   void serialize(void* buffer) const noexcept override {
-    qwen_plugins::serialize(Plugin::attribute_specs(), Plugin::kName, &plugin_.attributes(), buffer);
+    qwen_plugins::serialize(Plugin::schema(), &plugin_.attributes(), buffer);
   }
 
   void destroy() noexcept override { delete this; }
@@ -84,7 +84,7 @@ template <typename Plugin>
 class DynamicExtCreator final : public nvinfer1::IPluginCreator {
  public:
   char const* getPluginName() const noexcept override { return Plugin::kName; }
-  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginVersion() const noexcept override { return Plugin::kVersion; }
   char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
   void setPluginNamespace(char const* name) noexcept override { namespace_ = name == nullptr ? "" : name; }
   nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &field_names_; }
@@ -92,7 +92,7 @@ class DynamicExtCreator final : public nvinfer1::IPluginCreator {
   nvinfer1::IPluginV2* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields) noexcept override {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV2*>(nullptr), [&] {
       typename Plugin::Attributes attributes;
-      read_fields(Plugin::attribute_specs(), fields, &attributes);
+      read_fields(Plugin::schema(), fields, &attributes);
       return make(attributes, Phase::kBuild);
     });
   }
@@ -100,7 +100,7 @@ class DynamicExtCreator final : public nvinfer1::IPluginCreator {
   nvinfer1::IPluginV2* deserializePlugin(char const*, void const* data, size_t size) noexcept override {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV2*>(nullptr), [&] {
       typename Plugin::Attributes attributes;
-      deserialize(Plugin::attribute_specs(), Plugin::kName, data, size, &attributes);
+      deserialize(Plugin::schema(), data, size, &attributes);
       return make(attributes, Phase::kRuntime);
     });
   }
@@ -113,7 +113,7 @@ class DynamicExtCreator final : public nvinfer1::IPluginCreator {
   }
 
   std::string namespace_ = kPluginNamespace;
-  std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), nullptr);
+  std::vector<nvinfer1::PluginField> fields_ = declare_fields(Plugin::schema());
   nvinfer1::PluginFieldCollection field_names_{static_cast<int32_t>(fields_.size()), fields_.data()};
 };
 

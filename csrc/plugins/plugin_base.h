@@ -1,10 +1,11 @@
-// What every plug-in class has in common, whatever the TensorRT.
+// What every plug-in class has in common, for every version of TensorRT.
 //
 // A plug-in class `Plugin` adds to this
 //   static constexpr char const* kName;
-//   static AttributeSpecs const& attribute_specs();  // of Plugin::Attributes
-//   explicit Plugin(Attributes const&);              // throws std::invalid_argument for values that make no sense
-//   void enqueue(Execution const&) const;            // throws for shapes and launches that fail
+//   static constexpr char const* kVersion;     // with the name, what TensorRT finds a creator by: README.md
+//   static AttributeSchema const& schema();    // of Plugin::Attributes
+//   explicit Plugin(Attributes const&);        // throws std::invalid_argument for values that make no sense
+//   void enqueue(Execution const&) const;      // throws for shapes and launches that fail
 // and, if it needs any, its own workspace_bytes.
 #pragma once
 
@@ -20,7 +21,6 @@
 
 namespace qwen_plugins {
 
-constexpr char const* kPluginVersion = "1";
 constexpr char const* kPluginNamespace = "qwen_plugins";
 
 // What is asked for where it is not known how much is needed: an exbibyte, which no GPU has, so that no engine is

@@ -39,7 +39,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
   }
 
   char const* getPluginName() const noexcept override { return Plugin::kName; }
-  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginVersion() const noexcept override { return Plugin::kVersion; }
   char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
   int32_t getNbOutputs() const noexcept override { return plugin_.roles().output_count(); }
@@ -114,7 +114,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
 
   Plugin plugin_;
   Phase phase_;
-  std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), &plugin_.attributes());
+  std::vector<nvinfer1::PluginField> fields_ = write_state(Plugin::schema(), &plugin_.attributes());
   nvinfer1::PluginFieldCollection fields_to_serialize_{static_cast<int32_t>(fields_.size()), fields_.data()};
 };
 
@@ -122,23 +122,24 @@ template <typename Plugin>
 class PluginV3Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
   char const* getPluginName() const noexcept override { return Plugin::kName; }
-  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  char const* getPluginVersion() const noexcept override { return Plugin::kVersion; }
   char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
   nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &field_names_; }
 
-  // Building and running take the same fields: TensorRT brings back those of getFieldsToSerialize.
+  // The fields are those of a network's author when building, and those of getFieldsToSerialize when an engine is
+  // loaded.
   nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override {
     return guarded(Plugin::kName, static_cast<nvinfer1::IPluginV3*>(nullptr), [&] {
       typename Plugin::Attributes attributes;
-      read_fields(Plugin::attribute_specs(), fields, &attributes);
       bool const building = phase == nvinfer1::TensorRTPhase::kBUILD;
+      (building ? read_fields : read_state)(Plugin::schema(), fields, &attributes);
       return new PluginV3Adapter<Plugin>(attributes, building ? Phase::kBuild : Phase::kRuntime);
     });
   }
 
  private:
-  std::vector<nvinfer1::PluginField> fields_ = write_fields(Plugin::attribute_specs(), nullptr);
+  std::vector<nvinfer1::PluginField> fields_ = declare_fields(Plugin::schema());
   nvinfer1::PluginFieldCollection field_names_{static_cast<int32_t>(fields_.size()), fields_.data()};
 };
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from compiling import CPP_TESTS, MAJORS, compile_command, plugin_sources, run_checked
 
+from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES
+
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 
@@ -16,7 +18,12 @@ def test_life_cycle_under_sanitizers(major: int, tmp_path: Path) -> None:
     sources = [CPP_TESTS / test, CPP_TESTS / "recorded_launches.cpp", *plugin_sources(major)]
     run_checked([*compile_command(major), "-Wall", "-Wextra", "-Werror", *SANITIZERS, *sources, "-o", program])
 
-    assert "lives of plug-ins passed" in run_checked([program])
+    printed = run_checked([program])
+
+    assert "lives of plug-ins passed" in printed
+    # Numbers that stand in C++ and in Python.
+    assert f"activation: {' '.join(map(str, ACTIVATIONS.values()))}\n" in printed
+    assert f"head_size: {' '.join(map(str, HEAD_SIZES))}\n" in printed
 
 
 def test_launches_are_in_nvtx_ranges(tmp_path: Path) -> None:

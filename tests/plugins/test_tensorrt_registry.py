@@ -253,11 +253,23 @@ def test_bad_bytes_are_refused_with_an_error_in_the_log(creators: dict[str, Any]
         )
 
 
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("version", [0, 2])
+def test_another_schema_version_says_what_to_build_again(creators: dict[str, Any], name: str, version: int) -> None:
+    written = bytearray(bytes(creators[name].create_plugin("layer", collection(GOOD_FIELDS[name])).serialize()))
+    written[4:8] = version.to_bytes(4, "little")
+
+    refused = (
+        f"schema version {version}; this library reads schema version 1. Build the engine again with the installed"
+    )
+    assert_refused(lambda: creators[name].deserialize_plugin("layer", bytes(written)), refused)
+
+
 def test_bytes_of_the_other_plugin_are_refused(creators: dict[str, Any]) -> None:
     plugin = creators["RmsNorm"].create_plugin("layer", collection(GOOD_FIELDS["RmsNorm"]))
     written = bytes(plugin.serialize())
 
-    refused = "6 attributes; this library reads version 1 with 9"
+    refused = "serialised plug-in has 6 attributes; expected 9"
     assert_refused(lambda: creators["RmsNormQuantization"].deserialize_plugin("layer", written), refused)
 
 

@@ -43,14 +43,17 @@ size_t needed_workspace(GemmShape const& shape) {
 
 }  // namespace
 
-AttributeSpecs const& GemmPlugin::attribute_specs() {
-  static AttributeSpecs const specs{
-      {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
-      {"bias", PluginFieldType::kINT32, offsetof(Attributes, bias), false},
-      {"activation", PluginFieldType::kINT32, offsetof(Attributes, activation), false},
-      {"constant_weight", PluginFieldType::kINT32, offsetof(Attributes, constant_weight), false},
-  };
-  return specs;
+AttributeSchema const& GemmPlugin::schema() {
+  static AttributeSchema const schema{
+      kName,
+      1,
+      {
+          {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+          {"bias", PluginFieldType::kINT32, offsetof(Attributes, bias), false},
+          {"activation", PluginFieldType::kINT32, offsetof(Attributes, activation), false},
+          {"constant_weight", PluginFieldType::kINT32, offsetof(Attributes, constant_weight), false},
+      }};
+  return schema;
 }
 
 GemmPlugin::GemmPlugin(Attributes const& attributes) : PluginBase(checked(attributes), make_roles) {}

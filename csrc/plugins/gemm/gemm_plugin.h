@@ -1,4 +1,4 @@
-// The Gemm plug-in, whatever the TensorRT. README.md has its inputs, outputs and attributes.
+// The Gemm plug-in for every version of TensorRT. README.md has its inputs, outputs and attributes.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ struct GemmAttributes {
 class GemmPlugin : public PluginBase<GemmAttributes> {
  public:
   static constexpr char const* kName = "Gemm";
-  static AttributeSpecs const& attribute_specs();
+  static constexpr char const* kVersion = "1";
+  static AttributeSchema const& schema();
 
   explicit GemmPlugin(Attributes const& attributes);
 

@@ -23,8 +23,11 @@ void check_rotary_embedding(Attributes const& attributes) {
     refuse("field 'rotary_embedding_dim' is " + std::to_string(dim) +
            "; expected an even number from 0 to head_size, " + std::to_string(attributes.head_size));
   }
-  require_one_of("position_embedding_type", attributes.position_embedding_type, {0, 1, 2});
-  bool const learned = attributes.position_embedding_type == static_cast<int32_t>(PositionEmbedding::kLearnedAbsolute);
+  constexpr auto kLearnedAbsolute = static_cast<int32_t>(PositionEmbedding::kLearnedAbsolute);
+  require_one_of("position_embedding_type", attributes.position_embedding_type,
+                 {kLearnedAbsolute, static_cast<int32_t>(PositionEmbedding::kRopeGptJ),
+                  static_cast<int32_t>(PositionEmbedding::kRopeGptNeox)});
+  bool const learned = attributes.position_embedding_type == kLearnedAbsolute;
   if (learned != (dim == 0)) {
     refuse("field 'position_embedding_type' is " + std::to_string(attributes.position_embedding_type) +
            " and 'rotary_embedding_dim' " + std::to_string(dim) +
@@ -110,20 +113,23 @@ std::vector<int32_t> downloaded(void const* values, int64_t count, cudaStream_t 
 
 }  // namespace
 
-AttributeSpecs const& GptAttentionPlugin::attribute_specs() {
-  static AttributeSpecs const specs{
-      {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
-      {"num_heads", PluginFieldType::kINT32, offsetof(Attributes, num_heads), true},
-      {"num_kv_heads", PluginFieldType::kINT32, offsetof(Attributes, num_kv_heads), true},
-      {"head_size", PluginFieldType::kINT32, offsetof(Attributes, head_size), true},
-      {"rotary_embedding_dim", PluginFieldType::kINT32, offsetof(Attributes, rotary_embedding_dim), false},
-      {"position_embedding_type", PluginFieldType::kINT32, offsetof(Attributes, position_embedding_type), false},
-      {"q_scaling", PluginFieldType::kFLOAT32, offsetof(Attributes, q_scaling), false},
-      {"query_scale", PluginFieldType::kINT32, offsetof(Attributes, query_scale), false},
-      {"qk_norm", PluginFieldType::kINT32, offsetof(Attributes, qk_norm), false},
-      {"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), false},
-  };
-  return specs;
+AttributeSchema const& GptAttentionPlugin::schema() {
+  static AttributeSchema const schema{
+      kName,
+      1,
+      {
+          {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+          {"num_heads", PluginFieldType::kINT32, offsetof(Attributes, num_heads), true},
+          {"num_kv_heads", PluginFieldType::kINT32, offsetof(Attributes, num_kv_heads), true},
+          {"head_size", PluginFieldType::kINT32, offsetof(Attributes, head_size), true},
+          {"rotary_embedding_dim", PluginFieldType::kINT32, offsetof(Attributes, rotary_embedding_dim), false},
+          {"position_embedding_type", PluginFieldType::kINT32, offsetof(Attributes, position_embedding_type), false},
+          {"q_scaling", PluginFieldType::kFLOAT32, offsetof(Attributes, q_scaling), false},
+          {"query_scale", PluginFieldType::kINT32, offsetof(Attributes, query_scale), false},
+          {"qk_norm", PluginFieldType::kINT32, offsetof(Attributes, qk_norm), false},
+          {"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), false},
+      }};
+  return schema;
 }
 
 GptAttentionPlugin::GptAttentionPlugin(Attributes const& attributes) : PluginBase(checked(attributes), make_roles) {}

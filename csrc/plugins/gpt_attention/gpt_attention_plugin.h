@@ -1,4 +1,4 @@
-// The GptAttention plug-in, whatever the TensorRT. README.md has its inputs, outputs and attributes.
+// The GptAttention plug-in for every version of TensorRT. README.md has its inputs, outputs and attributes.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ struct GptAttentionAttributes {
 class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
  public:
   static constexpr char const* kName = "GptAttention";
-  static AttributeSpecs const& attribute_specs();
+  static constexpr char const* kVersion = "1";
+  static AttributeSchema const& schema();
 
   explicit GptAttentionPlugin(Attributes const& attributes);
 

@@ -29,16 +29,19 @@ TensorRoles make_roles(Attributes const& attributes) {
 
 }  // namespace
 
-AttributeSpecs const& RmsNormPlugin::attribute_specs() {
-  static AttributeSpecs const specs{
-      {"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, eps), false},
-      {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
-      {"weight_type_id", PluginFieldType::kINT32, offsetof(Attributes, weight_type_id), false},
-      {"residual", PluginFieldType::kINT32, offsetof(Attributes, residual), false},
-      {"unit_offset", PluginFieldType::kINT32, offsetof(Attributes, unit_offset), false},
-      {"round_before_weight", PluginFieldType::kINT32, offsetof(Attributes, round_before_weight), false},
-  };
-  return specs;
+AttributeSchema const& RmsNormPlugin::schema() {
+  static AttributeSchema const schema{
+      kName,
+      1,
+      {
+          {"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, eps), false},
+          {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+          {"weight_type_id", PluginFieldType::kINT32, offsetof(Attributes, weight_type_id), false},
+          {"residual", PluginFieldType::kINT32, offsetof(Attributes, residual), false},
+          {"unit_offset", PluginFieldType::kINT32, offsetof(Attributes, unit_offset), false},
+          {"round_before_weight", PluginFieldType::kINT32, offsetof(Attributes, round_before_weight), false},
+      }};
+  return schema;
 }
 
 RmsNormPlugin::RmsNormPlugin(Attributes const& attributes) : PluginBase(checked(attributes), make_roles) {}

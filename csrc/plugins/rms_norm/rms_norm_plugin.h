@@ -1,4 +1,4 @@
-// The RmsNorm plug-in, whatever the TensorRT. README.md has its inputs, outputs and attributes.
+// The RmsNorm plug-in for every version of TensorRT. README.md has its inputs, outputs and attributes.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct RmsNormAttributes {
 class RmsNormPlugin : public PluginBase<RmsNormAttributes> {
  public:
   static constexpr char const* kName = "RmsNorm";
-  static AttributeSpecs const& attribute_specs();
+  static constexpr char const* kVersion = "1";
+  static AttributeSchema const& schema();
 
   explicit RmsNormPlugin(Attributes const& attributes);
 

@@ -54,19 +54,22 @@ TensorRoles make_roles(Attributes const& attributes) {
 
 }  // namespace
 
-AttributeSpecs const& RmsNormQuantizationPlugin::attribute_specs() {
-  static AttributeSpecs const specs{
-      {"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, eps), false},
-      {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
-      {"weight_type_id", PluginFieldType::kINT32, offsetof(Attributes, weight_type_id), false},
-      {"dyn_act_scaling", PluginFieldType::kINT32, offsetof(Attributes, dyn_act_scaling), true},
-      {"out_type_id", PluginFieldType::kINT32, offsetof(Attributes, out_type_id), false},
-      {"residual", PluginFieldType::kINT32, offsetof(Attributes, residual), false},
-      {"smoothing", PluginFieldType::kINT32, offsetof(Attributes, smoothing), false},
-      {"smoothing_type_id", PluginFieldType::kINT32, offsetof(Attributes, smoothing_type_id), false},
-      {"unit_offset", PluginFieldType::kINT32, offsetof(Attributes, unit_offset), false},
-  };
-  return specs;
+AttributeSchema const& RmsNormQuantizationPlugin::schema() {
+  static AttributeSchema const schema{
+      kName,
+      1,
+      {
+          {"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, eps), false},
+          {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+          {"weight_type_id", PluginFieldType::kINT32, offsetof(Attributes, weight_type_id), false},
+          {"dyn_act_scaling", PluginFieldType::kINT32, offsetof(Attributes, dyn_act_scaling), true},
+          {"out_type_id", PluginFieldType::kINT32, offsetof(Attributes, out_type_id), false},
+          {"residual", PluginFieldType::kINT32, offsetof(Attributes, residual), false},
+          {"smoothing", PluginFieldType::kINT32, offsetof(Attributes, smoothing), false},
+          {"smoothing_type_id", PluginFieldType::kINT32, offsetof(Attributes, smoothing_type_id), false},
+          {"unit_offset", PluginFieldType::kINT32, offsetof(Attributes, unit_offset), false},
+      }};
+  return schema;
 }
 
 RmsNormQuantizationPlugin::RmsNormQuantizationPlugin(Attributes const& attributes)

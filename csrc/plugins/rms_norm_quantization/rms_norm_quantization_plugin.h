@@ -1,4 +1,4 @@
-// The RmsNormQuantization plug-in, whatever the TensorRT. README.md has its inputs, outputs and attributes.
+// The RmsNormQuantization plug-in for every version of TensorRT. README.md has its inputs, outputs and attributes.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct RmsNormQuantizationAttributes {
 class RmsNormQuantizationPlugin : public PluginBase<RmsNormQuantizationAttributes> {
  public:
   static constexpr char const* kName = "RmsNormQuantization";
-  static AttributeSpecs const& attribute_specs();
+  static constexpr char const* kVersion = "1";
+  static AttributeSchema const& schema();
 
   explicit RmsNormQuantizationPlugin(Attributes const& attributes);
 

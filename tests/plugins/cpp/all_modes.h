@@ -12,11 +12,12 @@
 
 struct ExpectedCreator {
   char const* name;
+  char const* version;
   int32_t field_count;
 };
 
 inline std::vector<ExpectedCreator> expected_creators() {
-  return {{"RmsNorm", 6}, {"RmsNormQuantization", 9}, {"Gemm", 4}, {"GptAttention", 10}};
+  return {{"RmsNorm", "1", 6}, {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 4}, {"GptAttention", "1", 10}};
 }
 
 inline std::vector<Mode> all_modes() {
@@ -25,6 +26,33 @@ inline std::vector<Mode> all_modes() {
     all.insert(all.end(), modes.begin(), modes.end());
   }
   return all;
+}
+
+// One mode of each plug-in.
+inline std::vector<Mode> first_modes() {
+  using nvinfer1::DataType;
+  return {rms_norm_mode(DataType::kHALF, DataType::kHALF, true), rms_norm_modes().back(),
+          gemm_mode(DataType::kHALF, true, true, true), gpt_attention_mode({})};
+}
+
+// Prints which numbers a field takes, for the Python test to compare with the package's. `creates(plugin, fields)`.
+template <typename Creates>
+void print_accepted(Log& log, Creates const& creates) {
+  auto print = [&](char const* title, char const* plugin, auto const& fields_with) {
+    std::printf("%s:", title);
+    for (int32_t number = 0; number <= 512; ++number) {
+      if (creates(plugin, fields_with(number))) {
+        std::printf(" %d", number);
+      } else {
+        CHECK(log.got_one_error_with("expected one of"));
+      }
+    }
+    std::printf("\n");
+  };
+  print("activation", "Gemm", [](int32_t number) { return Fields().add("type_id", 1).add("activation", number); });
+  print("head_size", "GptAttention", [](int32_t number) {
+    return Fields().add("type_id", 1).add("num_heads", 4).add("num_kv_heads", 2).add("head_size", number);
+  });
 }
 
 // What a creator must refuse, and a part of the message that it must log.

@@ -52,7 +52,7 @@ void check_creators() {
   CHECK(count == static_cast<int32_t>(expected_creators().size()));
   for (ExpectedCreator const& expected : expected_creators()) {
     IPluginCreatorV3One& creator = creator_of(expected.name);
-    CHECK(std::strcmp(creator.getPluginVersion(), "1") == 0);
+    CHECK(std::strcmp(creator.getPluginVersion(), expected.version) == 0);
     CHECK(std::strcmp(creator.getPluginNamespace(), "qwen_plugins") == 0);
     CHECK(creator.getFieldNames()->nbFields == expected.field_count);
   }
@@ -175,22 +175,48 @@ void check_workspace(Log& log) {
   recorded = {};
 }
 
-// What TensorRT does between the phases: the fields are copied into the engine and come back from it.
+// The fields that TensorRT copies into an engine and passes to the creator when it loads the engine.
+class State {
+ public:
+  explicit State(IPluginV3& plugin) {
+    PluginFieldCollection const* fields = runtime_of(plugin).getFieldsToSerialize();
+    for (int32_t i = 0; i < fields->nbFields; ++i) {
+      auto const* data = static_cast<char const*>(fields->fields[i].data);
+      fields_.push_back({fields->fields[i].name, {data, data + 4 * fields->fields[i].length}, fields->fields[i].type});
+    }
+  }
+
+  void erase(char const* name) { fields_.erase(find(name)); }
+
+  void set(char const* name, int32_t value) { std::memcpy(find(name)->data.data(), &value, sizeof(value)); }
+
+  IPluginV3* create(char const* plugin) const {
+    Fields fields;
+    for (Field const& field : fields_) {
+      fields.add(field.name.c_str(), field.data.data(), field.type, static_cast<int32_t>(field.data.size() / 4));
+    }
+    return creator_of(plugin).createPlugin("layer", fields.collection(), TensorRTPhase::kRUNTIME);
+  }
+
+ private:
+  struct Field {
+    std::string name;
+    std::vector<char> data;
+    PluginFieldType type;
+  };
+
+  std::vector<Field>::iterator find(std::string const& name) {
+    auto const found =
+        std::find_if(fields_.begin(), fields_.end(), [&](Field const& field) { return field.name == name; });
+    CHECK(found != fields_.end());
+    return found;
+  }
+
+  std::vector<Field> fields_;
+};
+
 std::unique_ptr<IPluginV3> serialise_and_create(IPluginV3& plugin, Mode const& mode) {
-  PluginFieldCollection const* fields = runtime_of(plugin).getFieldsToSerialize();
-  std::vector<std::string> names;
-  std::vector<std::vector<char>> values;
-  for (int32_t i = 0; i < fields->nbFields; ++i) {
-    names.emplace_back(fields->fields[i].name);
-    auto const* data = static_cast<char const*>(fields->fields[i].data);
-    values.emplace_back(data, data + 4 * fields->fields[i].length);
-  }
-  Fields copy;
-  for (int32_t i = 0; i < fields->nbFields; ++i) {
-    copy.add(names[i].c_str(), values[i].data(), fields->fields[i].type, fields->fields[i].length);
-  }
-  std::unique_ptr<IPluginV3> made(
-      creator_of(mode.plugin).createPlugin("layer", copy.collection(), TensorRTPhase::kRUNTIME));
+  std::unique_ptr<IPluginV3> made(State(plugin).create(mode.plugin));
   CHECK(made != nullptr);
   return made;
 }
@@ -258,6 +284,35 @@ void check_bad_fields(Log& log) {
   IPluginCreatorV3One& creator = creator_of("RmsNormQuantization");
   CHECK(creator.createPlugin("layer", bad_out_type.collection(), TensorRTPhase::kBUILD) == nullptr);
   CHECK(log.got_one_error_with("'out_type_id' is 1; expected 2 (int8), 6 (float8_e4m3fn)"));
+}
+
+// State that an older or a newer library wrote says which it is, whatever fields it has.
+void check_schema_versions(Log& log) {
+  for (Mode& mode : first_modes()) {
+    State state(*create(mode));
+    auto refused = [&](std::string const& found) {
+      CHECK(state.create(mode.plugin) == nullptr);
+      CHECK(log.got_one_error_with(std::string(mode.plugin) + ": serialised plug-in has " + found +
+                                   "; this library reads schema version 1. " +
+                                   "Build the engine again with the installed qwen_plugins"));
+    };
+    state.set("schema_version", 2);
+    refused("schema version 2");
+    state.erase("type_id");
+    refused("schema version 2");
+    state.erase("schema_version");
+    refused("no schema version");
+    // Whoever defines a network says nothing about it.
+    Fields fields = Fields().add("schema_version", 1);
+    CHECK(creator_of(mode.plugin).createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD) == nullptr);
+    CHECK(log.got_one_error_with("unknown field 'schema_version'"));
+  }
+}
+
+bool creates(char const* plugin, Fields fields) {
+  std::unique_ptr<IPluginV3> const made(
+      creator_of(plugin).createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD));
+  return made != nullptr;
 }
 
 void check_bad_shapes(Log& log) {
@@ -330,6 +385,8 @@ int main() {
   check_attention_while_building();
   check_workspace(log);
   check_bad_fields(log);
+  check_schema_versions(log);
+  print_accepted(log, creates);
   check_bad_shapes(log);
   check_unknown_out_features();
   check_bad_runtime(log);

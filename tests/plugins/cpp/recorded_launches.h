@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "kernels/attention/decode.h"
-#include "kernels/gemm/gemm.h"
 #include "kernels/attention/prefill.h"
+#include "kernels/gemm/gemm.h"
 #include "kernels/rms_norm/rms_norm.h"
 
 struct RecordedCopy {
