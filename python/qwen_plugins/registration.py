@@ -1,4 +1,7 @@
-"""Finds the plug-in library that fits the installed TensorRT and registers it, once per process."""
+"""Find the plug-in library that fits the installed TensorRT and register it, once per process.
+
+``import qwen_plugins`` does it, where TensorRT need not be installed: this module is not in `qwen_plugins.tensorrt`.
+"""
 
 import importlib
 import importlib.util
@@ -9,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 PLUGIN_NAMESPACE = "qwen_plugins"
-PLUGIN_VERSION = "1"
-PLUGIN_NAMES = ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")
+# The versions of each plug-in in the libraries, the newest last: csrc/plugins/README.md.
+PLUGIN_VERSIONS = {"RmsNorm": ("1",), "RmsNormQuantization": ("1",), "Gemm": ("1",), "GptAttention": ("1",)}
 
 _LIBRARIES = {8: "libqwen_plugins_trt8.so", 10: "libqwen_plugins_trt10.so", 11: "libqwen_plugins_trt11.so"}
 _lock = threading.Lock()
 
 
 def tensorrt_library_path(version: str | int | None = None) -> Path:
-    """The plug-in library for one version of TensorRT, for ``trtexec --dynamicPlugins`` and C++ programs.
+    """Return the plug-in library for one version of TensorRT, for ``trtexec --dynamicPlugins`` and C++ programs.
 
     Args:
         version: of TensorRT, such as ``"10.14"`` or ``10``. The installed ``tensorrt`` package's by default.
@@ -40,10 +43,10 @@ def tensorrt_library_path(version: str | int | None = None) -> Path:
 
 
 def register_tensorrt_plugins() -> bool:
-    """Makes the plug-ins known to the installed TensorRT; does nothing where they are known already.
+    """Load the plug-in library into the registry of the installed TensorRT, unless its plug-ins are registered already.
 
-    ``import qwen_plugins`` calls it. Where ``tensorrt`` is not installed nothing happens; where it is installed but
-    can't be used, a RuntimeWarning says why.
+    ``import qwen_plugins`` calls it. Where ``tensorrt`` is not installed it does nothing; where it is installed but
+    cannot be used, a RuntimeWarning says why.
 
     Returns:
         Whether the plug-ins are registered now.
@@ -69,12 +72,18 @@ def register_tensorrt_plugins() -> bool:
         return True
 
 
-def find_creator(trt: Any, name: str) -> Any:
-    """The creator of the plug-in ``name`` in TensorRT's registry, or None. ``trt`` is the tensorrt module."""
+def find_creator(trt: Any, name: str, version: str | None = None) -> Any:
+    """Return the creator of a plug-in in TensorRT's registry, or None.
+
+    Args:
+        trt: the tensorrt module.
+        name: of the plug-in, a key of `PLUGIN_VERSIONS`.
+        version: of the plug-in; None: the newest.
+    """
+    wanted = (name, version or PLUGIN_VERSIONS[name][-1], PLUGIN_NAMESPACE)
     registry = trt.get_plugin_registry()
     creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
-    for creator in creators or ():  # None where one of somebody else's is of a kind that Python does not know
-        wanted = (name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    for creator in creators or ():  # None where another library's creator is of a kind that Python does not know
         if (creator.name, creator.plugin_version, creator.plugin_namespace) == wanted:
             return creator
     return None
@@ -88,7 +97,7 @@ def _import_tensorrt() -> Any:
             raise ImportError(
                 'tensorrt is not installed: pip install "qwen-plugins[tensorrt]"', name="tensorrt"
             ) from None
-        raise ImportError(f"the installed tensorrt can't be imported: {error}", name="tensorrt") from error
+        raise ImportError(f"the installed tensorrt cannot be imported: {error}", name="tensorrt") from error
 
 
 def _library_name(version: str) -> str:
@@ -105,4 +114,5 @@ def _library_name(version: str) -> str:
 
 
 def _is_registered(trt: Any) -> bool:
-    return all(find_creator(trt, name) is not None for name in PLUGIN_NAMES)
+    wanted = [(name, version) for name, versions in PLUGIN_VERSIONS.items() for version in versions]
+    return all(find_creator(trt, name, version) is not None for name, version in wanted)

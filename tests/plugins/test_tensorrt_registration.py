@@ -23,8 +23,9 @@ class Registry:
         self.loaded.append(path)
         if self.takes_libraries:
             self.plugin_creator_list += [
-                types.SimpleNamespace(name=name, plugin_version="1", plugin_namespace="qwen_plugins")
-                for name in registration.PLUGIN_NAMES
+                types.SimpleNamespace(name=name, plugin_version=version, plugin_namespace="qwen_plugins")
+                for name, versions in registration.PLUGIN_VERSIONS.items()
+                for version in versions
             ]
 
 
@@ -107,7 +108,7 @@ def test_warns_of_a_tensorrt_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
 
-    with pytest.warns(RuntimeWarning, match=r"not registered: the installed tensorrt can't be imported: libnvinfer"):
+    with pytest.warns(RuntimeWarning, match=r"not registered: the installed tensorrt cannot be imported: libnvinfer"):
         assert not registration.register_tensorrt_plugins()
 
 
@@ -123,3 +124,20 @@ def test_warns_where_tensorrt_takes_no_library(monkeypatch: pytest.MonkeyPatch, 
 
     with pytest.warns(RuntimeWarning, match=r"TensorRT 8.6.0 did not take the plug-in library"):
         assert not registration.register_tensorrt_plugins()
+
+
+def test_a_second_version_of_a_plugin(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
+    """The newest is found by its name alone, older ones for engines that hold them; all of them have to be there."""
+    registry = Registry()
+    install_tensorrt(monkeypatch, "8.6.0", registry)
+    assert registration.register_tensorrt_plugins()
+    monkeypatch.setattr(registration, "PLUGIN_VERSIONS", registration.PLUGIN_VERSIONS | {"Gemm": ("1", "2")})
+    trt = sys.modules["tensorrt"]
+    assert registration.find_creator(trt, "Gemm") is None
+
+    assert registration.register_tensorrt_plugins()
+
+    assert len(registry.loaded) == 2
+    assert registration.find_creator(trt, "Gemm").plugin_version == "2"
+    assert registration.find_creator(trt, "Gemm", "1").plugin_version == "1"
+    assert registration.find_creator(trt, "RmsNorm").plugin_version == "1"

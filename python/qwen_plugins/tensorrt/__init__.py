@@ -1,8 +1,8 @@
 """The plug-ins as layers of a TensorRT network: RMSNorm, alone and with quantization, Gemm and GptAttention.
 
 Each function adds one operation to an ``INetworkDefinition`` and returns its output tensors. With ``plugin=False`` the
-RMSNorm functions add the same operation in TensorRT's own layers, to compare with or to run where the plug-in library
-is not wanted. Needs the ``tensorrt`` package: 8.6, 10 or 11.
+RMSNorm functions add the same operation in TensorRT's own layers, to compare with or to build engines that need no
+plug-in library. This package needs the ``tensorrt`` package: 8.6, 10 or 11.
 
 In TensorRT 8.6 (and 10, unless the network is strongly typed) the builder chooses each layer's precision. There,
 
@@ -23,23 +23,23 @@ except ImportError as error:
     ) from error
 
 from .attention import gpt_attention
-from .gemm import gemm
 from .layers import as_array, check_network
+from .linear import gemm
 from .native import NativeLayers, is_strongly_typed
-from .rms_norm import rms_norm, rms_norm_quant
+from .normalization import rms_norm, rms_norm_quant
 
 __all__ = ["configure_builder", "constant", "gemm", "gpt_attention", "is_strongly_typed", "rms_norm", "rms_norm_quant"]
 
 
 def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:
-    """Adds a constant tensor that is of its type for every version of TensorRT.
+    """Add a constant tensor, which has the type ``dtype`` in every version of TensorRT.
 
-    TensorRT 8.6 calls constants float32, and converts them where they are used, unless layer and tensor say otherwise;
-    NumPy, and so ``tensorrt.Weights`` of an array, has no bfloat16.
+    TensorRT 8.6 takes constants for float32, and converts them where they are used, unless layer and tensor say
+    otherwise; NumPy, and so ``tensorrt.Weights`` of an array, has no bfloat16.
 
     Args:
         network: ``INetworkDefinition`` to add to.
-        array: the values, of any type of number that NumPy or ml_dtypes has. If that is ``dtype`` already it is not
+        array: the values, in any numeric type of NumPy or ml_dtypes. An array that has ``dtype`` already is not
             copied, and must not change until the engine is built.
         dtype: ``tensorrt.DataType`` of the tensor.
         name: prefix of the layer's name.
@@ -48,7 +48,7 @@ def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:
         The ``ITensor``, with the shape of ``array``.
 
     Raises:
-        TypeError: network is no network, or array holds no numbers.
+        TypeError: network is not an ``INetworkDefinition``, or array holds no numbers.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
     check_network(network)
@@ -56,12 +56,12 @@ def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:
 
 
 def configure_builder(config: Any, network: Any) -> None:
-    """Sets the flags of an ``IBuilderConfig`` that the layers of a finished network need, and no other.
+    """Set the flags of an ``IBuilderConfig`` that the layers of a finished network need, and no others.
 
-    In a network that is not strongly typed: ``FP16``, ``OBEY_PRECISION_CONSTRAINTS``, ``BF16`` if there is a bfloat16
-    tensor (other layers might be computed in it otherwise), and ``INT8`` if there is an int8 tensor: TensorRT wants
-    scales for the others otherwise. In a strongly typed network the tensors' own types say everything, and nothing is
-    set.
+    In a network that is not strongly typed these are ``FP16`` and ``OBEY_PRECISION_CONSTRAINTS``; ``BF16`` where the
+    network has a bfloat16 tensor, since with the flag other layers might be computed in bfloat16 too; and ``INT8``
+    where it has an int8 tensor, since with the flag TensorRT asks for scales of the other tensors. A strongly typed
+    network needs none: the types of its tensors are the types that it computes in.
     """
     if is_strongly_typed(network):
         return

@@ -1,5 +1,6 @@
-"""Attention over a key-value cache, with the rotary embedding inside, as a plug-in."""
+"""Attention over a key-value cache, with the rotary embedding inside: the GptAttention plug-in."""
 
+import numbers
 from typing import Any
 
 import tensorrt as trt
@@ -45,22 +46,22 @@ def gpt_attention(
     dtype: Any = None,
     name: str | None = None,
 ) -> tuple[Any, Any]:
-    """Adds causal attention of packed sequences over their key-value cache, with what happens to q and k before it.
+    """Add causal attention of packed sequences over their key-value cache, with what precedes it in a decoder layer.
 
-    In this order, each computed in float32: RMSNorm of each head of q and k where norm weights are
-    given, the rotary embedding, q times its query_scale; then k and v go to the cache, and the context of each token is
-    softmax(q · Kᵀ / (q_scaling · √head_size)) · V over its sequence up to itself.
+    The layer applies, each in float32, an RMSNorm to each head of q and k where norm weights are given, the rotary
+    embedding, and query_scale to q. It then writes k and v to the cache, and computes the context of each token,
+    softmax(q · Kᵀ / (q_scaling · √head_size)) · V, over the tokens of its sequence up to itself.
 
-    Where there are as many tokens as sequences, each sequence has one new token, and a kernel made for that runs;
-    otherwise one for prompts. No length has to be known on the host: a CUDA graph of decode serves any.
+    With as many tokens as sequences the layer runs a kernel for one new token of each sequence, otherwise kernels for
+    prompts. Lengths are read on the GPU only, so that one CUDA graph of a decode step serves sequences of any length.
 
     Args:
         network: ``INetworkDefinition`` to add to.
-        qkv: ``ITensor`` [tokens, (num_heads + 2 · num_kv_heads) · head_size] of ``dtype``: of each token the heads of
-            q, then of k, then of v; the tokens of all sequences one after the other.
+        qkv: ``ITensor`` [tokens, (num_heads + 2 · num_kv_heads) · head_size] of ``dtype``: for each token the heads
+            of q, then of k, then of v; the tokens of one sequence after those of another.
         past_key_value: ``ITensor`` [max_batch, 2, num_kv_heads, max_positions, head_size] of ``dtype``: keys, then
-            values; sequence i has row i. Mark present_key_value as an output of the network and bind it to the same
-            memory as this input: then nothing is copied, and the new tokens are written in their places.
+            values; sequence i has row i. Mark present_key_value as an output of the network and bind it to the memory
+            of this input: then only the new tokens are written, and nothing is copied.
         cu_seqlens: ``ITensor`` int32 [sequences + 1]: 0, then the running sums of the sequences' new tokens, at least
             one each.
         past_lengths: ``ITensor`` int32 [sequences]: tokens in the cache before these; with the new ones at most
@@ -70,20 +71,23 @@ def gpt_attention(
         rotary_table: [rows, rotary_embedding_dim] float32, an ``ITensor`` or an array: of each row the cosines, then
             the sines. None without a rotary embedding.
         semaphores: ``ITensor`` int32 [max_batch, num_heads], an input of the network bound to memory that is zero at
-            first; each launch leaves it zero. All layers of a network share one, and every execution context has its
-            own: launches that overlap must not share it. After a launch that was aborted, fill it with zeros again.
-        num_heads, num_kv_heads, head_size: of q; of k and v, a divisor; 32, 64, 80, 96, 128 or 256.
-        rotary_embedding_dim: how many elements of a head turn, even; by default head_size, without a rotary_table 0.
-        position_embedding_type: as TensorRT-LLM names them: "rope_gpt_neox" (element i turns with element
-            i + rotary_embedding_dim / 2), "rope_gptj" (2i with 2i + 1), or "learned_absolute" (none turns).
-        q_scaling: divides the scores beside √head_size, as in TensorRT-LLM.
+            first; each launch leaves it zero. All layers of a network share one tensor, but each execution context
+            needs its own, since launches that overlap must not share it. Zero it after a launch that was aborted.
+        num_heads: heads of q.
+        num_kv_heads: heads of k and v, a divisor of num_heads.
+        head_size: 32, 64, 80, 96, 128 or 256.
+        rotary_embedding_dim: how many elements of a head are rotated, even; None: head_size, or 0 without a
+            rotary_table.
+        position_embedding_type: TensorRT-LLM's name: "rope_gpt_neox" rotates element i together with element
+            i + rotary_embedding_dim / 2, "rope_gptj" 2i with 2i + 1, "learned_absolute" none.
+        q_scaling: divides the scores, as √head_size does; TensorRT-LLM's name.
         query_scale: [rows] float32, an ``ITensor`` or an array, or None: factors of q (Qwen v1's logn).
         q_norm_weight, k_norm_weight: [head_size] of ``dtype``, ``ITensor`` or array, both or none (Qwen3).
         norm_eps: added to the mean squares of the heads, above 0.
-        dtype: ``tensorrt.DataType`` of qkv, cache, norm weights and context; ``qkv.dtype`` by default. To be named in
-            TensorRT 8.6 where it reports float32 for a tensor that it will compute in float16.
-        name: of the layer, and prefix of its constants' names; no two layers of a network may share one. By default
-            gpt_attention with a number.
+        dtype: ``tensorrt.DataType`` of qkv, cache, norm weights and context; None: ``qkv.dtype``. Pass it in TensorRT
+            8.6 where qkv reports float32 but will be computed in float16.
+        name: of the layer, and prefix of its constants' names, unique in the network; None: gpt_attention with a
+            number.
 
     Returns:
         (context [tokens, num_heads · head_size], present_key_value of the shape of past_key_value).
@@ -134,26 +138,29 @@ def gpt_attention(
 
 
 class _Tensors:
-    """Collects the inputs of the plug-in in its order."""
+    """Collects the inputs of the plug-in in their order."""
 
     def __init__(self, network: Any, name: str) -> None:
         self.layers = NativeLayers(network, name)
         self.inputs: list[Any] = []
 
     def add(self, what: str, value: Any, expected: tuple[int, ...], meaning: str, dtype: Any = None) -> None:
-        """A tensor of that shape and, where one is given, type."""
+        """Add a tensor of that shape and, where one is given, type."""
         check_shape(tensor_shape(value, what), expected, what, meaning)
         if dtype is not None:
             check_type(value, dtype, what)
         self.inputs.append(value)
 
     def add_parameter(self, what: str, value: Any, expected: tuple[int, ...], meaning: str, dtype: Any) -> None:
-        """A tensor, or an array, which becomes one; nothing if it is None."""
+        """Add a tensor, or a constant for an array; nothing for None."""
         if value is not None:
             self.inputs.append(parameter(self.layers, value, expected, what, meaning, dtype))
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:
+    for what, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_size", head_size)):
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{what} is a {type(value).__name__}; expected an integer")
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads != 0:
         raise ValueError(f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; expected a divisor of num_heads")
     if head_size not in HEAD_SIZES:
@@ -161,7 +168,7 @@ def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:
 
 
 def _rotary_dim(given: int | None, head_size: int, position_embedding_type: str, rotary_table: Any) -> int:
-    """How many elements of a head turn; 0 without a rotary embedding."""
+    """Return how many elements of a head are rotated; 0 without a rotary embedding."""
     if position_embedding_type not in _POSITION_EMBEDDING_TYPES:
         names = ", ".join(_POSITION_EMBEDDING_TYPES)
         raise ValueError(f"position_embedding_type is {position_embedding_type!r}; expected one of {names}")

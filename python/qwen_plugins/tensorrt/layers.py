@@ -1,5 +1,10 @@
-"""What the functions of every plug-in share: the layer itself, the types of its outputs, checks of arguments."""
+"""What the functions of every plug-in share: adding the layer, setting the types of its outputs, checks of arguments.
 
+A check raises TypeError for a wrong type of argument or tensor, and ValueError for a wrong value or shape. Messages are
+worded like those that the plug-ins log: what the argument is, then what was expected.
+"""
+
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +23,7 @@ def add_plugin(
     layer_name: str,
     output_types: Sequence[Any],
 ) -> list[Any]:
-    """One plug-in layer; its outputs, of ``output_types``. RuntimeError where TensorRT refuses it."""
+    """Add a layer of a plug-in's newest version and return its outputs; RuntimeError where TensorRT refuses it."""
     creator = find_creator(trt, plugin_name) if register_tensorrt_plugins() else None
     if creator is None:
         raise RuntimeError(
@@ -54,10 +59,10 @@ def add_plugin(
 
 
 def _set_output_types(layer: Any, outputs: Sequence[Any], types: Sequence[Any]) -> None:
-    """Say the types of a layer's outputs twice.
+    """Set the types of a layer's outputs, in the layer and in the tensors.
 
-    Where the builder chooses types, TensorRT 8.6 calls all of them float32, and converts a network's outputs to that,
-    unless both the layer and the tensor say otherwise.
+    Where the builder chooses types, TensorRT 8.6 takes all outputs for float32, and converts a network's outputs to
+    that, unless both the layer and the tensor say otherwise.
     """
     for i, (tensor, dtype) in enumerate(zip(outputs, types, strict=True)):
         layer.set_output_type(i, dtype)
@@ -65,7 +70,7 @@ def _set_output_types(layer: Any, outputs: Sequence[Any], types: Sequence[Any]) 
 
 
 def parameter(layers: NativeLayers, value: Any, expected: Sequence[int], what: str, meaning: str, dtype: Any) -> Any:
-    """A tensor, or an array as a constant, of that shape and type."""
+    """Return a tensor of that shape and type: the one given, or a constant for an array."""
     if isinstance(value, trt.ITensor):
         check_shape(value.shape, expected, what, meaning)
         if layers.typed:  # TensorRT 8.6 calls the tensors inside a network float32
@@ -77,13 +82,13 @@ def parameter(layers: NativeLayers, value: Any, expected: Sequence[int], what: s
 
 
 def check_network(network: Any) -> None:
-    """TypeError unless it is an ``INetworkDefinition``."""
+    """Raise TypeError unless it is an ``INetworkDefinition``."""
     if not isinstance(network, trt.INetworkDefinition):
         raise TypeError(f"network is a {type(network).__name__}; expected a tensorrt.INetworkDefinition")
 
 
 def checked_dtype(dtype: Any, tensor: Any, what: str) -> Any:
-    """``dtype``, by default that of the tensor; TypeError if it is not a floating-point type that plug-ins take."""
+    """Return ``dtype``, or the tensor's for None; TypeError for a type that the plug-ins do not compute in."""
     dtype = tensor.dtype if dtype is None else dtype
     if dtype not in floating_types():
         raise TypeError(f"{what} has type {dtype}; expected one of {', '.join(map(str, floating_types()))}")
@@ -91,43 +96,45 @@ def checked_dtype(dtype: Any, tensor: Any, what: str) -> Any:
 
 
 def check_type(tensor: Any, dtype: Any, what: str) -> None:
-    """TypeError where a tensor's known type is another."""
+    """Raise TypeError where a tensor has another type."""
     if tensor.dtype != dtype:
         raise TypeError(f"{what} has type {tensor.dtype}; expected {dtype}")
 
 
 def check_positive(value: float, what: str) -> None:
-    """ValueError unless it is a finite number above 0."""
+    """Check for a finite number above 0."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} is a {type(value).__name__}; expected a number")
     if not np.isfinite(value) or value <= 0:
         raise ValueError(f"{what} is {value}; expected a finite number above 0")
 
 
 def check_shape(shape: Sequence[int], expected: Sequence[int], what: str, meaning: str) -> None:
-    """ValueError where a shape can't be that; -1 on either side fits anything."""
+    """Raise ValueError for another shape; -1 on either side fits anything."""
     shape = tuple(shape)
     if len(shape) != len(expected) or not all(map(may_be_equal, shape, expected)):
         raise ValueError(f"{what} has shape {shape}; expected {meaning}, here {tuple(expected)}")
 
 
 def floating_types() -> tuple[Any, ...]:
-    """What the plug-ins compute in, with this TensorRT."""
+    """Return the types that the plug-ins compute in, with this TensorRT."""
     return (trt.float32, trt.float16, *([trt.bfloat16] if hasattr(trt, "bfloat16") else []))
 
 
 def free_name(network: Any, prefix: str) -> str:
-    """A name for a layer that no other layer has."""
-    return f"{prefix}_{getattr(network, 'num_layers', 0)}"  # not yet known to be a network
+    """Return a name for a layer that no other layer has."""
+    return f"{prefix}_{network.num_layers}"
 
 
 def tensor_shape(tensor: Any, what: str) -> tuple[int, ...]:
-    """Its shape, -1 where it is not known; TypeError if it is no ``ITensor``."""
+    """Return a tensor's shape, -1 where it is not known; TypeError for what is not an ``ITensor``."""
     if not isinstance(tensor, trt.ITensor):
         raise TypeError(f"{what} is a {type(tensor).__name__}; expected a tensorrt.ITensor")
     return tuple(tensor.shape)
 
 
 def as_array(value: Any, what: str) -> np.ndarray:
-    """As an array of numbers, not copied if it is one; TypeError otherwise."""
+    """Return an array of numbers, not copied if it is one already; TypeError for what holds no numbers."""
     array = np.asarray(value)
     # ml_dtypes' bfloat16 is no subtype of np.floating, but converts to one.
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
@@ -136,5 +143,5 @@ def as_array(value: Any, what: str) -> np.ndarray:
 
 
 def may_be_equal(a: int, b: int) -> bool:
-    """Of two dimensions; -1 is not known yet."""
+    """Return whether two dimensions may be equal; -1 is not known yet."""
     return a == b or a < 0 or b < 0

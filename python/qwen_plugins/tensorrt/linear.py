@@ -1,4 +1,4 @@
-"""The matrix product of a linear layer, as a plug-in."""
+"""The linear layer: the Gemm plug-in."""
 
 import math
 from typing import Any
@@ -6,15 +6,7 @@ from typing import Any
 import tensorrt as trt
 
 from .._numbers import ACTIVATIONS
-from .layers import (
-    add_plugin,
-    check_network,
-    check_type,
-    checked_dtype,
-    free_name,
-    parameter,
-    tensor_shape,
-)
+from .layers import add_plugin, check_network, check_type, checked_dtype, free_name, parameter, tensor_shape
 from .native import NativeLayers
 
 
@@ -30,28 +22,28 @@ def gemm(
     plugin: bool = True,
     name: str | None = None,
 ) -> Any:
-    """Adds z = x · weightᵀ + bias, and with ``activation="swiglu"`` y = silu(z_gate) · z_up, else y = z.
+    """Add y = x · weightᵀ + bias, or with ``activation="swiglu"`` y = silu(z_gate) · z_up of the halves of that z.
 
     Args:
         network: ``INetworkDefinition`` to add to.
         x: ``ITensor`` of shape [..., in_features], float32, float16 or (TensorRT 10 and later) bfloat16; in_features
             is known, the other dimensions may be dynamic.
         weight: [out_features, in_features], an ``ITensor``, an array or ``tensorrt.Weights``. An array of another
-            floating-point type is converted to ``dtype``; one that has it and is contiguous (a memory-mapped file for
-            one) is not copied, and the network keeps it alive. ``Weights`` are as given, and their memory is the
-            caller's to keep until the engine is built.
+            floating-point type is converted to ``dtype``. An array that has ``dtype`` and is contiguous, such as that
+            of a memory-mapped file, is not copied; the network keeps it alive. ``Weights`` must have ``dtype``, and
+            the caller keeps their memory until the engine is built.
         bias: [out_features], likewise, or None.
         activation: None or "swiglu" (Shazeer, "GLU Variants Improve Transformer", 2020): the first half of
-            out_features is the gate, the second half its factor.
-        constant_weight: whether nothing in the network computes weight or bias, so that reading them may begin before
-            the kernel in front of this one has ended. By default so where neither is an ``ITensor``; to be said where
-            one is the output of a constant layer, such as an embedding that is also the last product's weight. False
-            with TensorRT's weight streaming (10 and later), which copies weights to the GPU while the engine runs.
-        dtype: ``tensorrt.DataType`` of x, weight, bias and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where
-            it reports float32 for a tensor that it will compute in float16.
-        plugin: False adds the same operation in TensorRT's own layers, SwiGLU computed in float32.
-        name: of the layer, and prefix of its constants' names; no two layers of a network may share one. By default
-            gemm with a number.
+            out_features is z_gate, the second half z_up.
+        constant_weight: True where no layer of the network computes weight or bias: the kernel may then read them
+            before the kernel in front of it has ended. None: True unless one of them is an ``ITensor``. Pass True for
+            an ``ITensor`` that is the output of a constant layer, such as an embedding that is also the weight of the
+            last linear layer. Pass False with TensorRT's weight streaming (10 and later), which copies weights to the
+            GPU while the engine runs.
+        dtype: ``tensorrt.DataType`` of x, weight, bias and y; None: ``x.dtype``. Pass it in TensorRT 8.6 where x
+            reports float32 but will be computed in float16.
+        plugin: True: one Gemm plug-in layer; False: TensorRT's own layers, with SwiGLU computed in float32.
+        name: of the layer, and prefix of its constants' names, unique in the network; None: gemm with a number.
 
     Returns:
         y, an ``ITensor`` of shape [..., out_features], with swiglu [..., out_features / 2].
@@ -91,7 +83,7 @@ def gemm(
 
 
 def _parameter(layers: NativeLayers, value: Any, expected: tuple[int, ...], dtype: Any, what: str) -> Any:
-    """A tensor of the expected shape from a tensor, an array or ``tensorrt.Weights``; -1 is a dimension not known."""
+    """Return a tensor of the expected shape, in which -1 fits anything, for an ITensor, an array or Weights."""
     meaning = "[out_features, in_features]" if what == "weight" else "[out_features]"
     if not isinstance(value, trt.Weights):
         return parameter(layers, value, expected, what, meaning, dtype)

@@ -1,4 +1,4 @@
-"""TensorRT's own layers: constants, and RMSNorm and quantization spelled out, which the plug-ins are compared with."""
+"""TensorRT's own layers: constants, and RMSNorm and quantization made of them, to compare with the plug-ins."""
 
 import weakref
 from typing import Any
@@ -11,9 +11,10 @@ _LARGEST = {"INT8": 127.0, "FP8": 448.0}  # symmetric; of float8_e4m3fn
 
 
 def is_strongly_typed(network: Any) -> bool:
-    """Whether the types of a network's tensors are the author's and not the builder's choice.
+    """Return whether the network's author chooses the types of its tensors, and not the builder.
 
-    In TensorRT 11 of every network, in 10 of those created with the flag ``STRONGLY_TYPED``, before that of none.
+    In TensorRT 11 that is so for every network, in 10 for those created with the flag ``STRONGLY_TYPED``, before 10 for
+    none.
     """
     if MAJOR >= 11:
         return True
@@ -39,7 +40,7 @@ class NativeLayers:
         unit_offset: bool = False,
         round_before_weight: bool = False,
     ) -> tuple[Any, Any]:
-        """(x + residual in ``dtype``, the normalised rows in float32)."""
+        """Return x + residual in ``dtype``, and the normalised rows in float32."""
         rank = len(x.shape)
         h = x
         if residual is not None:
@@ -79,7 +80,7 @@ class NativeLayers:
         return self._of_type(shuffle, dtype)
 
     def quantize(self, y: Any, quant_dtype: Any, scale: Any, smoothing: Any) -> list[Any]:
-        """[q], or [q, scales] where ``scale`` is None; ``y`` is float32."""
+        """Return [q], or [q, scales] where ``scale`` is None; ``y`` is float32."""
         rank = len(y.shape)
         largest = _LARGEST[str(quant_dtype).rsplit(".", 1)[-1]]
         if smoothing is not None:
@@ -97,7 +98,7 @@ class NativeLayers:
         return [q, divisor] if dynamic else [q]
 
     def constant(self, array: np.ndarray, dtype: Any, what: str, *, keeps_type: bool = False) -> Any:
-        """A constant tensor of ``dtype`` with the shape and values of ``array``; TensorRT may change an untold type."""
+        """Return a constant with the shape and values of ``array``; ``keeps_type``: TensorRT must keep its type."""
         if dtype == getattr(trt, "bfloat16", None):
             import ml_dtypes  # NumPy itself has no bfloat16
 
@@ -112,12 +113,12 @@ class NativeLayers:
         return self.weights(weights, array.shape, dtype, what, keeps_type=keeps_type)
 
     def weights(self, weights: Any, shape: tuple[int, ...], dtype: Any, what: str, *, keeps_type: bool = False) -> Any:
-        """The same of ``tensorrt.Weights``, which have no shape."""
+        """Return a constant of ``tensorrt.Weights``, which have no shape of their own."""
         layer = self._named(self.network.add_constant(shape, weights), what)
         return self._typed_output(layer, dtype) if keeps_type else layer.get_output(0)
 
     def cast(self, tensor: Any, dtype: Any) -> Any:
-        """The tensor in ``dtype``; itself where it has that type."""
+        """Return the tensor cast to ``dtype``, or itself where it has that type."""
         if tensor.dtype == dtype:
             return tensor
         layer = self._named(self.network.add_cast(tensor, dtype), f"to_{str(dtype).rsplit('.', 1)[-1].lower()}")
@@ -149,7 +150,7 @@ class NativeLayers:
         return self.constant(np.full((1,) * rank, value, np.float32), trt.float32, "constant")
 
     def _broadcast(self, tensor: Any, rank: int) -> Any:
-        """[] or [n] as [1, ..., n], which elementwise layers combine with tensors of that rank."""
+        """Reshape [] or [n] to [1, ..., n], which elementwise layers combine with tensors of that rank."""
         if len(tensor.shape) == rank:
             return tensor
         shuffle = self._named(self.network.add_shuffle(tensor), "broadcast")
@@ -205,5 +206,5 @@ class NativeLayers:
     def _named(self, layer: Any, what: str) -> Any:
         if layer is None:
             raise RuntimeError(f"TensorRT could not add the layer '{self.name}/{what}'; its log has the reason")
-        layer.name = f"{self.name}/{what}_{self.network.num_layers}"  # TensorRT wants no name twice
+        layer.name = f"{self.name}/{what}_{self.network.num_layers}"  # TensorRT refuses a name that two layers have
         return layer

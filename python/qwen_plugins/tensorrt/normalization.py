@@ -1,4 +1,4 @@
-"""RMSNorm, alone and with quantization, as plug-ins or as TensorRT's own layers."""
+"""RMSNorm, alone and with quantization: the plug-ins, or TensorRT's own layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from .layers import (
     as_array,
     check_network,
     check_positive,
+    check_type,
     checked_dtype,
     free_name,
     may_be_equal,
@@ -32,7 +33,7 @@ def rms_norm(
     plugin: bool = True,
     name: str | None = None,
 ) -> Any:
-    """Adds y = h / sqrt(mean(h²) + eps) · weight over the last dimension, where h = x + residual, or x without one.
+    """Add y = h / sqrt(mean(h²) + eps) · weight over the last dimension, with h = x + residual, or h = x without one.
 
     Args:
         network: ``INetworkDefinition`` to add to.
@@ -41,13 +42,13 @@ def rms_norm(
             floating-point type is converted to ``dtype``.
         eps: added to the mean square, above 0.
         residual: ``ITensor`` of the shape and type of x, or None.
-        unit_offset: multiply with weight + 1 (Gemma, Qwen3-Next).
-        round_before_weight: round to ``dtype`` before the product with the weight, as Hugging Face's modules do.
-        dtype: ``tensorrt.DataType`` of x, residual and y; ``x.dtype`` by default. To be named in TensorRT 8.6 where it
-            reports float32 for a tensor that it will compute in float16.
-        plugin: one RmsNorm plug-in layer, or TensorRT's own layers.
-        name: of the layer, and prefix of the names of native layers; no two layers of a network may share one. By
-            default rms_norm with a number.
+        unit_offset: multiply by weight + 1 (Gemma, Qwen3-Next).
+        round_before_weight: round to ``dtype`` before multiplying by the weight, as Hugging Face's modules do.
+        dtype: ``tensorrt.DataType`` of x, residual and y; None: ``x.dtype``. Pass it in TensorRT 8.6 where x reports
+            float32 but will be computed in float16.
+        plugin: True: one RmsNorm plug-in layer; False: TensorRT's own layers.
+        name: of the layer, and prefix of the names of native layers, unique in the network; None: rms_norm with a
+            number.
 
     Returns:
         y, an ``ITensor`` with the shape of x; with a residual, (y, x + residual).
@@ -56,6 +57,7 @@ def rms_norm(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
+    check_network(network)
     arguments = _Arguments(network, x, weight, eps, residual, dtype, name or free_name(network, "rms_norm"), plugin)
     if plugin:
         fields = arguments.fields() | {
@@ -96,24 +98,25 @@ def rms_norm_quant(
     plugin: bool = True,
     name: str | None = None,
 ) -> Any:
-    """Adds `rms_norm` followed by quantization: q = saturate(round(y / smoothing / scale)).
+    """Add `rms_norm` followed by quantization: q = saturate(round(y / smoothing / scale)).
 
     Args:
         network, x, weight, eps, residual, unit_offset, dtype, plugin, name: as in `rms_norm`.
         quant_dtype: ``tensorrt.int8``, or ``tensorrt.fp8`` (float8_e4m3fn) from TensorRT 10 on.
-        scale: one float32, an ``ITensor`` of shape [] or [1] or a number: static quantization, per tensor. None:
-            dynamic, per row, the scales being an output.
+        scale: for static quantization of the whole tensor, one float32: an ``ITensor`` of shape [] or [1], or a
+            number. None: dynamic quantization, with a scale of each row as an output.
         smoothing: [hidden_size], an ``ITensor`` or an array, of ``dtype`` or float32: the divisor of each channel
             (SmoothQuant, Xiao et al. 2022).
 
     Returns:
-        q with the shape of x; then, in dynamic quantization, the scales, float32 of shape [..., 1]; then, with a
-        residual, x + residual. A tuple where there is more than q.
+        q with the shape of x; in dynamic quantization followed by the scales, float32 of shape [..., 1]; with a
+        residual followed by x + residual. A tuple unless q is the only output.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: TensorRT refused the layer; its log has the reason.
     """
+    check_network(network)
     arguments = _Arguments(
         network, x, weight, eps, residual, dtype, name or free_name(network, "rms_norm_quant"), plugin
     )
@@ -135,14 +138,13 @@ def rms_norm_quant(
 
 
 class _Arguments:
-    """Checks what both functions take; `weight` becomes a tensor."""
+    """Holds the arguments that both functions take, checked; `weight` has become a tensor."""
 
     def __init__(
         self, network: Any, x: Any, weight: Any, eps: float, residual: Any, dtype: Any, name: str, plugin: bool
     ) -> None:
-        check_network(network)
+        check_positive(eps, "eps")
         self.network, self.x, self.residual, self.eps, self.name = network, x, residual, float(eps), name
-        check_positive(self.eps, "eps")
         self.shape = tensor_shape(x, "x")
         if not self.shape:
             raise ValueError("x has no dimensions; expected [..., hidden_size]")
@@ -160,7 +162,7 @@ class _Arguments:
             raise ValueError(f"residual has shape {shape}; expected that of x, {self.shape}")
 
     def channels(self, value: Any, what: str, default_type: Any) -> Any:
-        """A tensor of shape [hidden_size] from a tensor or an array."""
+        """Return a tensor of shape [hidden_size] for a tensor or an array."""
         hidden_size = self.shape[-1]
         expected = f"expected [{'hidden_size' if hidden_size < 0 else hidden_size}], the last dimension of x"
         if isinstance(value, trt.ITensor):
@@ -181,12 +183,11 @@ class _Arguments:
         return value
 
     def per_tensor(self, value: Any, what: str) -> Any:
-        """A float32 tensor of one element from a tensor or a number."""
+        """Return a float32 tensor of one element for a tensor or a number."""
         if isinstance(value, trt.ITensor):
-            if tuple(value.shape) not in ((), (1,)) or value.dtype != trt.float32:
-                raise ValueError(
-                    f"{what} is {value.dtype} of shape {tuple(value.shape)}; expected float32 of shape [] or [1]"
-                )
+            check_type(value, trt.float32, what)
+            if tuple(value.shape) not in ((), (1,)):
+                raise ValueError(f"{what} has shape {tuple(value.shape)}; expected [] or [1]")
             return value
         array = as_array(value, what)
         if array.size != 1 or not np.isfinite(array).all() or float(array.reshape(())) <= 0:
@@ -221,10 +222,10 @@ def _add_quantization_plugin(
 
 
 def _set_ranges(outputs: Sequence[Any]) -> None:
-    """Tell a network that is not strongly typed that one step of the int8 tensor is 1: the range is 127 steps.
+    """Set the dynamic range of a layer's outputs where the network is not strongly typed.
 
-    The other outputs of the layer have no int8 form, but TensorRT 8.6 refuses the layer while one of them has no range:
-    they get that of float16.
+    The int8 tensor gets 127, for a step of 1. The other outputs are never int8, but TensorRT 8.6 refuses the layer
+    while one of them has no range: they get that of float16.
     """
     outputs[0].set_dynamic_range(-127.0, 127.0)
     for tensor in outputs[1:]:
@@ -232,10 +233,11 @@ def _set_ranges(outputs: Sequence[Any]) -> None:
 
 
 def _declare_types_explicit(network: Any) -> None:
-    """Add, once, a quantization and dequantization of a constant, which nothing uses.
+    """Add one quantization and dequantization of a constant that nothing uses, unless the network has it already.
 
-    Without any, TensorRT 8.6 decides which tensors are int8, and refuses a layer with an int8 output whose other output
-    feeds a layer in floating point: every layer of a decoder with the residual. With one, it takes the types as set.
+    In a network without any, TensorRT 8.6 decides which tensors are int8, and refuses a layer with an int8 output whose
+    other output feeds a floating-point layer, as the residual of every decoder layer does. In a network with one it
+    takes the types as set.
     """
     name = "explicit_types"
     if any(network.get_layer(i).name.startswith(name) for i in range(network.num_layers)):
@@ -249,4 +251,4 @@ def _declare_types_explicit(network: Any) -> None:
 def _check_quant_dtype(quant_dtype: Any) -> None:
     allowed = [trt.int8, *([trt.fp8] if MAJOR >= 10 else [])]
     if quant_dtype not in allowed:
-        raise ValueError(f"quant_dtype is {quant_dtype}; a plug-in gives {' or '.join(map(str, allowed))}")
+        raise TypeError(f"quant_dtype is {quant_dtype}; expected {' or '.join(map(str, allowed))}")
