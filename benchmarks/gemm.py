@@ -104,7 +104,7 @@ def providers() -> dict[str, Call]:
     import torch.nn.functional as F
 
     import qwen_plugins
-    from qwen_plugins.attention import swiglu
+    from qwen_plugins.activation import swiglu
 
     def ours(product: Product, x: Any, weight: Any) -> Any:
         return qwen_plugins.gemm(x, weight, activation="swiglu" if product.swiglu else None, constant_weight=True)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -9,15 +10,18 @@
 
 namespace qwen_plugins {
 
-// Device pointers and streams come as integers, as every framework can give them; 0 is none.
+// Device pointers and streams are integers, which every framework can give; 0 is the null pointer or default stream.
 using Address = uintptr_t;
+
+// Other Python threads run while a kernel is launched.
+using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// An error of CUDA as a Python RuntimeError.
+// Throws what Python sees as a RuntimeError where CUDA reports an error.
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }

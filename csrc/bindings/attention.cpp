@@ -1,40 +1,26 @@
-// qwen_plugins/decoder.py checks shapes and types.
 #include "attention.h"
 
 #include "arguments.h"
 #include "kernels/attention/decode.h"
 #include "kernels/attention/prefill.h"
-#include "kernels/gemm/swiglu.h"
 
 namespace py = pybind11;
 
 namespace qwen_plugins {
 namespace {
 
-void swiglu(Address gate_up, Address y, int64_t gate_up_row_stride, int64_t rows, int64_t size, int32_t dtype,
-            Address stream) {
-  SwigluParams params;
-  params.gate_up = pointer<const void>(gate_up);
-  params.y = pointer<void>(y);
-  params.gate_up_row_stride = gate_up_row_stride;
-  params.rows = rows;
-  params.size = size;
-  params.dtype = static_cast<DataType>(dtype);
-  check(launch_swiglu(params, pointer<CUstream_st>(stream)), "swiglu");
-}
-
-AttentionHeads make_heads(int32_t num_heads, int32_t num_kv_heads, int32_t head_size, int32_t rotary_dim, int32_t dtype,
-                          Address rotary_table, Address rotary_offsets, int32_t rotary_style, Address query_scale,
-                          Address q_norm_weight, Address k_norm_weight, float norm_eps) {
+AttentionHeads make_heads(int32_t num_heads, int32_t num_kv_heads, int32_t head_size, int32_t rotary_dim,
+                          DataType dtype, Address rotary_table, Address rotary_offsets, RotaryStyle rotary_style,
+                          Address query_scale, Address q_norm_weight, Address k_norm_weight, float norm_eps) {
   AttentionHeads heads;
   heads.num_heads = num_heads;
   heads.num_kv_heads = num_kv_heads;
   heads.head_size = head_size;
   heads.rotary_dim = rotary_dim;
-  heads.dtype = static_cast<DataType>(dtype);
+  heads.dtype = dtype;
   heads.rotary_table = pointer<const float>(rotary_table);
   heads.rotary_offsets = pointer<const int32_t>(rotary_offsets);
-  heads.rotary_style = static_cast<RotaryStyle>(rotary_style);
+  heads.rotary_style = rotary_style;
   heads.query_scale = pointer<const float>(query_scale);
   heads.q_norm_weight = pointer<const void>(q_norm_weight);
   heads.k_norm_weight = pointer<const void>(k_norm_weight);
@@ -85,23 +71,23 @@ int64_t workspace_bytes(const AttentionHeads& heads, int32_t sequences) {
 }  // namespace
 
 void bind_attention(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<AttentionHeads>(module, "AttentionHeads")
+  py::class_<AttentionHeads>(module, "AttentionHeads",
+                             "The heads, their norms and their rotary embedding: kernels/attention/heads.h.")
       .def(py::init(&make_heads), py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_size"),
            py::arg("rotary_dim"), py::arg("dtype"), py::arg("rotary_table"), py::arg("rotary_offsets"),
            py::arg("rotary_style"), py::arg("query_scale"), py::arg("q_norm_weight"), py::arg("k_norm_weight"),
            py::arg("norm_eps"));
-  module.def("swiglu", &swiglu, Unlocked(), py::kw_only(), py::arg("gate_up"), py::arg("y"),
-             py::arg("gate_up_row_stride"), py::arg("rows"), py::arg("size"), py::arg("dtype"), py::arg("stream"));
   module.def("prefill_attention", &prefill_attention, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("cu_seqlens"), py::arg("past_lengths"), py::arg("sequences"), py::arg("tokens"),
-             py::arg("softmax_scale"), py::arg("stream"));
+             py::arg("softmax_scale"), py::arg("stream"), "Launch attention of prompts: kernels/attention/prefill.h.");
   module.def("decode_attention", &decode_attention, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("past_lengths"), py::arg("sequences"), py::arg("softmax_scale"), py::arg("workspace"),
-             py::arg("semaphores"), py::arg("stream"));
-  module.def("decode_attention_workspace_bytes", &workspace_bytes, py::arg("heads"), py::arg("sequences"));
+             py::arg("semaphores"), py::arg("stream"),
+             "Launch attention of one new token a sequence: kernels/attention/decode.h.");
+  module.def("decode_attention_workspace_bytes", &workspace_bytes, py::arg("heads"), py::kw_only(),
+             py::arg("sequences"), "Return the size of the workspace that decode_attention needs.");
 }
 
 }  // namespace qwen_plugins

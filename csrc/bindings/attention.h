@@ -1,4 +1,4 @@
-// The decoder's own kernels (SwiGLU, attention of prompts and of new tokens) for Python.
+// Attention of prompts and of new tokens, for Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,3 @@
-// qwen_plugins/_gemm.py checks shapes and types. Arguments come by position: names would cost as much time as the
-// launch.
 #include "gemm.h"
 
 #include "arguments.h"
@@ -11,45 +9,65 @@ namespace py = pybind11;
 namespace qwen_plugins {
 namespace {
 
-GemmShape make_shape(int64_t rows, int64_t in_features, int64_t out_features, int32_t activation, int32_t dtype) {
-  GemmShape shape;
-  shape.rows = rows;
-  shape.in_features = in_features;
-  shape.out_features = out_features;
-  shape.activation = static_cast<Activation>(activation);
-  shape.dtype = static_cast<DataType>(dtype);
-  return shape;
-}
+// The parameters of a linear layer that are the same in each of its launches. Setting them once leaves a launch with
+// few arguments, which matters: before a short prompt's first token the GPU waits for Python to launch its kernels.
+class LinearLayer {
+ public:
+  LinearLayer(Address weight, Address bias, int64_t in_features, int64_t out_features, Activation activation,
+              DataType dtype, bool constant_weight) {
+    params_.weight = pointer<const void>(weight);
+    params_.bias = pointer<const void>(bias);
+    params_.shape.in_features = in_features;
+    params_.shape.out_features = out_features;
+    params_.shape.activation = activation;
+    params_.shape.dtype = dtype;
+    params_.constant_weight = constant_weight;
+  }
 
-int64_t workspace_bytes(int64_t rows, int64_t in_features, int64_t out_features, int32_t activation, int32_t dtype) {
-  int64_t bytes = 0;
-  check(gemm_workspace_bytes(make_shape(rows, in_features, out_features, activation, dtype), &bytes),
-        "gemm_workspace_bytes");
-  return bytes;
-}
+  GemmParams params(int64_t rows) const {
+    GemmParams params = params_;
+    params.shape.rows = rows;
+    return params;
+  }
 
-void gemm(Address x, int64_t x_row_stride, Address weight, Address bias, Address y, int64_t rows, int64_t in_features,
-          int64_t out_features, int32_t activation, int32_t dtype, bool constant_weight, Address workspace,
-          int64_t workspace_bytes, Address stream) {
-  GemmParams params;
-  params.shape = make_shape(rows, in_features, out_features, activation, dtype);
+  int64_t columns() const { return columns_of(params_.shape); }
+
+  int64_t workspace_bytes(int64_t rows) const {
+    int64_t bytes = 0;
+    check(gemm_workspace_bytes(params(rows).shape, &bytes), "gemm_workspace_bytes");
+    return bytes;
+  }
+
+ private:
+  GemmParams params_;
+};
+
+void gemm(const LinearLayer& layer, Address x, int64_t x_row_stride, Address y, int64_t rows, Address workspace,
+          Address stream) {
+  GemmParams params = layer.params(rows);
   params.x = pointer<const void>(x);
-  params.weight = pointer<const void>(weight);
-  params.bias = pointer<const void>(bias);
-  params.y = pointer<void>(y);
   params.x_row_stride = x_row_stride;
-  params.constant_weight = constant_weight;
+  params.y = pointer<void>(y);
   params.workspace = pointer<void>(workspace);
-  params.workspace_bytes = workspace_bytes;
+  params.workspace_bytes = layer.workspace_bytes(rows);
   check(launch_gemm(params, pointer<CUstream_st>(stream)), "gemm");
 }
 
 }  // namespace
 
 void bind_gemm(py::module_& module) {
-  module.def("gemm_workspace_bytes", &workspace_bytes);
-  module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
-  module.def("cublas_lt_status", &cublas_lt_status, "The file of cuBLASLt that is used, or why none is.");
+  py::class_<LinearLayer>(module, "LinearLayer", "The parameters of a linear layer, the same in each of its launches.")
+      .def(py::init<Address, Address, int64_t, int64_t, Activation, DataType, bool>(), py::kw_only(), py::arg("weight"),
+           py::arg("bias"), py::arg("in_features"), py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
+           py::arg("constant_weight"))
+      .def_property_readonly("columns", &LinearLayer::columns, "The columns of y.")
+      .def("workspace_bytes", &LinearLayer::workspace_bytes, py::arg("rows"),
+           "Return the size of the workspace that gemm needs for that many rows; it never shrinks with more rows.");
+  module.def("gemm", &gemm, Unlocked(), py::arg("layer"), py::kw_only(), py::arg("x"), py::arg("x_row_stride"),
+             py::arg("y"), py::arg("rows"), py::arg("workspace"), py::arg("stream"),
+             "Launch the matrix product of a linear layer: kernels/gemm/gemm.h. The workspace has "
+             "layer.workspace_bytes(rows).");
+  module.def("cublas_lt_status", &cublas_lt_status, "Return the file of cuBLASLt in use, or why none is in use.");
 }
 
 }  // namespace qwen_plugins

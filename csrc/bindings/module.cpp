@@ -1,16 +1,22 @@
-// qwen_plugins._core: the launchers for Python. Nothing here knows a framework: device pointers and streams are
-// integers.
+// The Python module qwen_plugins._core: the launchers of the kernels, without any framework. Its public name is
+// qwen_plugins.launch. Callers check their arguments: device addresses cannot be checked here.
 #include <pybind11/pybind11.h>
 
+#include "activation.h"
 #include "attention.h"
+#include "embedding.h"
 #include "gemm.h"
 #include "rms_norm.h"
 #include "sampling.h"
+#include "types.h"
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "CUDA kernels on raw device pointers. Use the functions of qwen_plugins, which check their arguments.";
-  qwen_plugins::bind_rms_norm(module);
+  module.doc() = "The launchers of the CUDA kernels, which qwen_plugins.launch documents and exports.";
+  qwen_plugins::bind_types(module);
+  qwen_plugins::bind_activation(module);
   qwen_plugins::bind_attention(module);
+  qwen_plugins::bind_embedding(module);
   qwen_plugins::bind_gemm(module);
+  qwen_plugins::bind_rms_norm(module);
   qwen_plugins::bind_sampling(module);
 }

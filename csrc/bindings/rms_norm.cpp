@@ -1,4 +1,3 @@
-// qwen_plugins/_rms_norm.py checks shapes and types.
 #include "rms_norm.h"
 
 #include <utility>
@@ -11,58 +10,73 @@ namespace py = pybind11;
 namespace qwen_plugins {
 namespace {
 
-using Strides = std::pair<int64_t, int64_t>;  // outer, inner; in elements
-
-// The operands that both functions have.
-struct Operands {
-  Address x;
-  Strides x_strides;
-  Address residual;
-  Strides residual_strides;
-  Address residual_out;
-  Strides residual_out_strides;
+// The parameters of an RMSNorm layer that are the same in each of its launches.
+struct RmsNormLayer {
   Address weight;
-  std::pair<int64_t, int64_t> rows;  // in all, in the inner of the two leading dimensions
   int64_t hidden_size;
-  int32_t dtype;
-  int32_t weight_dtype;
+  DataType dtype;
+  DataType weight_dtype;
   float eps;
   bool unit_offset;
-
-  void fill(RmsNormParams& params) const {
-    params.x = pointer<const void>(x);
-    params.residual = pointer<const void>(residual);
-    params.weight = pointer<const void>(weight);
-    params.residual_out = pointer<void>(residual_out);
-    params.x_strides = {x_strides.first, x_strides.second};
-    params.residual_strides = {residual_strides.first, residual_strides.second};
-    params.residual_out_strides = {residual_out_strides.first, residual_out_strides.second};
-    params.rows = {rows.first, rows.second};
-    params.hidden_size = hidden_size;
-    params.dtype = static_cast<DataType>(dtype);
-    params.weight_dtype = static_cast<DataType>(weight_dtype);
-    params.eps = eps;
-    params.unit_offset = unit_offset;
-  }
 };
 
-void rms_norm(const Operands& operands, Address y, Strides y_strides, bool round_before_weight, Address stream) {
+using Strides = std::pair<int64_t, int64_t>;  // of RowStrides: outer, inner
+
+RowStrides row_strides(Strides strides) { return {strides.first, strides.second}; }
+
+// Where the rows of the operands lie; without inner rows they are contiguous. pybind11 takes None in place of an object
+// only at its second attempt to match the arguments, which would double the time of a call.
+struct RowLayout {
+  int64_t inner_rows = 0;
+  Strides x{};
+  Strides residual{};
+  Strides residual_out{};
+  Strides y{};
+};
+
+// The arguments that both launches take.
+void fill(RmsNormParams& params, const RmsNormLayer& layer, const RowLayout& layout, int64_t rows, Address x,
+          Address residual, Address residual_out) {
+  params.x = pointer<const void>(x);
+  params.residual = pointer<const void>(residual);
+  params.weight = pointer<const void>(layer.weight);
+  params.residual_out = pointer<void>(residual_out);
+  params.hidden_size = layer.hidden_size;
+  params.dtype = layer.dtype;
+  params.weight_dtype = layer.weight_dtype;
+  params.eps = layer.eps;
+  params.unit_offset = layer.unit_offset;
+  if (layout.inner_rows == 0) {
+    const RowStrides contiguous{0, layer.hidden_size};
+    params.rows = {rows, rows};
+    params.x_strides = params.residual_strides = params.residual_out_strides = params.y_strides = contiguous;
+  } else {
+    params.rows = {rows, layout.inner_rows};
+    params.x_strides = row_strides(layout.x);
+    params.residual_strides = row_strides(layout.residual);
+    params.residual_out_strides = row_strides(layout.residual_out);
+    params.y_strides = row_strides(layout.y);
+  }
+}
+
+void rms_norm(const RmsNormLayer& layer, Address x, Address residual, Address residual_out, Address y, int64_t rows,
+              Address stream, bool round_before_weight, const RowLayout& layout) {
   RmsNormParams params;
-  operands.fill(params);
+  fill(params, layer, layout, rows, x, residual, residual_out);
   params.y = pointer<void>(y);
-  params.y_strides = {y_strides.first, y_strides.second};
   params.round_before_weight = round_before_weight;
   check(launch_rms_norm(params, pointer<CUstream_st>(stream)), "rms_norm");
 }
 
-void rms_norm_quant(const Operands& operands, Address q, int32_t quant_dtype, Address smoothing,
-                    int32_t smoothing_dtype, Address static_scale, Address scales, Address stream) {
+void rms_norm_quant(const RmsNormLayer& layer, Address x, Address residual, Address residual_out, Address q,
+                    DataType quant_dtype, Address smoothing, DataType smoothing_dtype, Address static_scale,
+                    Address scales, int64_t rows, Address stream, const RowLayout& layout) {
   RmsNormQuantParams params;
-  operands.fill(params);
+  fill(params, layer, layout, rows, x, residual, residual_out);
   params.q = pointer<void>(q);
-  params.quant_dtype = static_cast<DataType>(quant_dtype);
+  params.quant_dtype = quant_dtype;
   params.smoothing = pointer<const void>(smoothing);
-  params.smoothing_dtype = static_cast<DataType>(smoothing_dtype);
+  params.smoothing_dtype = smoothing_dtype;
   params.static_scale = pointer<const float>(static_scale);
   params.scales = pointer<float>(scales);
   check(launch_rms_norm_quant(params, pointer<CUstream_st>(stream)), "rms_norm_quant");
@@ -71,24 +85,26 @@ void rms_norm_quant(const Operands& operands, Address q, int32_t quant_dtype, Ad
 }  // namespace
 
 void bind_rms_norm(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::enum_<DataType>(module, "DataType")
-      .value("float32", DataType::kFloat32)
-      .value("float16", DataType::kFloat16)
-      .value("bfloat16", DataType::kBFloat16)
-      .value("int8", DataType::kInt8)
-      .value("float8_e4m3fn", DataType::kFloat8E4M3);
-  py::class_<Operands>(module, "RmsNormOperands")
-      .def(py::init<Address, Strides, Address, Strides, Address, Strides, Address, std::pair<int64_t, int64_t>, int64_t,
-                    int32_t, int32_t, float, bool>(),
-           py::arg("x"), py::arg("x_strides"), py::arg("residual"), py::arg("residual_strides"),
-           py::arg("residual_out"), py::arg("residual_out_strides"), py::arg("weight"), py::arg("rows"),
+  py::class_<RmsNormLayer>(module, "RmsNormLayer",
+                           "The parameters of an RMSNorm layer, the same in each of its launches.")
+      .def(py::init<Address, int64_t, DataType, DataType, float, bool>(), py::kw_only(), py::arg("weight"),
            py::arg("hidden_size"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("eps"), py::arg("unit_offset"));
-  module.def("rms_norm", &rms_norm, Unlocked(), py::arg("operands"), py::arg("y"), py::arg("y_strides"),
-             py::arg("round_before_weight"), py::arg("stream"));
-  module.def("rms_norm_quant", &rms_norm_quant, Unlocked(), py::arg("operands"), py::arg("q"), py::arg("quant_dtype"),
-             py::arg("smoothing"), py::arg("smoothing_dtype"), py::arg("static_scale"), py::arg("scales"),
-             py::arg("stream"));
+  py::class_<RowLayout>(
+      module, "RowLayout",
+      "The strides of rows in two levels, each (outer, inner) in elements: kernels/rms_norm/rms_norm.h. "
+      "Without arguments: contiguous rows.")
+      .def(py::init<>())
+      .def(py::init<int64_t, Strides, Strides, Strides, Strides>(), py::kw_only(), py::arg("inner_rows"), py::arg("x"),
+           py::arg("residual"), py::arg("residual_out"), py::arg("y"));
+  module.def("rms_norm", &rms_norm, Unlocked(), py::arg("layer"), py::kw_only(), py::arg("x"), py::arg("residual"),
+             py::arg("residual_out"), py::arg("y"), py::arg("rows"), py::arg("stream"),
+             py::arg("round_before_weight") = false, py::arg("layout") = RowLayout{},
+             "Launch RMSNorm: kernels/rms_norm/rms_norm.h. Without a layout all rows are contiguous.");
+  module.def("rms_norm_quant", &rms_norm_quant, Unlocked(), py::arg("layer"), py::kw_only(), py::arg("x"),
+             py::arg("residual"), py::arg("residual_out"), py::arg("q"), py::arg("quant_dtype"), py::arg("smoothing"),
+             py::arg("smoothing_dtype"), py::arg("static_scale"), py::arg("scales"), py::arg("rows"), py::arg("stream"),
+             py::arg("layout") = RowLayout{},
+             "Launch RMSNorm with quantization: kernels/rms_norm/rms_norm.h. q is contiguous in any layout.");
 }
 
 }  // namespace qwen_plugins

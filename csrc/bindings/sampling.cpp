@@ -1,27 +1,13 @@
-// Choosing tokens, and the rows of the embedding that they gather; qwen_plugins/sampling.py checks shapes and types.
+// Choosing tokens; qwen_plugins/sampling.py checks shapes and types.
 #include "sampling.h"
 
 #include "arguments.h"
-#include "kernels/embedding/gather_rows.h"
 #include "kernels/sampling/sampling.h"
 
 namespace py = pybind11;
 
 namespace qwen_plugins {
 namespace {
-
-void gather_rows(Address table, Address ids, Address y, int64_t table_rows, int64_t row_size, int64_t rows,
-                 int32_t dtype, Address stream) {
-  GatherRowsParams params;
-  params.table = pointer<const void>(table);
-  params.ids = pointer<const int32_t>(ids);
-  params.y = pointer<void>(y);
-  params.table_rows = table_rows;
-  params.row_size = row_size;
-  params.rows = rows;
-  params.dtype = static_cast<DataType>(dtype);
-  check(launch_gather_rows(params, pointer<CUstream_st>(stream)), "gather_rows");
-}
 
 void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_t vocab_size, int32_t dtype,
             Address settings, bool greedy, Address seen, Address tokens, Address input_ids, Address past_lengths,
@@ -76,9 +62,6 @@ int64_t workspace_bytes(int32_t max_sequences, int32_t vocab_size) {
 }  // namespace
 
 void bind_sampling(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def("gather_rows", &gather_rows, Unlocked(), py::kw_only(), py::arg("table"), py::arg("ids"), py::arg("y"),
-             py::arg("table_rows"), py::arg("row_size"), py::arg("rows"), py::arg("dtype"), py::arg("stream"));
   module.def("sample", &sample, Unlocked(), py::kw_only(), py::arg("logits"), py::arg("logits_row_stride"),
              py::arg("sequences"), py::arg("vocab_size"), py::arg("dtype"), py::arg("settings"), py::arg("greedy"),
              py::arg("seen"), py::arg("tokens"), py::arg("input_ids"), py::arg("past_lengths"), py::arg("workspace"),

@@ -7,8 +7,15 @@ nor a GPU. The functions on tensors import PyTorch when they are first used:
     qwen_plugins.gemm(x, weight, bias)
 
 They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or
-with ``import qwen_plugins.torch_ops``. What else a decoder needs on a GPU is in two modules: ``qwen_plugins.decoder``
-(attention, SwiGLU) and ``qwen_plugins.sampling`` (choosing tokens, gathering rows).
+with ``import qwen_plugins.torch_ops``. What else a decoder needs on a GPU is in modules that import PyTorch:
+
+    qwen_plugins.attention      attention of prompts and of new tokens, with rotary embedding and key-value cache
+    qwen_plugins.activation     SwiGLU
+    qwen_plugins.embedding      gathering rows by token
+    qwen_plugins.sampling       choosing tokens
+
+``qwen_plugins.tensorrt`` has a function for each plug-in, which adds it to a network. ``qwen_plugins.launch`` has the
+kernels' launchers on device addresses, without checks and without a framework.
 """
 
 from __future__ import annotations

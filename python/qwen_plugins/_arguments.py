@@ -1,7 +1,12 @@
-"""What functions on PyTorch tensors share: checks of arguments, numbers of types, the current device and stream."""
+"""What the functions on PyTorch tensors share: checks of arguments, data types, the current device and stream.
+
+A check raises TypeError for an argument of the wrong type or dtype, and ValueError for a wrong value, shape, layout or
+device. The message says what the argument must be, then what it is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,32 +18,39 @@ FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @cache
 def core() -> Any:
-    """The launchers of our kernels, loaded with the first use of one."""
-    from qwen_plugins import _core
+    """Import `qwen_plugins.launch` at its first use: functions on a CPU do without the compiled module."""
+    from qwen_plugins import launch
 
-    return _core
+    return launch
 
 
 @cache
-def type_number(dtype: torch.dtype) -> int:
-    """The number of the type in csrc/kernels/data_type.h; AttributeError for one that is not there."""
-    return int(getattr(core().DataType, type_name(dtype)))
+def data_type(dtype: torch.dtype) -> Any:
+    """Return the `qwen_plugins.launch.DataType` of a PyTorch type; AttributeError where there is none."""
+    return getattr(core().DataType, type_name(dtype))
 
 
 @cache
 def float_type_number(dtype: torch.dtype) -> int:
-    """As `type_number`; ValueError for what is not a type that kernels compute in."""
-    check(dtype in FLOAT_TYPES, f"the type must be float32, float16 or bfloat16, not {dtype}")
-    return type_number(dtype)
+    """Return the number of `data_type`; TypeError for a type that kernels do not compute in."""
+    if dtype not in FLOAT_TYPES:
+        raise TypeError(f"the type must be {type_names(FLOAT_TYPES)}, not {type_name(dtype)}")
+    return int(data_type(dtype))
 
 
 def type_name(dtype: Any) -> str:
-    """As in "float16"; of what is no type, its text."""
+    """Return a type's name without its module, such as "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
+def type_names(dtypes: Sequence[torch.dtype]) -> str:
+    """Return the names of alternatives, such as "float16, bfloat16 or float32"."""
+    *first, last = dict.fromkeys(type_name(dtype) for dtype in dtypes)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 class CurrentDevice:
-    """Makes a tensor's device the current one where it is not, and gives the current stream there."""
+    """Makes a tensor's device the current one, and gives the current stream there."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._index = tensor.device.index
@@ -56,12 +68,12 @@ class CurrentDevice:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's data begins; 0 for none."""
+    """Return where a tensor's data begins; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def extents_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from the first to the last element of one overlaps that of the other."""
+    """Return whether the memory from the first to the last element of one tensor overlaps that of the other."""
     if a.numel() == 0 or b.numel() == 0:
         return False
 
@@ -73,49 +85,94 @@ def extents_overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def check(condition: bool, message: str) -> None:
-    """ValueError with this message unless the condition holds."""
+    """Raise ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
-def check_tensor(name: str, value: Any) -> None:
-    """Check that it is a tensor, and one that needs no gradients."""
+def check_is_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless the value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Check that the value is a tensor whose gradient nobody expects."""
+    check_is_tensor(name, value)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires gradients, which qwen_plugins does not compute: call it under torch.no_grad()"
         )
 
 
-def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Check that it is on the device of x."""
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, but is on {tensor.device}")
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], like: str | None = None) -> None:
+    """Raise TypeError unless the tensor has one of these types; `like` names the argument that decides the type."""
+    if tensor.dtype not in allowed:
+        reason = "" if like is None else f" like {like}"
+        raise TypeError(f"{name} must be {type_names(allowed)}{reason}, not {type_name(tensor.dtype)}")
 
 
-def check_matrix(name: str, tensor: Tensor) -> None:
-    """Check for two dimensions on an NVIDIA GPU, rows contiguous in themselves."""
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless the tensor has this shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(tensor.shape)}")
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, but its strides are {tuple(tensor.stride())}")
+
+
+def check_contiguous_rows(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the last dimension is contiguous; the others may be strided."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
+        raise ValueError(
+            f"the last dimension of {name} must be contiguous, but its strides are {tuple(tensor.stride())}; "
+            "call contiguous() first"
+        )
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless the tensor is on the device of `like`, the function's first argument."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of the first argument, {like.device}, not on {tensor.device}")
+
+
+def check_gpu(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor is on an NVIDIA GPU."""
     check(tensor.device.type == "cuda", f"{name} must be on an NVIDIA GPU, not on {tensor.device}")
+
+
+def check_rows(name: str, tensor: Any) -> None:
+    """Check for a tensor of two dimensions and a type that kernels compute in, each row contiguous."""
+    check_is_tensor(name, tensor)
+    check_dtype(name, tensor, FLOAT_TYPES)
     check(tensor.dim() == 2, f"{name} must have 2 dimensions, not {tensor.dim()}")
-    check(tensor.shape[1] <= 1 or tensor.stride(1) == 1, f"the rows of {name} must be contiguous")
+    check_contiguous_rows(name, tensor)
 
 
-def check_output(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check for this shape, contiguous, of the type and device of `like`."""
-    same = tuple(out.shape) == shape and out.dtype == like.dtype and out.device == like.device and out.is_contiguous()
-    check(
-        same,
-        f"out must be contiguous {list(shape)} of {like.dtype} on {like.device}, not {list(out.shape)} of {out.dtype} "
-        f"on {out.device} with strides {out.stride()}",
-    )
+def check_matrix(name: str, tensor: Any) -> None:
+    """Check for what `check_rows` does, on an NVIDIA GPU."""
+    check_rows(name, tensor)
+    check_gpu(name, tensor)
 
 
-def check_int32(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
-    """Check for int32 [length], contiguous, on the device of `like`."""
-    right = tensor.dtype == torch.int32 and tuple(tensor.shape) == (length,) and tensor.is_contiguous()
-    check(
-        right and tensor.device == like.device,
-        f"{name} must be contiguous int32 [{length}] on {like.device}, not {tensor.dtype} {list(tensor.shape)} on "
-        f"{tensor.device}",
-    )
+def check_array(name: str, tensor: Any, dtype: torch.dtype, shape: Sequence[int], like: Tensor) -> None:
+    """Check for a contiguous tensor of this type and shape, on the device of `like`."""
+    check_is_tensor(name, tensor)
+    check_dtype(name, tensor, (dtype,))
+    check_shape(name, tensor, shape)
+    check_contiguous(name, tensor)
+    check_device(name, tensor, like)
+
+
+def check_int32(name: str, tensor: Any, length: int, like: Tensor) -> None:
+    """Check for contiguous int32 [length], on the device of `like`."""
+    check_array(name, tensor, torch.int32, (length,), like)
+
+
+def check_output(out: Any, shape: Sequence[int], like: Tensor) -> None:
+    """Check for a contiguous tensor of this shape, with the type and device of `like`."""
+    check_tensor("out", out)
+    check_array("out", out, like.dtype, shape, like)

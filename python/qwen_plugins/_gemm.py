@@ -1,8 +1,9 @@
-"""What the operator gemm of torch_ops.py checks and computes, for tensors on a CPU and on a GPU."""
+"""What the operator gemm of torch_ops.py checks and computes, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,15 @@ from qwen_plugins._arguments import (
     FLOAT_TYPES,
     CurrentDevice,
     address,
+    check_contiguous,
     check_device,
+    check_dtype,
+    check_shape,
     check_tensor,
     core,
+    data_type,
     extents_overlap,
-    type_name,
-    type_number,
 )
-from qwen_plugins._numbers import ACTIVATIONS
 
 
 def gemm(
@@ -42,39 +44,37 @@ def gemm(
     elif x.device.type == "cpu":
         _on_cpu(x, weight, bias, activation, out)
     elif x.device.type != "meta":
-        raise ValueError(f"gemm runs on a CPU or an NVIDIA GPU, and x is on {x.device}")
+        raise ValueError(f"x must be on a CPU or an NVIDIA GPU, not on {x.device}")
     return out
 
 
 def cublas_lt_status() -> str:
+    """Return the file of cuBLASLt in use, or why none is in use."""
     return core().cublas_lt_status()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:
-    """The columns of y, for operands that fit."""
+    """Check the inputs and return the columns of y."""
     check_tensor("x", x)
-    check_tensor("weight", weight)
-    dtype = x.dtype
-    if dtype not in FLOAT_TYPES:
-        raise TypeError(f"x must be float16 or bfloat16 or float32, not {type_name(dtype)}")
+    check_dtype("x", x, FLOAT_TYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(x.shape)}")
+    check_tensor("weight", weight)
+    check_dtype("weight", weight, (x.dtype,), like="x")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"weight must have the shape (out_features, {x.shape[-1]}) for x of {tuple(x.shape)}, "
             f"not {tuple(weight.shape)}"
         )
-    if not weight.is_contiguous():
-        raise ValueError(f"weight must be contiguous, but its strides are {tuple(weight.stride())}")
+    check_contiguous("weight", weight)
+    check_device("weight", weight, x)
     out_features = weight.shape[0]
-    _check_operand("weight", weight, x)
     if bias is not None:
         check_tensor("bias", bias)
-        if bias.shape != (out_features,):
-            raise ValueError(f"bias must have the shape ({out_features},), not {tuple(bias.shape)}")
-        _check_operand("bias", bias, x)
-        if not bias.is_contiguous():
-            raise ValueError(f"bias must be contiguous, but its stride is {bias.stride(0)}")
+        check_dtype("bias", bias, (x.dtype,), like="x")
+        check_shape("bias", bias, (out_features,))
+        check_contiguous("bias", bias)
+        check_device("bias", bias, x)
     if activation is None:
         return out_features
     if activation != "swiglu":
@@ -84,24 +84,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return out_features // 2
 
 
-def _check_operand(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must have the type of x, {type_name(x.dtype)}, not {type_name(tensor.dtype)}")
-    check_device(name, tensor, x)
-
-
 def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("out", out)
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out must have the shape {shape}, not {tuple(out.shape)}")
-    _check_operand("out", out, x)
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, but its strides are {tuple(out.stride())}")
+    check_dtype("out", out, (x.dtype,), like="x")
+    check_shape("out", out, shape)
+    check_contiguous("out", out)
+    check_device("out", out, x)
     if out.is_meta:  # no memory
         return
     for name, other in (("x", x), ("weight", weight), ("bias", bias)):
         if other is not None and extents_overlap(out, other):
-            raise ValueError(f"out shares memory with {name}, which is still read while out is written")
+            raise ValueError(f"out must not share memory with {name}, which is still read while out is written")
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
@@ -120,30 +113,40 @@ def _on_gpu(
         x = x.reshape(-1, in_features)
         if x.stride(1) != 1 or x.stride(0) < in_features:  # of one element or overlapping
             x = x.contiguous()
+    layer = _layer(weight.data_ptr(), address(bias), in_features, out_features, activation, x.dtype, constant_weight)
     rows = x.shape[0]
-    number, dtype = ACTIVATIONS[activation], type_number(x.dtype)
+    workspace_bytes = layer.workspace_bytes(rows)
     with CurrentDevice(x) as stream:
-        workspace_bytes = _workspace_bytes(rows, in_features, out_features, number, dtype)
         # From PyTorch's pool each time: it knows about streams and captures.
         workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
         core().gemm(
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            address(bias),
-            out.data_ptr(),
-            rows,
-            in_features,
-            out_features,
-            number,
-            dtype,
-            constant_weight,
-            address(workspace),
-            workspace_bytes,
-            stream,
+            layer,
+            x=x.data_ptr(),
+            x_row_stride=x.stride(0),
+            y=out.data_ptr(),
+            rows=rows,
+            workspace=address(workspace),
+            stream=stream,
         )
 
 
 @lru_cache(maxsize=4096)
-def _workspace_bytes(*shape: int) -> int:
-    return core().gemm_workspace_bytes(*shape)
+def _layer(
+    weight: int,
+    bias: int,
+    in_features: int,
+    out_features: int,
+    activation: str | None,
+    dtype: torch.dtype,
+    constant_weight: bool,
+) -> Any:
+    """Return the launcher's parameters, which are made once for a layer: they hold nothing but these numbers."""
+    return core().LinearLayer(
+        weight=weight,
+        bias=bias,
+        in_features=in_features,
+        out_features=out_features,
+        activation=core().Activation.__members__[activation or "none"],
+        dtype=data_type(dtype),
+        constant_weight=constant_weight,
+    )

@@ -1,5 +1,4 @@
-"""Which sizes the kernels take and how they number their options, as csrc/kernels/ has it. Imports nothing."""
+"""Numbers that the kernels and plug-ins are compiled with, for code that runs without the compiled modules."""
 
-HEAD_SIZES = (32, 64, 80, 96, 128, 256)  # with_type_and_head_size
-ROTARY_STYLES = {"neox": 0, "gptj": 1}  # RotaryStyle
-ACTIVATIONS = {None: 0, "swiglu": 1}  # Activation
+HEAD_SIZES = (32, 64, 80, 96, 128, 256)  # those of the attention kernels
+ACTIVATIONS = {None: 0, "swiglu": 1}  # csrc/kernels/gemm/gemm.h: Activation, which the Gemm plug-in takes as a field

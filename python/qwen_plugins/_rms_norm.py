@@ -1,10 +1,11 @@
-"""What the RMSNorm operators of torch_ops.py check and compute, for tensors on a CPU and on a GPU."""
+"""What the RMSNorm operators of torch_ops.py check and compute, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +14,21 @@ from qwen_plugins._arguments import (
     FLOAT_TYPES,
     CurrentDevice,
     address,
+    check_contiguous_rows,
     check_device,
+    check_dtype,
+    check_shape,
     check_tensor,
     core,
+    data_type,
     extents_overlap,
     type_name,
-    type_number,
+    type_names,
 )
 
 QUANT_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,16 @@ class Norm:
     def __post_init__(self) -> None:
         """Check everything that can be checked without looking at values."""
         check_tensor("x", self.x)
-        if self.x.dtype not in FLOAT_TYPES:
-            raise TypeError(f"x must be {_names(FLOAT_TYPES)}, not {type_name(self.x.dtype)}")
+        check_dtype("x", self.x, FLOAT_TYPES)
         if self.x.dim() == 0 or self.x.shape[-1] == 0:
             raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(self.x.shape)}")
-        check_last_dimension("x", self.x)
+        check_contiguous_rows("x", self.x)
         check_per_channel("weight", self.weight, self.x)
         if self.residual is not None:
             check_like("residual", self.residual, self.x)
-        smallest, largest = SMALLEST_SCALE, torch.finfo(torch.float32).max
-        if not (isinstance(self.eps, float | int) and smallest <= self.eps <= largest):
+        if not isinstance(self.eps, float | int):
+            raise TypeError(f"eps must be a number, not {type(self.eps).__name__}")
+        if not SMALLEST_SCALE <= self.eps <= LARGEST_FLOAT32:
             raise ValueError(f"eps must be a finite number above 0 that float32 can hold, not {self.eps!r}")
 
 
@@ -62,56 +68,40 @@ class Quantization:
     def check(self, norm: Norm) -> None:
         """Raise TypeError or ValueError where this does not fit `norm`."""
         if self.dtype not in QUANT_LIMITS:
-            raise TypeError(f"quant_dtype must be {_names(tuple(QUANT_LIMITS))}, not {type_name(self.dtype)}")
+            raise TypeError(f"quant_dtype must be {type_names(tuple(QUANT_LIMITS))}, not {type_name(self.dtype)}")
         if self.smoothing is not None:
             check_per_channel("smoothing", self.smoothing, norm.x)
         if self.scale is None:
             return
         check_tensor("scale", self.scale)
-        check_device("scale", self.scale, norm.x)
-        if self.scale.dtype != torch.float32:
-            raise TypeError(f"scale must be float32, not {type_name(self.scale.dtype)}")
+        check_dtype("scale", self.scale, (torch.float32,))
         if self.scale.numel() != 1:
             raise ValueError(f"scale must have one element, but its shape is {tuple(self.scale.shape)}")
-
-
-def check_last_dimension(name: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
-        raise ValueError(
-            f"the last dimension of {name} must be contiguous, but the strides of {name} are {tuple(tensor.stride())}; "
-            "call contiguous() first"
-        )
+        check_device("scale", self.scale, norm.x)
 
 
 def check_like(name: str, tensor: Any, x: Tensor) -> None:
-    """Check a tensor that must have the shape, type and device of x."""
+    """Check for the shape, type and device of x, rows contiguous."""
     check_tensor(name, tensor)
+    check_dtype(name, tensor, (x.dtype,), like="x")
+    check_shape(name, tensor, x.shape)
+    check_contiguous_rows(name, tensor)
     check_device(name, tensor, x)
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must have the type of x, {type_name(x.dtype)}, not {type_name(tensor.dtype)}")
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, not {tuple(tensor.shape)}")
-    check_last_dimension(name, tensor)
 
 
 def check_per_channel(name: str, tensor: Any, x: Tensor) -> None:
-    """Check a vector with one element for each channel of x, in the type of x or float32."""
+    """Check for a contiguous vector with one element for each channel of x, in the type of x or float32."""
     check_tensor(name, tensor)
+    check_dtype(name, tensor, (x.dtype, torch.float32))
+    check_shape(name, tensor, x.shape[-1:])
+    check_contiguous_rows(name, tensor)
     check_device(name, tensor, x)
-    if tensor.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{name} must be {_names((x.dtype, torch.float32))} for x in {type_name(x.dtype)}, "
-            f"not {type_name(tensor.dtype)}"
-        )
-    if tuple(tensor.shape) != (x.shape[-1],):
-        raise ValueError(f"{name} must have the shape ({x.shape[-1]},), not {tuple(tensor.shape)}")
-    check_last_dimension(name, tensor)
 
 
 def check_output_memory(name: str, output: Tensor, norm: Norm, *, other_output: Tensor | None = None) -> None:
     """Check that an output shares memory with nothing but, exactly, x or the residual: their rows are read first."""
     if _overlaps_itself(output):
-        raise ValueError(f"elements of {name} overlap each other: its strides are {tuple(output.stride())}")
+        raise ValueError(f"{name} must not overlap itself, but its strides are {tuple(output.stride())}")
     operands = {"x": norm.x, "residual": norm.residual, "weight": norm.weight}
     for other_name, other in operands.items():
         if other is None or not _share_memory(output, other):
@@ -120,13 +110,13 @@ def check_output_memory(name: str, output: Tensor, norm: Norm, *, other_output: 
         if same and other_name != "weight":
             continue
         allowed = " or ".join(n for n in ("x", "residual") if operands[n] is not None)
-        raise ValueError(f"{name} overlaps {other_name}: it may be {allowed} itself, or share no memory with it")
+        raise ValueError(f"{name} must be {allowed} itself or share no memory with it, but overlaps {other_name}")
     if other_output is not None and _share_memory(output, other_output):
-        raise ValueError(f"{name} overlaps the other output")
+        raise ValueError(f"{name} must not share memory with the other output")
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether some dimension steps by less than the dimensions inside it reach; views that interleave count too."""
+    """Return whether a dimension's stride is less than the extent of those inside it, as in interleaved views too."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -137,23 +127,19 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory of two tensors overlaps; of interleaved columns of one matrix, exactly."""
+    """Return whether the memory of two tensors overlaps; exact for the columns of one matrix, else by extents."""
     if not extents_overlap(a, b):
         return False
     if a.stride() != b.stride() or a.shape != b.shape or a.dim() < 2:
         return True
-    # Equal strides: apart if within one step of the leading dimensions their last ones lie side by side.
+    # With equal strides they are apart if, within one step of the leading dimensions, the rows lie side by side.
     step = min((s for s, n in zip(a.stride()[:-1], a.shape[:-1], strict=True) if n > 1), default=0) * a.element_size()
     row = a.shape[-1] * a.element_size()
     distance = abs(a.data_ptr() - b.data_ptr())
     return step == 0 or distance % step < row or distance % step > step - row
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(dict.fromkeys(type_name(dtype) for dtype in dtypes))
-
-
-# The CPU: float64 throughout for float32, float32 for the 16-bit types, as on the GPU.
+# On a CPU: computed in float64 for float32, and in float32 for the 16-bit types, as on a GPU.
 
 
 def _wide(tensor: Tensor, x: Tensor) -> Tensor:
@@ -161,7 +147,7 @@ def _wide(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _normalized_on_cpu(norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, 1 / sqrt(mean(h²) + eps), weight): h in the type of x, the others wide."""
+    """Return h in the type of x, and 1 / sqrt(mean(h²) + eps) and the weight in the wide type."""
     h = norm.x if norm.residual is None else (_wide(norm.x, norm.x) + _wide(norm.residual, norm.x)).to(norm.x.dtype)
     wide = _wide(h, norm.x)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
@@ -205,13 +191,11 @@ def quant_on_cpu(
         residual_out.copy_(h)
 
 
-# The GPU: rows of all operands as two levels with one stride each, then the launcher.
-
-_Strides = tuple[int, int]
+# On a GPU: the leading dimensions of all operands become rows in two levels, each with one stride.
 
 
 def _merged_levels(shape: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Leading dimensions with those merged that all operands step through evenly. `strides` is by operand."""
+    """Merge the leading dimensions that all operands step through evenly. `strides` is by operand, then dimension."""
     sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
     for i, size in enumerate(shape):
@@ -228,83 +212,113 @@ def _merged_levels(shape: list[int], strides: list[list[int]]) -> tuple[list[int
     return sizes, merged
 
 
-def _launches(x: Tensor, operands: list[Tensor]) -> list[tuple[tuple[int, int], list[_Strides], list[int]]]:
-    """(rows, strides by operand, byte offsets by operand) of each launch: one covers all rows but of odd views."""
-    sizes, strides = _merged_levels(list(x.shape[:-1]), [list(t.stride()[:-1]) for t in operands])
+class _Launch(NamedTuple):
+    """The rows of one launch: their number, the addresses of the first ones, and the strides between them."""
+
+    rows: int
+    x: int
+    residual: int
+    residual_out: int
+    y: int
+    layout: Any  # qwen_plugins.launch.RowLayout
+
+
+def _launches(norm: Norm, residual_out: Tensor | None, y: Tensor) -> list[_Launch]:
+    """Divide the rows among launches: one, but for views whose leading dimensions merge into more than two levels."""
+    x, residual = norm.x, norm.residual
+    given = (x, residual, residual_out, y)
+    if all(tensor is None or tensor.is_contiguous() for tensor in given):
+        rows = x.numel() // x.shape[-1]
+        return [_Launch(rows, x.data_ptr(), address(residual), address(residual_out), y.data_ptr(), _contiguous())]
+    named = dict(zip(("x", "residual", "residual_out", "y"), given, strict=True))
+    operands = {name: tensor for name, tensor in named.items() if tensor is not None}
+    leading = [list(tensor.stride()[:-1]) for tensor in operands.values()]
+    sizes, strides = _merged_levels(list(x.shape[:-1]), leading)
     while len(sizes) < 2:
         sizes.insert(0, 1)
         for kept in strides:
             kept.insert(0, 0)
+    inner = {"residual": (0, 0), "residual_out": (0, 0)}
+    inner |= {name: (kept[-2], kept[-1]) for name, kept in zip(operands, strides, strict=True)}
+    layout = core().RowLayout(inner_rows=sizes[-1], **inner)
     launches = []
-    outer_sizes = sizes[:-2]
-    for position in range(math.prod(outer_sizes)):
-        offsets = [0] * len(operands)
-        rest = position
-        for level in reversed(range(len(outer_sizes))):
-            rest, index = divmod(rest, outer_sizes[level])
-            for i, kept in enumerate(strides):
-                offsets[i] += index * kept[level] * operands[i].element_size()
-        # Rows of one level are all "inner" rows.
-        rows = (sizes[-2] * sizes[-1], sizes[-1])
-        launches.append((rows, [(kept[-2], kept[-1]) for kept in strides], offsets))
+    for indices in itertools.product(*map(range, sizes[:-2])):
+        at = dict.fromkeys(named, 0)  # addresses of the first rows
+        for (name, tensor), kept in zip(operands.items(), strides, strict=True):
+            steps = sum(index * stride for index, stride in zip(indices, kept[:-2], strict=True))
+            at[name] = tensor.data_ptr() + steps * tensor.element_size()
+        launches.append(_Launch(rows=sizes[-2] * sizes[-1], layout=layout, **at))
     return launches
 
 
-def _operands(
-    norm: Norm, residual_out: Tensor | None, rows: tuple[int, int], strides: list[_Strides], offsets: list[int]
+@cache
+def _contiguous() -> Any:
+    return core().RowLayout()
+
+
+@lru_cache(maxsize=4096)
+def _layer(
+    weight: int, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, eps: float, unit_offset: bool
 ) -> Any:
-    """The launcher's operands; strides and offsets are those of x and, where they are there, residual, residual_out."""
-    has_residual = norm.residual is not None and residual_out is not None
-    return core().RmsNormOperands(
-        norm.x.data_ptr() + offsets[0],
-        strides[0],
-        norm.residual.data_ptr() + offsets[1] if norm.residual is not None else 0,
-        strides[1] if has_residual else (0, 0),
-        residual_out.data_ptr() + offsets[2] if residual_out is not None else 0,
-        strides[2] if has_residual else (0, 0),
-        norm.weight.data_ptr(),
-        rows,
-        norm.x.shape[-1],
-        type_number(norm.x.dtype),
-        type_number(norm.weight.dtype),
-        norm.eps,
-        norm.unit_offset,
+    """Return the launcher's parameters, which are made once for a layer: they hold nothing but these numbers."""
+    return core().RmsNormLayer(
+        weight=weight,
+        hidden_size=hidden_size,
+        dtype=data_type(dtype),
+        weight_dtype=data_type(weight_dtype),
+        eps=eps,
+        unit_offset=unit_offset,
     )
 
 
-def _row_operands(norm: Norm, residual_out: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in (norm.x, norm.residual, residual_out) if tensor is not None]
+def _layer_of(norm: Norm) -> Any:
+    x, weight = norm.x, norm.weight
+    return _layer(weight.data_ptr(), x.shape[-1], x.dtype, weight.dtype, norm.eps, norm.unit_offset)
 
 
 def norm_on_gpu(norm: Norm, round_before_weight: bool, out: Tensor, residual_out: Tensor | None) -> None:
-    """As norm_on_cpu, with the kernel, on the current stream."""
+    """Do what norm_on_cpu does, with the kernel, on the current stream."""
     if norm.x.numel() == 0:
         return
+    layer = _layer_of(norm)
     with CurrentDevice(norm.x) as stream:
-        for rows, strides, offsets in _launches(norm.x, [*_row_operands(norm, residual_out), out]):
-            operands = _operands(norm, residual_out, rows, strides, offsets)
-            core().rms_norm(operands, out.data_ptr() + offsets[-1], strides[-1], round_before_weight, stream)
+        for part in _launches(norm, residual_out, out):
+            core().rms_norm(
+                layer,
+                x=part.x,
+                residual=part.residual,
+                residual_out=part.residual_out,
+                y=part.y,
+                rows=part.rows,
+                stream=stream,
+                round_before_weight=round_before_weight,
+                layout=part.layout,
+            )
 
 
 def quant_on_gpu(
     norm: Norm, quantization: Quantization, q: Tensor, scales: Tensor | None, residual_out: Tensor | None
 ) -> None:
-    """As quant_on_cpu, with the kernel, on the current stream."""
+    """Do what quant_on_cpu does, with the kernel, on the current stream."""
     if norm.x.numel() == 0:
         return
-    smoothing, scale = quantization.smoothing, quantization.scale
+    layer, smoothing = _layer_of(norm), quantization.smoothing
+    first_row = 0
     with CurrentDevice(norm.x) as stream:
-        # q is contiguous: part of the operands, so that its offsets come out where there are several launches.
-        first_row = 0
-        for rows, strides, offsets in _launches(norm.x, [*_row_operands(norm, residual_out), q]):
+        for part in _launches(norm, residual_out, q):
             core().rms_norm_quant(
-                _operands(norm, residual_out, rows, strides, offsets),
-                q.data_ptr() + offsets[-1],
-                type_number(quantization.dtype),
-                address(smoothing),
-                type_number(smoothing.dtype if smoothing is not None else norm.x.dtype),
-                address(scale),
-                scales.data_ptr() + 4 * first_row if scales is not None else 0,
-                stream,
+                layer,
+                x=part.x,
+                residual=part.residual,
+                residual_out=part.residual_out,
+                q=part.y,
+                quant_dtype=data_type(quantization.dtype),
+                smoothing=address(smoothing),
+                smoothing_dtype=data_type(norm.x.dtype if smoothing is None else smoothing.dtype),
+                static_scale=address(quantization.scale),
+                scales=0 if scales is None else scales.data_ptr() + 4 * first_row,
+                rows=part.rows,
+                stream=stream,
+                layout=part.layout,
             )
-            first_row += rows[0]
+            first_row += part.rows

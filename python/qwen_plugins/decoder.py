@@ -1,3 +1,23 @@
-"""The former name of `qwen_plugins.attention`, kept for code that imports it."""
+"""The former home of `qwen_plugins.attention` and `qwen_plugins.activation`, for code that still imports it."""
 
-from qwen_plugins.attention import *  # noqa: F403
+from qwen_plugins.activation import swiglu
+from qwen_plugins.attention import (
+    HEAD_SIZES,
+    ROTARY_STYLES,
+    AttentionInputs,
+    DecodeAttentionWorkspace,
+    decode_attention,
+    decode_attention_workspace,
+    prefill_attention,
+)
+
+__all__ = [
+    "HEAD_SIZES",
+    "ROTARY_STYLES",
+    "AttentionInputs",
+    "DecodeAttentionWorkspace",
+    "decode_attention",
+    "decode_attention_workspace",
+    "prefill_attention",
+    "swiglu",
+]

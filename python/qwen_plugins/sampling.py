@@ -1,6 +1,6 @@
-"""Choosing the next token of each sequence, and gathering rows by tokens, for PyTorch tensors on an NVIDIA GPU.
+"""Choosing the next token of each sequence, for PyTorch tensors on an NVIDIA GPU.
 
-`sample`, with `mark_seen` for the tokens of prompts, and `gather_rows`. They launch on PyTorch's current stream, wait
+`sample`, with `mark_seen` for the tokens of prompts. They launch on PyTorch's current stream, wait
 for nothing, and can be captured in a CUDA graph: what a request asks for is in device memory (`SamplingState`).
 """
 
@@ -17,10 +17,10 @@ from qwen_plugins._arguments import (
     check,
     check_int32,
     check_matrix,
-    check_output,
     core,
     float_type_number,
 )
+from qwen_plugins.embedding import gather_rows  # noqa: F401  its former home
 
 NO_TOKEN = -1
 """The result of `sample` for logits that are not finite: kNoToken of csrc/kernels/sampling/sampling.h."""
@@ -180,35 +180,6 @@ def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
             seen=state.seen.data_ptr(),
             stream=stream,
         )
-
-
-def gather_rows(table: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """table[ids], [len(ids), row_size]; an id outside of the table gives a row of zeros.
-
-    table: [rows, row_size], contiguous, float32, float16 or bfloat16.
-    ids: int32, on the device of the table.
-    """
-    check_matrix("table", table)
-    check(table.is_contiguous(), f"table must be contiguous, but its strides are {table.stride()}")
-    check_int32("ids", ids, len(ids), table)
-    shape = (len(ids), table.shape[1])
-    if out is None:
-        out = table.new_empty(shape)
-    check_output(out, shape, table)
-    if out.numel() == 0:
-        return out
-    with CurrentDevice(table) as stream:
-        core().gather_rows(
-            table=table.data_ptr(),
-            ids=ids.data_ptr(),
-            y=out.data_ptr(),
-            table_rows=len(table),
-            row_size=table.shape[1],
-            rows=len(ids),
-            dtype=float_type_number(table.dtype),
-            stream=stream,
-        )
-    return out
 
 
 def _check_vocab_size(vocab_size: int) -> None:

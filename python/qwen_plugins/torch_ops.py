@@ -1,4 +1,4 @@
-"""RMSNorm and matrix products for PyTorch: the custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
+"""RMSNorm and linear layers for PyTorch: the custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def gemm(
     constant_weight: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = x · weightᵀ + bias, summed in float32; with activation="swiglu" silu(gate) · up of the product's two halves.
+    """Compute y = x · weightᵀ + bias, summed in float32; with activation="swiglu" silu(gate) · up of its two halves.
 
-    On the GPU it is one kernel of ours for few rows (decoding), which reads the weight at the memory's speed, and
-    cuBLASLt for many, where it can be loaded: `qwen_plugins.cublas_lt_status()` tells. It is launched on the current
-    stream and works inside CUDA graph capture and torch.compile. No gradients.
+    On a GPU, few rows (decoding) run in one kernel that reads the weight once, at the memory's speed. Many rows run in
+    cuBLASLt where it can be loaded, which `qwen_plugins.cublas_lt_status()` tells. Kernels are launched on the current
+    stream; the function works inside CUDA graph capture and torch.compile. It computes no gradients.
 
     Args:
         x: [..., in_features], float16, bfloat16 or float32.
-        weight: [out_features, in_features], contiguous, in the type of x. With SwiGLU (Shazeer, 2020) its first half
-            are the rows of the gate, the second those of what the gate lets through.
+        weight: [out_features, in_features], contiguous, in the type of x. With SwiGLU (Shazeer, 2020) the first half of
+            its rows is the gate projection, the second half the up projection.
         bias: [out_features], in the type of x.
         activation: None or "swiglu".
-        constant_weight: no kernel that may still run in the stream writes weight or bias; reading them then begins
-            before that kernel is done.
-        out: where y is written, contiguous; it shares no memory with the others.
+        constant_weight: True where no kernel that may still run in the stream writes weight or bias: the kernel may
+            then read them before the kernel in front of it has ended.
+        out: where y is written, contiguous; it must not share memory with the inputs.
 
     Returns:
         y, [..., out_features], with SwiGLU [..., out_features / 2], in the type of x.
@@ -82,9 +82,9 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # for which the dispatcher has no
 
 
 def cublas_lt_status() -> str:
-    """The file of cuBLASLt that gemm uses for many rows, or why it uses none.
+    """Return the file of cuBLASLt that gemm uses for many rows, or why it uses none.
 
-    The environment variable QWEN_PLUGINS_CUBLASLT names another file, or is "none".
+    The environment variable QWEN_PLUGINS_CUBLASLT may name another file, or "none".
     """
     return _gemm.cublas_lt_status()
 
@@ -99,27 +99,28 @@ def rms_norm(
     round_before_weight: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension: y = h / sqrt(mean(h²) + eps) · weight (Zhang and Sennrich, 2019).
+    """Compute RMSNorm over the last dimension: y = h / sqrt(mean(h²) + eps) · weight (Zhang and Sennrich, 2019).
 
     h is x, or x + residual rounded to the type of x. Everything else is computed in float32 (float64 sums for float32
-    tensors) and rounded once. On the GPU this is one kernel on the current stream; it works inside CUDA graph capture
-    and torch.compile. No gradients.
+    tensors) and rounded once. On a GPU this is one kernel on the current stream; the function works inside CUDA graph
+    capture and torch.compile. It computes no gradients.
 
     Args:
         x: [..., hidden_size], float16, bfloat16 or float32. The last dimension must be contiguous, the others may be
             strided, such as the heads inside a packed projection.
         weight: [hidden_size], in the type of x or float32.
         eps: above 0.
-        residual: like x.
+        residual: of the shape and type of x.
         unit_offset: the weight is stored as its difference from 1 (Gemma, Qwen3-Next).
-        round_before_weight: round h / sqrt(...) to the type of x before the product with the weight, as the modules of
-            Hugging Face transformers do. Less exact, but equal to them in 16 bits.
-        out: where y is written, or (y, h) with a residual; like x, and x (or residual, for h) itself is allowed.
+        round_before_weight: round h / sqrt(...) to the type of x before multiplying by the weight, as the modules of
+            Hugging Face transformers do. It is less exact, but equal to them in 16 bits.
+        out: where y is written, or (y, h) with a residual: of the shape and type of x. Each may be x or the residual
+            itself.
 
     Returns:
-        y like x, contiguous; with a residual (y, h).
+        y of the shape and type of x, contiguous; with a residual (y, h).
 
-    A row with NaN gives NaN throughout. A row with an infinity gives NaN there and 0 elsewhere, as the formula does.
+    A row with NaN gives a row of NaN. A row with an infinity gives NaN there and 0 elsewhere, as the formula does.
     bfloat16 rows whose sum of squares exceeds float32's range (elements beyond about 1e19) give 0.
 
     Raises:
@@ -154,27 +155,27 @@ def rms_norm_quant(
     residual: Tensor | None = None,
     unit_offset: bool = False,
 ) -> tuple[Tensor, ...] | Tensor:
-    """RMSNorm, then quantization: q = saturate(round(y / smoothing / scale)), rounding to nearest even.
+    """Compute RMSNorm and quantize it: q = saturate(round(y / smoothing / scale)), rounding to nearest even.
 
-    y is that of rms_norm, not rounded in between. In one kernel, which reads x from memory once.
+    y is that of rms_norm, but not rounded in between. On a GPU one kernel does all, and reads x from memory once.
 
     Args:
         x: [..., hidden_size], float16, bfloat16 or float32, as for rms_norm.
         weight: [hidden_size], in the type of x or float32.
         eps: above 0.
         quant_dtype: torch.int8 (-128 to 127) or torch.float8_e4m3fn (-448 to 448).
-        scale: one float32 on the device of x, above 0: static quantization of the whole tensor. None: dynamic, each row
-            (token) with its own scale, max|y / smoothing| / 127 (448 for float8_e4m3fn).
+        scale: for static quantization of the whole tensor, one float32 above 0 on the device of x. None: dynamic
+            quantization, where each row (token) has its own scale, max|y / smoothing| / 127 (448 for float8_e4m3fn).
         smoothing: [hidden_size], in the type of x or float32: divides y (SmoothQuant: Xiao et al., 2022).
-        residual: like x; h = x + residual is normalised and returned too.
+        residual: of the shape and type of x; h = x + residual is normalised and returned too.
         unit_offset: the weight is stored as its difference from 1.
 
     Returns:
-        q with a static scale, (q, scales) without; with a residual h comes last. q has the shape of x, scales that of x
-        with a last dimension of 1, float32: q · scales gives the row back.
+        q with a static scale, (q, scales) without one; with a residual h comes last. q has the shape of x. scales are
+        float32, of the shape of x with a last dimension of 1; q · scales gives y / smoothing back.
 
     A row of zeros gives zeros, and the smallest normal float32 as its scale. A row with NaN or infinity has the scale
-    NaN; its NaN elements are 0 as int8, which knows no NaN, and NaN as float8.
+    NaN; its NaN elements are 0 as int8, which has no NaN, and NaN as float8.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
@@ -194,7 +195,7 @@ def rms_norm_quant(
 
 
 def _check_types(eps: float, **tensors: Tensor | None) -> None:
-    """What PyTorch's dispatcher would say less clearly. The operators check everything else."""
+    """Check what PyTorch's dispatcher would report less clearly. The operators check everything else."""
     if not isinstance(eps, float | int):
         raise TypeError(f"eps must be a number, not {type(eps).__name__}")
     for name, tensor in tensors.items():
@@ -204,7 +205,7 @@ def _check_types(eps: float, **tensors: Tensor | None) -> None:
 
 @dataclass(frozen=True)
 class _Operators:
-    """The operators for one kind of device. Their names are those of the schemas above."""
+    """Implements the operators for one kind of device, under the names of the schemas above."""
 
     run_norm: Callable[[Norm, bool, Tensor, Tensor | None], None] | None  # None: fake tensors, nothing to run
     run_quant: Callable[[Norm, Quantization, Tensor, Tensor | None, Tensor | None], None] | None
@@ -302,7 +303,7 @@ class _Operators:
         return self._quant(Norm(x, weight, eps, residual, unit_offset), Quantization(quant_dtype, None, smoothing))
 
     def _quant(self, norm: Norm, quantization: Quantization) -> tuple[Tensor, ...]:
-        """(q, scales where they are dynamic, h where there is a residual)."""
+        """Return q, the scales where they are dynamic, and h where there is a residual."""
         quantization.check(norm)
         x = norm.x
         q = _empty_like(x, quantization.dtype)

@@ -1,15 +1,12 @@
-"""SwiGLU, and attention of prompts and of new tokens, beside float64."""
+"""Attention of prompts and of new tokens against float64; arguments that are refused."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from qwen_plugins import attention as decoder
+from qwen_plugins import attention
 from tests.qwen_plugins.decoder_reference import Case, relative_error
-from tests.qwen_plugins.decoder_reference import swiglu as exact_swiglu
-
-pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -27,8 +24,8 @@ VARIANTS = [
 ]
 
 
-def inputs_of(case: Case) -> decoder.AttentionInputs:
-    return decoder.AttentionInputs(
+def inputs_of(case: Case) -> attention.AttentionInputs:
+    return attention.AttentionInputs(
         num_heads=case.num_heads,
         kv_cache=case.cache,
         rotary_table=case.rotary_table,
@@ -41,7 +38,7 @@ def inputs_of(case: Case) -> decoder.AttentionInputs:
     )
 
 
-def make_case(heads, head_size, dtype, past_lengths, new_tokens, max_positions, variant, seed=0) -> Case:
+def make_case(heads, head_size, dtype, past_lengths, new_tokens, max_positions, variant, seed=0, device="cuda") -> Case:
     options = dict(variant)
     rotary_dim = options.pop("rotary_dim", head_size // options.pop("part", 1))
     return Case(
@@ -52,7 +49,7 @@ def make_case(heads, head_size, dtype, past_lengths, new_tokens, max_positions, 
         past_lengths,
         new_tokens,
         max_positions,
-        device="cuda",
+        device=device,
         seed=seed,
         **options,
     )
@@ -64,52 +61,15 @@ def run_prefill(case: Case) -> torch.Tensor:
         past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
     shape = (len(case.qkv), case.num_heads * case.head_size)
     out = torch.full(shape, float("nan"), dtype=case.dtype, device="cuda")
-    return decoder.prefill_attention(case.qkv, inputs_of(case), case.cu_seqlens, past, out=out)
+    return attention.prefill_attention(case.qkv, inputs_of(case), case.cu_seqlens, past, out=out)
 
 
 def run_decode(case: Case, workspace=None) -> torch.Tensor:
     inputs = inputs_of(case)
-    workspace = decoder.decode_attention_workspace(inputs) if workspace is None else workspace
+    workspace = attention.decode_attention_workspace(inputs) if workspace is None else workspace
     past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
     out = torch.full((len(past), case.num_heads * case.head_size), float("nan"), dtype=case.dtype, device="cuda")
-    return decoder.decode_attention(case.qkv, inputs, past, workspace, out=out)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 11008), (3, 8), (7, 1), (64, 172), (5, 333), (2000, 96), (0, 16)])
-def test_swiglu(shape, dtype):
-    rows, size = shape
-    gate_up = (torch.randn(rows, 2 * size, device="cuda") * 4).to(dtype)
-    y = decoder.swiglu(gate_up)
-    assert y.shape == shape
-    if rows:
-        assert relative_error(y, exact_swiglu(gate_up)) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shift", [0, 1, 8])
-def test_swiglu_of_views(dtype, shift):
-    """Rows of a wider matrix, at addresses that packs do not fit."""
-    wide = torch.randn(9, 200, device="cuda").to(dtype)
-    view = wide[:, shift : shift + 128]
-    assert relative_error(decoder.swiglu(view), exact_swiglu(view)) < TOLERANCE[dtype]
-
-
-def test_swiglu_of_one_row_with_any_stride():
-    row = torch.randn(26, 1, device="cuda").half().t()  # its stride is 1, and is not used
-    assert relative_error(decoder.swiglu(row), exact_swiglu(row)) < TOLERANCE[torch.float16]
-
-
-def test_swiglu_of_extremes():
-    gate = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 6e4, float("inf")], device="cuda", dtype=torch.float16)
-    y = decoder.swiglu(torch.cat([gate, torch.ones_like(gate)])[None])
-    assert not y.isnan().any()
-    torch.testing.assert_close(
-        y[0, :7].double().cpu(),
-        exact_swiglu(torch.cat([gate[:7], torch.ones_like(gate[:7])])[None])[0].cpu(),
-        atol=1e-3,
-        rtol=2e-3,
-    )
+    return attention.decode_attention(case.qkv, inputs, past, workspace, out=out)
 
 
 def check_prefill(case: Case) -> None:
@@ -121,14 +81,16 @@ def check_prefill(case: Case) -> None:
     assert torch.equal(case.qkv, before)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_prefill_attention(head_size, dtype, variant):
     """Ragged prompts around the sizes of tiles, one of them as long as the cache."""
     check_prefill(make_case((6, 2), head_size, dtype, [0] * 8, [5, 1, 17, 64, 65, 128, 131, 300], 300, variant))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
@@ -138,6 +100,7 @@ def test_prefill_after_past_tokens(heads, head_size, dtype):
     check_prefill(make_case(heads, head_size, dtype, past, new, 401, {}))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_short_prompts(dtype):
     """More sequences than a warp has lanes, some of them empty."""
@@ -145,11 +108,13 @@ def test_many_short_prompts(dtype):
     check_prefill(make_case((4, 2), 64, dtype, [i % 3 for i in range(150)], lengths, 32, {}))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_long_prompt(dtype):
     check_prefill(make_case((2, 1), 128, dtype, [0], [3001], 3001, {"qk_norm": True}))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_parts_of_a_prompt_are_as_the_whole(dtype):
     whole = make_case((4, 2), 128, dtype, [0, 0], [500, 300], 512, {})
@@ -160,11 +125,12 @@ def test_parts_of_a_prompt_are_as_the_whole(dtype):
         size = end - begin
         cu_seqlens = torch.tensor([0, size, 2 * size], dtype=torch.int32, device="cuda")
         past = torch.tensor([begin, begin], dtype=torch.int32, device="cuda")
-        part = decoder.prefill_attention(parts.qkv[rows], inputs_of(parts), cu_seqlens, past)
+        part = attention.prefill_attention(parts.qkv[rows], inputs_of(parts), cu_seqlens, past)
         assert relative_error(part, context[rows]) < TOLERANCE[dtype]
     torch.testing.assert_close(parts.cache[:2, :, :, :300], whole.cache[:2, :, :, :300], rtol=0, atol=0)
 
 
+@pytest.mark.gpu
 def test_scores_too_large_for_their_exponentials():
     """Softmax subtracts the maximum, of the present tile and of those before it. Nothing is rounded before."""
     case = make_case((2, 2), 64, torch.float16, [0], [200], 200, {"rotary_dim": 0})
@@ -172,6 +138,7 @@ def test_scores_too_large_for_their_exponentials():
     check_prefill(case)
 
 
+@pytest.mark.gpu
 def test_projections_in_wider_rows():
     case = make_case((4, 2), 128, torch.bfloat16, [0, 0], [40, 33], 64, {})
     wide = torch.cat([case.qkv, torch.full_like(case.qkv, float("nan"))], 1)
@@ -180,8 +147,9 @@ def test_projections_in_wider_rows():
     assert relative_error(run_prefill(case), expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3], VARIANTS[5]], ids=str)
 def test_decode_attention(head_size, dtype, heads, variant):
@@ -192,6 +160,7 @@ def test_decode_attention(head_size, dtype, heads, variant):
     assert relative_error(case.cache, cache) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("past", [0, 7, 4095, 9000, 9999])
 @pytest.mark.parametrize("heads", [(32, 32), (28, 4)], ids=str)
@@ -201,8 +170,9 @@ def test_one_sequence_fills_the_gpu(dtype, past, heads):
     assert relative_error(run_decode(case), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", decoder.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
 @pytest.mark.parametrize("heads", [(6, 6), (4, 2), (6, 2), (28, 4), (9, 1)], ids=str)
 def test_whole_and_split_sequences(head_size, dtype, heads):
     """Lengths on both sides of where the kernel begins to split a sequence among blocks."""
@@ -213,6 +183,7 @@ def test_whole_and_split_sequences(head_size, dtype, heads):
     assert relative_error(case.cache, cache) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "past_lengths"),
@@ -229,6 +200,7 @@ def test_the_splits_of_a_short_cache_meet_in_a_cluster(heads, past_lengths, dtyp
     assert torch.equal(run_decode(case), first)
 
 
+@pytest.mark.gpu
 def test_variants_of_decode_attention():
     for variant in VARIANTS:
         case = make_case((14, 2), 64, torch.float32, [3, 700], [1, 1], 701, variant)
@@ -236,10 +208,11 @@ def test_variants_of_decode_attention():
         assert relative_error(run_decode(case), expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.gpu
 def test_a_workspace_serves_every_batch_size():
     """Counters and partial results of batches of other sizes do not get in each other's way."""
     big = make_case((8, 2), 64, torch.float32, [900] * 9, [1] * 9, 1000, {})
-    workspace = decoder.decode_attention_workspace(inputs_of(big))
+    workspace = attention.decode_attention_workspace(inputs_of(big))
     for count in (1, 9, 2, 5, 1, 9):
         past_lengths = [100 * i + 1 for i in range(count)]
         case = make_case((8, 2), 64, torch.float32, past_lengths, [1] * count, 1000, {}, seed=count)
@@ -248,6 +221,7 @@ def test_a_workspace_serves_every_batch_size():
         assert relative_error(run_decode(case, workspace), expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("past_lengths", [[3000, 2100], [40, 200, 900] * 20], ids=["long", "many"])
 def test_what_other_launches_leave_in_shared_memory_does_not_matter(past_lengths):
     """Seven heads share keys, and a block has room for eight: the bits of the results are always the same."""
@@ -261,17 +235,18 @@ def test_what_other_launches_leave_in_shared_memory_does_not_matter(past_lengths
         assert torch.equal(run_decode(case), first)
 
 
+@pytest.mark.gpu
 def test_a_graph_follows_the_lengths():
     """One capture; then each replay appends a token and attends to one more."""
     case = make_case((8, 2), 128, torch.float16, [0, 250], [1, 1], 600, {})
     inputs = inputs_of(case)
-    workspace = decoder.decode_attention_workspace(inputs)
+    workspace = attention.decode_attention_workspace(inputs)
     past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
     out = torch.empty(2, 8 * 128, dtype=torch.float16, device="cuda")
-    decoder.decode_attention(case.qkv, inputs, past, workspace, out=out)
+    attention.decode_attention(case.qkv, inputs, past, workspace, out=out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decoder.decode_attention(case.qkv, inputs, past, workspace, out=out)
+        attention.decode_attention(case.qkv, inputs, past, workspace, out=out)
     for _ in range(300):
         expected, _ = case.reference()
         graph.replay()
@@ -283,35 +258,97 @@ def test_a_graph_follows_the_lengths():
         case.qkv.copy_(torch.randn_like(case.qkv))
 
 
+@pytest.mark.gpu
 def test_no_sequences():
     case = make_case((4, 4), 64, torch.float16, [3], [1], 8, {})
     inputs = inputs_of(case)
-    empty = decoder.AttentionInputs(4, case.cache, case.rotary_table)
+    empty = attention.AttentionInputs(4, case.cache, case.rotary_table)
     past = torch.empty(0, dtype=torch.int32, device="cuda")
-    workspace = decoder.decode_attention_workspace(inputs)
-    assert decoder.decode_attention(case.qkv[:0], empty, past, workspace).shape == (0, 256)
+    workspace = attention.decode_attention_workspace(inputs)
+    assert attention.decode_attention(case.qkv[:0], empty, past, workspace).shape == (0, 256)
     cu_seqlens = torch.zeros(1, dtype=torch.int32, device="cuda")
-    assert decoder.prefill_attention(case.qkv[:0], empty, cu_seqlens).shape == (0, 256)
+    assert attention.prefill_attention(case.qkv[:0], empty, cu_seqlens).shape == (0, 256)
 
 
-def test_errors():
-    case = make_case((4, 2), 64, torch.float16, [3], [1], 8, {})
+def arguments(**changed):
+    """Return a prompt of two tokens on a CPU: it is refused for that, after all other checks."""
+    case = make_case((4, 2), 64, torch.float16, [0], [2], 8, {}, device="cpu")
+    given = {"qkv": case.qkv, "cu_seqlens": case.cu_seqlens}
+    inputs = {"num_heads": 4, "kv_cache": case.cache, "rotary_table": case.rotary_table}
+    for name, value in changed.items():
+        (given if name in ("qkv", "cu_seqlens", "past_lengths", "out") else inputs)[name] = value
+    return given | {"inputs": attention.AttentionInputs(**inputs)}
+
+
+INTS = torch.zeros(2, dtype=torch.int32)
+QKV = torch.zeros(2, 512, dtype=torch.float16)
+CACHE = torch.zeros(2, 2, 2, 8, 64, dtype=torch.float16)
+TABLE = torch.zeros(8, 64)
+WEIGHT = torch.zeros(64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"qkv": [1.0]}, TypeError, r"qkv must be a torch\.Tensor, not list"),
+        ({"qkv": QKV.double()}, TypeError, "qkv must be float16, bfloat16 or float32, not float64"),
+        ({"qkv": QKV[:, 1:]}, ValueError, "qkv must have 512 columns, not 511"),
+        ({"qkv": QKV[0]}, ValueError, "qkv must have 2 dimensions, not 1"),
+        ({"qkv": torch.zeros(512, 2).half().t()}, ValueError, "last dimension of qkv must be contiguous"),
+        ({"qkv": QKV.clone().requires_grad_()}, ValueError, "qkv requires gradients"),
+        ({"qkv": QKV.float()}, TypeError, "kv_cache must be float32 like qkv, not float16"),
+        ({"kv_cache": CACHE[0]}, ValueError, r"kv_cache must have the shape \(sequences, 2, kv_heads, .*, not \(2, 2"),
+        ({"kv_cache": CACHE.transpose(0, 1)}, ValueError, "kv_cache must be contiguous"),
+        ({"kv_cache": CACHE.to("meta")}, ValueError, "kv_cache must be on the device of the first argument, cpu, not"),
+        ({"kv_cache": CACHE[..., :40].contiguous()}, ValueError, r"head_size must be one of \(32, .* 256\), not 40"),
+        ({"num_heads": "4"}, TypeError, "num_heads must be an integer, not str"),
+        ({"num_heads": 3}, ValueError, "num_heads must be a multiple of the cache's kv_heads, 2, not 3"),
+        ({"kv_cache": CACHE[:, :, :0]}, ValueError, "num_heads must be a multiple of the cache's kv_heads, 0, not 4"),
+        ({"rotary_style": "gpt"}, ValueError, r"rotary_style must be one of \('neox', 'gptj'\), not 'gpt'"),
+        ({"rotary_table": None}, TypeError, r"rotary_table must be a torch\.Tensor, not NoneType"),
+        ({"rotary_table": TABLE.half()}, TypeError, "rotary_table must be float32, not float16"),
+        ({"rotary_table": TABLE[0]}, ValueError, "rotary_table must have 2 dimensions, not 1"),
+        ({"rotary_table": torch.zeros(8, 66)}, ValueError, "even number of columns up to head_size, 64, not 66"),
+        ({"rotary_table": torch.zeros(8, 31)}, ValueError, "even number of columns up to head_size, 64, not 31"),
+        ({"rotary_table": TABLE, "query_scale": TABLE[0]}, ValueError, r"query_scale must have the shape \(8,\), not"),
+        ({"rotary_offsets": INTS[:1].long()}, TypeError, "rotary_offsets must be int32, not int64"),
+        ({"rotary_offsets": INTS}, ValueError, r"rotary_offsets must have the shape \(1,\), not \(2,\)"),
+        ({"q_norm": WEIGHT}, ValueError, "q_norm and k_norm must both be given, or none of them"),
+        ({"q_norm": WEIGHT, "k_norm": WEIGHT.float()}, TypeError, "k_norm must be float16, not float32"),
+        ({"q_norm": WEIGHT[1:], "k_norm": WEIGHT}, ValueError, r"q_norm must have the shape \(64,\), not \(63,\)"),
+        ({"cu_seqlens": [0, 2]}, TypeError, r"cu_seqlens must be a torch\.Tensor, not list"),
+        ({"cu_seqlens": INTS.long()}, TypeError, "cu_seqlens must be int32, not int64"),
+        ({"cu_seqlens": INTS.repeat(2)}, ValueError, "from 1 to 3 elements for a cache of 2 sequences, not 4"),
+        ({"cu_seqlens": INTS[:1]}, ValueError, "qkv must have no rows without sequences, not 2"),
+        ({"past_lengths": INTS}, ValueError, r"past_lengths must have the shape \(1,\), not \(2,\)"),
+        ({"out": QKV}, ValueError, r"out must have the shape \(2, 256\), not \(2, 512\)"),
+        ({"out": QKV[:, :256].float()}, TypeError, "out must be float16, not float32"),
+        ({}, ValueError, "qkv must be on an NVIDIA GPU, not on cpu"),
+    ],
+)
+def test_refused_arguments_of_prefill_attention(changed, error, message):
+    with pytest.raises(error, match=message):
+        attention.prefill_attention(**arguments(**changed))
+
+
+def test_refused_arguments_of_decode_attention():
+    inputs = arguments()["inputs"]
+    workspace = attention.decode_attention_workspace(inputs)
+    with pytest.raises(ValueError, match="qkv must have at most 2 rows, as the cache has, not 4"):
+        attention.decode_attention(QKV.repeat(2, 1), inputs, INTS.repeat(2), workspace)
+    with pytest.raises(TypeError, match="past_lengths must be int32, not int64"):
+        attention.decode_attention(QKV, inputs, INTS.long(), workspace)
+    with pytest.raises(ValueError, match=r"rotary_offsets must have the shape \(2,\)"):
+        attention.decode_attention(QKV, replace(inputs, rotary_offsets=INTS[:1]), INTS, workspace)
+    with pytest.raises(ValueError, match="qkv must be on an NVIDIA GPU, not on cpu"):
+        attention.decode_attention(QKV, inputs, INTS, workspace)
+
+
+@pytest.mark.gpu
+def test_workspace_of_another_cache_is_refused():
+    case = make_case((4, 2), 64, torch.float16, [3] * 4, [1] * 4, 8, {})
     inputs = inputs_of(case)
-    workspace = decoder.decode_attention_workspace(inputs)
-    past = torch.tensor([3], dtype=torch.int32, device="cuda")
-    with pytest.raises(ValueError, match="512 columns, not 511"):
-        decoder.decode_attention(case.qkv[:, 1:], inputs, past, workspace)
-    with pytest.raises(ValueError, match="past_lengths must be contiguous int32"):
-        decoder.decode_attention(case.qkv, inputs, past.long(), workspace)
-    with pytest.raises(ValueError, match="type and device of qkv"):
-        decoder.decode_attention(case.qkv.float(), inputs, past, workspace)
-    with pytest.raises(ValueError, match="rotary_style must be one of"):
-        decoder.prefill_attention(case.qkv, replace(inputs, rotary_style="gpt"), case.cu_seqlens)
-    with pytest.raises(ValueError, match=r"cu_seqlens must be contiguous int32 \[2\]"):
-        decoder.prefill_attention(case.qkv, inputs, case.cu_seqlens.long())
-    with pytest.raises(ValueError, match="rotary_offsets must be contiguous int32"):
-        decoder.decode_attention(case.qkv, replace(inputs, rotary_offsets=past.long()), past, workspace)
-    with pytest.raises(ValueError, match="on an NVIDIA GPU, not on cpu"):
-        decoder.swiglu(case.qkv.cpu())
-    with pytest.raises(ValueError, match="even number of columns"):
-        decoder.swiglu(case.qkv[:, 1:])
+    small = replace(inputs, kv_cache=case.cache[:2], rotary_offsets=None)
+    past = torch.tensor(case.past_lengths, dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match=r"workspace must be that of .* bytes and 16 semaphores, not \d+ and 8"):
+        attention.decode_attention(case.qkv, inputs, past, attention.decode_attention_workspace(small))

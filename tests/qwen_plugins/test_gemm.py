@@ -367,7 +367,7 @@ X, WEIGHT = torch.zeros(2, 8), torch.zeros(6, 8)
     [
         ({"x": [1.0]}, TypeError, r"x must be a torch\.Tensor, not list"),
         ({"weight": None}, TypeError, r"weight must be a torch\.Tensor, not NoneType"),
-        ({"x": X.int()}, TypeError, "x must be float16 or bfloat16 or float32, not int32"),
+        ({"x": X.int()}, TypeError, "x must be float16, bfloat16 or float32, not int32"),
         ({"x": torch.tensor(1.0)}, ValueError, r"shape is \(\)"),
         ({"x": torch.zeros(2, 0)}, ValueError, "last dimension of at least 1"),
         ({"x": X.clone().requires_grad_()}, ValueError, "torch.no_grad"),
@@ -375,16 +375,20 @@ X, WEIGHT = torch.zeros(2, 8), torch.zeros(6, 8)
         ({"weight": torch.zeros(8)}, ValueError, r"shape \(out_features, 8\)"),
         ({"weight": torch.zeros(0, 8)}, ValueError, r"not \(0, 8\)"),
         ({"weight": torch.zeros(8, 6).t()}, ValueError, r"weight must be contiguous, but its strides are \(1, 6\)"),
-        ({"weight": WEIGHT.half()}, TypeError, "weight must have the type of x, float32, not float16"),
-        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device of x, cpu, but is on meta"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must be float32 like x, not float16"),
+        (
+            {"weight": WEIGHT.to("meta")},
+            ValueError,
+            "weight must be on the device of the first argument, cpu, not on meta",
+        ),
         ({"bias": torch.zeros(5)}, ValueError, r"bias must have the shape \(6,\), not \(5,\)"),
         ({"bias": torch.zeros(12)[::2]}, ValueError, "bias must be contiguous"),
-        ({"bias": torch.zeros(6).half()}, TypeError, "bias must have the type of x"),
+        ({"bias": torch.zeros(6).half()}, TypeError, "bias must be float32 like x, not float16"),
         ({"activation": "gelu"}, ValueError, "activation must be None or \"swiglu\", not 'gelu'"),
         ({"weight": torch.zeros(5, 8), "activation": "swiglu"}, ValueError, "even number of rows with swiglu, not 5"),
         ({"out": torch.zeros(2, 5)}, ValueError, r"out must have the shape \(2, 6\), not \(2, 5\)"),
         ({"out": torch.zeros(6, 2).t()}, ValueError, "out must be contiguous"),
-        ({"out": WEIGHT.view(-1)[:12].view(2, 6)}, ValueError, "out shares memory with weight"),
+        ({"out": WEIGHT.view(-1)[:12].view(2, 6)}, ValueError, "out must not share memory with weight"),
     ],
 )
 def test_errors(arguments, error, message):

@@ -172,7 +172,7 @@ WEIGHT = torch.ones(8)
         ({"scale": torch.ones(2)}, ValueError, r"scale must have one element, but its shape is \(2,\)"),
         ({"scale": torch.ones(1).double()}, TypeError, "scale must be float32, not float64"),
         ({"smoothing": torch.ones(7)}, ValueError, r"smoothing must have the shape \(8,\), not \(7,\)"),
-        ({"smoothing": torch.ones(8).half()}, TypeError, "smoothing must be float32 for x in float32, not float16"),
+        ({"smoothing": torch.ones(8).half()}, TypeError, "smoothing must be float32, not float16"),
         ({"eps": 0.0}, ValueError, "eps must be"),
         ({"weight": torch.ones(9)}, ValueError, "weight must have the shape"),
     ],

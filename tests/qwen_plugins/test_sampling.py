@@ -1,4 +1,4 @@
-"""Choosing tokens, beside torch.argmax and exact distributions in float64; gathering rows."""
+"""Choosing tokens, beside torch.argmax and exact distributions in float64."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_plugins.sampling import NO_TOKEN, SamplingState, gather_rows, mark_seen, sample, sampling_state
+from qwen_plugins.sampling import NO_TOKEN, SamplingState, mark_seen, sample, sampling_state
 
 pytestmark = pytest.mark.gpu
 
@@ -424,11 +424,11 @@ def test_errors():
         sample(logits, state)
     with pytest.raises(ValueError, match="must be on an NVIDIA GPU"):
         sample(logits.cpu(), state)
-    with pytest.raises(ValueError, match=r"float16 or bfloat16, not torch\.float64"):
+    with pytest.raises(TypeError, match="logits must be float16, bfloat16 or float32, not float64"):
         sample(logits[:2].double(), state)
-    with pytest.raises(ValueError, match="past_lengths must be contiguous int32"):
+    with pytest.raises(TypeError, match="past_lengths must be int32, not float32"):
         sample(logits[:2], state, past_lengths=torch.zeros(2, device="cuda"))
-    with pytest.raises(ValueError, match="input_ids must be contiguous int32"):
+    with pytest.raises(ValueError, match=r"input_ids must have the shape \(2,\), not \(3,\)"):
         sample(logits[:2], state, input_ids=torch.zeros(3, dtype=torch.int32, device="cuda"))
     with pytest.raises(ValueError, match="must be contiguous"):
         sample(torch.randn(50, 2, device="cuda").T, state)
@@ -439,25 +439,3 @@ def test_errors():
         sampling_state(1, 2**24, "cuda")
     with pytest.raises(ValueError, match="NVIDIA GPU"):
         sampling_state(1, 50, "cpu")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_size", [1, 3, 8, 100, 4096, 5000])
-@pytest.mark.parametrize("rows", [0, 1, 5, 3000])
-def test_gather_rows(rows, row_size, dtype):
-    table = torch.randn(50, row_size, device="cuda").to(dtype)
-    ids = torch.randint(-3, 53, (rows,), dtype=torch.int32, device="cuda")
-    known = ((ids >= 0) & (ids < 50))[:, None]
-    expected = torch.where(known, table[ids.long().clamp(0, 49)], torch.zeros_like(table[:1]))
-    out = torch.full((rows, row_size), math.nan, dtype=dtype, device="cuda")
-    assert gather_rows(table, ids, out=out) is out
-    assert torch.equal(out, expected)
-
-
-def test_gather_rows_at_odd_addresses():
-    memory = torch.randn(10 * 64 + 1, device="cuda").half()
-    table = memory[1:].view(10, 64)
-    ids = torch.tensor([3, 3, 9, 0], dtype=torch.int32, device="cuda")
-    assert torch.equal(gather_rows(table, ids), table[ids.long()])
-    with pytest.raises(ValueError, match="ids must be contiguous int32"):
-        gather_rows(table, ids.long())

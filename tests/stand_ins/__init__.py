@@ -1,6 +1,6 @@
-"""TensorRT, CUDA and our kernels in NumPy: the whole TensorRT back end runs where there is neither.
+"""TensorRT, CUDA and the kernels in NumPy, so that the whole TensorRT back end runs without TensorRT and without a GPU.
 
-`installed(version)` puts them in place of the modules of that name, for TensorRT 8.6, 10 or 11.
+`installed(version)` puts them in the place of the modules of these names, for TensorRT 8.6, 10 or 11.
 """
 
 import sys
@@ -18,9 +18,12 @@ OURS = (
 )
 
 
+KERNELS = ("qwen_plugins._core", "qwen_plugins.launch")
+
+
 @contextmanager
 def installed(version: str) -> Iterator[types.ModuleType]:
-    """Inside, `import tensorrt` and the like give the stand-ins; gives the module `tensorrt`."""
+    """Put the stand-ins in the place of tensorrt, cuda and the kernels, and yield the module `tensorrt`."""
     before = dict(sys.modules)
     trt = numpy_tensorrt.make_module(version)
     bindings = types.ModuleType("cuda.bindings")
@@ -30,14 +33,15 @@ def installed(version: str) -> Iterator[types.ModuleType]:
         "cuda": types.ModuleType("cuda"),
         "cuda.bindings": bindings,
         "cuda.bindings.runtime": numpy_cuda.runtime,
-        "qwen_plugins._core": numpy_kernels.core,
+        **dict.fromkeys(KERNELS, numpy_kernels.core),
     }
     _forget_ours()
     sys.modules.update(replaced)
     package = sys.modules.get("qwen_plugins")
-    core = getattr(package, "_core", None)
+    attributes = [name.rpartition(".")[2] for name in KERNELS]
+    kernels = {name: vars(package)[name] for name in attributes if package is not None and name in vars(package)}
     if package is not None:
-        package._core = numpy_kernels.core
+        vars(package).update(dict.fromkeys(attributes, numpy_kernels.core))
     try:
         yield trt
     finally:
@@ -45,8 +49,10 @@ def installed(version: str) -> Iterator[types.ModuleType]:
         for name in replaced:
             sys.modules.pop(name, None)
         sys.modules.update({name: module for name, module in before.items() if name in replaced or _is_ours(name)})
-        if package is not None and core is not None:
-            package._core = core
+        if package is not None:
+            for name in attributes:
+                vars(package).pop(name, None)
+            vars(package).update(kernels)
 
 
 def _is_ours(name: str) -> bool:
@@ -54,7 +60,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _forget_ours() -> None:
-    """What has been imported with another TensorRT is imported anew."""
+    """Forget what was imported with another TensorRT, so that it is imported again."""
     for name in [name for name in sys.modules if _is_ours(name)]:
         del sys.modules[name]
         package, _, attribute = name.rpartition(".")

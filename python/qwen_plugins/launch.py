@@ -1,0 +1,67 @@
+"""The launchers of the CUDA kernels on device addresses, for code that has checked its operands already.
+
+The functions of `qwen_plugins` on PyTorch tensors check everything and then call these. Call them directly where the
+operands are right by construction and the time of the checks counts, or where there is no PyTorch.
+
+Device memory and streams are integers: what ``Tensor.data_ptr()``, ``cuda_stream`` or the CUDA runtime give. 0 is no
+tensor, or the default stream. Everything else a kernel requires (shapes, alignment, workspaces) is in the header that
+a function's docstring names, in ``csrc/``; a wrong address is not detected. A launcher enqueues its kernels on the
+stream of the current device and returns; it can be captured in a CUDA graph. RuntimeError: what CUDA reported.
+
+What stays the same from launch to launch is an object, made once for each layer of a network: `LinearLayer`,
+`RmsNormLayer` and, for all layers that share a rotary table, `AttentionHeads`. All other arguments are keywords.
+
+    layer = launch.LinearLayer(
+        weight=weight.data_ptr(), bias=0, in_features=4096, out_features=1024, activation=launch.Activation.none,
+        dtype=launch.DataType.float16, constant_weight=True,
+    )
+    launch.gemm(layer, x=x.data_ptr(), x_row_stride=4096, y=y.data_ptr(), rows=1, workspace=0, stream=0)
+"""
+
+from qwen_plugins._core import (
+    MAX_VOCAB_SIZE,
+    Activation,
+    AttentionHeads,
+    DataType,
+    LinearLayer,
+    RmsNormLayer,
+    RotaryStyle,
+    RowLayout,
+    cublas_lt_status,
+    decode_attention,
+    decode_attention_workspace_bytes,
+    gather_rows,
+    gemm,
+    mark_seen,
+    prefill_attention,
+    rms_norm,
+    rms_norm_quant,
+    sample,
+    sampling_settings_bytes,
+    sampling_workspace_bytes,
+    swiglu,
+)
+
+__all__ = [
+    "MAX_VOCAB_SIZE",
+    "Activation",
+    "AttentionHeads",
+    "DataType",
+    "LinearLayer",
+    "RmsNormLayer",
+    "RotaryStyle",
+    "RowLayout",
+    "cublas_lt_status",
+    "decode_attention",
+    "decode_attention_workspace_bytes",
+    "gather_rows",
+    "gemm",
+    "mark_seen",
+    "prefill_attention",
+    "rms_norm",
+    "rms_norm_quant",
+    "sample",
+    "sampling_settings_bytes",
+    "sampling_workspace_bytes",
+    "swiglu",
+]
