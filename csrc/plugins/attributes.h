@@ -45,7 +45,7 @@ size_t serialized_size(AttributeSchema const& schema);
 void serialize(AttributeSchema const& schema, void const* attributes, void* buffer);
 void deserialize(AttributeSchema const& schema, void const* data, size_t size, void* attributes);
 
-// Rules that several plug-ins share; `name` is the attribute's.
+// Checks of values that several plug-ins share; `name` is the attribute's.
 void require_flag(char const* name, int32_t value);
 void require_positive(char const* name, float value);
 void require_positive(char const* name, int32_t value);

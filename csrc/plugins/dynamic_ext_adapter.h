@@ -37,13 +37,13 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
     return plugin_.roles().supports(position, tensors[position]);
   }
 
-  // Nothing depends on the shapes before enqueue, which checks the ones it gets.
+  // Nothing depends on the shapes before enqueue, which checks them.
   void configurePlugin(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
                        int32_t) noexcept override {}
   int32_t initialize() noexcept override { return 0; }
   void terminate() noexcept override {}
 
-  // TensorRT asks with the largest shapes of the profiles.
+  // TensorRT passes the largest shapes of the profiles.
   size_t getWorkspaceSize(nvinfer1::PluginTensorDesc const* inputs, int32_t, nvinfer1::PluginTensorDesc const*,
                           int32_t) const noexcept override {
     return guarded(Plugin::kName, kImpossibleWorkspace, [&] { return plugin_.workspace_bytes(inputs); });

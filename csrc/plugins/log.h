@@ -1,4 +1,4 @@
-// Messages to TensorRT's log, and the border that no exception crosses.
+// Messages to TensorRT's log; no exception may reach TensorRT.
 #pragma once
 
 #include <exception>
@@ -8,12 +8,12 @@
 
 namespace qwen_plugins {
 
-// TensorRT hands this over when it loads the library. Before that, and without it, messages go to stderr.
+// TensorRT passes its finder when it loads the library. Until then messages go to stderr.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
 void log_error(char const* plugin_name, char const* message) noexcept;
 
-// Calls `body`; what it throws becomes an error in TensorRT's log and the result `on_error`.
+// Calls `body` and returns its result. If it throws, logs the error and returns `on_error`.
 template <typename Result, typename Body>
 Result guarded(char const* plugin_name, Result on_error, Body&& body) noexcept {
   try {

@@ -1,5 +1,5 @@
-// Names the launches of a plug-in for nsys and ncu: a range in the NVTX domain "qwen_plugins". With no profiler
-// attached a range is two calls through null function pointers.
+// Names the launches of a plug-in for nsys and ncu by a range in the NVTX domain "qwen_plugins". Without a profiler a
+// range costs two checks of null function pointers.
 #pragma once
 
 #include <nvtx3/nvtx3.hpp>
@@ -10,7 +10,7 @@ struct NvtxDomain {
   static constexpr char const* name = "qwen_plugins";
 };
 
-// `Name` has a static string `message`. The string is registered once, so that a range carries a handle only.
+// `Name` has a static string `message`, which is registered once, so that a range carries only a handle.
 template <typename Name>
 class NvtxRange {
  public:

@@ -23,16 +23,16 @@ namespace qwen_plugins {
 
 constexpr char const* kPluginNamespace = "qwen_plugins";
 
-// What is asked for where it is not known how much is needed: an exbibyte, which no GPU has, so that no engine is
-// built. With 0 one would be, and enqueue, which is not told what was granted, would write where there is no room.
+// The workspace to ask for where the size cannot be computed: an exbibyte, which no GPU has, so that building fails.
+// With 0 the build would succeed, and enqueue, which is not told the size, would write out of bounds.
 constexpr size_t kImpossibleWorkspace = size_t{1} << 60;
 
 // Whether a plug-in object was made from a network's fields or came out of a serialised engine.
 enum class Phase { kBuild, kRuntime };
 
-// What TensorRT hands to enqueue, and in which phase the object was made. While TensorRT builds an engine it may run a
-// layer to time it, on memory that holds nothing in particular. But an engine that was never serialised (build_engine)
-// runs the same objects, on what its user gives it.
+// The arguments of enqueue, and the phase in which the object was made. While TensorRT builds an engine it may run a
+// layer to time it, on uninitialised memory. An engine that was never serialised (build_engine) runs the same objects
+// on real inputs.
 struct Execution {
   nvinfer1::PluginTensorDesc const* input_descs;
   void const* const* inputs;
@@ -50,11 +50,12 @@ class PluginBase {
   Attributes const& attributes() const { return attributes_; }
   TensorRoles const& roles() const { return roles_; }
 
-  // Throws std::invalid_argument for shapes that no launch will be made for; a plug-in that asks for more hides this.
+  // Throws std::invalid_argument for shapes that enqueue would refuse. A plug-in that checks more hides this with its
+  // own.
   void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const { roles_.sizes(inputs, count); }
 
-  // Enough for tensors of these shapes, which may be a profile's maxima that do not agree, and all smaller ones. The
-  // plug-ins with a workspace hide this with their own.
+  // The workspace for tensors of these shapes and of all smaller ones. The shapes are the maxima of a profile, and need
+  // not fit together. A plug-in with a workspace hides this with its own.
   size_t workspace_bytes(nvinfer1::PluginTensorDesc const* /*largest_inputs*/) const { return 0; }
 
  protected:
@@ -81,7 +82,7 @@ struct RangeName {
   static constexpr char const* message = Plugin::kName;
 };
 
-// The plug-in's launches, in an NVTX range of its name.
+// Calls the plug-in's enqueue in an NVTX range of its name.
 template <typename Plugin>
 void enqueue_in_range(Plugin const& plugin, Execution const& execution) {
   NvtxRange<RangeName<Plugin>> const range;

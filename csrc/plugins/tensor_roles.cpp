@@ -75,7 +75,7 @@ int32_t find(std::vector<TensorRole> const& roles, char const* name) {
   return found == roles.end() ? -1 : static_cast<int32_t>(found - roles.begin());
 }
 
-// The number that the dimension's name stands for, as an expression of its extent.
+// Returns the number that the dimension's name stands for, as an expression of the dimension's extent.
 IDimensionExpr const* solved(Dimension const& dimension, int64_t size, IDimensionExpr const* extent,
                              nvinfer1::IExprBuilder& builder) {
   if (dimension.times == 1 && dimension.plus == 0) {
@@ -117,7 +117,7 @@ Sizes::Named const* Sizes::find(char const* name) const {
   return nullptr;
 }
 
-// Whether the tensor fits the role and all tensors before it. Names that occur for the first time get their numbers.
+// Returns whether the tensor fits the role and the tensors before it; gives names that occur first here their numbers.
 bool Sizes::bind(TensorRole const& role, Extents const& tensor, int32_t input) {
   if (tensor.rank < 0 || tensor.rank > Dims::MAX_DIMS) {
     return false;

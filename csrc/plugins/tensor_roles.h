@@ -1,5 +1,5 @@
-// What each input and output of a plug-in is: its name, its one type, and its shape as a pattern. The pattern settles
-// what TensorRT is told about outputs, which inputs are refused, and the sizes that a launch needs.
+// The name, the one type and the shape pattern of each input and output of a plug-in. From the patterns follow the
+// shapes of outputs, which inputs are refused, and the sizes that a launch needs.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 namespace qwen_plugins {
 
 // A dimension of a pattern: a number, or times * name + plus. A name stands for the same number in all tensors of a
-// plug-in. The name "...", at the front only, stands for any dimensions, the same in all tensors.
+// plug-in. The name "...", allowed at the front only, stands for any number of dimensions, the same in all tensors.
 struct Dimension {
   Dimension(int64_t given) : number(given) {}
   Dimension(char const* given) : name(given) {}
@@ -31,17 +31,17 @@ struct TensorRole {
   char const* name;
   nvinfer1::DataType type;
   Pattern shape;
-  bool or_scalar = false;  // no dimensions will do as well
+  bool or_scalar = false;  // a tensor without dimensions is allowed, too
 };
 
-// Dimensions of one tensor as numbers; those that are not known yet are kUnknown, and fit anything.
+// The dimensions of one tensor as numbers. kUnknown is one that is not known yet; it fits anything.
 struct Extents {
   static constexpr int64_t kUnknown = -1;
   int32_t rank = 0;
   std::array<int64_t, nvinfer1::Dims::MAX_DIMS> d{};
 };
 
-// What the names in the patterns stand for, once the inputs' shapes are known.
+// The numbers that the names in the patterns stand for, found from the inputs' shapes.
 class Sizes {
  public:
   int64_t operator[](char const* name) const;
@@ -51,7 +51,7 @@ class Sizes {
   friend class TensorRoles;
 
   struct Named {
-    Dimension const* dimension;  // where the name occurred first, in this input and axis
+    Dimension const* dimension;  // where the name occurs first, in this input and axis
     int32_t input;
     int32_t axis;
     int64_t size;
@@ -70,28 +70,28 @@ class Sizes {
   Extents leading_;
 };
 
-// The inputs and the outputs in the order in which TensorRT passes them. The first input has all of "...".
+// The inputs and the outputs in the order in which TensorRT passes them. "..." is taken from the first input.
 class TensorRoles {
  public:
   TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs);
 
   int32_t input_count() const { return static_cast<int32_t>(inputs_.size()); }
   int32_t output_count() const { return static_cast<int32_t>(outputs_.size()); }
-  // The index of that name, -1 if there is none.
+  // Returns the index of the tensor with that name, or -1.
   int32_t find_input(char const* name) const;
   int32_t find_output(char const* name) const;
 
-  // These throw std::invalid_argument where TensorRT asks for what does not exist or brings shapes that do not fit.
+  // These throw std::invalid_argument for an output that does not exist and for shapes that do not fit.
   nvinfer1::DataType output_type(int32_t output) const;
   nvinfer1::DimsExprs output_shape(int32_t output, nvinfer1::DimsExprs const* inputs, int32_t input_count,
                                    nvinfer1::IExprBuilder& builder) const;
   Sizes sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const;
   Sizes sizes(nvinfer1::PluginTensorDesc const* inputs) const { return sizes(inputs, input_count()); }
-  // The largest number of each name over the inputs, which need not agree: for the maxima of an optimization profile,
-  // which TensorRT takes as they are given. At run time, where the inputs do agree, no size is above these.
+  // Returns the largest number of each name over the inputs, for the maxima of an optimization profile. Those need not
+  // fit together; the shapes at run time do, and no size is above these.
   Sizes largest_sizes(nvinfer1::PluginTensorDesc const* inputs) const;
-  // Whether the tensor at `position` (inputs, then outputs) has its one type in linear layout: with a single choice
-  // TensorRT has nothing to time, and puts no reformatting between two plug-ins.
+  // Returns whether the tensor at `position` (inputs, then outputs) has its one type in the linear format. With one
+  // choice TensorRT has nothing to time, and inserts no reformatting between two plug-ins.
   bool supports(int32_t position, nvinfer1::PluginTensorDesc const& desc) const;
 
  private:

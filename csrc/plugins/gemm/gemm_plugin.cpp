@@ -21,7 +21,7 @@ Attributes checked(Attributes attributes) {
 
 TensorRoles make_roles(Attributes const& attributes) {
   auto const type = static_cast<nvinfer1::DataType>(attributes.type_id);
-  // With SwiGLU two rows of the weight, one of the gate, make one column of y.
+  // With SwiGLU a column of y takes two rows of the weight.
   Dimension const out_features(has_swiglu(attributes) ? 2 : 1, "columns");
   std::vector<TensorRole> inputs{{"x", type, {"...", "in_features"}}, {"weight", type, {out_features, "in_features"}}};
   if (attributes.bias != 0) {
@@ -70,8 +70,8 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
   GemmShape largest = shape(roles().largest_sizes(largest_inputs));
-  // Few rows need none where in_features is aligned; that of a weight that is no constant may be so at its largest
-  // only.
+  // An in_features that is not aligned needs a workspace for few rows, too. At run time it may be any below the
+  // largest.
   largest.in_features = 1;
   return needed_workspace(largest);
 }
@@ -89,7 +89,7 @@ void GemmPlugin::enqueue(Execution const& execution) const {
   params.x_row_stride = params.shape.in_features;
   params.constant_weight = attributes().constant_weight != 0;
   params.workspace = execution.workspace;
-  // TensorRT does not say how much it is. It granted workspace_bytes() of the largest shapes, which is no less.
+  // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
   params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));
   check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
 }

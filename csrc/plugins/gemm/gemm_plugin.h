@@ -25,7 +25,7 @@ class GemmPlugin : public PluginBase<GemmAttributes> {
 
   size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
 
-  // The launch for tensors of these shapes; zero rows launch nothing.
+  // Launches the kernels for tensors of these shapes; zero rows launch nothing.
   void enqueue(Execution const& execution) const;
 
  private:

@@ -79,7 +79,7 @@ TensorRoles make_roles(Attributes const& attributes) {
           {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", type, cache}}};
 }
 
-// TensorRT gives the memory of past and present as two: in place if they are bound to one.
+// TensorRT passes the addresses of past and present; they are equal where both are bound to the same memory.
 void copy_unless_in_place(void const* past, void* present, Sizes const& sizes, Attributes const& attributes,
                           cudaStream_t stream) {
   if (past == present) {
@@ -169,7 +169,7 @@ void GptAttentionPlugin::check_shapes(nvinfer1::PluginTensorDesc const* inputs, 
   check_sizes(roles().sizes(inputs, count));
 }
 
-// Reads the lengths on the host and waits for them: what a launch would trust, in memory that may hold anything.
+// Copies the lengths, which a launch would use unchecked, to the host, waits for them and checks them.
 bool GptAttentionPlugin::lengths_make_sense(Execution const& execution, Sizes const& sizes) const {
   int64_t const sequences = sizes["sequences"];
   auto const download = [&](char const* name, int64_t count) {
@@ -207,7 +207,7 @@ void GptAttentionPlugin::enqueue(Execution const& execution) const {
   Sizes const sizes = roles().sizes(execution.input_descs);
   check_sizes(sizes);
   if (execution.phase == Phase::kBuild && !lengths_make_sense(execution, sizes)) {
-    return;  // nobody reads the result
+    return;  // TensorRT is timing the layer, and reads no result
   }
   copy_unless_in_place(input(execution, "past_key_value"), output(execution, "present_key_value"), sizes, attributes(),
                        execution.stream);
@@ -220,7 +220,7 @@ void GptAttentionPlugin::enqueue(Execution const& execution) const {
     DecodeAttentionParams params;
     set_common(execution, sizes, params);
     params.workspace = execution.workspace;
-    // An input as far as TensorRT is concerned: every launch leaves it as it was.
+    // TensorRT knows it as an input: every launch leaves it as it was.
     params.semaphores = static_cast<int32_t*>(const_cast<void*>(input(execution, "semaphores")));
     status = launch_decode_attention(params, execution.stream);
   } else {

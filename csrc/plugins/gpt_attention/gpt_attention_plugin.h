@@ -35,8 +35,8 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
   void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const;
   size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
 
-  // The launch for tensors of these shapes: the kernel for decoding where there are as many tokens as sequences, else
-  // the one for prompts. The cache is copied first unless past and present are the same memory.
+  // Launches the kernel for decoding where there are as many tokens as sequences, else those for prompts. Copies the
+  // cache first unless past and present are the same memory.
   void enqueue(Execution const& execution) const;
 
  private:

@@ -6,7 +6,7 @@
 
 namespace qwen_plugins {
 
-// Replaces defaults by what they stand for, and throws std::invalid_argument for values that make no sense.
+// Resolves defaults, and throws std::invalid_argument for values that are out of range.
 template <typename Attributes>
 void check_rms_norm_attributes(Attributes& attributes) {
   require_positive("eps", attributes.eps);
@@ -20,7 +20,7 @@ void check_rms_norm_attributes(Attributes& attributes) {
   require_flag("unit_offset", attributes.unit_offset);
 }
 
-// All but the addresses. TensorRT's linear tensors have contiguous rows.
+// Sets everything but the addresses. Tensors of TensorRT's linear format are contiguous.
 template <typename Attributes>
 void set_rms_norm_params(Attributes const& attributes, Sizes const& sizes, RmsNormParams& params) {
   int64_t const count = sizes.leading();
@@ -36,7 +36,7 @@ void set_rms_norm_params(Attributes const& attributes, Sizes const& sizes, RmsNo
   params.unit_offset = attributes.unit_offset != 0;
 }
 
-// Nothing where there are no elements; throws if the launch fails.
+// Launches unless there are no elements; throws if the launch fails.
 template <typename Params>
 void launch_rows(Params const& params, cudaError_t (*launch)(Params const&, cudaStream_t), cudaStream_t stream) {
   if (params.rows.total == 0 || params.hidden_size == 0) {

@@ -24,7 +24,7 @@ class RmsNormPlugin : public PluginBase<RmsNormAttributes> {
 
   explicit RmsNormPlugin(Attributes const& attributes);
 
-  // The launch for tensors of these shapes; zero rows launch nothing.
+  // Launches the kernels for tensors of these shapes; zero rows launch nothing.
   void enqueue(Execution const& execution) const;
 };
 

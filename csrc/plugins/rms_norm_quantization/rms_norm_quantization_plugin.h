@@ -27,7 +27,7 @@ class RmsNormQuantizationPlugin : public PluginBase<RmsNormQuantizationAttribute
 
   explicit RmsNormQuantizationPlugin(Attributes const& attributes);
 
-  // The launch for tensors of these shapes; zero rows launch nothing.
+  // Launches the kernels for tensors of these shapes; zero rows launch nothing.
   void enqueue(Execution const& execution) const;
 };
 
