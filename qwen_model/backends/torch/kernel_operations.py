@@ -47,11 +47,11 @@ class KernelOperations(TorchOperations):
         self._stream = torch.cuda.current_stream(self.cache.device).cuda_stream
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         return self._gather_rows(self.weights[weight], input_ids)
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if self.batch.decoding:
             return x, residual
         rows = self.batch.cu_seqlens[1:] - 1
@@ -72,13 +72,13 @@ class KernelOperations(TorchOperations):
         return y
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if "gemm" in self._disabled:
             return super().linear(x, weight, bias)
         return self._gemm(x, weight, bias, swiglu=False)
 
     def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if "gemm" in self._disabled:
             return super().linear_swiglu(x, weight, bias)
         return self._gemm(x, weight, bias, swiglu=True)
@@ -115,7 +115,7 @@ class KernelOperations(TorchOperations):
         )
 
     def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         if "rms_norm" in self._disabled:
             return super().rms_norm(x, weight, residual)
         layer = self._norm_layers.get(weight)
@@ -145,7 +145,7 @@ class KernelOperations(TorchOperations):
         )
 
     def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
-        """See `qwen_model.network.Operations`."""
+        """See `qwen_model.network.decoder.Operations`."""
         batch, config = self.batch, self.config
         if "rotary" in self._disabled:
             q, k, v = self.split_heads(qkv)
