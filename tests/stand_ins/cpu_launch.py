@@ -1,0 +1,191 @@
+"""qwen_plugins.launch in NumPy for float32 on a CPU: what `KernelOperations` calls, on addresses of the process."""
+
+import ctypes
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+from tests.stand_ins import numpy_plugins
+
+STREAM = 7
+DataType = SimpleNamespace(__members__={"float32": "float32"})
+Activation = SimpleNamespace(none="none", swiglu="swiglu")
+RotaryStyle = SimpleNamespace(neox="neox")
+
+
+def view(address: int, *shape: int, dtype: type = np.float32) -> np.ndarray:
+    count = int(np.prod(shape))
+    memory = (ctypes.c_byte * (count * np.dtype(dtype).itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def rows_of(address: int, rows: int, columns: int, stride: int) -> np.ndarray:
+    return view(address, rows, stride)[:, :columns]
+
+
+@dataclass(kw_only=True)
+class LinearLayer:
+    weight: int
+    bias: int
+    in_features: int
+    out_features: int
+    activation: str
+    dtype: str
+    constant_weight: bool
+
+    @property
+    def columns(self) -> int:
+        return self.out_features // (2 if self.activation == "swiglu" else 1)
+
+    def workspace_bytes(self, rows: int) -> int:
+        return 0 if rows < 4 else 16 * rows
+
+
+def gemm(layer: LinearLayer, *, x: int, x_row_stride: int, y: int, rows: int, workspace: int, stream: int) -> None:
+    assert stream == STREAM
+    assert layer.dtype == "float32"
+    assert layer.constant_weight
+    if layer.workspace_bytes(rows):
+        view(workspace, layer.workspace_bytes(rows), dtype=np.uint8)[:] = 0xFF
+    inputs = [
+        rows_of(x, rows, layer.in_features, x_row_stride),
+        view(layer.weight, layer.out_features, layer.in_features),
+    ]
+    inputs += [view(layer.bias, layer.out_features)] if layer.bias else []
+    fields = {"bias": int(layer.bias != 0), "activation": int(layer.activation == "swiglu"), "constant_weight": 1}
+    view(y, rows, layer.columns)[:] = numpy_plugins.gemm(fields, inputs)[0]
+
+
+@dataclass(kw_only=True)
+class RmsNormLayer:
+    weight: int
+    hidden_size: int
+    dtype: str
+    weight_dtype: str
+    eps: float
+    unit_offset: bool
+
+
+def rms_norm(layer: RmsNormLayer, *, x: int, residual: int, residual_out: int, y: int, rows: int, stream: int) -> None:
+    assert stream == STREAM
+    assert layer.dtype == layer.weight_dtype == "float32"
+    assert not layer.unit_offset
+    size = layer.hidden_size
+    inputs = [view(x, rows, size), view(layer.weight, size)]
+    inputs += [view(residual, rows, size)] if residual else []
+    outputs = numpy_plugins.rms_norm({"eps": layer.eps, "residual": int(residual != 0)}, inputs)
+    view(y, rows, size)[:] = outputs[0]
+    if residual:
+        view(residual_out, rows, size)[:] = outputs[1]
+
+
+def gather_rows(
+    *, table: int, ids: int, y: int, table_rows: int, row_size: int, rows: int, dtype: str, stream: int
+) -> None:
+    assert stream == STREAM
+    assert dtype == "float32"
+    view(y, rows, row_size)[:] = view(table, table_rows, row_size)[view(ids, rows, dtype=np.int32)]
+
+
+@dataclass(kw_only=True)
+class AttentionHeads:
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rotary_dim: int
+    dtype: str
+    rotary_table: int
+    rotary_offsets: int
+    rotary_style: str
+    query_scale: int
+    q_norm_weight: int
+    k_norm_weight: int
+    norm_eps: float
+
+
+def prefill_attention(
+    *,
+    heads: AttentionHeads,
+    cache: int,
+    max_positions: int,
+    qkv: int,
+    qkv_row_stride: int,
+    context: int,
+    cu_seqlens: int,
+    past_lengths: int,
+    sequences: int,
+    tokens: int,
+    softmax_scale: float,
+    stream: int,
+) -> None:
+    assert stream == STREAM
+    assert past_lengths == 0
+    bounds = view(cu_seqlens, sequences + 1, dtype=np.int32)
+    past = np.zeros(sequences, np.int32)
+    assert bounds[-1] == tokens
+    run_attention(heads, cache, max_positions, qkv, qkv_row_stride, context, bounds, past, softmax_scale)
+
+
+def decode_attention(
+    *,
+    heads: AttentionHeads,
+    cache: int,
+    max_positions: int,
+    qkv: int,
+    qkv_row_stride: int,
+    context: int,
+    past_lengths: int,
+    sequences: int,
+    softmax_scale: float,
+    workspace: int,
+    semaphores: int,
+    stream: int,
+) -> None:
+    assert stream == STREAM
+    assert workspace
+    assert not view(semaphores, sequences, heads.num_heads, dtype=np.int32).any()
+    bounds = np.arange(sequences + 1, dtype=np.int32)
+    past = view(past_lengths, sequences, dtype=np.int32)
+    run_attention(heads, cache, max_positions, qkv, qkv_row_stride, context, bounds, past, softmax_scale)
+
+
+def run_attention(
+    heads: AttentionHeads,
+    cache: int,
+    max_positions: int,
+    qkv: int,
+    qkv_row_stride: int,
+    context: int,
+    bounds: np.ndarray,
+    past: np.ndarray,
+    softmax_scale: float,
+) -> None:
+    assert heads.dtype == "float32"
+    assert heads.rotary_style == "neox"
+    assert np.isclose(softmax_scale, heads.head_size**-0.5)
+    offsets = view(heads.rotary_offsets, len(past), dtype=np.int32)
+    table_rows = int((offsets + past + np.diff(bounds)).max())
+    size = heads.head_size
+    columns = (heads.num_heads + 2 * heads.num_kv_heads) * size
+    inputs = [
+        rows_of(qkv, int(bounds[-1]), columns, qkv_row_stride),
+        view(cache, len(past), 2, heads.num_kv_heads, max_positions, size),
+        bounds,
+        past,
+        offsets,
+        *([view(heads.rotary_table, table_rows, heads.rotary_dim)] if heads.rotary_dim else []),
+        np.zeros((len(past), heads.num_heads), np.int32),
+        *([view(heads.query_scale, table_rows)] if heads.query_scale else []),
+        *([view(heads.q_norm_weight, size), view(heads.k_norm_weight, size)] if heads.q_norm_weight else []),
+    ]
+    fields = {
+        "num_heads": heads.num_heads,
+        "num_kv_heads": heads.num_kv_heads,
+        "head_size": size,
+        "rotary_embedding_dim": heads.rotary_dim,
+        "query_scale": int(heads.query_scale != 0),
+        "qk_norm": int(heads.q_norm_weight != 0),
+        "norm_eps": heads.norm_eps,
+    }
+    view(context, int(bounds[-1]), heads.num_heads * size)[:] = numpy_plugins.gpt_attention(fields, inputs)[0]
