@@ -24,8 +24,8 @@ using Strides = std::pair<int64_t, int64_t>;  // of RowStrides: outer, inner
 
 RowStrides row_strides(Strides strides) { return {strides.first, strides.second}; }
 
-// Where the rows of the operands lie; without inner rows they are contiguous. pybind11 takes None in place of an object
-// only at its second attempt to match the arguments, which would double the time of a call.
+// Where the rows of the operands lie; with inner_rows = 0 they are contiguous. That is no null pointer because pybind11
+// takes None only at its second attempt to match the arguments, which doubles the time of a call.
 struct RowLayout {
   int64_t inner_rows = 0;
   Strides x{};

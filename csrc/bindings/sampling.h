@@ -1,4 +1,4 @@
-// Choosing tokens, and gathering rows by tokens, for Python.
+// Choosing tokens, for Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// A plug-in's attributes: a plain struct of 32-bit members, and a schema that names them. From the schema follow the
-// creator's list of fields, a struct from fields, and the state in a serialised engine, written and read.
+// A plug-in's attributes are a plain struct of 32-bit members, which a schema names. By the schema a creator lists its
+// fields, a struct is read from fields, and the state in a serialised engine is written and read.
 #pragma once
 
 #include <cstddef>
@@ -21,26 +21,26 @@ struct AttributeSpec {
 
 struct AttributeSchema {
   char const* plugin;  // name
-  // Of the state in serialised engines. It grows by 1 with every change of `attributes` or of what they mean, and an
-  // engine with another one is refused: README.md.
+  // Of the state in serialised engines; an engine with another version is refused. It grows by 1 with every change of
+  // `attributes` or of their meaning: README.md.
   int32_t version;
   std::vector<AttributeSpec> attributes;
 };
 
 // All of these but declare_fields throw std::invalid_argument, which says what was given and what was expected.
 
-// The fields that a creator lists, without values.
+// Returns the fields that a creator lists, without values.
 std::vector<nvinfer1::PluginField> declare_fields(AttributeSchema const& schema);
 
-// Attributes from the fields of whoever defines a network.
+// Reads attributes from the fields that a network's author gives.
 void read_fields(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes);
 
-// State as fields, for IPluginV3: the attributes, and the schema's version in one field more. What is written refers to
-// the memory of both.
+// Write and read the state as fields, for IPluginV3: the attributes, and the schema's version in one field more. The
+// fields point to the memory of both.
 std::vector<nvinfer1::PluginField> write_state(AttributeSchema const& schema, void const* attributes);
 void read_state(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes);
 
-// State as bytes, for IPluginV2.
+// Write and read the state as bytes, for IPluginV2.
 size_t serialized_size(AttributeSchema const& schema);
 void serialize(AttributeSchema const& schema, void const* attributes, void* buffer);
 void deserialize(AttributeSchema const& schema, void const* data, size_t size, void* attributes);

@@ -1,4 +1,4 @@
-// What TensorRT 8.6's IPluginRegistry::loadLibrary looks up by name.
+// The functions that IPluginRegistry::loadLibrary of TensorRT 8.6 looks up by name.
 #include "dynamic_ext_adapter.h"
 #include "gemm/gemm_plugin.h"
 #include "gpt_attention/gpt_attention_plugin.h"

@@ -1,4 +1,4 @@
-// What IPluginRegistry::loadLibrary of TensorRT 10 and 11 looks up by name.
+// The functions that IPluginRegistry::loadLibrary of TensorRT 10 and 11 looks up by name.
 #include "gemm/gemm_plugin.h"
 #include "gpt_attention/gpt_attention_plugin.h"
 #include "plugin_v3_adapter.h"

@@ -1,6 +1,6 @@
-"""CUDA kernels and TensorRT plug-ins for Qwen and its relatives.
+"""This package has CUDA kernels and TensorRT plug-ins for Qwen and its relatives.
 
-Importing this package registers the plug-ins with an installed ``tensorrt`` (8.6, 10 or 11) and needs neither PyTorch
+Importing it registers the plug-ins with an installed ``tensorrt`` (8.6, 10 or 11) and needs neither PyTorch
 nor a GPU. The functions on tensors import PyTorch when they are first used:
 
     qwen_plugins.rms_norm(x, weight)          qwen_plugins.rms_norm_quant(x, weight)

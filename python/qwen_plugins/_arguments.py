@@ -1,4 +1,4 @@
-"""What the functions on PyTorch tensors share: checks of arguments, data types, the current device and stream.
+"""Check arguments and find data types, the current device and stream, for all functions on PyTorch tensors.
 
 A check raises TypeError for an argument of the wrong type or dtype, and ValueError for a wrong value, shape, layout or
 device. The message says what the argument must be, then what it is.
@@ -50,7 +50,7 @@ def type_names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 class CurrentDevice:
-    """Makes a tensor's device the current one, and gives the current stream there."""
+    """Makes a tensor's device the current one inside a with block, and gives the current stream there."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._index = tensor.device.index

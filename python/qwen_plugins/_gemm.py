@@ -1,4 +1,4 @@
-"""What the operator gemm of torch_ops.py checks and computes, on a CPU and on a GPU."""
+"""Check the operands of the operator gemm of torch_ops.py and compute it, on a CPU and on a GPU."""
 
 from __future__ import annotations
 

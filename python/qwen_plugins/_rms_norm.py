@@ -1,4 +1,4 @@
-"""What the RMSNorm operators of torch_ops.py check and compute, on a CPU and on a GPU."""
+"""Check the operands of the RMSNorm operators of torch_ops.py and compute them, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Norm:
-    """The operands that all RMSNorm operators share, checked."""
+    """Holds the operands that all RMSNorm operators share, checked."""
 
     x: Tensor
     weight: Tensor
@@ -59,7 +59,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a normalised row is quantized, checked against the operands of its Norm."""
+    """Holds how normalised rows are quantized."""
 
     dtype: torch.dtype
     scale: Tensor | None
@@ -213,7 +213,7 @@ def _merged_levels(shape: list[int], strides: list[list[int]]) -> tuple[list[int
 
 
 class _Launch(NamedTuple):
-    """The rows of one launch: their number, the addresses of the first ones, and the strides between them."""
+    """Describes the rows of one launch: their number, the addresses of the first ones, and the strides between them."""
 
     rows: int
     x: int

@@ -1,4 +1,4 @@
-"""The activation function SwiGLU without its matrix products, for PyTorch tensors on an NVIDIA GPU.
+"""Compute the activation function SwiGLU, without its matrix products, for PyTorch tensors on an NVIDIA GPU.
 
 `qwen_plugins.gemm` with ``activation="swiglu"`` computes it together with the matrix product in front of it.
 """
@@ -22,7 +22,9 @@ __all__ = ["swiglu"]
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Compute silu(gate) · up in float32, on the current stream. It works inside CUDA graph capture. No gradients.
+    """Compute silu(gate) · up in float32, on the current stream.
+
+    The function works inside CUDA graph capture, and computes no gradients.
 
     Args:
         gate_up: [rows, 2 · size], float16, bfloat16 or float32: the gate, then up. Rows may be strided, their elements

@@ -1,4 +1,4 @@
-"""Attention with the rotary embedding and the key-value cache inside, for PyTorch tensors on an NVIDIA GPU.
+"""Compute attention, with the rotary embedding and the key-value cache inside, for PyTorch tensors on an NVIDIA GPU.
 
 `prefill_attention` is for prompts, `decode_attention` for one new token of each sequence. Both launch on PyTorch's
 current stream, do not synchronise, work inside CUDA graph capture, and compute no gradients. What an argument must be
@@ -49,7 +49,7 @@ ROTARY_STYLES = dict(launch.RotaryStyle.__members__)
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention takes besides the projections and the lengths.
+    """Holds what attention takes besides the projections and the lengths.
 
     Args:
         num_heads: query heads, a multiple of the cache's kv_heads.
@@ -137,7 +137,7 @@ def prefill_attention(
 
 @dataclass(frozen=True)
 class DecodeAttentionWorkspace:
-    """Memory that `decode_attention` uses from launch to launch; launches that overlap must not share it."""
+    """Holds memory for the launches of `decode_attention`; launches that overlap must not share it."""
 
     partial_results: Tensor  # uint8; contents do not matter between launches
     semaphores: Tensor  # int32 [sequences, heads]; zero between launches

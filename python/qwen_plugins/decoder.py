@@ -1,4 +1,4 @@
-"""The former home of `qwen_plugins.attention` and `qwen_plugins.activation`, for code that still imports it."""
+"""Export what moved to `qwen_plugins.attention` and `qwen_plugins.activation`, for code that imports it from here."""
 
 from qwen_plugins.activation import swiglu
 from qwen_plugins.attention import (

@@ -1,4 +1,4 @@
-"""Gathering the rows of an embedding by token, for PyTorch tensors on an NVIDIA GPU."""
+"""Gather the rows of an embedding by token, for PyTorch tensors on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ __all__ = ["gather_rows"]
 
 
 def gather_rows(table: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return table[ids] on the current stream; an id outside of the table gives a row of zeros. No gradients.
+    """Return table[ids]; an id outside of the table gives a row of zeros.
+
+    The kernel runs on the current stream. The function works inside CUDA graph capture, and computes no gradients.
 
     Args:
         table: [rows, row_size], contiguous, float16, bfloat16 or float32.

@@ -1,4 +1,4 @@
-"""The launchers of the CUDA kernels on device addresses, for code that has checked its operands already.
+"""Launch the CUDA kernels on device addresses, for code that has checked its operands already.
 
 The functions of `qwen_plugins` on PyTorch tensors check everything and then call these. Call them directly where the
 operands are right by construction and the time of the checks counts, or where there is no PyTorch.

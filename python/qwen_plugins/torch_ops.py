@@ -1,4 +1,4 @@
-"""RMSNorm and linear layers for PyTorch: the custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
+"""Define RMSNorm and linear layers for PyTorch: custom operators ``torch.ops.qwen_plugins.*``, registered on import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles the plug-ins together with a C++ test, for any TensorRT and without a GPU."""
+"""Compile the plug-ins together with a C++ test, for any version of TensorRT and without a GPU."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ MAJORS = (8, 10, 11)
 
 
 def plugin_sources(major: int) -> list[Path]:
-    """Everything of one plug-in library but the kernels."""
+    """Return the sources of one plug-in library without the kernels."""
     plugins = CSRC / "plugins"
     entry_points = plugins / ("library_v2.cpp" if major == 8 else "library_v3.cpp")
     return [entry_points, *sorted(set(plugins.glob("**/*.cpp")) - set(plugins.glob("library_*.cpp")))]
 
 
 def compile_command(major: int, official_headers: Path | None = None) -> list[str]:
-    """The compiler with the options that one major version of TensorRT takes; skips the test where there is none."""
+    """Return the compiler with the options for one major version of TensorRT; skip the test without a compiler."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler: install g++ or name one in CXX")
@@ -33,7 +33,7 @@ def compile_command(major: int, official_headers: Path | None = None) -> list[st
 
 
 def cuda_headers() -> Path:
-    """The folder of cuda_runtime_api.h and nvtx3: a CUDA toolkit's, or that of the packages which pip installs."""
+    """Return the folder of cuda_runtime_api.h and nvtx3, of a CUDA toolkit or of packages that pip installed."""
     candidates = [
         Path(os.environ[name]) / "include" for name in ("CUDAToolkit_ROOT", "CUDA_HOME") if name in os.environ
     ]
@@ -62,7 +62,7 @@ def run(command: list[object], **options: object) -> subprocess.CompletedProcess
 
 
 def run_checked(command: list[object], **options: object) -> str:
-    """Standard output of a command; its errors fail the test."""
+    """Run a command and return its standard output; a failure fails the test."""
     result = run(command, **options)
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}"
     return result.stdout

@@ -1,4 +1,4 @@
-"""Prints what NVIDIA's Python bindings see of our plug-ins: run by test_tensorrt_bindings.py in a process of its own.
+"""Print what NVIDIA's Python bindings see of the plug-ins; test_tensorrt_bindings.py runs it as a process of its own.
 
 The folder of the bindings is the first argument; the libraries they are linked against are found by the loader.
 """
@@ -18,7 +18,7 @@ sys.modules["tensorrt"] = trt
 warnings.simplefilter("error")
 
 import qwen_plugins.tensorrt  # noqa: F401, E402
-from qwen_plugins.tensorrt import layers as _tensorrt_layers  # noqa: E402
+from qwen_plugins.tensorrt import layers  # noqa: E402
 
 PLUGINS: dict[str, dict[str, int | float]] = {
     "RmsNorm": {"eps": 1e-6, "type_id": int(trt.float16), "weight_type_id": int(trt.float16), "residual": 1},
@@ -46,7 +46,7 @@ PLUGINS: dict[str, dict[str, int | float]] = {
 
 
 class Network:
-    """Takes a plug-in as `INetworkDefinition` does, and asks it what the builder would."""
+    """Takes a plug-in as `INetworkDefinition` does, and calls what the builder would call."""
 
     def get_flag(self, flag: object) -> bool:
         return True
@@ -64,13 +64,12 @@ class Network:
         return SimpleNamespace(num_outputs=1, get_output=lambda i: [*names, build.num_outputs])
 
 
-_tensorrt_layers.is_strongly_typed = lambda network: True
+layers.is_strongly_typed = lambda network: True
 found = {
-    name: _tensorrt_layers.add_plugin(Network(), name, ["x"], fields, name, [trt.float16])[0]
-    for name, fields in PLUGINS.items()
+    name: layers.add_plugin(Network(), name, ["x"], fields, name, [trt.float16])[0] for name, fields in PLUGINS.items()
 }
 try:
-    _tensorrt_layers.add_plugin(Network(), "Gemm", ["x"], {"type_id": 99}, "wrong", [trt.float16])
+    layers.add_plugin(Network(), "Gemm", ["x"], {"type_id": 99}, "wrong", [trt.float16])
 except RuntimeError as error:
     found["refused"] = str(error)
 print(json.dumps({"version": trt.__version__, "found": found}))

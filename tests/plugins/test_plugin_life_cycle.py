@@ -1,4 +1,4 @@
-"""The whole life of each plug-in in C++, driven through the interfaces that TensorRT calls; no TensorRT, no GPU."""
+"""The whole life of each plug-in in C++, driven through the interfaces that TensorRT calls; without TensorRT or GPU."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_life_cycle_under_sanitizers(major: int, tmp_path: Path) -> None:
 
 
 def test_launches_are_in_nvtx_ranges(tmp_path: Path) -> None:
-    """A profiler sees each launch in a range that is named after the plug-in, and the range ends."""
+    """A profiler sees each launch in a range that is named after the plug-in, and sees the range end."""
     program, listener = tmp_path / "life_cycle", tmp_path / "liblistener.so"
     sources = [CPP_TESTS / "life_cycle_v3.cpp", CPP_TESTS / "recorded_launches.cpp", *plugin_sources(10)]
     run_checked([*compile_command(10), *sources, "-o", program])

@@ -100,7 +100,7 @@ def test_gemm_with_its_weight_as_an_input() -> None:
 
 
 def test_a_chain_of_a_decoder_is_nothing_but_kernels() -> None:
-    """Norm, product, SwiGLU, product and residual, four times: no reformatting between them, in a graph as without."""
+    """Four MLP blocks: no reformatting between the layers, and the same results with and without a CUDA graph."""
     norm, hidden, intermediate = normal(256, scale=0.1) + np.float16(1), 256, 512
     gate_up, down = normal(2 * intermediate, hidden, scale=1 / 16), normal(hidden, intermediate, scale=1 / 32)
 
@@ -150,7 +150,7 @@ class Heads:
 
 
 class Attention:
-    """One GptAttention as an engine, and the same in float64."""
+    """An engine of one GptAttention layer, and the same computed in float64."""
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
@@ -191,7 +191,7 @@ class Attention:
         return {"context": context, "present": present}
 
     def exact(self, qkv: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Context, keys and values [heads, tokens, head_size] of a whole sequence."""
+        """Return context, keys and values [heads, tokens, head_size] of a whole sequence."""
         heads, (query, kv) = self.heads, (self.heads.num_heads, self.heads.num_kv_heads)
         split = qkv.astype(np.float64).reshape(len(qkv), query + 2 * kv, heads.head_size).transpose(1, 0, 2)
         q, k, v = split[:query], split[query : query + kv], split[query + kv :]
@@ -228,7 +228,7 @@ class Attention:
 
 
 class Conversation:
-    """Sequences that grow by steps, on the GPU and in float64."""
+    """Sequences that grow step by step, on the GPU and in float64."""
 
     def __init__(self, attention: Attention, in_place: bool, offsets: Sequence[int]) -> None:
         self.attention, self.in_place = attention, in_place
@@ -239,7 +239,7 @@ class Conversation:
         self.histories = [np.empty((0, heads.packed), heads.dtype) for _ in offsets]
 
     def step(self, lengths: Sequence[int]) -> None:
-        """New tokens for every sequence; the results are checked."""
+        """Append tokens to every sequence and check the results."""
         past_lengths = np.array([len(history) for history in self.histories], np.int32)
         execution = self.bind(lengths, past_lengths)
         results = execution.run()
@@ -250,7 +250,7 @@ class Conversation:
         self.assert_right(results["context"], before, past_lengths)
 
     def bind(self, lengths: Sequence[int], past_lengths: np.ndarray) -> Execution:
-        """New random tokens in a context of these shapes."""
+        """Run random new tokens in an execution context with these shapes."""
         heads = self.attention.heads
         new = [normal(length, heads.packed, dtype=heads.dtype) for length in lengths]
         self.histories = [np.concatenate(pair) for pair in zip(self.histories, new, strict=True)]
@@ -273,7 +273,7 @@ class Conversation:
         return execution
 
     def assert_right(self, context: np.ndarray, before: np.ndarray, past_lengths: np.ndarray) -> None:
-        """The new tokens' context, all of the cache up to them, and nothing written anywhere else."""
+        """Check the new tokens' context, the cache up to them, and that nothing else was written."""
         dtype = self.attention.heads.dtype
         untouched = np.ones(self.cache.shape, bool)
         start = 0
@@ -342,7 +342,7 @@ def test_a_graph_of_decode_serves_all_lengths() -> None:
 
 
 def test_more_sequences_than_the_cache_has_are_refused_with_the_reason_in_the_log() -> None:
-    """Shapes that the profile allows one by one."""
+    """Each of these shapes is within the profile, but together they do not fit."""
     attention = Attention(Heads())
     conversation = Conversation(attention, True, offsets=(0, 0, 0))
     execution = conversation.bind((1, 1, 1), np.zeros(3, np.int32))
@@ -354,7 +354,7 @@ def test_more_sequences_than_the_cache_has_are_refused_with_the_reason_in_the_lo
 
 
 def test_an_engine_that_was_never_serialised() -> None:
-    """build_engine of 8.6 runs the plug-in objects of the network: right there, too."""
+    """An engine of build_engine in 8.6 runs the plug-in objects of the network itself, with the same results."""
     if not hasattr(trt.Builder, "build_engine"):
         pytest.skip("this TensorRT has no build_engine")
     builder = trt.Builder(LOG)

@@ -35,7 +35,7 @@ def rows_input(dtype: str, hidden_size: int, max_tokens: int = 8192, *, min_toke
 def add_all_modes(
     weights: dict[str, np.ndarray], *, plugin: bool = True
 ) -> Callable[[Any, dict[str, Any]], dict[str, Any]]:
-    """A network with every mode of both operations on one x."""
+    """Add every mode of both operations on one x to a network."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         x, residual = tensors["x"], tensors["residual"]
@@ -78,14 +78,14 @@ def normalised(h: np.ndarray) -> np.ndarray:
 
 
 def assert_within_units(actual: np.ndarray, exact: np.ndarray, units: float) -> None:
-    """At most ``units`` units in the last place of the type away from the exact values."""
+    """Check that values are at most ``units`` units in the last place away from the exact ones."""
     unit = np.spacing(np.abs(exact).astype(actual.dtype)).astype(np.float64)
     error = np.abs(actual.astype(np.float64) - exact) / unit
     assert np.all(error <= units), f"up to {np.nanmax(error)} units away"
 
 
 def assert_quantized(q: np.ndarray, exact: np.ndarray, scale: np.ndarray | np.float32) -> None:
-    """Rounded to nearest and saturated; where the exact value is within float32's rounding of a tie, either side."""
+    """Check for rounding to nearest and saturation; near a tie, within float32's rounding, either neighbour passes."""
     steps = np.clip(exact / np.asarray(scale, np.float64), -128, 127)
     assert np.all(np.abs(q.astype(np.float64) - steps) <= 0.5 + 5e-4)
 
@@ -93,7 +93,7 @@ def assert_quantized(q: np.ndarray, exact: np.ndarray, scale: np.ndarray | np.fl
 def assert_all_modes(
     results: dict[str, np.ndarray], rows: dict[str, np.ndarray], weights: dict[str, np.ndarray]
 ) -> None:
-    """The results of `add_all_modes` against float64, on the first and last rows and a sample of the others."""
+    """Check the results of `add_all_modes` against float64, on the first and last rows and a sample of the others."""
     x, residual, units = rows["x"], rows["residual"], 1.0 if rows["x"].dtype == np.float16 else 4.0
     if len(x) > 40:
         sample = np.unique([0, len(x) - 1, *np.random.default_rng().integers(len(x), size=38)])
@@ -160,7 +160,7 @@ def test_any_rank(shape: tuple[int, ...]) -> None:
 
 
 def test_weights_as_tensors() -> None:
-    """Weight, smoothing and scale as inputs of the network."""
+    """Weight, smoothing and scale are inputs of the network."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -200,7 +200,7 @@ def test_native_layers_give_the_same(dtype: str) -> None:
 
 @pytest.mark.parametrize("plugin", [True, False])
 def test_squares_beyond_float16(plugin: bool) -> None:
-    """Values whose squares overflow in float16 give finite, right results, with the plug-in and without."""
+    """Values whose squares overflow in float16 give finite, correct results, with the plug-in and without."""
     weights = make_weights("float16", 256)
     engine = Engine(
         build_plan(
@@ -281,7 +281,7 @@ def test_cuda_graph_capture() -> None:
 
 
 def test_a_chain_is_nothing_but_the_plugins() -> None:
-    """32 operations with the residual: 32 kernels, no reformatting or copying between them, and right results."""
+    """32 layers with a residual are 32 kernels without reformatting or copies between them, and correct."""
     weight = make_weights("float16", 4096)["weight"]
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def test_a_chain_is_nothing_but_the_plugins() -> None:
 
 
 def test_a_chain_of_quantizations_with_the_residual() -> None:
-    """h of each layer feeds the next one, as in a decoder; every q is an output."""
+    """The residual of each layer feeds the next one, as in a decoder; every q is an output."""
     weight = make_weights("float16", 512)["weight"]
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def test_a_chain_of_quantizations_with_the_residual() -> None:
 
 
 def test_wrong_inputs_fail_the_build_with_the_reason_in_the_log() -> None:
-    """A plug-in that is told of a residual which the network does not bring, past the Python functions' checks."""
+    """A plug-in whose fields promise a residual that the network lacks; the Python functions would refuse it."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         creator = find_creator(trt, "RmsNorm")

@@ -1,4 +1,4 @@
-"""qwen_plugins.tensorrt's functions for every version of TensorRT, on the stand-in in NumPy."""
+"""The functions of qwen_plugins.tensorrt with every version of TensorRT, on the stand-in in NumPy."""
 
 import importlib
 import pkgutil
@@ -20,7 +20,7 @@ VERSIONS = [("8.6.0", False), ("10.0.1", False), ("10.14.1", True), ("11.1.0", T
 
 @pytest.fixture(params=VERSIONS, ids=lambda given: f"{given[0]}{' strongly typed' if given[1] else ''}")
 def tensorrt(request: pytest.FixtureRequest) -> Iterator[types.SimpleNamespace]:
-    """The package's functions on one version of TensorRT, and an empty network."""
+    """Give the package's functions on one version of TensorRT, and an empty network."""
     version, strongly_typed = request.param
     with stand_ins.installed(version) as trt:
         yield types.SimpleNamespace(
@@ -249,7 +249,7 @@ def test_gemm_of_bfloat16(tensorrt: Any) -> None:
 
 @pytest.mark.parametrize("given", [True, False, None])
 def test_which_weights_are_constant(tensorrt: Any, given: bool | None) -> None:
-    """Unless told otherwise: those that come as arrays."""
+    """By default those that are given as arrays."""
     x = rows(5, 64)
     tensorrt.functions.gemm(tensorrt.network, x, rows(96, 64), constant_weight=given)
     tensorrt.functions.gemm(tensorrt.network, x, rows(96, 64).array, rows(96), constant_weight=given)
@@ -300,7 +300,7 @@ def test_gemm_of_weights_of_a_wrong_size_or_type(tensorrt: Any) -> None:
 
 
 def attention_arguments(network: Any) -> dict[str, Any]:
-    """Eight tokens of three sequences, four heads on two of 64 elements; caches of 20 positions for four sequences."""
+    """Return arguments for 8 tokens of 3 sequences, 4 heads and 2 kv heads of 64 elements, caches of 20 positions."""
     integers = {"cu_seqlens": (4,), "past_lengths": (3,), "rotary_offsets": (3,), "semaphores": (4, 4)}
     return {
         "network": network,

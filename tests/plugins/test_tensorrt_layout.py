@@ -1,4 +1,4 @@
-"""Our declarations of TensorRT's interfaces against the official headers: layout, virtual tables, and calls across.
+"""Our declarations of TensorRT's interfaces against the official headers: layout, virtual tables, and calls.
 
 Where the headers are present: QWEN_PLUGINS_TENSORRT_HEADERS names folders with a NvInferRuntime.h, separated by colons,
 such as the include folders of several releases of TensorRT's public repository.
@@ -25,7 +25,7 @@ def major_of(folder: Path) -> int:
 
 
 def virtual_tables(major: int, official: Path | None, folder: Path) -> dict[str, list[str]]:
-    """The compiler's listing of every table that TensorRT calls us through, or we call TensorRT through."""
+    """Return the compiler's listing of every virtual table that TensorRT or the plug-ins call through."""
     folder.mkdir()
     run_checked([*compile_command(major, official), "-fdump-lang-class", "-c", CPP_TESTS / "layout.cpp"], cwd=folder)
     listing = next(folder.glob("*.class")).read_text()
@@ -64,7 +64,7 @@ def test_declarations_match_official_headers(official_and_major: tuple[Path, int
 def test_a_caller_with_official_headers_drives_our_library(
     official_and_major: tuple[Path, int], tmp_path: Path
 ) -> None:
-    """As in TensorRT: one side is compiled with the official headers, the library with our declarations."""
+    """As with TensorRT: the caller is compiled with the official headers, the library with our declarations."""
     official, major = official_and_major
     library, program = tmp_path / "libplugins.so", tmp_path / "life_cycle"
     shared = ["-shared", "-fPIC", "-fvisibility=hidden", f"-Wl,--version-script={CSRC / 'plugins' / 'exports.map'}"]

@@ -39,7 +39,7 @@ def install_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, registry: Re
 
 @pytest.fixture
 def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A package folder that has every library, whatever this checkout has been built with."""
+    """Give a package folder with every library, whatever this checkout was built with."""
     for name in ("libqwen_plugins_trt8.so", "libqwen_plugins_trt10.so", "libqwen_plugins_trt11.so"):
         (tmp_path / name).touch()
     monkeypatch.setattr(sys.modules["qwen_plugins"], "__path__", [str(tmp_path)])
@@ -127,7 +127,7 @@ def test_warns_where_tensorrt_takes_no_library(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_second_version_of_a_plugin(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
-    """The newest is found by its name alone, older ones for engines that hold them; all of them have to be there."""
+    """The newest is found by its name alone, an older one by its version; a library without it is not enough."""
     registry = Registry()
     install_tensorrt(monkeypatch, "8.6.0", registry)
     assert registration.register_tensorrt_plugins()

@@ -1,4 +1,4 @@
-"""The plug-in library in a real TensorRT's registry: creators, plug-ins from fields, bytes, and what must be refused.
+"""The plug-in library in a real TensorRT's registry: creators, plug-ins from fields and from bytes, what is refused.
 
 Needs the tensorrt package (8.6), but no GPU.
 """
@@ -275,7 +275,7 @@ def test_bytes_of_the_other_plugin_are_refused(creators: dict[str, Any]) -> None
 
 @pytest.mark.skipif(LIBRARY_VARIABLE in os.environ, reason="this is the run under the address sanitizer")
 def test_all_of_this_under_the_address_sanitizer(tmp_path: Path) -> None:
-    """The tests above in a second process, with a library whose memory accesses are checked."""
+    """Runs the tests above in a second process, with a library whose memory accesses are checked."""
     library = tmp_path / "libqwen_plugins_trt8.so"
     command = [*compile_command(8), "-shared", "-fPIC", "-fvisibility=hidden", "-fsanitize=address", "-g"]
     run_checked([*command, *plugin_sources(8), CPP_TESTS / "recorded_launches.cpp", "-o", library])

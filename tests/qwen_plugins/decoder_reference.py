@@ -69,11 +69,11 @@ class Case:
 
     @property
     def rotary_rows(self) -> Tensor:
-        """[tokens], on the CPU: each token's row of the rotary table."""
+        """Return each token's row of the rotary table, [tokens] on the CPU."""
         return self.rotary_offsets.cpu()[self.sequences] + self.positions
 
     def reference(self) -> tuple[Tensor, Tensor]:
-        """The context [tokens, heads * head_size] and the cache afterwards, in float64 on the CPU."""
+        """Return the context [tokens, heads * head_size] and the cache afterwards, in float64 on the CPU."""
         q, k, v = self._prepared()
         cache = self.cache.double().cpu()
         cache[self.sequences, 0, :, self.positions] = k
@@ -91,7 +91,7 @@ class Case:
         return torch.cat(context), cache
 
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v [tokens, heads, head_size], q and k normalised, rotated and scaled."""
+        """Return q, k and v [tokens, heads, head_size], q and k normalised, rotated and scaled."""
         heads = self.qkv.double().cpu().unflatten(-1, (-1, self.head_size))
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -121,7 +121,7 @@ class Case:
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest value; NaN where there should be none is an infinite error."""
+    """Return the largest error over the largest value; infinite where NaN is in other places than expected."""
     result, expected = result.double().cpu(), expected.double().cpu()
     if not torch.equal(result.isnan(), expected.isnan()):
         return math.inf

@@ -16,7 +16,7 @@ def reference(
     residual: Tensor | None = None,
     unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(y in float64, h in the type of x)."""
+    """Return y in float64 and h in the type of x."""
     h = x if residual is None else (x.double() + residual.double()).to(x.dtype)
     wide = h.double()
     y = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.double() + unit_offset)
@@ -24,7 +24,7 @@ def reference(
 
 
 def ulps_apart(actual: Tensor, exact: Tensor) -> Tensor:
-    """How many representable numbers lie between `actual` and `exact` (float64) rounded to the type of `actual`."""
+    """Return how many representable numbers lie between `actual` and `exact` rounded to the type of `actual`."""
     return (_order(actual) - _order(exact.to(actual.dtype))).abs()
 
 
@@ -36,7 +36,7 @@ def assert_within_one_ulp(actual: Tensor, exact: Tensor) -> None:
 
 
 def _order(tensor: Tensor) -> Tensor:
-    """Integers in the order of the floating-point numbers, neighbours one apart."""
+    """Map floating-point numbers to integers in the same order, neighbours one apart."""
     if tensor.element_size() == 4:
         bits = tensor.contiguous().view(torch.int32).to(torch.int64)
         magnitude = bits & 0x7FFFFFFF

@@ -1,4 +1,4 @@
-"""gemm against float64; layouts; inside captured graphs; errors. On the CPU too, where it is the same case."""
+"""gemm against float64, in many layouts and inside CUDA graphs; arguments that are refused. Most run on a CPU too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make(*shape: int, dtype: torch.dtype, device: str, magnitude: float = 1.0) -
 
 
 def reference(x, weight, bias, activation):
-    """(y, what its rounding errors are in proportion to), both float64."""
+    """Return y, and the sums of absolute values that its rounding errors are in proportion to, both in float64."""
     x, weight = x.double(), weight.double()
     z = x @ weight.T
     size = x.abs() @ weight.abs().T
@@ -40,7 +40,7 @@ def reference(x, weight, bias, activation):
 
 
 def check(x, weight, bias=None, activation=None, *, intermediate=None, **options):
-    """`intermediate`: how far sums may be off, beside the sum of their absolute values; else what any kernel has."""
+    """Check y; `intermediate` is the allowed error of a sum, relative to the sum of absolute values."""
     y = qwen_plugins.gemm(x, weight, bias, activation=activation, **options)
     expected, size = reference(x, weight, bias, activation)
     assert y.shape == expected.shape
@@ -100,7 +100,7 @@ def test_long_rows_match_float64(dtype, activation, in_features, out_features):
 def test_tens_of_rows_match_float64(dtype, activation, in_features, out_features):
     on_hopper = torch.cuda.get_device_capability()[0] == 9
     for rows in (17, 24, 32, 33, 48, 49, 63, 64, 65):
-        # gemm_hopper rounds once: without one column of k of 40,000, let alone a part of k, this fails.
+        # The kernel of stream_hopper.cu rounds once: the test fails if one of 40,000 columns of k is missing.
         intermediate = 2.0**-17 if on_hopper and rows <= 64 else None
         x, weight, bias = operands(rows, in_features, out_features, dtype, "cuda", rows % 4 > 0, activation)
         out = torch.full((rows * out_features + 64,), torch.nan, dtype=dtype, device="cuda")
@@ -125,7 +125,7 @@ def test_tens_of_rows_match_float64(dtype, activation, in_features, out_features
     ],
 )
 def test_hundreds_of_rows_match_float64(dtype, in_features, rows, out_features, activation):
-    # The kernel rounds once: cuBLASLt's product, rounded before SwiGLU, fails this, and so does one column of k less.
+    # The kernel rounds once: the test fails for cuBLASLt's GEMM, rounded before SwiGLU, and without one column of k.
     # With fewer multiprocessors other sizes are cuBLASLt's.
     device = torch.cuda.get_device_properties()
     intermediate = 2.0**-17 if (device.major, device.multi_processor_count) == (9, 132) else None
@@ -229,9 +229,9 @@ def test_extremes(rows):
 @pytest.mark.parametrize("constant_weight", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_captured_graph_behind_the_kernels_that_make_its_inputs(rows, constant_weight, activation):
-    """Every product reads what the one before it, or a copy, has just written; also as the first call of its shape."""
+    """Every GEMM reads what the one before it, or a copy, has just written; it is the first of its shape, too."""
     # Shapes that no other test has used: cuBLASLt is asked for the first time in the capture. At 32 and 64 rows they
-    # are large enough for gemm_hopper, at 128 with SwiGLU and 1024 for gemm_hopper_tiles.
+    # are large enough for stream_hopper.cu, at 128 with SwiGLU and 1024 for tiles_hopper.cu.
     sizes = {32: (4360, 4), 64: (4616, 4), 128: (8072, 3), 1024: (3576, 4)}
     size, layers = sizes.get(rows, (1032 + 8 * rows, 12))
     x = make(rows, size, dtype=torch.float16, device="cuda")

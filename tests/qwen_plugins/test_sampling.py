@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen_plugins.embedding import gather_rows
 from qwen_plugins.sampling import NO_TOKEN, SamplingState, mark_seen, sample, sampling_state
 
 pytestmark = pytest.mark.gpu

@@ -26,7 +26,7 @@ cudaError_t = enum.Enum(  # noqa: N816
 
 @dataclass
 class Device:
-    """Those that there are, all alike, and what is in their memory."""
+    """The devices, which are all alike, and their memory."""
 
     name: str = "NumPy"
     count: int = 1
@@ -40,7 +40,7 @@ class Device:
 
 
 class Thread(threading.local):
-    """Each begins with the first device as its present one."""
+    """The current device of a thread, at first device 0."""
 
     device = 0
 
@@ -55,7 +55,7 @@ def used_bytes() -> int:
 
 
 def enqueue(work: Callable[[], None], stream: int) -> None:
-    """Do it now, or put it into the graph that is being captured. The stream must be of the present device."""
+    """Run work, or add it to the graph that is being captured. The stream must be of the current device."""
     assert device.places[stream] == thread.device, "work for a stream of another device"
     if device.capture is None:
         work()
@@ -64,7 +64,7 @@ def enqueue(work: Callable[[], None], stream: int) -> None:
 
 
 def view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The array at an address, which must lie within memory of the present device that has not been freed."""
+    """Return the array at an address, which must lie within allocated memory of the current device."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     inside = any(
         start <= address and address + num_bytes <= start + memory.nbytes and device.places[start] == thread.device

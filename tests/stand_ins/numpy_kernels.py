@@ -1,4 +1,4 @@
-"""qwen_plugins._core in NumPy: the functions that the TensorRT back end calls, on addresses."""
+"""qwen_plugins.launch in NumPy: the functions that the TensorRT back end calls, on addresses."""
 
 import struct
 import types

@@ -1,4 +1,4 @@
-"""Our plug-ins in NumPy: what they compute, in float32, rounded to their type."""
+"""The plug-ins in NumPy: they compute in float32 and round to their type."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
 
 
 def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
-    """Writes the new keys and values to the cache in place."""
+    """Compute attention; write the new keys and values to the cache in place."""
     qkv, cache, cu_seqlens, past_lengths, offsets, *rest = inputs
     heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], fields["head_size"]
     table = rest.pop(0) if fields["rotary_embedding_dim"] else None
@@ -79,7 +79,7 @@ def rotate(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """[tokens, heads, head_size] over [kv_heads, length, head_size]; each token sees what is not after it."""
+    """Attend with q [tokens, heads, head_size] to [kv_heads, length, head_size]; no token sees those after it."""
     group = q.shape[1] // len(keys)
     keys, values = np.repeat(keys, group, axis=0), np.repeat(values, group, axis=0)
     scores = np.einsum("thd,hld->htl", q.astype(np.float32), keys) / np.sqrt(np.float32(q.shape[-1]))

@@ -70,7 +70,7 @@ class ITensor:
 
     @property
     def dtype(self) -> DataType:
-        """TensorRT 8.6 says float32 of tensors inside a network, whatever they are."""
+        """TensorRT 8.6 reports float32 for every tensor inside a network."""
         return self.known_type if self.is_input or self.network.strongly_typed else DataType.FLOAT
 
     @dtype.setter
@@ -83,7 +83,7 @@ class ITensor:
 
     @property
     def array(self) -> np.ndarray:
-        """Its value, computed from those that the inputs were made with."""
+        """Return the value, computed from those that the inputs were made with."""
         if self.layer is None:
             return self.given
         arrays = {tensor: tensor.array for tensor in self.layer.inputs}
@@ -92,7 +92,7 @@ class ITensor:
 
 
 def tensor_of(array: np.ndarray) -> ITensor:
-    """An input with a value."""
+    """Return an input with a value."""
     made = ITensor(None, array.shape, type_of(array))
     made.given = array
     return made
@@ -195,7 +195,7 @@ class INetworkDefinition:
         compute: Callable[..., np.ndarray],
         kind: type[Layer] = Layer,
     ) -> Any:
-        """A layer with one output."""
+        """Add a layer with one output."""
         self.layers.append(kind(self, inputs, [(shape, dtype)], lambda *arrays: [compute(*arrays)]))
         return self.layers[-1]
 
@@ -293,7 +293,7 @@ class INetworkDefinition:
 
 
 def wide(array: np.ndarray) -> np.ndarray:
-    """Native layers of networks without types compute in float32; integers stay what they are."""
+    """Convert to float32, in which native layers of networks without types compute; keep integers."""
     return array if array.dtype.kind in "iu" else array.astype(np.float32)
 
 
@@ -498,7 +498,7 @@ MAJOR = 0
 
 
 def make_module(version: str) -> types.ModuleType:
-    """The module ``tensorrt`` of that version, our plug-ins registered. One version at a time."""
+    """Make the module ``tensorrt`` of a version, with the plug-ins registered. Only one version at a time works."""
     global MAJOR
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")

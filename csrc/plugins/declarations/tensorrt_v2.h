@@ -89,7 +89,7 @@ class IPluginV2DynamicExt : public IPluginV2Ext {
   int32_t getTensorRTVersion() const noexcept override { return kDynamicExtKind << 24 | kTensorRtVersion; }
 
  private:
-  // The older interfaces' questions, which TensorRT does not ask of a plug-in with dynamic shapes.
+  // Functions of the older interfaces, which TensorRT does not call for a plug-in with dynamic shapes.
   void configurePlugin(Dims const*, int32_t, Dims const*, int32_t, DataType const*, DataType const*, bool const*,
                        bool const*, PluginFormat, int32_t) noexcept final {}
   bool supportsFormat(DataType, PluginFormat) const noexcept final { return false; }

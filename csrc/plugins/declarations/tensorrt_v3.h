@@ -9,7 +9,7 @@ enum class APILanguage : int32_t { kCPP = 0, kPYTHON = 1 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };
 
-// What an object says it is; TensorRT checks kind and version before it calls anything else.
+// The kind and version of an object's interface, which TensorRT checks before it calls anything else.
 struct InterfaceInfo {
   char const* kind;
   int32_t major;

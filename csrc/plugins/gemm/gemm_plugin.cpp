@@ -70,8 +70,7 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
   GemmShape largest = shape(roles().largest_sizes(largest_inputs));
-  // An in_features that is not aligned needs a workspace for few rows, too. At run time it may be any below the
-  // largest.
+  // Few rows need a workspace, too, where in_features is not aligned, which a smaller one at run time may not be.
   largest.in_features = 1;
   return needed_workspace(largest);
 }

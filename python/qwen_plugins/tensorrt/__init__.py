@@ -1,4 +1,4 @@
-"""The plug-ins as layers of a TensorRT network: RMSNorm, alone and with quantization, Gemm and GptAttention.
+"""Add the plug-ins to a TensorRT network: RMSNorm, alone and with quantization, Gemm and GptAttention.
 
 Each function adds one operation to an ``INetworkDefinition`` and returns its output tensors. With ``plugin=False`` the
 RMSNorm functions add the same operation in TensorRT's own layers, to compare with or to build engines that need no

@@ -1,4 +1,4 @@
-"""Attention over a key-value cache, with the rotary embedding inside: the GptAttention plug-in."""
+"""Add the GptAttention plug-in: attention over a key-value cache, with the rotary embedding inside."""
 
 import numbers
 from typing import Any

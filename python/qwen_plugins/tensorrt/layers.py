@@ -1,4 +1,4 @@
-"""What the functions of every plug-in share: adding the layer, setting the types of its outputs, checks of arguments.
+"""Add a plug-in's layer, set the types of its outputs and check arguments, for the functions of every plug-in.
 
 A check raises TypeError for a wrong type of argument or tensor, and ValueError for a wrong value or shape. Messages are
 worded like those that the plug-ins log: what the argument is, then what was expected.

@@ -1,4 +1,4 @@
-"""The linear layer: the Gemm plug-in."""
+"""Add a linear layer: the Gemm plug-in, or TensorRT's own layers."""
 
 import math
 from typing import Any

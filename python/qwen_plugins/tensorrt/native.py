@@ -1,4 +1,4 @@
-"""TensorRT's own layers: constants, and RMSNorm and quantization made of them, to compare with the plug-ins."""
+"""Add TensorRT's own layers: constants, and what the plug-ins compute, made of several layers."""
 
 import weakref
 from typing import Any
@@ -22,7 +22,7 @@ def is_strongly_typed(network: Any) -> bool:
 
 
 class NativeLayers:
-    """Adds small groups of layers to one network, named after one prefix. All arithmetic is in float32."""
+    """Adds small groups of layers to one network, named after one prefix. They compute in float32, but for GEMMs."""
 
     def __init__(self, network: Any, name: str) -> None:
         self.network = network
@@ -60,7 +60,7 @@ class NativeLayers:
         return h, self._elementwise(normalised, factor, "PROD", "weight")
 
     def gemm(self, x: Any, weight: Any, bias: Any, dtype: Any, *, swiglu: bool = False) -> Any:
-        """x · weightᵀ + bias in ``dtype``; with ``swiglu`` the first half of its columns gates the second."""
+        """Return x · weightᵀ + bias in ``dtype``; with ``swiglu`` the first half of its columns gates the second."""
         rank = len(x.shape)
         transposed = (trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE)
         layer = self.network.add_matrix_multiply(x, transposed[0], self._broadcast_matrix(weight, rank), transposed[1])
@@ -158,7 +158,7 @@ class NativeLayers:
         return shuffle.get_output(0)
 
     def _broadcast_matrix(self, weight: Any, rank: int) -> Any:
-        """[n, k] as [1, ..., n, k], since a matrix multiplication wants operands of one rank."""
+        """Reshape [n, k] to [1, ..., n, k], since a matrix multiplication needs operands of one rank."""
         if rank <= 2:
             return weight
         shuffle = self._named(self.network.add_shuffle(weight), "broadcast")
@@ -166,7 +166,7 @@ class NativeLayers:
         return shuffle.get_output(0)
 
     def _halves(self, z: Any, columns: int) -> list[Any]:
-        """The first and the second half of the last dimension; the others may be dynamic."""
+        """Return the first and the second half of the last dimension; the others may be dynamic."""
         rank = len(z.shape)
         shape = self._named(self.network.add_shape(z), "shape").get_output(0)
         shape_type = np.int64 if MAJOR >= 10 else np.int32
@@ -181,7 +181,7 @@ class NativeLayers:
         return halves
 
     def _of_type(self, layer: Any, dtype: Any) -> Any:
-        """The layer's output, computed and kept in ``dtype``."""
+        """Return the layer's output, computed and kept in ``dtype``."""
         output = layer.get_output(0)
         if not self.typed:
             layer.precision = dtype

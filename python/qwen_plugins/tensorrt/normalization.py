@@ -1,4 +1,4 @@
-"""RMSNorm, alone and with quantization: the plug-ins, or TensorRT's own layers."""
+"""Add RMSNorm, alone and with quantization: the plug-ins, or TensorRT's own layers."""
 
 from collections.abc import Sequence
 from typing import Any

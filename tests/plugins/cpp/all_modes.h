@@ -132,7 +132,7 @@ inline std::vector<BadFields> all_bad_fields() {
   return all;
 }
 
-// Inputs that no launch may be made for, past the checks of an engine's build.
+// Inputs at run time that must not be launched.
 struct BadShapes {
   Mode mode;
   size_t input;
@@ -162,7 +162,7 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
   };
 }
 
-// Maxima of a profile that cannot all be had at once: the workspace is for the largest.
+// Maxima of a profile that do not fit together: the workspace is for the largest.
 inline std::vector<Mode> modes_with_maxima_that_disagree() {
   using nvinfer1::DataType;
   DataType const half = DataType::kHALF;
@@ -183,7 +183,7 @@ inline std::vector<Mode> modes_with_maxima_that_disagree() {
   return modes;
 }
 
-// Maxima that are not even those of such a tensor, and what is logged.
+// Maxima that fit no tensor of the plug-in, and what is logged.
 inline std::vector<BadShapes> bad_maxima() {
   nvinfer1::DataType const half = nvinfer1::DataType::kHALF;
   return {

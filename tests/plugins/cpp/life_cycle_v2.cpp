@@ -45,8 +45,7 @@ void check_creators() {
 
 Plugin as_dynamic(IPluginV2* plugin) {
   CHECK(plugin != nullptr);
-  // The kind of plug-in is in the top byte, and TensorRT casts accordingly. The function is protected in the derived
-  // one.
+  // The top byte is the kind of plug-in, after which TensorRT casts. The function is protected in the derived class.
   CHECK(plugin->getTensorRTVersion() >> 24 == 3);
   return Plugin(static_cast<IPluginV2DynamicExt*>(plugin));
 }
@@ -98,7 +97,7 @@ size_t workspace_of(Plugin const& plugin, Mode const& mode) {
                                   static_cast<int32_t>(mode.outputs.size()));
 }
 
-// No room is asked for that enqueue might exceed: the largest of what the maxima say, or so much that building fails.
+// The workspace is never less than enqueue needs: that of the largest maxima, or so much that building fails.
 void check_workspace(Log& log) {
   for (Mode mode : modes_with_maxima_that_disagree()) {
     CHECK(workspace_of(create(mode), mode) == mode.workspace_bytes && log.is_empty());
@@ -120,7 +119,7 @@ void check_workspace(Log& log) {
 }
 
 std::vector<char> bytes_of(Plugin const& plugin) {
-  // One byte more, to see that serialize stays inside what it asked for.
+  // One byte more shows that serialize writes no more than getSerializationSize says.
   std::vector<char> bytes(plugin->getSerializationSize() + 1, '\x5A');
   plugin->serialize(bytes.data());
   CHECK(bytes.back() == '\x5A');
@@ -194,7 +193,7 @@ void check_bad_fields(Log& log) {
     CHECK(creator_of(expected.name).createPlugin("layer", nullptr) == nullptr);
     CHECK(log.got_one_error_with("no field collection"));
   }
-  // What only later versions of TensorRT have.
+  // Types that only later versions of TensorRT have.
   Fields bfloat16 = Fields().add("type_id", 7);
   CHECK(creator_of("RmsNorm").createPlugin("layer", bfloat16.collection()) == nullptr);
   CHECK(log.got_one_error_with("'type_id' is 7; expected 0 (float32), 1 (float16)"));
@@ -229,7 +228,7 @@ void check_bad_bytes(Log& log) {
   CHECK(log.got_one_error_with("has 0 bytes"));
 }
 
-// State that an older or a newer library wrote says which it is before anything else is read.
+// State that an older or a newer library wrote is refused for its version, before anything else is read.
 void check_schema_versions(Log& log) {
   for (Mode& mode : first_modes()) {
     std::vector<char> bytes = bytes_of(create(mode));

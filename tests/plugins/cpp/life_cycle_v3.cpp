@@ -148,7 +148,7 @@ int32_t configure(IPluginV3& plugin, Mode const& mode) {
                                           static_cast<int32_t>(mode.outputs.size()));
 }
 
-// No room is asked for that enqueue might exceed: the largest of what the maxima say, or building fails.
+// The workspace is never less than enqueue needs: that of the largest maxima, or building fails.
 void check_workspace(Log& log) {
   for (Mode mode : modes_with_maxima_that_disagree()) {
     std::unique_ptr<IPluginV3> const plugin = create(mode);
@@ -286,7 +286,7 @@ void check_bad_fields(Log& log) {
   CHECK(log.got_one_error_with("'out_type_id' is 1; expected 2 (int8), 6 (float8_e4m3fn)"));
 }
 
-// State that an older or a newer library wrote says which it is, whatever fields it has.
+// State that an older or a newer library wrote is refused for its version, whatever fields it has.
 void check_schema_versions(Log& log) {
   for (Mode& mode : first_modes()) {
     State state(*create(mode));
@@ -302,7 +302,7 @@ void check_schema_versions(Log& log) {
     refused("schema version 2");
     state.erase("schema_version");
     refused("no schema version");
-    // Whoever defines a network says nothing about it.
+    // It is not a field of a network.
     Fields fields = Fields().add("schema_version", 1);
     CHECK(creator_of(mode.plugin).createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD) == nullptr);
     CHECK(log.got_one_error_with("unknown field 'schema_version'"));

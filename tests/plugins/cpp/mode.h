@@ -1,4 +1,4 @@
-// One way to use a plug-in: its fields, its tensors, and what enqueue must hand to the kernels.
+// A mode is one way to use a plug-in: its fields, its tensors, and what enqueue must pass to the kernels.
 #pragma once
 
 #include <algorithm>
@@ -61,7 +61,7 @@ void check_launch(Mode const& mode, Enqueue const& enqueue) {
   mode.check_launch(inputs, outputs);
 }
 
-// While TensorRT builds an engine it runs the plug-in made from fields on memory that holds nothing in particular.
+// While TensorRT builds an engine it runs the plug-in made from fields on uninitialised memory.
 template <typename Enqueue>
 void check_launch_while_building(Mode const& mode, Enqueue const& enqueue) {
   recorded = {};

@@ -1,4 +1,4 @@
-// A profiler in the smallest: NVTX loads this library where NVTX_INJECTION64_PATH names it, and it prints the ranges.
+// A minimal profiler: NVTX loads this library where NVTX_INJECTION64_PATH names it, and it prints the ranges.
 #include <nvtx3/nvToolsExt.h>
 
 #include <cstdio>

@@ -1,4 +1,4 @@
-// Stands in for the kernels where there is no GPU: the launchers write down what they were called with.
+// Stands in for the kernels where there is no GPU: the launchers record their arguments.
 #pragma once
 
 #include <map>
@@ -31,8 +31,8 @@ struct RecordedLaunches {
 
 extern RecordedLaunches recorded;
 
-// What the stand-ins for gemm_workspace_bytes and decode_attention_workspace_bytes say.
-// As the real one, the former wants more where in_features is no multiple of 8.
+// The results of the stand-ins for gemm_workspace_bytes and decode_attention_workspace_bytes. As the real one, the
+// former is larger where in_features is no multiple of 8.
 constexpr int64_t recorded_gemm_workspace(int64_t rows, int64_t in_features) {
   return 1000 + rows + (in_features % 8 == 0 ? 0 : 500);
 }

@@ -1,5 +1,5 @@
-// In the place of TensorRT 10 or 11 behind NVIDIA's Python bindings: a registry that loads plug-in libraries, and the
-// other entry points that the bindings are linked against, which make nothing.
+// Stands in for TensorRT 10 or 11 behind NVIDIA's Python bindings: a registry that loads plug-in libraries, and the
+// other entry points that the bindings are linked against, which do nothing.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -12,7 +12,7 @@ namespace {
 using nvinfer1::IPluginCreatorInterface;
 using nvinfer1::IPluginCreatorV3One;
 
-// The virtual functions of IPluginRegistry in their order. Those that nobody calls here are only places.
+// The virtual functions of IPluginRegistry in their order. Those that nothing calls here only keep their place.
 class Registry {
  public:
 #if QWEN_PLUGINS_TENSORRT_MAJOR < 11
