@@ -1,10 +1,13 @@
-"""A model's own chat template: Jinja, run in a sandbox, with what transformers gives to templates."""
+"""Renders a model's own chat templates: Jinja, in a sandbox, with the names that transformers gives to templates."""
 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,63 +16,283 @@ from ..common.errors import QwenModelError
 from ..common.extras import import_extra
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+MAX_REASON = 200
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names under which servers return it
+
+Messages = Sequence[Mapping[str, Any]]
 
 
-def load_chat_template(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template in ``chat_template.jinja``, else the one in ``tokenizer_config.json``, else None."""
-    path = model_dir / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several named ones, as in the form that transformers 4 wrote
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template
+@dataclass(frozen=True)
+class ChatOptions:
+    """Holds what a chat is rendered with beside its messages.
+
+    Attributes:
+        tools: JSON schemas of functions that the model may call, as OpenAI's and transformers' ``tools``.
+        template_kwargs: variables of the template, such as Qwen3's ``enable_thinking``.
+        template: the name of one of the model's templates, or Jinja source in their place. None: the one called
+            ``tool_use`` if there are tools and the model has it, else the default one.
+        sanitize_control_tokens: keep control tokens in messages, tools and variables ordinary text; those that the
+            template itself writes stay control tokens.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    sanitize_control_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        tools, variables = self.tools, self.template_kwargs
+        if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
+            raise QwenModelError(f"tools must be a list of JSON schemas, not {reprlib.repr(tools)}")
+        if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+            raise QwenModelError(
+                f"chat_template_kwargs must map names of the template to values, not {reprlib.repr(variables)}"
+            )
+        for name in ("messages", "tools"):
+            if name in variables:
+                raise QwenModelError(
+                    f"{name} can't be given in chat_template_kwargs: they are an argument of their own"
+                )
+        if self.template is not None and not isinstance(self.template, str):
+            raise QwenModelError(f"chat_template must be a name or Jinja source, not {reprlib.repr(self.template)}")
+        if not isinstance(self.sanitize_control_tokens, bool):
+            raise QwenModelError(
+                f"sanitize_control_tokens must be True or False, not {reprlib.repr(self.sanitize_control_tokens)}"
+            )
+
+
+def load_chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return every template that the model brings, by name; one without a name is ``default``.
+
+    Those in files of their own take the place of those in ``tokenizer_config.json``, as in transformers.
+
+    Raises:
+        QwenModelError: a file cannot be read, or a template has no name or is no text.
+    """
+    paths = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja")) if path.is_file()}
+    if (model_dir / TEMPLATE_FILE).is_file():
+        paths["default"] = model_dir / TEMPLATE_FILE
+    if paths:
+        return {name: _read_text(path) for name, path in paths.items()}
+    given = tokenizer_config.get("chat_template")
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {"default": given}
+    entries = list(given.items()) if isinstance(given, Mapping) else [_named(entry) for entry in _entries(given)]
+    for name, template in entries:
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise QwenModelError(
+                "chat_template in tokenizer_config.json must be a text or a list of "
+                f'{{"name": ..., "template": ...}}, not {reprlib.repr(given)}'
+            )
+    return dict(entries)
+
+
+def _entries(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _named(entry: Any) -> tuple[Any, Any]:
+    return (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise QwenModelError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def choose_chat_template(templates: Mapping[str, str], options: ChatOptions) -> str:
+    """Return the source of the template that these options ask for.
+
+    Raises:
+        QwenModelError: there is none of that name, or several without a default and none is named.
+    """
+    names = ", ".join(sorted(templates)) or "none"
+    if options.template is not None:
+        if options.template in templates:
+            return templates[options.template]
+        if "{" in options.template:
+            return options.template
+        raise QwenModelError(f"the model has no chat template {options.template!r}; it has: {names}")
+    if options.tools is not None and "tool_use" in templates:
+        return templates["tool_use"]
+    if "default" not in templates:
+        raise QwenModelError(
+            f"none of the model's chat templates is the default: choose one of {names} with chat_template "
+            "(--chat-template NAME)"
+        )
+    return templates["default"]
+
+
+def check_chat_templates(templates: Mapping[str, str]) -> None:
+    """Compile every template, so that one with an error is found before it is used; do nothing without Jinja.
+
+    Raises:
+        QwenModelError: a template is not valid; it is named, with the line.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        return
+    for name, template in templates.items():
+        try:
+            _compile(template)
+        except Exception as error:
+            raise QwenModelError(f"the model's chat template {name!r} is no valid Jinja: {one_line(error)}") from error
 
 
 def render_chat_template(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
+    options: ChatOptions,
 ) -> str:
-    """The text of a conversation.
+    """Return the text of a conversation.
 
     Args:
         template: Jinja source.
-        messages: of ``{"role": "user", "content": "..."}``, oldest first.
+        messages: what ``normalized_messages`` gives.
         add_generation_prompt: end with what opens the assistant's answer.
         special_tokens: ``bos_token`` and the like, which templates name.
+        options: tools and variables. Which template they name is not looked at.
 
     Raises:
-        QwenModelError: the template is not valid, or refuses these messages.
+        QwenModelError: the template is not valid, refuses these messages, or does not know what it is given.
     """
     import_extra("jinja2", "a chat template")
 
+    variables = {"documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens}
     try:
         compiled = _compile(template)
-        return compiled.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special_tokens
+        known = _variables(template)
+    except Exception as error:
+        raise QwenModelError(f"the model's chat template failed: {one_line(error)}") from error
+    if options.tools and "tools" not in known:
+        raise QwenModelError("the model's chat template takes no tools")
+    unknown = sorted(set(options.template_kwargs) - known - set(variables))
+    if unknown:
+        raise QwenModelError(
+            f"the model's chat template has no variable {', '.join(unknown)} (chat_template_kwargs); "
+            f"it has: {', '.join(sorted(known - {'messages', 'tools'})) or 'none'}"
         )
+    try:
+        return compiled.render({**variables, "tools": options.tools, **options.template_kwargs, "messages": messages})
     except Exception as error:  # a template can raise anything, of messages that it was not written for
-        raise QwenModelError(f"the model's chat template failed: {error}") from error
+        raise QwenModelError(f"the model's chat template failed: {one_line(error)}") from error
 
 
-def with_default_system_message(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages, opened by Qwen's own system message where they bring none."""
+def normalized_messages(messages: Messages) -> list[dict[str, Any]]:
+    """Return the messages in the form that templates are written for.
+
+    Keys whose value is None are left out, and reasoning is called ``reasoning_content``, as transformers does. The
+    ``arguments`` of tool calls that OpenAI's clients send as JSON text are the objects they hold, and a message with
+    tool calls alone has an empty content, as in vLLM.
+
+    Raises:
+        QwenModelError: there is no message, or one that is none; it is named.
+    """
+    if not messages:
+        raise QwenModelError("a chat needs at least one message, none was given")
+    return [_normalized(index, message) for index, message in enumerate(messages)]
+
+
+def _normalized(index: int, given: Any) -> dict[str, Any]:
+    message = {key: value for key, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
+    calls = message.pop("tool_calls", None)
+    if calls:
+        if not _is_list(calls) or not all(isinstance(call, Mapping) for call in calls):
+            raise QwenModelError(f"tool_calls of message {index} must be a list of objects, not {reprlib.repr(calls)}")
+        message["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        message.setdefault("content", "")
+    if "role" not in message or "content" not in message:
+        raise QwenModelError(
+            f'message {index} must be {{"role": ..., "content": ...}} (or have tool_calls), '
+            f"given: {reprlib.repr(given)}"
+        )
+    reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
+    if reasoning is not None:
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
+
+
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the ``arguments`` of a call, or of its ``function``; text that is no JSON object stays as it is."""
+    call = dict(call)
+    if isinstance(call.get("function"), Mapping):
+        call["function"] = _with_parsed_arguments(call["function"])
+    if isinstance(call.get("arguments"), str):
+        try:
+            parsed = json.loads(call["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            parsed = None
+        call["arguments"] = parsed if isinstance(parsed, dict) else call["arguments"]
+    return call
+
+
+def with_default_system_message(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages, opened by Qwen's own system message where they bring none."""
     if messages and messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *messages]
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises an error that names the first message that is none."""
-    if not messages:
-        raise QwenModelError("a chat needs at least one message, none was given")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise QwenModelError(f'message {index} must be {{"role": ..., "content": ...}}, given: {message!r}')
+def check_plain_chat(messages: Messages, options: ChatOptions) -> None:
+    """Refuse what our own ChatML, for models that bring no template, has no place for."""
+    given = {
+        "tools": options.tools,
+        "chat_template_kwargs": options.template_kwargs,
+        "tool_calls": any("tool_calls" in message for message in messages),
+    }
+    for name, value in given.items():
+        if value:
+            raise QwenModelError(f"the model brings no chat template, and plain ChatML has no place for {name}")
+
+
+def text_after_answer(template: str, special_tokens: Mapping[str, str]) -> str:
+    """Return what the template writes after an assistant's message; nothing if it refuses a question and an answer."""
+    answer = "Forty-two"
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = render_chat_template(template, messages, False, special_tokens, ChatOptions())
+    except QwenModelError:
+        return ""
+    return text.rpartition(answer)[2] if answer in text else ""
+
+
+@lru_cache(maxsize=8)
+def literal_text(template: str) -> str:
+    """Return what the template itself writes or compares: its text and string constants, with zero bytes between."""
+    import jinja2.nodes
+
+    tree = _compile(template).environment.parse(template)
+    texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+    texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(texts)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception, cut to `MAX_REASON` characters, and the line of a template that it names."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+    line = getattr(error, "lineno", None)
+    return text if line is None else f"{text} (line {line})"
+
+
+@lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    import jinja2.meta
+
+    environment = _compile(template).environment
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)) - set(environment.globals))
 
 
 @lru_cache(maxsize=8)

@@ -14,18 +14,20 @@ if importlib.util.find_spec("torch") is not None:
     torch.set_num_threads(1)  # in products this small threads only wait for each other
 
 
-def save_byte_tokenizer(folder):
-    """One token for each byte, then nothing: text of every kind goes through, and ids up to 255 are characters."""
+def save_byte_tokenizer(folder, config=None, special=("<|im_start|>", "<|im_end|>"), added=()):
+    """One token for each byte, then special and other added tokens: text of every kind goes through."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config or {"eos_token": "<|im_end|>"}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """The tokenizers against transformers and tiktoken's own pieces, and the decoding of a stream."""
 
 import base64
+import inspect
 import json
 import random
+import time
 import unicodedata
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from qwen_model.checkpoints.chat_template import ChatOptions
 from qwen_model.checkpoints.tokenizer import QWEN_SPLIT_PATTERN, copy_tokenizer_files, load_tokenizer
 from qwen_model.common.errors import QwenModelError
 
@@ -245,7 +248,7 @@ def test_chatml_where_there_is_no_template(request, folder):
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
     )
-    assert tokenizer.encode("<|im_end|>")[0] in tokenizer.eos_token_ids  # it ends the assistant's turn
+    assert tokenizer.encode("<|im_end|>")[0] in tokenizer.chat_end_token_ids()
 
 
 def test_control_tokens_in_a_qwen_v1_chat_are_ordinary_text(tiktoken_dir):
@@ -279,7 +282,7 @@ def test_chat_errors(sentencepiece_dir, messages, message):
 @pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
 def test_contents_that_are_no_text(request, folder, content):
     tokenizer = load_tokenizer(request.getfixturevalue(folder))
-    with pytest.raises(QwenModelError, match=r"chat template failed|must be texts"):
+    with pytest.raises(QwenModelError, match=r"chat template failed|must be texts|message 0 must be"):
         tokenizer.apply_chat_template([{"role": "user", "content": content}])
 
 
@@ -316,6 +319,159 @@ def test_folder_without_a_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def _added(content, **flags):
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True, **flags}
+    return {"content": content, **flags}
+
+
+ADDED_TEXTS = [
+    "a<tool>b",
+    "a <tool> b<|im_end|>",
+    " <left> x<right> y",
+    "word inside words and word",
+    "<plain>x<|im_start|>",
+    "[PAD]<extra><more><image>",
+    "a ll he hello",
+]
+ADDED_CONFIGS = {
+    "known there alone": {
+        "eos_token": "<tool>",
+        "added_tokens_decoder": {"403": _added("<tool>"), "404": _added("<plain>", special=False, normalized=True)},
+    },
+    "flags": {
+        "added_tokens_decoder": {
+            "403": _added("<left>", lstrip=True),
+            "404": _added("<right>", rstrip=True, special=False),
+            "405": _added("word", single_word=True, special=False),
+        },
+    },
+    "special there alone": {"added_tokens_decoder": {"400": _added("<|endoftext|>"), "402": _added("<|im_end|>")}},
+    "not special there": {"added_tokens_decoder": {"401": _added("<|im_start|>", special=False)}},
+    "out of order": {"added_tokens_decoder": {"410": _added("<tool>"), "404": _added("<plain>")}},
+    "named tokens alone": {
+        "pad_token": "[PAD]",
+        "eos_token": {"__type": "AddedToken", **_added("<|im_end|>")},
+        "image_token": "<image>",
+    },
+    "named tokens of the vocabulary": {"eos_token": "o", "unk_token": "e"},
+    "additional special tokens": {"additional_special_tokens": ["<extra>", "<more>"]},
+    "extra special tokens": {"extra_special_tokens": {"image_token": "<image>"}, "added_tokens_decoder": {}},
+    "a model's own named token": {"image_token": "<image>"},
+    "null": {"eos_token": None, "pad_token": None},
+}
+
+
+@pytest.mark.parametrize("name", ADDED_CONFIGS)
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_agree_with_transformers(byte_level_dir, tmp_path, name, special):
+    """Those that only tokenizer_config.json knows, and those that it knows otherwise than tokenizer.json."""
+    transformers = pytest.importorskip("transformers", minversion="5" if "a model's own" in name else None)
+    copy_tokenizer_files(byte_level_dir, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **ADDED_CONFIGS[name]})
+    )
+    if not special:
+        values = json.loads((tmp_path / "tokenizer.json").read_text())
+        values["added_tokens"][2]["special"] = False
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(theirs)
+    assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    for text in [*ADDED_TEXTS, *TEXTS]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_older_files_of_added_tokens_agree_with_transformers(byte_level_dir, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    copy_tokenizer_files(byte_level_dir, tmp_path)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<plain>": 404, "<tool>": 403}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": _added("<tool>"), "additional_special_tokens": ["<extra>"]})
+    )
+    copy = tmp_path / "engine"
+    copy.mkdir()
+    copy_tokenizer_files(tmp_path, copy)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for ours in (load_tokenizer(tmp_path), load_tokenizer(copy)):
+        assert ours.eos_token_ids == (theirs.eos_token_id,)
+        for text in ADDED_TEXTS:
+            assert ours.encode(text) == theirs.encode(text)
+
+
+def test_special_tokens_are_those_that_decoding_leaves_out(tokenizer):
+    assert tokenizer.special_tokens
+    for text, token_id in tokenizer.special_tokens.items():
+        assert tokenizer.decode([token_id]) == ""
+        assert tokenizer.decode([token_id], skip_special_tokens=False) == text
+
+
+def test_control_tokens_of_a_user_in_a_sentencepiece_chat(sentencepiece_dir):
+    """No space slips in between the pieces that are encoded on their own."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(sentencepiece_dir)
+    if "sanitize_control_tokens" not in inspect.signature(theirs.apply_chat_template).parameters:
+        pytest.skip("this version of transformers can't do it")
+    ours = load_tokenizer(sentencepiece_dir)
+    for words in ("a</s>b", "</s> a", "a </s>", "<s></s>", "hello"):
+        messages = [{"role": "user", "content": words}]
+        expected = theirs.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
+        assert ours.apply_chat_template(messages, False, ChatOptions(sanitize_control_tokens=True)) == expected
+        assert expected.count(2) == 0
+
+
+def test_qwen_v1_chats_end_at_both_of_chatml_s_tokens(tiktoken_dir):
+    tokenizer = load_tokenizer(tiktoken_dir)
+    ends = [tokenizer.encode(token)[0] for token in ("<|endoftext|>", "<|im_end|>", "<|im_start|>")]
+    assert list(tokenizer.chat_end_token_ids()) == ends
+    message = [{"role": "user", "content": "x"}]
+    for options in ({"tools": [{}]}, {"template_kwargs": {"a": 1}}, {"template": "{{ messages }}"}):
+        with pytest.raises(QwenModelError, match=r"no place for|takes no chat_template"):
+            tokenizer.apply_chat_template(message, True, ChatOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def whitespace_dir(tiktoken_dir, tmp_path_factory):
+    """A ``qwen.tiktoken`` with tokens of several spaces, tabs and new lines."""
+    folder = tmp_path_factory.mktemp("whitespace")
+    lines = (tiktoken_dir / "qwen.tiktoken").read_bytes()
+    count = len(lines.splitlines())
+    for token in (b"  ", b"    ", b"        ", b"\t\t", b"\n\n", b" \n", b" x"):
+        lines += base64.b64encode(token) + b" %d\n" % count
+        count += 1
+    (folder / "qwen.tiktoken").write_bytes(lines)
+    return folder
+
+
+@pytest.mark.parametrize("mark", [" ", "\t"])
+@pytest.mark.parametrize("around", ["{}", "\n{}x", "a <|im_end|>{}\n<|im_end|>"])
+def test_a_million_spaces(whitespace_dir, mark, around):
+    """tiktoken's regular expressions give up there: the ids must be what it gives for less, with more of the same."""
+    tokenizer = load_tokenizer(whitespace_dir)
+    started = time.monotonic()
+    ids = tokenizer.encode(around.format(mark * 1_000_000))
+    assert time.monotonic() - started < 30
+    short = tokenizer.encode(around.format(mark * 80_000))
+    assert tokenizer.decode(ids, skip_special_tokens=False) == around.format(mark * 1_000_000)
+    start, end = next((i for i in range(9) if short[i] == short[i + 8]), 0), 12
+    assert ids[: start + 8] == short[: start + 8]
+    assert ids[-end:] == short[-end:]
+    assert set(ids) == set(short)
+
+
+@given(text=st.lists(st.sampled_from([*" \t\n\r\x1c\x85\u3000xé1!'s你", "<|im_end|>"]), max_size=60).map("".join))
+@settings(deadline=None, max_examples=150)
+def test_long_whitespace_is_split_as_tiktoken_splits(whitespace_dir, text):
+    tokenizer = load_tokenizer(whitespace_dir)
+    for parse in (True, False):
+        expected = tokenizer.encode(text, parse_special_tokens=parse)
+        assert tokenizer._encode_piece_by_piece(unicodedata.normalize("NFC", text), parse) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -324,6 +480,8 @@ def test_folder_without_a_tokenizer(tmp_path):
         ("qwen.tiktoken", "aGVsbG8= 0\n?? 1\n", "line 2"),
         ("qwen.tiktoken", "aGVsbG8= 0\naGU= 2\n", "without a gap"),
         ("qwen.tiktoken", "", "without a gap"),
+        ("qwen.tiktoken", "aGVsbG8= 0\naGU= 1\n", "no token for the byte 0x00"),
+        ("qwen.tiktoken", "aGVsbG8= " + "9" * 9999, "line 1"),
     ],
 )
 def test_broken_files(tmp_path, name, content, message):
@@ -334,7 +492,14 @@ def test_broken_files(tmp_path, name, content, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("[]", "JSON object"), ('{"eos_token": "<gone>"}', "<gone>")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "JSON object"),
+        ('{"eos_token": "<gone>"}', "<gone>"),
+        ('{"additional_special_tokens": "<x>"}', "special tokens must be a list, not '<x>'"),
+        ('{"added_tokens_decoder": {"x": {"content": "<x>"}}}', r"tokenizer_config\.json can't be added.*'x'"),
+        ('{"added_tokens_decoder": {"500": {"lstrip": true}}}', r"tokenizer_config\.json can't be added.*'content'"),
+    ],
 )
 def test_broken_tokenizer_config(byte_level_dir, tmp_path, content, message):
     copy_tokenizer_files(byte_level_dir, tmp_path)

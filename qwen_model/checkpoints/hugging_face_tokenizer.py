@@ -1,0 +1,269 @@
+"""Loads Hugging Face's tokenizers: ``tokenizer.json``, and what the files beside it add."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import QwenModelError
+from ..common.extras import import_extra
+from ..common.files import read_json_object
+from .chat_template import (
+    REASONING_FIELDS,
+    ChatOptions,
+    check_chat_templates,
+    check_plain_chat,
+    choose_chat_template,
+    literal_text,
+    load_chat_templates,
+    one_line,
+    render_chat_template,
+    text_after_answer,
+    with_default_system_message,
+)
+from .control_tokens import contains, control_token_pattern, mark, split_at_marks
+from .qwen_tiktoken import CHAT_END, CHAT_START
+from .tokenizer_base import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_JSON = "tokenizer.json"
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPOKEN = ("content", *REASONING_FIELDS)
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Is ``tokenizer.json``, by the ``tokenizers`` library."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, named_tokens: Mapping[str, str], chat_templates: Mapping[str, str]
+    ) -> None:
+        """Wraps a tokenizer; ``named_tokens`` are those that its configuration names (``eos_token``, ...)."""
+        # A file may have been saved with a length to cut or fill up to: transformers ignores it, and so do we.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._named_tokens = named_tokens
+        self._chat_templates = chat_templates
+        self._added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+        self.special_tokens = {
+            token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        eos_token = named_tokens.get("eos_token")
+        self.eos_token_ids = () if eos_token is None else (self._id_of(eos_token),)
+        self._ends_of_templates: dict[str, tuple[int, ...]] = {}
+
+    def _has_chatml(self) -> bool:
+        return all(self._tokenizer.token_to_id(token) is not None for token in (CHAT_START, CHAT_END))
+
+    def _id_of(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise QwenModelError(f"tokenizer_config.json names {token!r}, which {TOKENIZER_JSON} does not have")
+        return token_id
+
+    def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool) -> list[int]:
+        self._tokenizer.encode_special_tokens = not parse_special_tokens
+        with _one_error(f"{TOKENIZER_JSON} can't encode the text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        known = ids if not ids or min(ids) >= 0 else [token_id for token_id in ids if token_id >= 0]
+        with _one_error(f"{TOKENIZER_JSON} can't decode the tokens"):
+            return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def check_chat_templates(self) -> None:
+        """Raise QwenModelError if one of the model's chat templates is not valid."""
+        check_chat_templates(self._chat_templates)
+
+    def _chat_ids(self, messages: list[dict[str, Any]], add_generation_prompt: bool, options: ChatOptions) -> list[int]:
+        template = self._template(options)
+        if template is None:
+            check_plain_chat(messages, options)
+            template, messages = CHATML_TEMPLATE, with_default_system_message(messages)
+        if not options.sanitize_control_tokens:
+            text = render_chat_template(template, messages, add_generation_prompt, self._named_tokens, options)
+            return self.encode(text, add_special_tokens=False)
+        return self._sanitized_chat_ids(template, messages, add_generation_prompt, options)
+
+    def _template(self, options: ChatOptions) -> str | None:
+        """Return the source of the template; None: our own ChatML."""
+        if self._chat_templates or options.template is not None:
+            return choose_chat_template(self._chat_templates, options)
+        if self._has_chatml():
+            return None
+        raise QwenModelError(
+            "the model has no chat template: neither chat_template.jinja nor chat_template in "
+            f"tokenizer_config.json is there, and its vocabulary has no {CHAT_START}"
+        )
+
+    def _turn_end_ids(self, options: ChatOptions) -> tuple[int, ...]:
+        """Return the token, if it is one, that the template writes after an answer."""
+        template = self._template(options) or CHATML_TEMPLATE
+        if template not in self._ends_of_templates:
+            after = text_after_answer(template, self._named_tokens).lstrip()
+            token = max((token for token in self._added if after.startswith(token)), key=len, default=None)
+            self._ends_of_templates[template] = () if token is None else (self._added[token],)
+        return self._ends_of_templates[template]
+
+    def _sanitized_chat_ids(
+        self, template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, options: ChatOptions
+    ) -> list[int]:
+        """Encode as transformers does with ``sanitize_control_tokens``, but for the assistant's ``</think>``.
+
+        Control tokens are those that are left out of decoded text, and added tokens that the template writes, such as
+        ``<tool_call>``. The latter are the assistant's own where it speaks, and templates look for them there.
+        """
+        special, every = control_token_pattern(self.special_tokens), self._control_tokens_of(template)
+        if contains([messages, options.tools, options.template_kwargs], every):
+            messages = [
+                {
+                    key: mark(value, special if message["role"] == "assistant" and key in SPOKEN else every)
+                    for key, value in message.items()
+                }
+                for message in messages
+            ]
+            options = ChatOptions(mark(options.tools, every), mark(options.template_kwargs, every))
+        text = render_chat_template(template, messages, add_generation_prompt, self._named_tokens, options)
+        ids: list[int] = []
+        for place, (piece, marked) in enumerate(split_at_marks(text, every)):
+            ids += self._encode_piece(piece, marked, at_start=place == 0)
+        return ids
+
+    def _control_tokens_of(self, template: str) -> re.Pattern[str]:
+        written = literal_text(template)
+        return control_token_pattern(
+            token for token in self._added if token in self.special_tokens or (token in written and not token.isspace())
+        )
+
+    def _encode_piece(self, piece: str, as_text: bool, at_start: bool) -> list[int]:
+        """Encode a piece of a text, the letters of a control token if `as_text`.
+
+        All but the first are encoded after a new line: some tokenizers put a space before what they are given.
+        """
+        encode = self._encode_without_added_tokens if as_text else self._encode_with_added_tokens
+        new_line, ids = self._encode_with_added_tokens("\n"), encode("\n" + piece)
+        follows = not at_start and ids[: len(new_line)] == new_line
+        ids = ids[len(new_line) :] if follows else encode(piece)
+        if as_text and self._added[piece] in ids:
+            raise QwenModelError(f"{piece!r} can't be kept as text: the tokenizer makes the token of its letters")
+        return ids
+
+    def _encode_with_added_tokens(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
+    def _encode_without_added_tokens(self, text: str) -> list[int]:
+        """Encode without any added token; the library's own switch, used by ``encode``, is for special ones alone."""
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+
+
+def load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:
+    """Return the tokenizer of a folder with a ``tokenizer.json``.
+
+    Raises:
+        QwenModelError: one of its files cannot be read, or its tokens contradict it.
+    """
+    library = import_extra("tokenizers", TOKENIZER_JSON)
+    path = model_dir / TOKENIZER_JSON
+    with _one_error(f"{path} is no tokenizer that the tokenizers library {library.__version__} reads"):
+        tokenizer = library.Tokenizer.from_file(str(path))
+    config, special_tokens_map, added_tokens = (
+        read_json_object(path) if path.is_file() else {}
+        for path in (
+            model_dir / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        )
+    )
+    if "added_tokens_decoder" not in config:  # as older versions of transformers saved them
+        config = {**config, **special_tokens_map}
+    with _one_error(f"the tokens of {model_dir / 'tokenizer_config.json'} can't be added to {TOKENIZER_JSON}"):
+        named = _add_tokens(tokenizer, config, added_tokens)
+        return HuggingFaceTokenizer(tokenizer, named, load_chat_templates(model_dir, config))
+
+
+@contextmanager
+def _one_error(message: str) -> Iterator[None]:
+    """Raise QwenModelError for whatever a library raises; panics of Rust are no ``Exception``."""
+    try:
+        yield
+    except (QwenModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise QwenModelError(f"{message}: {one_line(error)}") from error
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
+    """Add the tokens that only the configuration knows, as transformers does; return the text of the named ones.
+
+    Args:
+        tokenizer: of ``tokenizer.json``; it is changed.
+        config: of ``tokenizer_config.json``, with ``added_tokens_decoder`` or what ``special_tokens_map.json`` adds.
+        older: ids by token, of an ``added_tokens.json``.
+    """
+    named, others = _special_tokens(config)
+    texts = {name: _content(value) for name, value in named.items()}
+    tokens = _given_tokens(tokenizer, config, older, set(texts.values()))
+    for token in tokens:
+        token.special = token.special or token.content in texts.values()
+    known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
+    if tokenizer.token_to_id(texts.get("eos_token", "")) is None:
+        named.pop("eos_token", None)  # not added: a model can't say a token that it was not trained with
+    for token in (_added_token(value, special=True) for value in (*named.values(), *others)):
+        if token.content not in known:
+            known.add(token.content)
+            tokens.append(token)
+    tokenizer.add_tokens(tokens)
+    return texts
+
+
+def _special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Return the named special tokens and the others, each a text or the fields of an added token."""
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    others = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(others, Mapping):
+        named, others = {**named, **others}, []
+    if not isinstance(others, list):
+        raise QwenModelError(f"tokenizer_config.json: special tokens must be a list, not {reprlib.repr(others)}")
+    return {name: value for name, value in named.items() if isinstance(_content(value), str)}, others
+
+
+def _given_tokens(
+    tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], older: Mapping[str, Any], named_texts: set[str]
+) -> list[tokenizers.AddedToken]:
+    """Return the added tokens with their flags, in the order of their ids."""
+    if "added_tokens_decoder" in config:
+        by_id = {int(index): _added_token(value) for index, value in config["added_tokens_decoder"].items()}
+    else:
+        by_id = {int(index): _added_token(token, special=token in named_texts) for token, index in older.items()}
+        by_id.update(tokenizer.get_added_tokens_decoder())
+    return [token for _, token in sorted(by_id.items())]
+
+
+def _added_token(value: Any, special: bool = False) -> tokenizers.AddedToken:
+    library = import_extra("tokenizers", TOKENIZER_JSON)
+    if isinstance(value, str):
+        return library.AddedToken(value, special=special, normalized=not special)
+    flags = {
+        name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in value
+    }
+    return library.AddedToken(value["content"], **{"special": special, **flags})
+
+
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, Mapping) else value
