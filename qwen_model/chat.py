@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .command_line import add_engine_arguments, add_sampling_arguments, run_command, sampling_options
+from .command_line import (
+    add_chat_arguments,
+    add_engine_arguments,
+    add_sampling_arguments,
+    chat_settings,
+    given_sampling,
+    run_command,
+    sampling_options,
+)
 from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
+    from .checkpoints.chat_template import ChatOptions
     from .checkpoints.tokenizer import Tokenizer
     from .engine.session import Message
 
@@ -17,28 +26,44 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """Read a line, stream the answer, and so on until the end of the input. The conversation is the prompt."""
     options = make_parser().parse_args(arguments)
-    sampling = sampling_options(options)
+    given_sampling(options)  # wrong ones are found before the engine is loaded
+    template_settings = chat_settings(options)
 
+    from .checkpoints.chat_template import ChatOptions
     from .engine import load_engine
 
     session = load_engine(options.engine_dir, device=options.device)
-    tokenizer, limit = session.tokenizer, session.config.limits.max_input_len
-    if tokenizer is None:
+    if session.tokenizer is None:
         raise QwenModelError("a chat needs a tokenizer, and this engine has none")
-    messages: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
+    settings: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": sampling_options(options, session.config.sampling_defaults),
+        "chat": True,
+        **template_settings,
+    }
+    messages: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
+    chat_options = ChatOptions(
+        template_settings["tools"],
+        template_settings["chat_template_kwargs"] or {},
+        template_settings["chat_template"],
+        template_settings["sanitize_control_tokens"],
+    )
+    limit = session.config.limits.max_input_len
     while (line := _read_line()) is not None:
-        kept = _within_limit([*messages, {"role": "user", "content": line}], tokenizer, limit)
+        kept = _within_limit([*messages, {"role": "user", "content": line}], session.tokenizer, limit, chat_options)
         if kept is None:
             continue
         messages, answer = kept, ""
-        for event in session.stream([messages], max_new_tokens=options.max_new_tokens, sampling=sampling, chat=True):
+        for event in session.stream([messages], **settings):
             print(event.text, end="", flush=True)
             answer += event.text
         print()
         messages.append({"role": "assistant", "content": answer})
 
 
-def _within_limit(messages: list[Message], tokenizer: Tokenizer, limit: int) -> list[Message] | None:
+def _within_limit(
+    messages: list[Message], tokenizer: Tokenizer, limit: int, options: ChatOptions
+) -> list[Message] | None:
     """The conversation without as many of its oldest turns as it takes to stay within `limit` tokens.
 
     None if its last message alone is too long. Both are said on standard error.
@@ -47,7 +72,7 @@ def _within_limit(messages: list[Message], tokenizer: Tokenizer, limit: int) -> 
     length = 0
     for start in range(first, len(messages), 2):  # a turn is a question and its answer
         kept = messages[:first] + messages[start:]
-        length = len(tokenizer.apply_chat_template(kept))
+        length = len(tokenizer.apply_chat_template(kept, True, options))
         if length <= limit:
             if start > first:
                 note = f"{(start - first) // 2} of the oldest turns left out: the engine's limit is {limit} tokens"
@@ -61,9 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command's options."""
     parser = argparse.ArgumentParser(prog="qwen-model chat", description="Talk with a chat model.")
     add_engine_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the system message (default: the chat template's)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
     add_sampling_arguments(parser)
+    add_chat_arguments(parser, sanitize=True)
     return parser
 
 

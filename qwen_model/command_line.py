@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
-    from .interface.sampling import SamplingOptions
+    from .interface.sampling import SamplingDefaults, SamplingOptions
 
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
@@ -48,25 +50,105 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """--temperature and its like."""
-    group = parser.add_argument_group("choice of tokens (greedy unless temperature, top-k or top-p is given)")
+    group = parser.add_argument_group(
+        "choice of tokens",
+        "What is not given here is as the checkpoint's authors have it in generation_config.json; temperature 0 is "
+        "greedy. Where they don't sample, or with --generation-config none, tokens are chosen greedily unless "
+        "temperature, top-k or top-p is given.",
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="divide the logits by T; 0 is greedy")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only tokens that together have P")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
+    group.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens; 0: all")
+    group.add_argument("--top-p", type=float, metavar="P", help="only tokens that together have P; 1: all")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less; 1: none")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
+    group.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: take the checkpoint's generation_config.json for what is not given, as vLLM does (the default); "
+        "none: leave it out, but for its end tokens",
+    )
 
 
-def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
-    """What `add_sampling_arguments` found, checked."""
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the user gave of `add_sampling_arguments`, checked."""
     from .interface.sampling import SamplingOptions
 
-    return SamplingOptions(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    SamplingOptions(**given)
+    return given
+
+
+def sampling_options(arguments: argparse.Namespace, defaults: SamplingDefaults | None) -> SamplingOptions:
+    """Return what `add_sampling_arguments` found; the rest is as in the checkpoint's defaults, if any are given."""
+    from .interface.sampling import SamplingOptions
+
+    given = given_sampling(arguments)
+    if defaults is None or arguments.generation_config == "none":
+        return SamplingOptions(**given)
+    return defaults.options(**given)
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser, sanitize: bool) -> None:
+    """Add --system, --tools and what else goes into the chat template; `sanitize`: the default of that option."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument("--system", metavar="TEXT", help="the system message (default: the chat template's)")
+    group.add_argument("--tools", metavar="FILE", help="JSON list of the functions that the model may call")
+    group.add_argument(
+        "--chat-template", metavar="NAME", help="one of the model's templates, or a file of Jinja (default: its own)"
     )
+    group.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help='variables of the template, as {"enable_thinking": false}'
+    )
+    group.add_argument(
+        "--sanitize-control-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=sanitize,
+        help=f"keep <|im_end|> and the like in what is typed ordinary text (default: {'yes' if sanitize else 'no'})",
+    )
+
+
+def chat_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what `add_chat_arguments` found, but for the system message, as arguments of `Session.generate`."""
+    kwargs, tools = arguments.chat_template_kwargs, arguments.tools
+    return {
+        "tools": None if tools is None else _parsed(read_text_file(tools), list, f"--tools {tools}"),
+        "chat_template": None if arguments.chat_template is None else _template(arguments.chat_template),
+        "chat_template_kwargs": None if kwargs is None else _parsed(kwargs, dict, "--chat-template-kwargs"),
+        "sanitize_control_tokens": arguments.sanitize_control_tokens,
+    }
+
+
+def _parsed(text: str, kind: type, option: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise QwenModelError(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        expected = "list" if kind is list else "object"
+        raise QwenModelError(f"{option} must be a JSON {expected}, not {type(value).__name__}")
+    return value
+
+
+def _template(name: str) -> str:
+    """Return the source, if it is a file; a name is left to the tokenizer, which knows its templates."""
+    is_file = "{" not in name and ("/" in name or "." in name)
+    return read_text_file(name) if is_file else name
+
+
+def read_text_file(name: str) -> str:
+    """Return the text of a UTF-8 file that a user named, - being standard input.
+
+    Raises:
+        QwenModelError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise QwenModelError(f"{name} is not UTF-8: {error}") from error
+        raise QwenModelError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

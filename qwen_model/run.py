@@ -6,16 +6,25 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_line import add_engine_arguments, add_sampling_arguments, run_command, sampling_options
+from .command_line import (
+    add_chat_arguments,
+    add_engine_arguments,
+    add_sampling_arguments,
+    chat_settings,
+    given_sampling,
+    read_text_file,
+    run_command,
+    sampling_options,
+)
 from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
     from .engine.session import GenerationResult, Session
 
 HEADING_WIDTH = 72  # characters of a prompt
+CHAT_ONLY = ("system", "tools", "chat_template", "chat_template_kwargs")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,23 +33,36 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.stream and (options.json or options.num_beams != 1):
         parser.error("--stream gives text as it comes: it goes neither with --json nor with --num-beams")
+    if not options.chat and any(getattr(options, name) is not None for name in CHAT_ONLY):
+        parser.error("--system, --tools, --chat-template and --chat-template-kwargs go with --chat")
     prompts = _prompts(parser, options)
-    sampling = sampling_options(options)
+    given_sampling(options)  # wrong ones are found before the engine is loaded
+    settings: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "stop": options.stop,
+        "stop_token_ids": parse_token_ids(options.stop_token_ids, "--stop-token-ids"),
+        "chat": options.chat,
+        **chat_settings(options),
+    }
 
     from .engine import load_engine
 
     session = load_engine(options.engine_dir, device=options.device)
-    settings: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens,
-        "sampling": sampling,
-        "stop": options.stop,
-        "chat": options.chat,
-    }
+    defaults = session.config.sampling_defaults if options.num_beams == 1 else None
+    settings["sampling"] = sampling_options(options, defaults)
     if options.stream:
-        _stream(session, prompts, settings)
+        _stream(session, prompts, options.system, settings)
         return
-    result = session.generate(prompts, num_beams=options.num_beams, **settings)
+    conversations = [_with_system(prompt, options.system) for prompt in prompts]
+    result = session.generate(conversations, num_beams=options.num_beams, **settings)
     print(_as_json(result) if options.json else _as_text(prompts, result))
+
+
+def _with_system(prompt: str | list[int], system: str | None) -> Any:
+    """Return the conversation that a text begins with this system message; else the prompt as it is."""
+    if system is None or not isinstance(prompt, str):
+        return prompt
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,8 +77,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or the engine's limit")
     add_sampling_arguments(parser)
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT, or at this special token; may be repeated",
+    )
+    parser.add_argument("--stop-token-ids", default="", metavar="1,2,3", help="end at these tokens")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question: use the model's chat template")
+    add_chat_arguments(parser, sanitize=False)
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the tokens and the timing")
     return parser
@@ -73,32 +103,28 @@ def _prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> li
     return prompts
 
 
-def parse_token_ids(text: str) -> list[int]:
+def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
     """Token ids with commas or spaces between them."""
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError as error:
-        raise QwenModelError(f"--input-ids takes whole numbers with commas between them, not {text!r}") from error
+        raise QwenModelError(f"{option} takes whole numbers with commas between them, not {text!r}") from error
 
 
 def _read_prompts(name: str) -> list[str]:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise QwenModelError(f"{name} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise QwenModelError(f"{name} is not UTF-8: {error}") from error
+    text = read_text_file(name)
     prompts = [line for line in text.split("\n") if line.strip()]  # other line ends may stand inside a prompt
     if not prompts:
         raise QwenModelError(f"{'standard input' if name == '-' else name} has no prompts: expected one a line")
     return prompts
 
 
-def _stream(session: Session, prompts: list[str | list[int]], settings: dict[str, Any]) -> None:
+def _stream(session: Session, prompts: list[str | list[int]], system: str | None, settings: dict[str, Any]) -> None:
     """Print each prompt's text as it comes; the prompts one after the other, so that their texts don't mix."""
     if session.tokenizer is None:
         raise QwenModelError("--stream prints text, and this engine has no tokenizer")
-    streams = [session.stream([prompt], **settings) for prompt in prompts]  # all checked before the first is printed
+    conversations = [_with_system(prompt, system) for prompt in prompts]
+    streams = [session.stream([each], **settings) for each in conversations]  # all checked before the first is printed
     for place, (prompt, events) in enumerate(zip(prompts, streams, strict=True)):
         if len(prompts) > 1:
             print(("\n" if place else "") + _heading(prompt))

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.config import DTYPES, ModelConfig
-from ..checkpoints.tokenizer import TOKENIZER_JSON, copy_tokenizer_files, has_tokenizer, load_tokenizer
+from ..checkpoints.generation_config import GenerationConfig
+from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
+from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
 from ..checkpoints.weights import Checkpoint, weight_groups
 from ..common.errors import QwenModelError
-from ..common.files import read_json_object
 from ..common.progress import Progress
 from ..common.version import package_version
 from ..interface.engine_config import BACKENDS, PLUGINS, EngineConfig, Limits
 from ..interface.memory import required_bytes
+from ..interface.sampling import SamplingDefaults
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
@@ -91,6 +93,7 @@ def build_engine(
     runs_on = back_end(backend)
     checkpoint = Checkpoint(source, runs_on.FRAMEWORK)
     checkpoint.check(groups, model.tied_embedding)
+    generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
 
     config = EngineConfig(
@@ -98,13 +101,18 @@ def build_engine(
         dtype=dtype or runs_on.default_dtype(model.dtype),
         limits=limits,
         model=model,
-        end_token_ids=read_end_token_ids(source),
+        end_token_ids=generation.end_token_ids,
         num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
         versions={"qwen_model": package_version(), "python": platform.python_version(), **runs_on.versions()},
         disabled_plugins=disabled,
+        sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
     )
     weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
-    warnings = [*tokenizer_warnings, *_warnings(model, limits, config.dtype if dtype is None else None)]
+    warnings = [
+        *tokenizer_warnings,
+        *_generation_warnings(generation),
+        *_warnings(model, limits, config.dtype if dtype is None else None),
+    ]
     report = progress or (lambda phase, done, total: None)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     with written_whole(target) as folder:
@@ -113,21 +121,6 @@ def build_engine(
         config.write(folder)
     seconds = time.perf_counter() - start
     return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
-
-
-def read_end_token_ids(model_dir: Path) -> tuple[int, ...]:
-    """Every end token that `generation_config.json` names, else those of `config.json`."""
-    for name in ("generation_config.json", "config.json"):
-        path = model_dir / name
-        if not path.is_file():
-            continue
-        ids = read_json_object(path).get("eos_token_id")
-        if ids is not None and ids != []:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-                raise QwenModelError(f"{path}: eos_token_id must be one or several integers, not {ids!r}")
-            return tuple(ids)
-    return ()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -174,6 +167,11 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
         )
 
 
+def _generation_warnings(generation: GenerationConfig) -> Iterator[str]:
+    if generation.left_out:
+        yield f"left out of generation_config.json, for this package does not have it: {', '.join(generation.left_out)}"
+
+
 def _check_tokenizer(model_dir: Path) -> list[str]:
     """Return warnings about the checkpoint's tokenizer; one that cannot be loaded is an error.
 
@@ -183,7 +181,7 @@ def _check_tokenizer(model_dir: Path) -> list[str]:
     if has_tokenizer(model_dir) and importlib.util.find_spec(library) is None:
         return []
     try:
-        load_tokenizer(model_dir)
+        load_tokenizer(model_dir).check_chat_templates()
     except QwenModelError as error:
         if has_tokenizer(model_dir):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..checkpoints.chat_template import ChatOptions
 from ..common.errors import QwenModelError
 from ..interface.engine_config import EngineConfig
 from ..interface.executor import NO_TOKEN, Executor, FloatArray, IntArray, PendingTokens
@@ -35,7 +37,7 @@ class Output:
 
     output_ids: the new tokens, up to and with the end token or the token that completed a stop string.
     text: of the tokens before the end token, cut before the stop string; None without a tokenizer.
-    finish_reason: "stop" (an end token or a stop string) or "length" (max_new_tokens).
+    finish_reason: "stop" (an end token, or a stop that was asked for) or "length" (max_new_tokens).
     beams: with beam search every beam, best first; `output_ids` is the first of them.
     """
 
@@ -101,19 +103,36 @@ class Session:
         sampling: SamplingOptions | None = None,
         num_beams: int = 1,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
         chat: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
     ) -> GenerationResult:
         """Generate for one prompt or a batch of them; each a text, a list of token ids or a list of messages.
 
         max_new_tokens: None: 128, or the engine's limit if that is lower.
-        sampling: None: greedy.
-        num_beams: above 1: beam search as transformers does it.
-        stop: generation ends, and the text is cut, before any of these strings.
-        chat: put each prompt, a user's turn or a list of messages, into the model's chat template.
+        sampling: exactly these options; SamplingOptions() is greedy. None: as the checkpoint's generation_config.json
+            says, greedy where it does not sample; `config.sampling_defaults.options(temperature=0.3)` changes a part.
+        num_beams: above 1: beam search as transformers does it. It takes neither sampling nor the checkpoint's.
+        stop: generation ends, and the text is cut, before any of these strings. One that is a special token, such as
+            "<|im_end|>", ends it at that token; special tokens inside a longer string would never be found.
+        stop_token_ids: generation ends at these tokens too; the text is of those before.
+        chat: put each prompt, a user's turn or a list of messages, into the model's chat template. It ends at the end
+            of the model's turn, whatever the checkpoint's end tokens are.
+        tools: for the chat template: JSON schemas of functions, as OpenAI's and transformers' `tools`.
+        chat_template: one of the model's templates by its name, or Jinja source.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False} for Qwen3.
+        sanitize_control_tokens: control tokens in prompts, messages, tools and variables stay ordinary text, as in
+            transformers; those that a template writes count. False: all of them count.
         """
+        chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
         if _count("num_beams", num_beams) != 1:
-            return self._generate_beams(prompts, max_new_tokens, sampling, num_beams, stop, chat)
-        request = self._request(prompts, max_new_tokens, sampling, stop, chat)
+            return self._generate_beams(
+                prompts, max_new_tokens, sampling, num_beams, stop, stop_token_ids, chat, chat_options
+            )
+        request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
         timer = _Timer(request.prompts)
         for _ in self._run(request, timer):
             pass
@@ -127,10 +146,16 @@ class Session:
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
         chat: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
     ) -> Iterator[StreamEvent]:
         """As `generate`, but each token as soon as it is there. Input is checked at once, not at the first token."""
-        request = self._request(prompts, max_new_tokens, sampling, stop, chat)
+        chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
+        request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
         return self._run(request, _Timer(request.prompts))
 
     def logits(self, input_ids: Sequence[int]) -> FloatArray:
@@ -151,31 +176,67 @@ class Session:
         max_new_tokens: int | None,
         sampling: SamplingOptions | None,
         stop: str | Sequence[str] | None,
+        stop_token_ids: Sequence[int] | None,
         chat: bool,
+        chat_options: ChatOptions,
     ) -> _Request:
-        stops = _stop_strings(stop)
-        if stops and self.tokenizer is None:
-            raise QwenModelError("stop strings need a tokenizer, and this engine has none")
-        token_ids = self._token_ids(prompts, chat)
+        stops, ends = self._stops(stop, stop_token_ids)
+        options = self._sampling(sampling)
+        token_ids = self._token_ids(prompts, chat, chat_options)
         count = self._new_tokens(max_new_tokens)
         self._check_prompts(token_ids, 1)
-        ends = self._end_token_ids(chat)
+        ends |= self._end_token_ids(chat, chat_options)
         sequences = [_Sequence(index, ends, stops, count, self.tokenizer) for index in range(len(token_ids))]
-        return _Request(token_ids, _sampling(sampling), count, sequences)
+        return _Request(token_ids, options, count, sequences)
 
-    def _end_token_ids(self, chat: bool) -> frozenset[int]:
-        """Those of the engine; a chat model also ends at the end of its turn, which its tokenizer knows."""
-        of_tokenizer = self.tokenizer.eos_token_ids if chat and self.tokenizer is not None else ()
-        return frozenset(self.config.end_token_ids) | frozenset(of_tokenizer)
+    def _sampling(self, options: SamplingOptions | None) -> SamplingOptions:
+        if options is None:
+            return self.config.sampling_defaults.options()
+        if not isinstance(options, SamplingOptions):
+            raise QwenModelError(f"sampling must be a SamplingOptions, not {options!r}")
+        return options
 
-    def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
+    def _stops(
+        self, stop: str | Sequence[str] | None, stop_token_ids: Sequence[int] | None
+    ) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Return the strings that are searched in the text, and the tokens that end it."""
+        stops, ends = _stop_strings(stop), self._stop_token_ids(stop_token_ids)
+        if not stops:
+            return (), ends
+        if self.tokenizer is None:
+            raise QwenModelError("stop strings need a tokenizer, and this engine has none")
+        special = self.tokenizer.special_tokens
+        for text in stops:
+            inside = next((token for token in special if token in text), None)
+            if text not in special and inside is not None:
+                raise QwenModelError(
+                    f"stop {text!r} would never be found: {inside} is a special token, which is left out of the text; "
+                    f"give {inside} alone, or the text beside it"
+                )
+        ends |= frozenset(special[text] for text in stops if text in special)
+        return tuple(text for text in stops if text not in special), ends
+
+    def _stop_token_ids(self, given: Sequence[int] | None) -> frozenset[int]:
+        ids, size = [] if given is None else _plain(given), self.config.model.vocab_size
+        if not _all_are(ids, int) or not all(0 <= token < size for token in ids):
+            raise QwenModelError(
+                f"stop_token_ids must be a list of token ids from 0 to {size - 1}, not {reprlib.repr(given)}"
+            )
+        return frozenset(ids)
+
+    def _end_token_ids(self, chat: bool, chat_options: ChatOptions) -> frozenset[int]:
+        """Return those of the engine; a chat also ends at the end of the model's turn, which its tokenizer knows."""
+        ends = frozenset(self.config.end_token_ids)
+        return ends | frozenset(self.tokenizer.chat_end_token_ids(chat_options)) if chat and self.tokenizer else ends
+
+    def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool, chat_options: ChatOptions) -> list[list[int]]:
         plain = _plain(prompts)
         if not isinstance(plain, (str, list)):
             raise QwenModelError(f"prompts must be texts, lists of token ids or of messages, not {prompts!r}")
         one = isinstance(plain, str) or (len(plain) > 0 and isinstance(plain[0], (int, Mapping)))
-        return [self._encode(prompt, chat) for prompt in ([plain] if one else plain)]
+        return [self._encode(prompt, chat, chat_options) for prompt in ([plain] if one else plain)]
 
-    def _encode(self, given: Any, chat: bool) -> list[int]:
+    def _encode(self, given: Any, chat: bool, chat_options: ChatOptions) -> list[int]:
         prompt = _plain(given)
         if _all_are(prompt, int):
             if chat:
@@ -189,10 +250,10 @@ class Session:
             raise QwenModelError("this engine has no tokenizer: give token ids (--input-ids) instead of text")
         if chat:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return self.tokenizer.apply_chat_template(messages)
+            return self.tokenizer.apply_chat_template(messages, True, chat_options)
         if not isinstance(prompt, str):
             raise QwenModelError("a list of messages needs chat=True")
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(prompt, parse_special_tokens=not chat_options.sanitize_control_tokens)
 
     def _new_tokens(self, max_new_tokens: int | None) -> int:
         limit = self.config.limits.max_output_len
@@ -262,14 +323,17 @@ class Session:
         sampling: SamplingOptions | None,
         num_beams: int,
         stop: str | Sequence[str] | None,
+        stop_token_ids: Sequence[int] | None,
         chat: bool,
+        chat_options: ChatOptions,
     ) -> GenerationResult:
-        if _stop_strings(stop) or _sampling(sampling).changes_logits:
+        stops, ends = self._stops(stop, stop_token_ids)
+        if stops or (sampling is not None and self._sampling(sampling).changes_logits):
             raise QwenModelError("beam search is greedy: it takes no stop strings and no sampling options")
-        token_ids = self._token_ids(prompts, chat)
+        token_ids = self._token_ids(prompts, chat, chat_options)
         count = self._new_tokens(max_new_tokens)
         self._check_prompts(token_ids, num_beams)
-        ends = self._end_token_ids(chat)
+        ends |= self._end_token_ids(chat, chat_options)
         if max(2, len(ends) + 1) > self.config.model.vocab_size:
             raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
         self._running = None
@@ -319,13 +383,23 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
         raise QwenModelError(f"stop must be a text or a list of texts, none of them empty, not {stop!r}")
+    for text in stops:
+        if re.search("[\ud800-\udfff]", text):
+            raise QwenModelError(f"stop {text!r} would never be found: it holds half of a surrogate pair")
     return tuple(stops)
 
 
-def _sampling(options: SamplingOptions | None) -> SamplingOptions:
-    if options is not None and not isinstance(options, SamplingOptions):
-        raise QwenModelError(f"sampling must be a SamplingOptions, not {options!r}")
-    return options or SamplingOptions()
+def _chat_options(
+    chat: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    template: str | None,
+    template_kwargs: Mapping[str, Any] | None,
+    sanitize_control_tokens: bool,
+) -> ChatOptions:
+    for name, value in (("tools", tools), ("chat_template", template), ("chat_template_kwargs", template_kwargs)):
+        if value is not None and not chat:
+            raise QwenModelError(f"{name} is for the chat template, which needs chat=True")
+    return ChatOptions(tools, {} if template_kwargs is None else template_kwargs, template, sanitize_control_tokens)
 
 
 @dataclass

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..common.errors import QwenModelError
+from .sampling import SamplingDefaults
 
 FORMAT = "qwen_model.engine"
 FORMAT_VERSION = 2
@@ -55,6 +56,7 @@ class EngineConfig:
     num_parameters: int
     versions: dict[str, str]
     disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # where a request says nothing else
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
@@ -105,6 +107,7 @@ class EngineConfig:
             "model": ModelConfig.from_dict(values["model"]),
             "end_token_ids": tuple(values["end_token_ids"]),
             "disabled_plugins": tuple(values["disabled_plugins"]),
+            "sampling_defaults": SamplingDefaults(**values["sampling_defaults"]),
         }
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:

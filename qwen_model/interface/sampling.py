@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from ..common.errors import QwenModelError
 
@@ -35,7 +37,9 @@ class SamplingOptions:
             whole = name in ("top_k", "seed")
             missing = value is None and name in ("temperature", "seed")
             if not missing and (isinstance(value, bool) or not isinstance(value, Integral if whole else Real)):
-                raise QwenModelError(f"{name} must be a {'whole ' * whole}number, not {value!r}")
+                raise QwenModelError(f"{name} must be a {'whole ' * whole}number, not {reprlib.repr(value)}")
+            if not missing and not whole and isinstance(value, Integral) and abs(int(value)) >= 2**100:
+                raise QwenModelError(f"{name} must be a number of sensible size, not {reprlib.repr(value)}")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise QwenModelError(f"temperature must be a number of at least 0, not {self.temperature}")
         if self.top_k < 0:
@@ -58,6 +62,63 @@ class SamplingOptions:
     def changes_logits(self) -> bool:
         """Whether the choice is anything but the largest logit."""
         return not self.greedy or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Holds how a checkpoint's authors choose tokens, as its `generation_config.json` says.
+
+    do_sample: whether tokens are drawn. If not, temperature, top_k and top_p wait until a user gives one of them.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise QwenModelError(f"do_sample must be true or false, not {self.do_sample!r}")
+        if self.temperature is None:
+            raise QwenModelError("temperature must be a number, not None")
+        SamplingOptions(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+
+    @classmethod
+    def from_generation_config(cls, values: Mapping[str, Any]) -> SamplingDefaults:
+        """Make them of the settings in a `generation_config.json`; top_k -1 is 0, all tokens, as in vLLM.
+
+        Raises:
+            QwenModelError: one is not of its type, or out of its range.
+        """
+        try:
+            return cls(**{**values, **({"top_k": 0} if values.get("top_k") == -1 else {})})
+        except QwenModelError as error:
+            raise QwenModelError(f"generation_config.json: {error}") from error
+
+    def options(
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> SamplingOptions:
+        """Return the options of a request that sets these and leaves the others (None) to the checkpoint.
+
+        Tokens are drawn if the checkpoint does or if temperature, top_k or top_p is given; temperature 0 is greedy.
+        """
+        penalty = self.repetition_penalty if repetition_penalty is None else repetition_penalty
+        if not self.do_sample and temperature is None and top_k is None and top_p is None:
+            return SamplingOptions(repetition_penalty=penalty, seed=seed)
+        return SamplingOptions(
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k if top_k is None else top_k,
+            top_p=self.top_p if top_p is None else top_p,
+            repetition_penalty=penalty,
+            seed=seed,
+        )
 
 
 class Choice(NamedTuple):

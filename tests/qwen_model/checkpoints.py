@@ -117,3 +117,30 @@ def decicoder(seed: int = 0, **changes: Any) -> tuple[DeciCoder, dict[str, Any]]
 def random_prompt(length: int, seed: int = 0, vocab_size: int = 317) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+
+
+def save_scripted_model(folder: Path, script: list[int], vocab_size: int = 300, hidden_size: int = 64) -> Path:
+    """A LLaMA that says `script[i + 1]` after `script[i]`; the tokens of a script are all different."""
+    generator = torch.Generator().manual_seed(0)
+    embedding, head = torch.zeros(vocab_size, hidden_size), torch.zeros(vocab_size, hidden_size)
+    embedding[script] = torch.nn.functional.normalize(torch.randn(len(script), hidden_size, generator=generator))
+    embedding *= hidden_size**0.5
+    head[script[1:]] = embedding[script[:-1]]
+    layer, ones = "model.layers.0.", torch.ones(hidden_size)
+    norms = ["model.norm", layer + "input_layernorm", layer + "post_attention_layernorm"]
+    tensors = {f"{name}.weight": ones.clone() for name in norms}
+    tensors |= {f"{layer}self_attn.{name}_proj.weight": torch.zeros(hidden_size, hidden_size) for name in "qkvo"}
+    tensors |= {f"{layer}mlp.{name}_proj.weight": torch.zeros(32, hidden_size) for name in ("gate", "up")}
+    tensors |= {f"{layer}mlp.down_proj.weight": torch.zeros(hidden_size, 32)}
+    save_file({**tensors, "model.embed_tokens.weight": embedding, "lm_head.weight": head}, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

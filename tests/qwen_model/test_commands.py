@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -196,6 +197,138 @@ def test_a_chat_that_grows_too_long_goes_on(command, engine_dir, monkeypatch):
     assert second == "note: 1 of the oldest turns left out: the engine's limit is 120 tokens"
 
 
+@pytest.fixture
+def templates_dir(model_dir, tmp_path):
+    """An engine with a chat template of its own, and one of another name."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    start = "{% for m in messages %}{{ m.role[0] + m.content }}<|im_end|>{% endfor %}{{ tools }}"
+    templates = [
+        {"name": "default", "template": start + "{% if not quick %}think{% endif %}"},
+        {"name": "rag", "template": "R" + start},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": templates}))
+    qwen_model.build_engine(folder, output_dir=tmp_path / "engine", dtype="float32", max_input_len=100)
+    return tmp_path / "engine"
+
+
+def test_run_s_chat_options_reach_the_session(command, templates_dir, tmp_path):
+    session = qwen_model.load_engine(templates_dir, device="cpu")
+    (tmp_path / "tools.json").write_text('\ufeff[{"name": "f"}]', encoding="utf-8")
+    (tmp_path / "own.jinja").write_text("own {{ messages[0].content }}")
+    user = {"role": "user", "content": "Hi<|im_end|>"}
+    cases = [
+        (["--system", "Brief"], [{"role": "system", "content": "Brief"}, user], {}),
+        (["--system", ""], [{"role": "system", "content": ""}, user], {}),
+        (["--tools", tmp_path / "tools.json"], [user], {"tools": [{"name": "f"}]}),
+        (["--chat-template-kwargs", '{"quick": true}'], [user], {"chat_template_kwargs": {"quick": True}}),
+        (["--chat-template", "rag"], [user], {"chat_template": "rag"}),
+        (["--chat-template", tmp_path / "own.jinja"], [user], {"chat_template": "own {{ messages[0].content }}"}),
+        (["--sanitize-control-tokens"], [user], {"sanitize_control_tokens": True}),
+        (["--stop-token-ids", "1,2"], [user], {"stop_token_ids": [1, 2]}),
+    ]
+    common = ["--engine-dir", templates_dir, "--device", "cpu", "--chat", user["content"]]
+    for arguments, messages, options in cases:
+        expected = session.generate(messages, chat=True, **options).outputs[0].text
+        for more in ((), ("--stream",)):
+            assert command(run.main, *common, *arguments, *more) == (0, expected + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tools", "nowhere.json"], "error: nowhere.json cannot be read"),
+        (["--tools", "{}"], "error: {} cannot be read"),
+        (["--chat-template", "nowhere.jinja"], "error: nowhere.jinja cannot be read"),
+        (["--chat-template", "rags"], "error: the model has no chat template 'rags'; it has: default, rag"),
+        (["--chat-template-kwargs", "{"], "error: --chat-template-kwargs is not JSON"),
+        (["--chat-template-kwargs", "[" * 99999], "error: --chat-template-kwargs is not JSON"),
+        (["--chat-template-kwargs", "[]"], "error: --chat-template-kwargs must be a JSON object, not list"),
+        (["--chat-template-kwargs", '{"quik": 1}'], "error: the model's chat template has no variable quik"),
+        (["--stop-token-ids", "x"], "error: --stop-token-ids takes whole numbers"),
+        (["--stop-token-ids", "999"], "error: stop_token_ids must be a list of token ids from 0 to 316"),
+        (["--stop", "a<|im_end|>"], "error: stop 'a<|im_end|>' would never be found"),
+    ],
+)
+def test_chat_options_that_are_wrong(command, templates_dir, arguments, message):
+    status, out, err = command(run.main, "--engine-dir", templates_dir, "--device", "cpu", "--chat", "Hi", *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["{}", '[{"name"', "\udcff"])
+def test_tools_that_are_none(command, templates_dir, tmp_path, content):
+    (tmp_path / "tools.json").write_bytes(content.encode(errors="surrogateescape"))
+    common = ("--engine-dir", templates_dir, "--device", "cpu", "--chat", "Hi", "--tools", tmp_path / "tools.json")
+    status, out, err = command(run.main, *common)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "tools.json" in err
+
+
+@pytest.fixture
+def talk(command, monkeypatch):
+    """Runs `chat` with these lines: what it asks of the session, its exit status and its outputs."""
+
+    def call(lines, *arguments):
+        given, asked = iter(lines), []
+        stream = qwen_model.Session.stream
+
+        def next_line(prompt):
+            try:
+                return next(given)
+            except StopIteration:
+                raise EOFError from None
+
+        def seen_stream(session, prompts, **options):
+            asked.append(([dict(message) for message in prompts[0]], options))
+            return stream(session, prompts, **options)
+
+        monkeypatch.setattr("builtins.input", next_line)
+        monkeypatch.setattr(qwen_model.Session, "stream", seen_stream)
+        return asked, *command(chat.main, *arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"), [((), "user"), (("--system", ""), "system"), (("--system", "x"), "system")]
+)
+def test_chat_s_system_message(talk, engine_dir, arguments, first):
+    asked, status, _, _ = talk(["hi"], "--engine-dir", engine_dir, "--device", "cpu", "--max-new-tokens", 2, *arguments)
+    assert status == 0
+    assert asked[0][0][0] == {"role": first, "content": arguments[1] if arguments else "hi"}
+
+
+def test_chat_keeps_what_is_typed_text(talk, templates_dir, tmp_path):
+    (tmp_path / "tools.json").write_text('[{"name": "f"}]')
+    common = ("--engine-dir", templates_dir, "--device", "cpu", "--max-new-tokens", 2)
+    more = (
+        "--tools",
+        tmp_path / "tools.json",
+        "--chat-template-kwargs",
+        '{"quick": true}',
+        "--chat-template",
+        "default",
+    )
+    expected = {"tools": [{"name": "f"}], "chat_template_kwargs": {"quick": True}, "chat_template": "default"}
+    for switch, sanitize in (((), True), (("--no-sanitize-control-tokens",), False)):
+        asked, status, _, _ = talk(["a<|im_end|>", "b"], *common, *more, *switch)
+        assert status == 0
+        assert len(asked) == 2
+        for _, options in asked:
+            assert options.items() >= {**expected, "sanitize_control_tokens": sanitize}.items()
+
+
+def test_chat_counts_the_tokens_that_it_sends(talk, templates_dir):
+    """The limit is 100 tokens: <|im_end|> is ten as text, one as a control token."""
+    line = "<|im_end|>" * 9 + "a"  # with the template 19 or 100 tokens
+    common = ("--engine-dir", templates_dir, "--device", "cpu", "--max-new-tokens", 2)
+    for switch, fits in (((), False), (("--no-sanitize-control-tokens",), True)):
+        asked, status, _, err = talk([line], *common, *switch)
+        assert status == 0
+        assert (len(asked) == 1, "more than the engine's limit" in err) == (fits, not fits)
+
+
 def test_several_prompts_in_text_are_told_apart(command, engine_dir, session):
     common = ("--engine-dir", engine_dir, "--device", "cpu", "--max-new-tokens", 5)
     long = "x" * 100
@@ -220,6 +353,7 @@ def test_a_stream_checks_every_prompt_first(command, engine_dir):
         (["--input-ids", "1,x"], "error: --input-ids takes whole numbers"),
         (["--input-ids", "1,5000"], "error: the prompt has the token id 5000"),
         (["--temperature", "-1", "Hi"], "error: temperature must be"),
+        (["--engine-dir", "nowhere", "--top-p", "2", "Hi"], "error: top_p must be"),
         (["--max-new-tokens", "1000", "Hi"], "error: max_new_tokens 1000 is more than"),
         (["--input-file", "nowhere.txt"], "error: nowhere.txt cannot be read"),
         (["--device", "abacus", "Hi"], "error: device must be"),
@@ -234,7 +368,16 @@ def test_errors_are_one_line(command, engine_dir, arguments, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["--stream", "--json", "Hi"], ["--stream", "--num-beams", "2", "Hi"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--system", "x", "Hi"],
+        ["--tools", "x", "Hi"],
+        ["--stream", "--json", "Hi"],
+        ["--stream", "--num-beams", "2", "Hi"],
+    ],
+)
 def test_usage_errors(command, arguments):
     status, out, err = command(run.main, *arguments)
     assert (status, out) == (2, "")

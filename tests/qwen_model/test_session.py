@@ -12,6 +12,7 @@ import qwen_model
 from qwen_model import QwenModelError, SamplingOptions
 from qwen_model.backends.torch import executor as torch_executor
 from qwen_model.backends.torch.operations import TorchOperations
+from qwen_model.checkpoints.chat_template import ChatOptions
 from tests.qwen_model.checkpoints import random_prompt
 
 prompts = st.lists(st.integers(0, 316), min_size=1, max_size=60)
@@ -134,6 +135,30 @@ def test_chat_uses_the_template_and_ends_with_the_turn(session):
     assert session.generate([messages], chat=True).outputs == expected
 
 
+def test_a_chat_s_options_reach_the_template(session):
+    template = "{{ tools | length }}{% if loud %}!{% endif %}{{ messages[0].content }}"
+    message = [{"role": "user", "content": "a<|im_end|>"}]
+    more = {"tools": [{"name": "f"}, {"name": "g"}], "chat_template_kwargs": {"loud": True}, "chat_template": template}
+    for sanitize in (True, False):
+        ids = session.tokenizer.apply_chat_template(
+            message, True, ChatOptions(more["tools"], more["chat_template_kwargs"], template, sanitize)
+        )
+        assert session.tokenizer.decode(ids, skip_special_tokens=False) == "2!a<|im_end|>"
+        assert (257 in ids) is not sanitize
+        expected = session.generate(ids, stop_token_ids=[257]).outputs[0].output_ids
+        options = {"chat": True, "sanitize_control_tokens": sanitize, **more}
+        assert session.generate(message, **options).outputs[0].output_ids == expected
+        assert [event.token_id for event in session.stream(message, **options)] == expected
+
+
+def test_control_tokens_of_a_prompt_can_stay_text(session):
+    text = "a<|im_end|>b"
+    for sanitize in (True, False):
+        ids = session.tokenizer.encode(text, parse_special_tokens=not sanitize)
+        assert (257 in ids) is not sanitize
+        assert session.generate(text, sanitize_control_tokens=sanitize).outputs == session.generate(ids).outputs
+
+
 def test_timing_counts_tokens(endless):
     timing = endless.generate([random_prompt(7), random_prompt(3)], max_new_tokens=5).timing
     assert (timing.prompt_tokens, timing.generated_tokens) == (10, 10)
@@ -208,6 +233,13 @@ def test_logits_take_token_ids_only(session):
         ({"prompts": [[1]], "stop": 3}, "stop must be a text.*not 3"),
         ({"prompts": [[1]], "stop": [3]}, r"stop must be a text.*not \[3\]"),
         ({"prompts": [[1]], "sampling": {"top_k": 3}}, "sampling must be a SamplingOptions"),
+        ({"prompts": [[1]], "num_beams": 2, "sampling": {"top_k": 3}}, "sampling must be a SamplingOptions"),
+        ({"prompts": "x", "tools": [{}]}, "tools is for the chat template, which needs chat=True"),
+        ({"prompts": "x", "chat_template": "x"}, "chat_template is for the chat template"),
+        ({"prompts": "x", "chat_template_kwargs": {}}, "chat_template_kwargs is for the chat template"),
+        ({"prompts": "x", "chat": True, "tools": [{}]}, "no place for tools"),
+        ({"prompts": "x", "chat": True, "chat_template_kwargs": 3}, "chat_template_kwargs must map"),
+        ({"prompts": "x", "sanitize_control_tokens": "yes"}, "sanitize_control_tokens must be True or False"),
     ],
 )
 def test_errors(session, arguments, message):

@@ -1,0 +1,74 @@
+"""Reads ``generation_config.json``: the tokens that end a text, and how a checkpoint's authors choose tokens."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import QwenModelError
+from ..common.files import read_json_object
+
+GENERATION_CONFIG = "generation_config.json"
+SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "frequency_penalty": (0,),
+    "min_p": (0,),
+    "no_repeat_ngram_size": (0,),
+    "penalty_alpha": (0,),
+    "presence_penalty": (0,),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "typical_p": (1,),
+}
+"""Settings that change the tokens and that this package does not have, and the values that change nothing."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Holds the part of a ``generation_config.json`` that an engine keeps.
+
+    Attributes:
+        end_token_ids: generation stops at any of them.
+        sampling: those of ``SAMPLING_NAMES`` that are given, as they stand in the file.
+        left_out: names of settings that would change the tokens and that this package does not have.
+    """
+
+    end_token_ids: tuple[int, ...]
+    sampling: Mapping[str, Any]
+    left_out: tuple[str, ...]
+
+    @classmethod
+    def from_model_dir(cls, model_dir: Path, vocab_size: int) -> GenerationConfig:
+        """Read a checkpoint's ``generation_config.json``, which may be missing; its end tokens else of ``config.json``.
+
+        Raises:
+            QwenModelError: a file is not JSON, or an end token is no id of the vocabulary.
+        """
+        path = model_dir / GENERATION_CONFIG
+        values = read_json_object(path) if path.is_file() else {}
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        ends = _end_token_ids(path, given.get("eos_token_id"), vocab_size)
+        if not ends and (model_dir / "config.json").is_file():
+            path = model_dir / "config.json"
+            ends = _end_token_ids(path, read_json_object(path).get("eos_token_id"), vocab_size)
+        sampling = {name: given[name] for name in SAMPLING_NAMES if name in given}
+        left_out = [name for name, neutral in NEUTRAL_VALUES.items() if name in given and given[name] not in neutral]
+        return cls(ends, sampling, tuple(left_out))
+
+
+def _end_token_ids(path: Path, given: Any, vocab_size: int) -> tuple[int, ...]:
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise QwenModelError(
+                f"{path}: eos_token_id must be one or several token ids from 0 to {vocab_size - 1}, "
+                f"not {reprlib.repr(given)}"
+            )
+    return tuple(dict.fromkeys(ids))
