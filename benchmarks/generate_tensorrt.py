@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from qwen_model.backends.tensorrt import back_end, compat, cuda_runtime
+from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig, read_config
-from qwen_model.checkpoints.weights import Checkpoint, WeightSpec
+from qwen_model.checkpoints.weights import WeightSpec
 from qwen_model.engine.session import Session
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.packaged_model import packaged_model_dir

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.errors import QwenModelError
+from ..common.errors import QwenModelError, shown
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ConfigKeys:
     max_positions: str = "max_position_embeddings"
     norm_eps: str = "rms_norm_eps"
     rotary_base: str = "rope_theta"
-    rotary_fraction: str = "partial_rotary_factor"
+    rotary_fraction: str | None = None  # of each head that is rotated; None: all of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Architecture:
     default_head_size: int | None = None  # None: hidden_size / heads
     intermediate_divisor: int = 1  # intermediate_size of config.json counts this many projections together
     qwen_v1_rotary: bool = False  # use_dynamic_ntk and use_logn_attn
+    window_switch: bool = False  # use_sliding_window and max_window_layers
+    older_keys: Mapping[str, str] = field(default_factory=dict)  # of earlier versions, and what they are called now
 
 
 _QWEN_V1 = Architecture(
@@ -88,13 +90,20 @@ _QWEN_V1 = Architecture(
     qkv_bias=True,
     intermediate_divisor=2,
     qwen_v1_rotary=True,
+    older_keys={
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "ffn_hidden_size": "intermediate_size",
+        "padded_vocab_size": "vocab_size",
+    },
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
         _QWEN_V1,
-        Architecture(name="Qwen2ForCausalLM", model_type="qwen2", qkv_bias=True),
+        Architecture(name="Qwen2ForCausalLM", model_type="qwen2", qkv_bias=True, window_switch=True),
         Architecture(
             name="Qwen3ForCausalLM",
             model_type="qwen3",
@@ -102,6 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             output_bias="attention_bias",
             qk_norm=True,
             default_head_size=128,
+            window_switch=True,
         ),
         Architecture(
             name="LlamaForCausalLM",
@@ -119,7 +129,7 @@ def find_architecture(values: Mapping[str, Any]) -> Architecture:
     """The entry for a `config.json`: by its `architectures`, else by its `model_type`."""
     names = values.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise QwenModelError(f"config.json: architectures must be a list of names, not {names!r}")
+        raise QwenModelError(f"config.json: architectures must be a list of names, not {shown(names)}")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
@@ -127,5 +137,5 @@ def find_architecture(values: Mapping[str, Any]) -> Architecture:
         for architecture in ARCHITECTURES.values():
             if architecture.model_type == values.get("model_type"):
                 return architecture
-    given = ", ".join(names) or f"model_type {values.get('model_type')!r}"
+    given = ", ".join(map(shown, names[:3])) or f"model_type {shown(values.get('model_type'))}"
     raise QwenModelError(f"config.json: {given} is not supported (supported: {', '.join(ARCHITECTURES)})")

@@ -1,14 +1,21 @@
-"""Files that are there whole or not at all, and files that hold one JSON object."""
+"""Files that are there whole or not at all, and files of users: whatever is in them, the answer is one clear line."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import QwenModelError
+from .errors import QwenModelError, shown
+
+MAX_TEXT_BYTES = 64 << 20
+"""Of a file of JSON or text. The largest index of shards that is published has 10 MiB."""
+MAX_NESTING = 100
+MAX_DIGITS = 40  # transformers writes 10^30 for a length without a limit
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -39,14 +46,112 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """What is in it. QwenModelError: it is not JSON, or no object."""
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file of that name.
+
+    Raises:
+        QwenModelError: nobody can tell: the name is too long, or its folder may not be entered.
+    """
+    return _has_mode(path, stat.S_ISREG)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that name. Raises QwenModelError as `is_file` does."""
+    return _has_mode(path, stat.S_ISDIR)
+
+
+def _has_mode(path: Path, test: Any) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return bool(test(path.stat().st_mode))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise QwenModelError(f"{shown(str(path))} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def check_readable(path: Path) -> None:
+    """Raise QwenModelError if the file cannot be opened, or is a pointer of Git LFS in place of the file."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(_LFS_POINTER))
+    except (OSError, ValueError) as error:
+        raise QwenModelError(f"{shown(str(path))} cannot be read: {_reason(error)}") from error
+    if beginning == _LFS_POINTER:
+        raise QwenModelError(
+            f"{path} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull, or download it again"
+        )
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without the byte order mark that some editors put first.
+
+    Raises:
+        QwenModelError: it cannot be read, is larger than `MAX_TEXT_BYTES`, is not UTF-8, or is a pointer of Git LFS.
+    """
+    check_readable(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
-        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise QwenModelError(f"{path} cannot be read: {_reason(error)}") from error
+    if len(content) > MAX_TEXT_BYTES:
+        raise QwenModelError(f"{path} is larger than the {MAX_TEXT_BYTES >> 20} MiB that such a file may have")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QwenModelError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        QwenModelError: see `read_text`; or it is not JSON, gives a key two values, is nested deeper than
+            `MAX_NESTING`, has whole numbers of more than `MAX_DIGITS` digits, or holds something else than an object.
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=_without_contradiction, parse_int=_short_integer)
+    except RecursionError:
+        raise QwenModelError(f"{path} is nested deeper than {MAX_NESTING} levels") from None
     except ValueError as error:
         raise QwenModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise QwenModelError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    _check_nesting(content, path)
     return content
+
+
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members. A key may come twice, as JSON allows, but not with two values."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        for key, value in pairs:
+            if members[key] != value:
+                raise ValueError(f"the key {shown(key)} is there twice with two values")
+    return members
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _check_nesting(content: dict[str, Any], path: Path) -> None:
+    level: list[Any] = [content]
+    for _ in range(MAX_NESTING):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return
+    raise QwenModelError(f"{path} is nested deeper than {MAX_NESTING} levels")
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []

@@ -7,6 +7,7 @@ with one safetensors file for the embedding, one for each layer and one for the 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.generation_config import GenerationConfig
 from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
+from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
-from ..checkpoints.weights import Checkpoint, weight_groups
+from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
 from ..common.progress import Progress
 from ..common.version import package_version
@@ -89,10 +92,11 @@ def build_engine(
     if rotary_scaling is not None:
         model = model.with_rotary_scaling(rotary_scaling)
     limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
-    groups = weight_groups(model)
     runs_on = back_end(backend)
     checkpoint = Checkpoint(source, runs_on.FRAMEWORK)
-    checkpoint.check(groups, model.tied_embedding)
+    checkpoint.check(model)
+    groups = weight_groups(model)
+    model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
 
@@ -148,8 +152,7 @@ def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
 
         return packaged_model_dir()
     path = Path(model_dir)
-    if not path.is_dir():
-        raise QwenModelError(f"{path} is not a folder; --model-dir takes the folder of a Hugging Face checkpoint")
+    check_model_dir(path)
     return path
 
 

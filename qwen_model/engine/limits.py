@@ -16,12 +16,20 @@ def engine_limits(
     asked = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_output_len": max_output_len}
     limits = dataclasses.replace(Limits(), **{name: value for name, value in asked.items() if value is not None})
     room = usable_positions(model)
+    if model.full_attention_length:
+        room = min(room, model.full_attention_length)
     if max_input_len is None:
         inputs = room * 2 // 3 if max_output_len is None else room - max_output_len
         limits = _at_most(limits, "max_input_len", inputs, f"{limits.max_output_len} tokens of output", room)
     if max_output_len is None:
         outputs = room - limits.max_input_len
         limits = _at_most(limits, "max_output_len", outputs, f"prompts of {limits.max_input_len} tokens", room)
+    if 0 < model.full_attention_length < limits.max_positions:
+        raise QwenModelError(
+            f"the model attends to sequences of more than {model.full_attention_length} tokens through a sliding "
+            "window or chunks (sliding_window, dual_chunk_attention_config), which is not supported: the engine's "
+            f"{limits.max_positions} are too many, give a smaller --max-input-len or --max-output-len"
+        )
     return limits
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..checkpoints.weights import Framework, WeightSpec
+from ..checkpoints.tensor_files import Framework
+from ..checkpoints.weights import WeightSpec
 from ..common.progress import Progress
 from .engine_config import EngineConfig
 from .executor import Executor

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..common.errors import QwenModelError
+from ..common.files import check_readable, is_file, read_json_object
 from .sampling import SamplingDefaults
 
 FORMAT = "qwen_model.engine"
@@ -147,10 +148,11 @@ def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:
         QwenModelError: there is such a file, and it cannot be read.
     """
     path = Path(engine_dir) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    if not is_file(path):
         return None
-    except OSError as error:
-        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error
-    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
+    check_readable(path)
+    try:
+        values = read_json_object(path)
+    except QwenModelError:  # no JSON object
+        return None
+    return values if values.get("format") == FORMAT else None

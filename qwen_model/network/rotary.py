@@ -14,7 +14,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoints.config import ModelConfig, RotaryConfig
+from ..checkpoints.config import ModelConfig
+from ..checkpoints.rotary_config import RotaryConfig
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qwen_model.backends.torch.operations import Batch, TorchOperations
-from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
+from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.checkpoints.rotary_config import RotaryConfig
 from tests.qwen_plugins.decoder_reference import Case, relative_error
 
 

@@ -7,17 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_model import QwenModelError
+from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig
-from qwen_model.checkpoints.weights import Checkpoint, weight_groups
+from qwen_model.checkpoints.weights import weight_groups
 from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, save_hugging_face, save_reference
 
 
 def read_all(folder):
     config = ModelConfig.from_model_dir(folder)
     checkpoint = Checkpoint(folder)
-    groups = weight_groups(config)
-    checkpoint.check(groups, config.tied_embedding)
-    return {spec.name: checkpoint.read(spec) for group in groups for spec in group.specs}
+    checkpoint.check(config)
+    return {spec.name: checkpoint.read(spec) for group in weight_groups(config) for spec in group.specs}
 
 
 def assert_same(left, right):

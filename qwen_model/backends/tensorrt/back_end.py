@@ -19,7 +19,8 @@ import tensorrt as trt
 
 import qwen_plugins
 
-from ...checkpoints.weights import Framework, too_large, weight_groups
+from ...checkpoints.tensor_files import Framework, all_finite
+from ...checkpoints.weights import too_large, weight_groups
 from ...common.errors import QwenModelError
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
@@ -182,8 +183,8 @@ def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.N
     """Convert to a type; an error if a finite number is too large for it."""
     with np.errstate(over="ignore"):
         converted = weight.astype(dtype, copy=False)
-    if weight.dtype != converted.dtype == np.float16 and not np.isfinite(converted).all():
-        raise QwenModelError(too_large(name, "float16", float(np.abs(weight.astype(np.float32)).max())))
+    if weight.dtype != converted.dtype and not all_finite(converted):
+        raise QwenModelError(too_large(name, converted.dtype.name, float(np.abs(weight.astype(np.float64)).max())))
     return converted
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.weights import Framework, WeightGroup, too_large, weight_groups
+from ...checkpoints.tensor_files import Framework, all_finite
+from ...checkpoints.weights import WeightGroup, too_large, weight_groups
 from ...common.errors import QwenModelError
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
@@ -49,7 +50,7 @@ def _weights_file(engine_dir: Path, group: WeightGroup) -> Path:
 def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
     """Convert to a type; an error if a number is too large for it."""
     converted = weight.to(getattr(torch, dtype))
-    if weight.dtype != converted.dtype == torch.float16 and not converted.isfinite().all():
+    if torch.finfo(converted.dtype).max < torch.finfo(weight.dtype).max and not all_finite(converted):
         raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
     return converted
 

@@ -1,0 +1,183 @@
+"""A Hugging Face checkpoint's tensors: found, compared with what the network needs, and read one weight at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from ..common.errors import QwenModelError, shown
+from ..common.files import is_file, read_json_object
+from .architectures import ARCHITECTURES
+from .config import ModelConfig
+from .other_formats import WEIGHT_FILES, reject_quantized_tensors
+from .tensor_files import SAFETENSORS_DTYPES, Framework, Shape, StoredTensor, Weight, all_finite, open_tensors
+from .weights import WeightSpec, layer_specs, weight_groups
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face checkpoint folder: their shapes at once, their values when asked for.
+
+    Reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards (not without PyTorch).
+    """
+
+    def __init__(self, model_dir: Path, framework: Framework = "torch"):
+        """Find the files and read the names and shapes of their tensors; `framework` says what tensors are given as."""
+        self.model_dir = Path(model_dir)
+        self.framework = framework
+        self._tensors = _find_tensors(self.model_dir, framework)
+
+    @property
+    def dtype(self) -> str:
+        """The type of most of the weights, "float32" for float64."""
+        counts: Counter[str] = Counter()
+        for tensor in self._tensors.values():
+            counts[tensor.dtype] += prod(tensor.shape)
+        dtypes = [dtype for dtype, _ in counts.most_common() if dtype in SAFETENSORS_DTYPES.values()]
+        return dtypes[0].replace("float64", "float32") if dtypes else "float32"
+
+    def tensor(self, name: str) -> Weight:
+        """One tensor of the checkpoint, in its own type; mapped where that is possible.
+
+        Raises:
+            QwenModelError: it holds infinities, or what is not a number.
+        """
+        tensor = self._tensors[name].read()
+        if not all_finite(tensor):
+            raise QwenModelError(f"{self.model_dir}: {name} has numbers that are not finite")
+        return tensor
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare names, shapes and types with what the network needs; the error names each tensor that is wrong."""
+        names = ARCHITECTURES[config.architecture].weights
+        embedding, head = f"{names.embedding}.weight", f"{names.lm_head}.weight"
+        if config.tied_embedding and embedding not in self._tensors and head in self._tensors:
+            self._tensors[embedding] = self._tensors[head]  # of the pair only the other one was saved
+        reject_quantized_tensors(self.model_dir, self._tensors)
+        self._check_last_layer(config)
+        sources = (source for group in weight_groups(config) for spec in group.specs for source in spec.sources)
+        expected = {source.name: source.shape for source in sources}
+        extra = [name for name in self._tensors if name not in expected and not _is_derived(name)]
+        self._check_tensors(expected, [name for name in extra if not (config.tied_embedding and name == head)])
+        if config.tied_embedding and head in self._tensors:
+            self._check_tied(embedding, head)
+
+    def _check_last_layer(self, config: ModelConfig) -> None:
+        """So that no list of layers is made as long as a wrong number says."""
+        name = layer_specs(config, config.num_layers - 1)[0].sources[0].name
+        if name not in self._tensors:
+            raise QwenModelError(
+                f"{self.model_dir} does not fit its config.json, which says {config.num_layers} layers: {name} is "
+                "missing"
+            )
+
+    def _check_tensors(self, expected: Mapping[str, Shape], extra: list[str]) -> None:
+        found = {name: self._tensors[name] for name in expected if name in self._tensors}
+        problems = [
+            *_described("missing", [name for name in expected if name not in found]),
+            *_described("not known to this architecture", [_printable(name) for name in extra]),
+            *_described(
+                "of the wrong shape",
+                [
+                    f"{name} {shown(list(tensor.shape))}, expected {list(expected[name])}"
+                    for name, tensor in found.items()
+                    if tensor.shape != expected[name]
+                ],
+            ),
+            *_described(
+                "of a type that is not floating-point of 16, 32 or 64 bits",
+                [
+                    f"{name} {tensor.dtype}"
+                    for name, tensor in found.items()
+                    if tensor.dtype not in SAFETENSORS_DTYPES.values()
+                ],
+            ),
+        ]
+        if problems:
+            raise QwenModelError(f"{self.model_dir} does not fit its config.json: " + "; ".join(problems))
+
+    def _check_tied(self, embedding: str, head: str) -> None:
+        """A head of its own beside `tie_word_embeddings` is an error: which of both is meant is not known."""
+        if self._tensors[head] is self._tensors[embedding]:
+            return
+        same = self._tensors[head].shape == self._tensors[embedding].shape
+        if not same or not bool((self.tensor(head) == self.tensor(embedding)).all()):
+            raise QwenModelError(
+                f"{self.model_dir}: config.json says tie_word_embeddings, and {head} is not {embedding}: set it to "
+                f"false, or take {head} out"
+            )
+
+    def read(self, spec: WeightSpec) -> Weight:
+        """The weight of the network, in the checkpoint's own type."""
+        parts = [self.tensor(source.name) for source in spec.sources]
+        if len(parts) == 1:
+            return parts[0]
+        if self.framework == "torch":
+            import torch
+
+            return torch.cat(parts)
+        return np.concatenate(parts)
+
+
+def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTensor]:
+    for name in WEIGHT_FILES:  # one file before an index, which may be left of what was there earlier
+        path = model_dir / name
+        if is_file(path):
+            return _open_shards(path, framework) if path.suffix == ".json" else open_tensors(path, framework)
+    raise QwenModelError(
+        f"{model_dir} is not a Hugging Face checkpoint: it has neither model.safetensors nor pytorch_model.bin, "
+        "nor an index of shards (model.safetensors.index.json)"
+    )
+
+
+def _open_shards(index: Path, framework: Framework) -> dict[str, StoredTensor]:
+    """Each tensor from the file that the index says, whatever else the files hold."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in _names_by_file(index).items():
+        held = open_tensors(index.parent / file, framework)
+        lost = [_printable(name) for name in names if name not in held]
+        if lost:
+            raise QwenModelError(f"{index} says that {file} has " + _listed(lost) + ", which it does not have")
+        tensors.update((name, held[name]) for name in names)
+    return tensors
+
+
+def _names_by_file(index: Path) -> dict[str, list[str]]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise QwenModelError(f"{index} is not an index of shards: its weight_map must give the file of each tensor")
+    names: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        names.setdefault(file, []).append(name)
+    outside = [file for file in names if Path(file).is_absolute() or ".." in Path(file).parts]
+    if outside:
+        raise QwenModelError(f"{index} names a shard outside of its folder: {shown(outside[0])}")
+    missing = [_printable(file) for file in names if not is_file(index.parent / file)]
+    if missing:
+        raise QwenModelError(f"{index} names shards that are not there: {_listed(missing)}")
+    return names
+
+
+def _described(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {_listed(names)}"]
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _printable(name: str) -> str:
+    """A name out of a file, safe to be printed in one line."""
+    return name if name.isprintable() and len(name) <= 200 else shown(name)
+
+
+def _is_derived(name: str) -> bool:
+    """Buffers that old checkpoints carry and that follow from the configuration."""
+    return name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".attn.bias"))

@@ -1,0 +1,117 @@
+"""Models in other forms than a 16-bit Hugging Face checkpoint, recognised to say what they are and what to give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import QwenModelError, shown
+from ..common.files import is_file, is_folder, read_json_object
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Of a Hugging Face checkpoint, in the order in which they are looked for."""
+
+_SOURCE = "give the folder of the Hugging Face checkpoint that it was made from"
+_OTHER_FORMATS = (
+    ("weights/embedding.safetensors", "an engine of qwen_model", _SOURCE),
+    ("model.plan", "an engine of qwen_model", _SOURCE),
+    ("*.gguf", "a GGUF model", _SOURCE),
+    ("rank*.safetensors", "a checkpoint converted for TensorRT-LLM", _SOURCE),
+    ("*.engine", "a TensorRT-LLM engine", _SOURCE),
+    ("config.ini", "a checkpoint converted for FasterTransformer", _SOURCE),
+    ("model.*.bin", "a checkpoint converted for FasterTransformer", _SOURCE),
+    ("*/config.ini", "a checkpoint converted for FasterTransformer", _SOURCE),
+    ("adapter_config.json", "a LoRA adapter", "merge it into its model (PEFT's merge_and_unload) and save that"),
+    ("consolidated.*", "a checkpoint in Meta's or Mistral's own form", "give its Hugging Face form"),
+    ("tf_model.h5", "a TensorFlow checkpoint", "give its PyTorch form, as safetensors"),
+    ("flax_model.msgpack", "a Flax checkpoint", "give its PyTorch form, as safetensors"),
+    ("*.onnx", "an ONNX model", _SOURCE),
+)
+"""Files by which a form is known (where there are no weights of a Hugging Face checkpoint), its name, what to do."""
+
+_QUANTIZED_TENSORS = {
+    "qweight": "GPTQ or AWQ",
+    "weight_packed": "compressed-tensors",
+    "weight_scale_inv": "block-scaled FP8",
+    "weight_scale": "compressed-tensors or ModelOpt",
+    "SCB": "bitsandbytes",
+    "absmax": "bitsandbytes",
+}
+"""Last parts of the names of tensors that only a quantized checkpoint has."""
+
+
+def check_model_dir(path: Path) -> None:
+    """Raise QwenModelError if there is no folder of that name; it says what else was given, as far as can be seen."""
+    if is_folder(path):
+        return
+    if is_file(path):
+        if path.suffix.lower() == ".gguf":
+            raise QwenModelError(f"{path} is a GGUF file, which is not read here: {_SOURCE}")
+        raise QwenModelError(f"{path} is a file: give the folder of a Hugging Face checkpoint that holds it")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not is_folder(path.parent):
+        raise QwenModelError(
+            f"{path} is not a folder here. If it is a name on the Hugging Face Hub, download it first: hf download "
+            f"{path} --local-dir FOLDER"
+        )
+    raise QwenModelError(f"{path} is not a folder; --model-dir takes the folder of a Hugging Face checkpoint")
+
+
+def reject_other_formats(model_dir: Path) -> None:
+    """Raise QwenModelError if the folder holds a model in a form that is known and not read here."""
+    if any(is_file(model_dir / name) for name in WEIGHT_FILES):
+        return
+    for pattern, name, instead in _OTHER_FORMATS:
+        found = next(model_dir.glob(pattern), None)
+        if found is not None:
+            raise QwenModelError(f"{model_dir} is {name} ({found.name}), which is not read here: {instead}")
+
+
+def reject_quantized(model_dir: Path, config: Mapping[str, Any]) -> None:
+    """Raise QwenModelError if the configuration, or a file that older tools wrote beside it, says so."""
+    method = _method_of(config.get("quantization_config"))
+    where = "config.json"
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+        if method is None and is_file(model_dir / name):
+            method, where = _method_of_file(name, read_json_object(model_dir / name)), name
+    if method is not None:
+        raise QwenModelError(_not_built(f"{model_dir} is quantized with {method} ({where})"))
+
+
+def reject_quantized_tensors(model_dir: Path, names: Iterable[str]) -> None:
+    """Raise QwenModelError if there are tensors that only a quantized checkpoint has."""
+    for name in names:
+        method = _QUANTIZED_TENSORS.get(name.rpartition(".")[2])
+        if method is not None:
+            raise QwenModelError(_not_built(f"{model_dir} is quantized with {method} (it has {shown(name)})"))
+
+
+def _not_built(what: str) -> str:
+    return f"{what}, which this version does not build: give the checkpoint that it was made from, in 16 bits"
+
+
+def _method_of(quantization: Any) -> str | None:
+    """Of a `quantization_config`: its method, with the bits of a weight where it says them; None: there is none."""
+    if not quantization:
+        return None
+    if not isinstance(quantization, Mapping):
+        return shown(quantization)
+    method = quantization.get("quant_method") or quantization.get("quant_algo") or "an unnamed method"
+    bits = quantization.get("bits")
+    return shown(method).strip("'") + (f", {bits} bits" if isinstance(bits, int) else "")
+
+
+def _method_of_file(name: str, values: Mapping[str, Any]) -> str:
+    if name == "hf_quant_config.json":
+        inner = values.get("quantization")
+        algorithm = inner.get("quant_algo") if isinstance(inner, Mapping) else None
+        return "ModelOpt" + (f" {shown(algorithm)}" if algorithm else "")
+    method = "AWQ" if name == "quant_config.json" else "GPTQ"
+    bits = values.get("bits", values.get("w_bit"))
+    return f"{method}, {bits} bits" if isinstance(bits, int) else method

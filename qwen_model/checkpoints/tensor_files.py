@@ -1,0 +1,126 @@
+"""Files of tensors: safetensors, and PyTorch's own with its safe loader, which runs no code from the file.
+
+A file is mapped where that is possible; a tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..common.errors import QwenModelError, shown
+from ..common.files import check_readable
+
+Shape = tuple[int, ...]
+Framework = Literal["torch", "numpy"]
+Weight = Any  # a torch.Tensor or a NumPy array, whose bfloat16 is that of ml_dtypes
+
+SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float32": (np.uint32, 0x7F800000),
+    "float64": (np.uint64, 0x7FF << 52),
+}
+"""The bits of the exponent, which are all set in what is infinite or not a number."""
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. `dtype` is PyTorch's name of a floating-point type, else what the file calls it."""
+
+    shape: Shape
+    dtype: str
+    read: Callable[[], Weight]
+
+
+def open_tensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:
+    """The tensors of a file by their names, to be read as `framework`'s.
+
+    Raises:
+        QwenModelError: the file cannot be read, is damaged, or holds anything but tensors.
+    """
+    check_readable(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, framework)
+    if framework == "torch":
+        return _open_bin(path)
+    raise QwenModelError(
+        f"{path} can only be read with PyTorch: use the torch back end, or save the checkpoint as safetensors "
+        "(save_pretrained does)"
+    )
+
+
+def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:
+    from safetensors import safe_open
+
+    if framework == "numpy":
+        import ml_dtypes  # noqa: F401  # it is what tells NumPy, and so safetensors, of bfloat16
+
+    tensors = {}
+    try:
+        file = safe_open(str(path), framework="pt" if framework == "torch" else "numpy")  # closed with its readers
+        for name in file.keys():  # noqa: SIM118  # not a dict: it has no __iter__
+            part = file.get_slice(name)
+            dtype = part.get_dtype()
+            shape = tuple(part.get_shape())
+            tensors[name] = StoredTensor(shape, SAFETENSORS_DTYPES.get(dtype, dtype), partial(file.get_tensor, name))
+    except Exception as error:  # the library raises its own class, OSError and others
+        raise QwenModelError(f"{path} cannot be read: {shown(str(error)).strip(chr(39))}") from error
+    return tensors
+
+
+def _open_bin(path: Path) -> dict[str, StoredTensor]:
+    import torch
+
+    tensors = _load_bin(path)
+    if not isinstance(tensors, dict):
+        raise QwenModelError(f"{path} cannot be read: it must hold a dict of tensors, not {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not plain:
+            raise QwenModelError(f"{path} cannot be read: its {shown(name)} is not a dense tensor")
+    return {
+        name: StoredTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach)
+        for name, tensor in tensors.items()
+    }
+
+
+def _load_bin(path: Path) -> Any:
+    """What `torch.load` makes of it. Its own errors advise to switch its safety off: they are not passed on."""
+    import torch
+
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        more = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds {more[1]} beside tensors" if more else "it is damaged, or not written by torch.save"
+        raise QwenModelError(
+            f"{path} cannot be read: {what}; only tensors are read, because anything else could run code. Download "
+            "it again, or save the checkpoint as safetensors where it was made"
+        ) from error
+
+
+def all_finite(weight: Weight) -> bool:
+    """Whether a floating-point tensor or array has neither infinities nor NaN; at the speed of reading it."""
+    if isinstance(weight, np.ndarray):
+        dtype, numbers = weight.dtype.name, np.ascontiguousarray(weight).reshape(-1)
+    else:
+        import torch
+
+        dtype = str(weight.dtype).removeprefix("torch.")
+        numbers = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
+    unsigned, exponent = _EXPONENTS[dtype]
+    bits: npt.NDArray[Any] = numbers.view(unsigned)
+    return all((bits[i : i + _CHUNK] & unsigned(exponent)).max() < exponent for i in range(0, len(bits), _CHUNK))
