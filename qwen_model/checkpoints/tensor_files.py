@@ -6,6 +6,7 @@ A file is mapped where that is possible; a tensor is read when it is asked for.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -99,10 +100,12 @@ def _load_bin(path: Path) -> Any:
     import torch
 
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of other versions
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         more = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it holds {more[1]} beside tensors" if more else "it is damaged, or not written by torch.save"

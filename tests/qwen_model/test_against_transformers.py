@@ -15,6 +15,10 @@ CASES = {
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen2-multi-head-tied": ("Qwen2ForCausalLM", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
     "qwen2-one-kv-head": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
+    "qwen2-window-of-no-layer": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    ),
     "qwen3": ("Qwen3ForCausalLM", {}),
     "qwen3-biases": ("Qwen3ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
     "llama": ("LlamaForCausalLM", {}),
@@ -43,6 +47,19 @@ CASES = {
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **ROPE}},
     ),
 }
+
+
+def test_up_to_its_length_a_sliding_window_changes_nothing(tmp_path):
+    """The last token generated is fed at position 63, and sees 64: transformers with the window says the same."""
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    reference = hugging_face_model("Qwen2ForCausalLM", **window)
+    save_hugging_face(reference, tmp_path / "model")
+    qwen_model.build_engine(tmp_path / "model", output_dir=tmp_path / "engine", dtype="float32", max_input_len=54)
+    session = qwen_model.load_engine(tmp_path / "engine", device="cpu")
+    assert session.config.limits.max_positions == 64
+    prompt = random_prompt(54, seed=2)
+    expected = reference.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[0, 54:]
+    assert session.generate(prompt, max_new_tokens=10).outputs[0].output_ids == expected.tolist()
 
 
 @pytest.fixture(scope="module", params=CASES)

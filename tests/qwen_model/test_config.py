@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import transformers
 
 from qwen_model import QwenModelError
 from qwen_model.checkpoints.config import ModelConfig, read_config
+from qwen_model.engine.limits import engine_limits
 from tests.qwen_model.checkpoints import DECICODER, QWEN_V1
 
 QWEN_7B = {
@@ -21,7 +23,33 @@ QWEN_7B = {
     "layer_norm_epsilon": 1e-6,
     "use_dynamic_ntk": True,
     "use_logn_attn": True,
-    "bf16": True,
+    "torch_dtype": "bfloat16",
+}
+QWEN_7B_V1_0 = {
+    "activation": "swiglu",
+    "architectures": ["QWenLMHeadModel"],
+    "bf16": False,
+    "ffn_hidden_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "qwen",
+    "n_embd": 4096,
+    "n_head": 32,
+    "n_inner": None,
+    "n_layer": 32,
+    "n_positions": 8192,
+    "no_bias": True,
+    "padded_vocab_size": 151936,
+    "params_dtype": "torch.bfloat16",
+    "pos_emb": "rotary",
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "vocab_size": 151936,
 }
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,6 +73,14 @@ def test_qwen_7b():
     assert (config.logn_length, config.dtype) == (8192, "bfloat16")
 
 
+def test_qwen_7b_v1_0():
+    """As it was first published, with the names of its time; its type is that of its tensors."""
+    expected = dataclasses.replace(read_config({**QWEN_7B, "seq_length": 2048}), dtype="")
+    assert read_config(QWEN_7B_V1_0) == expected
+    with pytest.raises(QwenModelError, match="n_embd 4096 and hidden_size 2048 differ"):
+        read_config({**QWEN_7B_V1_0, "hidden_size": 2048})
+
+
 def test_defaults_of_llama():
     config = read_config(LLAMA)
     assert (config.num_kv_heads, config.head_size, config.norm_eps, config.dtype) == (6, 16, 1e-5, "bfloat16")
@@ -66,7 +102,12 @@ def test_both_places_of_rotary_settings(values):
 
 
 def test_partial_rotary_embedding():
-    assert read_config({**LLAMA, "partial_rotary_factor": 0.5}).rotary.dim == 8
+    """Of Qwen v1. In the others transformers looks at it only with a scaling, and then its shapes don't fit."""
+    assert read_config({**LLAMA, "partial_rotary_factor": 0.5}).rotary.dim == 16
+    linear = {"type": "linear", "factor": 2.0}
+    assert read_config({**LLAMA, "partial_rotary_factor": 1.0, "rope_scaling": linear}).rotary.dim == 16
+    with pytest.raises(QwenModelError, match=r"partial_rotary_factor 0\.5 with rotary scaling 'linear'"):
+        read_config({**LLAMA, "partial_rotary_factor": 0.5, "rope_scaling": linear})
     assert read_config({**QWEN_V1, "rotary_pct": 0.25}).rotary.dim == 4
 
 
@@ -91,16 +132,61 @@ def test_rotary_scaling_in_place_of_the_checkpoints():
             config.with_rotary_scaling(wrong)
 
 
-def test_a_sliding_window_that_is_switched_off():
-    """As the published Qwen2 and Qwen3 have it."""
-    read_config({**LLAMA, "sliding_window": 64, "use_sliding_window": False})
-    read_config({**LLAMA, "sliding_window": None})
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({"sliding_window": 64, "use_sliding_window": False}, 0),
+        ({"sliding_window": 64}, 0),
+        ({"use_sliding_window": True, "sliding_window": None}, 0),
+        ({**WINDOW, "max_window_layers": 2}, 0),
+        ({**WINDOW, "max_window_layers": 1}, 64),
+        ({**WINDOW, "max_window_layers": 0}, 64),
+        (WINDOW, 0),  # max_window_layers is 28 where it is not given
+        ({**WINDOW, "num_hidden_layers": 29}, 64),
+        ({**WINDOW, "layer_types": ["full_attention"] * 2}, 0),
+        ({**WINDOW, "layer_types": ["full_attention", "sliding_attention"]}, 64),
+        ({"dual_chunk_attention_config": {"chunk_size": 32, "local_size": 8}}, 32),
+        ({"dual_chunk_attention_config": {"chunk_size": 32, "original_max_position_embeddings": 24}}, 24),
+        ({"dual_chunk_attention_config": None}, 0),
+        ({**WINDOW, "max_window_layers": 1, "dual_chunk_attention_config": {"chunk_size": 32}}, 32),
+    ],
+)
+def test_the_length_up_to_which_attention_is_full(changes, length):
+    """Windows are read as transformers reads them, below; chunks as in the published code of Qwen2.5-1M."""
+    values = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], **changes}
+    assert read_config(values).full_attention_length == length
+    layer_types = transformers.Qwen2Config(**{**values, "dual_chunk_attention_config": None}).layer_types
+    if "dual_chunk_attention_config" not in changes:
+        assert ("sliding_attention" in layer_types) == (length > 0)
+
+
+def test_llama_has_no_window():
+    assert read_config({**LLAMA, **WINDOW}).full_attention_length == 0
+
+
+def test_limits_stay_within_full_attention():
+    model = read_config({**LLAMA, "dual_chunk_attention_config": {"chunk_size": 48}})
+    assert engine_limits(model, None, None, None).max_positions == 48
+    assert engine_limits(model, None, 40, 8).max_positions == 48
+    with pytest.raises(QwenModelError, match=r"more than 48 tokens.*the engine's 49 are too many"):
+        engine_limits(model, None, 40, 9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_both_names_of_a_type(key, dtype):
+    values = {name: value for name, value in LLAMA.items() if name != "torch_dtype"}
+    assert read_config(values).dtype == ""
+    assert read_config({**values, key: dtype}).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported.*Qwen2ForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*Qwen2ForCausalLM"),
         ({"architectures": None, "model_type": "mamba"}, "mamba"),
         ({"hidden_size": None}, "no 'hidden_size'"),
         ({"hidden_size": "96"}, "hidden_size must be a positive integer, not '96'"),
@@ -108,23 +194,29 @@ def test_a_sliding_window_that_is_switched_off():
         ({"vocab_size": True}, "vocab_size must be a positive integer, not True"),
         ({"num_attention_heads": 7}, "96 is not a multiple of the 7"),
         ({"num_key_value_heads": 4}, "6 attention heads are not a multiple of the 4"),
-        ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number, not -1"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number.*, not -1"),
         ({"rope_theta": "x"}, "rope_theta must be a positive number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"use_sliding_window": "yes"}, "use_sliding_window must be true or false, not 'yes'"),
+        ({**WINDOW, "max_window_layers": -1}, "max_window_layers must be an integer of at least 0, not -1"),
+        ({"dual_chunk_attention_config": [1]}, "dual_chunk_attention_config must be an object"),
+        ({"num_hidden_layers": 1_000_000}, "1000000 layers are more than the 10000"),
+        ({"vocab_size": 10**30}, "vocab_size 1000.* is too large"),
+        ({"rope_theta": 10**39}, "rope_theta must be a positive number of at most 1e.12"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a positive number.*, not nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number.*, not inf"),
+        ({"architectures": ["x" * 10000]}, r"^.{,400}$"),
+        ({"hidden_act": ["gelu"] * 10000}, r"^.{,400}$"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: .sliding_attention. is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not supported.*yarn"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs a factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number"),
-        ({"partial_rotary_factor": 0.2}, "even number of the 16 elements.*not 3"),
+        ({"head_dim": 3}, "even number of the 3 elements.*not 3"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, not 'LlamaForCausalLM'"),
         ({"architectures": [3]}, "architectures must be a list of names"),
         ({"layer_types": 3}, "layer_types must be a list, not 3"),
         ({"layer_types": ["linear_attention"]}, "layer_types: 'linear_attention' is not supported"),
-        ({"sliding_window": 64}, "sliding_window 64"),
-        ({"quantization_config": "awq"}, "quantization_config.*'awq'"),
         ({"torch_dtype": "float64"}, "torch_dtype 'float64' is not supported.*bfloat16"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"rope_scaling": [1]}, r"rope_scaling must be an object, not \[1\]"),
@@ -148,7 +240,7 @@ def test_a_sliding_window_that_is_switched_off():
 )
 def test_errors(changes, message):
     with pytest.raises(QwenModelError, match=message):
-        read_config({**LLAMA, **changes})
+        read_config({**LLAMA, "architectures": ["Qwen2ForCausalLM"], **changes})
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,19 @@ CASES = {
     "qwen": lambda: qwen_v1(),
     "qwen-plain": lambda: qwen_v1(use_dynamic_ntk=False, use_logn_attn=False),
     "qwen-logn": lambda: qwen_v1(use_dynamic_ntk=False),
+    "qwen-v1.0": lambda: qwen_v1_0(),
     "decicoder": lambda: decicoder(),
     "decicoder-one-kv-head": lambda: decicoder(num_key_value_heads=1),
 }
+
+
+def qwen_v1_0():
+    """The names that config.json had when Qwen-7B was first published."""
+    model, config = qwen_v1()
+    older = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+    older |= {"ffn_hidden_size": "intermediate_size", "padded_vocab_size": "vocab_size"}
+    present = {name: value for name, value in config.items() if name not in older.values()}
+    return model, {**present, **{key: config[name] for key, name in older.items()}, "n_positions": 512}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,11 +1,13 @@
 """Inverse frequencies beside transformers, and the tables made of them."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qwen_model.checkpoints.config import read_config
 from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
@@ -34,6 +36,42 @@ def test_as_transformers(scaling, base, length):
     ours = read_config({**values, "num_hidden_layers": 1, "rope_theta": base, "rope_scaling": scaling}).rotary
     np.testing.assert_allclose(inverse_frequencies(ours, length), expected.numpy(), rtol=3e-6)
     assert ours.attention_factor == pytest.approx(factor)
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FORMS = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_theta": 5e5, "rope_scaling": None},
+    {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    {"rope_theta": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}},
+    {"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "type": "linear", "factor": 2.0}},
+    {"rope_theta": 5e5, "rope_scaling": YARN},
+    {"rope_theta": 5e5, "rope_scaling": YARN, "original_max_position_embeddings": 256},
+    {"rope_theta": 5e5, "rope_scaling": {**YARN, "factor": None}},
+    {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": None}, "original_max_position_embeddings": 32},
+    {"rope_scaling": {**YARN, "beta_fast": None, "beta_slow": None, "mscale": 0.7, "mscale_all_dim": 0.0}},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    {"rope_scaling": LLAMA3},
+    {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
+    {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 256},
+    {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "original_max_position_embeddings": 100},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "original_max_position_embeddings": 100},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "original_max_position_embeddings": 100},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_of_the_settings_is_read_as_transformers_reads_it(form):
+    values = {**SIZES, "architectures": ["LlamaForCausalLM"], "vocab_size": 9, "intermediate_size": 9}
+    values |= {"num_hidden_layers": 1, **form}
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(copy.deepcopy(values)))
+    ours = read_config(values).rotary
+    np.testing.assert_allclose(inverse_frequencies(ours), theirs.inv_freq.numpy(), rtol=3e-6)
+    assert ours.attention_factor == pytest.approx(theirs.attention_scaling)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 256, 257, 1000, 4096, 4097])

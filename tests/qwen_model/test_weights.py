@@ -1,14 +1,18 @@
 """Reading checkpoints of every form, naming what is wrong with them, and how each weight splits."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qwen_model import QwenModelError
 from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.checkpoints.tensor_files import all_finite
 from qwen_model.checkpoints.weights import weight_groups
 from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, save_hugging_face, save_reference
 
@@ -80,8 +84,9 @@ def test_shards_and_bin_files_hold_the_same(folder, tmp_path):
 def test_bin_files_run_no_code(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     torch.save({"x": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(QwenModelError, match=r"pytorch_model\.bin cannot be read"):
+    with pytest.raises(QwenModelError, match=r"cannot be read: it holds print beside tensors") as error:
         Checkpoint(tmp_path)
+    assert "weights_only" not in str(error.value)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(broken):
@@ -122,6 +127,151 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(QwenModelError, match=r"tie_word_embeddings, and lm_head\.weight is not model\.embed_tokens"):
         read_all(folder)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "LlamaForCausalLM"])
+def test_of_a_tied_pair_only_the_head_may_be_saved(architecture, tmp_path):
+    folder = save_hugging_face(hugging_face_model(architecture, tie_word_embeddings=True), tmp_path / "model")
+    expected = read_all(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(read_all(folder), expected)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(loaded.get_input_embeddings().weight.data, expected["embedding.weight"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_numbers_that_are_not_finite_are_found_in_every_type(broken, dtype, value, framework):
+    name = "model.layers.1.self_attn.v_proj.weight"
+
+    def change(tensors):
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+        tensors[name][-1, -1] = value
+
+    folder = broken(change)
+    checkpoint = Checkpoint(folder, framework)
+    checkpoint.check(ModelConfig.from_model_dir(folder))
+    with pytest.raises(QwenModelError, match=rf"{name} has numbers that are not finite"):
+        checkpoint.tensor(name)
+    checkpoint.tensor("model.layers.1.self_attn.k_proj.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_and_the_smallest_numbers_are_finite(dtype):
+    limits = torch.finfo(dtype)
+    for tensor in (torch.tensor([[limits.max, limits.min, limits.tiny, -0.0]] * 3, dtype=dtype), torch.ones(())):
+        assert all_finite(tensor)
+        assert all_finite(tensor.expand(2, *tensor.shape).transpose(0, -1))  # whose numbers lie one over the other
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_weights_that_are_no_floating_point_numbers_are_named(broken, dtype, form):
+    names = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    folder = broken(lambda tensors: tensors.update({name: tensors[name].to(dtype) for name in names}))
+    if form == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(QwenModelError, match=r"2 tensors of a type that is not floating-point.*mlp\.up_proj.*norm"):
+        read_all(folder)
+
+
+def test_the_type_is_that_of_most_numbers(broken):
+    def change(tensors):
+        half = {name: tensor.half() for name, tensor in tensors.items() if "norm" not in name}
+        tensors.update({**half, "ids": torch.zeros(10**6, dtype=torch.int64)})
+
+    assert Checkpoint(broken(change)).dtype == "float16"
+    assert Checkpoint(broken(lambda tensors: None)).dtype == "float32"
+    assert Checkpoint(broken(lambda tensors: tensors.update(tensors | {"x": torch.zeros(10**6).double()}))).dtype == (
+        "float32"
+    )
+
+
+def test_more_layers_than_there_are_is_one_line_at_once(folder, tmp_path):
+    config = ModelConfig.from_model_dir(folder)
+    checkpoint = Checkpoint(folder)
+    for layers in (4, 10_000, 2**31 - 1):
+        with pytest.raises(QwenModelError, match=rf"says {layers} layers: model\.layers\.{layers - 1}\..* is missing"):
+            checkpoint.check(dataclasses.replace(config, num_layers=layers))
+
+
+@pytest.fixture
+def shards(folder, tmp_path):
+    """Two shards that hold the same tensors, the second with other numbers, and a function that writes their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
+
+    def write(**changes):
+        weight_map = {**dict.fromkeys(tensors, "a.safetensors"), **changes}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("file", ["a.safetensors", "b.safetensors"])
+def test_each_tensor_comes_from_the_shard_that_the_index_says(shards, folder, file):
+    weights = read_all(shards(**{"lm_head.weight": file}))
+    expected = read_all(folder)
+    expected["lm_head.weight"] = expected["lm_head.weight"] + (file == "b.safetensors")
+    assert_same(weights, expected)
+
+
+def test_an_index_that_its_shards_do_not_keep(shards):
+    with pytest.raises(QwenModelError, match=r"says that b\.safetensors has gone\.weight, which it does not have"):
+        Checkpoint(shards(**{"gone.weight": "b.safetensors"}))
+    for outside in ("/etc/passwd", "../model.safetensors"):
+        with pytest.raises(QwenModelError, match="names a shard outside of its folder"):
+            Checkpoint(shards(**{"lm_head.weight": outside}))
+    with pytest.raises(QwenModelError, match=r"cannot be read: File name too long"):
+        Checkpoint(shards(**{"lm_head.weight": "x" * 300}))
+    index = shards() / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}}')
+    with pytest.raises(QwenModelError, match=r"'lm_head\.weight' is there twice with two values"):
+        Checkpoint(index.parent)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4995584424\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_pointer_of_git_lfs_is_recognised(tmp_path, name):
+    (tmp_path / name).write_bytes(LFS_POINTER)
+    with pytest.raises(QwenModelError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not at all", b"\x80\x02}q\x00.", b"\x80\x04N."])
+def test_a_damaged_bin_file_gets_our_own_words(tmp_path, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(QwenModelError, match=r"pytorch_model\.bin cannot be read: it (is damaged|must hold)") as error:
+        Checkpoint(tmp_path)
+    assert "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bin_file_cut_short(tmp_path):
+    torch.save({"x": torch.zeros(1000)}, tmp_path / "pytorch_model.bin")
+    content = (tmp_path / "pytorch_model.bin").read_bytes()
+    for length in (len(content) - 1, len(content) // 2, 100):
+        (tmp_path / "pytorch_model.bin").write_bytes(content[:length])
+        with pytest.raises(QwenModelError, match=r"it is damaged, or not written by torch\.save"):
+            Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.ones(1)], {"x": 3}, {1: torch.ones(1)}, {"x": torch.eye(2).to_sparse()}], ids=str
+)
+def test_bin_files_of_anything_but_dense_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(QwenModelError, match=r"must hold a dict of tensors|is not a dense tensor"):
+        Checkpoint(tmp_path)
 
 
 def test_one_file_comes_before_an_index_that_was_left(tmp_path):
