@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .command_line import DEFAULT_ENGINE_DIR, run_command
 from .common.errors import QwenModelError
 from .common.extras import import_extra
+from .common.files import parse_json_object
 from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ def _progress_bar() -> Iterator[Progress]:
 def parse_rotary_scaling(text: str) -> dict[str, Any]:
     """`linear:4`, `none` or a JSON object, as what `rope_scaling` is in a `config.json`."""
     if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise QwenModelError(f"--rotary-scaling is not JSON: {error}") from error
+        return parse_json_object(text, "--rotary-scaling")
     kind, _, factor = text.partition(":")
     if not factor:
         return {"rope_type": kind}

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .command_line import add_engine_arguments, run_command
-from .common.errors import QwenModelError
+from .common.files import read_text
 from .evaluation.perplexity import Perplexity, measure_perplexity, next_token_nats
 
 __all__ = ["Perplexity", "main", "measure_perplexity", "next_token_nats"]
@@ -22,7 +22,7 @@ __all__ = ["Perplexity", "main", "measure_perplexity", "next_token_nats"]
 def main(arguments: list[str] | None = None) -> None:
     """Print the perplexity of an engine."""
     options = make_parser().parse_args(arguments)
-    text = None if options.text_file is None else _read_text(options.text_file)
+    text = None if options.text_file is None else read_text(options.text_file)
 
     from .engine import load_engine
 
@@ -48,13 +48,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, help="tokens that see one another (default: 1024 or the engine's limit)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QwenModelError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _show_progress(done: int, total: int) -> None:

@@ -30,6 +30,11 @@ _OTHER_FORMATS = (
     ("*/config.ini", "a checkpoint converted for FasterTransformer", _SOURCE),
     ("adapter_config.json", "a LoRA adapter", "merge it into its model (PEFT's merge_and_unload) and save that"),
     ("consolidated.*", "a checkpoint in Meta's or Mistral's own form", "give its Hugging Face form"),
+    (
+        "snapshots/*/config.json",
+        "a cache of the Hugging Face Hub",
+        "give the folder in snapshots/ that holds this file",
+    ),
     ("tf_model.h5", "a TensorFlow checkpoint", "give its PyTorch form, as safetensors"),
     ("flax_model.msgpack", "a Flax checkpoint", "give its PyTorch form, as safetensors"),
     ("*.onnx", "an ONNX model", _SOURCE),

@@ -75,15 +75,21 @@ def _reason(error: OSError | ValueError) -> str:
 
 def check_readable(path: Path) -> None:
     """Raise QwenModelError if the file cannot be opened, or is a pointer of Git LFS in place of the file."""
+    _read_beginning(path, len(_LFS_POINTER))
+
+
+def _read_beginning(path: Path, most: int) -> bytes:
+    """At most so many bytes of the file; see `check_readable` for errors."""
     try:
         with path.open("rb") as file:
-            beginning = file.read(len(_LFS_POINTER))
+            content = file.read(most)
     except (OSError, ValueError) as error:
         raise QwenModelError(f"{shown(str(path))} cannot be read: {_reason(error)}") from error
-    if beginning == _LFS_POINTER:
+    if content.startswith(_LFS_POINTER):
         raise QwenModelError(
             f"{path} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull, or download it again"
         )
+    return content
 
 
 def read_text(path: Path) -> str:
@@ -92,12 +98,7 @@ def read_text(path: Path) -> str:
     Raises:
         QwenModelError: it cannot be read, is larger than `MAX_TEXT_BYTES`, is not UTF-8, or is a pointer of Git LFS.
     """
-    check_readable(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise QwenModelError(f"{path} cannot be read: {_reason(error)}") from error
+    content = _read_beginning(path, MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
         raise QwenModelError(f"{path} is larger than the {MAX_TEXT_BYTES >> 20} MiB that such a file may have")
     try:
@@ -107,22 +108,26 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """The JSON object that a file holds. Raises QwenModelError: see `read_text` and `parse_json_object`."""
+    return parse_json_object(read_text(path), str(path))
+
+
+def parse_json_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that a text is; errors say that it is `where`.
 
     Raises:
-        QwenModelError: see `read_text`; or it is not JSON, gives a key two values, is nested deeper than
-            `MAX_NESTING`, has whole numbers of more than `MAX_DIGITS` digits, or holds something else than an object.
+        QwenModelError: it is not JSON, gives a key two values, is nested deeper than `MAX_NESTING`, has whole numbers
+            of more than `MAX_DIGITS` digits, or is something else than an object.
     """
-    text = read_text(path)
     try:
         content = json.loads(text, object_pairs_hook=_without_contradiction, parse_int=_short_integer)
     except RecursionError:
-        raise QwenModelError(f"{path} is nested deeper than {MAX_NESTING} levels") from None
+        raise QwenModelError(f"{where} is nested deeper than {MAX_NESTING} levels") from None
     except ValueError as error:
-        raise QwenModelError(f"{path} is not JSON: {error}") from error
+        raise QwenModelError(f"{where} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise QwenModelError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    _check_nesting(content, path)
+        raise QwenModelError(f"{where} must hold a JSON object, not {type(content).__name__}")
+    _check_nesting(content, where)
     return content
 
 
@@ -142,13 +147,13 @@ def _short_integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_nesting(content: dict[str, Any], path: Path) -> None:
+def _check_nesting(content: dict[str, Any], where: str) -> None:
     level: list[Any] = [content]
     for _ in range(MAX_NESTING):
         level = [child for value in level for child in _children(value)]
         if not level:
             return
-    raise QwenModelError(f"{path} is nested deeper than {MAX_NESTING} levels")
+    raise QwenModelError(f"{where} is nested deeper than {MAX_NESTING} levels")
 
 
 def _children(value: Any) -> list[Any]:

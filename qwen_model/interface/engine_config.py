@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..common.errors import QwenModelError
-from ..common.files import check_readable, is_file, read_json_object
+from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
 
 FORMAT = "qwen_model.engine"
@@ -74,7 +74,7 @@ class EngineConfig:
         """Read and check the `config.json` of an engine folder."""
         values = read_engine_json(engine_dir)
         if values is None:
-            if engine_dir.is_dir() and any(engine_dir.iterdir()):
+            if is_folder(engine_dir) and any(engine_dir.iterdir()):
                 raise QwenModelError(
                     f"{engine_dir} is not an engine, or its config.json is damaged; build one in another folder, or "
                     "remove this one first"

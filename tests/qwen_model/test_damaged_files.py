@@ -1,5 +1,6 @@
 """Whatever is in the files that a user gives, the answer is an engine that runs or one line, in bounded time."""
 
+import contextlib
 import copy
 import datetime
 import json
@@ -76,22 +77,43 @@ def files(tmp_path_factory):
     return Files((path.name, path.read_bytes()) for path in folder.iterdir())
 
 
-def use(files):
-    """Build an engine of the files, load it and run it: nothing but QwenModelError, in one line, may come of it."""
+@contextlib.contextmanager
+def written(files):
+    """The files in a temporary folder; what is done with them may end in QwenModelError of one line."""
     with tempfile.TemporaryDirectory() as name:
-        model, engine = Path(name) / "model", Path(name) / "engine"
-        model.mkdir()
         for file, content in files.items():
-            (model / file).write_bytes(content)
+            path = Path(name) / "model" / file
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(content)
         try:
-            qwen_model.build_engine(model, output_dir=engine, **LIMITS)
-            session = qwen_model.load_engine(engine, device="cpu")
-            session.generate("a", max_new_tokens=2)
-            session.generate("a", max_new_tokens=2, chat=True)
+            yield Path(name) / "model"
         except QwenModelError as error:
             line = str(error).replace(name, "")
             assert "\n" not in line
             assert len(line) < LONGEST_LINE
+
+
+def run(engine):
+    session = qwen_model.load_engine(engine, device="cpu")
+    session.generate("a", max_new_tokens=2)
+    session.generate("a", max_new_tokens=2, chat=True)
+
+
+def use(files):
+    """Build an engine of the files, load it and run it."""
+    with written(files) as model:
+        qwen_model.build_engine(model, output_dir=model.parent / "engine", **LIMITS)
+        run(model.parent / "engine")
+
+
+@pytest.fixture(scope="module")
+def engine(files):
+    """An engine of that checkpoint: the content of each file by its path."""
+    with written(files) as model:
+        folder = model.parent / "engine"
+        qwen_model.build_engine(model, output_dir=folder, **LIMITS)
+        found = [path for path in folder.rglob("*") if path.is_file()]
+        return Files((str(path.relative_to(folder)), path.read_bytes()) for path in found)
 
 
 def places(value, path=()):
@@ -165,6 +187,13 @@ def test_changed_headers_of_safetensors(files, name, data):
     length = int.from_bytes(files[name][:8], "little")
     header = data.draw(changed_json(json.loads(files[name][8 : 8 + length])))
     use({**files, name: len(header).to_bytes(8, "little") + header + files[name][8 + length :]})
+
+
+@bounded
+@given(data=st.data())
+def test_changed_settings_of_an_engine(engine, data):
+    with written({**engine, "config.json": data.draw(changed_json(json.loads(engine["config.json"])))}) as folder:
+        run(folder)
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)

@@ -42,6 +42,7 @@ def build(model_dir, tmp_path):
         (["config.json", "tf_model.h5"], "is a TensorFlow checkpoint"),
         (["config.json", "flax_model.msgpack"], "is a Flax checkpoint"),
         (["model.onnx"], "is an ONNX model"),
+        (["snapshots/0123abc/config.json"], "is a cache of the Hugging Face Hub.*folder in snapshots/"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
