@@ -11,7 +11,7 @@ from typing import Any
 from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
 from .architectures import ARCHITECTURES, Architecture, find_architecture
-from .json_values import LARGEST_INTEGER, LARGEST_NUMBER, JsonValues
+from .json_values import JsonValues, is_integer, is_number
 from .other_formats import reject_other_formats, reject_quantized
 from .rotary_config import RotaryConfig, check_rotary, check_scaling_keys, read_rotary, scaled_rotary
 
@@ -232,10 +232,9 @@ def _check_types(config: ModelConfig | RotaryConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type == "int":
-            least = 0 if field.default == 0 else 1
-            right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
+            right = is_integer(value, least=0 if field.default == 0 else 1)
         elif field.type == "float":
-            right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_NUMBER
+            right = is_number(value)
         else:
             right = isinstance(value, {"bool": bool, "str": str, "RotaryConfig": RotaryConfig}[str(field.type)])
         if not right:

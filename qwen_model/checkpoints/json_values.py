@@ -8,7 +8,18 @@ from typing import Any
 from ..common.errors import QwenModelError, shown
 
 LARGEST_INTEGER = 2**31 - 1  # what a tensor's dimension and the kernels' arguments can be
-LARGEST_NUMBER = 1e12  # beyond every real setting, and far from what float32 can hold
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-12, 1e12  # beyond every real setting, and within what float32 can hold
+
+
+def is_integer(value: Any, least: int = 1) -> bool:
+    """Whether it is a whole number from `least` to `LARGEST_INTEGER`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
+    right_type = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return right_type and SMALLEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 class JsonValues:
@@ -30,21 +41,20 @@ class JsonValues:
             value = default
         if value is None:
             raise QwenModelError(f"{self.where} has no {key!r}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_integer(value, least):
             kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-            raise QwenModelError(f"{self.where}: {key} must be {kind}, not {shown(value)}")
-        if value > LARGEST_INTEGER:
-            raise QwenModelError(f"{self.where}: {key} {shown(value)} is too large: at most {LARGEST_INTEGER}")
+            raise QwenModelError(f"{self.where}: {key} must be {kind}, below 2^31, not {shown(value)}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive number of at most `LARGEST_NUMBER`."""
+        """A number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
         value = self.values.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_NUMBER:
+        if not is_number(value):
             raise QwenModelError(
-                f"{self.where}: {key} must be a positive number of at most {LARGEST_NUMBER:g}, not {shown(value)}"
+                f"{self.where}: {key} must be a number from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}, not "
+                f"{shown(value)}"
             )
         return float(value)
 
