@@ -1,4 +1,4 @@
-"""The table of architectures: how each names its settings and weights, and the few switches in which they differ.
+"""Lists the architectures: how each names its settings and weights, and the few switches in which they differ.
 
 A new architecture is one entry here; docs/adding_an_architecture.md walks through it.
 """
@@ -14,7 +14,7 @@ from ..common.errors import QwenModelError, shown
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """The keys of `config.json` that are not called the same everywhere."""
+    """Names the settings of `config.json` that are not called the same everywhere."""
 
     hidden_size: str = "hidden_size"
     num_heads: str = "num_attention_heads"
@@ -28,7 +28,7 @@ class ConfigKeys:
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Modules of the checkpoint; `.weight` and `.bias` follow. Those of a layer come after `layer`."""
+    """Names the modules of a checkpoint; `.weight` and `.bias` follow. Those of a layer come after `layer`."""
 
     embedding: str = "model.embed_tokens"
     layer: str = "model.layers.{layer}"
@@ -47,7 +47,7 @@ class WeightNames:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A switch that is a string is the key of `config.json` which holds it."""
+    """Says how an architecture differs from LLaMA. A switch that is a string is a key of `config.json`."""
 
     name: str
     model_type: str
@@ -126,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(values: Mapping[str, Any]) -> Architecture:
-    """The entry for a `config.json`: by its `architectures`, else by its `model_type`."""
+    """Find the entry for a `config.json` by its `architectures`, else by its `model_type`."""
     names = values.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise QwenModelError(f"config.json: architectures must be a list of names, not {shown(names)}")

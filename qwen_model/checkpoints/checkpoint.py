@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint's tensors: found, compared with what the network needs, and read one weight at a time."""
+"""Finds a checkpoint's tensors, compares them with what the network needs, and reads them one weight at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .weights import WeightSpec, layer_specs, weight_groups
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face checkpoint folder: their shapes at once, their values when asked for.
+    """Holds the tensors of a Hugging Face checkpoint folder: their shapes at once, their values when asked for.
 
-    Reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards (not without PyTorch).
+    It reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards (not without PyTorch).
     """
 
     def __init__(self, model_dir: Path, framework: Framework = "torch"):
@@ -32,7 +32,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The type of most of the weights, "float32" for float64."""
+        """Return the type of most of the weights; "float32" for float64."""
         counts: Counter[str] = Counter()
         for tensor in self._tensors.values():
             counts[tensor.dtype] += prod(tensor.shape)
@@ -40,7 +40,7 @@ class Checkpoint:
         return dtypes[0].replace("float64", "float32") if dtypes else "float32"
 
     def tensor(self, name: str) -> Weight:
-        """One tensor of the checkpoint, in its own type; mapped where that is possible.
+        """Read one tensor of the checkpoint, in its own type; mapped where that is possible.
 
         Raises:
             QwenModelError: it holds infinities, or what is not a number.
@@ -66,7 +66,7 @@ class Checkpoint:
             self._check_tied(embedding, head)
 
     def _check_last_layer(self, config: ModelConfig) -> None:
-        """So that no list of layers is made as long as a wrong number says."""
+        """Look for the last layer first, so that no list of layers is made as long as a wrong number says."""
         name = layer_specs(config, config.num_layers - 1)[0].sources[0].name
         if name not in self._tensors:
             raise QwenModelError(
@@ -100,7 +100,7 @@ class Checkpoint:
             raise QwenModelError(f"{self.model_dir} does not fit its config.json: " + "; ".join(problems))
 
     def _check_tied(self, embedding: str, head: str) -> None:
-        """A head of its own beside `tie_word_embeddings` is an error: which of both is meant is not known."""
+        """Refuse a head of its own beside `tie_word_embeddings`: which of both is meant is not known."""
         if self._tensors[head] is self._tensors[embedding]:
             return
         same = self._tensors[head].shape == self._tensors[embedding].shape
@@ -111,7 +111,7 @@ class Checkpoint:
             )
 
     def read(self, spec: WeightSpec) -> Weight:
-        """The weight of the network, in the checkpoint's own type."""
+        """Read a weight of the network, in the checkpoint's own type."""
         parts = [self.tensor(source.name) for source in spec.sources]
         if len(parts) == 1:
             return parts[0]
@@ -134,7 +134,7 @@ def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTens
 
 
 def _open_shards(index: Path, framework: Framework) -> dict[str, StoredTensor]:
-    """Each tensor from the file that the index says, whatever else the files hold."""
+    """Take each tensor from the file that the index says, whatever else the files hold."""
     tensors: dict[str, StoredTensor] = {}
     for file, names in _names_by_file(index).items():
         held = open_tensors(index.parent / file, framework)
@@ -174,10 +174,10 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name out of a file, safe to be printed in one line."""
+    """Make a name out of a file safe to be printed in one line."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
 def _is_derived(name: str) -> bool:
-    """Buffers that old checkpoints carry and that follow from the configuration."""
+    """Tell whether it is a buffer that old checkpoints carry and that follows from the configuration."""
     return name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".attn.bias"))

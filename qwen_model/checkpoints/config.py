@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, read from the `config.json` of a Hugging Face checkpoint and checked."""
+"""Reads and checks what a model is (`ModelConfig`) from the `config.json` of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_NUM_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything about a decoder but its weights. Sizes are in elements."""
+    """Describes a decoder but for its weights. Sizes are in elements."""
 
     architecture: str
     vocab_size: int
@@ -45,7 +45,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `dataclasses.asdict`.
+        """Invert `dataclasses.asdict`.
 
         Raises:
             KeyError, TypeError, QwenModelError: something is missing, not known, or of the wrong type or size.
@@ -71,7 +71,7 @@ class ModelConfig:
         return read_config(values)
 
     def with_rotary_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
-        """The same model with another rotary scaling, given as the `rope_scaling` of a `config.json`."""
+        """Return the same model with another rotary scaling, given as the `rope_scaling` of a `config.json`."""
         rotary = dataclasses.replace(
             RotaryConfig(dim=self.rotary.dim, base=self.rotary.base),
             original_max_positions=self.rotary.original_max_positions,
@@ -88,10 +88,10 @@ class ModelConfig:
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A `ModelConfig` from the contents of a `config.json`."""
+    """Make a `ModelConfig` of the contents of a `config.json`."""
     architecture = find_architecture(values)
     _reject_unsupported(values)
-    config = _with_present_names(JsonValues(values), architecture)
+    config = _with_current_names(JsonValues(values), architecture)
     keys = architecture.keys
     hidden_size = config.integer(keys.hidden_size)
     num_heads = config.integer(keys.num_heads)
@@ -146,7 +146,7 @@ def _read_intermediate_size(config: JsonValues, architecture: Architecture) -> i
 
 
 def _read_dtype(config: JsonValues) -> str:
-    """The type as PyTorch calls it, also as torch.bfloat16; "" where the configuration does not say."""
+    """Read the type, also with PyTorch's prefix (torch.bfloat16); "" where the configuration does not say."""
     key = "dtype" if config.has("dtype") else "torch_dtype"
     dtype = config.values.get(key)
     if dtype is None:
@@ -157,24 +157,24 @@ def _read_dtype(config: JsonValues) -> str:
     return str(name)
 
 
-def _with_present_names(config: JsonValues, architecture: Architecture) -> JsonValues:
-    """The settings, with those that an earlier version called otherwise also under their names of today."""
+def _with_current_names(config: JsonValues, architecture: Architecture) -> JsonValues:
+    """Add to each setting that an earlier version called otherwise the current name."""
     values = dict(config.values)
-    for older, present in architecture.older_keys.items():
+    for older, current in architecture.older_keys.items():
         if values.get(older) is None:
             continue
-        if values.get(present) is None:
-            values[present] = values[older]
-        elif values[present] != values[older]:
+        if values.get(current) is None:
+            values[current] = values[older]
+        elif values[current] != values[older]:
             raise QwenModelError(
-                f"config.json: {older} {shown(values[older])} and {present} {shown(values[present])} differ, and both "
+                f"config.json: {older} {shown(values[older])} and {current} {shown(values[current])} differ, and both "
                 "are names of one setting"
             )
     return JsonValues(values)
 
 
 def _reject_unsupported(values: Mapping[str, Any]) -> None:
-    """Settings that would change the result and that the network does not have."""
+    """Refuse settings that would change the result and that the network does not have."""
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise QwenModelError(f"config.json: hidden_act {shown(activation)} is not supported (only 'silu')")
@@ -187,13 +187,13 @@ def _reject_unsupported(values: Mapping[str, Any]) -> None:
 
 
 def _full_attention_length(config: JsonValues, architecture: Architecture) -> int:
-    """See `ModelConfig.full_attention_length`: the shortest of sliding window and chunk."""
+    """Return the shorter of sliding window and chunk, for `ModelConfig.full_attention_length`."""
     lengths = [_sliding_window(config, architecture), _chunk_length(config)]
     return min((length for length in lengths if length), default=0)
 
 
 def _sliding_window(config: JsonValues, architecture: Architecture) -> int:
-    """Tokens of the window, as transformers reads it; 0: no layer has one.
+    """Return the tokens of the sliding window, as transformers reads it; 0: no layer has one.
 
     Qwen2 and Qwen3 have a switch for it and say, by the layer or with `max_window_layers`, which layers have one. The
     others don't look at a `sliding_window`.
@@ -213,12 +213,12 @@ def _sliding_window(config: JsonValues, architecture: Architecture) -> int:
 
 
 def _gives_window(config: JsonValues) -> bool:
-    """Whether there is a window's size: an explicit null means none, as in transformers."""
+    """Tell whether there is a window's size: an explicit null means none, as in transformers."""
     return "sliding_window" not in config.values or config.has("sliding_window")
 
 
 def _chunk_length(config: JsonValues) -> int:
-    """Tokens up to which dual chunk attention (Qwen2.5-1M) is plain attention; 0: the model does without."""
+    """Return the tokens up to which dual chunk attention (Qwen2.5-1M) is plain attention; 0: the model has none."""
     if not config.values.get("dual_chunk_attention_config"):
         return 0
     chunks = config.nested("dual_chunk_attention_config")
@@ -228,7 +228,7 @@ def _chunk_length(config: JsonValues) -> int:
 
 
 def _check_types(config: ModelConfig | RotaryConfig) -> None:
-    """Every number and text is one; sizes are at least 1, or 0 where that is the default."""
+    """Check that every number and text is one; sizes are at least 1, or 0 where that is the default."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type == "int":

@@ -1,4 +1,4 @@
-"""Typed reading of a JSON object: every error names the key, what was given and what was expected."""
+"""Reads typed values of a JSON object: every error names the key, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ SMALLEST_NUMBER, LARGEST_NUMBER = 1e-12, 1e12  # beyond every real setting, and 
 
 
 def is_integer(value: Any, least: int = 1) -> bool:
-    """Whether it is a whole number from `least` to `LARGEST_INTEGER`."""
+    """Tell whether it is a whole number from `least` to `LARGEST_INTEGER`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
+    """Tell whether it is a number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
     right_type = isinstance(value, (int, float)) and not isinstance(value, bool)
     return right_type and SMALLEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 class JsonValues:
-    """The settings of one JSON object. A key that is null counts as missing."""
+    """Reads the settings of one JSON object. A key that is null counts as missing."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
         """Read from `values`; errors say that they are in `where`."""
@@ -31,11 +31,11 @@ class JsonValues:
         self.where = where
 
     def has(self, key: str) -> bool:
-        """Whether it is there and not null."""
+        """Tell whether the key is there and not null."""
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` to `LARGEST_INTEGER`; without a default it must be there."""
+        """Return a whole number from `least` to `LARGEST_INTEGER`; without a default it must be there."""
         value = self.values.get(key)
         if value is None:
             value = default
@@ -47,7 +47,7 @@ class JsonValues:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
+        """Return a number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -59,7 +59,7 @@ class JsonValues:
         return float(value)
 
     def boolean(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -68,7 +68,7 @@ class JsonValues:
         return value
 
     def nested(self, key: str) -> JsonValues:
-        """The object of that name; an empty one if it is missing."""
+        """Return the object of that name; an empty one if it is missing."""
         value = self.values.get(key)
         if value is None:
             value = {}

@@ -1,4 +1,4 @@
-"""Models in other forms than a 16-bit Hugging Face checkpoint, recognised to say what they are and what to give."""
+"""Recognises models in other forms than a 16-bit Hugging Face checkpoint, to say what they are and what to give."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _not_built(what: str) -> str:
 
 
 def _method_of(quantization: Any) -> str | None:
-    """Of a `quantization_config`: its method, with the bits of a weight where it says them; None: there is none."""
+    """Name the method of a `quantization_config`, with the bits of a weight if it says them; None: there is none."""
     if not quantization:
         return None
     if not isinstance(quantization, Mapping):

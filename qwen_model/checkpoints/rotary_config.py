@@ -1,4 +1,4 @@
-"""The settings of the rotary embedding, read from a `config.json` as transformers reads them."""
+"""Reads the settings of the rotary embedding from a `config.json`, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROTARY_SCALINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Rotary embedding in the NeoX style: dimension i is rotated together with dimension i + dim / 2.
+    """Describes a rotary embedding in the NeoX style: dimension i is rotated together with dimension i + dim / 2.
 
     `scaling` is one of `ROTARY_SCALINGS`: "qwen_dynamic" is the dynamic NTK of Qwen v1, the others are those that
     transformers calls "default", "linear", "dynamic", "llama3" and "yarn".
@@ -46,7 +46,7 @@ class RotaryConfig:
 
 
 def read_rotary(config: JsonValues, architecture: Architecture, head_size: int, max_positions: int) -> RotaryConfig:
-    """The rotary embedding that a `config.json` describes."""
+    """Read the rotary embedding that a `config.json` describes."""
     # transformers 5 keeps all of it in rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
     key = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
     scaling = config.nested(key)
@@ -65,15 +65,15 @@ def read_rotary(config: JsonValues, architecture: Architecture, head_size: int, 
 
 
 def _original_positions(config: JsonValues) -> int | None:
-    """`original_max_position_embeddings` beside rope_scaling; transformers prefers it to the one inside."""
+    """Read `original_max_position_embeddings` beside rope_scaling, which transformers prefers to the one inside."""
     key = "original_max_position_embeddings"
     return config.integer(key) if config.has(key) else None
 
 
 def _check_whole_heads(config: JsonValues, scaling: JsonValues, kind: str) -> None:
-    """These architectures rotate whole heads: without a scaling transformers doesn't look at partial_rotary_factor.
+    """Refuse a rotary embedding of a part of each head, which transformers cannot run for these architectures.
 
-    With one, its tables have fewer columns than its layers take: no model can have been made so.
+    Without a scaling it doesn't look at `partial_rotary_factor`; with one its tables become too narrow for its layers.
     """
     fraction = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if kind != "none" and fraction != 1.0:
@@ -86,7 +86,7 @@ def _check_whole_heads(config: JsonValues, scaling: JsonValues, kind: str) -> No
 def scaled_rotary(
     rotary: RotaryConfig, scaling: JsonValues, max_positions: int, original_positions: int | None = None
 ) -> RotaryConfig:
-    """`rotary` with the scaling that a `rope_scaling` or `rope_parameters` object asks for.
+    """Add to `rotary` the scaling that a `rope_scaling` or `rope_parameters` object asks for.
 
     original_positions: goes before the `original_max_position_embeddings` of that object.
     """
@@ -134,7 +134,7 @@ def check_scaling_keys(scaling: JsonValues) -> None:
 
 
 def _scaling_kind(scaling: JsonValues) -> str:
-    """One of `ROTARY_SCALINGS`. Without a type there may be nothing that only a scaling needs."""
+    """Return one of `ROTARY_SCALINGS`. Without a type there may be nothing that only a scaling needs."""
     kind = scaling.values.get("rope_type") or scaling.values.get("type")
     if kind is None:
         unused = [
@@ -152,7 +152,7 @@ def _scaling_kind(scaling: JsonValues) -> str:
 
 
 def _yarn_attention_factor(factor: float, scaling: JsonValues) -> float:
-    """Peng et al., "YaRN" (2023), section 3.4, with the two mscales of DeepSeek, as transformers reads them."""
+    """Return what multiplies cos and sin: Peng et al., "YaRN" (2023), section 3.4, with the two mscales of DeepSeek."""
     if scaling.has("attention_factor"):
         return scaling.number("attention_factor", 1.0)
 

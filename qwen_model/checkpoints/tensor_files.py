@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, and PyTorch's own with its safe loader, which runs no code from the file.
+"""Opens files of tensors: safetensors, and PyTorch's own with its safe loader, which runs no code from the file.
 
 A file is mapped where that is possible; a tensor is read when it is asked for.
 """
@@ -36,7 +36,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `dtype` is PyTorch's name of a floating-point type, else what the file calls it."""
+    """Describes a tensor in a file. `dtype` is PyTorch's name of a floating-point type, else that of the file."""
 
     shape: Shape
     dtype: str
@@ -44,7 +44,7 @@ class StoredTensor:
 
 
 def open_tensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:
-    """The tensors of a file by their names, to be read as `framework`'s.
+    """Return the tensors of a file by their names, to be read as `framework`'s.
 
     Raises:
         QwenModelError: the file cannot be read, is damaged, or holds anything but tensors.
@@ -96,7 +96,7 @@ def _open_bin(path: Path) -> dict[str, StoredTensor]:
 
 
 def _load_bin(path: Path) -> Any:
-    """What `torch.load` makes of it. Its own errors advise to switch its safety off: they are not passed on."""
+    """Load the file with PyTorch, whose own errors are not passed on: they advise to switch its safety off."""
     import torch
 
     try:
@@ -116,7 +116,7 @@ def _load_bin(path: Path) -> Any:
 
 
 def all_finite(weight: Weight) -> bool:
-    """Whether a floating-point tensor or array has neither infinities nor NaN; at the speed of reading it."""
+    """Tell whether a floating-point tensor or array has neither infinities nor NaN; at the speed of reading it."""
     if isinstance(weight, np.ndarray):
         dtype, numbers = weight.dtype.name, np.ascontiguousarray(weight).reshape(-1)
     else:

@@ -1,4 +1,4 @@
-"""Which weights a network has, and which tensors of a checkpoint each is made of.
+"""Lists the weights of a network, and the tensors of a checkpoint that each is made of.
 
 A fused weight (query, key and value; gate and up) is the concatenation of the checkpoint's along their rows.
 """
@@ -14,7 +14,7 @@ from .tensor_files import Shape
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the checkpoint."""
+    """Names one tensor of the checkpoint."""
 
     name: str
     shape: Shape
@@ -22,7 +22,7 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight of the network.
+    """Describes one weight of the network.
 
     Tensor parallelism over n devices cuts it into n equal parts along `split_axis` (None: every device has all of
     it). Each of the `sections` (rows of q, of k, of v; of gate, of up) is cut for itself, and each device has the
@@ -36,21 +36,21 @@ class WeightSpec:
 
     @property
     def shape(self) -> Shape:
-        """Of the network's weight."""
+        """Return the shape of the network's weight."""
         first = self.sources[0].shape
         return (sum(source.shape[0] for source in self.sources), *first[1:])
 
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights that are read and stored together: the embedding, one layer, or what comes after the layers."""
+    """Holds weights that are read and stored together: the embedding, one layer, or what comes after the layers."""
 
     name: str
     specs: tuple[WeightSpec, ...]
 
 
 def weight_groups(config: ModelConfig) -> list[WeightGroup]:
-    """Every weight of the network of `config`, in the order in which the network uses them."""
+    """List every weight of the network of `config`, in the order in which the network uses them."""
     names = ARCHITECTURES[config.architecture].weights
     embedding = Source(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
     groups = [WeightGroup("embedding", (WeightSpec("embedding.weight", (embedding,), split_axis=0),))]
@@ -66,7 +66,7 @@ def weight_groups(config: ModelConfig) -> list[WeightGroup]:
 
 
 def layer_specs(config: ModelConfig, layer: int) -> list[WeightSpec]:
-    """The weights of one layer, in the order in which the network uses them."""
+    """List the weights of one layer, in the order in which the network uses them."""
     names = ARCHITECTURES[config.architecture].weights
     there = names.layer.format(layer=layer)
     here = f"layers.{layer}"
@@ -97,7 +97,7 @@ def _norm(name: str, source: str, size: int) -> WeightSpec:
 def _column_parallel(
     name: str, sources: list[tuple[str, int]], columns: int, bias: bool, sections: Shape
 ) -> list[WeightSpec]:
-    """A projection whose outputs are shared out among devices."""
+    """Describe a projection whose outputs are shared out among devices."""
     weights = tuple(Source(f"{source}.weight", (rows, columns)) for source, rows in sources)
     specs = [WeightSpec(f"{name}.weight", weights, 0, sections)]
     if bias:
@@ -108,7 +108,7 @@ def _column_parallel(
 
 
 def _row_parallel(name: str, source: str, shape: Shape, bias: bool) -> list[WeightSpec]:
-    """A projection whose inputs are shared out among devices; the partial results are summed, the bias added once."""
+    """Describe a projection whose inputs are shared out; the partial results are summed, the bias added once."""
     specs = [WeightSpec(f"{name}.weight", (Source(f"{source}.weight", shape),), 1)]
     if bias:
         specs.append(WeightSpec(f"{name}.bias", (Source(f"{source}.bias", shape[:1]),)))
@@ -116,6 +116,6 @@ def _row_parallel(name: str, source: str, shape: Shape, bias: bool) -> list[Weig
 
 
 def too_large(name: str, dtype: str, largest: float) -> str:
-    """What is said of a weight that is finite in the checkpoint and not in the engine's type."""
+    """Say that a weight is finite in the checkpoint and not in the engine's type."""
     wider = {"float16": ": use --dtype bfloat16 or float32", "bfloat16": ": use --dtype float32"}.get(dtype, "")
     return f"{name} has numbers up to {largest:.3g}, which {dtype} cannot hold{wider}"

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right: bad input, a wrong file, a limit that is too small."""
+"""Has the one exception for what a user can put right: bad input, a wrong file, a limit that is too small."""
 
 import reprlib
 
@@ -13,5 +13,5 @@ class QwenModelError(ValueError):
 
 
 def shown(value: object) -> str:
-    """The `repr` of something that a user gave, cut to a length that fits into a message of one line."""
+    """Return the `repr` of something that a user gave, cut to a length that fits into a message of one line."""
     return _SHORT.repr(value)

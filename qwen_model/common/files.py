@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files of users: whatever is in them, the answer is one clear line."""
+"""Writes files whole or not at all, and reads those of users: whatever is in them, the answer is one clear line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file of that name.
+    """Tell whether there is a regular file of that name.
 
     Raises:
         QwenModelError: nobody can tell: the name is too long, or its folder may not be entered.
@@ -56,7 +56,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder of that name. Raises QwenModelError as `is_file` does."""
+    """Tell whether there is a folder of that name. Raises QwenModelError as `is_file` does."""
     return _has_mode(path, stat.S_ISDIR)
 
 
@@ -79,7 +79,7 @@ def check_readable(path: Path) -> None:
 
 
 def _read_beginning(path: Path, most: int) -> bytes:
-    """At most so many bytes of the file; see `check_readable` for errors."""
+    """Read at most so many bytes of the file; see `check_readable` for errors."""
     try:
         with path.open("rb") as file:
             content = file.read(most)
@@ -93,7 +93,7 @@ def _read_beginning(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without the byte order mark that some editors put first.
+    """Return the text of a UTF-8 file, without the byte order mark that some editors put first.
 
     Raises:
         QwenModelError: it cannot be read, is larger than `MAX_TEXT_BYTES`, is not UTF-8, or is a pointer of Git LFS.
@@ -108,12 +108,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises QwenModelError: see `read_text` and `parse_json_object`."""
+    """Return the JSON object that a file holds. Raises QwenModelError: see `read_text` and `parse_json_object`."""
     return parse_json_object(read_text(path), str(path))
 
 
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """The JSON object that a text is; errors say that it is `where`.
+    """Return the JSON object that a text is; errors say that it is `where`.
 
     Raises:
         QwenModelError: it is not JSON, gives a key two values, is nested deeper than `MAX_NESTING`, has whole numbers
@@ -132,7 +132,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
 
 
 def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these members. A key may come twice, as JSON allows, but not with two values."""
+    """Return the object of these members. A key may come twice, as JSON allows, but not with two values."""
     members = dict(pairs)
     if len(members) < len(pairs):
         for key, value in pairs:
