@@ -14,7 +14,7 @@ from ..common.files import is_file, read_json_object
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
 from .other_formats import WEIGHT_FILES, reject_quantized_tensors
-from .tensor_files import SAFETENSORS_DTYPES, Framework, Shape, StoredTensor, Weight, all_finite, open_tensors
+from .tensor_files import WEIGHT_DTYPES, Framework, Shape, StoredTensor, Weight, all_finite, open_tensors
 from .weights import WeightSpec, layer_specs, weight_groups
 
 
@@ -36,7 +36,7 @@ class Checkpoint:
         counts: Counter[str] = Counter()
         for tensor in self._tensors.values():
             counts[tensor.dtype] += prod(tensor.shape)
-        dtypes = [dtype for dtype, _ in counts.most_common() if dtype in SAFETENSORS_DTYPES.values()]
+        dtypes = [dtype for dtype, _ in counts.most_common() if dtype in WEIGHT_DTYPES]
         return dtypes[0].replace("float64", "float32") if dtypes else "float32"
 
     def tensor(self, name: str) -> Weight:
@@ -89,11 +89,7 @@ class Checkpoint:
             ),
             *_described(
                 "of a type that is not floating-point of 16, 32 or 64 bits",
-                [
-                    f"{name} {tensor.dtype}"
-                    for name, tensor in found.items()
-                    if tensor.dtype not in SAFETENSORS_DTYPES.values()
-                ],
+                [f"{name} {tensor.dtype}" for name, tensor in found.items() if tensor.dtype not in WEIGHT_DTYPES],
             ),
         ]
         if problems:
@@ -101,10 +97,11 @@ class Checkpoint:
 
     def _check_tied(self, embedding: str, head: str) -> None:
         """Refuse a head of its own beside `tie_word_embeddings`: which of both is meant is not known."""
-        if self._tensors[head] is self._tensors[embedding]:
+        found, expected = self._tensors[head], self._tensors[embedding]
+        if found is expected:
             return
-        same = self._tensors[head].shape == self._tensors[embedding].shape
-        if not same or not bool((self.tensor(head) == self.tensor(embedding)).all()):
+        comparable = found.shape == expected.shape and found.dtype in WEIGHT_DTYPES
+        if not comparable or not bool((self.tensor(head) == self.tensor(embedding)).all()):
             raise QwenModelError(
                 f"{self.model_dir}: config.json says tie_word_embeddings, and {head} is not {embedding}: set it to "
                 f"false, or take {head} out"

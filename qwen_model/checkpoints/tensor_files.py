@@ -23,7 +23,9 @@ Shape = tuple[int, ...]
 Framework = Literal["torch", "numpy"]
 Weight = Any  # a torch.Tensor or a NumPy array, whose bfloat16 is that of ml_dtypes
 
-SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+WEIGHT_DTYPES = tuple(_SAFETENSORS_DTYPES.values())
+"""The types that weights can have in a checkpoint."""
 _EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
@@ -73,7 +75,7 @@ def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTenso
             part = file.get_slice(name)
             dtype = part.get_dtype()
             shape = tuple(part.get_shape())
-            tensors[name] = StoredTensor(shape, SAFETENSORS_DTYPES.get(dtype, dtype), partial(file.get_tensor, name))
+            tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(dtype, dtype), partial(file.get_tensor, name))
     except Exception as error:  # the library raises its own class, OSError and others
         raise QwenModelError(f"{path} cannot be read: {shown(str(error)).strip(chr(39))}") from error
     return tensors
