@@ -3,14 +3,16 @@
 import contextlib
 import copy
 import datetime
+import io
 import json
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import qwen_model
 from qwen_model import QwenModelError
@@ -187,6 +189,19 @@ def test_changed_headers_of_safetensors(files, name, data):
     length = int.from_bytes(files[name][:8], "little")
     header = data.draw(changed_json(json.loads(files[name][8 : 8 + length])))
     use({**files, name: len(header).to_bytes(8, "little") + header + files[name][8 + length :]})
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@bounded
+@given(data=st.data())
+def test_changed_files_of_pytorch(files, zipped, data):
+    """The form of today, and that of before PyTorch 1.6."""
+    tensors = {name: tensor for part in ("a", "b") for name, tensor in load(files[f"{part}.safetensors"]).items()}
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer, _use_new_zipfile_serialization=zipped)
+    content = data.draw(changed_bytes(buffer.getvalue(), most=len(buffer.getvalue())))
+    kept = {name: kept for name, kept in files.items() if "safetensors" not in name}
+    use({**kept, "pytorch_model.bin": content})
 
 
 @bounded
