@@ -12,7 +12,7 @@ from typing import Any
 from .errors import QwenModelError, shown
 
 MAX_TEXT_BYTES = 64 << 20
-"""Of a file of JSON or text. The largest index of shards that is published has 10 MiB."""
+"""Of a file of JSON or text: far more than an index of thousands of shards has."""
 MAX_NESTING = 100
 MAX_DIGITS = 40  # transformers writes 10^30 for a length without a limit
 _LFS_POINTER = b"version https://git-lfs"
