@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.config import DTYPES, ModelConfig
-from ..common.errors import QwenModelError
+from ..checkpoints.json_values import is_integer
+from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
 
@@ -113,6 +114,10 @@ class EngineConfig:
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:
             raise QwenModelError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
+        if not all(is_integer(token, least=0) for token in config.end_token_ids):
+            raise QwenModelError(f"end_token_ids must be token ids, not {shown(config.end_token_ids)}")
+        if not isinstance(config.num_parameters, int) or not isinstance(config.versions, dict):
+            raise QwenModelError("num_parameters must be a number and versions an object")
         return config
 
     def build_command(self, engine_dir: Path) -> str:

@@ -206,6 +206,9 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
         ("model.architecture", "Mamba", "architecture must be one of"),
         ("limits.max_batch_size", "6", "max_batch_size must be a positive integer, not '6'"),
         ("end_token_ids", 3, "config.json is damaged"),
+        ("end_token_ids", [[3]], "end_token_ids must be token ids, not ([3],)"),
+        ("end_token_ids", [-1], "end_token_ids must be token ids, not (-1,)"),
+        ("num_parameters", "many", "num_parameters must be a number and versions an object"),
     ],
 )
 def test_configurations_that_are_damaged(engine_dir, tmp_path, place, value, message):
