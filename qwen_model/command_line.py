@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
+from .common.files import read_text
 
 if TYPE_CHECKING:
     from .interface.sampling import SamplingDefaults, SamplingOptions
@@ -143,12 +144,12 @@ def read_text_file(name: str) -> str:
     Raises:
         QwenModelError: it cannot be read, or is not UTF-8.
     """
+    if name != "-":
+        return read_text(Path(name))
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise QwenModelError(f"{name} is not UTF-8: {error}") from error
-        raise QwenModelError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise QwenModelError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
+from ..common.files import read_text
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -74,7 +75,7 @@ def load_chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) ->
     if (model_dir / TEMPLATE_FILE).is_file():
         paths["default"] = model_dir / TEMPLATE_FILE
     if paths:
-        return {name: _read_text(path) for name, path in paths.items()}
+        return {name: read_text(path) for name, path in paths.items()}
     given = tokenizer_config.get("chat_template")
     if given is None:
         return {}
@@ -96,15 +97,6 @@ def _entries(given: Any) -> list[Any]:
 
 def _named(entry: Any) -> tuple[Any, Any]:
     return (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise QwenModelError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def choose_chat_template(templates: Mapping[str, str], options: ChatOptions) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_plugins import _core
+from qwen_plugins import launch
 
 from ...interface.sampling import Choice, SamplingOptions, kernel_settings
 from . import cuda_runtime as cuda
@@ -18,14 +18,14 @@ class DeviceSampler:
     def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
         """Allocate what the kernel needs for logits [up to max_batch_size, vocab_size] of this type."""
         self._vocab_size = vocab_size
-        self._dtype = int(getattr(_core.DataType, dtype))
+        self._dtype = int(getattr(launch.DataType, dtype))
         self._stream = stream
         settings = np.frombuffer(_settings(SamplingOptions(), vocab_size), np.uint8)
         self._settings = cuda.DeviceArray(settings.shape, np.uint8)
         self._settings.upload(settings, stream)
         self._seen = cuda.DeviceArray((max_batch_size, (vocab_size + 31) // 32), np.uint32)
         self._seen.fill(0, stream)
-        self._workspace = cuda.DeviceMemory(_core.sampling_workspace_bytes(max_batch_size, vocab_size))
+        self._workspace = cuda.DeviceMemory(launch.sampling_workspace_bytes(max_batch_size, vocab_size))
         self._semaphores = cuda.DeviceArray((max_batch_size + 1,), np.int32)
         self._semaphores.fill(0, stream)
 
@@ -53,7 +53,7 @@ class DeviceSampler:
         """
         # Without settings the kernel takes the largest logit; with them `greedy` is the largest after the penalty.
         without_settings = choice == Choice(greedy=True, penalty=False)
-        _core.sample(
+        launch.sample(
             logits=logits.address,
             logits_row_stride=self._vocab_size,
             sequences=count,
@@ -73,7 +73,7 @@ class DeviceSampler:
 
 def _settings(options: SamplingOptions, vocab_size: int) -> bytes:
     """The options as SamplingSettings of the kernel, byte for byte."""
-    return _core.sampling_settings_bytes(**kernel_settings(options, vocab_size), step=0)
+    return launch.sampling_settings_bytes(**kernel_settings(options, vocab_size), step=0)
 
 
 def seen_bits(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
