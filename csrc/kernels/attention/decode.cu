@@ -1,6 +1,6 @@
-// What makes few and short sequences fast, where all of the time is latency: keys and values are loaded before q is
-// made ready; a short sequence is not split among blocks, or among those of one cluster; and no phase is left to a few
-// threads that others could help.
+// Few and short sequences take nothing but latency. What makes them fast: loads of keys and values are issued before q
+// is prepared; a short sequence is not split among blocks, or only among those of one cluster; and all threads of a
+// block take part in every phase.
 #include <algorithm>
 
 #include "decode.h"
@@ -16,9 +16,10 @@ namespace {
 
 using namespace decoding;
 
-constexpr int kShortCache = 2048;  // positions that one cluster reads faster than more blocks meet in the workspace
+// Up to this many positions one cluster is faster than more blocks that combine their splits through the workspace.
+constexpr int kShortCache = 2048;
 
-// The new key and value for this block, and to the cache if that is this block's task.
+// Prepares the new key and value in shared memory, and writes them to the cache if this block is the one that does.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prepare_new_token(const DecodeAttentionParams& p, const Work& work, const T* qkv,
                                                   const float* cos_sin, float* new_key, float* new_value) {
@@ -40,7 +41,7 @@ __device__ __forceinline__ void prepare_new_token(const DecodeAttentionParams& p
   }
 }
 
-// Makes q, and the new key and value if they belong to this block, ready in shared memory.
+// Prepares q in shared memory, and the new key and value if they belong to this block's split.
 template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Work& work, int rotary_row,
                                         typename Attention::SharedMemory& shared) {
@@ -62,9 +63,9 @@ __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Wo
   }
 }
 
-// Combines `count` partial results of one head, at most 32: each lane has one's maximum and sum, and `read(i)` is the
-// lane's elements of the i-th one's values. Returns those of the sum; `total` has its maximum and sum. kAtOnce are read
-// before the first is used: what is read may be far.
+// Combines `count` partial results of one head, at most 32. Lane i has the maximum and sum of the i-th, and `read(i)`
+// returns the calling lane's elements of its values. Returns the lane's elements of the combined values, with their
+// maximum and sum in `total`. kAtOnce reads are issued before the first is used: they may be remote.
 template <int kAtOnce, int kCount, typename Read>
 __device__ __forceinline__ Elements<kCount> combine(int count, const Partial& of_lane, const Read& read,
                                                     Partial& total) {
@@ -91,7 +92,7 @@ __device__ __forceinline__ Elements<kCount> combine(int count, const Partial& of
   return result;
 }
 
-// Workspace: for each sequence, head and split its values [head_size], then the maximum and sum of each.
+// For each sequence, head and split: the values [head_size]; after all of these the maximum and sum of each.
 struct Workspace {
   float* values;
   float2* partials;
@@ -103,7 +104,7 @@ __device__ __forceinline__ Workspace workspace_of(const DecodeAttentionParams& p
   return {values, reinterpret_cast<float2*>(values + results * p.heads.head_size)};
 }
 
-// True in the one block that finds the results of all splits of its heads written.
+// True in the last block of a sequence's splits to come here: it sees the results of all.
 __device__ __forceinline__ bool is_last_block(int* counter, int num_splits, bool& last) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -116,8 +117,8 @@ __device__ __forceinline__ bool is_last_block(int* counter, int num_splits, bool
   return last;
 }
 
-// Calls `function(head, element)`, in whole warps, for every kCount-th element of the heads of a block and those that
-// fill up the last warp of a head.
+// Calls `function(head, element)` for every kCount-th element of the heads of a block, by whole warps: the element may
+// lie beyond the end of the head.
 template <int kHeadSize, int kCount, typename Function>
 __device__ __forceinline__ void for_elements(int num_heads, const Function& function) {
   constexpr unsigned kParts = (kHeadSize + 32 * kCount - 1) / (32 * kCount);
@@ -128,7 +129,7 @@ __device__ __forceinline__ void for_elements(int num_heads, const Function& func
   }
 }
 
-// Elements d ... of a head's result, of which `value` is the sum.
+// Writes kCount elements of a head's result from d on: `value` divided by the sum of the softmax.
 template <typename T, int kHeadSize, int kCount>
 __device__ __forceinline__ void write_context(const DecodeAttentionParams& p, int64_t head, int d,
                                               const Elements<kCount>& value, const Partial& total) {
@@ -138,10 +139,10 @@ __device__ __forceinline__ void write_context(const DecodeAttentionParams& p, in
   for (int i = 0; i < kCount; ++i) to[i] = from_float<T>(__fdividef(value.at[i], total.sum));
 }
 
-// Calls `put(head, element, value, total)` for the results of the block's warps, combined.
+// Combines the results of the block's warps and calls `put(head, element, value, total)` with them.
 template <int kHeadSize, typename Attention, typename Put>
 __device__ __forceinline__ void combine_warps(int num_heads, typename Attention::SharedMemory& shared, const Put& put) {
-  // Of one head, elements one by one are work for more warps.
+  // With a single head, single elements give more warps work.
   constexpr int kCount = Attention::kHeads == 1 ? 1 : 4;
   constexpr int kAtOnce = Attention::kHeads == 1 ? 16 : 8;
   const int count = Attention::num_partials();
@@ -159,7 +160,7 @@ __device__ __forceinline__ void combine_warps(int num_heads, typename Attention:
   });
 }
 
-// What the blocks of the cluster have sent to this one.
+// Combines what the blocks of the cluster have sent to this one.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void combine_inbox(const DecodeAttentionParams& p, const Work& work, int64_t first_head,
                                               int rank, int size, const Inbox<kHeadSize>& inbox) {
@@ -179,6 +180,7 @@ __device__ __forceinline__ void combine_inbox(const DecodeAttentionParams& p, co
   });
 }
 
+// Combines the splits of all blocks, from the workspace.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p, const Work& work,
                                                const Workspace& workspace, int64_t first_head) {
@@ -210,7 +212,7 @@ __device__ __forceinline__ void attend_block(const Arguments& a, const Work& wor
   }
   prepare<T, kHeadSize, Attention>(p, work, rotary_row, shared);
   __syncthreads();
-  attention.attend(work, p.softmax_scale * 1.44269504F, shared);  // log2(e), for exp2
+  attention.attend(work, p.softmax_scale * kLog2E, shared);
   attention.write(shared);
   __syncthreads();
 
@@ -238,9 +240,9 @@ __device__ __forceinline__ void attend_block(const Arguments& a, const Work& wor
   combine_splits<T, kHeadSize>(p, work, workspace, first_head);
 }
 
-// Has what this block reads first on its way to the L2 cache while the kernel before may still run: the projections,
-// the row of the rotary table, keys and values. It is a hint alone, for which nothing need be right: not the length
-// either, which that kernel may yet change.
+// Prefetches to the L2 cache, while the previous kernel may still run, what this block reads first: the projections,
+// the row of the rotary table, keys and values. Only a hint: it may use a length that the previous kernel is about to
+// change.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prefetch(const Arguments& a) {
   constexpr int kLine = 128;
@@ -260,18 +262,18 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   if (lane * 32 < p.heads.rotary_dim) {
     prefetch_to_l2(p.heads.rotary_table + work.past_length * int64_t{p.heads.rotary_dim} + lane * 32);
   }
-  if (lane >= 2) return;  // of keys and values
+  if (lane >= 2) return;  // lane 0: keys, lane 1: values
   for (int i = 0; i < kHeadBytes; i += kLine) {
     prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * kHeadBytes + i);
   }
   const T* const rows =
       static_cast<const T*>(p.cache.data) + cache_offset(p.heads, p.cache, work.sequence, lane, work.kv_head);
-  // What the block can have in flight; and if it has the sequence for itself, what it reads soon after.
+  // As many positions as the block has in flight; twice as many where it reads the whole sequence alone.
   const int most = static_cast<int>(blockDim.x) / (work.num_splits == 1 ? 2 : 4);
   prefetch_rows<T, kHeadSize>(rows, work.begin, min(work.end, work.begin + most));
 }
 
-// The shared memory of a block with several query heads has room for that of one with a single head.
+// A block with several query heads and one with a single head use the same shared memory, which has room for either.
 template <typename T, int kHeadSize, typename Attention>
 __global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(const __grid_constant__ Arguments a) {
   using Single = VectorAttention<T, kHeadSize>;
@@ -299,8 +301,9 @@ struct Grid {
   int cluster;  // all splits, or 1
 };
 
-// Large blocks, one a multiprocessor, if that is enough for every query head; otherwise two small ones, or four. As
-// many splits as that makes, if the cache may be long enough for them.
+// Large blocks, one for each multiprocessor, if there are enough for every query head; otherwise two small ones, or
+// four, on each. The splits use all blocks that fit the device at the same time, if the cache can be long enough for so
+// many.
 template <typename Attention>
 Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DeviceProperties& device) {
   const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
@@ -309,9 +312,9 @@ Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DevicePrope
   const int at_once = (large ? 1 : 2) * device.multiprocessors;
   const int divisor = large ? 1 : blocks <= at_once ? 2 : 4;
   const int useful =
-      std::max(std::min(heads_per_kv_head, Attention::kHeads), (p.cache.max_positions + kMinSplit - 1) / kMinSplit);
-  const bool clusters = Attention::kInClusters && device.programmatic_launch;  // the same chips have both
-  // Not every multiprocessor finds neighbours for a cluster: on an H200, 105 of 132 do for clusters of any size.
+      std::max(std::min(heads_per_kv_head, Attention::kHeads), divide_up(p.cache.max_positions, kMinSplit));
+  const bool clusters = Attention::kInClusters && device.programmatic_launch;  // a device has both or neither
+  // Not every multiprocessor has free neighbours for a cluster: of an H200's 132, clusters of any size can use 105.
   const int cluster = std::min({static_cast<int>(at_once * 4 / 5 / blocks), useful, kMaxCluster});
   if (clusters && large && p.cache.max_positions <= kShortCache && cluster > 1) {
     return {Attention::kWarps, cluster, cluster};
@@ -320,27 +323,10 @@ Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DevicePrope
   return {Attention::kWarps / divisor, splits, 1};
 }
 
-cudaError_t launch_clusters(void (*kernel)(Arguments), dim3 blocks, dim3 threads, size_t shared_bytes, int cluster,
-                            cudaStream_t stream, const Arguments& arguments) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
-}
-
 template <typename T, int kHeadSize, typename Attention>
 cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
-  const int chunks = (heads_per_kv_head + Attention::kHeads - 1) / Attention::kHeads;
+  const int chunks = divide_up(heads_per_kv_head, Attention::kHeads);
   const int64_t blocks = int64_t{p.heads.num_kv_heads} * chunks * p.sequences;
   const Grid found = find_grid<Attention>(p, blocks, device);
   const int at_once = device.multiprocessors * (Attention::kWarps / found.warps);
@@ -353,13 +339,12 @@ cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties
   auto* const kernel = decode_attention<T, kHeadSize, Attention>;
   const int shared_bytes =
       std::max(Attention::shared_bytes(found.warps), VectorAttention<T, kHeadSize>::shared_bytes(found.warps));
-  // The same for all launches: graphs of earlier ones keep theirs.
+  // The same for all launches: it is an attribute of the kernel, and launches captured in graphs rely on it, too.
   const int most =
       std::max(shared_bytes, std::min(Attention::shared_bytes(Attention::kWarps), device.max_shared_memory_per_block));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error != cudaSuccess) return error;
-  if (found.cluster > 1) return launch_clusters(kernel, grid, threads, shared_bytes, found.cluster, stream, arguments);
-  return launch_kernel(kernel, grid, threads, shared_bytes, device, stream, arguments);
+  return launch_clusters(kernel, grid, threads, shared_bytes, found.cluster, device, stream, arguments);
 }
 
 template <typename T, int kHeadSize>

@@ -1,13 +1,15 @@
 // Attention of one new token a sequence over its key-value cache: what the host can launch.
 //
-// Everything between the qkv product and the output product of a decode step: q and k made ready (attention_heads.h), k
-// and v written to the cache, softmax(q · K^T * softmax_scale) · V over the cache with them. A long sequence is split
-// among blocks, and query heads that share a key-value head read the cache once; the last block of a sequence and
-// key-value head combines the results (Dao et al., "Flash-Decoding", 2023), or the blocks of a cluster send them to
-// each other. A short sequence is not: a block of its own for each query head has less to wait for.
+// Everything between the qkv projection and the output projection of a decode step: q and k are normalised and rotated
+// (heads.h), k and v written to the cache, and softmax(q · K^T * softmax_scale) · V is computed over the cache with
+// them. A long sequence is split among blocks, and query heads that share a key-value head read the cache once; the
+// last block of a sequence and key-value head combines the results (Dao et al., "Flash-Decoding", 2023), or the blocks
+// of a cluster send them to each other. A short sequence is not split: a block for each query head has less to wait
+// for.
 #pragma once
 
 #include "heads.h"
+#include "kernels/common/api.h"
 
 namespace qwen_plugins {
 
@@ -20,19 +22,20 @@ struct DecodeAttentionParams {
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new token's position, below max_positions
   int32_t sequences = 0;                  // sequence i has row i of the cache; 0 launches nothing
   float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
-  // 16-byte aligned, of decode_attention_workspace_bytes; its contents do not matter. Not to be shared by launches that
-  // may overlap, as the semaphores.
+  // 16-byte aligned, of decode_attention_workspace_bytes; its contents do not matter. Launches that may overlap need
+  // workspaces and semaphores of their own.
   void* workspace = nullptr;
-  int32_t* semaphores =
-      nullptr;  // [sequences, num_heads]: zero before the first launch, and every launch leaves them so
+  // [sequences, num_heads]: zero before the first launch, and every launch leaves them so.
+  int32_t* semaphores = nullptr;
 };
 
-// Never less for fewer sequences: the workspace for the most sequences serves all.
-cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences, int64_t* bytes);
+// Never decreases with the number of sequences: the workspace for the most sequences serves all.
+QWEN_PLUGINS_API cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences,
+                                                              int64_t* bytes);
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation; the launch depends on no value in device
 // memory, so that a CUDA graph of it serves sequences of any length. cudaErrorInvalidValue for parameters outside of
-// what is written above and in attention_heads.h, otherwise what the launch returned.
-cudaError_t launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream);
+// what is written above and in heads.h, otherwise what the launch returned.
+QWEN_PLUGINS_API cudaError_t launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream);
 
 }  // namespace qwen_plugins

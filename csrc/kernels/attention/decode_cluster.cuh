@@ -1,5 +1,5 @@
-// What the blocks of a cluster send each other (Hopper and later): results of the splits of a sequence, to be combined
-// without the way through the L2 cache, where they would wait behind everybody's keys and values.
+// Combining the splits of a sequence in one cluster (Hopper and later): its blocks send each other partial results
+// through distributed shared memory. In the L2 cache these would wait behind all blocks' keys and values.
 #pragma once
 
 #include "decode_stream.cuh"
@@ -7,72 +7,58 @@
 
 namespace qwen_plugins::decoding {
 
-// In the shared memory of a block, for what all blocks of its cluster send it; used once. Head h of a split sequence is
-// combined by block h % (size of the cluster).
+// Lies in the shared memory of a block and receives what all blocks of its cluster send; can be used once. Head h of a
+// split sequence is combined by block h % (size of the cluster).
 template <int kHeadSize>
 class Inbox {
  public:
-  // By all threads, early: the blocks of the cluster begin at different times.
+  // Called by all threads, early: the blocks of a cluster start at different times.
   __device__ __forceinline__ void open(int rank, int size, int num_heads) {
-    if (threadIdx.x == 0) {
-      const uint32_t barrier = shared_address(&barrier_);
-      init_barrier(barrier);
-      publish_barriers();
-      expect_bytes(barrier, size * num_own_heads(rank, size, num_heads) * (kHeadSize + 2) * 4);
+    if constexpr (kHasHopperInstructions) {
+      if (threadIdx.x == 0) {
+        const uint32_t barrier = shared_address(&barrier_);
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(barrier, size * num_own_heads(rank, size, num_heads) * (kHeadSize + 2) * 4);
+      }
+      __syncwarp();
+      cluster_arrive_relaxed_aligned();
     }
-    __syncwarp();
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
   }
-  // By all threads, before they send.
+  // Called by all threads before they send: waits until all blocks of the cluster have opened theirs.
   static __device__ __forceinline__ void wait_until_open() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+    if constexpr (kHasHopperInstructions) cluster_wait_aligned();
   }
 
   static __device__ __forceinline__ int num_own_heads(int rank, int size, int num_heads) {
     return rank < num_heads ? static_cast<int>(static_cast<unsigned>(num_heads - rank + size - 1) / size) : 0;
   }
-  // The row of what block `rank` sends of the `index`-th head of a block.
+  // The row for what block `rank` sends of the `index`-th head that this block combines.
   static __device__ __forceinline__ int row(int index, int rank, int size) { return index * size + rank; }
 
-  // Elements d ... d + 3 of head h, to its block; and with the first of them the maximum and sum.
+  // Sends elements d ... d + 3 of head h to the block that combines it, and with the first ones the maximum and sum.
   __device__ __forceinline__ void send(int h, int d, const Elements<4>& values, const Partial& total, int rank,
                                        unsigned size) const {
     const unsigned owner = static_cast<unsigned>(h) % size;
     const int place = row(static_cast<int>(static_cast<unsigned>(h) / size), rank, static_cast<int>(size));
-    const uint32_t barrier = in_block(owner, &barrier_);
-    const auto word = [](float value) { return bit_cast<uint32_t>(value); };
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     in_block(owner, &values_[place][d])),
-                 "r"(word(values.at[0])), "r"(word(values.at[1])), "r"(word(values.at[2])), "r"(word(values.at[3])),
-                 "r"(barrier)
-                 : "memory");
-    if (d > 0) return;
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-                     in_block(owner, &partials_[place])),
-                 "r"(word(total.maximum)), "r"(word(total.sum)), "r"(barrier)
-                 : "memory");
-#endif
+    if constexpr (kHasHopperInstructions) {
+      const auto in_owner = [&](const void* own) { return map_to_block(shared_address(own), static_cast<int>(owner)); };
+      const uint32_t barrier = in_owner(&barrier_);
+      store_async(in_owner(&values_[place][d]), barrier, values.at);
+      if (d > 0) return;
+      const float partial[2] = {total.maximum, total.sum};
+      store_async(in_owner(&partials_[place]), barrier, partial);
+    }
   }
-  __device__ __forceinline__ void wait() const { wait_for_barrier(shared_address(&barrier_), 0); }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kHasHopperInstructions) mbarrier_wait(shared_address(&barrier_), 0);
+  }
   __device__ __forceinline__ const float* values(int row) const { return values_[row]; }
   __device__ __forceinline__ float2 partial(int row) const { return partials_[row]; }
 
  private:
-  // Of the heads of one block, from each block: most for eight heads and seven blocks.
+  // The most heads that a block combines, times the blocks that send them: eight heads and seven blocks need most.
   static constexpr int kRows = 14;
-
-  static __device__ __forceinline__ uint32_t in_block(unsigned rank, const void* own) {
-    uint32_t address = shared_address(own);
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-#endif
-    return address;
-  }
 
   alignas(16) float values_[kRows][kHeadSize];
   float2 partials_[kRows];

@@ -1,10 +1,11 @@
-// Up to eight query heads that share a key-value head, on tensor cores: keys are the rows and heads the columns of one
-// product, elements of values the rows and heads the columns of the other.
+// Decode attention for up to eight query heads that share a key-value head, on tensor cores (mma.m16n8k16): scores^T =
+// K · q^T has a row for each position and a column for each head; context^T = V^T · P^T a row for each element of the
+// values and a column for each head.
 //
-// Half of a block's warps read the cache, each its own tiles of 16 positions; the others make q ready meanwhile. Keys
-// and values come from shared memory to registers 16 bytes a lane, in the places that the products want them: which
-// element a row or column of a product stands for is free, as long as both operands agree. Only the weights change
-// places between the products, 8 x 8 of them by one instruction.
+// Half of a block's warps read the cache, each its own tiles of 16 positions; the others prepare q meanwhile. Keys and
+// values go from shared memory to registers with 16-byte loads and need no rearranging there: it is free which element
+// a row, column or k index of an mma stands for, as long as both operands agree. Only the probabilities are rearranged
+// between the two matrix multiplies, 8 x 8 of them with one movmatrix.
 #pragma once
 
 #include "decode_cluster.cuh"
@@ -20,7 +21,7 @@ class TileAttention {
   static constexpr int kVectors = kHeadSize / kVecSize;  // of a query
   static constexpr int kWarps = kHeadSize > 128 ? 8 : 16;
   static constexpr bool kInClusters = true;
-  static constexpr int kReaders = kWarps / 2;  // of a large block
+  static constexpr int kReaders = kWarps / 2;  // warps of a large block that read the cache
 
   using Stream = CacheStream<T, kHeadSize>;
   struct SharedMemory : SharedInputs<kHeadSize, kHeads> {
@@ -30,7 +31,7 @@ class TileAttention {
     float2 warp_partials[kReaders][kHeads];  // maximum and sum
     typename Stream::Tiles tiles[kReaders];  // a small block has fewer
 
-    // A warp's result, in the place of its tiles.
+    // A warp's result overwrites its tiles.
     __device__ __forceinline__ float* values(int warp, int head) {
       static_assert(sizeof(tiles[0]) >= kHeads * kHeadSize * sizeof(float));
       return reinterpret_cast<float*>(&tiles[warp]) + head * kHeadSize;
@@ -41,17 +42,17 @@ class TileAttention {
     return static_cast<int>(sizeof(SharedMemory) - (kReaders - warps / 2) * sizeof(typename Stream::Tiles));
   }
 
-  // Warps with a partial result, and the warp that makes the first head ready.
+  // Warps with a partial result, and the warp that prepares the first head.
   static __device__ __forceinline__ int num_partials() { return num_readers(); }
   static __device__ __forceinline__ int first_preparing() { return num_readers(); }
 
-  // By the warp that made a query ready.
+  // Called by the warp that has prepared a query.
   static __device__ __forceinline__ void keep_query(SharedMemory& shared, int head) {
     const int i = static_cast<int>(threadIdx.x) % 32;
     if (i < kVectors) read_vector(shared.packed_queries[head][i], shared.queries[head] + i * kVecSize);
   }
 
-  // Those of heads that do not exist are zeros: their scores, too, decide when the maxima are raised.
+  // Zeros for heads that do not exist: their scores, too, decide when the maxima are raised.
   static __device__ __forceinline__ void clear_other_queries(SharedMemory& shared, int num_heads) {
     for (int i = num_heads * kVectors + static_cast<int>(threadIdx.x); i < kHeads * kVectors; i += blockDim.x) {
       shared.packed_queries[i / kVectors][i % kVectors] = {};
@@ -64,7 +65,7 @@ class TileAttention {
                 warp() < num_readers() ? work.begin + warp() * kStep : work.end, work.end, num_readers() * kStep,
                 shared.tiles[warp() % kReaders], shared.barriers[warp() % kReaders]) {}
 
-  // `scale` is for powers of two.
+  // `scale` includes log2(e): the softmax is computed with exp2.
   __device__ __forceinline__ void attend(const Work& work, float scale, const SharedMemory& shared) {
     if (work.has_new_token && warp() == num_readers() - 1) begin_with_new_token(scale, shared);
     for (; !stream_.done(); stream_.advance()) {
@@ -74,7 +75,8 @@ class TileAttention {
       multiply_keys(scores, keys, shared);
       stream_.release(Cached::kKeys);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[i] = stream_.start + row() + i / 2 * 8 < end_ ? scores[i] * scale : kLowest;
+      for (int i = 0; i < 4; ++i)
+        scores[i] = stream_.start + row() + i / 2 * 8 < end_ ? scores[i] * scale : kLowestScore;
       raise_maxima(scores);
       FullPack values[4][kValueGroups];
       load_values(values, stream_.wait_for(Cached::kValues));
@@ -107,11 +109,11 @@ class TileAttention {
   static constexpr int kStep = Stream::kStep;
   static constexpr int kKeyChunks = (kHeadSize + 31) / 32;    // a quad of lanes has 32 elements of a key
   static constexpr int kValueGroups = (kHeadSize + 63) / 64;  // eight lanes have 64 elements of a value
-  static constexpr float kSlack = 8.0F;  // how far, in powers of two, scores may exceed what weights are relative to
+  static constexpr float kSlack = 8.0F;  // by how much a scaled score may exceed the maximum that is subtracted
 
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
   static __device__ __forceinline__ int num_readers() { return static_cast<int>(blockDim.x) / 64; }
-  // Of a lane in multiply_tiles.
+  // A lane's row and column in the fragments of mma_m16n8k16.
   static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 4; }
 
@@ -120,7 +122,7 @@ class TileAttention {
     return static_cast<const T*>(p.cache.data) +
            cache_offset(p.heads, p.cache, work.sequence, static_cast<int>(kWhich), work.kv_head);
   }
-  // 16 bytes of a tile: of position `position`, elements `element` ...
+  // 16 bytes of a tile: elements `element` and on of position `position`.
   static __device__ __forceinline__ FullPack load(uint32_t tile, int position, int element) {
     FullPack result;
     const uint32_t from = tile + static_cast<uint32_t>((position * kHeadSize + element) * static_cast<int>(sizeof(T)));
@@ -131,8 +133,8 @@ class TileAttention {
     return result;
   }
 
-  // Keys `row` and `row + 8` of the tile, elements 8 * column ... of each chunk. Scores of what is not before the end
-  // are not used.
+  // Loads keys row() and row() + 8 of the tile, eight elements from 8 * column() on of each chunk of 32. Scores of
+  // positions from the end on are not used.
   static __device__ __forceinline__ void load_keys(FullPack (&keys)[2][kKeyChunks], uint32_t tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -144,8 +146,9 @@ class TileAttention {
       }
   }
 
-  // Values 2 * column, 2 * column + 1 and those plus 8 of the tile, elements 8 * row ... of each group. What is not
-  // before the end may be no number, which a weight of 0 does not make 0.
+  // Loads values 2 * column(), 2 * column() + 1 and those plus 8 of the tile, eight elements from 8 * row() on of each
+  // group of 64. Positions from the end on are set to zero: what is there may be NaN, which a probability of 0 would
+  // not hide.
   __device__ __forceinline__ void load_values(FullPack (&values)[4][kValueGroups], uint32_t tile) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -166,8 +169,8 @@ class TileAttention {
     vector = pack<T>(elements);
   }
 
-  // Of keys `row` and `row + 8` and heads 2 * column and 2 * column + 1, in two sums that do not wait for each other.
-  // Queries, of head `row` the elements of the keys', stay in shared memory.
+  // The scores of keys row() and row() + 8 for heads 2 * column() and 2 * column() + 1, from two accumulators that do
+  // not wait for each other. Queries stay in shared memory; a lane reads those of head row().
   __device__ __forceinline__ void multiply_keys(float (&scores)[4], const FullPack (&keys)[2][kKeyChunks],
                                                 const SharedMemory& shared) const {
     float sums[2][4] = {};
@@ -180,14 +183,14 @@ class TileAttention {
       for (int i = 0; i < 2; ++i) {
         const uint32_t tile[4] = {keys[0][c].words[2 * i], keys[1][c].words[2 * i], keys[0][c].words[2 * i + 1],
                                   keys[1][c].words[2 * i + 1]};
-        multiply_tiles<T>(sums[i], tile, query.words[2 * i], query.words[2 * i + 1]);
+        mma_m16n8k16<T>(sums[i], tile, query.words[2 * i], query.words[2 * i + 1]);
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[i] = sums[0][i] + sums[1][i];
   }
 
-  // The new token as the first: its weight is 1.
+  // The new token comes first: relative to its score, its probability is 1.
   __device__ __forceinline__ void begin_with_new_token(float scale, const SharedMemory& shared) {
     FullPack keys[2][kKeyChunks] = {};
 #pragma unroll
@@ -212,7 +215,8 @@ class TileAttention {
     }
   }
 
-  // Weights are relative to a maximum that is let lag behind: float32 sums and 16-bit weights bear 2^kSlack.
+  // The subtracted maximum may lag behind the true one, so that results are seldom rescaled: float32 sums and 16-bit
+  // probabilities have room for 2^kSlack.
   __device__ __forceinline__ void raise_maxima(const float (&scores)[4]) {
     const float first = fmaxf(scores[0], scores[2]);
     const float second = fmaxf(scores[1], scores[3]);
@@ -244,8 +248,8 @@ class TileAttention {
       weights[i] = exp2_approximately(scores[i] - maxima_[i % 2]);
       sums_[i % 2] += weights[i];
     }
-    const uint32_t first = transpose_tile(pack_pair<T>(weights[0], weights[1]));
-    const uint32_t second = transpose_tile(pack_pair<T>(weights[2], weights[3]));
+    const uint32_t first = movmatrix_trans(pack_pair<T>(weights[0], weights[1]));
+    const uint32_t second = movmatrix_trans(pack_pair<T>(weights[2], weights[3]));
 #pragma unroll
     for (int g = 0; g < kValueGroups; ++g)
 #pragma unroll
@@ -253,16 +257,16 @@ class TileAttention {
         const auto word = [&](int value) { return values[value][g].words[i]; };
         const uint32_t tile[4] = {__byte_perm(word(0), word(1), 0x5410), __byte_perm(word(0), word(1), 0x7632),
                                   __byte_perm(word(2), word(3), 0x5410), __byte_perm(word(2), word(3), 0x7632)};
-        multiply_tiles<T>(results_[g][i], tile, first, second);
+        mma_m16n8k16<T>(results_[g][i], tile, first, second);
       }
   }
 
   int end_;
   Stream stream_;
-  // Of heads 2 * column and 2 * column + 1; a sum is that of the lane's own rows until the end.
-  float maxima_[2] = {kLowest, kLowest};
+  // Of heads 2 * column() and 2 * column() + 1; until write(), sums are of the lane's own rows.
+  float maxima_[2] = {kLowestScore, kLowestScore};
   float sums_[2] = {};
-  // Tile i of group g: elements 64 g + 8 row + 2 i of both heads, then the elements after them.
+  // Tile i of group g: element 64 g + 8 row() + 2 i of both heads, then the element after it of both.
   float results_[kValueGroups][4][4] = {};
 };
 

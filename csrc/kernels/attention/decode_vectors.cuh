@@ -1,4 +1,5 @@
-// One query head without tensor cores: a group of lanes takes a position at a time, each lane some elements of it.
+// Decode attention for one query head, without tensor cores: a group of lanes takes a position at a time, each lane
+// eight elements of it.
 #pragma once
 
 #include "decode_work.cuh"
@@ -34,11 +35,11 @@ class VectorAttention {
   };
   static constexpr int shared_bytes(int) { return static_cast<int>(sizeof(SharedMemory)); }
 
-  // Warps with a partial result, and the warp that makes the first head ready.
+  // Warps with a partial result, and the warp that prepares the first head.
   static __device__ __forceinline__ int num_partials() { return num_warps(); }
   static __device__ __forceinline__ int first_preparing() { return 0; }
 
-  static __device__ __forceinline__ void keep_query(SharedMemory&, int) {}  // float32 is what is wanted
+  static __device__ __forceinline__ void keep_query(SharedMemory&, int) {}  // float32 queries are used as they are
   static __device__ __forceinline__ void clear_other_queries(SharedMemory&, int) {}
 
   __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work, SharedMemory&)
@@ -79,7 +80,7 @@ class VectorAttention {
     }
   }
 
-  // The groups become one, and their result goes to shared memory.
+  // Combines the results of the warp's groups and writes them to shared memory.
   __device__ __forceinline__ void write(SharedMemory& shared) {
 #pragma unroll
     for (int offset = kLanes; offset < 32; offset *= 2) {
@@ -100,11 +101,11 @@ class VectorAttention {
  private:
   static constexpr int kLanes = kHeadLanes<kHeadSize>;
   static constexpr int kGroups = 32 / kLanes;
-  // Registers for keys and values in flight: what is left, and enough for short sequences to need one step.
+  // Registers for keys and values in flight: all that are left, and enough for short sequences to take one step.
   static constexpr int kRegisters = kHeadSize <= 128 ? 48 : 32;
   static constexpr int kVectorRegisters = kVecSize * static_cast<int>(sizeof(T)) / 4;
-  static constexpr int kUnroll = kRegisters / (2 * kVectorRegisters);  // positions of a group at a time
-  static constexpr int kStep = kGroups * kUnroll;                      // and of a warp
+  static constexpr int kUnroll = kRegisters / (2 * kVectorRegisters);  // positions of a group in a step
+  static constexpr int kStep = kGroups * kUnroll;                      // positions of a warp in a step
 
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
   static __device__ __forceinline__ int num_warps() { return static_cast<int>(blockDim.x) / 32; }
@@ -133,9 +134,9 @@ class VectorAttention {
     }
   }
 
-  // The same in the loop. What is read once makes room first in the L2 cache. One instruction with its predicate: as
-  // the compiler writes these loads, short sequences take 0.5 us longer, for which the loop has but one step
-  // (measured).
+  // As load(), for the loop: with the streaming cache hint (.cs), since the cache is read once, and as single
+  // predicated instructions. As the compiler writes these loads, short sequences, which need no second step, take 0.5
+  // us longer (measured).
   __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], const T* from, int start) const {
     const int end = in_head() ? end_ : 0;
 #pragma unroll
@@ -155,7 +156,7 @@ class VectorAttention {
     }
   }
 
-  // q; and in the last warp's first group the softmax over the new token.
+  // Reads q, and in the last warp's first group begins the softmax with the new token.
   __device__ __forceinline__ void read_shared(const Work& work, float scale, const SharedMemory& shared) {
     if (in_head()) load_shared(q_, shared.queries[0] + element());
 #pragma unroll

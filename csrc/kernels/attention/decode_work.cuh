@@ -1,45 +1,45 @@
-// What a block of decode_attention.cu works on, and what its warps tell each other.
+// What a block of decode.cu works on, and what its warps exchange.
 #pragma once
 
 #include "decode.h"
 #include "heads.cuh"
+#include "kernels/common/arithmetic.h"
+#include "kernels/common/hopper.cuh"
 #include "kernels/common/tensor_cores.cuh"
 
 namespace qwen_plugins::decoding {
 
 constexpr int kMinSplit = 32;   // positions
-constexpr int kMaxSplits = 32;  // what the last block has to combine: one for each lane of a warp
-constexpr int kMaxCluster = 8;  // what every chip with clusters has
-constexpr int kUnsplit = 64;    // positions that one block reads faster than a cluster combines
-// Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
-constexpr float kLowest = -1e30F;
+constexpr int kMaxSplits = 32;  // combined by the last block: one for each lane of a warp
+constexpr int kMaxCluster = 8;  // blocks; every device with clusters has this many
+constexpr int kUnsplit = 64;    // positions that one block reads faster than a cluster combines its splits
 
 struct Arguments {
   DecodeAttentionParams params;
   int heads_per_kv_head;
   int block_heads;   // of those, for one block
   int chunks;        // blocks for all of those
-  int cluster;       // all splits of a sequence, in one cluster; 1: they meet in the workspace
-  int whole_length;  // up to it, one block reads a sequence faster than many combine their results
-  bool prefetches;   // while the kernel before runs: where all blocks run at once
+  int cluster;       // its size: all splits of a sequence; 1: splits are combined through the workspace
+  int whole_length;  // up to this many positions, one block is faster than several that combine their results
+  bool prefetches;   // while the previous kernel runs: where all blocks run at once
 };
 
 // Maximum of the scores, and sum of the weights 2^(score - maximum).
 struct Partial {
-  float maximum = kLowest;
+  float maximum = kLowestScore;
   float sum = 0.0F;
 
   Partial() = default;
   __device__ __forceinline__ explicit Partial(float2 pair) : maximum(pair.x), sum(pair.y) {}
 };
 
-// Neighbouring elements of a partial result, what one lane has of it.
+// The neighbouring elements of a partial result that one lane has.
 template <int kCount>
 struct alignas(4 * kCount) Elements {
   float at[kCount];
 };
 
-// In the shared memory of every block.
+// What every block has in shared memory.
 template <int kHeadSize, int kHeads>
 struct alignas(16) SharedInputs {
   float queries[kHeads][kHeadSize];
@@ -61,12 +61,8 @@ struct Work {
   bool writes_new_token;
 };
 
-__device__ __forceinline__ int divide_up(int value, int by) {
-  return static_cast<int>(static_cast<unsigned>(value + by - 1) / static_cast<unsigned>(by));
-}
-
-// Fills in the rest of `work`, whose past_length is known. The grid is for the longest sequences; a short one is split
-// less, and the blocks that it does not need leave.
+// Fills in the rest of `work`, whose past_length is known. The grid is made for the longest sequences; a short one is
+// split less. False in the blocks that it does not need.
 __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
   const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
@@ -87,11 +83,12 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
     work.has_new_token = true;
     return exists;
   }
-  // Without a block for each of its heads a sequence is better split earlier; measured with 7 and 8 heads.
+  // A sequence that has no block for each of its heads is split from a shorter length on; measured with 7 and 8 heads.
   const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : grid_size;
-  const int split_size = max(a.cluster > 1 ? 1 : kMinSplit, divide_up(work.past_length, splits));
-  // Of a cluster all blocks take part, those too for which nothing is left.
-  work.num_splits = a.cluster > 1 ? splits : max(1, divide_up(work.past_length, split_size));
+  const auto past = static_cast<unsigned>(work.past_length);
+  const int split_size = max(a.cluster > 1 ? 1 : kMinSplit, static_cast<int>(divide_up(past, splits)));
+  // All blocks of a cluster take part, even those without a position to read.
+  work.num_splits = a.cluster > 1 ? splits : max(1, static_cast<int>(divide_up(past, split_size)));
   work.begin = index * split_size;
   work.end = min(work.begin + split_size, work.past_length);
   work.has_new_token = index == work.num_splits - 1;
@@ -99,16 +96,14 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   return index < work.num_splits;
 }
 
-// A hint that positions [begin, end) of keys or values, which start at `rows`, will be read: has them come to the L2
-// cache.
+// Prefetches positions [begin, end) of keys or values, which start at `rows`, to the L2 cache.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prefetch_rows(const T* rows, int begin, int end) {
-#if __CUDA_ARCH__ >= 900
-  if (begin >= end) return;
-  const int bytes = (end - begin) * kHeadSize * static_cast<int>(sizeof(T));
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows + begin * int64_t{kHeadSize}), "r"(bytes)
-               : "memory");
-#endif
+  if constexpr (kHasHopperInstructions) {
+    if (begin >= end) return;
+    const int bytes = (end - begin) * kHeadSize * static_cast<int>(sizeof(T));
+    bulk_prefetch_to_l2(rows + begin * int64_t{kHeadSize}, bytes);
+  }
 }
 
 __device__ __forceinline__ void load_shared(float (&out)[kVecSize], const float* from) {

@@ -1,4 +1,4 @@
-// Device side of attention_heads.h.
+// Device side of heads.h.
 #pragma once
 
 #include "heads.h"
@@ -6,13 +6,13 @@
 
 namespace qwen_plugins {
 
-// Elements from one position, and from one key-value head, to the next of either keys (0) or values (1) of a sequence.
+// The offset, in elements, of the keys (which = 0) or values (1) of a sequence and key-value head in the cache.
 __device__ __forceinline__ int64_t cache_offset(const AttentionHeads& heads, const KvCache& cache, int64_t sequence,
                                                 int which, int kv_head) {
   return ((sequence * 2 + which) * heads.num_kv_heads + kv_head) * cache.max_positions * heads.head_size;
 }
 
-// Neighbouring elements of a head, what one lane loads of it: keys and values of the cache too come by these.
+// The neighbouring elements that one lane loads of a head, of q, k or v or of the cache.
 constexpr int kVecSize = 8;
 template <typename T>
 struct Vector {
@@ -42,12 +42,16 @@ __device__ __forceinline__ Vector<T> from_floats(const float (&values)[kVecSize]
   return vector;
 }
 
-// Lanes for a head of vectors; those beyond its end are idle.
+// Lanes that hold a head together, a power of two; those beyond its end are idle.
 template <int kHeadSize>
 constexpr int kHeadLanes = kHeadSize <= 32    ? 4
                            : kHeadSize <= 64  ? 8
                            : kHeadSize <= 128 ? 16
                                               : 32;
+
+constexpr float kLog2E = 1.44269504F;  // a factor of scores: the softmax is computed with exp2
+// Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
+constexpr float kLowestScore = -1e30F;
 
 __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
@@ -55,11 +59,11 @@ __device__ __forceinline__ float sum_over_warp(float value) {
   return value;
 }
 
-// The two elements that a rotation turns together, in either style.
+// The two elements that the rotary embedding rotates together, in either style.
 struct RotaryPair {
   int index;    // of the pair's cosine and sine
   int partner;  // the other element
-  float sign;   // of the other element
+  float sign;   // with which the other element times the sine is added
 
   __device__ __forceinline__ RotaryPair(RotaryStyle style, int element, int rotary_dim) {
     const int half = rotary_dim / 2;
@@ -72,9 +76,9 @@ struct RotaryPair {
   }
 };
 
-// One warp makes one head of q or k ready for attention: normalised, rotated and scaled, as float32 values that T can
-// hold, in `out` [kHeadSize] (shared memory). `norm_weight` may be null; `cos_sin` is the token's row of the rotary
-// table. All loads are issued before the first of them is used.
+// One warp prepares one head of q or k for attention: normalises, rotates and scales it, and writes it to `out`
+// [kHeadSize] in shared memory, as float32 values that T can represent. `norm_weight` may be null; `cos_sin` is the
+// token's row of the rotary table. All loads are issued before the first of them is used.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void prepare_head(float* out, const T* x, const T* norm_weight, const AttentionHeads& heads,
                                              const float* cos_sin, float scale) {
@@ -128,12 +132,12 @@ __device__ __forceinline__ void prepare_head(float* out, const T* x, const T* no
 __device__ __forceinline__ int rotary_offset(const AttentionHeads& heads, int sequence) {
   return heads.rotary_offsets == nullptr ? 0 : heads.rotary_offsets[sequence];
 }
-// The factor of q in a row.
+// The factor of q at a row of the rotary table.
 __device__ __forceinline__ float query_factor(const AttentionHeads& heads, int row) {
   return heads.query_scale == nullptr ? 1.0F : heads.query_scale[row];
 }
 
-// The host's checks of what is written in attention_heads.h.
+// The host's checks of what is written in heads.h.
 inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
   const bool sizes = heads.num_kv_heads > 0 && heads.num_heads > 0 && heads.num_heads % heads.num_kv_heads == 0 &&
                      heads.rotary_dim >= 0 && heads.rotary_dim % 2 == 0 && heads.rotary_dim <= heads.head_size;
@@ -145,26 +149,15 @@ inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
 }
 
 // Calls `launch(T{}, std::integral_constant<int, head_size>{})` for the element type and the head size of `heads`.
-template <typename Launch>
+template <int kIndex = 0, typename Launch>
 cudaError_t with_type_and_head_size(const AttentionHeads& heads, const Launch& launch) {
-  return with_type(heads.dtype, [&](auto zero) {
-    switch (heads.head_size) {
-      case 32:
-        return launch(zero, std::integral_constant<int, 32>{});
-      case 64:
-        return launch(zero, std::integral_constant<int, 64>{});
-      case 80:
-        return launch(zero, std::integral_constant<int, 80>{});
-      case 96:
-        return launch(zero, std::integral_constant<int, 96>{});
-      case 128:
-        return launch(zero, std::integral_constant<int, 128>{});
-      case 256:
-        return launch(zero, std::integral_constant<int, 256>{});
-      default:
-        return cudaErrorInvalidValue;
-    }
-  });
+  if constexpr (kIndex == kHeadSizes.size()) {
+    return cudaErrorInvalidValue;
+  } else {
+    if (heads.head_size != kHeadSizes[kIndex]) return with_type_and_head_size<kIndex + 1>(heads, launch);
+    return with_type(heads.dtype,
+                     [&](auto zero) { return launch(zero, std::integral_constant<int, kHeadSizes[kIndex]>{}); });
+  }
 }
 
 }  // namespace qwen_plugins

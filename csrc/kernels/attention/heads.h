@@ -2,7 +2,8 @@
 // before attention.
 //
 //   q, k = RMSNorm of each head       (only with norm weights: Qwen3)
-//   q, k = rotary embedding            (kNeox: element i turns with element i + rotary_dim / 2, i < rotary_dim / 2;
+//   q, k = rotary embedding            (kNeox: element i is rotated with element i + rotary_dim / 2, i < rotary_dim /
+//   2;
 //                                       kGptJ: element 2i with element 2i + 1)
 //   q    = q * query_scale            (only with it: Qwen v1's logn)
 //
@@ -11,11 +12,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 
 #include "kernels/common/data_type.h"
 
 namespace qwen_plugins {
+
+constexpr std::array<int32_t, 6> kHeadSizes{32, 64, 80, 96, 128, 256};
 
 // Values are part of the plug-ins' serialised form.
 enum class RotaryStyle : int32_t { kNeox = 0, kGptJ = 1 };
@@ -23,7 +27,7 @@ enum class RotaryStyle : int32_t { kNeox = 0, kGptJ = 1 };
 struct AttentionHeads {
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;             // divides num_heads
-  int32_t head_size = 0;                // 32, 64, 80, 96, 128 or 256
+  int32_t head_size = 0;                // one of kHeadSizes
   int32_t rotary_dim = 0;               // even, at most head_size; 0: no rotary embedding
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of qkv, cache, norm weights and result
 

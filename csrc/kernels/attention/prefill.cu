@@ -1,6 +1,7 @@
 #include <limits>
 
 #include "heads.cuh"
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
 #include "prefill.h"
@@ -12,10 +13,10 @@ namespace {
 
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareHeads = 4;
-constexpr int kPrepareBlocks = 4;  // of a multiprocessor: while some wait for what they load, others load
+constexpr int kPrepareBlocks = 4;  // on a multiprocessor: while some wait for their loads, others issue theirs
 constexpr int kPlainWarps = 4;
 
-// The sequence of a packed token: how many end at or before it. Each lane looks at one end at a time.
+// The sequence that a packed token is in: as many as end at or before it. Each lane looks at one end at a time.
 __device__ __forceinline__ int sequence_of(const int32_t* cu_seqlens, int sequences, int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int first = 0;; first += 32) {
@@ -60,13 +61,13 @@ struct Token {
   }
 };
 
-// What happens to the elements that a lane has of every head of a token.
+// Normalises, rotates and scales the elements that a lane has of every head of a token.
 template <typename T, int kHeadSize>
 class LaneOfHeads {
  public:
   static constexpr int kLanes = kHeadLanes<kHeadSize>;
 
-  // Only loads what does not depend on the head. `scratch` [kHeadSize] is of this group of lanes, in shared memory.
+  // Loads what does not depend on the head. `scratch` [kHeadSize] is shared memory for this group of lanes.
   __device__ __forceinline__ LaneOfHeads(const AttentionHeads& heads, int rotary_row, T* scratch)
       : heads_(heads), scratch_(scratch), rotary_row_(rotary_row) {
 #pragma unroll
@@ -74,7 +75,7 @@ class LaneOfHeads {
     const float* const cosines = heads.rotary_table + rotary_row * int64_t{heads.rotary_dim};
     const float* const sines = cosines + heads.rotary_dim / 2;
     if (element() >= heads.rotary_dim) return;
-    if (turns_whole_vectors() && reinterpret_cast<uintptr_t>(heads.rotary_table) % sizeof(float4) == 0) {
+    if (partners_are_vectors() && reinterpret_cast<uintptr_t>(heads.rotary_table) % sizeof(float4) == 0) {
       const RotaryPair pair(heads.rotary_style, element(), heads.rotary_dim);
 #pragma unroll
       for (int i = 0; i < kVecSize; i += 4) {
@@ -116,8 +117,8 @@ class LaneOfHeads {
   }
 
  private:
-  // Whether the elements that turn with those of a lane are those of another lane.
-  __device__ __forceinline__ bool turns_whole_vectors() const {
+  // Whether the partners of a lane's elements (RotaryPair) are all of another lane's elements.
+  __device__ __forceinline__ bool partners_are_vectors() const {
     return heads_.rotary_style == RotaryStyle::kNeox && heads_.rotary_dim / 2 % kVecSize == 0;
   }
 
@@ -141,7 +142,7 @@ class LaneOfHeads {
 
   __device__ __forceinline__ void rotate(float (&values)[kVecSize], const Vector<T>& x) const {
     float others[kVecSize];
-    to_floats<T>(others, turns_whole_vectors() ? vector_of_partner(x) : gathered_partners(x));
+    to_floats<T>(others, partners_are_vectors() ? vector_of_partner(x) : gathered_partners(x));
     if (element() >= heads_.rotary_dim) return;
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) values[i] = values[i] * cosines_[i] + others[i] * sines_[i];
@@ -161,7 +162,7 @@ class LaneOfHeads {
     return others;
   }
 
-  // One by one, through shared memory.
+  // The partners of a lane's elements one by one, through shared memory.
   __device__ __forceinline__ Vector<T> gathered_partners(const Vector<T>& x) const {
     if (in_head()) *reinterpret_cast<Vector<T>*>(scratch_ + element()) = x;
     __syncwarp();
@@ -184,12 +185,12 @@ class LaneOfHeads {
 
 // Blocks for the heads of q, k and v of the same tokens.
 __host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) {
-  return static_cast<unsigned>(heads.num_heads + 2 * heads.num_kv_heads + kPrepareHeads - 1) / kPrepareHeads;
+  return divide_up(static_cast<unsigned>(heads.num_heads + 2 * heads.num_kv_heads), kPrepareHeads);
 }
 
-// A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k and v: then both the rows of
-// qkv and those of the cache are long. All is loaded before any of it is used. The first tokens come last: attention
-// begins with them, and finds some of them in the L2 cache.
+// A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k or v of each, so that it reads
+// and writes long contiguous pieces of both qkv and the cache. All loads are issued before the first is used. The first
+// tokens come last: attention begins with them, and finds some of them in the L2 cache.
 template <typename T, int kHeadSize>
 __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks)
     prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
@@ -283,27 +284,28 @@ cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties
   constexpr int kSharedBytes = Shape::kSharedElements * static_cast<int>(sizeof(T));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  // The most tiles that so many tokens can make of so many sequences.
+  // The most tiles that so many tokens of so many sequences can have.
   const int64_t tiles = (p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows;
-  const dim3 blocks(static_cast<unsigned>(p.heads.num_heads), static_cast<unsigned>(tiles));  // long tiles first
+  // Heads in x: the longest tiles of all heads come first.
+  const dim3 blocks(static_cast<unsigned>(p.heads.num_heads), static_cast<unsigned>(tiles));
   return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, p);
 }
 
 template <typename T, int kHeadSize>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   constexpr int kTokens = kPrepareThreads / kHeadLanes<kHeadSize>;
-  const auto groups = static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens);
+  const auto groups = static_cast<unsigned>(divide_up(p.tokens, kTokens));
   const dim3 parts(groups * parts_of_heads(p.heads));
   const cudaError_t error =
       launch_kernel(prepare_tokens<T, kHeadSize>, parts, dim3(kPrepareThreads), 0, device, stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<T, float>) {
     const dim3 blocks(static_cast<unsigned>(p.tokens),
-                      static_cast<unsigned>((p.heads.num_heads + kPlainWarps - 1) / kPlainWarps));
+                      static_cast<unsigned>(divide_up(p.heads.num_heads, kPlainWarps)));
     return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
   } else {
 #ifdef QWEN_PLUGINS_HOPPER
-    if (has_hopper_kernel(p.heads, device)) return launch_hopper_attention(p, device, stream);
+    if (takes_prefill_hopper(p.heads, device)) return launch_prefill_hopper(p, device, stream);
 #endif
     return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>>(p, device, stream);
   }

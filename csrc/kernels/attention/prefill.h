@@ -1,15 +1,17 @@
 // Causal attention of prompts over packed sequences: what the host can launch.
 //
-// Two kernels. The first makes q and k ready (attention_heads.h), writes k and v to the cache, and q where the context
-// will be. The second is attention on tensor cores with an online softmax (Dao, "FlashAttention-2", 2023): it reads q
-// there, keys and values from the cache, and puts the context in the place of q. No score matrix is ever in memory.
+// Two kernels. The first normalises and rotates q and k (heads.h), writes k and v to the cache, and q to where the
+// context will be. The second is attention on tensor cores with an online softmax (Dao, "FlashAttention-2", 2023): it
+// reads q there, keys and values from the cache, and overwrites q with the context. No score matrix is written to
+// memory.
 #pragma once
 
 #include "heads.h"
+#include "kernels/common/api.h"
 
 namespace qwen_plugins {
 
-// What one launch can count its tiles with.
+// The limits of one launch's grid.
 constexpr int64_t kMaxPrefillTokens = 1 << 21;
 constexpr int32_t kMaxPrefillSequences = 1 << 14;
 
@@ -27,8 +29,8 @@ struct PrefillAttentionParams {
 };
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation; nothing on the host depends on the
-// lengths but `tokens`. cudaErrorInvalidValue for parameters outside of what is written above and in attention_heads.h,
-// otherwise what the launch returned.
-cudaError_t launch_prefill_attention(const PrefillAttentionParams& params, cudaStream_t stream);
+// lengths but `tokens`. cudaErrorInvalidValue for parameters outside of what is written above and in heads.h, otherwise
+// what the launch returned.
+QWEN_PLUGINS_API cudaError_t launch_prefill_attention(const PrefillAttentionParams& params, cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -1,5 +1,5 @@
-// Attention of prompts with Hopper's own products: for 16-bit types and heads of 64 or 128, on compute capability 9.0.
-// Compiled for sm_90a alone; part of prefill_attention.cu, which calls it where it can.
+// Attention of prompts with wgmma: for 16-bit types and head sizes of 64 or 128, on compute capability 9.0. Compiled
+// for sm_90a alone; prefill.cu calls it.
 #pragma once
 
 #include "kernels/common/launch.h"
@@ -7,10 +7,10 @@
 
 namespace qwen_plugins {
 
-bool has_hopper_kernel(const AttentionHeads& heads, const DeviceProperties& device);
+bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& device);
 
-// The second kernel of prefill_attention.h.
-cudaError_t launch_hopper_attention(const PrefillAttentionParams& params, const DeviceProperties& device,
-                                    cudaStream_t stream);
+// The second kernel of prefill.h.
+cudaError_t launch_prefill_hopper(const PrefillAttentionParams& params, const DeviceProperties& device,
+                                  cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -1,18 +1,17 @@
-// Attention of a tile of queries on tensor cores: one block, one tile of one query head of one sequence.
+// Attention of prompts on tensor cores (mma): a block computes a tile of the queries of one head of one sequence.
 #pragma once
 
 #include "heads.cuh"
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/programmatic_launch.cuh"
 #include "kernels/common/tensor_cores.cuh"
 #include "prefill.h"
 
 namespace qwen_plugins {
 
-// Smaller than any score, yet finite: the difference of two of them is 0 and not NaN.
-constexpr float kLowestScore = -1e30F;
-
-// What a block computes. A warp has kRowTiles times 16 queries: with two, each load of keys and values from shared
-// memory feeds twice the products, which is what bounds this kernel on Hopper; large heads have no registers for it.
+// The shape of a block's tile. A warp has kRowTiles times 16 queries: with two, each load of keys and values from
+// shared memory feeds twice as many mma instructions, and these loads are the limit on Hopper; large heads leave no
+// registers for it.
 template <int kHeadSize_, int kRowTiles_>
 struct TileShape {
   static constexpr int kHeadSize = kHeadSize_;
@@ -22,7 +21,8 @@ struct TileShape {
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
   static constexpr int kKeys = 64;
-  // Of rows in shared memory: an odd number of 16-byte chunks, so that eight rows of a tile are in different banks.
+  // Of a row in shared memory: an odd number of 16-byte chunks, so that the eight rows of an ldmatrix are in different
+  // banks.
   static constexpr int kStride = kHeadSize + 8;
   static constexpr int kSharedElements = (kRows + 2 * kKeys) * kStride;
 };
@@ -31,7 +31,7 @@ struct TileShape {
 struct QueryTile {
   int sequence = 0;
   int64_t first_token = 0;  // in the packed tokens
-  int num_rows = 0;         // real ones
+  int num_rows = 0;         // that exist
   int first_position = 0;   // in the sequence
 };
 
@@ -39,16 +39,16 @@ __device__ __forceinline__ int past_length(const PrefillAttentionParams& p, int 
   return p.past_lengths == nullptr ? 0 : p.past_lengths[sequence];
 }
 
-// Finds tile `index` of all sequences' tiles, the last tile of each sequence first because it takes longest; each lane
-// looks at one sequence at a time. False if there are not so many.
+// Finds tile `index` of all sequences' tiles; the last tile of each sequence comes first because it takes longest. Each
+// lane looks at one sequence at a time. False if there are fewer tiles.
 __device__ __forceinline__ bool find_tile(const PrefillAttentionParams& p, int index, int tile_rows, QueryTile& tile) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int first = 0; first < p.sequences; first += 32) {
     const int sequence = min(first + lane, p.sequences - 1);
     const int begin = p.cu_seqlens[sequence];
     const int length = first + lane < p.sequences ? p.cu_seqlens[sequence + 1] - begin : 0;
-    const int tiles = (length + tile_rows - 1) / tile_rows;
-    int end = tiles;  // of this sequence's tiles among those of the warp's sequences
+    const int tiles = divide_up(length, tile_rows);
+    int end = tiles;  // becomes the sum of the tiles of the warp's sequences up to this one
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const int before = __shfl_up_sync(0xffffffffU, end, offset);
@@ -69,9 +69,9 @@ __device__ __forceinline__ bool find_tile(const PrefillAttentionParams& p, int i
   return false;
 }
 
-// Starts the copies of `kRows` rows to shared memory, those from `num_rows` on as zeros.
+// Issues the loads (cp.async) of `kRows` rows to shared memory, zeros from `num_rows` on.
 template <typename T, typename Shape, int kRows>
-__device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, int num_rows) {
+__device__ __forceinline__ void load_rows(T* to, const T* from, int64_t stride, int num_rows) {
   constexpr int kChunks = Shape::kHeadSize / 8;  // of a row, one for each thread
   constexpr int kStep = Shape::kThreads / kChunks;
   const int first = static_cast<int>(threadIdx.x) / kChunks;
@@ -81,17 +81,18 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, 
 #pragma unroll
   for (int row = 0; row < kRows; row += kStep) {
     if ((kStep * kChunks == Shape::kThreads || first < kStep) && (kRows % kStep == 0 || first + row < kRows)) {
-      copy_async(to_address + row * Shape::kStride * static_cast<int>(sizeof(T)), from + row * stride,
-                 first + row < num_rows);
+      cp_async_16(to_address + row * Shape::kStride * static_cast<int>(sizeof(T)), from + row * stride,
+                  first + row < num_rows);
     }
   }
 }
 
-// A warp's rows: scores and results of kRowTiles tiles of 16, in the layout of multiply_tiles, and their softmax.
+// The online softmax of a warp's rows: scores and results of kRowTiles tiles of 16, with the layout of mma_m16n8k16.
 template <typename T, typename Shape>
 class TileSoftmax {
  public:
-  // `first_position` is that of the warp's first row; `scale` is for powers of two.
+  // `first_position` is that of the warp's first row; `scale` includes log2(e), since the softmax is computed with
+  // exp2.
   __device__ __forceinline__ TileSoftmax(int first_position, float scale)
       : first_position_(first_position), scale_(scale) {
 #pragma unroll
@@ -113,7 +114,7 @@ class TileSoftmax {
         }
   }
 
-  // Scores become weights relative to the largest score so far; rescale_results must follow.
+  // Replaces scores by exp2(score - largest score so far), unnormalised probabilities; rescale_results must follow.
   __device__ __forceinline__ void apply_softmax() {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r)
@@ -140,7 +141,7 @@ class TileSoftmax {
       }
   }
 
-  // After the first tiles the maxima seldom grow.
+  // Seldom has anything to do after the first tiles: then maxima rarely grow.
   __device__ __forceinline__ void rescale_results() {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -152,12 +153,12 @@ class TileSoftmax {
     }
   }
 
-  // The weights of keys 8 n ... 8 n + 15 as the first operand of a product.
-  __device__ __forceinline__ void pack_weights(uint32_t (&weights)[4], int r, int n) const {
+  // The probabilities of keys 8 n ... 8 n + 15 as operand a of mma_m16n8k16 or wgmma.
+  __device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[4], int r, int n) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* const pair = &scores_[r][n + i / 2][i % 2 * 2];
-      weights[i] = pack_pair<T>(pair[0], pair[1]);
+      probabilities[i] = pack_pair<T>(pair[0], pair[1]);
     }
   }
 
@@ -189,13 +190,13 @@ class TileSoftmax {
  private:
   int first_position_;
   float scale_;
-  // Of the rows of a lane; a sum is that of the lane's own columns until the end.
+  // Of a lane's rows; until divide_by_sums(), sums are of the lane's own columns.
   float maxima_[Shape::kRowTiles][2];
   float sums_[Shape::kRowTiles][2] = {};
   float factors_[Shape::kRowTiles][2];
 };
 
-// The products of a warp, from rows of shared memory that are kStride apart.
+// The matrix multiplies of a warp, with operands in rows of shared memory that are kStride apart.
 template <typename T, typename Shape>
 class TileAttention : public TileSoftmax<T, Shape> {
  public:
@@ -216,15 +217,15 @@ class TileAttention : public TileSoftmax<T, Shape> {
     for (int d = 0; d < Shape::kHeadSize; d += 16) {
       uint32_t q[Shape::kRowTiles][4];
 #pragma unroll
-      for (int r = 0; r < Shape::kRowTiles; ++r) load_tiles(q[r], query_address + bytes(16 * r, d));
+      for (int r = 0; r < Shape::kRowTiles; ++r) ldmatrix_x4(q[r], query_address + bytes(16 * r, d));
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t k[4];
-        load_tiles(k, key_address + bytes(8 * n, d));
+        ldmatrix_x4(k, key_address + bytes(8 * n, d));
 #pragma unroll
         for (int r = 0; r < Shape::kRowTiles; ++r) {
-          multiply_tiles<T>(scores_[r][n], q[r], k[0], k[1]);
-          multiply_tiles<T>(scores_[r][n + 1], q[r], k[2], k[3]);
+          mma_m16n8k16<T>(scores_[r][n], q[r], k[0], k[1]);
+          mma_m16n8k16<T>(scores_[r][n + 1], q[r], k[2], k[3]);
         }
       }
     }
@@ -234,23 +235,23 @@ class TileAttention : public TileSoftmax<T, Shape> {
     const uint32_t address = shared_address(values + lane() % 16 * Shape::kStride + lane() / 16 * 8);
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
-      uint32_t weights[Shape::kRowTiles][4];
+      uint32_t probabilities[Shape::kRowTiles][4];
 #pragma unroll
-      for (int r = 0; r < Shape::kRowTiles; ++r) this->pack_weights(weights[r], r, n);
+      for (int r = 0; r < Shape::kRowTiles; ++r) this->pack_probabilities(probabilities[r], r, n);
 #pragma unroll
       for (int d = 0; d < kValueTiles; d += 2) {
         uint32_t v[4];
-        load_tiles_transposed(v, address + bytes(8 * n, 8 * d));
+        ldmatrix_x4_trans(v, address + bytes(8 * n, 8 * d));
 #pragma unroll
         for (int r = 0; r < Shape::kRowTiles; ++r) {
-          multiply_tiles<T>(results_[r][d], weights[r], v[0], v[1]);
-          multiply_tiles<T>(results_[r][d + 1], weights[r], v[2], v[3]);
+          mma_m16n8k16<T>(results_[r][d], probabilities[r], v[0], v[1]);
+          mma_m16n8k16<T>(results_[r][d + 1], probabilities[r], v[2], v[3]);
         }
       }
     }
   }
 
-  // To the warp's rows of shared memory.
+  // Writes to the warp's rows of shared memory.
   __device__ __forceinline__ void write(T* rows) {
     this->divide_by_sums();
 #pragma unroll
@@ -278,7 +279,7 @@ class TileAttention : public TileSoftmax<T, Shape> {
   }
 };
 
-// Keys of the next tile arrive while values are multiplied, and values while keys are.
+// The next tile's keys are loaded while values are multiplied, and a tile's values while its keys are.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_constant__ PrefillAttentionParams p) {
   extern __shared__ __align__(16) char shared[];
@@ -297,26 +298,26 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   T* const shared_keys = shared_queries + Shape::kRows * Shape::kStride;
   T* const shared_values = shared_keys + Shape::kKeys * Shape::kStride;
   const int num_keys = tile.first_position + tile.num_rows;
-  const auto copy_keys = [&](T* to, const T* from, int first) {
-    copy_rows<T, Shape, Shape::kKeys>(to, from + first * int64_t{Shape::kHeadSize}, Shape::kHeadSize, num_keys - first);
-    commit_copies();
+  const auto load_keys = [&](T* to, const T* from, int first) {
+    load_rows<T, Shape, Shape::kKeys>(to, from + first * int64_t{Shape::kHeadSize}, Shape::kHeadSize, num_keys - first);
+    cp_async_commit();
   };
 
   const int first_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpRows;  // of the warp
   T* const warp_rows = shared_queries + first_row * Shape::kStride;
   const int last_position = tile.first_position + first_row + Shape::kWarpRows - 1;
-  TileAttention<T, Shape> attention(tile.first_position + first_row, p.softmax_scale * 1.44269504F);  // log2(e)
-  copy_rows<T, Shape, Shape::kRows>(shared_queries, context, context_stride, tile.num_rows);
-  copy_keys(shared_keys, keys, 0);
+  TileAttention<T, Shape> attention(tile.first_position + first_row, p.softmax_scale * kLog2E);
+  load_rows<T, Shape, Shape::kRows>(shared_queries, context, context_stride, tile.num_rows);
+  load_keys(shared_keys, keys, 0);
   for (int first = 0; first < num_keys; first += Shape::kKeys) {
     const bool sees_keys = first <= last_position;
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
-    copy_keys(shared_values, values, first);
+    load_keys(shared_values, values, first);
     if (sees_keys) attention.multiply_keys(warp_rows, shared_keys);
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
-    if (first + Shape::kKeys < num_keys) copy_keys(shared_keys, keys, first + Shape::kKeys);
+    if (first + Shape::kKeys < num_keys) load_keys(shared_keys, keys, first + Shape::kKeys);
     if (!sees_keys) continue;
     attention.mask(first);
     attention.apply_softmax();

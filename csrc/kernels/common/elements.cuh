@@ -1,4 +1,4 @@
-// Element types: how the host chooses one, and in kernels packs of 16 bytes and conversions to and from float32.
+// Element types: dispatch on the host; in kernels, packs of 16 bytes and conversions to and from float32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 
 namespace qwen_plugins {
 
-// Calls `launch(T{})` with the element type T that `dtype` names.
+// Calls `launch(T{})` with the floating-point element type T that `dtype` names.
 template <typename Launch>
 cudaError_t with_type(DataType dtype, const Launch& launch) {
   switch (dtype) {
@@ -52,15 +52,15 @@ __device__ __forceinline__ T from_float(float value) {
 template <typename T>
 constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
 
-// kWords registers that are loaded or stored at once. The elements stay packed in words: arrays of 16-bit elements make
-// the compiler shuffle halves of registers right behind the load, which stalls until the load is done.
+// kWords registers that are loaded or stored with one instruction. Elements stay packed in words: for arrays of 16-bit
+// elements the compiler rearranges halves of registers right after the load, which stalls until it is complete.
 template <int kWords>
 struct alignas(4 * kWords) Pack {
   uint32_t words[kWords];
 };
 using FullPack = Pack<4>;
 
-// Elements of T in a full pack, the widest access of one thread.
+// Elements of T in a full pack, 16 bytes: the widest access of one thread.
 template <typename T>
 constexpr int kVec = 4 * kPerWord<T>;
 
@@ -98,7 +98,7 @@ __device__ __forceinline__ FullPack pack(const float (&values)[kVec<T>]) {
   return result;
 }
 
-// kVec<T> elements of type T or float32, whichever a weight is stored as; `index` counts groups of kVec<T>.
+// Loads kVec<T> elements of a weight, which is stored as T or as float32; `index` counts groups of kVec<T>.
 template <typename T>
 __device__ __forceinline__ void load_as_float(float (&out)[kVec<T>], const void* base, int64_t index, bool is_float32) {
   if (!is_float32) {
@@ -114,7 +114,8 @@ __device__ __forceinline__ void load_as_float(float (&out)[kVec<T>], const void*
   }
 }
 
-// Both round to nearest even and saturate. An int8 cannot say NaN: it becomes 0; a float8 stays NaN.
+// Conversions to int8 and float8 round to nearest even and saturate. NaN becomes 0 as an int8 and stays NaN as a
+// float8.
 __device__ __forceinline__ uint32_t to_int8_bits(float value) {
   uint32_t result;
   asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(result) : "f"(value));
@@ -134,7 +135,7 @@ __device__ __forceinline__ uint32_t to_float8_e4m3x4(const float (&v)[4]) {
   return low | high << 16;
 }
 
-// Groups of kWidth elements, a full pack or a single element, in rows of either layout. `index` counts groups.
+// Access to groups of kWidth elements, full packs or single elements, of a row. `index` counts groups.
 template <typename T, int kWidth>
 struct Span {
   static_assert(kWidth == 1 || kWidth == kVec<T>);

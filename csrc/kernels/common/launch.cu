@@ -7,11 +7,12 @@
 namespace qwen_plugins {
 namespace {
 
-// What the driver says of it holds for all kernels: they are compiled for the same chips.
+// What the driver says of it holds for all kernels: they are compiled for the same architectures.
 __global__ void compiled_as_all_are() {}
 
-// Whether the code that this chip runs has the instructions that go with the attributes of Hopper's launches. Code for
-// older chips, which the driver translates for this one, has not, and would not wait for the kernel before it.
+// Whether the code that this device runs has the instructions that programmatic dependent launch and clusters need. PTX
+// for an older architecture, which the driver compiles for this device, has not: it would not wait for the kernel
+// before it.
 bool is_compiled_for_hopper(const cudaFuncAttributes& code) {
   return code.binaryVersion >= 90 && (code.ptxVersion == 0 || code.ptxVersion >= 90);
 }
@@ -33,6 +34,34 @@ cudaError_t query(int device, DeviceProperties& properties) {
 }
 
 }  // namespace
+
+LaunchConfig::LaunchConfig(dim3 blocks, dim3 threads, size_t shared_bytes, int cluster, const DeviceProperties& device,
+                           cudaStream_t stream) {
+  config_.gridDim = blocks;
+  config_.blockDim = threads;
+  config_.dynamicSmemBytes = shared_bytes;
+  config_.stream = stream;
+  config_.attrs = attributes_;
+  if (!device.programmatic_launch) return;
+  cudaLaunchAttribute& programmatic = attributes_[config_.numAttrs++];
+  programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  programmatic.val.programmaticStreamSerializationAllowed = 1;
+  if (cluster == 1) return;
+  cudaLaunchAttribute& dimension = attributes_[config_.numAttrs++];
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+}
+
+cudaError_t max_active_clusters(const void* kernel, int cluster, int threads, size_t shared_bytes,
+                                const DeviceProperties& device, int* clusters) {
+  const LaunchConfig config(dim3(static_cast<unsigned>(cluster)), dim3(static_cast<unsigned>(threads)), shared_bytes,
+                            cluster, device, nullptr);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, config.get());
+  if (error != cudaErrorInvalidClusterSize) return error;
+  cudaGetLastError();  // forgets it: no fault, but the answer
+  *clusters = 0;
+  return cudaSuccess;
+}
 
 cudaError_t current_device_properties(DeviceProperties& properties) {
   struct Known {

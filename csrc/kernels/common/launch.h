@@ -1,4 +1,4 @@
-// What the launchers share: facts about the current device, and a launch with the programmatic attribute.
+// What the launchers share: facts about the current device, and launches with the attributes of Hopper and later.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,28 +13,51 @@ struct DeviceProperties {
   int multiprocessors;
   int threads_per_multiprocessor;
   int max_shared_memory_per_block;  // with the opt-in
-  bool programmatic_launch;         // Hopper and later, with code for it; the same chips have clusters
+  // The device has programmatic dependent launch and clusters (Hopper and later), and the code that it runs was
+  // compiled for such a device.
+  bool programmatic_launch;
 };
 
 // Of the calling thread's current device; read from the driver once for each device.
 cudaError_t current_device_properties(DeviceProperties& properties);
 
-// Launches so that the kernel may start while the one before it in the stream still runs, where the chip can. Every
-// kernel launched with this calls wait_for_previous_kernel(): programmatic_launch.cuh says before what.
+// A launch configuration together with the attributes that it points to.
+class LaunchConfig {
+ public:
+  // `cluster`: how many blocks, neighbours in x, are a cluster. Attributes that the device does not have are left out.
+  LaunchConfig(dim3 blocks, dim3 threads, size_t shared_bytes, int cluster, const DeviceProperties& device,
+               cudaStream_t stream);
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute attributes_[2]{};
+};
+
+// Launches with programmatic dependent launch where the device has it, so that the kernel may start while the one
+// before it in the stream still runs, and in clusters of `cluster` blocks, a divisor of blocks.x. Every kernel launched
+// with this calls wait_for_previous_kernel(): programmatic_launch.cuh says before what.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, int cluster,
+                            const DeviceProperties& device, cudaStream_t stream, Arguments&&... arguments) {
+  const LaunchConfig config(blocks, threads, shared_bytes, cluster, device, stream);
+  return cudaLaunchKernelEx(config.get(), kernel, std::forward<Arguments>(arguments)...);
+}
+
+// Likewise without clusters.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
                           const DeviceProperties& device, cudaStream_t stream, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = device.programmatic_launch ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  return launch_clusters(kernel, blocks, threads, shared_bytes, 1, device, stream,
+                         std::forward<Arguments>(arguments)...);
 }
+
+// How many clusters of `cluster` blocks of `kernel` run at once; 0 where the device, or the part of it that is given
+// (MIG), has no room for one.
+cudaError_t max_active_clusters(const void* kernel, int cluster, int threads, size_t shared_bytes,
+                                const DeviceProperties& device, int* clusters);
 
 }  // namespace qwen_plugins

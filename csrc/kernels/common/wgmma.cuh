@@ -1,39 +1,41 @@
-// Hopper's products of four warps (wgmma, sm_90a): how their operands lie in shared memory, and the instructions.
+// wgmma, the matrix multiply of a warpgroup (sm_90a): how its operands lie in shared memory, and the instructions.
 #pragma once
 
 #include "elements.cuh"
 
 namespace qwen_plugins {
 
-// A tile in shared memory is panels of 64 columns: rows of 128 bytes one after the other, whose eight 16-byte chunks
-// are exchanged by the row (the 128-byte swizzle). A panel begins at a multiple of 1024 bytes.
-constexpr int kPanelColumns = 64;
-constexpr int kPanelRowBytes = 128;
+constexpr int kWarpgroupThreads = 128;
 
-// The byte of a chunk of 8 columns within a tile of `rows` rows.
-__device__ __forceinline__ int chunk_offset(int rows, int row, int chunk) {
-  return (chunk / 8 * rows + row) * kPanelRowBytes + (chunk % 8 ^ row % 8) * 16;
+// A tile in shared memory is column panels of 64 16-bit elements, one panel after the other: rows of 128 bytes whose
+// eight 16-byte chunks are permuted by the row (the 128-byte swizzle). A panel begins at a multiple of 1024 bytes.
+constexpr int kSwizzleColumns = 64;
+constexpr int kSwizzleBytes = 128;
+
+// The byte offset of chunk `chunk` (8 columns) of a row, in a tile of `rows` rows.
+__device__ __forceinline__ int swizzled_offset(int rows, int row, int chunk) {
+  return (chunk / 8 * rows + row) * kSwizzleBytes + (chunk % 8 ^ row % 8) * 16;
 }
 
-// What tells an instruction where an operand is. `panel_bytes` is the distance of panels, which counts where the
-// columns are not what is summed over.
-__device__ __forceinline__ uint64_t operand(uint32_t shared_address, int panel_bytes) {
+// The matrix descriptor of an operand in shared memory. `panel_bytes` is the distance of its panels (the leading
+// dimension byte offset), which only counts for an operand whose rows are the k dimension.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared_address, int panel_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{8 * kPanelRowBytes / 16} << 32;
-  return kSwizzle128 | kEightRows | static_cast<uint64_t>(panel_bytes / 16) << 16 | (shared_address & 0x3ffff) >> 4;
+  constexpr uint64_t kStrideOfEightRows = uint64_t{8 * kSwizzleBytes / 16} << 32;
+  return kSwizzle128 | kStrideOfEightRows | static_cast<uint64_t>(panel_bytes / 16) << 16 |
+         (shared_address & 0x3ffff) >> 4;
 }
 
-// Before the first product, and wherever registers of a product were written.
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Needed before the first wgmma, and wherever other instructions wrote registers that a wgmma uses.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `kPending` of the latest groups are incomplete.
 template <int kPending>
-__device__ __forceinline__ void wait_for_products() {
+__device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// What threads wrote to shared memory becomes visible to products, after a barrier.
-__device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// A barrier of the four warps that multiply together; barrier 0 is __syncthreads.
-__device__ __forceinline__ void synchronise_four_warps(int barrier) {
+// A barrier of one warpgroup, under a number of its own; 0 is that of __syncthreads.
+__device__ __forceinline__ void warpgroup_sync(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 
@@ -62,91 +64,91 @@ __device__ __forceinline__ void synchronise_four_warps(int barrier) {
 #define QWEN_REGISTERS_32 QWEN_REGISTERS_28 \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// Both operands in shared memory, columns summed over in both.
-#define QWEN_PRODUCT(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
+// c += a · b^T, both operands in shared memory, k along their columns.
+#define QWEN_WGMMA(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, " operand_a ", " operand_b \
                ", 1, 1, 1, 0, 0;" : tiles(c) : "l"(a), "l"(b))
-#define QWEN_PRODUCT_4(type, c, a, b) QWEN_PRODUCT(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
-#define QWEN_PRODUCT_6(type, c, a, b) QWEN_PRODUCT(type, "48", QWEN_TILES_6, QWEN_REGISTERS_6, "%24", "%25", c, a, b)
-#define QWEN_PRODUCT_8(type, c, a, b) QWEN_PRODUCT(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", c, a, b)
-#define QWEN_PRODUCT_24(type, c, a, b) \
-  QWEN_PRODUCT(type, "192", QWEN_TILES_24, QWEN_REGISTERS_24, "%96", "%97", c, a, b)
-#define QWEN_PRODUCT_28(type, c, a, b) \
-  QWEN_PRODUCT(type, "224", QWEN_TILES_28, QWEN_REGISTERS_28, "%112", "%113", c, a, b)
-#define QWEN_PRODUCT_32(type, c, a, b) \
-  QWEN_PRODUCT(type, "256", QWEN_TILES_32, QWEN_REGISTERS_32, "%128", "%129", c, a, b)
-// Likewise; c = 0 first if not `accumulate`.
-#define QWEN_PRODUCT_OR_SUM(type, c, a, b, accumulate) \
+#define QWEN_WGMMA_4(type, c, a, b) QWEN_WGMMA(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
+#define QWEN_WGMMA_6(type, c, a, b) QWEN_WGMMA(type, "48", QWEN_TILES_6, QWEN_REGISTERS_6, "%24", "%25", c, a, b)
+#define QWEN_WGMMA_8(type, c, a, b) QWEN_WGMMA(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", c, a, b)
+#define QWEN_WGMMA_24(type, c, a, b) \
+  QWEN_WGMMA(type, "192", QWEN_TILES_24, QWEN_REGISTERS_24, "%96", "%97", c, a, b)
+#define QWEN_WGMMA_28(type, c, a, b) \
+  QWEN_WGMMA(type, "224", QWEN_TILES_28, QWEN_REGISTERS_28, "%112", "%113", c, a, b)
+#define QWEN_WGMMA_32(type, c, a, b) \
+  QWEN_WGMMA(type, "256", QWEN_TILES_32, QWEN_REGISTERS_32, "%128", "%129", c, a, b)
+// Likewise; c = a · b^T if not `accumulate`.
+#define QWEN_WGMMA_ACCUMULATE(type, c, a, b, accumulate) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" QWEN_REGISTERS_8 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
                : QWEN_TILES_8(c) : "l"(a), "l"(b), "r"(accumulate))
-// The first operand in registers; of the second, rows are summed over.
-#define QWEN_PRODUCT_REGISTERS(type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
+// c += a · b with a in registers; k along the rows of b.
+#define QWEN_WGMMA_A_IN_REGISTERS(type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " \
                operand_b ", 1, 1, 1, 1;" \
                : tiles(c) : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b))
-#define QWEN_PRODUCT_REGISTERS_8(type, c, a, b) \
-  QWEN_PRODUCT_REGISTERS(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", "%34", "%35", "%36", c, a, b)
-#define QWEN_PRODUCT_REGISTERS_16(type, c, a, b) \
-  QWEN_PRODUCT_REGISTERS(type, "128", QWEN_TILES_16, QWEN_REGISTERS_16, "%64", "%65", "%66", "%67", "%68", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_8(type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", "%34", "%35", "%36", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_16(type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(type, "128", QWEN_TILES_16, QWEN_REGISTERS_16, "%64", "%65", "%66", "%67", "%68", c, a, b)
 // clang-format on
 
-// c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, both in shared memory. Each warp has 16 rows of c, in the
-// layout of multiply_tiles.
+// c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, both given by matrix descriptors. Each warp has 16 rows of c,
+// in tiles of 8 columns with the layout of mma_m16n8k16.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
   static_assert(kTiles == 4 || kTiles == 6 || kTiles == 8 || kTiles == 24 || kTiles == 28 || kTiles == 32);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 4) QWEN_PRODUCT_4("f16", c, a, b);
-    if constexpr (kTiles == 6) QWEN_PRODUCT_6("f16", c, a, b);
-    if constexpr (kTiles == 8) QWEN_PRODUCT_8("f16", c, a, b);
-    if constexpr (kTiles == 24) QWEN_PRODUCT_24("f16", c, a, b);
-    if constexpr (kTiles == 28) QWEN_PRODUCT_28("f16", c, a, b);
-    if constexpr (kTiles == 32) QWEN_PRODUCT_32("f16", c, a, b);
+    if constexpr (kTiles == 4) QWEN_WGMMA_4("f16", c, a, b);
+    if constexpr (kTiles == 6) QWEN_WGMMA_6("f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_8("f16", c, a, b);
+    if constexpr (kTiles == 24) QWEN_WGMMA_24("f16", c, a, b);
+    if constexpr (kTiles == 28) QWEN_WGMMA_28("f16", c, a, b);
+    if constexpr (kTiles == 32) QWEN_WGMMA_32("f16", c, a, b);
   } else {
-    if constexpr (kTiles == 4) QWEN_PRODUCT_4("bf16", c, a, b);
-    if constexpr (kTiles == 6) QWEN_PRODUCT_6("bf16", c, a, b);
-    if constexpr (kTiles == 8) QWEN_PRODUCT_8("bf16", c, a, b);
-    if constexpr (kTiles == 24) QWEN_PRODUCT_24("bf16", c, a, b);
-    if constexpr (kTiles == 28) QWEN_PRODUCT_28("bf16", c, a, b);
-    if constexpr (kTiles == 32) QWEN_PRODUCT_32("bf16", c, a, b);
+    if constexpr (kTiles == 4) QWEN_WGMMA_4("bf16", c, a, b);
+    if constexpr (kTiles == 6) QWEN_WGMMA_6("bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_8("bf16", c, a, b);
+    if constexpr (kTiles == 24) QWEN_WGMMA_24("bf16", c, a, b);
+    if constexpr (kTiles == 28) QWEN_WGMMA_28("bf16", c, a, b);
+    if constexpr (kTiles == 32) QWEN_WGMMA_32("bf16", c, a, b);
   }
 }
 
 // Likewise with 64 rows of b; c = a · b^T if not `accumulate`.
 template <typename T>
-__device__ __forceinline__ void multiply_async(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    QWEN_PRODUCT_OR_SUM("f16", c, a, b, static_cast<int>(accumulate));
+    QWEN_WGMMA_ACCUMULATE("f16", c, a, b, static_cast<int>(accumulate));
   } else {
-    QWEN_PRODUCT_OR_SUM("bf16", c, a, b, static_cast<int>(accumulate));
+    QWEN_WGMMA_ACCUMULATE("bf16", c, a, b, static_cast<int>(accumulate));
   }
 }
 
-// c [64 x 8 kTiles] += a [64 x 16] · b [16 x 8 kTiles], a in registers in the layout of multiply_tiles.
+// c [64 x 8 kTiles] += a [64 x 16] · b [16 x 8 kTiles], a in registers with the layout of mma_m16n8k16.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_async(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kTiles == 8 || kTiles == 16);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 8) QWEN_PRODUCT_REGISTERS_8("f16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_PRODUCT_REGISTERS_16("f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("f16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("f16", c, a, b);
   } else {
-    if constexpr (kTiles == 8) QWEN_PRODUCT_REGISTERS_8("bf16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_PRODUCT_REGISTERS_16("bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("bf16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("bf16", c, a, b);
   }
 }
 
-#undef QWEN_PRODUCT_REGISTERS_16
-#undef QWEN_PRODUCT_REGISTERS_8
-#undef QWEN_PRODUCT_REGISTERS
-#undef QWEN_PRODUCT_OR_SUM
-#undef QWEN_PRODUCT_32
-#undef QWEN_PRODUCT_28
-#undef QWEN_PRODUCT_24
-#undef QWEN_PRODUCT_8
-#undef QWEN_PRODUCT_6
-#undef QWEN_PRODUCT_4
-#undef QWEN_PRODUCT
+#undef QWEN_WGMMA_A_IN_REGISTERS_16
+#undef QWEN_WGMMA_A_IN_REGISTERS_8
+#undef QWEN_WGMMA_A_IN_REGISTERS
+#undef QWEN_WGMMA_ACCUMULATE
+#undef QWEN_WGMMA_32
+#undef QWEN_WGMMA_28
+#undef QWEN_WGMMA_24
+#undef QWEN_WGMMA_8
+#undef QWEN_WGMMA_6
+#undef QWEN_WGMMA_4
+#undef QWEN_WGMMA
 #undef QWEN_REGISTERS_32
 #undef QWEN_REGISTERS_28
 #undef QWEN_REGISTERS_24

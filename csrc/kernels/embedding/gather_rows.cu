@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "gather_rows.h"
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
@@ -12,7 +13,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxGridY = 65535;
 
-// Unit: what a thread copies at a time, 16 bytes or one element.
+// Unit is what a thread copies at a time: 16 bytes or one element.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ GatherRowsParams p, int64_t row_units) {
   trigger_dependent_launch();
@@ -32,7 +33,7 @@ template <typename Unit>
 cudaError_t launch(const GatherRowsParams& p, cudaStream_t stream) {
   const int64_t row_units = p.row_size * size_of(p.dtype) / static_cast<int64_t>(sizeof(Unit));
   const dim3 grid(static_cast<unsigned>(p.rows),
-                  static_cast<unsigned>(std::min((row_units + kThreads - 1) / kThreads, kMaxGridY)));
+                  static_cast<unsigned>(std::min(divide_up(row_units, kThreads), kMaxGridY)));
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return launch_kernel(gather_rows<Unit>, grid, dim3(kThreads), 0, device, stream, p, row_units);

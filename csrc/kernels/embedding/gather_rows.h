@@ -1,10 +1,12 @@
-// y[i] = table[ids[i]]: the embedding, and the last token of each sequence. What the host can launch.
+// Gathering rows, y[i] = table[ids[i]], for the embedding and the last token of each sequence: what the host can
+// launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "kernels/common/api.h"
 #include "kernels/common/data_type.h"
 
 namespace qwen_plugins {
@@ -20,6 +22,6 @@ struct GatherRowsParams {
 };
 
 // Launches on `stream` and returns at once. cudaErrorInvalidValue for parameters outside of what is written above.
-cudaError_t launch_gather_rows(const GatherRowsParams& params, cudaStream_t stream);
+QWEN_PLUGINS_API cudaError_t launch_gather_rows(const GatherRowsParams& params, cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -15,7 +15,7 @@ struct Candidate {
   int flags = RTLD_NOW | RTLD_LOCAL;
 };
 
-// The folder two above the shared object that this code is in: site-packages, where it was installed with pip.
+// The folder above that of the shared library that this code is in: site-packages, where pip installed the package.
 std::string site_packages() {
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&load_cublas_lt), &info) == 0 || info.dli_fname == nullptr) return {};

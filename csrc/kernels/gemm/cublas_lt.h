@@ -1,5 +1,4 @@
-// cuBLASLt, loaded at run time: the few functions and values of it that are called here. Nothing of it is needed to
-// build.
+// cuBLASLt, loaded at run time: the few of its functions and values that are used here. It is not needed to build.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+
+#include "kernels/common/api.h"
 
 namespace qwen_plugins {
 
@@ -65,12 +66,12 @@ struct CublasLt {
                 cublas_lt::Layout, const cublas_lt::Algorithm*, void* workspace, size_t workspace_bytes, cudaStream_t);
 };
 
-// Null where it cannot be loaded. Looked for once, in this order: the file that the environment variable
-// QWEN_PLUGINS_CUBLASLT names ("none": no file at all); what the process has loaded already, as PyTorch does; the pip
-// packages beside the one that this code is installed in; the system.
+// Loads it, or returns null where that fails. Looked for once, in this order: the file that the environment variable
+// QWEN_PLUGINS_CUBLASLT names ("none": cuBLASLt is not used); what the process has loaded already, as PyTorch does;
+// pip's packages beside the one that this code is installed in; the system.
 const CublasLt* load_cublas_lt();
 
 // The file that was loaded, or where it was looked for and why the first of those files could not be loaded.
-const std::string& cublas_lt_status();
+QWEN_PLUGINS_API const std::string& cublas_lt_status();
 
 }  // namespace qwen_plugins

@@ -14,9 +14,9 @@ namespace {
 using cublas_lt::kNotSupported;
 using cublas_lt::kSuccess;
 
-constexpr size_t kMaxPlans = 4096;  // each is a few hundred bytes; then all are made anew
+constexpr size_t kMaxPlans = 4096;  // a few hundred bytes each; beyond that all are dropped and made anew
 
-// Everything that cuBLASLt's choice depends on.
+// Everything that cuBLASLt's choice of an algorithm depends on.
 struct Key {
   int device;
   int64_t rows, in_features, out_features, x_row_stride;
@@ -82,7 +82,7 @@ struct Plan {
     int found = 0;
     const bool chose =
         prefer(cublas_lt::kMaxWorkspaceBytes, static_cast<uint64_t>(kCublasLtWorkspaceBytes)) &&
-        // Sums of parts of k in float32 too, where cuBLASLt may by default take the type of z.
+        // Split-K sums in float32, too: by default cuBLASLt may use the type of z.
         prefer(cublas_lt::kReductionSchemes, cublas_lt::kReduceInComputeType) &&
         prefer(cublas_lt::kMinAlignmentA, key.weight_alignment) && prefer(cublas_lt::kMinAlignmentB, key.x_alignment) &&
         prefer(cublas_lt::kMinAlignmentC, key.z_alignment) && prefer(cublas_lt::kMinAlignmentD, key.z_alignment) &&
@@ -93,7 +93,7 @@ struct Plan {
   }
 };
 
-// Makes what may allocate or synchronise allowed while a stream is captured: it is not part of the graph.
+// Allows calls that may allocate or synchronise while a stream is captured; they do not become part of the graph.
 class OutsideOfCapture {
  public:
   OutsideOfCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -103,7 +103,8 @@ class OutsideOfCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The handles by device and the plans. The bias pointer is part of a plan's descriptor: a launch holds the lock.
+// cuBLASLt's handles, by device, and the plans. The bias pointer is part of a plan's descriptor, so a launch holds the
+// lock.
 class Plans {
  public:
   explicit Plans(const CublasLt& lt) : lt_(lt) {}
@@ -150,7 +151,7 @@ cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* works
   key.weight_alignment = alignment_of(params.weight);
   key.x_alignment = alignment_of(params.x);
   key.z_alignment = alignment_of(z);
-  // Preferences have no alignment of the bias, which is added and written in the same pieces as z.
+  // Preferences have no alignment of the bias, which is read in the same pieces as z is written.
   if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
   static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be gone before it
   return plans.launch(key, params, z, workspace, stream);

@@ -1,4 +1,4 @@
-// The matrix product for many rows, by cuBLASLt.
+// The GEMM for many rows, by cuBLASLt.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,11 +9,12 @@
 
 namespace qwen_plugins {
 
-// What cuBLASLt may use of a workspace, as much as cuBLAS itself takes on Hopper.
+// The workspace that cuBLASLt is given: as much as cuBLAS itself takes on Hopper.
 constexpr int64_t kCublasLtWorkspaceBytes = int64_t{32} << 20;
 
-// z [rows, out_features] = x · weight^T + bias for params' operands but its activation and y. The workspace is of
-// kCublasLtWorkspaceBytes. cudaErrorNotSupported, with nothing launched, where cuBLASLt is not there or cannot do it.
+// z [rows, out_features] = x · weight^T + bias; params' activation and y are not used. The workspace has
+// kCublasLtWorkspaceBytes. cudaErrorNotSupported, with nothing launched, where cuBLASLt cannot be loaded or cannot do
+// it.
 cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* workspace, cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -3,6 +3,7 @@
 
 #include "cublas_lt_gemm.h"
 #include "gemm.h"
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/launch.h"
 #include "plain.h"
 #include "stream.h"
@@ -14,7 +15,7 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes, of what gemm_stream reads
-// That cuBLASLt multiplies at once where SwiGLU follows: more take no less time for each, but room for their product.
+// Rows that one call of cuBLASLt computes where SwiGLU follows: more are no faster, and z takes more workspace.
 constexpr int64_t kMaxSwigluRows = 8192;
 
 bool is_valid(const GemmShape& shape) {
@@ -26,12 +27,12 @@ bool is_valid(const GemmShape& shape) {
          (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 || shape.dtype == DataType::kBFloat16);
 }
 
-// Whether gemm_stream can take operands of this shape whose addresses are aligned.
+// Whether gemm_stream can compute this shape, given aligned addresses.
 bool is_streamable(const GemmShape& shape) {
   return shape.dtype != DataType::kFloat32 && shape.in_features * size_of(shape.dtype) % kAlignment == 0;
 }
 
-// Whether it is also no slower than cuBLASLt: measured on an H200, docs/gemm.md.
+// Whether it is also no slower than cuBLASLt there (measured on an H200: docs/gemm.md).
 bool is_for_stream(const GemmShape& shape) { return is_streamable(shape) && shape.rows <= kMaxStreamedRows; }
 
 bool is_aligned(const GemmParams& p) {
@@ -40,7 +41,7 @@ bool is_aligned(const GemmParams& p) {
   return misaligned % kAlignment == 0;
 }
 
-// The product of rows [first, first + count).
+// The GEMM of rows [first, first + count) alone.
 GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
   const int64_t size = size_of(params.shape.dtype);
   GemmParams part = params;
@@ -50,34 +51,34 @@ GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
   return part;
 }
 
-// cudaErrorNotSupported, with nothing launched, where Hopper's own kernel is not there or not for such a product.
+// cudaErrorNotSupported, with nothing launched, where no kernel for Hopper takes this GEMM.
 cudaError_t launch_on_hopper([[maybe_unused]] const GemmParams& p, [[maybe_unused]] cudaStream_t stream) {
 #ifdef QWEN_PLUGINS_HOPPER
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
-  if (has_hopper_gemm(p, device)) return launch_gemm_hopper(p, device, stream);
-  if (has_hopper_tiles_gemm(p, device)) return launch_gemm_hopper_tiles(p, device, stream);
+  if (takes_gemm_stream_hopper(p, device)) return launch_gemm_stream_hopper(p, device, stream);
+  if (takes_gemm_tiles_hopper(p, device)) return launch_gemm_tiles_hopper(p, device, stream);
 #endif
   return cudaErrorNotSupported;
 }
 
 cudaError_t launch_swiglu_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   SwigluParams swiglu;
-  void* product = static_cast<char*>(p.workspace) + kCublasLtWorkspaceBytes;
-  swiglu.gate_up = product;
+  void* z = static_cast<char*>(p.workspace) + kCublasLtWorkspaceBytes;
+  swiglu.gate_up = z;
   swiglu.y = p.y;
   swiglu.gate_up_row_stride = p.shape.out_features;
   swiglu.rows = p.shape.rows;
   swiglu.size = p.shape.out_features / 2;
   swiglu.dtype = p.shape.dtype;
-  const cudaError_t error = launch_gemm_cublas_lt(p, product, p.workspace, stream);
+  const cudaError_t error = launch_gemm_cublas_lt(p, z, p.workspace, stream);
   return error == cudaSuccess ? launch_swiglu(swiglu, stream) : error;
 }
 
 cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   if (p.shape.activation == Activation::kNone) return launch_gemm_cublas_lt(p, p.y, p.workspace, stream);
-  const int64_t parts = (p.shape.rows + kMaxSwigluRows - 1) / kMaxSwigluRows;
-  const int64_t rows = (p.shape.rows + parts - 1) / parts;  // even parts: the weight is read for each of them
+  const int64_t parts = divide_up(p.shape.rows, kMaxSwigluRows);
+  const int64_t rows = divide_up(p.shape.rows, parts);  // even parts: each of them reads the whole weight
   cudaError_t error = cudaSuccess;
   for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += rows) {
     error = launch_swiglu_with_cublas_lt(rows_of(p, row, std::min(rows, p.shape.rows - row)), stream);
@@ -85,7 +86,7 @@ cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   return error;
 }
 
-// Few rows, or few at a time.
+// The kernels that run on every device: few rows, or few at a time.
 cudaError_t launch_own_kernels(const GemmParams& p, cudaStream_t stream) {
   if (!is_streamable(p.shape) || !is_aligned(p)) return launch_gemm_plain(p, stream);
   cudaError_t error = cudaSuccess;

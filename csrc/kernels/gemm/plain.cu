@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
@@ -10,13 +11,13 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kRows = 4;  // of x, for each of which a warp sums one column
+constexpr int kRows = 4;  // of x, that a warp multiplies with a weight row at a time
 
 struct Sums {
   float of_row[kRows] = {};
 };
 
-// Rows of x (those past the last: the last again) times one row of the weight; the sums are right in lane 0.
+// kRows rows of x (beyond the last row: the last again) times one row of the weight; the result is in lane 0.
 template <typename T>
 __device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row, int64_t weight_row) {
   Sums sums;
@@ -67,8 +68,8 @@ __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant_
 template <typename T>
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   const int64_t columns = p.shape.out_features / (p.shape.activation == Activation::kSwiglu ? 2 : 1);
-  const dim3 grid(static_cast<unsigned>((columns + kWarps - 1) / kWarps),
-                  static_cast<unsigned>(std::min<int64_t>((p.shape.rows + kRows - 1) / kRows, 65535)));
+  const dim3 grid(static_cast<unsigned>(divide_up(columns, kWarps)),
+                  static_cast<unsigned>(std::min<int64_t>(divide_up(p.shape.rows, kRows), 65535)));
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return launch_kernel(gemm_plain<T>, grid, dim3(32, kWarps), 0, device, stream, p);

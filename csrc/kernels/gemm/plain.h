@@ -1,4 +1,4 @@
-// The matrix product of any type, size and alignment: right, and slow.
+// The GEMM for any type, size and alignment: correct, and slow.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,17 +1,20 @@
-// The kernel for few rows: streams the weight once, at the memory's speed.
+// The streaming GEMM for few rows: reads the weight once, at the speed of memory.
 //
-// Tensor cores multiply (mma m16n8k16): rows of x are the A operand, tiles of 8 weight rows the B operand. The sum over
-// k may be taken in any order as long as A and B agree: lane (g, t) takes 16 contiguous bytes of row g at 8 t in every
-// 32 elements, which are the B fragments of two products as they lie in memory, and the A fragments likewise.
+// Tensor cores multiply (mma.m16n8k16): rows of x are operand a, tiles of 8 weight rows operand b. The sum over k may
+// be taken in any order as long as a and b agree: lane (g, t) takes the 16 contiguous bytes of row g at 8 t of every 32
+// elements, which are the b fragments of two mma instructions just as they lie in memory, and the a fragments likewise.
 //
-// The warps of a block split k in chunks of 64 elements, 128 bytes of a row. Each warp has its own ring of copies in
-// flight, which runs on from tile to tile: no barrier but one for each group of tiles, when the warps' sums are added.
+// A persistent kernel. The warps of a block split k in chunks of 64 elements, 128 bytes of a row. Each warp has its own
+// ring buffer of loads in flight (cp.async), which runs on from tile to tile: the only barrier is one for each group of
+// tiles, when the warps' partial sums are added.
 //
-// One block for each multiprocessor, with more than half of its shared memory: two would else share one while another
-// has none. With programmatic dependent launch the next product's blocks start as this one's leave, fill their rings
-// while the slowest of this one and what comes between (a normalisation) run, and wait only for x.
+// One block for each multiprocessor: it takes more than half of the shared memory, since two blocks could otherwise
+// share one multiprocessor while another has none. With programmatic dependent launch the next GEMM's blocks start as
+// this one's finish, fill their ring buffers while the slowest of this one, and a normalisation between the two, still
+// run, and wait only for x.
 #pragma once
 
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/elements.cuh"
 #include "kernels/common/programmatic_launch.cuh"
 #include "kernels/common/tensor_cores.cuh"
@@ -29,17 +32,17 @@ constexpr int kTileBytes = kTileRows * kLineBytes;  // a chunk of a tile
 // Where a warp finds the rows of x.
 enum class XPlace {
   kShared,    // its chunks of all rows stay in shared memory
-  kStreamed,  // they come through the ring with the weights: for x that is too large
+  kStreamed,  // they are loaded through the ring buffer with the weights: for x that is too large
 };
 
-// How a kernel is cut out.
+// The tile and pipeline sizes of a kernel.
 template <int kXTiles_, int kTiles_, XPlace kX_, int kWarps_, int kStages_>
 struct StreamShape {
   static constexpr int kXTiles = kXTiles_;  // x has up to 8 kXTiles rows; 1 or 2
   static constexpr int kTiles = kTiles_;    // tiles that a block works on at a time
   static constexpr XPlace kX = kX_;
   static constexpr int kWarps = kWarps_;
-  static constexpr int kStages = kStages_;  // chunks that a warp's ring holds
+  static constexpr int kStages = kStages_;  // chunks that a warp's ring buffer holds
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kXStageBytes = kX == XPlace::kStreamed ? kXTiles * kTileBytes : 0;
   static constexpr int kStageBytes = kTiles * kTileBytes + kXStageBytes;
@@ -47,31 +50,32 @@ struct StreamShape {
   static constexpr int kTileSums = 8 * kXTiles * kTileRows;
   static constexpr int kSums = kTiles * kTileSums;
   static constexpr int kSumBytes = 2 * kWarps * kSums * static_cast<int>(sizeof(float));
-  static constexpr int kMinBlocks = kWarps == 16 ? 2 : 3;  // leaves registers for a normalisation beside a block
+  // For __launch_bounds__: leaves registers for a normalisation's blocks beside the one of this kernel.
+  static constexpr int kMinBlocks = kWarps == 16 ? 2 : 3;
 
   static constexpr int64_t shared_bytes(int64_t rows, int64_t in_features) {
     constexpr int64_t kChunksAtOnce = kWarps * kChunk;
-    const int64_t chunks = (in_features + kChunksAtOnce - 1) / kChunksAtOnce * kWarps;
+    const int64_t chunks = divide_up(in_features, kChunksAtOnce) * kWarps;
     return kWarps * kRingBytes + kSumBytes + (kX == XPlace::kShared ? chunks * rows * kLineBytes : 0);
   }
 };
 
-// As copy_async; the memory is to read 128 bytes at a time.
-__device__ __forceinline__ void copy_of_line_async(uint32_t to, const void* from, bool exists) {
+// As cp_async_16, with the hint to load the whole 128-byte line to the L2 cache.
+__device__ __forceinline__ void cp_async_16_of_line(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
                : "r"(to), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
-// As wait_for_copies; then the warp's lanes see each other's copies.
+// As cp_async_wait; then the warp's lanes see each other's loads.
 template <int kPending>
-__device__ __forceinline__ void wait_for_copies_of_warp() {
-  wait_for_copies<kPending>();
+__device__ __forceinline__ void cp_async_wait_warp() {
+  cp_async_wait<kPending>();
   __syncwarp();
 }
 
-// Byte offset of a pack inside lines of 128 bytes. Halves of a line change places in odd rows, so that the 8 lanes that
-// are served at once find what they read, 64 bytes of two rows, in 32 different banks.
+// Byte offset of a pack inside lines of 128 bytes. The halves of a line are swapped in odd rows, so that the 8 lanes
+// whose 16-byte accesses are served together, to 64 bytes of two rows each, use 32 different banks.
 __device__ __forceinline__ int pack_offset(int row, int pack) {
   return row * kLineBytes + (pack ^ (row % 2 * (kLinePacks / 2))) * static_cast<int>(sizeof(FullPack));
 }
@@ -79,19 +83,19 @@ __device__ __forceinline__ int pack_offset(int row, int pack) {
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_of_thread() { return threadIdx.x / 32; }
 
-// Walks over the chunks of a warp, group after group of tiles, and copies them into its ring, as far ahead of the
-// products as the ring is long.
+// Issues the loads of a warp's chunks of the weight into its ring buffer, group after group of tiles, as far ahead of
+// the mma instructions as the ring buffer is long.
 template <typename T, typename Shape>
-class WeightCopies {
+class WeightLoads {
  public:
-  __device__ __forceinline__ explicit WeightCopies(const StreamArguments& arguments)
+  __device__ __forceinline__ explicit WeightLoads(const StreamArguments& arguments)
       : p(arguments), group(blockIdx.x), chunk(warp_of_thread()) {
     if (chunk >= p.chunks) group = p.groups;
     find_group();
   }
 
-  // One tile of the current chunk to `stage`. Past the end there is nothing to copy.
-  __device__ __forceinline__ void copy(int tile, uint32_t stage) const {
+  // Loads one tile of the current chunk to `stage`. Past the last chunk it does nothing.
+  __device__ __forceinline__ void load(int tile, uint32_t stage) const {
     if (group >= p.groups) return;
     const int line = lane_of_thread() / kLinePacks, pack = lane_of_thread() % kLinePacks;
     const int k = chunk * kChunk + pack * kVec<T>;
@@ -102,7 +106,7 @@ class WeightCopies {
     for (int half = 0; half < 2; ++half) {
       const bool inside = k < p.in_features && in_group + half * p.half_columns < end;
       const int row = line + half * (kTileRows / 2);
-      copy_of_line_async(stage + tile * kTileBytes + pack_offset(row, pack), from + half * p.half_stride, inside);
+      cp_async_16_of_line(stage + tile * kTileBytes + pack_offset(row, pack), from + half * p.half_stride, inside);
     }
   }
 
@@ -127,47 +131,47 @@ class WeightCopies {
             lane_of_thread() % kLinePacks * kVec<T>;
   }
 
-  const T* first;  // what this lane copies first of chunk 0
+  const T* first;  // what this lane loads first of chunk 0
 };
 
-// Of a chunk of x, 8 lanes the line of one row.
+// Loads a line of one row of x, with 8 lanes.
 template <typename T>
-__device__ __forceinline__ void copy_x_line(const StreamArguments& p, int chunk, int row, uint32_t lines) {
+__device__ __forceinline__ void load_x_line(const StreamArguments& p, int chunk, int row, uint32_t lines) {
   const int pack = lane_of_thread() % kLinePacks;
   const int k = chunk * kChunk + pack * kVec<T>;
-  copy_of_line_async(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k,
-                     k < p.in_features);
+  cp_async_16_of_line(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k,
+                      k < p.in_features);
 }
 
 constexpr int kLinesAtOnce = 32 / kLinePacks;
 
-// A chunk of all rows of x.
+// Loads a chunk of all rows of x.
 template <typename T, typename Shape>
-__device__ __forceinline__ void copy_x_chunk(const StreamArguments& p, int chunk, uint32_t lines) {
+__device__ __forceinline__ void load_x_chunk(const StreamArguments& p, int chunk, uint32_t lines) {
 #pragma unroll
   for (int first = 0; first < 8 * Shape::kXTiles; first += kLinesAtOnce) {
     const int row = first + lane_of_thread() / kLinePacks;
-    if (row < p.rows) copy_x_line<T>(p, chunk, row, lines);
+    if (row < p.rows) load_x_line<T>(p, chunk, row, lines);
   }
 }
 
-// All chunks of x that this warp multiplies. Few rows: several chunks at once, that no lanes stand idle.
+// Loads all chunks of x that this warp multiplies; with few rows several chunks at a time, so that no lanes are idle.
 template <typename T, typename Shape>
-__device__ __forceinline__ void copy_x_of_warp(const StreamArguments& p, uint32_t lines) {
+__device__ __forceinline__ void load_x_of_warp(const StreamArguments& p, uint32_t lines) {
   const auto chunk = [](int i) { return warp_of_thread() + i * Shape::kWarps; };
   const auto place = [&](int i) { return lines + i * p.rows * kLineBytes; };
   if (p.rows >= kLinesAtOnce) {
-    for (int i = 0; i < p.chunks_of_warp; ++i) copy_x_chunk<T, Shape>(p, chunk(i), place(i));
+    for (int i = 0; i < p.chunks_of_warp; ++i) load_x_chunk<T, Shape>(p, chunk(i), place(i));
     return;
   }
   for (int row = 0; row < p.rows; ++row) {
     for (int i = lane_of_thread() / kLinePacks; i < p.chunks_of_warp; i += kLinesAtOnce) {
-      copy_x_line<T>(p, chunk(i), row, place(i));
+      load_x_line<T>(p, chunk(i), row, place(i));
     }
   }
 }
 
-// What a lane multiplies of a chunk, of one row of a tile or of x.
+// A lane's operands of a chunk, of one row of a tile or of x.
 struct Fragments {
   FullPack packs[2];
 
@@ -179,7 +183,8 @@ struct Fragments {
   }
 };
 
-// A chunk of a tile times a chunk of x. Weights of other types are to be unpacked here.
+// A chunk of a tile times a chunk of x. The only place that sees weights as operands: one stored in another type would
+// be converted here.
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[4], const Fragments (&x)[Shape::kXTiles],
                                                const Fragments& weight) {
@@ -190,14 +195,14 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[4], const Fragments
       const FullPack low = x[0].packs[i];
       const FullPack high = Shape::kXTiles == 2 ? x[Shape::kXTiles - 1].packs[i] : FullPack{};
       const uint32_t a[4] = {low.words[j], high.words[j], low.words[j + 1], high.words[j + 1]};
-      multiply_tiles<T>(sums, a, weight.packs[i].words[j], weight.packs[i].words[j + 1]);
+      mma_m16n8k16<T>(sums, a, weight.packs[i].words[j], weight.packs[i].words[j + 1]);
     }
   }
 }
 
-// Puts a warp's sums of a tile where finish_group finds them, [row of x][row of tile].
+// Writes a warp's partial sums of a tile for finish_group, [row of x][row of tile].
 template <typename Shape>
-__device__ __forceinline__ void put_sums(float* of_tile, const float (&sums)[4]) {
+__device__ __forceinline__ void write_sums(float* of_tile, const float (&sums)[4]) {
   const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
 #pragma unroll
   for (int h = 0; h < Shape::kXTiles; ++h) {
@@ -205,7 +210,7 @@ __device__ __forceinline__ void put_sums(float* of_tile, const float (&sums)[4])
   }
 }
 
-// Adds what the warps have put and writes y. With SwiGLU a tile holds 4 gate rows and the 4 up rows that belong to
+// Adds the warps' partial sums and writes y. With SwiGLU a tile holds 4 gate rows and the 4 up rows that belong to
 // them.
 template <typename T, typename Shape>
 __device__ __forceinline__ void finish_group(const StreamArguments& p, int group, const float* of_warps) {
@@ -246,39 +251,39 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const unsigned char* x_lines =
       shared + Shape::kWarps * Shape::kRingBytes + Shape::kSumBytes + warp_of_thread() * p.chunks_of_warp * x_bytes;
 
-  const auto begin_x = [&] {
+  const auto load_first_x = [&] {
     if constexpr (kStreamsX) {
       for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
-        copy_x_chunk<T, Shape>(p, chunk,
+        load_x_chunk<T, Shape>(p, chunk,
                                shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
         chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
       }
     } else {
-      copy_x_of_warp<T, Shape>(p, shared_address(x_lines));
+      load_x_of_warp<T, Shape>(p, shared_address(x_lines));
     }
-    commit_copies();
+    cp_async_commit();
   };
 
   if (!p.constant_weight) {
     wait_for_previous_kernel();
-    begin_x();
+    load_first_x();
   }
-  WeightCopies<T, Shape> copies(p);
+  WeightLoads<T, Shape> loads(p);
 #pragma unroll
   for (int stage = 0; stage < Shape::kStages; ++stage) {
 #pragma unroll
     for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      copies.copy(tile, shared_address(ring + stage * Shape::kStageBytes));
-      commit_copies();
+      loads.load(tile, shared_address(ring + stage * Shape::kStageBytes));
+      cp_async_commit();
     }
-    copies.advance();
+    loads.advance();
   }
   if (p.constant_weight) {
     wait_for_previous_kernel();
-    begin_x();
-    wait_for_copies_of_warp<0>();
+    load_first_x();
+    cp_async_wait_warp<0>();
   } else {
-    wait_for_copies_of_warp<kPending>();
+    cp_async_wait_warp<kPending>();
   }
 
   int stage_offset = 0;
@@ -291,9 +296,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       Fragments x[Shape::kXTiles];
 #pragma unroll
       for (int tile = 0; tile < Shape::kTiles; ++tile) {
-        wait_for_copies_of_warp<kPending - 1>();
+        cp_async_wait_warp<kPending - 1>();
         if (tile == 0) {
-          // Lanes of rows that x does not have take its last: their sums are not used.
+          // Lanes of rows that x does not have load its last row: their sums are not used.
           for (int h = 0; h < Shape::kXTiles; ++h) {
             x[h].load(kStreamsX ? stage + Shape::kTiles * kTileBytes : x_chunk,
                       min(lane_of_thread() / 4 + 8 * h, p.rows - 1));
@@ -303,22 +308,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         Fragments weight;
         weight.load(stage + tile * kTileBytes, lane_of_thread() / 4);
         multiply_chunk<T, Shape>(sums[tile], x, weight);
-        __syncwarp();  // all lanes have read what the next copies overwrite
-        if (kStreamsX && tile == 0 && copies.group < p.groups) {
-          copy_x_chunk<T, Shape>(p, copies.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
+        __syncwarp();  // all lanes have read what the next loads overwrite
+        if (kStreamsX && tile == 0 && loads.group < p.groups) {
+          load_x_chunk<T, Shape>(p, loads.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
         }
-        copies.copy(tile, shared_address(stage));
-        commit_copies();
+        loads.load(tile, shared_address(stage));
+        cp_async_commit();
       }
-      copies.advance();
+      loads.advance();
       stage_offset = stage_offset + Shape::kStageBytes == Shape::kRingBytes ? 0 : stage_offset + Shape::kStageBytes;
     }
     float* sums_of_group = sums_of_warps + parity * Shape::kWarps * Shape::kSums;
 #pragma unroll
     for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      put_sums<Shape>(sums_of_group + warp_of_thread() * Shape::kSums + tile * Shape::kTileSums, sums[tile]);
+      write_sums<Shape>(sums_of_group + warp_of_thread() * Shape::kSums + tile * Shape::kTileSums, sums[tile]);
     }
-    __syncthreads();  // the only one: the next group's sums go to the other half
+    __syncthreads();  // one is enough: the next group's sums go to the other buffer
     finish_group<T, Shape>(p, group, sums_of_group);
     parity ^= 1;
   }

@@ -1,4 +1,4 @@
-// The matrix product for few rows, which streams the weight: what gemm.cu launches.
+// The GEMM for few rows, which streams the weight: what gemm.cu launches.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +9,10 @@
 
 namespace qwen_plugins {
 
-// Up to this many rows at once.
+// Rows of x that one launch can compute.
 constexpr int64_t kMaxStreamedRows = 16;
 
-// By the type of the operands; x, weight and the rows of both begin at 16 bytes.
+// By the type of the operands; x, weight and the rows of both begin at multiples of 16 bytes.
 cudaError_t launch_gemm_stream_float16(const GemmParams& params, cudaStream_t stream);
 cudaError_t launch_gemm_stream_bfloat16(const GemmParams& params, cudaStream_t stream);
 
@@ -26,15 +26,15 @@ struct StreamArguments {
   int64_t x_row_stride;  // elements
   int64_t half_stride;   // elements of weight from the first half of a tile to the second
   int64_t tile_stride;   // elements of weight from a tile to the next
-  int32_t half_bias;     // what the second half adds to its column to find its bias
-  int32_t half_columns;  // from the first half to the second
-  int32_t tile_columns;
-  int32_t columns;  // of y
-  int32_t rows;     // of x
+  int32_t half_bias;     // elements of bias from a column of y to the bias of its second half
+  int32_t half_columns;  // columns of y from the first half of a tile to the second
+  int32_t tile_columns;  // columns of y of a tile
+  int32_t columns;       // of y
+  int32_t rows;          // of x
   int32_t in_features;
   int32_t chunks;          // of k
   int32_t chunks_of_warp;  // at most
-  int32_t group_columns;   // of y, that a block works on at a time: all of its tiles, or a part of them
+  int32_t group_columns;   // columns of y that a block computes at a time: those of all its tiles, or fewer
   int32_t groups;
   bool swiglu;
   bool constant_weight;

@@ -13,13 +13,14 @@ namespace {
 constexpr int kMaxSplits = 8;
 constexpr int kMinChunks = 8;  // of k for each block of a cluster
 
-// How a product is cut: into tiles of 64 `groups` weight rows, and k into `splits`.
+// How a GEMM is cut: a block's tile has 64 weight rows for each of `groups` consumer warpgroups, and the `splits`
+// blocks of a cluster split k.
 struct Cut {
   int groups;
   int splits;
 };
 
-constexpr int threads_of(int groups) { return 128 * groups + 32; }
+constexpr int threads_of(int groups) { return kWarpgroupThreads * groups + 32; }
 
 // How many clusters of 1, 2, ... blocks run at once, each block on a multiprocessor of its own.
 using ClustersAtOnce = std::array<int, kMaxSplits + 1>;
@@ -30,8 +31,8 @@ cudaError_t query_clusters(const DeviceProperties& device, ClustersAtOnce& clust
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
   clusters[1] = device.multiprocessors;
   for (int splits = 2; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
-    error = count_clusters(reinterpret_cast<const void*>(kernel), splits, threads_of(kMaxHopperGroups),
-                           device.max_shared_memory_per_block, &clusters[splits]);
+    error = max_active_clusters(reinterpret_cast<const void*>(kernel), splits, threads_of(kMaxWarpgroups),
+                                device.max_shared_memory_per_block, device, &clusters[splits]);
   }
   return error;
 }
@@ -55,12 +56,11 @@ cudaError_t clusters_at_once(const DeviceProperties& device, ClustersAtOnce& clu
 }
 
 int tiles_of(const GemmShape& shape, int groups) {
-  const int64_t rows = kHopperTileRows * groups;
-  return static_cast<int>((shape.out_features + rows - 1) / rows);
+  return static_cast<int>(divide_up(shape.out_features, kWarpgroupRows * groups));
 }
 
-// The cut that leaves the fewest multiprocessors without work, on average over the rounds of tiles. Larger tiles read x
-// less often, but have more sums to exchange.
+// The cut that keeps the most multiprocessors busy, on average over the waves of tiles. Larger tiles read x less often,
+// but have more partial sums to exchange.
 Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
   constexpr double kLargeTilesExchange = 0.85;  // measured: docs/gemm.md
   Cut best{3, 1};
@@ -69,9 +69,9 @@ Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
     const int tiles = tiles_of(shape, groups);
     for (int splits = 1; splits <= kMaxSplits; ++splits) {
       const bool at_once = tiles <= clusters[splits];
-      if (splits > 1 && (!at_once || shape.in_features < int64_t{splits} * kMinChunks * kHopperChunk)) break;
-      const int rounds = (tiles + clusters[splits] - 1) / clusters[splits];
-      double busy = static_cast<double>(tiles) * splits / rounds;
+      if (splits > 1 && (!at_once || shape.in_features < int64_t{splits} * kMinChunks * kBlockK)) break;
+      const int waves = divide_up(tiles, clusters[splits]);
+      double busy = static_cast<double>(tiles) * splits / waves;
       if (groups == 3 && splits > 1) busy *= kLargeTilesExchange;
       if (busy <= most) continue;
       most = busy;
@@ -84,16 +84,16 @@ Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
 template <typename T, int kRows>
 cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DeviceProperties& device, cudaStream_t stream) {
   const GemmShape& shape = params.shape;
-  // First of all, because it makes the device's context this thread's, which the descriptions below need.
+  // Before anything else: it makes the device's context current in this thread, which encoding tensor maps needs.
   auto* const kernel = gemm_hopper<T, kRows>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
       error != cudaSuccess) {
     return error;
   }
-  HopperArguments arguments{};
-  if (!describe_weight(arguments.weight, params, kHopperTileRows * cut.groups) ||
-      !describe_x(arguments.x, params, kRows)) {
+  StreamHopperArguments arguments{};
+  if (!encode_weight_tensor_map(arguments.weight, params, kWarpgroupRows * cut.groups) ||
+      !encode_x_tensor_map(arguments.x, params, kRows)) {
     return cudaErrorNotSupported;
   }
   arguments.bias = params.bias;
@@ -101,16 +101,17 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.rows = static_cast<int32_t>(shape.rows);
-  arguments.chunks = static_cast<int32_t>((shape.in_features + kHopperChunk - 1) / kHopperChunk);
+  arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kBlockK));
   arguments.tiles = tiles_of(shape, cut.groups);
   arguments.constant_weight = params.constant_weight;
-  const int stage_bytes = hopper_stage_bytes<kRows>(cut.groups);
-  const int other_bytes = kHopperSharedOverhead + hopper_received_bytes<kRows>(cut.groups, cut.splits);
-  arguments.stages = std::min(kMaxHopperStages, (device.max_shared_memory_per_block - other_bytes) / stage_bytes);
+  const int stage_bytes = stage_bytes_of<kRows>(cut.groups);
+  const int other_bytes = kSharedOverheadBytes + received_bytes_of<kRows>(cut.groups, cut.splits);
+  arguments.stages = std::min(kMaxStages, (device.max_shared_memory_per_block - other_bytes) / stage_bytes);
   const size_t shared_bytes = static_cast<size_t>(other_bytes) + static_cast<size_t>(arguments.stages) * stage_bytes;
   const int blocks = cut.splits > 1 ? arguments.tiles * cut.splits : std::min(arguments.tiles, device.multiprocessors);
-  const ClusterLaunch launch(blocks, cut.splits, threads_of(cut.groups), shared_bytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, arguments);
+  return launch_clusters(kernel, dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads_of(cut.groups))), shared_bytes, cut.splits, device, stream,
+                         arguments);
 }
 
 template <typename T>
@@ -128,15 +129,16 @@ cudaError_t launch_with(const GemmParams& params, const Cut& cut, const DevicePr
 
 }  // namespace
 
-bool has_hopper_gemm(const GemmParams& params, const DeviceProperties& device) {
+bool takes_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  if (shape.rows <= kMaxStreamedRows || shape.rows > kMaxHopperRows || !is_for_hopper(params, device)) return false;
-  // The sums of many rows take long to exchange, beside a small weight. Measured in whole steps: docs/gemm.md.
+  if (shape.rows <= kMaxStreamedRows || shape.rows > kMaxStreamHopperRows || !can_use_tma(params, device)) return false;
+  // Exchanging the partial sums of many rows takes long beside reading a small weight. Measured in whole decode steps:
+  // docs/gemm.md.
   const int64_t least_weight = shape.rows <= 32 ? int64_t{1} << 22 : int64_t{1} << 24;
   return shape.in_features * shape.out_features >= least_weight;
 }
 
-cudaError_t launch_gemm_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
   ClustersAtOnce clusters;
   if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
   return launch_with(params, cut_of(params.shape, clusters), device, stream);

@@ -1,5 +1,5 @@
-// The matrix product for tens of rows on Hopper, which streams the weight as gemm_stream does, through Hopper's own
-// products and copies. Compiled for sm_90a alone; part of gemm.cu, which calls it where it can.
+// The GEMM for tens of rows on Hopper, which streams the weight as gemm_stream does, with wgmma and TMA. Compiled for
+// sm_90a alone; gemm.cu calls it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,12 +10,12 @@
 namespace qwen_plugins {
 
 // Up to this many rows.
-constexpr int64_t kMaxHopperRows = 64;
+constexpr int64_t kMaxStreamHopperRows = 64;
 
-// Whether the kernel can take such a product, and is no slower than cuBLASLt there: measured, docs/gemm.md.
-bool has_hopper_gemm(const GemmParams& params, const DeviceProperties& device);
+// Whether the kernel can compute this GEMM, and is no slower than cuBLASLt at it (measured: docs/gemm.md).
+bool takes_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device);
 
-// cudaErrorNotSupported, with nothing launched, where the driver cannot describe the operands to the copy engine.
-cudaError_t launch_gemm_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
+// cudaErrorNotSupported, with nothing launched, where the driver cannot encode the operands' tensor maps.
+cudaError_t launch_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_in_packs(const __grid_constan
   }
 }
 
-// For sizes or addresses that are not multiples of 16 bytes.
+// For sizes or addresses that are no multiples of 16 bytes.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) swiglu_in_elements(const __grid_constant__ SwigluParams p) {
   trigger_dependent_launch();
@@ -57,7 +58,7 @@ cudaError_t launch(const SwigluParams& p, cudaStream_t stream) {
                         (p.gate_up_row_stride % kElements == 0 || p.rows == 1);
   const int64_t units = in_packs ? p.size / kElements : p.size;
   const dim3 grid(static_cast<unsigned>(p.rows),
-                  static_cast<unsigned>(std::min((units + kThreads - 1) / kThreads, kMaxGridY)));
+                  static_cast<unsigned>(std::min(divide_up(units, kThreads), kMaxGridY)));
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return launch_kernel(in_packs ? swiglu_in_packs<T> : swiglu_in_elements<T>, grid, dim3(kThreads), 0, device, stream,

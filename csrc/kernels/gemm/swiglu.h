@@ -1,4 +1,4 @@
-// SwiGLU without its matrix products: what the host can launch.
+// SwiGLU without its GEMMs: what the host can launch.
 //
 //   y = silu(gate) * up,  silu(g) = g / (1 + exp(-g)),  computed in float32
 //
@@ -9,12 +9,13 @@
 
 #include <cstdint>
 
+#include "kernels/common/api.h"
 #include "kernels/common/data_type.h"
 
 namespace qwen_plugins {
 
 struct SwigluParams {
-  const void* gate_up = nullptr;        // [rows, 2 * size], dtype: the gate, then what it lets through
+  const void* gate_up = nullptr;        // [rows, 2 * size], dtype: gate, then up
   void* y = nullptr;                    // [rows, size], dtype
   int64_t gate_up_row_stride = 0;       // elements
   int64_t rows = 0;                     // 0 launches nothing
@@ -24,6 +25,6 @@ struct SwigluParams {
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation. cudaErrorInvalidValue for parameters
 // outside of what is written above, otherwise what the launch returned.
-cudaError_t launch_swiglu(const SwigluParams& params, cudaStream_t stream);
+QWEN_PLUGINS_API cudaError_t launch_swiglu(const SwigluParams& params, cudaStream_t stream);
 
 }  // namespace qwen_plugins

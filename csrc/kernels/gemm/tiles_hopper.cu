@@ -2,6 +2,7 @@
 #include <array>
 
 #include "hopper_operands.h"
+#include "kernels/common/arithmetic.h"
 #include "stream_hopper.h"
 #include "tiles_hopper.cuh"
 #include "tiles_hopper.h"
@@ -9,17 +10,15 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
-
-// How a product is cut into tiles: weight rows of a tile, and blocks of a cluster, whose rows of x they share out.
+// How a GEMM is cut into tiles: weight rows of a tile, and blocks of a cluster, each with its own rows of x.
 struct TilesCut {
   int columns;
   int blocks;
 };
 constexpr std::array<TilesCut, 4> kCuts{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
 
-// The share of the multiprocessors' work that is not wasted: beyond the last row or weight row, or while no tile is
-// left for some of them.
+// The share of the multiprocessors' time that computes something of use, while `at_once` tiles run at a time. The rest
+// is lost to tiles that reach beyond the last row or weight row, and to the last wave's idle multiprocessors.
 double useful_share(const GemmShape& shape, int64_t tile_rows, int64_t tile_columns, int64_t at_once) {
   const int64_t tiles = divide_up(shape.rows, tile_rows) * divide_up(shape.out_features, tile_columns);
   const double done = static_cast<double>(divide_up(tiles, at_once) * at_once * tile_rows * tile_columns);
@@ -42,7 +41,7 @@ Choice best_cut(const GemmShape& shape, const DeviceProperties& device) {
   return best;
 }
 
-// The same of the tiles that cuBLASLt was seen to choose.
+// The same for the tiles that cuBLASLt was seen to choose.
 double useful_share_of_cublas_lt(const GemmShape& shape, const DeviceProperties& device) {
   return std::max(useful_share(shape, 128, 256, device.multiprocessors),
                   useful_share(shape, 192, 192, device.multiprocessors));
@@ -53,27 +52,28 @@ cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& devic
   const GemmShape& shape = params.shape;
   constexpr int kSharedBytes = TilesLayout<kColumns>::kBytes;
   auto* const kernel = gemm_hopper_tiles<T, kColumns, kBlocks, kSwiglu>;
-  // First of all, because it makes the device's context this thread's, which the descriptions below need.
+  // Before anything else: it makes the device's context current in this thread, which encoding tensor maps needs.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       error != cudaSuccess) {
     return error;
   }
-  HopperTilesArguments arguments{};
-  if (!describe_weight(arguments.weight, params, kColumns / 2) || !describe_x(arguments.x, params, kTilesRows)) {
+  TilesHopperArguments arguments{};
+  if (!encode_weight_tensor_map(arguments.weight, params, kColumns / 2) ||
+      !encode_x_tensor_map(arguments.x, params, kTilesRows)) {
     return cudaErrorNotSupported;
   }
   arguments.bias = params.bias;
   arguments.y = params.y;
   arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.rows = static_cast<int32_t>(shape.rows);
-  arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kHopperChunk));
+  arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kBlockK));
   arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kTilesRows * kBlocks));
   arguments.column_tiles = static_cast<int32_t>(divide_up(shape.out_features, kColumns));
   arguments.constant_weight = params.constant_weight;
   const int64_t tiles = int64_t{arguments.row_tiles} * arguments.column_tiles;
   const int clusters = static_cast<int>(std::min<int64_t>(tiles, device.multiprocessors / kBlocks));
-  const ClusterLaunch launch(clusters * kBlocks, kBlocks, kTilesThreads, kSharedBytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, arguments);
+  return launch_clusters(kernel, dim3(static_cast<unsigned>(clusters * kBlocks)), dim3(kTilesThreads), kSharedBytes,
+                         kBlocks, device, stream, arguments);
 }
 
 template <typename T>
@@ -88,21 +88,22 @@ cudaError_t launch_cut(const GemmParams& params, const TilesCut& cut, const Devi
 
 }  // namespace
 
-bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& device) {
+bool takes_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  // Fewer rows that gemm_hopper does not take are cuBLASLt's.
-  if (shape.rows <= kMaxHopperRows || !is_for_hopper(params, device)) return false;
+  // Where gemm_hopper does not take fewer rows, cuBLASLt is faster.
+  if (shape.rows <= kMaxStreamHopperRows || !can_use_tma(params, device)) return false;
   if (reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) return false;  // is read in pairs
   const Choice best = best_cut(shape, device);
-  // With SwiGLU inside, a kernel and the way of z through memory are saved: only idle multiprocessors cost more.
+  // With SwiGLU fused there is no second kernel, and z is neither written nor read: only idle multiprocessors cost
+  // more.
   if (shape.activation == Activation::kSwiglu) return best.useful >= (shape.rows <= kTilesRows ? 0.4 : 0.9);
-  // Without, cuBLASLt's kernels are a little faster at what they are cut for. Tiles of 224, as for 3584 weight rows,
-  // are what it was seen not to choose where they fit.
+  // Without SwiGLU cuBLASLt's kernels are a little faster where their tiles fit. Tiles of 224, which fit 3584 weight
+  // rows, are the ones that it was seen not to choose.
   return shape.rows >= 1024 && best.cut.columns == 224 && best.useful >= 0.9 &&
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 
-cudaError_t launch_gemm_hopper_tiles(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
   const TilesCut cut = best_cut(params.shape, device).cut;
   return params.shape.dtype == DataType::kFloat16 ? launch_cut<__half>(params, cut, device, stream)
                                                   : launch_cut<__nv_bfloat16>(params, cut, device, stream);

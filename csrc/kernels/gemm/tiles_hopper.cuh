@@ -1,59 +1,65 @@
-// The kernel for more rows than decoding has on Hopper: prompts, where arithmetic decides.
+// The GEMM for hundreds of rows and more on Hopper: prompts, where arithmetic is the limit.
 //
-// A block multiplies a tile of 128 rows of x with kColumns weight rows at a time: two groups of four warps have 64 rows
-// of x each, the first operand of wgmma, and one more warp fills a ring of stages with chunks of k of both, from tile
-// to tile. Two blocks of a cluster, whose tiles are one below the other, each copy half of the weights that both need:
-// without that the L2 cache would limit the products. One block for each multiprocessor, launched while the kernel
-// before it runs, as gemm_stream.
+// A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 rows of x
+// times kColumns weight rows at a time: two consumer warpgroups have 64 rows of x each, wgmma's operand a; the weight
+// is operand b. The producer warp issues TMA loads into a ring buffer of pipeline stages, kBlockK elements of k each,
+// which runs on from tile to tile. Two blocks of a cluster, whose tiles are one below the other, each load half of the
+// weights that both need and multicast it: without that the L2 cache would be the limit. Launched while the previous
+// kernel runs, as gemm_stream.
 #pragma once
 
 #include <cuda.h>
 
+#include "hopper_operands.h"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/programmatic_launch.cuh"
 #include "kernels/common/tensor_cores.cuh"
+#include "kernels/common/wgmma.cuh"
 #include "silu.cuh"
 
 namespace qwen_plugins {
 
-constexpr int kTilesRows = 128;  // of x, in a tile
-constexpr int kTilesGroups = 2;  // of four warps that multiply
-constexpr int kTilesStages = 4;
-constexpr int kTilesThreads = 128 * kTilesGroups + 32;
-constexpr int kTilesXBytes = kTilesRows * kPanelRowBytes;  // of a stage
+static_assert(kBlockK == kSwizzleColumns);
 
-// Where things are in shared memory: the ring, what the warps' results wait in, barriers.
+constexpr int kTilesRows = 128;      // of x, in a tile
+constexpr int kTilesWarpgroups = 2;  // consumers of a block
+constexpr int kTilesStages = 4;
+constexpr int kTilesThreads = kWarpgroupThreads * kTilesWarpgroups + 32;
+constexpr int kTilesXBytes = kTilesRows * kSwizzleBytes;  // of a stage
+
+// The layout of shared memory: the ring buffer, the results that wait to be stored, mbarriers.
 template <int kColumns>
 struct TilesLayout {
-  static constexpr int kStageBytes = kTilesXBytes + kColumns * kPanelRowBytes;
+  static constexpr int kStageBytes = kTilesXBytes + kColumns * kSwizzleBytes;
   static constexpr int kRingBytes = kTilesStages * kStageBytes;
   static constexpr int kBarrierBytes = 2 * kTilesStages * 8;
-  // Of y, that a warp writes at once: with SwiGLU all of a tile's. The 16 bytes more between rows spread them over all
-  // banks.
+  // Columns of y that a warp stores at a time: with SwiGLU all of a tile's. 16 bytes of padding between rows spread
+  // them over all banks.
   static constexpr int kPartColumns = 128;
   static constexpr int kResultRowBytes = 2 * kPartColumns + 16;
   static constexpr int kResultBytes = 16 * kResultRowBytes;  // of a warp
-  static constexpr int kBytes = kRingBytes + 4 * kTilesGroups * kResultBytes + kBarrierBytes;
+  static constexpr int kBytes = kRingBytes + 4 * kTilesWarpgroups * kResultBytes + kBarrierBytes;
 };
 
-struct HopperTilesArguments {
-  CUtensorMap weight;  // boxes of kColumns / 2 rows; with SwiGLU 8 gate rows and their 8 up rows in turns
+struct TilesHopperArguments {
+  CUtensorMap weight;  // boxes of kColumns / 2 rows; with SwiGLU alternately 8 gate rows and their 8 up rows
   CUtensorMap x;       // boxes of kTilesRows rows
   const void* bias;
   void* y;
   int32_t columns;       // of y
   int32_t rows;          // of x
-  int32_t chunks;        // of k
+  int32_t chunks;        // of kBlockK elements of k
   int32_t row_tiles;     // each of the rows of all blocks of a cluster
   int32_t column_tiles;  // each of kColumns weight rows
   bool constant_weight;
 };
 
-// The tiles of a cluster in their order: bands of row tiles, and in a band column after column, so that what runs at
-// once reads few rows of x and few weights, which the L2 cache holds.
+// The tile scheduler: which tiles a cluster computes, and in which order. Bands of row tiles, and column after column
+// in a band, so that the clusters that run at the same time read few rows of x and few weights, which the L2 cache
+// holds.
 class TileOrder {
  public:
-  __device__ __forceinline__ TileOrder(const HopperTilesArguments& p, int first, int step)
+  __device__ __forceinline__ TileOrder(const TilesHopperArguments& p, int first, int step)
       : p_(p), index_(first), step_(step) {
     find();
   }
@@ -77,22 +83,22 @@ class TileOrder {
     column_tile_ = within / height;
   }
 
-  const HopperTilesArguments& p_;
+  const TilesHopperArguments& p_;
   int index_, step_;
   int row_tile_ = 0, column_tile_ = 0;
 };
 
-// Where things are in a block's shared memory, and which block of its cluster it is.
+// A block's place in its cluster, and the addresses in its shared memory.
 template <int kColumns, int kBlocks>
 struct TilesBlock {
-  const HopperTilesArguments& p;
+  const TilesHopperArguments& p;
   using Layout = TilesLayout<kColumns>;
   const uint32_t ring;  // at a multiple of 1024
   const uint32_t results = ring + Layout::kRingBytes;
-  const uint32_t barriers = results + 4 * kTilesGroups * Layout::kResultBytes;
-  const int rank = kBlocks == 1 ? 0 : rank_in_cluster();
+  const uint32_t barriers = results + 4 * kTilesWarpgroups * Layout::kResultBytes;
+  const int rank = kBlocks == 1 ? 0 : cluster_block_rank();
 
-  __device__ __forceinline__ TilesBlock(const HopperTilesArguments& arguments, uint32_t shared)
+  __device__ __forceinline__ TilesBlock(const TilesHopperArguments& arguments, uint32_t shared)
       : p(arguments), ring(shared) {}
 
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
@@ -109,42 +115,43 @@ struct TilesBlock {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < kTilesStages; ++stage) {
-      init_barrier(full(stage), 1);
-      init_barrier(empty(stage), kTilesGroups * kBlocks);
+      mbarrier_init(full(stage), 1);
+      mbarrier_init(empty(stage), kTilesWarpgroups * kBlocks);
     }
-    publish_barriers();
+    fence_mbarrier_init();
   }
-  // Of all blocks of the cluster: what each writes to the others' shared memory needs them, and their barriers.
-  __device__ __forceinline__ void synchronise_cluster() const {
+  // All threads of the cluster: a block may write to the other's shared memory while that one runs, and only after it
+  // has initialised its mbarriers.
+  __device__ __forceinline__ void sync_cluster() const {
     if constexpr (kBlocks == 1) {
       __syncthreads();
     } else {
-      arrive_in_cluster();
-      wait_for_cluster();
+      cluster_arrive();
+      cluster_wait();
     }
   }
 };
 
-// What the copying thread does: all chunks of the block's tiles, as far ahead as the ring is long.
+// The producer thread: loads all chunks of the block's tiles, as far ahead as the ring buffer is long.
 template <int kColumns, int kBlocks, bool kSwiglu>
-class TilesCopies {
+class TilesProducer {
  public:
-  __device__ __forceinline__ explicit TilesCopies(const TilesBlock<kColumns, kBlocks>& block)
+  __device__ __forceinline__ explicit TilesProducer(const TilesBlock<kColumns, kBlocks>& block)
       : block_(block), tile_(block.tiles()) {}
 
-  // Weights of the first stages, which do not depend on the kernel before, and after wait_for_previous_kernel their x.
-  __device__ __forceinline__ void begin_weights() {
-    for (int stage = 0; stage < kTilesStages && !tile_.done(); ++stage, advance()) copy_weight(stage);
+  // The weights of the first stages, and after wait_for_previous_kernel() the x that goes with them.
+  __device__ __forceinline__ void load_first_weights() {
+    for (int stage = 0; stage < kTilesStages && !tile_.done(); ++stage, advance()) load_weight(stage);
   }
-  __device__ __forceinline__ void begin_x() const {
-    TilesCopies copies(block_);
-    for (int stage = 0; stage < kTilesStages && !copies.tile_.done(); ++stage, copies.advance()) copies.copy_x(stage);
+  __device__ __forceinline__ void load_first_x() const {
+    TilesProducer first(block_);
+    for (int stage = 0; stage < kTilesStages && !first.tile_.done(); ++stage, first.advance()) first.load_x(stage);
   }
-  __device__ __forceinline__ void copy_the_rest() {
-    for (StageCursor cursor; !tile_.done(); cursor.advance(kTilesStages), advance()) {
-      wait_for_phase(block_.empty(cursor.stage), cursor.parity);
-      copy_weight(cursor.stage);
-      copy_x(cursor.stage);
+  __device__ __forceinline__ void load_the_rest() {
+    for (PipelineState state; !tile_.done(); state.advance(kTilesStages), advance()) {
+      mbarrier_wait(block_.empty(state.stage), state.parity);
+      load_weight(state.stage);
+      load_x(state.stage);
     }
   }
 
@@ -156,25 +163,25 @@ class TilesCopies {
     chunk_ = 0;
     tile_.advance();
   }
-  // Also announces all that comes to this stage, from the other block of the cluster too.
-  __device__ __forceinline__ void copy_weight(int stage) const {
-    arrive_and_expect(block_.full(stage), TilesLayout<kColumns>::kStageBytes);
+  // Also expects the bytes of x, and of the weights that the other block of the cluster loads.
+  __device__ __forceinline__ void load_weight(int stage) const {
+    mbarrier_arrive_expect_tx(block_.full(stage), TilesLayout<kColumns>::kStageBytes);
     if constexpr (kBlocks == 1) {
-      copy_half(stage, 0);
-      copy_half(stage, 1);
+      load_half(stage, 0);
+      load_half(stage, 1);
     } else {
-      copy_half(stage, block_.rank);
+      load_half(stage, block_.rank);
     }
   }
-  __device__ __forceinline__ void copy_half(int stage, int half) const {
-    const uint32_t to = block_.weights(stage) + half * kHalfColumns * kPanelRowBytes;
+  __device__ __forceinline__ void load_half(int stage, int half) const {
+    const uint32_t to = block_.weights(stage) + half * kHalfColumns * kSwizzleBytes;
     const int row = tile_.column_tile() * kColumns + half * kHalfColumns;
-    // With SwiGLU the coordinates are k, gate row of 8, gate or up, 8 gate rows.
-    copy_box<kBlocks>(to, block_.p.weight, block_.full(stage), chunk_ * kHopperChunk, kSwiglu ? 0 : row, 0,
-                      kSwiglu ? row / 16 : 0);
+    // Coordinates: encode_weight_tensor_map.
+    tma_load_4d_multicast<kBlocks>(to, block_.p.weight, block_.full(stage), chunk_ * kBlockK, kSwiglu ? 0 : row, 0,
+                                   kSwiglu ? row / 16 : 0);
   }
-  __device__ __forceinline__ void copy_x(int stage) const {
-    copy_box(block_.x(stage), block_.p.x, block_.full(stage), chunk_ * kHopperChunk, block_.first_row(tile_));
+  __device__ __forceinline__ void load_x(int stage) const {
+    tma_load_2d(block_.x(stage), block_.p.x, block_.full(stage), chunk_ * kBlockK, block_.first_row(tile_));
   }
 
   const TilesBlock<kColumns, kBlocks>& block_;
@@ -182,31 +189,31 @@ class TilesCopies {
   int chunk_ = 0;
 };
 
-// What four warps that multiply together do. A thread has the sums of two rows of x, eight apart, in every tile of 8
-// weight rows two of each; with SwiGLU a tile of gate rows is followed by its up rows.
+// A consumer warpgroup. A thread accumulates two rows of x, eight apart, times two rows of every tile of 8 weight rows;
+// with SwiGLU a tile of gate rows is followed by the tile of their up rows.
 template <typename T, int kColumns, int kBlocks, bool kSwiglu>
-class TilesProducts {
+class TilesConsumer {
  public:
-  __device__ __forceinline__ explicit TilesProducts(const TilesBlock<kColumns, kBlocks>& block)
+  __device__ __forceinline__ explicit TilesConsumer(const TilesBlock<kColumns, kBlocks>& block)
       : block_(block), p_(block.p) {}
 
   __device__ __forceinline__ void multiply_tile() {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = 0.0F;
-    begin_chunk();
+    start_chunk();
     for (int chunk = 1; chunk < p_.chunks; ++chunk) {
-      const int multiplied = cursor_.stage;
-      cursor_.advance(kTilesStages);
-      begin_chunk();
-      wait_for_products<1>();
-      release(multiplied);
+      const int previous_stage = state_.stage;
+      state_.advance(kTilesStages);
+      start_chunk();
+      wgmma_wait_group<1>();
+      release(previous_stage);
     }
-    wait_for_products<0>();
-    release(cursor_.stage);
-    cursor_.advance(kTilesStages);
+    wgmma_wait_group<0>();
+    release(state_.stage);
+    state_.advance(kTilesStages);
   }
 
-  // Leaves y to the copy engine, by way of the warp's own part of shared memory: the next tile does not wait for it.
+  // Stores y with bulk copies, by way of the warp's own part of shared memory: the next tile does not wait for them.
   __device__ __forceinline__ void write_tile(const TileOrder& tile) {
     const int first_row = block_.first_row(tile) + 16 * warp_;
     const int first_column = tile.column_tile() * (kSwiglu ? kColumns / 2 : kColumns);
@@ -217,30 +224,31 @@ class TilesProducts {
  private:
   static constexpr int kTiles = kColumns / 8;
 
-  __device__ __forceinline__ void begin_chunk() {
-    wait_for_phase(block_.full(cursor_.stage), cursor_.parity);
-    const uint32_t x = block_.x(cursor_.stage) + group_ * 64 * kPanelRowBytes;
-    begin_products();
+  // Issues a chunk's wgmmas as one group.
+  __device__ __forceinline__ void start_chunk() {
+    mbarrier_wait(block_.full(state_.stage), state_.parity);
+    const uint32_t x = block_.x(state_.stage) + group_ * 64 * kSwizzleBytes;
+    wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kHopperChunk * 2; k += 32) {
-      multiply_async<T>(sums_, operand(x + k, 16), operand(block_.weights(cursor_.stage) + k, 16));
+    for (int k = 0; k < kBlockK * 2; k += 32) {
+      wgmma<T>(sums_, matrix_descriptor(x + k, 16), matrix_descriptor(block_.weights(state_.stage) + k, 16));
     }
-    commit_products();
+    wgmma_commit_group();
   }
-  // To all who copy to this stage.
+  // Tells the producers of all blocks that write to this stage.
   __device__ __forceinline__ void release(int stage) const {
-    if (threadIdx.x % 128 != 0) return;
+    if (threadIdx.x % kWarpgroupThreads != 0) return;
 #pragma unroll
     for (int rank = 0; rank < kBlocks; ++rank) {
       if constexpr (kBlocks == 1) {
-        arrive(block_.empty(stage));
+        mbarrier_arrive(block_.empty(stage));
       } else {
-        arrive_at_block(rank, block_.empty(stage));
+        mbarrier_arrive_remote(map_to_block(block_.empty(stage), rank));
       }
     }
   }
 
-  // Apart from writing, so that products without a bias have no instructions for it.
+  // Not part of storing, so that a GEMM without a bias executes no instructions for it.
   __device__ __forceinline__ void add_bias(int first_column) {
     const T* const bias = static_cast<const T*>(p_.bias) + lane_ % 4 * 2;
 #pragma unroll
@@ -260,7 +268,7 @@ class TilesProducts {
       return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
   }
 
-  // Two neighbours of y, in the row that half of a tile is.
+  // Two neighbouring elements of y, in the row of the thread that `half` (0 or 1) names.
   __device__ __forceinline__ uint32_t results(int tile, int half) const {
     if constexpr (kSwiglu) {
       const float* const gate = &sums_[2 * tile][2 * half];
@@ -277,70 +285,71 @@ class TilesProducts {
     const uint32_t own_place = staging + lane_ % 16 * Layout::kResultRowBytes + lane_ / 16 * 16;
 #pragma unroll
     for (int part = 0; part < kYTiles; part += kPartTiles) {
-      wait_until_copies_have_read();
+      bulk_store_wait_read();
       __syncwarp();
 #pragma unroll
       for (int i = part; i < min(part + kPartTiles, kYTiles); i += 2) {
         uint32_t tiles[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) tiles[j] = results(i + j / 2, j % 2);
-        store_tiles(own_place + 16 * (i - part), tiles);
+        stmatrix_x4(own_place + 16 * (i - part), tiles);
       }
-      publish_to_products();  // the copy engine sees it as they do
+      fence_proxy_async();  // bulk copies read it
       __syncwarp();
       const int row = first_row + lane_;
       const int column = first_column + 8 * part;
       const int columns = min(8 * min(kPartTiles, kYTiles - part), p_.columns - column);
       if (lane_ < 16 && row < p_.rows && columns > 0) {
-        copy_out(static_cast<T*>(p_.y) + static_cast<int64_t>(row) * p_.columns + column,
-                 staging + lane_ * Layout::kResultRowBytes, 2 * columns);
+        bulk_store(static_cast<T*>(p_.y) + static_cast<int64_t>(row) * p_.columns + column,
+                   staging + lane_ * Layout::kResultRowBytes, 2 * columns);
       }
     }
   }
 
   using Layout = TilesLayout<kColumns>;
   const TilesBlock<kColumns, kBlocks>& block_;
-  const HopperTilesArguments& p_;
-  // The same for all lanes, which the compiler cannot know without the shuffle.
+  const TilesHopperArguments& p_;
+  // The shuffle tells the compiler that it is the same in all lanes.
   const int warp_ = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   const int group_ = warp_ / 4;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  StageCursor cursor_;
+  PipelineState state_;
   float sums_[kTiles][4];
 };
 
 template <typename T, int kColumns, int kBlocks, bool kSwiglu>
-__global__ void __launch_bounds__(kTilesThreads, 1) gemm_hopper_tiles(const __grid_constant__ HopperTilesArguments p) {
+__global__ void __launch_bounds__(kTilesThreads, 1) gemm_hopper_tiles(const __grid_constant__ TilesHopperArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
   const TilesBlock<kColumns, kBlocks> block(p, shared_address(shared));
-  const bool copies_now = static_cast<int>(threadIdx.x) == 128 * kTilesGroups;
-  if (copies_now) {
-    prefetch_description(p.weight);
-    prefetch_description(p.x);
+  constexpr int kFirstProducerThread = kWarpgroupThreads * kTilesWarpgroups;
+  const bool is_producer = static_cast<int>(threadIdx.x) == kFirstProducerThread;
+  if (is_producer) {
+    prefetch_tensor_map(p.weight);
+    prefetch_tensor_map(p.x);
     block.init_barriers();
   }
-  block.synchronise_cluster();
-  if (static_cast<int>(threadIdx.x) >= 128 * kTilesGroups) {
-    if (copies_now) {
-      TilesCopies<kColumns, kBlocks, kSwiglu> copies(block);
+  block.sync_cluster();
+  if (static_cast<int>(threadIdx.x) >= kFirstProducerThread) {
+    if (is_producer) {
+      TilesProducer<kColumns, kBlocks, kSwiglu> producer(block);
       if (!p.constant_weight) wait_for_previous_kernel();
-      copies.begin_weights();
+      producer.load_first_weights();
       wait_for_previous_kernel();
-      copies.begin_x();
-      copies.copy_the_rest();
+      producer.load_first_x();
+      producer.load_the_rest();
     }
     __syncwarp();
   } else {
     wait_for_previous_kernel();
-    TilesProducts<T, kColumns, kBlocks, kSwiglu> products(block);
+    TilesConsumer<T, kColumns, kBlocks, kSwiglu> consumer(block);
     for (TileOrder tile = block.tiles(); !tile.done(); tile.advance()) {
-      products.multiply_tile();
-      products.write_tile(tile);
+      consumer.multiply_tile();
+      consumer.write_tile(tile);
     }
-    wait_for_copies_out();
+    bulk_store_wait();
   }
-  if constexpr (kBlocks > 1) block.synchronise_cluster();  // the other block may still write here
+  if constexpr (kBlocks > 1) block.sync_cluster();  // the other block may still write here
 }
 
 }  // namespace qwen_plugins

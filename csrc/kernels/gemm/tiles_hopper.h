@@ -1,5 +1,4 @@
-// The matrix product for hundreds of rows and more on Hopper. Compiled for sm_90a alone; part of gemm.cu, which calls
-// it where it can.
+// The GEMM for hundreds of rows and more on Hopper, with wgmma and TMA. Compiled for sm_90a alone; gemm.cu calls it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +8,10 @@
 
 namespace qwen_plugins {
 
-// Whether the kernel can take such a product, and was seen to be no slower than cuBLASLt there: docs/gemm.md.
-bool has_hopper_tiles_gemm(const GemmParams& params, const DeviceProperties& device);
+// Whether the kernel can compute this GEMM, and is no slower than cuBLASLt at it (measured: docs/gemm.md).
+bool takes_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device);
 
-// cudaErrorNotSupported, with nothing launched, where the driver cannot describe the operands to the copy engine.
-cudaError_t launch_gemm_hopper_tiles(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
+// cudaErrorNotSupported, with nothing launched, where the driver cannot encode the operands' tensor maps.
+cudaError_t launch_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
 
 }  // namespace qwen_plugins

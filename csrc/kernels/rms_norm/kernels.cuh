@@ -1,8 +1,8 @@
 // The RMSNorm kernels. rms_norm.cu chooses among them and launches.
 //
-// What made them fast, in the order of what it brought (docs/rms_norm.md has the measurements): all loads of a row are
-// in flight before the first of them is used; one block a row with the row in registers, one barrier, no loop;
-// programmatic dependent launch; few parameters and no division, square root or other slow path between load and store.
+// What makes them fast, most important first (docs/rms_norm.md has the measurements): all loads of a row are in flight
+// before the first of them is used; one block a row with the row in registers, one barrier, no loop; programmatic
+// dependent launch; few parameters, and no division, square root or other slow path between load and store.
 #pragma once
 
 #include <cfloat>
@@ -12,8 +12,8 @@
 
 namespace qwen_plugins {
 
-// What a block's row is found by: the row that blockIdx.x (and threadIdx.y, in the kernel for short rows) counts,
-// within the group that blockIdx.y counts. Strides are in elements.
+// How a block finds its row: blockIdx.x (with threadIdx.y, in the kernel for short rows) is the row within its group,
+// blockIdx.y the group. Strides are in elements.
 struct RowIndexing {
   int64_t row_stride;
   int64_t group_stride;
@@ -45,7 +45,7 @@ struct RmsNormArguments {
 
 enum RmsNormOption : uint32_t {
   kFloat32Weight = 1,      // the weight is float32, x is not
-  kRoundBeforeWeight = 2,  // round h * rstd to the type of x before the product with the weight
+  kRoundBeforeWeight = 2,  // round h * rstd to the type of x before multiplying by the weight
   kFloat32Smoothing = 4,
   kCacheRow = 8,  // rms_norm_long_row: shared memory has room for the row
 };
@@ -61,11 +61,11 @@ __device__ __forceinline__ T* at(T* base, RowIndexing rows, int64_t row) {
   return base + (static_cast<int64_t>(blockIdx.y) * rows.group_stride + row * rows.row_stride);
 }
 
-// float32 rows are summed in float64: their result shall be right to the last place.
+// float32 rows are summed in float64, so that their result is correct to the last place.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, float>, double, float>;
 
-// What one pass over a row yields. `largest` is the maximum of |h * w|, for the dynamic scale.
+// The result of one pass over a row. `largest` is the maximum of |h * w|, for the dynamic scale.
 template <typename T>
 struct RowStatistics {
   Accumulator<T> sum_of_squares = 0;
@@ -125,7 +125,7 @@ struct ReciprocalRms {
     }
   }
 
-  // As Hugging Face's modules do: rounded to the type of x before the product with the weight, and after it.
+  // As Hugging Face's modules do: rounded to the type of x before multiplying by the weight, and after it.
   template <int kWidth>
   __device__ __forceinline__ void normalize_rounding_twice(float (&values)[kWidth],
                                                            const float (&weight)[kWidth]) const {
@@ -167,14 +167,14 @@ __device__ __forceinline__ void store_quantized(uint8_t* row, int64_t index, con
   }
 }
 
-// How a kernel reads the weight. The plain way keeps the code of the common case small: at few rows, fetching
-// instructions takes a good part of the time.
+// How a kernel reads the weight. kPlain keeps the code of the common case small: with few rows, fetching instructions
+// takes a good part of the time.
 enum class WeightMode {
   kPlain,    // of the type of x; weight_offset is added
   kGeneral,  // also float32, divided by the smoothing, or multiplied after a rounding (RmsNormOption)
 };
 
-// The weights of one thread: packed as they are, or as float32 after everything that can be done before h is known.
+// The weights of one thread: packed as they are, or as float32 with offset and smoothing applied, which do not need h.
 template <typename T, int kPacks, WeightMode kMode>
 struct ThreadWeights {
   static constexpr bool kGeneral = kMode == WeightMode::kGeneral;
@@ -210,8 +210,8 @@ struct ThreadWeights {
   }
 };
 
-// What a thread's registers are bounded to. More threads waiting for memory beat a few registers more, but spilled
-// registers cost more than either.
+// The limit of a thread's registers. More threads that wait for memory are worth more than a few more registers, but
+// spilled registers cost more than either.
 template <typename T>
 constexpr int registers_for(int packs, int max_threads, bool residual, WeightMode weight_mode) {
   if (max_threads == 32) return 128;
@@ -223,7 +223,7 @@ constexpr int registers_for(int packs, int max_threads, bool residual, WeightMod
 constexpr int kRegistersOfMultiprocessor = 65536;
 constexpr unsigned kFewRows = 16;  // of a decode step
 
-// Of the architecture that is compiled for; the host reads it from the device.
+// Of the architecture that is compiled for. The host reads the device's (DeviceProperties).
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
 constexpr int kThreadsOfMultiprocessor = 1536;
 #else
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
 
   const auto* residual_row =
       reinterpret_cast<const FullPack*>(at(static_cast<const T*>(p.residual), p.residual_rows, row));
-  // While a decoder generates, the products between two normalisations sweep both out of the L2 cache.
+  // In a decode step the GEMMs between two normalisations evict both from the L2 cache.
   if (kWeightMode == WeightMode::kPlain && gridDim.x <= kFewRows) {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
@@ -347,8 +347,8 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   }
 }
 
-// Rows that are too long for registers, or whose length or alignment rules packs out: elements one by one where kPacked
-// is false. The row waits in shared memory between the two passes where it fits (kCacheRow), else it is read again.
+// For rows that are too long for registers, or whose length or alignment does not allow packs (kPacked is false: single
+// elements). Between the two passes the row is kept in shared memory where it fits (kCacheRow), else it is read again.
 template <typename T, bool kPacked, Output kOutput>
 __global__ void __launch_bounds__(1024) rms_norm_long_row(const __grid_constant__ RmsNormArguments p) {
   constexpr bool kQuantize = kOutput != Output::kSameType;

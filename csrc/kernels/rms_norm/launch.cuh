@@ -1,10 +1,11 @@
-// Chooses a kernel for one element type and launches it. rms_norm_float16.cu and its siblings instantiate this, so that
-// the types compile in parallel.
+// Chooses a kernel for one element type and launches it. float16.cu and its siblings instantiate this, so that the
+// types compile in parallel.
 #pragma once
 
 #include <algorithm>
 
 #include "kernels.cuh"
+#include "kernels/common/arithmetic.h"
 #include "kernels/common/launch.h"
 
 namespace qwen_plugins {
@@ -32,23 +33,21 @@ struct RegisterShape {
 
 constexpr int kMaxPacksInRegisters = 4 * 1024;
 
-inline int threads_for(int row_packs, int packs_per_thread) {
-  return (row_packs + packs_per_thread * 32 - 1) / (packs_per_thread * 32) * 32;
-}
+inline int threads_for(int row_packs, int packs_per_thread) { return divide_up(row_packs, packs_per_thread * 32) * 32; }
 
-// Whether all rows are on the chip at once, one block each.
+// Whether the blocks of all rows, one each, are resident on the device at the same time.
 template <typename T>
 bool all_resident(int64_t rows, int packs_per_thread, int threads, bool residual, const DeviceProperties& device) {
   const int registers = registers_for<T>(packs_per_thread, 1024, residual, WeightMode::kPlain);
   const int64_t threads_of_multiprocessor =
       std::min(device.threads_per_multiprocessor, kRegistersOfMultiprocessor / registers);
-  const int64_t rows_a_multiprocessor = (rows + device.multiprocessors - 1) / device.multiprocessors;
+  const int64_t rows_a_multiprocessor = divide_up(rows, device.multiprocessors);
   const int most_threads = packs_per_thread == 1 ? 1024 : 512;  // of the kernels that launch_plain has
   return threads <= most_threads && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
 }
 
-// Measured on an H200 (docs/rms_norm.md). With few rows, small blocks start sooner. Then more threads
-// a row are faster as long as all rows are on the chip at once, and beyond that fewer threads with more loads in flight
+// Measured on an H200 (docs/rms_norm.md). With few rows small blocks are faster, since they start sooner. With more
+// rows more threads a row are, as long as all rows are resident; beyond that, fewer threads with more loads in flight
 // each.
 template <typename T>
 RegisterShape choose_register_shape(int row_packs, int64_t rows, bool residual, bool quantize,
@@ -101,7 +100,7 @@ cudaError_t launch_in_warps(const RmsNormPlan& plan, const DeviceProperties& dev
   unsigned lanes = 1;
   while (lanes < static_cast<unsigned>(p.length)) lanes *= 2;
   const unsigned rows_a_block = 128 / lanes;
-  const dim3 blocks((p.rows_in_group + rows_a_block - 1) / rows_a_block, plan.groups);
+  const dim3 blocks(divide_up(p.rows_in_group, rows_a_block), plan.groups);
   return launch_kernel(rms_norm_row_in_registers<T, 1, 32, kResidual, kOutput, kMode>, blocks,
                        dim3(lanes, rows_a_block), 0, device, stream, p);
 }
@@ -122,12 +121,12 @@ cudaError_t launch_long_row(RmsNormPlan plan, const DeviceProperties& device, cu
   const auto kernel = rms_norm_long_row<T, kPacked, kOutput>;
   const int64_t row_bytes = plan.hidden_size * static_cast<int64_t>(sizeof(T));
   size_t shared_bytes = 0;
-  if (row_bytes + 1024 <= device.max_shared_memory_per_block) {  // the reduction has its own, small and static
+  if (row_bytes + 1024 <= device.max_shared_memory_per_block) {  // the reduction's static shared memory is small
     plan.arguments.options |= kCacheRow;
     shared_bytes = static_cast<size_t>(row_bytes);
   }
   if (shared_bytes > 48 * 1024 - 1024) {
-    // The attribute is the kernel's, and other threads launch it too: always the most that a row may take.
+    // An attribute of the kernel, which other host threads launch, too: always the most that a row may take.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    device.max_shared_memory_per_block - 1024);
     if (error != cudaSuccess) return error;

@@ -27,14 +27,15 @@ bool is_valid(const RmsNormParams& p) {
                                 p.weight != nullptr && (p.residual == nullptr) == (p.residual_out == nullptr)));
 }
 
-// Whether rows with these strides all start at whole packs.
+// Whether all rows with these strides start at multiples of a pack.
 bool rows_are_aligned(const void* base, RowStrides strides, int64_t element_size) {
   const auto whole = [](int64_t bytes) { return bytes % 16 == 0; };
   return whole(static_cast<int64_t>(reinterpret_cast<uintptr_t>(base))) && whole(strides.inner * element_size) &&
          whole(strides.outer * element_size);
 }
 
-// The loads and stores of a pack of x come with a quantized pack of 4 or 8 bytes.
+// Whether every operand can be accessed in packs: 16 bytes of x, and as many elements of a quantized output, 4 or 8
+// bytes.
 bool can_use_packs(const RmsNormParams& p, const void* output, RowStrides output_strides, int64_t output_size,
                    const void* smoothing) {
   const int64_t size = size_of(p.dtype);
@@ -47,7 +48,8 @@ bool can_use_packs(const RmsNormParams& p, const void* output, RowStrides output
                                     rows_are_aligned(p.residual_out, p.residual_out_strides, size)));
 }
 
-// The two levels of rows of a call, turned so that blockIdx.x, which may count much further, counts the more numerous.
+// The two levels of a call's rows, swapped where needed so that blockIdx.x, whose limit is much higher, counts the more
+// numerous.
 class RowLevels {
  public:
   explicit RowLevels(RowCount rows) : inner_(rows.inner), outer_(rows.total / rows.inner), swapped_(outer_ > inner_) {}

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/api.h"
 #include "kernels/common/data_type.h"
 
 namespace qwen_plugins {
@@ -46,7 +47,7 @@ struct RmsNormParams {
   // Outputs of launch_rms_norm.
   void* y = nullptr;  // [rows, hidden_size], dtype; may be x itself (same address, same strides)
   RowStrides y_strides{};
-  // Round h / sqrt(...) to dtype before the product with the weight, as Hugging Face's modules do.
+  // Round h / sqrt(...) to dtype before multiplying by the weight, as Hugging Face's modules do.
   bool round_before_weight = false;
 };
 
@@ -61,7 +62,7 @@ struct RmsNormQuantParams : RmsNormParams {
 
 // Both launch on `stream` and return at once: no synchronisation, no allocation. They return cudaErrorInvalidValue for
 // parameters outside of what is written above, and otherwise what the launch returned.
-cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream);
-cudaError_t launch_rms_norm_quant(const RmsNormQuantParams& params, cudaStream_t stream);
+QWEN_PLUGINS_API cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream);
+QWEN_PLUGINS_API cudaError_t launch_rms_norm_quant(const RmsNormQuantParams& params, cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -158,21 +158,8 @@ Grid sample_grid(const SamplingParams& p, int groups, const DeviceProperties& de
 
 cudaError_t launch_on_grid(void (*kernel)(SamplingParams, int), const SamplingParams& p, const Grid& grid,
                            const DeviceProperties& device, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks) * p.sequences);
-  config.blockDim = dim3(grid.threads);
-  config.stream = stream;
-  config.attrs = attributes;
-  if (device.programmatic_launch) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (grid.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  }
-  return cudaLaunchKernelEx(&config, kernel, p, grid.blocks);
+  const dim3 blocks(static_cast<unsigned>(grid.blocks) * p.sequences);
+  return launch_clusters(kernel, blocks, dim3(grid.threads), 0, grid.cluster, device, stream, p, grid.blocks);
 }
 
 template <typename T, int kWidth>

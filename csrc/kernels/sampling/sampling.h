@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/api.h"
 #include "kernels/common/data_type.h"
 
 namespace qwen_plugins {
@@ -45,11 +46,11 @@ struct SamplingParams {
   int32_t* semaphores = nullptr;         // [sequences + 1]: zero before the first launch, and left zero
 };
 
-cudaError_t sampling_workspace_bytes(int32_t max_sequences, int32_t vocab_size, int64_t* bytes);
+QWEN_PLUGINS_API cudaError_t sampling_workspace_bytes(int32_t max_sequences, int32_t vocab_size, int64_t* bytes);
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation. cudaErrorInvalidValue for parameters
 // outside of what is written above.
-cudaError_t launch_sampling(const SamplingParams& params, cudaStream_t stream);
+QWEN_PLUGINS_API cudaError_t launch_sampling(const SamplingParams& params, cudaStream_t stream);
 
 struct MarkSeenParams {
   const int32_t* tokens = nullptr;      // [cu_seqlens[sequences]], packed; those outside of the vocabulary are ignored
@@ -60,6 +61,6 @@ struct MarkSeenParams {
 };
 
 // Sets the tokens' bits: a prompt's tokens, before the first choice.
-cudaError_t launch_mark_seen(const MarkSeenParams& params, cudaStream_t stream);
+QWEN_PLUGINS_API cudaError_t launch_mark_seen(const MarkSeenParams& params, cudaStream_t stream);
 
 }  // namespace qwen_plugins

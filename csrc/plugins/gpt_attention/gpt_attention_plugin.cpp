@@ -43,7 +43,7 @@ Attributes checked(Attributes attributes) {
     refuse("field 'num_kv_heads' is " + std::to_string(attributes.num_kv_heads) +
            "; expected a divisor of num_heads, " + std::to_string(attributes.num_heads));
   }
-  require_one_of("head_size", attributes.head_size, {32, 64, 80, 96, 128, 256});
+  require_one_of("head_size", attributes.head_size, {kHeadSizes.begin(), kHeadSizes.end()});
   check_rotary_embedding(attributes);
   require_positive("q_scaling", attributes.q_scaling);
   require_flag("query_scale", attributes.query_scale);

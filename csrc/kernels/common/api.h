@@ -1,0 +1,8 @@
+// Marks the functions that the shared library of kernels exports. It hides all others.
+#pragma once
+
+#ifdef QWEN_PLUGINS_STATIC_KERNELS
+#define QWEN_PLUGINS_API
+#else
+#define QWEN_PLUGINS_API __attribute__((visibility("default")))
+#endif
