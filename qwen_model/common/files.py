@@ -14,6 +14,7 @@ from .errors import QwenModelError, shown
 MAX_TEXT_BYTES = 64 << 20
 """Of a file of JSON or text: far more than an index of thousands of shards has."""
 MAX_NESTING = 100
+LONGEST_NAME = 160  # characters of a path in a message
 MAX_DIGITS = 40  # transformers writes 10^30 for a length without a limit
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -66,7 +67,13 @@ def _has_mode(path: Path, test: Any) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise QwenModelError(f"{shown(str(path))} cannot be read: {_reason(error)}") from error
+        raise QwenModelError(f"{_name(path)} cannot be read: {_reason(error)}") from error
+
+
+def _name(path: Path) -> str:
+    """Return the path as messages show it: as it is, unless it is very long or would break the line."""
+    text = str(path)
+    return text if len(text) <= LONGEST_NAME and text.isprintable() else shown(text)
 
 
 def _reason(error: OSError | ValueError) -> str:
@@ -84,7 +91,7 @@ def _read_beginning(path: Path, most: int) -> bytes:
         with path.open("rb") as file:
             content = file.read(most)
     except (OSError, ValueError) as error:
-        raise QwenModelError(f"{shown(str(path))} cannot be read: {_reason(error)}") from error
+        raise QwenModelError(f"{_name(path)} cannot be read: {_reason(error)}") from error
     if content.startswith(_LFS_POINTER):
         raise QwenModelError(
             f"{path} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull, or download it again"
