@@ -68,6 +68,7 @@ void bind_gemm(py::module_& module) {
              "Launch the matrix product of a linear layer: kernels/gemm/gemm.h. The workspace has "
              "layer.workspace_bytes(rows).");
   module.def("cublas_lt_status", &cublas_lt_status, "Return the file of cuBLASLt in use, or why none is in use.");
+  module.def("has_hopper_kernels", &has_hopper_kernels, "Return whether the kernels for Hopper alone were built in.");
 }
 
 }  // namespace qwen_plugins

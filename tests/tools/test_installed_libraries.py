@@ -88,6 +88,7 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
     assert kernels.needed <= SYSTEM_LIBRARIES
     assert {function_name(symbol) for symbol in kernels.exports} == {
         "cublas_lt_status",
+        "has_hopper_kernels",
         "decode_attention_workspace_bytes",
         "gemm_workspace_bytes",
         "launch_decode_attention",

@@ -125,4 +125,12 @@ cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {
   return error == cudaErrorNotSupported ? launch_own_kernels(p, stream) : error;
 }
 
+bool has_hopper_kernels() {
+#ifdef QWEN_PLUGINS_HOPPER
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace qwen_plugins

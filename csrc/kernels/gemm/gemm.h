@@ -56,4 +56,7 @@ QWEN_PLUGINS_API cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_
 // parameters outside of what is written above, otherwise what the launch returned.
 QWEN_PLUGINS_API cudaError_t launch_gemm(const GemmParams& params, cudaStream_t stream);
 
+// Whether the library contains the kernels that run on Hopper alone: 90 was among CMAKE_CUDA_ARCHITECTURES.
+QWEN_PLUGINS_API bool has_hopper_kernels();
+
 }  // namespace qwen_plugins
