@@ -33,7 +33,7 @@ def save_byte_tokenizer(folder, config=None, special=("<|im_start|>", "<|im_end|
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A Qwen2 checkpoint with a tokenizer and two end tokens."""
-    from tests.qwen_model.checkpoints import hugging_face_model, save_hugging_face
+    from tests.qwen_model.model_files import hugging_face_model, save_hugging_face
 
     folder = tmp_path_factory.mktemp("model")
     save_hugging_face(hugging_face_model("Qwen2ForCausalLM", seed=3), folder)

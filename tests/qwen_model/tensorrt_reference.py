@@ -32,22 +32,22 @@ NEW_TOKENS, BEAM_TOKENS, NUM_BEAMS, CANDIDATES = 64, 16, 3, 5
 
 def save_model(architecture: str, folder: Path) -> Path:
     """A random checkpoint with heads of a size that the attention plug-in has."""
-    from tests.qwen_model import checkpoints
+    from tests.qwen_model import model_files
 
     if architecture == "QWenLMHeadModel":
-        model, config = checkpoints.qwen_v1(hidden_size=96, num_attention_heads=3, kv_channels=32, seq_length=24)
-        return checkpoints.save_reference(model, config, folder)
+        model, config = model_files.qwen_v1(hidden_size=96, num_attention_heads=3, kv_channels=32, seq_length=24)
+        return model_files.save_reference(model, config, folder)
     if architecture == "DeciCoderForCausalLM":
-        model, config = checkpoints.decicoder(hidden_size=128, num_attention_heads=4)
-        return checkpoints.save_reference(model, config, folder)
+        model, config = model_files.decicoder(hidden_size=128, num_attention_heads=4)
+        return model_files.save_reference(model, config, folder)
     head = {"head_dim": 32} if architecture == "Qwen3ForCausalLM" else {}
-    model = checkpoints.hugging_face_model(architecture, hidden_size=128, num_attention_heads=4, **head)
-    return checkpoints.save_hugging_face(model, folder)
+    model = model_files.hugging_face_model(architecture, hidden_size=128, num_attention_heads=4, **head)
+    return model_files.save_hugging_face(model, folder)
 
 
 def expected(session: qwen_model.Session) -> dict[str, np.ndarray]:
     """What `test_tensorrt_gpu` compares with."""
-    from tests.qwen_model.checkpoints import random_prompt
+    from tests.qwen_model.model_files import random_prompt
 
     vocab_size = session.config.model.vocab_size
     prompts = [random_prompt(length, seed, vocab_size) for seed, length in enumerate(PROMPT_LENGTHS)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qwen_model
-from tests.qwen_model.checkpoints import hugging_face_model, random_prompt, save_hugging_face
+from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
 NEW_TOKENS = 64
 ROPE = {"rope_theta": 10000.0}

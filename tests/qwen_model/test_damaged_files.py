@@ -16,8 +16,8 @@ from safetensors.torch import load, load_file, save_file
 
 import qwen_model
 from qwen_model import QwenModelError
-from tests.qwen_model.checkpoints import hugging_face_model, save_hugging_face
 from tests.qwen_model.conftest import save_byte_tokenizer
+from tests.qwen_model.model_files import hugging_face_model, save_hugging_face
 
 LIMITS = {"dtype": "float32", "max_batch_size": 1, "max_input_len": 40, "max_output_len": 4}
 LONGEST_LINE = 2000

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import qwen_model
-from tests.qwen_model.checkpoints import decicoder, qwen_v1, random_prompt, save_reference
+from tests.qwen_model.model_files import decicoder, qwen_v1, random_prompt, save_reference
 
 CASES = {
     "qwen": lambda: qwen_v1(),

@@ -13,7 +13,7 @@ from qwen_model import QwenModelError, SamplingOptions
 from qwen_model.backends.torch import executor as torch_executor
 from qwen_model.backends.torch.operations import TorchOperations
 from qwen_model.checkpoints.chat_template import ChatOptions
-from tests.qwen_model.checkpoints import random_prompt
+from tests.qwen_model.model_files import random_prompt
 
 prompts = st.lists(st.integers(0, 316), min_size=1, max_size=60)
 

@@ -1,7 +1,7 @@
 """Engines of a real TensorRT, beside what the torch back end made of the same checkpoints.
 
-    python -m tests.qwen_model.tensorrt_reference FOLDER                        # where there is PyTorch
-    QWEN_MODEL_REFERENCE=FOLDER pytest tests/qwen_model/test_tensorrt_gpu.py    # where there is TensorRT
+    python -m tests.qwen_model.tensorrt_reference FOLDER                                 # where there is PyTorch
+    QWEN_MODEL_REFERENCE=FOLDER pytest tests/qwen_model/backends/test_tensorrt_gpu.py    # where there is TensorRT
 
 The second needs no PyTorch.
 """

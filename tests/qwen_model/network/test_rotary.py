@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qwen_model.checkpoints.config import read_config
 from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
-from tests.qwen_model.checkpoints import QWEN_V1
+from tests.qwen_model.model_files import QWEN_V1
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}
 SCALINGS = [

@@ -8,7 +8,7 @@ import pytest
 import qwen_model
 from qwen_model import QwenModelError, SamplingOptions, run
 from qwen_model.interface.sampling import SamplingDefaults
-from tests.qwen_model.checkpoints import hugging_face_model
+from tests.qwen_model.model_files import hugging_face_model
 
 QWEN_2_5 = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
 

@@ -12,7 +12,7 @@ import qwen_model
 from qwen_model import QwenModelError
 from qwen_model.backends.torch import back_end, executor
 from qwen_model.interface.engine_config import EngineConfig, Limits
-from tests.qwen_model.checkpoints import hugging_face_model, random_prompt, save_hugging_face
+from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
 
 def build(model_dir, output_dir, **options):

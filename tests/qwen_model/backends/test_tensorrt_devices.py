@@ -6,7 +6,7 @@ import pytest
 
 import qwen_model
 from tests import stand_ins
-from tests.qwen_model.checkpoints import random_prompt
+from tests.qwen_model.model_files import random_prompt
 from tests.qwen_model.tensorrt_reference import save_model
 from tests.stand_ins import numpy_cuda
 

@@ -11,9 +11,9 @@ import pytest
 import qwen_model
 from qwen_model.interface.engine_config import PLUGINS
 from tests import stand_ins
-from tests.qwen_model import checkpoints
-from tests.qwen_model.checkpoints import random_prompt
+from tests.qwen_model import model_files
 from tests.qwen_model.conftest import save_byte_tokenizer
+from tests.qwen_model.model_files import random_prompt
 from tests.qwen_model.session_checks import check_streams, check_that_nothing_is_left_behind
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 from tests.stand_ins import numpy_cuda
@@ -83,8 +83,8 @@ def test_the_benchmarks_engines_are_one_network(trt, monkeypatch):
 @pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn"])
 def test_rotary_scalings(trt, scaling, tmp_path):
     model_dir = tmp_path / "model"
-    checkpoints.save_hugging_face(
-        checkpoints.hugging_face_model(
+    model_files.save_hugging_face(
+        model_files.hugging_face_model(
             "Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4, max_position_embeddings=32
         ),
         model_dir,
@@ -401,9 +401,9 @@ def test_the_log_does_not_grow(trt):
 
 
 def test_weights_that_float16_cannot_hold(trt, tmp_path):
-    model = checkpoints.hugging_face_model("Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4).bfloat16()
+    model = model_files.hugging_face_model("Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4).bfloat16()
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = 2.0**20
-    checkpoints.save_hugging_face(model, tmp_path / "model")
+    model_files.save_hugging_face(model, tmp_path / "model")
     for backend in ("torch", "tensorrt"):
         with pytest.raises(
             qwen_model.QwenModelError,
@@ -427,8 +427,8 @@ def test_devices(trt, model_dir, tmp_path, monkeypatch):
 
 
 def test_what_this_back_end_cannot_build(trt, tmp_path):
-    narrow = checkpoints.hugging_face_model("Qwen2ForCausalLM")
-    checkpoints.save_hugging_face(narrow, tmp_path / "narrow")
+    narrow = model_files.hugging_face_model("Qwen2ForCausalLM")
+    model_files.save_hugging_face(narrow, tmp_path / "narrow")
     with pytest.raises(qwen_model.QwenModelError, match=r"head_size is 14; expected one of 32.*use the torch back end"):
         build(tmp_path / "narrow", tmp_path / "engine")
     if trt.__version__.startswith("8."):
@@ -442,8 +442,8 @@ def test_what_this_back_end_cannot_build(trt, tmp_path):
 
 
 def test_bfloat16_checkpoints_become_what_there_is(trt, tmp_path):
-    model = checkpoints.hugging_face_model("Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4).bfloat16()
-    checkpoints.save_hugging_face(model, tmp_path / "model")
+    model = model_files.hugging_face_model("Qwen2ForCausalLM", hidden_size=128, num_attention_heads=4).bfloat16()
+    model_files.save_hugging_face(model, tmp_path / "model")
     summary = build(tmp_path / "model", tmp_path / "engine", dtype=None)
     assert summary.config.dtype == ("float16" if trt.__version__.startswith("8.") else "bfloat16")
     said = any("the checkpoint is bfloat16" in warning for warning in summary.warnings)

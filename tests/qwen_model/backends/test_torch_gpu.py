@@ -7,7 +7,7 @@ import torch
 
 import qwen_model
 from qwen_model import SamplingOptions
-from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, random_prompt, save_hugging_face, save_reference
+from tests.qwen_model.model_files import hugging_face_model, qwen_v1, random_prompt, save_hugging_face, save_reference
 from tests.qwen_model.overflow_checks import (
     LIMITS,
     check_that_overflow_is_an_error,

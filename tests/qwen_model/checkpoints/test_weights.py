@@ -14,7 +14,7 @@ from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.tensor_files import all_finite
 from qwen_model.checkpoints.weights import weight_groups
-from tests.qwen_model.checkpoints import hugging_face_model, qwen_v1, save_hugging_face, save_reference
+from tests.qwen_model.model_files import hugging_face_model, qwen_v1, save_hugging_face, save_reference
 
 
 def read_all(folder):

@@ -13,7 +13,7 @@ from transformers.generation import (
 
 from qwen_model import QwenModelError, SamplingOptions
 from qwen_model.backends.torch.sampling import TorchSampler
-from tests.qwen_model.checkpoints import random_prompt
+from tests.qwen_model.model_files import random_prompt
 
 DRAWS = 40_000
 VOCABULARY = 40

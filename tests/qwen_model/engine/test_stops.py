@@ -6,8 +6,8 @@ import pytest
 
 import qwen_model
 from qwen_model import QwenModelError
-from tests.qwen_model.checkpoints import save_scripted_model
 from tests.qwen_model.conftest import save_byte_tokenizer
+from tests.qwen_model.model_files import save_scripted_model
 
 END, START, IM_END, CALL = 256, 257, 258, 259
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -9,7 +9,7 @@ import transformers
 from qwen_model import QwenModelError
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.engine.limits import engine_limits
-from tests.qwen_model.checkpoints import DECICODER, QWEN_V1
+from tests.qwen_model.model_files import DECICODER, QWEN_V1
 
 QWEN_7B = {
     "architectures": ["QWenLMHeadModel"],
