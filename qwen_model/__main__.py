@@ -31,8 +31,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = module.make_parser()
+        _complete_paths(command)
         commands.add_parser(name, parents=[command], add_help=False, help=command.description)
     return parser
+
+
+def _complete_paths(parser: argparse.ArgumentParser) -> None:
+    """Let shells complete paths for the arguments whose metavar says that they take a folder or a file."""
+    for action in parser._actions:
+        metavar = str(action.metavar)
+        if metavar in ("DIR", "ENGINE"):
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        elif "FILE" in metavar:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def entry_point() -> None:

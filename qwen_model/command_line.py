@@ -97,7 +97,9 @@ def add_chat_arguments(parser: argparse.ArgumentParser, sanitize: bool) -> None:
     group.add_argument("--system", metavar="TEXT", help="the system message (default: the chat template's)")
     group.add_argument("--tools", metavar="FILE", help="JSON list of the functions that the model may call")
     group.add_argument(
-        "--chat-template", metavar="NAME", help="one of the model's templates, or a file of Jinja (default: its own)"
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="one of the model's templates by its name, or a Jinja file (default: the model's own)",
     )
     group.add_argument(
         "--chat-template-kwargs", metavar="JSON", help='variables of the template, as {"enable_thinking": false}'

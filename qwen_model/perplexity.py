@@ -44,8 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     description = "Measure how well an engine predicts a text."
     parser = argparse.ArgumentParser(prog="qwen-model perplexity", description=description)
     add_engine_arguments(parser)
-    parser.add_argument("--text-file", type=Path, help="UTF-8 text (default: the packaged model's held-out text)")
-    parser.add_argument("--window", type=int, help="tokens that see one another (default: 1024 or the engine's limit)")
+    parser.add_argument(
+        "--text-file", type=Path, metavar="FILE", help="UTF-8 text (default: the packaged model's held-out text)"
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens that see one another (default: 1024 or the engine's limit)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -117,7 +117,7 @@ def choose_chat_template(templates: Mapping[str, str], options: ChatOptions) -> 
     if "default" not in templates:
         raise QwenModelError(
             f"none of the model's chat templates is the default: choose one of {names} with chat_template "
-            "(--chat-template NAME)"
+            "(--chat-template)"
         )
     return templates["default"]
 

@@ -432,3 +432,26 @@ def test_shell_completion_knows_the_options(capsys):
     script = capsys.readouterr().out
     for word in ("--disable-plugin", "rms_norm gemm rotary", "--num-beams", "--picture"):
         assert word in script
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("build --model-dir mo", "models"),
+        ("run --engine-dir mo", "models"),
+        ("inspect mo", "models"),
+        ("perplexity --text-file mo", "models moon.txt"),
+        ("run --chat-template mo", "models moon.txt"),
+        ("inspect --picture mo", "models moon.txt"),
+    ],
+)
+def test_shell_completion_of_paths(words, completed, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "moon.txt").touch()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    script += f"\nCOMP_WORDS=(qwen-model {words}); COMP_CWORD={len(words.split())}; _shtab_qwen_model\n"
+    script += 'echo "${COMPREPLY[@]}"'
+    found = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert sorted(found.stdout.split()) == completed.split(), found.stderr
