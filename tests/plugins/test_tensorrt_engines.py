@@ -365,7 +365,7 @@ def network_with_x() -> tuple[Any, Any]:
         ({"eps": float("nan")}, ValueError, "eps is nan"),
         ({"residual": np.ones((2, 64))}, TypeError, "residual is a ndarray"),
         ({"dtype": trt.int32}, TypeError, "x has type DataType.INT32; expected one of"),
-        ({"quant_dtype": trt.float16}, ValueError, "quant_dtype is DataType.HALF"),
+        ({"quant_dtype": trt.float16}, TypeError, "quant_dtype is DataType.HALF"),
         ({"scale": -1.0}, ValueError, "scale is -1.0; expected one finite number above 0"),
         ({"scale": np.ones(2)}, ValueError, r"scale is array\(\[1., 1.\]\); expected one"),
         ({"smoothing": np.ones(3)}, ValueError, r"smoothing has shape \(3,\)"),
