@@ -31,14 +31,15 @@ def work_folder(place: Path, inside: bool) -> Iterator[Path]:
         QwenModelError: another build is writing an engine there, or may be, on another machine.
         OSError: it cannot be made.
     """
-    within, beside = place / INSIDE, place.parent / _name_beside(place)
-    for work in (within, beside):
-        _remove_dead(work, place)
-    work = within if inside else beside
+    work, other = place / INSIDE, place.parent / _name_beside(place)
+    if not inside:
+        work, other = other, work
+    _remove_dead(work, place)
     with _new_and_locked(work, place) as lock:
         try:
             json.dump(_this_process(), lock)
             lock.flush()
+            _remove_dead(other, place)  # only now: of two builds that begin at once, each has made what the other finds
             yield work
         finally:
             _remove(work)

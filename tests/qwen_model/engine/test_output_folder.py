@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from qwen_model import QwenModelError
 from qwen_model.backends.torch import back_end
 from qwen_model.common.files import write_whole
 from qwen_model.engine import output_folder
+from qwen_model.engine.work_folder import work_folder
 from qwen_model.interface.engine_config import EngineConfig
 
 
@@ -360,7 +361,8 @@ def main(arguments):
         if len(sys.argv) == 2:
             (folder / 'weights').mkdir()
             print('writing', flush=True)
-            time.sleep(60)
+            for _ in range(600):
+                time.sleep(0.1)  # a signal that comes just before one sleep is seen after it
         shutil.copytree(sys.argv[2], folder, dirs_exist_ok=True)  # an engine
         rename, moves = pathlib.Path.rename, []
         def rename_and_die(path, target):
@@ -519,6 +521,28 @@ def test_builds_that_begin_and_end_at_the_same_moment(tmp_path, monkeypatch, fil
     config = json.loads((place / "config.json").read_text())
     assert (place / "model.plan").read_text() == str(config["number"])
     assert (names(tmp_path), names(place)) == (["engine"], ["config.json", "model.plan"])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_builds_that_begin_at_the_same_moment_inside_and_beside(tmp_path, monkeypatch, inside):
+    """Where one folder lies inside the engine's and one beside it, the builds still find each other."""
+    (tmp_path / "engine").mkdir()
+    mkdir = Path.mkdir
+    with ExitStack() as other_build:
+
+        def begin_another_build_first(path, *arguments, **options):
+            monkeypatch.setattr(Path, "mkdir", mkdir)
+            other_build.enter_context(work_folder(tmp_path / "engine", inside=not inside))
+            mkdir(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "mkdir", begin_another_build_first)
+        with (
+            pytest.raises(QwenModelError, match=r"another build \(process .* is writing .*engine: wait"),
+            work_folder(tmp_path / "engine", inside=inside),
+        ):
+            pytest.fail("two builds write at once")
+        assert len([*tmp_path.iterdir(), *(tmp_path / "engine").iterdir()]) == 2  # the engine's and the other build's
+    assert (names(tmp_path), names(tmp_path / "engine")) == (["engine"], [])
 
 
 @pytest.mark.parametrize("moves", [1, 4, 8])
