@@ -24,7 +24,7 @@ def contains(value: Any, pattern: re.Pattern[str]) -> bool:
     if isinstance(value, str):
         return pattern.search(value) is not None
     if isinstance(value, Mapping):
-        return any(contains(each, pattern) for each in value.values())
+        return any(contains(each, pattern) for item in value.items() for each in item)
     return isinstance(value, Sequence) and any(contains(each, pattern) for each in value)
 
 
@@ -33,7 +33,7 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(f"{START}\\g<0>{END}", value.replace(START, "").replace(END, ""))
     if isinstance(value, Mapping):
-        return {key: mark(each, pattern) for key, each in value.items()}
+        return {mark(key, pattern) if isinstance(key, str) else key: mark(each, pattern) for key, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [mark(each, pattern) for each in value]
     return value

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_JSON = "tokenizer.json"
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SPOKEN = ("content", *REASONING_FIELDS)
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
@@ -127,16 +126,13 @@ class HuggingFaceTokenizer(Tokenizer):
         ``<tool_call>``. The latter are the assistant's own where it speaks, and templates look for them there.
         """
         special, every = control_token_pattern(self.special_tokens), self._control_tokens_of(template)
-        if contains([messages, options.tools, options.template_kwargs], every):
-            messages = [
-                {
-                    key: mark(value, special if message["role"] == "assistant" and key in SPOKEN else every)
-                    for key, value in message.items()
-                }
-                for message in messages
-            ]
+        text_only = not contains([messages, options.tools, options.template_kwargs], every)
+        if not text_only:
+            messages = [_marked(message, special, every) for message in messages]
             options = ChatOptions(mark(options.tools, every), mark(options.template_kwargs, every))
         text = render_chat_template(template, messages, add_generation_prompt, self._named_tokens, options)
+        if text_only:
+            return self._encode_with_added_tokens(text)
         ids: list[int] = []
         for place, (piece, marked) in enumerate(split_at_marks(text, every)):
             ids += self._encode_piece(piece, marked, at_start=place == 0)
@@ -154,9 +150,11 @@ class HuggingFaceTokenizer(Tokenizer):
         All but the first are encoded after a new line: some tokenizers put a space before what they are given.
         """
         encode = self._encode_without_added_tokens if as_text else self._encode_with_added_tokens
-        new_line, ids = self._encode_with_added_tokens("\n"), encode("\n" + piece)
-        follows = not at_start and ids[: len(new_line)] == new_line
-        ids = ids[len(new_line) :] if follows else encode(piece)
+        if at_start:
+            ids = encode(piece)
+        else:
+            new_line, ids = self._encode_with_added_tokens("\n"), encode("\n" + piece)
+            ids = ids[len(new_line) :] if ids[: len(new_line)] == new_line else encode(piece)
         if as_text and self._added[piece] in ids:
             raise QwenModelError(f"{piece!r} can't be kept as text: the tokenizer makes the token of its letters")
         return ids
@@ -172,6 +170,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._tokenizer.pre_tokenizer is not None:
             words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+
+
+def _marked(message: dict[str, Any], special: re.Pattern[str], every: re.Pattern[str]) -> dict[str, Any]:
+    """Return a message with marks around its control tokens; of what the assistant says, around special ones alone."""
+    marked: dict[str, Any] = mark(message, every)
+    if message["role"] == "assistant":
+        marked.update((key, mark(message[key], special)) for key in SPOKEN if key in message)
+    return marked
 
 
 def load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_model.checkpoints.chat_template import ChatOptions
@@ -300,14 +300,14 @@ def control_ids(folder, ids):
 @pytest.mark.parametrize("words", TRICKY)
 def test_control_tokens_of_a_user_stay_text(folder, words):
     """Byte for byte what the template writes, and no more control tokens than with harmless words."""
-    tools = [{"name": words}]
+    tools = [{"name": words, "parameters": {"properties": {words: {}}}}]
     messages = [
         {"role": "system", "content": words},
         {"role": "user", "content": words},
         {
             "role": "assistant",
             "content": "Yes.",
-            "tool_calls": [{"function": {"name": "f", "arguments": {"x": words}}}],
+            "tool_calls": [{"function": {"name": "f", "arguments": {words: [words]}}}],
         },
         {"role": "tool", "content": words},
     ]
@@ -315,7 +315,8 @@ def test_control_tokens_of_a_user_stay_text(folder, words):
     ids = ours(folder, messages, tools, sanitize_control_tokens=True)
     live = ours(folder, messages, tools)
     assert text(folder, ids) == text(folder, live).replace("\ufdd0", "").replace("\ufdd1", "")
-    assert control_ids(folder, ids) == control_ids(folder, ours(folder, harmless, [{"name": "harmless"}]))
+    harmless_tools = [{"name": "harmless", "parameters": {"properties": {"harmless": {}}}}]
+    assert control_ids(folder, ids) == control_ids(folder, ours(folder, harmless, harmless_tools))
 
 
 @pytest.mark.parametrize("words", TRICKY[:-1])  # where transformers drops characters of the private use areas
@@ -346,6 +347,7 @@ def test_a_template_that_writes_json_in_ascii(tmp_path):
 
 
 @given(content=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+@example(content="\ufdd0 is written \\ufdd0")
 @settings(deadline=None, max_examples=40)
 def test_words_without_control_tokens_go_through_as_they_are(module_folder, content):
     messages = [{"role": "user", "content": content}]
