@@ -137,8 +137,8 @@ def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:
     """Return a hint with the command that rebuilds an engine of another format, "" if `config.json` lacks something."""
     try:
         limits = Limits(**values["limits"])
-        # Format 1 had the RMSNorm kernel off unless it was asked for.
-        disabled = values.get("disabled_plugins", () if values["rmsnorm_plugin"] else ("rms_norm",))
+        # Format 1 had the RMSNorm kernel off unless it was asked for, and nothing else to disable.
+        disabled = values.get("disabled_plugins", () if values.get("rmsnorm_plugin") else ("rms_norm",))
         disable = ["--disable-plugin", *disabled] if disabled else []
         command = _build_command(values["backend"], values["dtype"], limits, disable, engine_dir)
     except (KeyError, TypeError, QwenModelError):

@@ -160,17 +160,21 @@ def test_wrong_model_folders(model_dir, tmp_path):
 
 
 def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
-    def load(**changes):
+    def load(without=None, **changes):
         shutil.copytree(engine_dir, tmp_path / "engine", dirs_exist_ok=True)
         path = tmp_path / "engine" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        values = {**json.loads(path.read_text()), **changes}
+        values.pop(without, None)
+        path.write_text(json.dumps(values))
         return qwen_model.load_engine(tmp_path / "engine", device="cpu")
 
-    with pytest.raises(QwenModelError, match=r"is an engine of format 7.*build it again"):
+    options = "--dtype float32 --max-batch-size 6 --max-input-len 120 --max-output-len 40"
+    with pytest.raises(QwenModelError, match=rf"is an engine of format 7.*build it again.*{options} --output-dir"):
         load(format_version=7)
-    options = "--dtype float32 --max-batch-size 6 --max-input-len 120 --max-output-len 40 --disable-plugin rms_norm"
-    with pytest.raises(QwenModelError, match=rf"of format 1,.*format 2: build it again.*{options} --output-dir"):
-        load(format_version=1, rmsnorm_plugin=False, disabled_plugins=["rms_norm"])
+    for rmsnorm_plugin, more in ((True, ""), (False, " --disable-plugin rms_norm")):
+        said = rf"of format 1,.*format 2: build it again.*{options}{more} --output-dir"
+        with pytest.raises(QwenModelError, match=said):
+            load(format_version=1, rmsnorm_plugin=rmsnorm_plugin, without="disabled_plugins")
     with pytest.raises(QwenModelError, match="built for the back end 'tensorrt_llm'"):
         load(backend="tensorrt_llm")
     with pytest.raises(QwenModelError, match=r"damaged.*build the engine again"):
