@@ -106,8 +106,9 @@ def _check_contents(place: Path, source: Path) -> None:
     """Raise QwenModelError if an engine there would replace anything that no build wrote."""
     if source.resolve().is_relative_to(place):
         raise QwenModelError(f"{place} holds the checkpoint {source}: give another folder")
-    is_ours = read_engine_json(place) is not None or has_work(place)  # of a build that died when it moved its files in
-    if set(os.listdir(place)) - NOT_COUNTED and not is_ours:
+    names = set(os.listdir(place))
+    died_moving = has_work(place) and CONFIG not in names  # a build that died when it moved its files in
+    if names - NOT_COUNTED and not died_moving and read_engine_json(place) is None:
         raise _not_an_engine(place)
     others = [name for name in _contents(place)[1] if name not in NOT_COUNTED]
     if others:

@@ -453,6 +453,17 @@ def test_a_build_that_was_killed_before_it_wrote_anything(model_dir, place):
     assert (names(place.parent), names(place)) == (["engine"], ENGINE)
 
 
+def test_a_checkpoint_where_a_build_was_killed_is_left_alone(model_dir, tmp_path):
+    (tmp_path / "engine").mkdir()
+    with a_build_that_writes(tmp_path / "engine") as process:
+        process.kill()
+        process.wait()
+    for name in ("config.json", "tokenizer.json"):  # names that an engine's files have, too
+        shutil.copy(model_dir / name, tmp_path / "engine")
+    refused(model_dir, tmp_path / "engine", "engine is there already and is not an engine")
+    assert (tmp_path / "engine" / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
+
+
 def test_what_may_be_of_a_living_build_is_left_alone(model_dir, place):
     """The locks of other machines are not always seen; a container is no other machine, whatever it is called."""
     with a_build_that_writes(place) as process:
