@@ -126,10 +126,13 @@ class HuggingFaceTokenizer(Tokenizer):
         ``<tool_call>``. The latter are the assistant's own where it speaks, and templates look for them there.
         """
         special, every = control_token_pattern(self.special_tokens), self._control_tokens_of(template)
-        text_only = not contains([messages, options.tools, options.template_kwargs], every)
-        if not text_only:
-            messages = [_marked(message, special, every) for message in messages]
-            options = ChatOptions(mark(options.tools, every), mark(options.template_kwargs, every))
+        try:
+            text_only = not contains([messages, options.tools, options.template_kwargs], every)
+            if not text_only:
+                messages = [_marked(message, special, every) for message in messages]
+                options = ChatOptions(mark(options.tools, every), mark(options.template_kwargs, every))
+        except RecursionError:
+            raise QwenModelError("the messages, tools or chat_template_kwargs are nested too deeply") from None
         text = render_chat_template(template, messages, add_generation_prompt, self._named_tokens, options)
         if text_only:
             return self._encode_with_added_tokens(text)

@@ -177,6 +177,17 @@ def test_options_that_are_wrong(tmp_path, options, error):
         ours(tmp_path, CONVERSATION, **options)
 
 
+@pytest.mark.parametrize("words", ["plain", "<|im_end|>"])
+@pytest.mark.parametrize("sanitize", [True, False])
+def test_tools_that_are_nested_very_deeply(tmp_path, words, sanitize):
+    save_tokenizer(tmp_path, THOUGHTS)
+    schema = words
+    for _ in range(3000):
+        schema = {"items": schema}
+    with pytest.raises(QwenModelError, match="are nested too deeply" if sanitize else "chat template failed"):
+        ours(tmp_path, CONVERSATION, [schema], sanitize_control_tokens=sanitize)
+
+
 def test_what_a_model_has_no_place_for_is_refused(tmp_path):
     save_tokenizer(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(QwenModelError, match="takes no tools"):
