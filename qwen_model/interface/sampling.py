@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
+from ..checkpoints.json_values import LARGEST_NUMBER, SMALLEST_NUMBER
 from ..common.errors import QwenModelError
 
 
@@ -46,8 +47,11 @@ class SamplingOptions:
             raise QwenModelError(f"top_k must be at least 0 (0: all tokens), not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise QwenModelError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise QwenModelError(f"repetition_penalty must be a number above 0, not {self.repetition_penalty}")
+        if not SMALLEST_NUMBER <= self.repetition_penalty <= LARGEST_NUMBER:  # else logits become infinite
+            raise QwenModelError(
+                f"repetition_penalty must be a number from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}, not "
+                f"{self.repetition_penalty}"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise QwenModelError(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
 

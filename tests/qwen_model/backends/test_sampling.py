@@ -90,6 +90,7 @@ def test_greedy_in_several_words(session, options):
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-40}, r"repetition_penalty must be a number from 1e-12 to 1e\+12, not 1e-40"),
         ({"seed": -1}, "seed"),
         ({"temperature": "1"}, "temperature must be a number, not '1'"),
         ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),

@@ -97,7 +97,7 @@ def test_run_with_and_without_the_defaults(model_dir, tmp_path, session, capsys)
         ({"top_k": -2}, "top_k must be at least 0"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"top_p": [0.8]}, "top_p must be a number"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number from 1e-12"),
         ({"do_sample": "yes"}, "do_sample must be true or false, not 'yes'"),
     ],
 )
