@@ -1,6 +1,6 @@
 """Qwen and its relatives: build an engine from a Hugging Face checkpoint, and generate text with it.
 
-qwen_model.build_engine("Qwen2.5-7B-Instruct", output_dir="engine", rmsnorm_plugin=True)
+qwen_model.build_engine("Qwen2.5-7B-Instruct", output_dir="engine")
 session = qwen_model.load_engine("engine")
 session.generate("What is RMSNorm?", chat=True).outputs[0].text
 """

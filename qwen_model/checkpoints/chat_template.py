@@ -246,14 +246,20 @@ def check_plain_chat(messages: Messages, options: ChatOptions) -> None:
 
 
 def text_after_answer(template: str, special_tokens: Mapping[str, str]) -> str:
-    """Return what the template writes after an assistant's message; nothing if it refuses a question and an answer."""
-    answer = "Forty-two"
-    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]
-    try:
-        text = render_chat_template(template, messages, False, special_tokens, ChatOptions())
-    except QwenModelError:
-        return ""
-    return text.rpartition(answer)[2] if answer in text else ""
+    """Return what the template writes after an assistant's message; "" if it writes nothing that can be told."""
+    answer = "424242"  # which no filter for letters changes
+    question, reply = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}
+    system = {"role": "system", "content": "Count."}
+    # Some templates demand a system message, some end an answer only where another message follows.
+    for messages in ([question, reply], [system, question, reply], [question, reply, question]):
+        try:
+            text = render_chat_template(template, messages, False, special_tokens, ChatOptions())
+        except QwenModelError:
+            continue
+        after = text.rpartition(answer)[2] if answer in text else ""
+        if after.strip():
+            return after
+    return ""
 
 
 @lru_cache(maxsize=8)

@@ -62,7 +62,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         eos_token = named_tokens.get("eos_token")
         self.eos_token_ids = () if eos_token is None else (self._id_of(eos_token),)
-        self._ends_of_templates: dict[str, tuple[int, ...]] = {}
 
     def _has_chatml(self) -> bool:
         return all(self._tokenizer.token_to_id(token) is not None for token in (CHAT_START, CHAT_END))
@@ -111,11 +110,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _turn_end_ids(self, options: ChatOptions) -> tuple[int, ...]:
         """Return the token, if it is one, that the template writes after an answer."""
         template = self._template(options) or CHATML_TEMPLATE
-        if template not in self._ends_of_templates:
-            after = text_after_answer(template, self._named_tokens).lstrip()
-            token = max((token for token in self._added if after.startswith(token)), key=len, default=None)
-            self._ends_of_templates[template] = () if token is None else (self._added[token],)
-        return self._ends_of_templates[template]
+        after = text_after_answer(template, self._named_tokens).lstrip()
+        token = max((token for token in self._added if after.startswith(token)), key=len, default=None)
+        return () if token is None else (self._added[token],)
 
     def _sanitized_chat_ids(
         self, template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, options: ChatOptions

@@ -273,6 +273,10 @@ LLAMA_3 = "{% for m in messages %}{{ '<|start|>' + m.role + '\n\n' + m.content |
         ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
          "{{ '<|im_start|>assistant\n' }}", ["<|endoftext|>", "<|im_end|>"]),
         (LLAMA_3, ["<|endoftext|>", "<|eot|>"]),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + LLAMA_3,
+         ["<|endoftext|>", "<|eot|>"]),
+        ("{% for m in messages %}{{ '<|im_start|>' + m.content | upper }}{% if not loop.last %}<|im_end|>{% endif %}"
+         "{% endfor %}", ["<|endoftext|>", "<|im_end|>"]),
         ("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}", ["<|endoftext|>"]),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|endoftext|>"]),
         ("{{ raise_exception('no answers here') }}", ["<|endoftext|>"]),
