@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
-from ..common.files import read_json_object
+from ..common.files import read_json_object, read_text
 from .chat_template import (
     REASONING_FIELDS,
     ChatOptions,
@@ -188,8 +188,9 @@ def load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:
     """
     library = import_extra("tokenizers", TOKENIZER_JSON)
     path = model_dir / TOKENIZER_JSON
+    content = read_text(path)
     with _one_error(f"{path} is no tokenizer that the tokenizers library {library.__version__} reads"):
-        tokenizer = library.Tokenizer.from_file(str(path))
+        tokenizer = library.Tokenizer.from_str(content)
     config, special_tokens_map, added_tokens = (
         read_json_object(path) if path.is_file() else {}
         for path in (

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
+from ..common.files import read_text
 from .chat_template import ChatOptions, check_plain_chat, with_default_system_message
 from .tokenizer_base import Tokenizer
 
@@ -111,7 +112,7 @@ def load_qwen_tiktoken(path: Path) -> QwenTiktokenTokenizer:
             special tokens' ids follow them), or a byte has no token.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -127,10 +128,3 @@ def load_qwen_tiktoken(path: Path) -> QwenTiktokenTokenizer:
     if missing is not None:
         raise QwenModelError(f"{path} is not whole: it has no token for the byte 0x{missing:02x}")
     return QwenTiktokenTokenizer(ranks)
-
-
-def _lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().splitlines()
-    except OSError as error:
-        raise QwenModelError(f"{path} cannot be read: {error.strerror}") from error

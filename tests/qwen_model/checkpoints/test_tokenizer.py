@@ -511,3 +511,13 @@ def test_broken_tokenizer_config(byte_level_dir, tmp_path, content, message):
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(QwenModelError, match="character 1"):
         tokenizer.encode("a\ud83d")
+
+
+@pytest.mark.parametrize(("source", "name"), [("byte_level_dir", "tokenizer.json"), ("tiktoken_dir", "qwen.tiktoken")])
+def test_pointers_of_git_lfs_and_byte_order_marks(source, name, request, tmp_path):
+    content = (request.getfixturevalue(source) / name).read_bytes()
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert load_tokenizer(tmp_path).encode("hello world")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031645\n")
+    with pytest.raises(QwenModelError, match=f"{name} is a pointer of Git LFS"):
+        load_tokenizer(tmp_path)
