@@ -108,10 +108,12 @@ def test_defaults_that_are_wrong(model_dir, tmp_path, config, message):
 
 def test_what_is_left_out_is_said(model_dir, tmp_path):
     neutral = {"min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "bad_words_ids": []}
+    neutral |= {"min_new_tokens": 0, "min_length": 0, "guidance_scale": 1.0, "stop_strings": None}
     assert not build(model_dir, tmp_path, neutral).warnings
-    (warning,) = build(model_dir, tmp_path, {**neutral, "min_p": 0.1, "suppress_tokens": [1]}).warnings
+    given = {**neutral, "min_p": 0.1, "suppress_tokens": [1], "stop_strings": "\n"}
+    (warning,) = build(model_dir, tmp_path, given).warnings
     assert warning.startswith("left out of generation_config.json")
-    assert warning.endswith("min_p, suppress_tokens")
+    assert warning.endswith("min_p, stop_strings, suppress_tokens")
 
 
 @pytest.mark.parametrize("value", [3, {"top_p": 2}, {"warmth": 1}, {"temperature": None}])
