@@ -182,11 +182,11 @@ def normalized_messages(messages: Messages) -> list[dict[str, Any]]:
     """Return the messages in the form that templates are written for.
 
     Keys whose value is None are left out, and reasoning is called ``reasoning_content``, as transformers does. The
-    ``arguments`` of tool calls that OpenAI's clients send as JSON text are the objects they hold, and a message with
-    tool calls alone has an empty content, as in vLLM.
+    ``arguments`` of tool calls that OpenAI's clients send as JSON text are the objects they hold, a message with tool
+    calls alone has an empty content, and a content in parts is their text, a part a line: all as in vLLM.
 
     Raises:
-        QwenModelError: there is no message, or one that is none; it is named.
+        QwenModelError: there is no message, one that is none, or one with parts that are no text; it is named.
     """
     if not messages:
         raise QwenModelError("a chat needs at least one message, none was given")
@@ -206,10 +206,20 @@ def _normalized(index: int, given: Any) -> dict[str, Any]:
             f'message {index} must be {{"role": ..., "content": ...}} (or have tool_calls), '
             f"given: {reprlib.repr(given)}"
         )
+    if _is_list(message["content"]):
+        message["content"] = "\n".join(_text_of_part(index, part) for part in message["content"])
     reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     return message
+
+
+def _text_of_part(index: int, part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise QwenModelError(
+        f'a part of the content of message {index} must be {{"type": "text", "text": ...}}, not {reprlib.repr(part)}'
+    )
 
 
 def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,12 @@ def test_calls_as_clients_of_openai_send_them(folder):
         )
 
 
+def test_contents_in_parts_are_their_text(folder):
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+    expected = theirs(folder, [{"role": "user", "content": "Hello\nthere"}])
+    assert ours(folder, [{"role": "user", "content": parts}]) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"), [('{"a": ', '{"a": '), ("7", "7"), ("", "{}"), ("[" * 9999, "[" * 9999)]
 )

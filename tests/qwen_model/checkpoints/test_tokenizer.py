@@ -278,7 +278,7 @@ def test_chat_errors(sentencepiece_dir, messages, message):
         load_tokenizer(sentencepiece_dir).apply_chat_template(messages)
 
 
-@pytest.mark.parametrize("content", [None, 5, [{"type": "text", "text": "x"}]])
+@pytest.mark.parametrize("content", [None, 5, [{"type": "image"}], [{"type": "text", "text": 5}], ["x"]])
 @pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
 def test_contents_that_are_no_text(request, folder, content):
     tokenizer = load_tokenizer(request.getfixturevalue(folder))
