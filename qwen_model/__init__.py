@@ -42,6 +42,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import qwen_model` and `--help` are quick."""
+    if name == "__version__":
+        return import_module(".common.version", __name__).package_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -19,6 +19,7 @@ from ..common.files import read_text
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 MAX_REASON = 200
+MAX_PRODUCT, MAX_FACTOR = 1 << 24, 1000  # of * and of ** in a template
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names under which servers return it
 
 Messages = Sequence[Mapping[str, Any]]
@@ -328,9 +329,20 @@ def _compile(template: str) -> Any:
     def strftime_now(pattern: str) -> str:
         return datetime.datetime.now().strftime(pattern)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Refuses products and powers that would take all memory, as the sandbox itself does with long ranges."""
+
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """Compute a product or a power, if it is of reasonable size."""
+            lengths = [len(value) if isinstance(value, (str, list, tuple)) else abs(value) for value in (left, right)]
+            too_large = max(lengths) > MAX_FACTOR if operator == "**" else lengths[0] * lengths[1] > MAX_PRODUCT
+            if too_large:
+                raise jinja2.exceptions.SecurityError(f"{operator} of operands that are too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now

@@ -27,6 +27,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "min_new_tokens": (0,),
     "min_p": (0,),
     "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
     "penalty_alpha": (0,),
     "presence_penalty": (0,),
     "sequence_bias": (),

@@ -25,5 +25,6 @@ def test_a_former_place_has_the_same_objects(former):
 
 def test_the_package_has_what_it_names():
     assert all(getattr(qwen_model, name).__name__ == name for name in qwen_model.__all__)
+    assert isinstance(qwen_model.__version__, str)
     with pytest.raises(AttributeError, match="no attribute 'Sesion'"):
         qwen_model.Sesion  # noqa: B018

@@ -286,6 +286,15 @@ def test_contents_that_are_no_text(request, folder, content):
         tokenizer.apply_chat_template([{"role": "user", "content": content}])
 
 
+@pytest.mark.parametrize("expression", ["'a' * 10**10", "10**9 * [1]", "10**10**10", "range(10**9) | list"])
+def test_templates_that_would_take_all_memory(byte_level_dir, tmp_path, expression):
+    template = "{{ 2 * 3 }} {{ '-' * 3 }} {{ 2 ** 3 }} {{ " + expression + " }}"
+    copy_tokenizer_files(byte_level_dir, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(QwenModelError, match=r"too (large|big)"):
+        load_tokenizer(tmp_path).apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
 def test_templates_run_in_a_sandbox(byte_level_dir, tmp_path):
     copy_tokenizer_files(byte_level_dir, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
