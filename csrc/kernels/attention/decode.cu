@@ -1,5 +1,5 @@
-// Few and short sequences take nothing but latency. What makes them fast: loads of keys and values are issued before q
-// is prepared; a short sequence is not split among blocks, or only among those of one cluster; and all threads of a
+// With few, short sequences the time is latency alone. What keeps it short: loads of keys and values are issued before
+// q is prepared; a short sequence is not split among blocks, or only among those of one cluster; and all threads of a
 // block take part in every phase.
 #include <algorithm>
 
@@ -50,13 +50,13 @@ __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Wo
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   Attention::clear_other_queries(shared, work.num_heads);
-  const int place = warp - Attention::first_preparing();
-  for (int i = place < 0 ? place + warps : place; i <= work.num_heads; i += warps) {
+  const int first = warp - Attention::first_preparing_warp();
+  for (int i = first < 0 ? first + warps : first; i <= work.num_heads; i += warps) {
     if (i < work.num_heads) {
       prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
                                  static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
                                  query_factor(p.heads, rotary_row));
-      Attention::keep_query(shared, i);
+      Attention::pack_query(shared, i);
     } else if (work.has_new_token) {
       prepare_new_token<T, kHeadSize>(p, work, qkv, cos_sin, shared.new_key, shared.new_value);
     }
@@ -92,7 +92,8 @@ __device__ __forceinline__ Elements<kCount> combine(int count, const Partial& of
   return result;
 }
 
-// For each sequence, head and split: the values [head_size]; after all of these the maximum and sum of each.
+// The workspace: for each sequence, head and split the values [head_size]; after all of these, of each the maximum and
+// sum.
 struct Workspace {
   float* values;
   float2* partials;
@@ -104,7 +105,7 @@ __device__ __forceinline__ Workspace workspace_of(const DecodeAttentionParams& p
   return {values, reinterpret_cast<float2*>(values + results * p.heads.head_size)};
 }
 
-// True in the last block of a sequence's splits to come here: it sees the results of all.
+// Returns true in the last of `num_splits` blocks to arrive, which then sees what all of them wrote.
 __device__ __forceinline__ bool is_last_block(int* counter, int num_splits, bool& last) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -117,8 +118,8 @@ __device__ __forceinline__ bool is_last_block(int* counter, int num_splits, bool
   return last;
 }
 
-// Calls `function(head, element)` for every kCount-th element of the heads of a block, by whole warps: the element may
-// lie beyond the end of the head.
+// Calls `function(head, element)` for every kCount-th element of the heads of a block. All lanes of a warp call it
+// together, so that the element may lie beyond the end of the head.
 template <int kHeadSize, int kCount, typename Function>
 __device__ __forceinline__ void for_elements(int num_heads, const Function& function) {
   constexpr unsigned kParts = (kHeadSize + 32 * kCount - 1) / (32 * kCount);
@@ -301,9 +302,9 @@ struct Grid {
   int cluster;  // all splits, or 1
 };
 
-// Large blocks, one for each multiprocessor, if there are enough for every query head; otherwise two small ones, or
-// four, on each. The splits use all blocks that fit the device at the same time, if the cache can be long enough for so
-// many.
+// Large blocks, one for each multiprocessor, if every query head can have one; otherwise two small blocks on each
+// multiprocessor, or four. The sequences are split into as many blocks as are resident at the same time, if the cache
+// is long enough for so many.
 template <typename Attention>
 Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DeviceProperties& device) {
   const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
@@ -339,7 +340,7 @@ cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties
   auto* const kernel = decode_attention<T, kHeadSize, Attention>;
   const int shared_bytes =
       std::max(Attention::shared_bytes(found.warps), VectorAttention<T, kHeadSize>::shared_bytes(found.warps));
-  // The same for all launches: it is an attribute of the kernel, and launches captured in graphs rely on it, too.
+  // The same value for all launches: it is an attribute of the kernel, on which launches captured in graphs rely, too.
   const int most =
       std::max(shared_bytes, std::min(Attention::shared_bytes(Attention::kWarps), device.max_shared_memory_per_block));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);

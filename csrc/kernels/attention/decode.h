@@ -4,8 +4,7 @@
 // (heads.h), k and v written to the cache, and softmax(q · K^T * softmax_scale) · V is computed over the cache with
 // them. A long sequence is split among blocks, and query heads that share a key-value head read the cache once; the
 // last block of a sequence and key-value head combines the results (Dao et al., "Flash-Decoding", 2023), or the blocks
-// of a cluster send them to each other. A short sequence is not split: a block for each query head has less to wait
-// for.
+// of a cluster send them to each other. A short sequence is not split: one block for each query head is faster.
 #pragma once
 
 #include "heads.h"
@@ -21,15 +20,16 @@ struct DecodeAttentionParams {
   void* context = nullptr;                // [sequences, num_heads, head_size], contiguous
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new token's position, below max_positions
   int32_t sequences = 0;                  // sequence i has row i of the cache; 0 launches nothing
-  float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
-  // 16-byte aligned, of decode_attention_workspace_bytes; its contents do not matter. Launches that may overlap need
-  // workspaces and semaphores of their own.
+  float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
+  // 16-byte aligned, at least decode_attention_workspace_bytes; its contents do not matter. Launches that may overlap
+  // need workspaces and semaphores of their own.
   void* workspace = nullptr;
   // [sequences, num_heads]: zero before the first launch, and every launch leaves them so.
   int32_t* semaphores = nullptr;
 };
 
-// Never decreases with the number of sequences: the workspace for the most sequences serves all.
+// Gives the size of the workspace for that many sequences. It never decreases with their number: the workspace for the
+// most sequences serves all.
 QWEN_PLUGINS_API cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences,
                                                               int64_t* bytes);
 

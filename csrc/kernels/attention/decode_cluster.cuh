@@ -1,5 +1,5 @@
-// Combining the splits of a sequence in one cluster (Hopper and later): its blocks send each other partial results
-// through distributed shared memory. In the L2 cache these would wait behind all blocks' keys and values.
+// Combines the splits of a sequence in one cluster (Hopper and later): its blocks send each other partial results
+// through distributed shared memory. Through the L2 cache these would queue behind the keys and values of all blocks.
 #pragma once
 
 #include "decode_stream.cuh"
@@ -7,12 +7,12 @@
 
 namespace qwen_plugins::decoding {
 
-// Lies in the shared memory of a block and receives what all blocks of its cluster send; can be used once. Head h of a
-// split sequence is combined by block h % (size of the cluster).
+// Lies in the shared memory of a block and receives what all blocks of its cluster send, once. Head h of a split
+// sequence is combined by block h % (size of the cluster).
 template <int kHeadSize>
 class Inbox {
  public:
-  // Called by all threads, early: the blocks of a cluster start at different times.
+  // Called by all threads, early, since the blocks of a cluster start at different times.
   __device__ __forceinline__ void open(int rank, int size, int num_heads) {
     if constexpr (kHasHopperInstructions) {
       if (threadIdx.x == 0) {

@@ -3,9 +3,9 @@
 // values and a column for each head.
 //
 // Half of a block's warps read the cache, each its own tiles of 16 positions; the others prepare q meanwhile. Keys and
-// values go from shared memory to registers with 16-byte loads and need no rearranging there: it is free which element
-// a row, column or k index of an mma stands for, as long as both operands agree. Only the probabilities are rearranged
-// between the two matrix multiplies, 8 x 8 of them with one movmatrix.
+// values go from shared memory to registers with 16-byte loads and are not rearranged there: a row, column or k index
+// of an mma may stand for any element, as long as both operands agree. Only the probabilities are rearranged between
+// the two matrix multiplies, 8 x 8 of them with one movmatrix.
 #pragma once
 
 #include "decode_cluster.cuh"
@@ -44,15 +44,15 @@ class TileAttention {
 
   // Warps with a partial result, and the warp that prepares the first head.
   static __device__ __forceinline__ int num_partials() { return num_readers(); }
-  static __device__ __forceinline__ int first_preparing() { return num_readers(); }
+  static __device__ __forceinline__ int first_preparing_warp() { return num_readers(); }
 
-  // Called by the warp that has prepared a query.
-  static __device__ __forceinline__ void keep_query(SharedMemory& shared, int head) {
+  // Converts a query to T; called by the warp that has prepared it.
+  static __device__ __forceinline__ void pack_query(SharedMemory& shared, int head) {
     const int i = static_cast<int>(threadIdx.x) % 32;
     if (i < kVectors) read_vector(shared.packed_queries[head][i], shared.queries[head] + i * kVecSize);
   }
 
-  // Zeros for heads that do not exist: their scores, too, decide when the maxima are raised.
+  // Sets the queries of heads that do not exist to zero: their scores, too, decide when the maxima are raised.
   static __device__ __forceinline__ void clear_other_queries(SharedMemory& shared, int num_heads) {
     for (int i = num_heads * kVectors + static_cast<int>(threadIdx.x); i < kHeads * kVectors; i += blockDim.x) {
       shared.packed_queries[i / kVectors][i % kVectors] = {};

@@ -1,5 +1,5 @@
-// Decode attention for one query head, without tensor cores: a group of lanes takes a position at a time, each lane
-// eight elements of it.
+// Decode attention for one query head, without tensor cores: a group of lanes processes one position at a time, each
+// lane eight elements of it.
 #pragma once
 
 #include "decode_work.cuh"
@@ -37,9 +37,9 @@ class VectorAttention {
 
   // Warps with a partial result, and the warp that prepares the first head.
   static __device__ __forceinline__ int num_partials() { return num_warps(); }
-  static __device__ __forceinline__ int first_preparing() { return 0; }
+  static __device__ __forceinline__ int first_preparing_warp() { return 0; }
 
-  static __device__ __forceinline__ void keep_query(SharedMemory&, int) {}  // float32 queries are used as they are
+  static __device__ __forceinline__ void pack_query(SharedMemory&, int) {}  // float32 queries are used as they are
   static __device__ __forceinline__ void clear_other_queries(SharedMemory&, int) {}
 
   __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work, SharedMemory&)
@@ -135,8 +135,8 @@ class VectorAttention {
   }
 
   // As load(), for the loop: with the streaming cache hint (.cs), since the cache is read once, and as single
-  // predicated instructions. As the compiler writes these loads, short sequences, which need no second step, take 0.5
-  // us longer (measured).
+  // predicated instructions. With the code that the compiler generates for load(), short sequences, which need no
+  // second step, take 0.5 us longer (measured).
   __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], const T* from, int start) const {
     const int end = in_head() ? end_ : 0;
 #pragma unroll

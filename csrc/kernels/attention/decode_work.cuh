@@ -12,16 +12,16 @@ namespace qwen_plugins::decoding {
 constexpr int kMinSplit = 32;   // positions
 constexpr int kMaxSplits = 32;  // combined by the last block: one for each lane of a warp
 constexpr int kMaxCluster = 8;  // blocks; every device with clusters has this many
-constexpr int kUnsplit = 64;    // positions that one block reads faster than a cluster combines its splits
+constexpr int kUnsplit = 64;    // up to this many positions one block is faster than a cluster
 
 struct Arguments {
   DecodeAttentionParams params;
   int heads_per_kv_head;
-  int block_heads;   // of those, for one block
-  int chunks;        // blocks for all of those
+  int block_heads;   // of those, in one block
+  int chunks;        // blocks for all of those heads
   int cluster;       // its size: all splits of a sequence; 1: splits are combined through the workspace
   int whole_length;  // up to this many positions, one block is faster than several that combine their results
-  bool prefetches;   // while the previous kernel runs: where all blocks run at once
+  bool prefetches;   // while the previous kernel runs; only where all blocks are resident at once
 };
 
 // Maximum of the scores, and sum of the weights 2^(score - maximum).
@@ -62,7 +62,7 @@ struct Work {
 };
 
 // Fills in the rest of `work`, whose past_length is known. The grid is made for the longest sequences; a short one is
-// split less. False in the blocks that it does not need.
+// split into fewer blocks. Returns false in the blocks that the sequence does not need.
 __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
   const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
@@ -83,7 +83,7 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
     work.has_new_token = true;
     return exists;
   }
-  // A sequence that has no block for each of its heads is split from a shorter length on; measured with 7 and 8 heads.
+  // Where there are fewer blocks than heads, shorter sequences are split, too; measured with 7 and 8 heads.
   const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : grid_size;
   const auto past = static_cast<unsigned>(work.past_length);
   const int split_size = max(a.cluster > 1 ? 1 : kMinSplit, static_cast<int>(divide_up(past, splits)));

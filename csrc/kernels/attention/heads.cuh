@@ -1,4 +1,4 @@
-// Device side of heads.h.
+// What heads.h describes, in device code.
 #pragma once
 
 #include "heads.h"
@@ -42,7 +42,7 @@ __device__ __forceinline__ Vector<T> from_floats(const float (&values)[kVecSize]
   return vector;
 }
 
-// Lanes that hold a head together, a power of two; those beyond its end are idle.
+// Lanes that hold a head together, a power of two; those beyond the end of the head are idle.
 template <int kHeadSize>
 constexpr int kHeadLanes = kHeadSize <= 32    ? 4
                            : kHeadSize <= 64  ? 8

@@ -2,10 +2,9 @@
 // before attention.
 //
 //   q, k = RMSNorm of each head       (only with norm weights: Qwen3)
-//   q, k = rotary embedding            (kNeox: element i is rotated with element i + rotary_dim / 2, i < rotary_dim /
-//   2;
-//                                       kGptJ: element 2i with element 2i + 1)
-//   q    = q * query_scale            (only with it: Qwen v1's logn)
+//   q, k = rotary embedding           (kNeox: element i < rotary_dim / 2 is rotated with element i + rotary_dim / 2;
+//                                      kGptJ: element 2i with element 2i + 1)
+//   q    = q * query_scale            (only with query_scale: Qwen v1's logn)
 //
 // Computed in float32, and rounded to dtype after the first line and after the last. Su et al., "RoFormer" (2021).
 #pragma once

@@ -13,10 +13,11 @@ namespace {
 
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareHeads = 4;
-constexpr int kPrepareBlocks = 4;  // on a multiprocessor: while some wait for their loads, others issue theirs
+constexpr int kPrepareBlocks = 4;  // resident on a multiprocessor: while some wait for their loads, others issue theirs
 constexpr int kPlainWarps = 4;
 
-// The sequence that a packed token is in: as many as end at or before it. Each lane looks at one end at a time.
+// The sequence that a packed token is in: the number of sequences that end at or before it. Each lane looks at one end
+// at a time.
 __device__ __forceinline__ int sequence_of(const int32_t* cu_seqlens, int sequences, int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int first = 0;; first += 32) {
@@ -27,7 +28,7 @@ __device__ __forceinline__ int sequence_of(const int32_t* cu_seqlens, int sequen
   }
 }
 
-// The same, where groups of lanes have tokens of their own.
+// Likewise where each group of kLanes lanes has a token of its own.
 template <int kLanes>
 __device__ __forceinline__ int sequence_of_group(const PrefillAttentionParams& p, int64_t token) {
   int sequence = 0;
@@ -100,7 +101,7 @@ class LaneOfHeads {
   static __device__ __forceinline__ int element() { return static_cast<int>(threadIdx.x) % kLanes * kVecSize; }
   static __device__ __forceinline__ bool in_head() { return element() < kHeadSize; }
 
-  // Normalised, rotated and scaled; all lanes of a warp call it together.
+  // Returns x normalised, rotated and, for a query, scaled; all lanes of a warp call it together.
   __device__ __forceinline__ Vector<T> prepare(Vector<T> x, bool is_query) const {
     float values[kVecSize];
     if (heads_.q_norm_weight != nullptr) {
@@ -117,7 +118,7 @@ class LaneOfHeads {
   }
 
  private:
-  // Whether the partners of a lane's elements (RotaryPair) are all of another lane's elements.
+  // Whether the partners (RotaryPair) of a lane's elements are exactly the elements of one other lane.
   __device__ __forceinline__ bool partners_are_vectors() const {
     return heads_.rotary_style == RotaryStyle::kNeox && heads_.rotary_dim / 2 % kVecSize == 0;
   }
@@ -189,8 +190,8 @@ __host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) 
 }
 
 // A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k or v of each, so that it reads
-// and writes long contiguous pieces of both qkv and the cache. All loads are issued before the first is used. The first
-// tokens come last: attention begins with them, and finds some of them in the L2 cache.
+// and writes long contiguous pieces of both qkv and the cache. All loads are issued before the first is used. The last
+// blocks have the first tokens: attention begins with those, and finds some of them in the L2 cache.
 template <typename T, int kHeadSize>
 __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks)
     prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {

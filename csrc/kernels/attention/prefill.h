@@ -1,6 +1,6 @@
 // Causal attention of prompts over packed sequences: what the host can launch.
 //
-// Two kernels. The first normalises and rotates q and k (heads.h), writes k and v to the cache, and q to where the
+// Two kernels run. The first normalises and rotates q and k (heads.h), writes k and v to the cache, and q to where the
 // context will be. The second is attention on tensor cores with an online softmax (Dao, "FlashAttention-2", 2023): it
 // reads q there, keys and values from the cache, and overwrites q with the context. No score matrix is written to
 // memory.
@@ -25,7 +25,7 @@ struct PrefillAttentionParams {
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: tokens in the cache before these; null: none
   int32_t sequences = 0;                  // at most kMaxPrefillSequences; sequence i has row i of the cache
   int64_t tokens = 0;                     // of all sequences, at most kMaxPrefillTokens; 0 launches nothing
-  float softmax_scale = 1.0F;             // usually 1 / sqrt(head_size)
+  float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
 };
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation; nothing on the host depends on the

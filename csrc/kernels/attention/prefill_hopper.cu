@@ -1,6 +1,6 @@
 // As prefill_tiles.cuh, but with wgmma: warpgroups multiply, with operands in shared memory. Two blocks share a
-// multiprocessor: one's tensor cores work while the other computes its softmax, starts or ends. That leaves a thread
-// 128 registers, enough for tiles of 64 keys. (One block with tiles of 128 keys, whose next scores are computed during
+// multiprocessor: one uses the tensor cores while the other computes its softmax, starts or ends. That leaves a thread
+// 128 registers, enough for tiles of 64 keys. (One block with tiles of 128 keys, which computes the next scores during
 // the softmax, was slower from 2,048 tokens on and for all batches.)
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/hopper.cuh"
@@ -22,7 +22,7 @@ struct HopperShape {
   static constexpr int kKeys = 64;
   static constexpr int kRowBytes = kHeadSize * 2;
   static constexpr int kKeyStages = 2;
-  static constexpr int kValueStages = 3;  // one more: a tile's values are multiplied until the next tile has come
+  static constexpr int kValueStages = 3;  // one more: a tile's values are in use until the next tile has been loaded
   static constexpr int kSharedBytes = (kRows + (kKeyStages + kValueStages) * kKeys) * kRowBytes;
 };
 
@@ -69,7 +69,7 @@ class KeysAndValues {
     load_tile<T, Shape, Shape::kKeys>(values(tile), values_ + offset, Shape::kHeadSize, num_keys_ - first);
   }
 
-  // Waits for a tile, and issues the loads of the next one into the stages that all warps have multiplied.
+  // Waits for a tile, and issues the loads of the next one into stages that all warps have finished with.
   __device__ __forceinline__ void advance(int tile) const {
     cp_async_commit();
     cp_async_wait<0>();
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const KeysAndValues<T, Shape> cache(p, tile, head, queries + Shape::kRows * Shape::kRowBytes);
   const int64_t stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
   T* const context = static_cast<T*>(p.context) + tile.first_token * stride + head * Shape::kHeadSize;
-  // The shuffle tells the compiler that it is the same in all lanes.
+  // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   const int first_row = warp / 4 * Shape::kHalfRows;  // of the warpgroup
   const int num_tiles = cache.num_tiles();
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     attention.start_values(cache.values(i));
   }
   attention.wait_for_values();
-  // Takes part in the other warpgroup's loads. A loop of its own: around a wgmma under a condition the compiler would
-  // wait for each.
+  // Takes part in the loads for the other warpgroup. This is a separate loop because the compiler serialises wgmmas
+  // that are under a condition.
 #pragma unroll 1
   for (; i < num_tiles; ++i) cache.advance(i);
   attention.write(shared, 16 * warp, context, stride, tile.num_rows);

@@ -7,9 +7,10 @@
 
 namespace qwen_plugins {
 
+// Whether the kernel can compute attention with these heads on this device.
 bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& device);
 
-// The second kernel of prefill.h.
+// Launches the second kernel of prefill.h.
 cudaError_t launch_prefill_hopper(const PrefillAttentionParams& params, const DeviceProperties& device,
                                   cudaStream_t stream);
 

@@ -10,8 +10,8 @@
 namespace qwen_plugins {
 
 // The shape of a block's tile. A warp has kRowTiles times 16 queries: with two, each load of keys and values from
-// shared memory feeds twice as many mma instructions, and these loads are the limit on Hopper; large heads leave no
-// registers for it.
+// shared memory feeds twice as many mma instructions, and these loads are the limit on Hopper; large heads leave
+// registers for one only.
 template <int kHeadSize_, int kRowTiles_>
 struct TileShape {
   static constexpr int kHeadSize = kHeadSize_;
@@ -31,7 +31,7 @@ struct TileShape {
 struct QueryTile {
   int sequence = 0;
   int64_t first_token = 0;  // in the packed tokens
-  int num_rows = 0;         // that exist
+  int num_rows = 0;         // valid rows
   int first_position = 0;   // in the sequence
 };
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ int past_length(const PrefillAttentionParams& p, int 
 }
 
 // Finds tile `index` of all sequences' tiles; the last tile of each sequence comes first because it takes longest. Each
-// lane looks at one sequence at a time. False if there are fewer tiles.
+// lane looks at one sequence at a time. Returns false if there are fewer tiles.
 __device__ __forceinline__ bool find_tile(const PrefillAttentionParams& p, int index, int tile_rows, QueryTile& tile) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int first = 0; first < p.sequences; first += 32) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool find_tile(const PrefillAttentionParams& p, int i
     const int begin = p.cu_seqlens[sequence];
     const int length = first + lane < p.sequences ? p.cu_seqlens[sequence + 1] - begin : 0;
     const int tiles = divide_up(length, tile_rows);
-    int end = tiles;  // becomes the sum of the tiles of the warp's sequences up to this one
+    int end = tiles;  // becomes the inclusive prefix sum over the lanes' sequences
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const int before = __shfl_up_sync(0xffffffffU, end, offset);
@@ -141,7 +141,7 @@ class TileSoftmax {
       }
   }
 
-  // Seldom has anything to do after the first tiles: then maxima rarely grow.
+  // Rescales the results to the new maxima, which rarely grow after the first tiles.
   __device__ __forceinline__ void rescale_results() {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {

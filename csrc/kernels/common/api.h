@@ -1,4 +1,4 @@
-// Marks the functions that the shared library of kernels exports. It hides all others.
+// Marks the functions that the shared library of kernels exports; all others are hidden.
 #pragma once
 
 #ifdef QWEN_PLUGINS_STATIC_KERNELS

@@ -5,7 +5,7 @@
 
 namespace qwen_plugins {
 
-// value / by, rounded up; for value >= 0 and by > 0.
+// Returns value / by, rounded up, for value >= 0 and by > 0.
 template <typename Value, typename By>
 __host__ __device__ constexpr auto divide_up(Value value, By by) {
   return (value + by - 1) / by;

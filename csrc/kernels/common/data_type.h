@@ -5,7 +5,7 @@
 
 namespace qwen_plugins {
 
-// Values are part of the plug-ins' serialised form: append only. The first four equal TensorRT's nvinfer1::DataType.
+// The values are those of TensorRT's nvinfer1::DataType, and part of the plug-ins' serialised form.
 enum class DataType : int32_t {
   kFloat32 = 0,
   kFloat16 = 1,

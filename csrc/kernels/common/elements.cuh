@@ -13,7 +13,7 @@
 
 namespace qwen_plugins {
 
-// Calls `launch(T{})` with the floating-point element type T that `dtype` names.
+// Calls `launch(T{})` with the floating-point element type T that `dtype` names; cudaErrorInvalidValue for other types.
 template <typename Launch>
 cudaError_t with_type(DataType dtype, const Launch& launch) {
   switch (dtype) {
@@ -52,8 +52,8 @@ __device__ __forceinline__ T from_float(float value) {
 template <typename T>
 constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
 
-// kWords registers that are loaded or stored with one instruction. Elements stay packed in words: for arrays of 16-bit
-// elements the compiler rearranges halves of registers right after the load, which stalls until it is complete.
+// kWords registers that are loaded or stored with one instruction. Elements stay packed in words: with arrays of 16-bit
+// elements the compiler rearranges halves of registers right after the load, and so waits for the load.
 template <int kWords>
 struct alignas(4 * kWords) Pack {
   uint32_t words[kWords];

@@ -1,7 +1,7 @@
-// Instructions of Hopper and later: mbarriers, clusters, TMA and bulk copies. The ones for tensor cores: wgmma.cuh.
+// Instructions of Hopper and later: mbarriers, clusters, TMA, bulk copies and stmatrix; wgmma.cuh has wgmma.
 //
-// Device code calls these where kHasHopperInstructions is true, and code that is compiled for sm_90a alone anywhere.
-// Addresses in shared memory are 32-bit (shared_address in tensor_cores.cuh).
+// Code for several architectures calls these only where kHasHopperInstructions is true; code for sm_90a alone calls
+// them anywhere. Addresses in shared memory are 32-bit (shared_address in tensor_cores.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -10,15 +10,15 @@
 
 namespace qwen_plugins {
 
-// Whether the architecture that is compiled for has them.
+// Whether the target architecture has these instructions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kHasHopperInstructions = true;
 #else
 constexpr bool kHasHopperInstructions = false;
 #endif
 
-// --- mbarriers: 8 bytes of shared memory. A phase completes when all arrivals are counted and all expected bytes have
-// been written; a wait names the parity of the phase, 0 for the first.
+// --- mbarriers, each 8 bytes of shared memory. A phase completes when all its arrivals are counted and all its
+// expected bytes have been written. A wait names the parity of a phase: 0 for the first, then 1, 0, ...
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -41,7 +41,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-// A position in a ring of pipeline stages, and the parity of the phase that its mbarriers are in.
+// The current stage of a pipeline, and the parity of the mbarrier phase to wait for there.
 struct PipelineState {
   int stage = 0;
   int parity = 0;
@@ -66,11 +66,11 @@ __device__ __forceinline__ int cluster_num_blocks() {
   return blocks;
 }
 
-// The two halves of a barrier of all threads of a cluster. What was written before the first is visible after the
-// second.
+// Arrive and wait, the two halves of a barrier of all threads of a cluster. What was written before the arrive is
+// visible after the wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// The same for converged warps, and without making visible what was written before.
+// Likewise for converged warps. The relaxed arrive does not make earlier writes visible.
 __device__ __forceinline__ void cluster_arrive_relaxed_aligned() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -78,18 +78,18 @@ __device__ __forceinline__ void cluster_wait_aligned() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The address in the cluster's shared memory of what block `rank` has at `address` of its own.
+// Maps an address in this block's shared memory to the same place in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ uint32_t map_to_block(uint32_t address, int rank) {
   asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
   return address;
 }
-// Arrives at a mbarrier of any block of the cluster. Not with `.release.cluster`: that waits until everything that this
-// thread ever wrote is visible to the whole device, each time, and who arrives here has only read what the mbarrier
-// guards.
+// Arrives at an mbarrier of any block of the cluster, without `.release.cluster`: each such arrive would wait until all
+// earlier writes of this thread are visible to the whole device. It is not needed, because a thread that arrives here
+// has only read what the mbarrier guards.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t mapped_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped_barrier) : "memory");
 }
-// Stores to shared memory of any block of the cluster; the bytes count at that block's mbarrier.
+// Stores to shared memory of any block of the cluster; the bytes are counted at an mbarrier of that block.
 __device__ __forceinline__ void store_async(uint32_t mapped_to, uint32_t mapped_barrier, const float (&values)[4]) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                    mapped_to),
@@ -103,9 +103,10 @@ __device__ __forceinline__ void store_async(uint32_t mapped_to, uint32_t mapped_
       : "memory");
 }
 
-// --- TMA loads. Bytes count at `barrier` as they arrive; what is outside of the tensor is loaded as zeros.
+// --- TMA loads of a box at coordinates c0, c1, ..., the contiguous dimension first. The bytes are counted at the
+// mbarrier `barrier`; elements outside of the tensor are loaded as zeros.
 
-// L2 cache policies: for what is read once, and for what all blocks read.
+// L2 cache policies: evict first for data that is read once, evict last for data that all blocks read.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -144,7 +145,7 @@ __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap& tens
       "l"(&tensor_map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// To the same address in each of the kBlocks blocks of a cluster; bytes count at the mbarrier of each.
+// Loads to the same address in each of the kBlocks blocks of a cluster; the bytes are counted at the mbarrier of each.
 template <int kBlocks>
 __device__ __forceinline__ void tma_load_4d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
                                                       int c0, int c1, int c2, int c3) {
@@ -176,7 +177,8 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int byt
 __device__ __forceinline__ void bulk_prefetch_to_l2(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
-// From shared memory. The thread that stores can wait until all its stores have read their source, or are complete.
+// Copies from shared memory. The thread that issued the stores can wait until all of them have read their source, or
+// until all are complete.
 __device__ __forceinline__ void bulk_store(void* to, uint32_t from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
                "r"(from), "r"(bytes)
@@ -186,7 +188,7 @@ __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Orders what threads wrote to shared memory before accesses of the async proxy (TMA, bulk copies, wgmma), which follow
+// Orders this thread's writes to shared memory before accesses by the async proxy (TMA, bulk copies, wgmma) that follow
 // after a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

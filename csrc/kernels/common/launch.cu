@@ -7,11 +7,11 @@
 namespace qwen_plugins {
 namespace {
 
-// What the driver says of it holds for all kernels: they are compiled for the same architectures.
+// An empty kernel, whose attributes tell the architecture of the code that the driver has loaded for this device.
 __global__ void compiled_as_all_are() {}
 
-// Whether the code that this device runs has the instructions that programmatic dependent launch and clusters need. PTX
-// for an older architecture, which the driver compiles for this device, has not: it would not wait for the kernel
+// Whether the code that this device runs has the instructions that programmatic dependent launch and clusters need.
+// Code that the driver compiled from PTX for an older architecture has not: such a kernel would not wait for the one
 // before it.
 bool is_compiled_for_hopper(const cudaFuncAttributes& code) {
   return code.binaryVersion >= 90 && (code.ptxVersion == 0 || code.ptxVersion >= 90);
@@ -58,7 +58,7 @@ cudaError_t max_active_clusters(const void* kernel, int cluster, int threads, si
                             cluster, device, nullptr);
   const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, config.get());
   if (error != cudaErrorInvalidClusterSize) return error;
-  cudaGetLastError();  // forgets it: no fault, but the answer
+  cudaGetLastError();  // clears the error, which here is an answer and not a fault
   *clusters = 0;
   return cudaSuccess;
 }

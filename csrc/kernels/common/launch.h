@@ -18,13 +18,13 @@ struct DeviceProperties {
   bool programmatic_launch;
 };
 
-// Of the calling thread's current device; read from the driver once for each device.
+// Gives the properties of the calling thread's current device, which are read from the driver once for each device.
 cudaError_t current_device_properties(DeviceProperties& properties);
 
 // A launch configuration together with the attributes that it points to.
 class LaunchConfig {
  public:
-  // `cluster`: how many blocks, neighbours in x, are a cluster. Attributes that the device does not have are left out.
+  // `cluster`: blocks of a cluster, along x. Attributes that the device does not have are left out.
   LaunchConfig(dim3 blocks, dim3 threads, size_t shared_bytes, int cluster, const DeviceProperties& device,
                cudaStream_t stream);
   LaunchConfig(const LaunchConfig&) = delete;
@@ -55,8 +55,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threa
                          std::forward<Arguments>(arguments)...);
 }
 
-// How many clusters of `cluster` blocks of `kernel` run at once; 0 where the device, or the part of it that is given
-// (MIG), has no room for one.
+// Gives how many clusters of `cluster` blocks of `kernel` run at once; 0 where the device, or a MIG instance of it, has
+// no room for one.
 cudaError_t max_active_clusters(const void* kernel, int cluster, int threads, size_t shared_bytes,
                                 const DeviceProperties& device, int* clusters);
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 // Prefetches the line of `address` to the L2 cache, with the policy to evict it last. A prefetch reads no value, so it
-// may come before wait_for_previous_kernel(), whoever writes there.
+// may come before wait_for_previous_kernel() even if the previous kernel writes there.
 __device__ __forceinline__ void prefetch_to_l2(const void* address) {
   asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(address));
 }

@@ -5,7 +5,7 @@
 namespace qwen_plugins {
 namespace {
 
-// Asks the driver that is loaded: a library linked with libcuda would not load where there is no driver.
+// Finds the driver's function at run time: a library linked with libcuda would not load where there is no driver.
 decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};

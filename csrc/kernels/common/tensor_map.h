@@ -11,10 +11,10 @@ namespace qwen_plugins {
 
 // Encodes a tensor map of kFloat16 or kBFloat16 elements for loads of boxes in the 128-byte swizzle (wgmma.cuh). The
 // first dimension is contiguous, and a box has 64 elements of it; `strides` are those of the other dimensions, in
-// bytes, which must be multiples of 16, as must `data`.
+// bytes, which must be multiples of 16, as must the address `data`.
 //
-// False where the driver cannot encode it. The device's context must be current in the calling thread: any call of the
-// runtime but cudaGetDevice makes it so.
+// Returns false where the driver cannot encode the tensor map. The device's context must be current in the calling
+// thread: any call of the CUDA runtime but cudaGetDevice makes it so.
 bool encode_tensor_map(CUtensorMap& tensor_map, DataType dtype, const void* data,
                        std::initializer_list<cuuint64_t> sizes, std::initializer_list<cuuint64_t> strides,
                        std::initializer_list<cuuint32_t> box);

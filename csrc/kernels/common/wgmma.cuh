@@ -18,7 +18,7 @@ __device__ __forceinline__ int swizzled_offset(int rows, int row, int chunk) {
 }
 
 // The matrix descriptor of an operand in shared memory. `panel_bytes` is the distance of its panels (the leading
-// dimension byte offset), which only counts for an operand whose rows are the k dimension.
+// dimension byte offset), which is only used for an MN-major operand, whose rows are the k dimension.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared_address, int panel_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kStrideOfEightRows = uint64_t{8 * kSwizzleBytes / 16} << 32;
@@ -26,7 +26,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared_address, i
          (shared_address & 0x3ffff) >> 4;
 }
 
-// Needed before the first wgmma, and wherever other instructions wrote registers that a wgmma uses.
+// Must precede the first wgmma, and every wgmma that uses registers which other instructions wrote.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most `kPending` of the latest groups are incomplete.
@@ -34,7 +34,7 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// A barrier of one warpgroup, under a number of its own; 0 is that of __syncthreads.
+// A barrier of one warpgroup: `barrier` is the number of a named barrier, of which 0 is that of __syncthreads.
 __device__ __forceinline__ void warpgroup_sync(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }

@@ -15,7 +15,7 @@ struct Candidate {
   int flags = RTLD_NOW | RTLD_LOCAL;
 };
 
-// The folder above that of the shared library that this code is in: site-packages, where pip installed the package.
+// The parent of the folder that this shared library is in: site-packages, where pip installed the package.
 std::string site_packages() {
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&load_cublas_lt), &info) == 0 || info.dli_fname == nullptr) return {};
@@ -76,7 +76,7 @@ struct Loaded {
     for (const Candidate& candidate : files) {
       std::string error;
       if (load(candidate, error)) return;
-      if (candidate.flags & RTLD_NOLOAD) continue;  // looked for again without it
+      if (candidate.flags & RTLD_NOLOAD) continue;  // tried again below without RTLD_NOLOAD
       places += (places.empty() ? "" : ", ") + candidate.file;
       if (first_error.empty()) first_error = error;
     }

@@ -1,4 +1,4 @@
-// cuBLASLt, loaded at run time: the few of its functions and values that are used here. It is not needed to build.
+// cuBLASLt, loaded at run time: the functions and constants of it that are used here. Building needs no cuBLASLt.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -66,12 +66,12 @@ struct CublasLt {
                 cublas_lt::Layout, const cublas_lt::Algorithm*, void* workspace, size_t workspace_bytes, cudaStream_t);
 };
 
-// Loads it, or returns null where that fails. Looked for once, in this order: the file that the environment variable
-// QWEN_PLUGINS_CUBLASLT names ("none": cuBLASLt is not used); what the process has loaded already, as PyTorch does;
-// pip's packages beside the one that this code is installed in; the system.
+// Loads cuBLASLt at the first call, and returns null where that fails. It is the first of: the file that the
+// environment variable QWEN_PLUGINS_CUBLASLT names ("none": cuBLASLt is not used); the one that the process has loaded
+// already, such as PyTorch's; the one of the pip packages beside this package; the system's.
 const CublasLt* load_cublas_lt();
 
-// The file that was loaded, or where it was looked for and why the first of those files could not be loaded.
+// Returns the file that was loaded, or which files were tried and why the first of them could not be loaded.
 QWEN_PLUGINS_API const std::string& cublas_lt_status();
 
 }  // namespace qwen_plugins

@@ -103,8 +103,8 @@ class OutsideOfCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// cuBLASLt's handles, by device, and the plans. The bias pointer is part of a plan's descriptor, so a launch holds the
-// lock.
+// cuBLASLt's handles, by device, and the plans. A launch holds the lock, since it writes the bias pointer into the
+// plan's descriptor.
 class Plans {
  public:
   explicit Plans(const CublasLt& lt) : lt_(lt) {}
@@ -151,9 +151,9 @@ cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* works
   key.weight_alignment = alignment_of(params.weight);
   key.x_alignment = alignment_of(params.x);
   key.z_alignment = alignment_of(z);
-  // Preferences have no alignment of the bias, which is read in the same pieces as z is written.
+  // cuBLASLt takes no alignment of the bias, which it reads with vectors as wide as those it writes z with.
   if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
-  static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be gone before it
+  static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be unloaded first
   return plans.launch(key, params, z, workspace, stream);
 }
 

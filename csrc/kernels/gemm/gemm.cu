@@ -32,13 +32,13 @@ bool is_streamable(const GemmShape& shape) {
   return shape.dtype != DataType::kFloat32 && shape.in_features * size_of(shape.dtype) % kAlignment == 0;
 }
 
-// Whether it is also no slower than cuBLASLt there (measured on an H200: docs/gemm.md).
+// Whether gemm_stream is also no slower than cuBLASLt for this shape (measured on an H200: docs/gemm.md).
 bool is_for_stream(const GemmShape& shape) { return is_streamable(shape) && shape.rows <= kMaxStreamedRows; }
 
 bool is_aligned(const GemmParams& p) {
-  const auto misaligned = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
-                          static_cast<uintptr_t>(p.shape.rows > 1 ? p.x_row_stride * size_of(p.shape.dtype) : 0);
-  return misaligned % kAlignment == 0;
+  const auto bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
+                    static_cast<uintptr_t>(p.shape.rows > 1 ? p.x_row_stride * size_of(p.shape.dtype) : 0);
+  return bits % kAlignment == 0;
 }
 
 // The GEMM of rows [first, first + count) alone.
@@ -78,7 +78,7 @@ cudaError_t launch_swiglu_with_cublas_lt(const GemmParams& p, cudaStream_t strea
 cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   if (p.shape.activation == Activation::kNone) return launch_gemm_cublas_lt(p, p.y, p.workspace, stream);
   const int64_t parts = divide_up(p.shape.rows, kMaxSwigluRows);
-  const int64_t rows = divide_up(p.shape.rows, parts);  // even parts: each of them reads the whole weight
+  const int64_t rows = divide_up(p.shape.rows, parts);  // as even as possible: each part reads the whole weight
   cudaError_t error = cudaSuccess;
   for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += rows) {
     error = launch_swiglu_with_cublas_lt(rows_of(p, row, std::min(rows, p.shape.rows - row)), stream);
@@ -86,7 +86,7 @@ cudaError_t launch_with_cublas_lt(const GemmParams& p, cudaStream_t stream) {
   return error;
 }
 
-// The kernels that run on every device: few rows, or few at a time.
+// Launches the kernels that run on every device: gemm_stream, kMaxStreamedRows rows at a time, or gemm_plain.
 cudaError_t launch_own_kernels(const GemmParams& p, cudaStream_t stream) {
   if (!is_streamable(p.shape) || !is_aligned(p)) return launch_gemm_plain(p, stream);
   cudaError_t error = cudaSuccess;

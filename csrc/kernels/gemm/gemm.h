@@ -3,9 +3,10 @@
 //   z = x · weight^T + bias,  accumulated in float32
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
-// For few rows (decoding; on Hopper up to 64) kernels of this library read the weight at the speed of memory. For many
-// rows with SwiGLU it has a kernel for Hopper. All else is computed by cuBLASLt where it can be loaded, otherwise by
-// the kernel for few rows, 16 rows at a time.
+// Few rows (decoding; up to 16, on Hopper up to 64) run in kernels of this library that read the weight at the memory's
+// bandwidth. Many rows (prompts) run on Hopper in a kernel of this library where it is faster than cuBLASLt, mostly
+// with SwiGLU; else in cuBLASLt where it can be loaded, otherwise in the kernel for few rows, 16 rows at a time.
+// docs/gemm.md has the exact rules.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -40,14 +41,16 @@ struct GemmParams {
   const void* bias = nullptr;    // [out_features]; null: none
   void* y = nullptr;             // [rows, out_features], with kSwiglu [rows, out_features / 2]; contiguous
   int64_t x_row_stride = 0;      // elements
-  // Promises that no kernel that may still run in the stream writes weight or bias: they may be read before it is done.
+  // The caller promises that no kernel that may still run in the stream writes weight or bias; then they may be read
+  // before the previous kernel has finished.
   bool constant_weight = false;
   // 256-byte aligned; its contents do not matter. Launches that may overlap need workspaces of their own.
   void* workspace = nullptr;
-  int64_t workspace_bytes = 0;  // of gemm_workspace_bytes(shape) at least
+  int64_t workspace_bytes = 0;  // at least gemm_workspace_bytes(shape)
 };
 
-// Never decreases with the number of rows: the workspace for the most rows serves all.
+// Gives the size of the workspace that a launch needs. It never decreases with the number of rows: the workspace for
+// the most rows serves all. cudaErrorInvalidValue for a shape that launch_gemm refuses.
 QWEN_PLUGINS_API cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes);
 
 // Launches on `stream` and returns at once, without synchronisation. Allocates nothing on the device but cuBLASLt's

@@ -11,7 +11,7 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kRows = 4;  // of x, that a warp multiplies with a weight row at a time
+constexpr int kRows = 4;  // of x, which a warp multiplies by a weight row at a time
 
 struct Sums {
   float of_row[kRows] = {};
@@ -42,7 +42,7 @@ __device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row,
   return sums;
 }
 
-// A warp for each column of y and kRows rows of x.
+// One warp computes a column of y, kRows rows at a time.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant__ GemmParams p) {
   trigger_dependent_launch();

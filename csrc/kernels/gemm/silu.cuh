@@ -5,7 +5,7 @@
 
 namespace qwen_plugins {
 
-// Computed in float32, as precisely as a result of type T can show.
+// Computed in float32, to the precision that a result of type T needs.
 template <typename T>
 __device__ __forceinline__ float silu(float gate) {
   // The fast exponential is off by a few units in the last place of a float32, too much for float32 results alone.

@@ -9,9 +9,9 @@
 // tiles, when the warps' partial sums are added.
 //
 // One block for each multiprocessor: it takes more than half of the shared memory, since two blocks could otherwise
-// share one multiprocessor while another has none. With programmatic dependent launch the next GEMM's blocks start as
-// this one's finish, fill their ring buffers while the slowest of this one, and a normalisation between the two, still
-// run, and wait only for x.
+// share one multiprocessor while another has none. With programmatic dependent launch blocks of the next GEMM start as
+// blocks of this one finish. They fill their ring buffers with weights while the slowest blocks of this GEMM, and a
+// normalisation between the two GEMMs, still run; only the loads of x wait for those.
 #pragma once
 
 #include "kernels/common/arithmetic.h"
@@ -67,7 +67,7 @@ __device__ __forceinline__ void cp_async_16_of_line(uint32_t to, const void* fro
                : "r"(to), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
-// As cp_async_wait; then the warp's lanes see each other's loads.
+// As cp_async_wait, for a warp: its lanes then see each other's loads.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait_warp() {
   cp_async_wait<kPending>();
@@ -131,7 +131,7 @@ class WeightLoads {
             lane_of_thread() % kLinePacks * kVec<T>;
   }
 
-  const T* first;  // what this lane loads first of chunk 0
+  const T* first;  // this lane's first element of chunk 0 of the group
 };
 
 // Loads a line of one row of x, with 8 lanes.

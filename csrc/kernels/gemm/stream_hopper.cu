@@ -13,9 +13,9 @@ namespace {
 constexpr int kMaxSplits = 8;
 constexpr int kMinChunks = 8;  // of k for each block of a cluster
 
-// How a GEMM is cut: a block's tile has 64 weight rows for each of `groups` consumer warpgroups, and the `splits`
-// blocks of a cluster split k.
-struct Cut {
+// How a GEMM is divided among blocks: a block's tile has 64 weight rows for each of its `groups` consumer warpgroups,
+// and the `splits` blocks of a cluster split k.
+struct Partition {
   int groups;
   int splits;
 };
@@ -37,7 +37,7 @@ cudaError_t query_clusters(const DeviceProperties& device, ClustersAtOnce& clust
   return error;
 }
 
-// Of the current device, from the driver once for each.
+// Gives the clusters of the current device, which are read from the driver once for each device.
 cudaError_t clusters_at_once(const DeviceProperties& device, ClustersAtOnce& clusters) {
   static std::mutex mutex;
   static std::array<ClustersAtOnce, 64> known{};
@@ -59,11 +59,11 @@ int tiles_of(const GemmShape& shape, int groups) {
   return static_cast<int>(divide_up(shape.out_features, kWarpgroupRows * groups));
 }
 
-// The cut that keeps the most multiprocessors busy, on average over the waves of tiles. Larger tiles read x less often,
-// but have more partial sums to exchange.
-Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
+// Chooses the partition that keeps the most multiprocessors busy, on average over the waves of tiles. Larger tiles read
+// x less often, but have more partial sums to exchange.
+Partition choose_partition(const GemmShape& shape, const ClustersAtOnce& clusters) {
   constexpr double kLargeTilesExchange = 0.85;  // measured: docs/gemm.md
-  Cut best{3, 1};
+  Partition best{3, 1};
   double most = 0.0;
   for (const int groups : {3, 2}) {
     const int tiles = tiles_of(shape, groups);
@@ -82,9 +82,10 @@ Cut cut_of(const GemmShape& shape, const ClustersAtOnce& clusters) {
 }
 
 template <typename T, int kRows>
-cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch_partition(const GemmParams& params, const Partition& partition, const DeviceProperties& device,
+                             cudaStream_t stream) {
   const GemmShape& shape = params.shape;
-  // Before anything else: it makes the device's context current in this thread, which encoding tensor maps needs.
+  // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
   auto* const kernel = gemm_hopper<T, kRows>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
@@ -92,7 +93,7 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
     return error;
   }
   StreamHopperArguments arguments{};
-  if (!encode_weight_tensor_map(arguments.weight, params, kWarpgroupRows * cut.groups) ||
+  if (!encode_weight_tensor_map(arguments.weight, params, kWarpgroupRows * partition.groups) ||
       !encode_x_tensor_map(arguments.x, params, kRows)) {
     return cudaErrorNotSupported;
   }
@@ -102,29 +103,25 @@ cudaError_t launch_cut(const GemmParams& params, const Cut& cut, const DevicePro
   arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.rows = static_cast<int32_t>(shape.rows);
   arguments.chunks = static_cast<int32_t>(divide_up(shape.in_features, kBlockK));
-  arguments.tiles = tiles_of(shape, cut.groups);
+  arguments.tiles = tiles_of(shape, partition.groups);
   arguments.constant_weight = params.constant_weight;
-  const int stage_bytes = stage_bytes_of<kRows>(cut.groups);
-  const int other_bytes = kSharedOverheadBytes + received_bytes_of<kRows>(cut.groups, cut.splits);
+  const int stage_bytes = stage_bytes_of<kRows>(partition.groups);
+  const int other_bytes = kSharedOverheadBytes + received_bytes_of<kRows>(partition.groups, partition.splits);
   arguments.stages = std::min(kMaxStages, (device.max_shared_memory_per_block - other_bytes) / stage_bytes);
   const size_t shared_bytes = static_cast<size_t>(other_bytes) + static_cast<size_t>(arguments.stages) * stage_bytes;
-  const int blocks = cut.splits > 1 ? arguments.tiles * cut.splits : std::min(arguments.tiles, device.multiprocessors);
+  const int blocks =
+      partition.splits > 1 ? arguments.tiles * partition.splits : std::min(arguments.tiles, device.multiprocessors);
   return launch_clusters(kernel, dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads_of(cut.groups))), shared_bytes, cut.splits, device, stream,
-                         arguments);
+                         dim3(static_cast<unsigned>(threads_of(partition.groups))), shared_bytes, partition.splits,
+                         device, stream, arguments);
 }
 
 template <typename T>
-cudaError_t launch_cut_of_type(const GemmParams& params, const Cut& cut, const DeviceProperties& device,
-                               cudaStream_t stream) {
-  if (params.shape.rows <= 32) return launch_cut<T, 32>(params, cut, device, stream);
-  if (params.shape.rows <= 48) return launch_cut<T, 48>(params, cut, device, stream);
-  return launch_cut<T, 64>(params, cut, device, stream);
-}
-
-cudaError_t launch_with(const GemmParams& params, const Cut& cut, const DeviceProperties& device, cudaStream_t stream) {
-  return params.shape.dtype == DataType::kFloat16 ? launch_cut_of_type<__half>(params, cut, device, stream)
-                                                  : launch_cut_of_type<__nv_bfloat16>(params, cut, device, stream);
+cudaError_t launch_of_type(const GemmParams& params, const Partition& partition, const DeviceProperties& device,
+                           cudaStream_t stream) {
+  if (params.shape.rows <= 32) return launch_partition<T, 32>(params, partition, device, stream);
+  if (params.shape.rows <= 48) return launch_partition<T, 48>(params, partition, device, stream);
+  return launch_partition<T, 64>(params, partition, device, stream);
 }
 
 }  // namespace
@@ -141,7 +138,9 @@ bool takes_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& 
 cudaError_t launch_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
   ClustersAtOnce clusters;
   if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
-  return launch_with(params, cut_of(params.shape, clusters), device, stream);
+  const Partition partition = choose_partition(params.shape, clusters);
+  return params.shape.dtype == DataType::kFloat16 ? launch_of_type<__half>(params, partition, device, stream)
+                                                  : launch_of_type<__nv_bfloat16>(params, partition, device, stream);
 }
 
 }  // namespace qwen_plugins

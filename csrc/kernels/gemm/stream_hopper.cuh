@@ -110,7 +110,7 @@ struct StreamBlock {
   }
 };
 
-// The producer thread: loads all chunks of the block, tile after tile, as far ahead as the ring buffer is long.
+// The producer thread: loads all chunks of the block, tile after tile, as many stages ahead as the ring buffer has.
 template <int kRows>
 class StreamProducer {
  public:
@@ -120,7 +120,7 @@ class StreamProducer {
         weight_policy_(evict_first_policy()),
         x_policy_(evict_last_policy()) {}
 
-  // The weights of the first stages, and after wait_for_previous_kernel() the x that goes with them.
+  // Load the weights of the first stages, and, after wait_for_previous_kernel(), their x.
   __device__ __forceinline__ void load_first_weights() {
     for (int stage = 0; stage < block_.p.stages && weight_.tile < block_.p.tiles; ++stage) {
       load_weight(stage);
@@ -173,7 +173,7 @@ class StreamConsumer {
  public:
   __device__ __forceinline__ explicit StreamConsumer(const StreamBlock<kRows>& block) : block_(block), p(block.p) {}
 
-  // Leaves the tile's last stage to finish_tile, which transposes the results there.
+  // Multiplies a tile, and keeps its last stage for finish_tile, which transposes the results there.
   __device__ __forceinline__ void multiply_tile() {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = 0.0F;
@@ -261,7 +261,7 @@ class StreamConsumer {
     if (p.bias == nullptr || column >= p.columns) return 0.0F;
     return to_float(static_cast<const T*>(p.bias)[column + (is_up ? p.columns : 0)]);
   }
-  // y as [row of x][column] in the 128-byte swizzle.
+  // Stages y in shared memory as [row of x][column], in the 128-byte swizzle.
   __device__ __forceinline__ void put_results(int tile, uint32_t staging) const {
     const int columns_of_warp = columns_of_group() / 4;
     const int column = first_column(tile) + warp_ * columns_of_warp + lane_ / 4;

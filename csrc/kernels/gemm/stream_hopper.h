@@ -9,7 +9,7 @@
 
 namespace qwen_plugins {
 
-// Up to this many rows.
+// Rows of x that one launch can compute.
 constexpr int64_t kMaxStreamHopperRows = 64;
 
 // Whether the kernel can compute this GEMM, and is no slower than cuBLASLt at it (measured: docs/gemm.md).

@@ -17,13 +17,13 @@ using StreamsX16 = StreamShape<2, 4, XPlace::kStreamed, 8, 3>;
 using SmallX8 = StreamShape<1, 1, XPlace::kStreamed, 16, 2>;
 using SmallX16 = StreamShape<2, 1, XPlace::kStreamed, 8, 3>;
 
-// The columns that a block computes at a time, `most` or fewer: as few as need no more rounds, so that no block has
-// much more to read than the others. Multiples of 4, the rows of one request of a warp: with parts of requests small
-// GEMMs took 4 % longer.
+// The columns that a block computes at a time: as few as the number of waves allows, and at most `most`, so that no
+// block has much more to read than the others. A multiple of 4, the rows of one load of a warp: with fewer rows to a
+// load small GEMMs took 4 % longer.
 inline int32_t even_group_columns(int32_t columns, int32_t most, int32_t multiprocessors) {
   constexpr int32_t kUnit = kTileRows / 2;
-  const int32_t rounds = divide_up(columns, multiprocessors * most);
-  return std::min(most, divide_up(columns, multiprocessors * rounds * kUnit) * kUnit);
+  const int32_t waves = divide_up(columns, multiprocessors * most);
+  return std::min(most, divide_up(columns, multiprocessors * waves * kUnit) * kUnit);
 }
 
 template <typename Shape>
@@ -59,7 +59,7 @@ cudaError_t launch_stream(const GemmParams& params, const DeviceProperties& devi
   const auto shared_bytes = std::max<int64_t>(Shape::shared_bytes(params.shape.rows, params.shape.in_features),
                                               device.max_shared_memory_per_block / 2 + 1024);
   auto* kernel = gemm_stream<T, Shape>;
-  // Set at every launch: finding out whether this kernel has it on this device would cost more.
+  // Set at every launch: to find out whether it has been set for this kernel and device would cost more.
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
       error != cudaSuccess) {

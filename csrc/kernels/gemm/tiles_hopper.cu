@@ -10,12 +10,12 @@
 namespace qwen_plugins {
 namespace {
 
-// How a GEMM is cut into tiles: weight rows of a tile, and blocks of a cluster, each with its own rows of x.
-struct TilesCut {
-  int columns;
-  int blocks;
+// How a GEMM is divided into tiles.
+struct Tiling {
+  int columns;  // weight rows of a tile
+  int blocks;   // of a cluster, each with its own rows of x
 };
-constexpr std::array<TilesCut, 4> kCuts{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
+constexpr std::array<Tiling, 4> kTilings{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
 
 // The share of the multiprocessors' time that computes something of use, while `at_once` tiles run at a time. The rest
 // is lost to tiles that reach beyond the last row or weight row, and to the last wave's idle multiprocessors.
@@ -26,22 +26,22 @@ double useful_share(const GemmShape& shape, int64_t tile_rows, int64_t tile_colu
 }
 
 struct Choice {
-  TilesCut cut;
+  Tiling tiling;
   double useful;
 };
 
-Choice best_cut(const GemmShape& shape, const DeviceProperties& device) {
-  Choice best{kCuts[0], 0.0};
-  for (const TilesCut& cut : kCuts) {
-    if (cut.blocks > device.multiprocessors) continue;
+Choice best_tiling(const GemmShape& shape, const DeviceProperties& device) {
+  Choice best{kTilings[0], 0.0};
+  for (const Tiling& tiling : kTilings) {
+    if (tiling.blocks > device.multiprocessors) continue;
     const double useful =
-        useful_share(shape, kTilesRows * cut.blocks, cut.columns, device.multiprocessors / cut.blocks);
-    if (useful > best.useful) best = {cut, useful};
+        useful_share(shape, kTilesRows * tiling.blocks, tiling.columns, device.multiprocessors / tiling.blocks);
+    if (useful > best.useful) best = {tiling, useful};
   }
   return best;
 }
 
-// The same for the tiles that cuBLASLt was seen to choose.
+// useful_share for the tiles that cuBLASLt was seen to choose.
 double useful_share_of_cublas_lt(const GemmShape& shape, const DeviceProperties& device) {
   return std::max(useful_share(shape, 128, 256, device.multiprocessors),
                   useful_share(shape, 192, 192, device.multiprocessors));
@@ -52,7 +52,7 @@ cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& devic
   const GemmShape& shape = params.shape;
   constexpr int kSharedBytes = TilesLayout<kColumns>::kBytes;
   auto* const kernel = gemm_hopper_tiles<T, kColumns, kBlocks, kSwiglu>;
-  // Before anything else: it makes the device's context current in this thread, which encoding tensor maps needs.
+  // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       error != cudaSuccess) {
     return error;
@@ -77,12 +77,12 @@ cudaError_t launch_tiles(const GemmParams& params, const DeviceProperties& devic
 }
 
 template <typename T>
-cudaError_t launch_cut(const GemmParams& params, const TilesCut& cut, const DeviceProperties& device,
-                       cudaStream_t stream) {
+cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
+                          cudaStream_t stream) {
   if (params.shape.activation == Activation::kNone) return launch_tiles<T, 224, 2, false>(params, device, stream);
-  if (cut.blocks == 1) return launch_tiles<T, 192, 1, true>(params, device, stream);
-  if (cut.columns == 192) return launch_tiles<T, 192, 2, true>(params, device, stream);
-  if (cut.columns == 224) return launch_tiles<T, 224, 2, true>(params, device, stream);
+  if (tiling.blocks == 1) return launch_tiles<T, 192, 1, true>(params, device, stream);
+  if (tiling.columns == 192) return launch_tiles<T, 192, 2, true>(params, device, stream);
+  if (tiling.columns == 224) return launch_tiles<T, 224, 2, true>(params, device, stream);
   return launch_tiles<T, 256, 2, true>(params, device, stream);
 }
 
@@ -90,23 +90,23 @@ cudaError_t launch_cut(const GemmParams& params, const TilesCut& cut, const Devi
 
 bool takes_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  // Where gemm_hopper does not take fewer rows, cuBLASLt is faster.
+  // Up to kMaxStreamHopperRows rows cuBLASLt is faster wherever gemm_hopper does not run.
   if (shape.rows <= kMaxStreamHopperRows || !can_use_tma(params, device)) return false;
-  if (reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) return false;  // is read in pairs
-  const Choice best = best_cut(shape, device);
+  if (reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) return false;  // the bias is read in pairs
+  const Choice best = best_tiling(shape, device);
   // With SwiGLU fused there is no second kernel, and z is neither written nor read: only idle multiprocessors cost
   // more.
   if (shape.activation == Activation::kSwiglu) return best.useful >= (shape.rows <= kTilesRows ? 0.4 : 0.9);
-  // Without SwiGLU cuBLASLt's kernels are a little faster where their tiles fit. Tiles of 224, which fit 3584 weight
-  // rows, are the ones that it was seen not to choose.
-  return shape.rows >= 1024 && best.cut.columns == 224 && best.useful >= 0.9 &&
+  // Without SwiGLU cuBLASLt's kernels are a little faster where their tiles fit. It was not seen to
+  // choose tiles of 224, which fit 3584 weight rows.
+  return shape.rows >= 1024 && best.tiling.columns == 224 && best.useful >= 0.9 &&
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 
 cudaError_t launch_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
-  const TilesCut cut = best_cut(params.shape, device).cut;
-  return params.shape.dtype == DataType::kFloat16 ? launch_cut<__half>(params, cut, device, stream)
-                                                  : launch_cut<__nv_bfloat16>(params, cut, device, stream);
+  const Tiling tiling = best_tiling(params.shape, device).tiling;
+  return params.shape.dtype == DataType::kFloat16 ? launch_tiling<__half>(params, tiling, device, stream)
+                                                  : launch_tiling<__nv_bfloat16>(params, tiling, device, stream);
 }
 
 }  // namespace qwen_plugins

@@ -27,7 +27,7 @@ constexpr int kTilesStages = 4;
 constexpr int kTilesThreads = kWarpgroupThreads * kTilesWarpgroups + 32;
 constexpr int kTilesXBytes = kTilesRows * kSwizzleBytes;  // of a stage
 
-// The layout of shared memory: the ring buffer, the results that wait to be stored, mbarriers.
+// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers.
 template <int kColumns>
 struct TilesLayout {
   static constexpr int kStageBytes = kTilesXBytes + kColumns * kSwizzleBytes;
@@ -120,8 +120,8 @@ struct TilesBlock {
     }
     fence_mbarrier_init();
   }
-  // All threads of the cluster: a block may write to the other's shared memory while that one runs, and only after it
-  // has initialised its mbarriers.
+  // A barrier of all threads of the cluster: a block may write to the other's shared memory only after the other has
+  // initialised its mbarriers, and while it still runs.
   __device__ __forceinline__ void sync_cluster() const {
     if constexpr (kBlocks == 1) {
       __syncthreads();
@@ -132,14 +132,14 @@ struct TilesBlock {
   }
 };
 
-// The producer thread: loads all chunks of the block's tiles, as far ahead as the ring buffer is long.
+// The producer thread: loads all chunks of the block's tiles, as many stages ahead as the ring buffer has.
 template <int kColumns, int kBlocks, bool kSwiglu>
 class TilesProducer {
  public:
   __device__ __forceinline__ explicit TilesProducer(const TilesBlock<kColumns, kBlocks>& block)
       : block_(block), tile_(block.tiles()) {}
 
-  // The weights of the first stages, and after wait_for_previous_kernel() the x that goes with them.
+  // Load the weights of the first stages, and, after wait_for_previous_kernel(), their x.
   __device__ __forceinline__ void load_first_weights() {
     for (int stage = 0; stage < kTilesStages && !tile_.done(); ++stage, advance()) load_weight(stage);
   }
@@ -235,7 +235,7 @@ class TilesConsumer {
     }
     wgmma_commit_group();
   }
-  // Tells the producers of all blocks that write to this stage.
+  // Releases a stage to the producers of all blocks that write to it.
   __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % kWarpgroupThreads != 0) return;
 #pragma unroll
@@ -248,7 +248,7 @@ class TilesConsumer {
     }
   }
 
-  // Not part of storing, so that a GEMM without a bias executes no instructions for it.
+  // Separate from storing, so that a GEMM without a bias executes no instructions for one.
   __device__ __forceinline__ void add_bias(int first_column) {
     const T* const bias = static_cast<const T*>(p_.bias) + lane_ % 4 * 2;
 #pragma unroll
@@ -309,7 +309,7 @@ class TilesConsumer {
   using Layout = TilesLayout<kColumns>;
   const TilesBlock<kColumns, kBlocks>& block_;
   const TilesHopperArguments& p_;
-  // The shuffle tells the compiler that it is the same in all lanes.
+  // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp_ = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   const int group_ = warp_ / 4;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;

@@ -1,8 +1,8 @@
 // The RMSNorm kernels. rms_norm.cu chooses among them and launches.
 //
-// What makes them fast, most important first (docs/rms_norm.md has the measurements): all loads of a row are in flight
-// before the first of them is used; one block a row with the row in registers, one barrier, no loop; programmatic
-// dependent launch; few parameters, and no division, square root or other slow path between load and store.
+// What makes them fast, most important first (docs/rms_norm.md says more): all loads of a row are in flight before the
+// first of them is used; one block a row with the row in registers, one barrier, no loop; programmatic dependent
+// launch; few parameters, and no division, square root or other slow path between load and store.
 #pragma once
 
 #include <cfloat>
@@ -87,7 +87,7 @@ __device__ __forceinline__ void reduce_over_block(RowStatistics<T>& statistics) 
   const unsigned lane = threadIdx.x % 32;
   if (lane == 0) of_warp[threadIdx.x / 32] = statistics;
   __syncthreads();
-  const unsigned warp = lane % (kMaxThreads / 32);  // lanes beyond the warps repeat, so that every lane gets the result
+  const unsigned warp = lane % (kMaxThreads / 32);  // lanes beyond the number of warps repeat, for the shuffles below
   statistics = warp < blockDim.x / 32 ? of_warp[warp] : RowStatistics<T>();
 #pragma unroll
   for (int distance = kMaxThreads / 64; distance > 0; distance /= 2) {
@@ -210,8 +210,8 @@ struct ThreadWeights {
   }
 };
 
-// The limit of a thread's registers. More threads that wait for memory are worth more than a few more registers, but
-// spilled registers cost more than either.
+// The limit of a thread's registers. Occupancy is worth more than a few more registers, but spilled registers cost more
+// than either.
 template <typename T>
 constexpr int registers_for(int packs, int max_threads, bool residual, WeightMode weight_mode) {
   if (max_threads == 32) return 128;
@@ -223,7 +223,7 @@ constexpr int registers_for(int packs, int max_threads, bool residual, WeightMod
 constexpr int kRegistersOfMultiprocessor = 65536;
 constexpr unsigned kFewRows = 16;  // of a decode step
 
-// Of the architecture that is compiled for. The host reads the device's (DeviceProperties).
+// Of the target architecture; the host reads that of the device (DeviceProperties).
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
 constexpr int kThreadsOfMultiprocessor = 1536;
 #else
@@ -241,7 +241,7 @@ constexpr int min_blocks(int packs, int max_threads, bool residual, WeightMode w
 
 // One row in registers, kPacks packs a thread. kMaxThreads == 32: a row for a power of two of a warp's lanes,
 // blockDim.y rows a block. Otherwise one row a block, blockDim.x a multiple of 32. A launch has one block for each of
-// its rows: a loop over rows with the next row's loads ahead was slower at every size.
+// its rows: a persistent kernel that loads the next row ahead was slower at every size.
 template <typename T, int kPacks, int kMaxThreads, bool kResidual, Output kOutput, WeightMode kWeightMode>
 __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
                                   min_blocks<T>(kPacks, kMaxThreads, kResidual, kWeightMode))
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
 
   const auto* residual_row =
       reinterpret_cast<const FullPack*>(at(static_cast<const T*>(p.residual), p.residual_rows, row));
-  // In a decode step the GEMMs between two normalisations evict both from the L2 cache.
+  // In a decode step the GEMMs between two normalisations evict the weight and the residual from the L2 cache.
   if (kWeightMode == WeightMode::kPlain && gridDim.x <= kFewRows) {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {

@@ -46,9 +46,8 @@ bool all_resident(int64_t rows, int packs_per_thread, int threads, bool residual
   return threads <= most_threads && rows_a_multiprocessor * threads <= threads_of_multiprocessor;
 }
 
-// Measured on an H200 (docs/rms_norm.md). With few rows small blocks are faster, since they start sooner. With more
-// rows more threads a row are, as long as all rows are resident; beyond that, fewer threads with more loads in flight
-// each.
+// The fastest shapes on an H200. With few rows small blocks are faster, since they start sooner. With more rows it is
+// more threads a row, as long as all rows are resident; beyond that, fewer threads with more loads in flight each.
 template <typename T>
 RegisterShape choose_register_shape(int row_packs, int64_t rows, bool residual, bool quantize,
                                     const DeviceProperties& device) {
@@ -126,7 +125,7 @@ cudaError_t launch_long_row(RmsNormPlan plan, const DeviceProperties& device, cu
     shared_bytes = static_cast<size_t>(row_bytes);
   }
   if (shared_bytes > 48 * 1024 - 1024) {
-    // An attribute of the kernel, which other host threads launch, too: always the most that a row may take.
+    // Always the most that a row may take, since other host threads may launch the same kernel with longer rows.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    device.max_shared_memory_per_block - 1024);
     if (error != cudaSuccess) return error;

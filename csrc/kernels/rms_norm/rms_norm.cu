@@ -29,9 +29,9 @@ bool is_valid(const RmsNormParams& p) {
 
 // Whether all rows with these strides start at multiples of a pack.
 bool rows_are_aligned(const void* base, RowStrides strides, int64_t element_size) {
-  const auto whole = [](int64_t bytes) { return bytes % 16 == 0; };
-  return whole(static_cast<int64_t>(reinterpret_cast<uintptr_t>(base))) && whole(strides.inner * element_size) &&
-         whole(strides.outer * element_size);
+  const auto is_multiple = [](int64_t bytes) { return bytes % 16 == 0; };
+  return is_multiple(static_cast<int64_t>(reinterpret_cast<uintptr_t>(base))) &&
+         is_multiple(strides.inner * element_size) && is_multiple(strides.outer * element_size);
 }
 
 // Whether every operand can be accessed in packs: 16 bytes of x, and as many elements of a quantized output, 4 or 8
@@ -40,16 +40,18 @@ bool can_use_packs(const RmsNormParams& p, const void* output, RowStrides output
                    const void* smoothing) {
   const int64_t size = size_of(p.dtype);
   const int64_t output_pack = 16 / size * output_size;
-  const auto whole = [](const void* base, int64_t bytes) { return reinterpret_cast<uintptr_t>(base) % bytes == 0; };
-  return p.hidden_size * size % 16 == 0 && rows_are_aligned(p.x, p.x_strides, size) && whole(p.weight, 16) &&
-         whole(smoothing, 16) && whole(output, output_pack) && output_strides.inner * output_size % output_pack == 0 &&
+  const auto is_aligned = [](const void* base, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(base) % bytes == 0;
+  };
+  return p.hidden_size * size % 16 == 0 && rows_are_aligned(p.x, p.x_strides, size) && is_aligned(p.weight, 16) &&
+         is_aligned(smoothing, 16) && is_aligned(output, output_pack) &&
+         output_strides.inner * output_size % output_pack == 0 &&
          output_strides.outer * output_size % output_pack == 0 &&
          (p.residual == nullptr || (rows_are_aligned(p.residual, p.residual_strides, size) &&
                                     rows_are_aligned(p.residual_out, p.residual_out_strides, size)));
 }
 
-// The two levels of a call's rows, swapped where needed so that blockIdx.x, whose limit is much higher, counts the more
-// numerous.
+// The two levels of a call's rows. blockIdx.x, whose limit is much higher, counts the level that has more of them.
 class RowLevels {
  public:
   explicit RowLevels(RowCount rows) : inner_(rows.inner), outer_(rows.total / rows.inner), swapped_(outer_ > inner_) {}
@@ -94,7 +96,7 @@ void advance(T*& base, RowIndexing rows, int64_t groups, int64_t element_size, i
   base = reinterpret_cast<T*>(address + static_cast<uintptr_t>(elements * element_size));
 }
 
-// One launch covers kMaxGroups groups of kMaxRows rows.
+// Launches once for each kMaxGroups groups and kMaxRows rows of a group: nearly always once.
 cudaError_t launch_all(RmsNormPlan plan, DataType dtype, int64_t output_size, const RowLevels& levels,
                        cudaStream_t stream) {
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();

@@ -12,7 +12,7 @@ namespace qwen_plugins {
 constexpr int kCutThreads = 1024;
 constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kCopies = 16;  // of each bin: most logits are near each other, and lanes that add to one place take turns
+constexpr int kCopies = 16;  // of each bin: logits are near each other, and atomic additions to one address serialise
 
 using Weight = unsigned long long;
 
@@ -90,8 +90,8 @@ __device__ __forceinline__ void add_copies(CutMemory& memory, Weight (&totals)[k
   if (part == 0) totals[bin] = sum;
 }
 
-// Adds up the bins of all blocks, and finds the one in which the target is reached, going down from the highest.
-// `target(total)` is asked for once the total is known. Every block of the cluster does it for itself.
+// Adds up the bins of all blocks, and finds the bin in which the target is reached, going down from the highest.
+// `target(total)` is called once the total is known. Every block of the cluster does all of this.
 template <typename Target>
 __device__ __forceinline__ Bin find_bin(CutMemory& memory, Weight (&totals)[kBins], Target target) {
   const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
@@ -135,13 +135,14 @@ struct Prefix {
     bits = bits << count | next;
     open -= count;
   }
-  // The last bits of a logit that are zeros in every float of its type; of a negative one, ordered bits are ones there.
+  // Appends the last bits of a logit, which are zeros in every float of its type: ones in a negative logit's ordered
+  // bits.
   __device__ __forceinline__ void append_zeros_of_logit() {
     const int count = open - kLogitEnd;
     const bool is_negative = (bits >> (63 - open) & 1) == 0;
     append(is_negative ? (Choice{1} << count) - 1 : 0, count);
   }
-  // The first bits of ~token are ones in every token.
+  // Appends the first bits of ~token, which are ones for every token.
   __device__ __forceinline__ void append_ones_of_token() {
     constexpr int kTokenBits = 19;
     static_assert(kMaxVocabSize == 1 << kTokenBits);
@@ -151,7 +152,7 @@ struct Prefix {
   static constexpr int kLogitEnd = 32;
 };
 
-// Adds up by the next `digit_bits` bits the weights of the choices with this prefix, from `floor` up.
+// Adds the weights of the choices with this prefix, from `floor` up, to the bins of their next `digit_bits` bits.
 template <typename T, int kWidth, typename Weights>
 __device__ __forceinline__ void fill_bins(const Row<T, kWidth>& row, int32_t begin, int32_t end, Choice floor,
                                           const Weights& weights, const Prefix& prefix, int digit_bits,
@@ -194,18 +195,18 @@ __device__ __noinline__ Choice find_cut(const Row<T, kWidth>& row, int32_t begin
         find_bin(memory, totals, [&](Weight sum) { return digit == 0 ? weights.target(sum) : remaining; });
     remaining = found.remaining;
     prefix.append(found.index, digit_bits);
-    if (remaining == found.total) break;  // all of this bin
+    if (remaining == found.total) break;  // all tokens of this bin stay
     if (prefix.open > Prefix::kLogitEnd && prefix.open <= Prefix::kLogitEnd + row.zero_bits()) {
       prefix.append_zeros_of_logit();
     }
     if (prefix.open == Prefix::kLogitEnd) {
-      // What is left has one logit and one weight: all of it, if even the last one counts.
+      // The tokens of this bin have one logit, and one weight: all of them stay, if the last one does.
       if (remaining > found.total - weights(score_of(prefix.lowest()))) break;
       prefix.append_ones_of_token();
     }
   }
-  Cluster::sync();                     // nobody reads this block's memory any more
-  return max(floor, prefix.lowest());  // the lowest choice with the prefix may be below what counts
+  Cluster::sync();                     // no other block reads this block's memory any more
+  return max(floor, prefix.lowest());  // the lowest choice with the prefix may be below `floor`
 }
 
 }  // namespace qwen_plugins

@@ -11,7 +11,7 @@
 
 namespace qwen_plugins {
 
-// A token and its score in one number: the larger wins, of equal scores the lower token. Zero is no token.
+// A token and its score in one number: the larger wins, of equal scores the lower token. 0 stands for no token.
 using Choice = unsigned long long;
 
 // Orders as floats do, NaN above +infinity; -0 and +0 are the same. Never 0.
@@ -30,7 +30,7 @@ __device__ __forceinline__ int32_t token_of(Choice choice) {
   return static_cast<int32_t>(~static_cast<uint32_t>(choice));
 }
 
-// Whether the best choice of a row is one that counts: not where a logit is NaN or +infinity, or all are -infinity.
+// Whether the best choice of a row is valid: not where a logit is NaN or +infinity, or all are -infinity.
 __device__ __forceinline__ bool is_finite(Choice choice) { return fabsf(score_of(choice)) < INFINITY; }
 
 // The larger one; NaN if either is.
@@ -191,12 +191,12 @@ __device__ __forceinline__ void finish(const SamplingParams& p, int32_t sequence
     p.seen[static_cast<int64_t>(sequence) * ((p.vocab_size + 31) / 32) + token / 32] |= 1U << (token % 32);
   }
   if (p.settings == nullptr) return;
-  // Every block has read the settings by the time that its sequence, and so the last one, is done.
+  // All blocks that use the step have read it before their sequence is done, and so before the last sequence is.
   auto* finished = reinterpret_cast<unsigned*>(p.semaphores + p.sequences);
   if (atomicInc(finished, p.sequences - 1) == p.sequences - 1) ++p.settings->step;
 }
 
-// The largest choice of all blocks of a sequence is its token: the last block to come finishes it.
+// The largest choice of all blocks of a sequence is its token: the last block to arrive finishes the sequence.
 __device__ __forceinline__ void finish_together(const SamplingParams& p, int32_t sequence, int block, int blocks,
                                                 Choice choice) {
   __shared__ bool is_last;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void finish_together(const SamplingParams& p, int32_t
   if (threadIdx.x == 0) finish(p, sequence, choice);
 }
 
-// Blocks of a cluster (Hopper and later) share their memory; elsewhere a block is alone.
+// The blocks of a cluster (Hopper and later), which share their memory. On other devices a cluster is one block.
 struct Cluster {
   static constexpr int kMaxSize = 8;
 
@@ -252,7 +252,7 @@ struct Cluster {
 #endif
   }
 
-  // The largest of all threads of all blocks, in every thread.
+  // Returns the largest choice of all threads of all blocks, in every thread.
   static __device__ __forceinline__ Choice largest(Choice choice) {
     __shared__ Choice of_block;
     choice = block_largest(choice);

@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kArgmaxThreads = 256;
 constexpr int kMarkThreads = 256;
-constexpr int kMaxBlocks = 256;  // of one sequence; the last one reads a choice of each with one thread
+constexpr int kMaxBlocks = 256;  // of one sequence; the last to arrive reads each block's choice with one thread
 constexpr float kSmallestTemperature = 1e-30F;
-// Below it logits are divided by so little that noise is lost in the rounding of their sum, unless the largest logit is
-// subtracted first, which needs it known.
+// Below this temperature the scaled logits are so large that adding noise rounds it away, unless the largest logit is
+// subtracted first, which takes another pass to find it.
 constexpr float kSmallestTemperatureInOnePass = 0x1p-6F;
 
 struct Range {
@@ -98,8 +98,8 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
   if (Cluster::rank() == 0 && threadIdx.x == 0) finish(p, sequence, best);
 }
 
-// A draw. The settings say only now whether there is anything to cut off: if not, all blocks take part and read the
-// logits once; else the first cluster does it.
+// A draw. The settings, which are in device memory, say whether there is anything to cut off: if not, all blocks take
+// part and read the logits once; otherwise the first cluster draws alone.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kCutThreads, 1) sample(const __grid_constant__ SamplingParams p, int blocks) {
   trigger_dependent_launch();
@@ -145,12 +145,13 @@ Grid argmax_grid(const SamplingParams& p, int groups, const DeviceProperties& de
 }
 
 Grid sample_grid(const SamplingParams& p, int groups, const DeviceProperties& device) {
-  constexpr int kFewestGroups = 128;  // that are worth a block: four warps with noise to compute
-  int cluster = device.programmatic_launch ? Cluster::kMaxSize : 1;  // the same chips have both
+  constexpr int kFewestGroups = 128;                                 // that are worth a block: work for four warps
+  int cluster = device.programmatic_launch ? Cluster::kMaxSize : 1;  // a device has both or neither
   while (cluster > 1 && (cluster * p.sequences > device.multiprocessors || cluster / 2 * kCutThreads >= groups)) {
     cluster /= 2;
   }
-  // A block has a multiprocessor for itself; of all of them, not every one finds seven neighbours for a cluster.
+  // A block has a multiprocessor for itself. Only three quarters of them are used, since not every multiprocessor has
+  // seven free neighbours for a cluster.
   const int wanted = std::min((groups + kFewestGroups - 1) / kFewestGroups, kMaxBlocks);
   const int blocks = std::min(device.multiprocessors * 3 / 4 / p.sequences, wanted);
   return {kCutThreads, std::max(blocks / cluster, 1) * cluster, cluster};

@@ -16,22 +16,22 @@
 
 namespace qwen_plugins {
 
-// In device memory, so that one CUDA graph serves every request.
+// The settings of a draw. They are in device memory, so that one CUDA graph serves every request.
 struct SamplingSettings {
   float temperature = 1.0F;  // above 0
   float top_p = 1.0F;        // above 0, at most 1
   float repetition_penalty = 1.0F;
   int32_t top_k = 0;  // 0: all
   uint64_t seed = 0;
-  uint64_t step = 0;  // which draw of the seed comes next; every launch adds 1
+  uint64_t step = 0;  // number of the next draw with this seed; every launch with settings adds 1
 };
 
 constexpr int32_t kMaxVocabSize = 1 << 19;
 constexpr int32_t kNoToken = -1;
 
 struct SamplingParams {
-  const void* logits = nullptr;  // [sequences, vocab_size], dtype
-  int64_t logits_row_stride = 0;
+  const void* logits = nullptr;          // [sequences, vocab_size], dtype
+  int64_t logits_row_stride = 0;         // elements
   int32_t sequences = 0;                 // 0 launches nothing
   int32_t vocab_size = 0;                // at most kMaxVocabSize
   DataType dtype = DataType::kFloat16;   // kFloat32, kFloat16 or kBFloat16
@@ -46,6 +46,7 @@ struct SamplingParams {
   int32_t* semaphores = nullptr;         // [sequences + 1]: zero before the first launch, and left zero
 };
 
+// Gives the size of the workspace for up to `max_sequences` sequences.
 QWEN_PLUGINS_API cudaError_t sampling_workspace_bytes(int32_t max_sequences, int32_t vocab_size, int64_t* bytes);
 
 // Launches on `stream` and returns at once: no synchronisation, no allocation. cudaErrorInvalidValue for parameters
