@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/common/runtime.h"
+
 namespace qwen_plugins {
 
 // Device pointers and streams are integers, which every framework can give; 0 is the null pointer or default stream.
@@ -23,7 +25,7 @@ T* pointer(Address address) {
 
 // Throws what Python sees as a RuntimeError where CUDA reports an error.
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + error_string(error));
 }
 
 }  // namespace qwen_plugins

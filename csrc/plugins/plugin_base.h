@@ -15,6 +15,7 @@
 #include <string>
 
 #include "attributes.h"
+#include "kernels/common/runtime.h"
 #include "nvtx_range.h"
 #include "tensor_roles.h"
 #include "tensorrt_api.h"
@@ -93,7 +94,7 @@ void enqueue_in_range(Plugin const& plugin, Execution const& execution) {
 template <typename Describe>
 void check_cuda(cudaError_t status, Describe const& describe) {
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(describe()) + " failed: " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string(describe()) + " failed: " + error_string(status));
   }
 }
 

@@ -87,9 +87,11 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
     assert kernels.soname == KERNELS
     assert kernels.needed <= SYSTEM_LIBRARIES
     assert {function_name(symbol) for symbol in kernels.exports} == {
+        "copy_async",
         "cublas_lt_status",
         "has_hopper_kernels",
         "decode_attention_workspace_bytes",
+        "error_string",
         "gemm_workspace_bytes",
         "launch_decode_attention",
         "launch_gather_rows",
@@ -101,6 +103,7 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
         "launch_sampling",
         "launch_swiglu",
         "sampling_workspace_bytes",
+        "synchronize",
     }
 
 
@@ -111,6 +114,7 @@ def test_a_plugin_library_exports_its_entry_points_and_needs_the_kernels(folder:
     assert library.exports == ENTRY_POINTS[name]
     assert library.needed - SYSTEM_LIBRARIES == {KERNELS}  # and no library of TensorRT or CUDA
     assert library.runpath == "$ORIGIN"
+    assert (folder / name).stat().st_size < 400_000  # it links no CUDA runtime of its own
 
 
 def test_the_extension_module_needs_the_kernels(folder: Path) -> None:

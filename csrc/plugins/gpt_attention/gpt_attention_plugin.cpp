@@ -88,7 +88,7 @@ void copy_unless_in_place(void const* past, void* present, Sizes const& sizes, A
   int64_t const elements =
       sizes["max_batch"] * 2 * attributes.num_kv_heads * sizes["max_positions"] * attributes.head_size;
   auto const bytes = static_cast<size_t>(elements * size_of(static_cast<DataType>(attributes.type_id)));
-  check_cuda(cudaMemcpyAsync(present, past, bytes, cudaMemcpyDeviceToDevice, stream),
+  check_cuda(copy_async(present, past, bytes, cudaMemcpyDeviceToDevice, stream),
              [&] { return "copy of " + std::to_string(bytes) + " bytes of past to present_key_value"; });
 }
 
@@ -105,9 +105,9 @@ void check_sizes(Sizes const& sizes) {
 
 std::vector<int32_t> downloaded(void const* values, int64_t count, cudaStream_t stream) {
   std::vector<int32_t> host(static_cast<size_t>(count));
-  check_cuda(cudaMemcpyAsync(host.data(), values, host.size() * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
+  check_cuda(copy_async(host.data(), values, host.size() * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
              [] { return "reading the lengths (an engine to be captured must have been serialised)"; });
-  check_cuda(cudaStreamSynchronize(stream), [] { return "reading the lengths"; });
+  check_cuda(synchronize(stream), [] { return "reading the lengths"; });
   return host;
 }
 

@@ -47,12 +47,9 @@ cudaError_t launch_decode_attention(const DecodeAttentionParams& params, cudaStr
   return record(recorded.decode_attention, params, stream);
 }
 
-}  // namespace qwen_plugins
+const char* error_string(cudaError_t) { return "recorded error"; }
 
-extern "C" const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "recorded error"; }
-
-extern "C" cudaError_t CUDARTAPI cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                                                 cudaStream_t) {
+cudaError_t copy_async(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   if (kind == cudaMemcpyDeviceToDevice) {
     recorded.copy = RecordedCopy{to, from, bytes};
     return cudaSuccess;
@@ -66,4 +63,6 @@ extern "C" cudaError_t CUDARTAPI cudaMemcpyAsync(void* to, const void* from, siz
   return cudaSuccess;
 }
 
-extern "C" cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t synchronize(cudaStream_t) { return cudaSuccess; }
+
+}  // namespace qwen_plugins

@@ -7,6 +7,7 @@
 
 #include "kernels/attention/decode.h"
 #include "kernels/attention/prefill.h"
+#include "kernels/common/runtime.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/rms_norm/rms_norm.h"
 
