@@ -26,9 +26,9 @@ else()
   endif()
   set(CMAKE_CUDA_COMPILER ${pip_cuda_root}/bin/nvcc)
   set(CUDAToolkit_ROOT ${pip_cuda_root})
-  # nvcc.profile of the package points to lib64, its libraries are in lib.
+  # The package's nvcc.profile points to lib64, but its libraries are in lib.
   string(APPEND CMAKE_CUDA_FLAGS_INIT " -L${pip_cuda_root}/lib")
-  # CMake insists on finding the shared runtime too, which is linked nowhere and has no plain name there.
+  # CMake insists on finding the shared CUDA runtime, too, which nothing links and which has no unversioned name there.
   file(GLOB CUDA_CUDART ${pip_cuda_root}/lib/libcudart.so.*)
 endif()
 

@@ -1,4 +1,4 @@
-# Enables C++ and says plainly what is wrong where there is no compiler, or one that CUDA 13.0 does not take.
+# Enables C++, and says what is wrong where there is no compiler, or one that CUDA 13.0 does not support.
 include(CheckLanguage)
 check_language(CXX)
 if(NOT CMAKE_CXX_COMPILER)
@@ -7,13 +7,12 @@ if(NOT CMAKE_CXX_COMPILER)
 endif()
 enable_language(CXX)
 
-# The range that CUDA 13.0's crt/host_config.h accepts.
-set(wanted "GCC 6 to 15, or Clang 7 to 20")
+# The range that CUDA 13.0's crt/host_config.h accepts, but for GCC 6 and 7, which lack parts of C++17.
+set(wanted "GCC 8 to 15, or Clang 7 to 20")
 set(given "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} (${CMAKE_CXX_COMPILER})")
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  set(oldest 8)  # C++17 in full; CUDA itself takes 6
+  set(oldest 8)
   set(newest 15)
-  set(wanted "GCC 8 to 15, or Clang 7 to 20")
 elseif(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
   set(oldest 7)
   set(newest 20)

@@ -12,10 +12,11 @@
 
 namespace qwen_plugins {
 
-// Device pointers and streams are integers, which every framework can give; 0 is the null pointer or default stream.
+// Device pointers and streams are integers, which every framework can pass; 0 is the null pointer or the default
+// stream.
 using Address = uintptr_t;
 
-// Other Python threads run while a kernel is launched.
+// Releases the GIL while a kernel is launched.
 using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 template <typename T>

@@ -24,8 +24,8 @@ using Strides = std::pair<int64_t, int64_t>;  // of RowStrides: outer, inner
 
 RowStrides row_strides(Strides strides) { return {strides.first, strides.second}; }
 
-// Where the rows of the operands lie; with inner_rows = 0 they are contiguous. That is no null pointer because pybind11
-// takes None only at its second attempt to match the arguments, which doubles the time of a call.
+// Where the rows of the operands lie; with inner_rows = 0 they are contiguous. Contiguous rows are not a null pointer
+// because pybind11 accepts None only at its second attempt to match the arguments, which doubles the time of a call.
 struct RowLayout {
   int64_t inner_rows = 0;
   Strides x{};
@@ -34,7 +34,7 @@ struct RowLayout {
   Strides y{};
 };
 
-// The arguments that both launches take.
+// Sets the parameters that both launches take.
 void fill(RmsNormParams& params, const RmsNormLayer& layer, const RowLayout& layout, int64_t rows, Address x,
           Address residual, Address residual_out) {
   params.x = pointer<const void>(x);

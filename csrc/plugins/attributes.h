@@ -1,5 +1,5 @@
-// A plug-in's attributes are a plain struct of 32-bit members, which a schema names. By the schema a creator lists its
-// fields, a struct is read from fields, and the state in a serialised engine is written and read.
+// A plug-in's attributes are a plain struct of 32-bit members, which a schema names. From the schema follow the fields
+// that a creator lists, how a struct is read from fields, and how the state in a serialised engine is written and read.
 #pragma once
 
 #include <cstddef>
@@ -20,14 +20,14 @@ struct AttributeSpec {
 };
 
 struct AttributeSchema {
-  char const* plugin;  // name
+  char const* plugin;  // the plug-in's name
   // Of the state in serialised engines; an engine with another version is refused. It grows by 1 with every change of
   // `attributes` or of their meaning: README.md.
   int32_t version;
   std::vector<AttributeSpec> attributes;
 };
 
-// All of these but declare_fields throw std::invalid_argument, which says what was given and what was expected.
+// The functions below that read or check throw std::invalid_argument, which says what was given and what was expected.
 
 // Returns the fields that a creator lists, without values.
 std::vector<nvinfer1::PluginField> declare_fields(AttributeSchema const& schema);
@@ -52,7 +52,7 @@ void require_positive(char const* name, int32_t value);
 void require_one_of(char const* name, int32_t value, std::vector<int32_t> const& allowed);
 void require_type(char const* name, int32_t value, std::vector<nvinfer1::DataType> const& allowed);
 
-// float32, float16, and bfloat16 where this TensorRT has it.
+// Returns float32, float16, and bfloat16 where this TensorRT has it.
 std::vector<nvinfer1::DataType> floating_types();
 
 std::string type_name(nvinfer1::DataType type);

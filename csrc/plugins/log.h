@@ -8,9 +8,10 @@
 
 namespace qwen_plugins {
 
-// TensorRT passes its finder when it loads the library. Until then messages go to stderr.
+// Sets the logger finder, which TensorRT passes when it loads the library. Before that, messages go to stderr.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
+// Logs an error of a plug-in.
 void log_error(char const* plugin_name, char const* message) noexcept;
 
 // Calls `body` and returns its result. If it throws, logs the error and returns `on_error`.

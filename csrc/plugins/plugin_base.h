@@ -4,9 +4,9 @@
 //   static constexpr char const* kName;
 //   static constexpr char const* kVersion;     // with the name, what TensorRT finds a creator by: README.md
 //   static AttributeSchema const& schema();    // of Plugin::Attributes
-//   explicit Plugin(Attributes const&);        // throws std::invalid_argument for values that make no sense
-//   void enqueue(Execution const&) const;      // throws for shapes and launches that fail
-// and, if it needs any, its own workspace_bytes.
+//   explicit Plugin(Attributes const&);        // throws std::invalid_argument for values out of range
+//   void enqueue(Execution const&) const;      // throws for shapes that do not fit and launches that fail
+// and, if it needs them, its own check_shapes and workspace_bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,7 +28,7 @@ constexpr char const* kPluginNamespace = "qwen_plugins";
 // With 0 the build would succeed, and enqueue, which is not told the size, would write out of bounds.
 constexpr size_t kImpossibleWorkspace = size_t{1} << 60;
 
-// Whether a plug-in object was made from a network's fields or came out of a serialised engine.
+// Whether a plug-in object was created from a network's fields or from a serialised engine.
 enum class Phase { kBuild, kRuntime };
 
 // The arguments of enqueue, and the phase in which the object was made. While TensorRT builds an engine it may run a

@@ -73,7 +73,7 @@ class PluginV3Adapter final : public nvinfer1::IPluginV3,
     return guarded(Plugin::kName, kImpossibleWorkspace, [&] { return workspace_bytes(inputs, input_count); });
   }
 
-  // Before enqueue only the workspace depends on shapes; where its size cannot be computed, building ends here.
+  // Before enqueue only the workspace depends on shapes; where its size cannot be computed, the build fails here.
   int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count,
                           nvinfer1::DynamicPluginTensorDesc const*, int32_t) noexcept override {
     return succeeded([&] { workspace_bytes(inputs, input_count); });

@@ -1,5 +1,5 @@
-// The name, the one type and the shape pattern of each input and output of a plug-in. From the patterns follow the
-// shapes of outputs, which inputs are refused, and the sizes that a launch needs.
+// The name, the one type and the shape pattern of each input and output of a plug-in. The patterns determine the shapes
+// of outputs, which inputs are refused, and the sizes that a launch needs.
 #pragma once
 
 #include <array>

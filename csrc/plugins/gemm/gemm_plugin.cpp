@@ -70,7 +70,8 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
   GemmShape largest = shape(roles().largest_sizes(largest_inputs));
-  // Few rows need a workspace, too, where in_features is not aligned, which a smaller one at run time may not be.
+  // Few rows need a workspace, too, where in_features is no multiple of 8; at run time it may be smaller than here, and
+  // not aligned.
   largest.in_features = 1;
   return needed_workspace(largest);
 }

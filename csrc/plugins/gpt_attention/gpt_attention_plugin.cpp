@@ -103,10 +103,10 @@ void check_sizes(Sizes const& sizes) {
   }
 }
 
-std::vector<int32_t> downloaded(void const* values, int64_t count, cudaStream_t stream) {
+std::vector<int32_t> copy_to_host(void const* values, int64_t count, cudaStream_t stream) {
   std::vector<int32_t> host(static_cast<size_t>(count));
   check_cuda(copy_async(host.data(), values, host.size() * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
-             [] { return "reading the lengths (an engine to be captured must have been serialised)"; });
+             [] { return "reading the lengths (only a deserialised engine can be captured)"; });
   check_cuda(synchronize(stream), [] { return "reading the lengths"; });
   return host;
 }
@@ -169,15 +169,15 @@ void GptAttentionPlugin::check_shapes(nvinfer1::PluginTensorDesc const* inputs, 
   check_sizes(roles().sizes(inputs, count));
 }
 
-// Copies the lengths, which a launch would use unchecked, to the host, waits for them and checks them.
-bool GptAttentionPlugin::lengths_make_sense(Execution const& execution, Sizes const& sizes) const {
+// Copies the lengths, which a launch does not check, to the host, waits for them and checks them.
+bool GptAttentionPlugin::lengths_are_valid(Execution const& execution, Sizes const& sizes) const {
   int64_t const sequences = sizes["sequences"];
-  auto const download = [&](char const* name, int64_t count) {
-    return downloaded(input(execution, name), count, execution.stream);
+  auto const read = [&](char const* name, int64_t count) {
+    return copy_to_host(input(execution, name), count, execution.stream);
   };
-  std::vector<int32_t> const bounds = download("cu_seqlens", sequences + 1);
-  std::vector<int32_t> const pasts = download("past_lengths", sequences);
-  std::vector<int32_t> const offsets = download("rotary_offsets", sequences);
+  std::vector<int32_t> const bounds = read("cu_seqlens", sequences + 1);
+  std::vector<int32_t> const pasts = read("past_lengths", sequences);
+  std::vector<int32_t> const offsets = read("rotary_offsets", sequences);
   bool const has_rows = attributes().rotary_embedding_dim != 0 || attributes().query_scale != 0;
   if (bounds.front() != 0 || bounds.back() != sizes["tokens"]) {
     return false;
@@ -185,8 +185,8 @@ bool GptAttentionPlugin::lengths_make_sense(Execution const& execution, Sizes co
   for (int64_t i = 0; i < sequences; ++i) {
     int64_t const tokens = int64_t{bounds[i + 1]} - bounds[i];
     int64_t const end = pasts[i] + tokens;
-    bool const has_place = tokens >= 1 && pasts[i] >= 0 && end <= sizes["max_positions"];
-    if (!has_place || (has_rows && (offsets[i] < 0 || offsets[i] + end > sizes["rows"]))) {
+    bool const fits_cache = tokens >= 1 && pasts[i] >= 0 && end <= sizes["max_positions"];
+    if (!fits_cache || (has_rows && (offsets[i] < 0 || offsets[i] + end > sizes["rows"]))) {
       return false;
     }
   }
@@ -206,7 +206,7 @@ size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* lar
 void GptAttentionPlugin::enqueue(Execution const& execution) const {
   Sizes const sizes = roles().sizes(execution.input_descs);
   check_sizes(sizes);
-  if (execution.phase == Phase::kBuild && !lengths_make_sense(execution, sizes)) {
+  if (execution.phase == Phase::kBuild && !lengths_are_valid(execution, sizes)) {
     return;  // TensorRT is timing the layer, and reads no result
   }
   copy_unless_in_place(input(execution, "past_key_value"), output(execution, "present_key_value"), sizes, attributes(),
@@ -220,7 +220,7 @@ void GptAttentionPlugin::enqueue(Execution const& execution) const {
     DecodeAttentionParams params;
     set_common(execution, sizes, params);
     params.workspace = execution.workspace;
-    // TensorRT knows it as an input: every launch leaves it as it was.
+    // An input for TensorRT, which takes it as constant: every launch leaves it as it was.
     params.semaphores = static_cast<int32_t*>(const_cast<void*>(input(execution, "semaphores")));
     status = launch_decode_attention(params, execution.stream);
   } else {

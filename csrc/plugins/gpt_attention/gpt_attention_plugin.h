@@ -40,7 +40,7 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
   void enqueue(Execution const& execution) const;
 
  private:
-  bool lengths_make_sense(Execution const& execution, Sizes const& sizes) const;
+  bool lengths_are_valid(Execution const& execution, Sizes const& sizes) const;
   AttentionHeads heads(Execution const& execution) const;
   template <typename Params>
   void set_common(Execution const& execution, Sizes const& sizes, Params& params) const;

@@ -1,4 +1,4 @@
-// What both RMSNorm plug-ins share: attributes, tensors and the launch.
+// What both RMSNorm plug-ins share: checks of attributes, parameters and the launch.
 #pragma once
 
 #include "kernels/rms_norm/rms_norm.h"
