@@ -18,7 +18,7 @@ FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @cache
 def core() -> Any:
-    """Import `qwen_plugins.launch` at its first use: functions on a CPU do without the compiled module."""
+    """Import `qwen_plugins.launch` at its first use, and return it: functions on a CPU need no compiled module."""
     from qwen_plugins import launch
 
     return launch
@@ -50,7 +50,7 @@ def type_names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 class CurrentDevice:
-    """Makes a tensor's device the current one inside a with block, and gives the current stream there."""
+    """Makes a tensor's device the current one inside a with block, whose target is PyTorch's current stream, an int."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._index = tensor.device.index
@@ -68,7 +68,7 @@ class CurrentDevice:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Return where a tensor's data begins; 0 for None."""
+    """Return the address of a tensor's data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -97,7 +97,7 @@ def check_is_tensor(name: str, value: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Check that the value is a tensor whose gradient nobody expects."""
+    """Check that the value is a tensor, and that no gradient is expected of it."""
     check_is_tensor(name, value)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -145,7 +145,7 @@ def check_gpu(name: str, tensor: Tensor) -> None:
 
 
 def check_rows(name: str, tensor: Any) -> None:
-    """Check for a tensor of two dimensions and a type that kernels compute in, each row contiguous."""
+    """Check for a tensor of two dimensions in a type that the kernels compute in, with contiguous rows."""
     check_is_tensor(name, tensor)
     check_dtype(name, tensor, FLOAT_TYPES)
     check(tensor.dim() == 2, f"{name} must have 2 dimensions, not {tensor.dim()}")
@@ -153,7 +153,7 @@ def check_rows(name: str, tensor: Any) -> None:
 
 
 def check_matrix(name: str, tensor: Any) -> None:
-    """Check for what `check_rows` does, on an NVIDIA GPU."""
+    """Check what `check_rows` checks, and that the tensor is on an NVIDIA GPU."""
     check_rows(name, tensor)
     check_gpu(name, tensor)
 

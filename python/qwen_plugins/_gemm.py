@@ -32,7 +32,7 @@ def gemm(
     constant_weight: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Check the operands and compute y."""
+    """Check the operands and compute y; the arguments are those of `qwen_plugins.gemm`."""
     columns = _check(x, weight, bias, activation)
     shape = (*x.shape[:-1], columns)
     if out is None:
@@ -111,13 +111,13 @@ def _on_gpu(
     out_features, in_features = weight.shape
     if x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < in_features:
         x = x.reshape(-1, in_features)
-        if x.stride(1) != 1 or x.stride(0) < in_features:  # of one element or overlapping
+        if x.stride(1) != 1 or x.stride(0) < in_features:  # rows of one element, or rows that overlap
             x = x.contiguous()
     layer = _layer(weight.data_ptr(), address(bias), in_features, out_features, activation, x.dtype, constant_weight)
     rows = x.shape[0]
     workspace_bytes = layer.workspace_bytes(rows)
     with CurrentDevice(x) as stream:
-        # From PyTorch's pool each time: it knows about streams and captures.
+        # Allocated at each call: PyTorch's caching allocator knows about streams and captures.
         workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
         core().gemm(
             layer,
@@ -140,7 +140,7 @@ def _layer(
     dtype: torch.dtype,
     constant_weight: bool,
 ) -> Any:
-    """Return the launcher's parameters, which are made once for a layer: they hold nothing but these numbers."""
+    """Return the launcher's parameters, which are made once for each layer: they hold these numbers and no tensor."""
     return core().LinearLayer(
         weight=weight,
         bias=bias,

@@ -90,7 +90,7 @@ def check_like(name: str, tensor: Any, x: Tensor) -> None:
 
 
 def check_per_channel(name: str, tensor: Any, x: Tensor) -> None:
-    """Check for a contiguous vector with one element for each channel of x, in the type of x or float32."""
+    """Check for a contiguous vector [hidden_size], in the type of x or float32, on the device of x."""
     check_tensor(name, tensor)
     check_dtype(name, tensor, (x.dtype, torch.float32))
     check_shape(name, tensor, x.shape[-1:])
@@ -169,7 +169,7 @@ def norm_on_cpu(norm: Norm, round_before_weight: bool, out: Tensor, residual_out
 def quant_on_cpu(
     norm: Norm, quantization: Quantization, q: Tensor, scales: Tensor | None, residual_out: Tensor | None
 ) -> None:
-    """Write q and, where they are there, the dynamic scales and h."""
+    """Write q, the scales where they are dynamic, and h where there is a residual."""
     h, rstd, weight = _normalized_on_cpu(norm)
     if quantization.smoothing is not None:
         weight = weight / _wide(quantization.smoothing, norm.x)
@@ -260,7 +260,7 @@ def _contiguous() -> Any:
 def _layer(
     weight: int, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, eps: float, unit_offset: bool
 ) -> Any:
-    """Return the launcher's parameters, which are made once for a layer: they hold nothing but these numbers."""
+    """Return the launcher's parameters, which are made once for each layer: they hold these numbers and no tensor."""
     return core().RmsNormLayer(
         weight=weight,
         hidden_size=hidden_size,
@@ -277,7 +277,7 @@ def _layer_of(norm: Norm) -> Any:
 
 
 def norm_on_gpu(norm: Norm, round_before_weight: bool, out: Tensor, residual_out: Tensor | None) -> None:
-    """Do what norm_on_cpu does, with the kernel, on the current stream."""
+    """Do what `norm_on_cpu` does, with the kernel, on the current stream."""
     if norm.x.numel() == 0:
         return
     layer = _layer_of(norm)
@@ -299,7 +299,7 @@ def norm_on_gpu(norm: Norm, round_before_weight: bool, out: Tensor, residual_out
 def quant_on_gpu(
     norm: Norm, quantization: Quantization, q: Tensor, scales: Tensor | None, residual_out: Tensor | None
 ) -> None:
-    """Do what quant_on_cpu does, with the kernel, on the current stream."""
+    """Do what `quant_on_cpu` does, with the kernel, on the current stream."""
     if norm.x.numel() == 0:
         return
     layer, smoothing = _layer_of(norm), quantization.smoothing

@@ -1,9 +1,8 @@
 """Compute attention, with the rotary embedding and the key-value cache inside, for PyTorch tensors on an NVIDIA GPU.
 
 `prefill_attention` is for prompts, `decode_attention` for one new token of each sequence. Both launch on PyTorch's
-current stream, do not synchronise, work inside CUDA graph capture, and compute no gradients. What an argument must be
-is checked before anything is written, with TypeError for types and dtypes and ValueError for everything else; numbers
-in device memory (lengths, offsets) are not.
+current stream, do not synchronise, work inside CUDA graph capture, and compute no gradients. Arguments are checked
+before anything is written; only the numbers in device memory (lengths, offsets) are not.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class AttentionInputs:
         query_scale: float32 [rows], multiplies q; None: 1.
         q_norm, k_norm: [head_size], in the type of qkv: weights of an RMSNorm of each head before the rotation; None:
             no norm.
-        norm_eps: added to the mean squares of these norms.
+        norm_eps: added to the mean squares of these norms, above 0.
     """
 
     num_heads: int
@@ -95,11 +94,14 @@ def prefill_attention(
         cu_seqlens: int32 [sequences + 1]: 0, then where each sequence ends in qkv (not checked).
         past_lengths: int32 [sequences]: tokens in the cache before these, which leave room for them (not checked);
             None: none.
-        softmax_scale: None: 1 / sqrt(head_size).
+        softmax_scale: factor of q · Kᵀ; None: 1 / sqrt(head_size).
         out: where the result is written, contiguous; None: in new memory.
 
     Returns:
         [tokens, heads · head_size], in the type of qkv.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
     _check_inputs(qkv, inputs)
     cache = inputs.kv_cache
@@ -137,14 +139,21 @@ def prefill_attention(
 
 @dataclass(frozen=True)
 class DecodeAttentionWorkspace:
-    """Holds memory for the launches of `decode_attention`; launches that overlap must not share it."""
+    """Holds memory for the launches of `decode_attention`; launches that may overlap must not share it."""
 
     partial_results: Tensor  # uint8; contents do not matter between launches
     semaphores: Tensor  # int32 [sequences, heads]; zero between launches
 
 
 def decode_attention_workspace(inputs: AttentionInputs) -> DecodeAttentionWorkspace:
-    """Allocate the workspace for up to as many sequences as the cache has."""
+    """Allocate the workspace of `decode_attention` for up to as many sequences as the cache has.
+
+    Args:
+        inputs: those of `decode_attention`; only num_heads, the cache and the rotary table are used.
+
+    Returns:
+        The workspace, on the device of the cache; it serves all layers with these heads, one launch after the other.
+    """
     cache = inputs.kv_cache
     size = launch.decode_attention_workspace_bytes(_heads(inputs), sequences=len(cache))
     return DecodeAttentionWorkspace(
@@ -169,12 +178,15 @@ def decode_attention(
             tokens. Rows may be strided.
         inputs: what else attention takes; sequence i has row i of the cache.
         past_lengths: int32 [sequences]: tokens in the cache before this one, below max_positions (not checked).
-        workspace: of `decode_attention_workspace`.
-        softmax_scale: None: 1 / sqrt(head_size).
+        workspace: of `decode_attention_workspace`, for this many heads and at least as many sequences.
+        softmax_scale: factor of q · Kᵀ; None: 1 / sqrt(head_size).
         out: where the result is written, contiguous; None: in new memory.
 
     Returns:
         [sequences, heads · head_size], in the type of qkv.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
     _check_inputs(qkv, inputs)
     cache, sequences = inputs.kv_cache, len(qkv)

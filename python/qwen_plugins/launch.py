@@ -6,7 +6,8 @@ operands are right by construction and the time of the checks counts, or where t
 Device memory and streams are integers: what ``Tensor.data_ptr()``, ``cuda_stream`` or the CUDA runtime give. 0 is no
 tensor, or the default stream. Everything else a kernel requires (shapes, alignment, workspaces) is in the header that
 a function's docstring names, in ``csrc/``; a wrong address is not detected. A launcher enqueues its kernels on the
-stream of the current device and returns; it can be captured in a CUDA graph. RuntimeError: what CUDA reported.
+stream, which belongs to the current device, and returns; it can be captured in a CUDA graph. Where CUDA reports an
+error, such as for parameters that the header does not allow, it raises RuntimeError.
 
 What stays the same from launch to launch is an object, made once for each layer of a network: `LinearLayer`,
 `RmsNormLayer` and, for all layers that share a rotary table, `AttentionHeads`. All other arguments are keywords.

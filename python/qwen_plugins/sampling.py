@@ -1,7 +1,8 @@
-"""Choosing the next token of each sequence, for PyTorch tensors on an NVIDIA GPU.
+"""Choose the next token of each sequence, for PyTorch tensors on an NVIDIA GPU.
 
-`sample`, with `mark_seen` for the tokens of prompts. They launch on PyTorch's current stream, wait
-for nothing, and can be captured in a CUDA graph: what a request asks for is in device memory (`SamplingState`).
+`sample` chooses, `mark_seen` marks the tokens of prompts for the repetition penalty. Both launch on PyTorch's current
+stream, do not synchronise, and can be captured in a CUDA graph: a request's settings are in device memory
+(`SamplingState`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qwen_plugins._arguments import (
     core,
     float_type_number,
 )
-from qwen_plugins.embedding import gather_rows  # noqa: F401  its former home
+from qwen_plugins.embedding import gather_rows  # noqa: F401  for code that imports it from here
 
 NO_TOKEN = -1
 """The result of `sample` for logits that are not finite: kNoToken of csrc/kernels/sampling/sampling.h."""
@@ -34,8 +35,8 @@ class SamplingState:
     vocab_size: int
     settings: Tensor  # uint8: SamplingSettings of csrc/kernels/sampling/sampling.h
     seen: Tensor  # int32 [max_sequences, (vocab_size + 31) // 32]: bits of the tokens that the penalty holds for
-    workspace: Tensor
-    semaphores: Tensor
+    workspace: Tensor  # uint8; contents do not matter between launches
+    semaphores: Tensor  # int32 [max_sequences + 1]; zero between launches
 
     def set(
         self,
@@ -47,9 +48,18 @@ class SamplingState:
         seed: int = 0,
         step: int = 0,
     ) -> None:
-        """Begin a request, in the order of the stream: its settings, the number of its first draw, no token seen.
+        """Begin a request: set its settings and mark no token as seen, on PyTorch's current stream, without waiting.
 
-        temperature above 0; top_k: 0 is all; top_p in (0, 1]; seed and step from 0 to 2**64 - 1. Without waiting.
+        Args:
+            temperature: above 0.
+            top_k: how many of the most likely tokens may be chosen; 0: all.
+            top_p: above 0, at most 1: the most likely tokens that together have this probability may be chosen.
+            repetition_penalty: above 0; 1: none.
+            seed: from 0 to 2**64 - 1.
+            step: number of the first draw, from 0 to 2**64 - 1.
+
+        Raises:
+            ValueError: for a value out of range, before anything is changed.
         """
         check(0 < temperature < float("inf"), f"temperature must be a number above 0, not {temperature}")
         check(0 <= top_k < 2**31, f"top_k must be at least 0, not {top_k}")
@@ -73,7 +83,16 @@ class SamplingState:
 
 
 def sampling_state(max_sequences: int, vocab_size: int, device: torch.device | str) -> SamplingState:
-    """Allocate a state for up to `max_sequences`, with the settings of `SamplingState.set()`, on an NVIDIA GPU."""
+    """Allocate a state for up to `max_sequences` sequences, with the defaults of `SamplingState.set`.
+
+    Args:
+        max_sequences: from 1 to 2**20 - 1.
+        vocab_size: from 1 to 2**19.
+        device: an NVIDIA GPU.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
     check(0 < max_sequences < 2**20, f"max_sequences must be from 1 to {2**20 - 1}, not {max_sequences}")
     _check_vocab_size(vocab_size)
     target = torch.device(device)
@@ -105,23 +124,32 @@ def sample(
     input_ids: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Choose the next token of each sequence, int32 [sequences], from logits [sequences, vocab_size].
+    """Choose the next token of each sequence.
 
-    In the order of transformers: the repetition penalty of the tokens seen, the temperature, the top_k most likely
-    tokens, of those the most likely ones that together have probability top_p, a draw. It depends on the logits, the
-    state's settings, the number of the draw and the place in the batch alone. Every draw adds 1 to the step in the
+    The order is that of transformers: the repetition penalty of the tokens seen, the temperature, the top_k most likely
+    tokens, of those the most likely ones that together have probability top_p, a draw. A draw depends on the logits,
+    the state's settings, the number of the draw and the place in the batch alone. Every draw adds 1 to the step in the
     settings.
 
-    A sequence whose logits have NaN or +infinity, or are all -infinity, gets NO_TOKEN (-1). Single logits may be
-    -infinity: they are never chosen.
+    Args:
+        logits: [sequences, vocab_size], float32, float16 or bfloat16; rows may be strided. Single logits may be
+            -infinity: they are never chosen.
+        state: of `sampling_state`, for at least as many sequences and this vocab_size. Launches that may overlap must
+            not share it.
+        greedy: choose the largest logit after the penalty, the first of equal ones.
+        penalty: apply the repetition penalty, and mark the chosen tokens as seen. A greedy choice without the penalty
+            uses no settings, and leaves them as they are.
+        past_lengths: int32 [sequences], on the device of logits: 1 is added to each.
+        input_ids: int32 [sequences], on the device of logits: gets the tokens, with 0 for NO_TOKEN, for a next step
+            that is launched before the host has read the tokens.
+        out: int32 [sequences], where the tokens are written, contiguous; None: in new memory.
 
-    logits: float32, float16 or bfloat16; rows may be strided.
-    greedy: the largest logit after the penalty, the first of equal ones.
-    penalty: whether there is a repetition penalty; if so, the chosen tokens are seen from now on. A greedy choice
-        without it needs no settings, and leaves them as they are.
-    past_lengths: int32 [sequences], on the device: 1 is added to each.
-    input_ids: int32 [sequences], on the device: gets the tokens, with 0 for NO_TOKEN. A step that is launched before
-        anybody has looked at the tokens takes these.
+    Returns:
+        The tokens, int32 [sequences]; NO_TOKEN (-1) for a sequence whose logits have NaN or +infinity, or are all
+        -infinity.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
     check_matrix("logits", logits)
     sequences, vocab_size = logits.shape
@@ -159,10 +187,16 @@ def sample(
 
 
 def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
-    """Mark tokens as seen: the repetition penalty holds for them from now on.
+    """Mark tokens as seen, so that the repetition penalty holds for them.
 
-    tokens: int32 [tokens], those of all sequences one after the other; outside of the vocabulary they are ignored.
-    cu_seqlens: int32 [sequences + 1], on the device: where each sequence begins, and their end (not checked).
+    Args:
+        tokens: int32 [tokens], those of all sequences one after the other; tokens outside of the vocabulary are
+            ignored.
+        cu_seqlens: int32 [sequences + 1]: 0, then where each sequence ends in tokens (not checked).
+        state: of `sampling_state`, on the same device; sequence i is that of row i of the logits.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
     check_int32("tokens", tokens, len(tokens), state.seen)
     check_int32("cu_seqlens", cu_seqlens, len(cu_seqlens), state.seen)

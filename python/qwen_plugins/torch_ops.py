@@ -49,9 +49,9 @@ def gemm(
 ) -> Tensor:
     """Compute y = x · weightᵀ + bias, summed in float32; with activation="swiglu" silu(gate) · up of its two halves.
 
-    On a GPU, few rows (decoding) run in one kernel that reads the weight once, at the memory's speed. Many rows run in
-    cuBLASLt where it can be loaded, which `qwen_plugins.cublas_lt_status()` tells. Kernels are launched on the current
-    stream; the function works inside CUDA graph capture and torch.compile. It computes no gradients.
+    On a GPU, few rows (decoding) run in one kernel that reads the weight once, at the memory's bandwidth. Many rows
+    mostly run in cuBLASLt where it can be loaded, which `qwen_plugins.cublas_lt_status()` tells. Kernels are launched
+    on the current stream; the function works inside CUDA graph capture and torch.compile. It computes no gradients.
 
     Args:
         x: [..., in_features], float16, bfloat16 or float32.
@@ -60,7 +60,7 @@ def gemm(
         bias: [out_features], in the type of x.
         activation: None or "swiglu".
         constant_weight: True where no kernel that may still run in the stream writes weight or bias: the kernel may
-            then read them before the kernel in front of it has ended.
+            then read them before the previous kernel has finished.
         out: where y is written, contiguous; it must not share memory with the inputs.
 
     Returns:
@@ -157,7 +157,7 @@ def rms_norm_quant(
 ) -> tuple[Tensor, ...] | Tensor:
     """Compute RMSNorm and quantize it: q = saturate(round(y / smoothing / scale)), rounding to nearest even.
 
-    y is that of rms_norm, but not rounded in between. On a GPU one kernel does all, and reads x from memory once.
+    y is that of `rms_norm`, but not rounded before it is quantized. On a GPU this is one kernel, which reads x once.
 
     Args:
         x: [..., hidden_size], float16, bfloat16 or float32, as for rms_norm.

@@ -34,7 +34,7 @@ __all__ = ["configure_builder", "constant", "gemm", "gpt_attention", "is_strongl
 def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:
     """Add a constant tensor, which has the type ``dtype`` in every version of TensorRT.
 
-    TensorRT 8.6 takes constants for float32, and converts them where they are used, unless layer and tensor say
+    TensorRT 8.6 treats constants as float32, and converts them where they are used, unless layer and tensor say
     otherwise; NumPy, and so ``tensorrt.Weights`` of an array, has no bfloat16.
 
     Args:
@@ -62,6 +62,10 @@ def configure_builder(config: Any, network: Any) -> None:
     network has a bfloat16 tensor, since with the flag other layers might be computed in bfloat16 too; and ``INT8``
     where it has an int8 tensor, since with the flag TensorRT asks for scales of the other tensors. A strongly typed
     network needs none: the types of its tensors are the types that it computes in.
+
+    Args:
+        config: ``IBuilderConfig`` whose flags are set.
+        network: ``INetworkDefinition`` with all its layers.
     """
     if is_strongly_typed(network):
         return

@@ -80,7 +80,7 @@ def gpt_attention(
             rotary_table.
         position_embedding_type: TensorRT-LLM's name: "rope_gpt_neox" rotates element i together with element
             i + rotary_embedding_dim / 2, "rope_gptj" 2i with 2i + 1, "learned_absolute" none.
-        q_scaling: divides the scores, as √head_size does; TensorRT-LLM's name.
+        q_scaling: divides the scores, as √head_size does, above 0; TensorRT-LLM's name.
         query_scale: [rows] float32, an ``ITensor`` or an array, or None: factors of q (Qwen v1's logn).
         q_norm_weight, k_norm_weight: [head_size] of ``dtype``, ``ITensor`` or array, both or none (Qwen3).
         norm_eps: added to the mean squares of the heads, above 0.

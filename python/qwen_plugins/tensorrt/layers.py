@@ -61,8 +61,8 @@ def add_plugin(
 def _set_output_types(layer: Any, outputs: Sequence[Any], types: Sequence[Any]) -> None:
     """Set the types of a layer's outputs, in the layer and in the tensors.
 
-    Where the builder chooses types, TensorRT 8.6 takes all outputs for float32, and converts a network's outputs to
-    that, unless both the layer and the tensor say otherwise.
+    Where the builder chooses types, TensorRT 8.6 treats all outputs as float32, and converts a network's outputs to
+    float32, unless both the layer and the tensor say otherwise.
     """
     for i, (tensor, dtype) in enumerate(zip(outputs, types, strict=True)):
         layer.set_output_type(i, dtype)
@@ -73,7 +73,7 @@ def parameter(layers: NativeLayers, value: Any, expected: Sequence[int], what: s
     """Return a tensor of that shape and type: the one given, or a constant for an array."""
     if isinstance(value, trt.ITensor):
         check_shape(value.shape, expected, what, meaning)
-        if layers.typed:  # TensorRT 8.6 calls the tensors inside a network float32
+        if layers.typed:  # TensorRT 8.6 reports float32 for the tensors inside a network
             check_type(value, dtype, what)
         return value
     array = as_array(value, what)
@@ -122,7 +122,7 @@ def floating_types() -> tuple[Any, ...]:
 
 
 def free_name(network: Any, prefix: str) -> str:
-    """Return a name for a layer that no other layer has."""
+    """Return a name that no layer of the network has."""
     return f"{prefix}_{network.num_layers}"
 
 

@@ -36,7 +36,7 @@ def gemm(
         activation: None or "swiglu" (Shazeer, "GLU Variants Improve Transformer", 2020): the first half of
             out_features is z_gate, the second half z_up.
         constant_weight: True where no layer of the network computes weight or bias: the kernel may then read them
-            before the kernel in front of it has ended. None: True unless one of them is an ``ITensor``. Pass True for
+            before the previous kernel has finished. None: True unless one of them is an ``ITensor``. Pass True for
             an ``ITensor`` that is the output of a constant layer, such as an embedding that is also the weight of the
             last linear layer. Pass False with TensorRT's weight streaming (10 and later), which copies weights to the
             GPU while the engine runs.
@@ -83,7 +83,7 @@ def gemm(
 
 
 def _parameter(layers: NativeLayers, value: Any, expected: tuple[int, ...], dtype: Any, what: str) -> Any:
-    """Return a tensor of the expected shape, in which -1 fits anything, for an ITensor, an array or Weights."""
+    """Return a tensor of the expected shape, where -1 fits anything, for an ``ITensor``, an array or ``Weights``."""
     meaning = "[out_features, in_features]" if what == "weight" else "[out_features]"
     if not isinstance(value, trt.Weights):
         return parameter(layers, value, expected, what, meaning, dtype)

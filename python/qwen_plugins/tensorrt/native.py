@@ -7,7 +7,7 @@ import numpy as np
 import tensorrt as trt
 
 MAJOR = int(trt.__version__.split(".")[0])
-_LARGEST = {"INT8": 127.0, "FP8": 448.0}  # symmetric; of float8_e4m3fn
+_LARGEST = {"INT8": 127.0, "FP8": 448.0}  # the values that dynamic quantization scales a row's maximum to
 
 
 def is_strongly_typed(network: Any) -> bool:
@@ -22,7 +22,7 @@ def is_strongly_typed(network: Any) -> bool:
 
 
 class NativeLayers:
-    """Adds small groups of layers to one network, named after one prefix. They compute in float32, but for GEMMs."""
+    """Adds small groups of layers to one network, with one prefix of their names. All but GEMMs compute in float32."""
 
     def __init__(self, network: Any, name: str) -> None:
         self.network = network
@@ -74,7 +74,7 @@ class NativeLayers:
         sigmoid = self._named(self.network.add_activation(gate, trt.ActivationType.SIGMOID), "sigmoid")
         silu = self._elementwise(gate, self._computed_in_float32(sigmoid), "PROD", "silu")
         y = self.cast(self._elementwise(silu, up, "PROD", "swiglu"), dtype)
-        # What follows has to know the number of columns, which slices of a dynamic size do not say.
+        # The next layers have to know the number of columns, which slices of a dynamic size do not tell.
         shuffle = self._named(self.network.add_shuffle(y), "columns")
         shuffle.reshape_dims = (0,) * (rank - 1) + (int(weight.shape[-2]) // 2,)
         return self._of_type(shuffle, dtype)
@@ -104,8 +104,8 @@ class NativeLayers:
 
             array = np.ascontiguousarray(array, ml_dtypes.bfloat16)
             weights = trt.Weights(dtype, array.ctypes.data, array.size)
-            # trt.Weights of an address keeps nothing alive: the array has to outlive the network, whose finalizer
-            # holds it as an argument of a function that does nothing.
+            # trt.Weights of an address keeps nothing alive, and the array has to outlive the network: a finalizer of
+            # the network holds it as the argument of a function without effect.
             weakref.finalize(self.network, id, array)
         else:
             array = np.ascontiguousarray(array, trt.nptype(dtype))
@@ -191,7 +191,7 @@ class NativeLayers:
 
     def _typed_output(self, layer: Any, dtype: Any) -> Any:
         output = layer.get_output(0)
-        if not self.typed:  # else TensorRT 8.6 calls it float32 again, as a network's output for one
+        if not self.typed:  # otherwise TensorRT 8.6 reverts to float32, for example as an output of the network
             layer.set_output_type(0, dtype)
             output.dtype = dtype
         return output

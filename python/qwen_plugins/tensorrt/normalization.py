@@ -138,7 +138,7 @@ def rms_norm_quant(
 
 
 class _Arguments:
-    """Holds the arguments that both functions take, checked; `weight` has become a tensor."""
+    """Holds the arguments that both functions take, checked, with the weight as a tensor."""
 
     def __init__(
         self, network: Any, x: Any, weight: Any, eps: float, residual: Any, dtype: Any, name: str, plugin: bool
@@ -152,7 +152,7 @@ class _Arguments:
         if residual is not None:
             self._check_residual()
         self.plugin = plugin
-        self.types: dict[str, Any] = {}  # of the weight and the smoothing; TensorRT 8.6 forgets those of constants
+        self.types: dict[str, Any] = {}  # of weight and smoothing: TensorRT 8.6 reports float32 for constants
         self.weight = self.channels(weight, "weight", self.dtype)
 
     def _check_residual(self) -> None:
@@ -174,7 +174,7 @@ class _Arguments:
             raise ValueError(f"{what} has shape {shape}; {expected}")
         if not isinstance(value, trt.ITensor):
             self.types[what] = trt.float32 if value.dtype == np.float32 else default_type
-            # A plug-in reads it as it is; for native layers TensorRT may fold a conversion into the constant.
+            # A plug-in reads this type; for native layers TensorRT may fold a conversion into the constant.
             native = NativeLayers(self.network, self.name)
             return native.constant(value, self.types[what], what, keeps_type=self.plugin)
         if value.dtype not in (self.dtype, trt.float32):
