@@ -87,7 +87,7 @@ void bind_attention(py::module_& module) {
              py::arg("semaphores"), py::arg("stream"),
              "Launch attention of one new token a sequence: kernels/attention/decode.h.");
   module.def("decode_attention_workspace_bytes", &workspace_bytes, py::arg("heads"), py::kw_only(),
-             py::arg("sequences"), "Return the size of the workspace that decode_attention needs.");
+             py::arg("sequences"), "Return the size of the workspace that decode_attention needs, in bytes.");
 }
 
 }  // namespace qwen_plugins

@@ -1,4 +1,3 @@
-// Choosing tokens; qwen_plugins/sampling.py checks shapes and types.
 #include "sampling.h"
 
 #include "arguments.h"
@@ -9,7 +8,7 @@ namespace py = pybind11;
 namespace qwen_plugins {
 namespace {
 
-void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_t vocab_size, int32_t dtype,
+void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_t vocab_size, DataType dtype,
             Address settings, bool greedy, Address seen, Address tokens, Address input_ids, Address past_lengths,
             Address workspace, Address semaphores, Address stream) {
   SamplingParams params;
@@ -17,7 +16,7 @@ void sample(Address logits, int64_t logits_row_stride, int32_t sequences, int32_
   params.logits_row_stride = logits_row_stride;
   params.sequences = sequences;
   params.vocab_size = vocab_size;
-  params.dtype = static_cast<DataType>(dtype);
+  params.dtype = dtype;
   params.settings = pointer<SamplingSettings>(settings);
   params.greedy = greedy;
   params.seen = pointer<uint32_t>(seen);
@@ -40,7 +39,6 @@ void mark_seen(Address tokens, Address cu_seqlens, int32_t sequences, int32_t vo
   check(launch_mark_seen(params, pointer<CUstream_st>(stream)), "mark_seen");
 }
 
-// As they lie in device memory.
 py::bytes settings_bytes(float temperature, int32_t top_k, float top_p, float repetition_penalty, uint64_t seed,
                          uint64_t step) {
   SamplingSettings settings;
@@ -65,12 +63,16 @@ void bind_sampling(py::module_& module) {
   module.def("sample", &sample, Unlocked(), py::kw_only(), py::arg("logits"), py::arg("logits_row_stride"),
              py::arg("sequences"), py::arg("vocab_size"), py::arg("dtype"), py::arg("settings"), py::arg("greedy"),
              py::arg("seen"), py::arg("tokens"), py::arg("input_ids"), py::arg("past_lengths"), py::arg("workspace"),
-             py::arg("semaphores"), py::arg("stream"));
+             py::arg("semaphores"), py::arg("stream"),
+             "Launch the choice of the next tokens: kernels/sampling/sampling.h.");
   module.def("mark_seen", &mark_seen, Unlocked(), py::kw_only(), py::arg("tokens"), py::arg("cu_seqlens"),
-             py::arg("sequences"), py::arg("vocab_size"), py::arg("seen"), py::arg("stream"));
+             py::arg("sequences"), py::arg("vocab_size"), py::arg("seen"), py::arg("stream"),
+             "Launch the marking of tokens as seen: kernels/sampling/sampling.h.");
   module.def("sampling_settings_bytes", &settings_bytes, py::kw_only(), py::arg("temperature"), py::arg("top_k"),
-             py::arg("top_p"), py::arg("repetition_penalty"), py::arg("seed"), py::arg("step"));
-  module.def("sampling_workspace_bytes", &workspace_bytes, py::arg("max_sequences"), py::arg("vocab_size"));
+             py::arg("top_p"), py::arg("repetition_penalty"), py::arg("seed"), py::arg("step"),
+             "Return the bytes of SamplingSettings, as they lie in device memory: kernels/sampling/sampling.h.");
+  module.def("sampling_workspace_bytes", &workspace_bytes, py::arg("max_sequences"), py::arg("vocab_size"),
+             "Return the size of the workspace that sample needs, in bytes.");
   module.attr("MAX_VOCAB_SIZE") = kMaxVocabSize;
 }
 

@@ -1,4 +1,4 @@
-// Arguments of these types accept no number, so that a type and a size cannot be mixed up.
+// Arguments of these types accept no integer, so that a type and a size cannot be mixed up.
 #include "types.h"
 
 #include "kernels/attention/heads.h"

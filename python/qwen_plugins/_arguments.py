@@ -30,14 +30,6 @@ def data_type(dtype: torch.dtype) -> Any:
     return getattr(core().DataType, type_name(dtype))
 
 
-@cache
-def float_type_number(dtype: torch.dtype) -> int:
-    """Return the number of `data_type`; TypeError for a type that kernels do not compute in."""
-    if dtype not in FLOAT_TYPES:
-        raise TypeError(f"the type must be {type_names(FLOAT_TYPES)}, not {type_name(dtype)}")
-    return int(data_type(dtype))
-
-
 def type_name(dtype: Any) -> str:
     """Return a type's name without its module, such as "float16"."""
     return str(dtype).removeprefix("torch.")

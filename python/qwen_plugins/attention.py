@@ -7,6 +7,7 @@ before anything is written; only the numbers in device memory (lengths, offsets)
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def prefill_attention(
         cu_seqlens: int32 [sequences + 1]: 0, then where each sequence ends in qkv (not checked).
         past_lengths: int32 [sequences]: tokens in the cache before these, which leave room for them (not checked);
             None: none.
-        softmax_scale: factor of q · Kᵀ; None: 1 / sqrt(head_size).
+        softmax_scale: factor of q · Kᵀ, above 0; None: 1 / sqrt(head_size).
         out: where the result is written, contiguous; None: in new memory.
 
     Returns:
@@ -118,6 +119,7 @@ def prefill_attention(
         check_int32("past_lengths", past_lengths, sequences, qkv)
     if inputs.rotary_offsets is not None:
         check_int32("rotary_offsets", inputs.rotary_offsets, sequences, qkv)
+    scale = _softmax_scale(softmax_scale, cache)
     out = _context(out, qkv, inputs)
     with CurrentDevice(qkv) as stream:
         launch.prefill_attention(
@@ -131,7 +133,7 @@ def prefill_attention(
             past_lengths=address(past_lengths),
             sequences=sequences,
             tokens=len(qkv),
-            softmax_scale=_softmax_scale(softmax_scale, cache),
+            softmax_scale=scale,
             stream=stream,
         )
     return out
@@ -179,7 +181,7 @@ def decode_attention(
         inputs: what else attention takes; sequence i has row i of the cache.
         past_lengths: int32 [sequences]: tokens in the cache before this one, below max_positions (not checked).
         workspace: of `decode_attention_workspace`, for this many heads and at least as many sequences.
-        softmax_scale: factor of q · Kᵀ; None: 1 / sqrt(head_size).
+        softmax_scale: factor of q · Kᵀ, above 0; None: 1 / sqrt(head_size).
         out: where the result is written, contiguous; None: in new memory.
 
     Returns:
@@ -194,6 +196,7 @@ def decode_attention(
     check_int32("past_lengths", past_lengths, sequences, qkv)
     if inputs.rotary_offsets is not None:
         check_int32("rotary_offsets", inputs.rotary_offsets, sequences, qkv)
+    scale = _softmax_scale(softmax_scale, cache)
     out = _context(out, qkv, inputs)
     if sequences == 0:
         return out
@@ -209,7 +212,7 @@ def decode_attention(
             context=out.data_ptr(),
             past_lengths=past_lengths.data_ptr(),
             sequences=sequences,
-            softmax_scale=_softmax_scale(softmax_scale, cache),
+            softmax_scale=scale,
             workspace=workspace.partial_results.data_ptr(),
             semaphores=workspace.semaphores.data_ptr(),
             stream=stream,
@@ -237,7 +240,16 @@ def _heads(inputs: AttentionInputs) -> Any:
 
 def _softmax_scale(scale: float | None, cache: Tensor) -> float:
     head_size: int = cache.shape[4]
-    return head_size**-0.5 if scale is None else scale
+    if scale is None:
+        return head_size**-0.5
+    _check_positive("softmax_scale", scale)
+    return scale
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    check(0 < value < math.inf, f"{name} must be a finite number above 0, not {value}")
 
 
 def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -271,6 +283,7 @@ def _check_inputs(qkv: Tensor, inputs: AttentionInputs) -> None:
     check(qkv.shape[1] == columns, f"qkv must have {columns} columns, not {qkv.shape[1]}")
     _check_rotary_embedding(qkv, inputs)
     check((inputs.q_norm is None) == (inputs.k_norm is None), "q_norm and k_norm must both be given, or none of them")
+    _check_positive("norm_eps", inputs.norm_eps)
     for name, weight in (("q_norm", inputs.q_norm), ("k_norm", inputs.k_norm)):
         if weight is not None:
             check_tensor(name, weight)

@@ -17,12 +17,14 @@ from qwen_plugins._arguments import (
     address,
     check,
     check_int32,
+    check_is_tensor,
     check_matrix,
     core,
-    float_type_number,
+    data_type,
 )
 from qwen_plugins.embedding import gather_rows  # noqa: F401  for code that imports it from here
 
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 NO_TOKEN = -1
 """The result of `sample` for logits that are not finite: kNoToken of csrc/kernels/sampling/sampling.h."""
 
@@ -61,13 +63,10 @@ class SamplingState:
         Raises:
             ValueError: for a value out of range, before anything is changed.
         """
-        check(0 < temperature < float("inf"), f"temperature must be a number above 0, not {temperature}")
+        _check_positive("temperature", temperature)
         check(0 <= top_k < 2**31, f"top_k must be at least 0, not {top_k}")
         check(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
-        check(
-            0 < repetition_penalty < float("inf"),
-            f"repetition_penalty must be a number above 0, not {repetition_penalty}",
-        )
+        _check_positive("repetition_penalty", repetition_penalty)
         check(0 <= seed < 2**64 and 0 <= step < 2**64, f"seed and step must be in 64 bits, not {seed} and {step}")
         values = core().sampling_settings_bytes(
             temperature=temperature,
@@ -172,7 +171,7 @@ def sample(
             logits_row_stride=logits.stride(0),
             sequences=sequences,
             vocab_size=vocab_size,
-            dtype=float_type_number(logits.dtype),
+            dtype=data_type(logits.dtype),
             settings=0 if greedy and not penalty else state.settings.data_ptr(),
             greedy=greedy and penalty,
             seen=state.seen.data_ptr() if penalty else 0,
@@ -198,8 +197,10 @@ def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
-    check_int32("tokens", tokens, len(tokens), state.seen)
-    check_int32("cu_seqlens", cu_seqlens, len(cu_seqlens), state.seen)
+    check_is_tensor("tokens", tokens)
+    check_is_tensor("cu_seqlens", cu_seqlens)
+    check_int32("tokens", tokens, tokens.numel(), state.seen)
+    check_int32("cu_seqlens", cu_seqlens, cu_seqlens.numel(), state.seen)
     sequences = len(cu_seqlens) - 1
     check(
         0 <= sequences <= state.max_sequences,
@@ -214,6 +215,11 @@ def mark_seen(tokens: Tensor, cu_seqlens: Tensor, state: SamplingState) -> None:
             seen=state.seen.data_ptr(),
             stream=stream,
         )
+
+
+def _check_positive(name: str, value: float) -> None:
+    # Beyond float32 it would be infinity, and infinity times a logit of 0 or -infinity is NaN.
+    check(0 < value <= LARGEST_FLOAT32, f"{name} must be above 0 and at most {LARGEST_FLOAT32:.2e}, not {value}")
 
 
 def _check_vocab_size(vocab_size: int) -> None:

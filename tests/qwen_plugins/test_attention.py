@@ -276,7 +276,7 @@ def arguments(**changed):
     given = {"qkv": case.qkv, "cu_seqlens": case.cu_seqlens}
     inputs = {"num_heads": 4, "kv_cache": case.cache, "rotary_table": case.rotary_table}
     for name, value in changed.items():
-        (given if name in ("qkv", "cu_seqlens", "past_lengths", "out") else inputs)[name] = value
+        (given if name in ("qkv", "cu_seqlens", "past_lengths", "softmax_scale", "out") else inputs)[name] = value
     return given | {"inputs": attention.AttentionInputs(**inputs)}
 
 
@@ -321,6 +321,12 @@ WEIGHT = torch.zeros(64, dtype=torch.float16)
         ({"cu_seqlens": INTS.repeat(2)}, ValueError, "from 1 to 3 elements for a cache of 2 sequences, not 4"),
         ({"cu_seqlens": INTS[:1]}, ValueError, "qkv must have no rows without sequences, not 2"),
         ({"past_lengths": INTS}, ValueError, r"past_lengths must have the shape \(1,\), not \(2,\)"),
+        ({"norm_eps": 0}, ValueError, "norm_eps must be a finite number above 0, not 0"),
+        ({"norm_eps": "1e-6"}, TypeError, "norm_eps must be a number, not str"),
+        ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be a finite number above 0, not 0.0"),
+        ({"softmax_scale": -0.1}, ValueError, "softmax_scale must be a finite number above 0, not -0.1"),
+        ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be a finite number above 0, not nan"),
+        ({"softmax_scale": TABLE}, TypeError, "softmax_scale must be a number, not Tensor"),
         ({"out": QKV}, ValueError, r"out must have the shape \(2, 256\), not \(2, 512\)"),
         ({"out": QKV[:, :256].float()}, TypeError, "out must be float16, not float32"),
         ({}, ValueError, "qkv must be on an NVIDIA GPU, not on cpu"),
@@ -340,6 +346,8 @@ def test_refused_arguments_of_decode_attention():
         attention.decode_attention(QKV, inputs, INTS.long(), workspace)
     with pytest.raises(ValueError, match=r"rotary_offsets must have the shape \(2,\)"):
         attention.decode_attention(QKV, replace(inputs, rotary_offsets=INTS[:1]), INTS, workspace)
+    with pytest.raises(ValueError, match="softmax_scale must be a finite number above 0, not inf"):
+        attention.decode_attention(QKV, inputs, INTS, workspace, softmax_scale=float("inf"))
     with pytest.raises(ValueError, match="qkv must be on an NVIDIA GPU, not on cpu"):
         attention.decode_attention(QKV, inputs, INTS, workspace)
 

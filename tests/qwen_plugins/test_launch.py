@@ -28,6 +28,13 @@ def attention_heads(**changed):
     return launch.AttentionHeads(**(options | changed))
 
 
+def sample(**changed):
+    options = {"logits": ADDRESS, "logits_row_stride": 8, "sequences": 0, "vocab_size": 8, "settings": 0}
+    options |= {"greedy": False, "seen": 0, "tokens": ADDRESS, "input_ids": 0, "past_lengths": 0}
+    options |= {"workspace": ADDRESS, "semaphores": ADDRESS, "stream": 0, "dtype": launch.DataType.float16}
+    launch.sample(**(options | changed))
+
+
 def test_all_launchers_are_exported():
     assert sorted(launch.__all__) == sorted(name for name in vars(_core) if not name.startswith("_"))
 
@@ -58,6 +65,20 @@ def test_a_norm_layer():
             launch.rms_norm(norm_layer(), **addresses, rows=-1, stream=0, **options)
 
 
+def test_sampling():
+    sample()
+    with pytest.raises(RuntimeError, match="sampling: invalid argument"):
+        sample(sequences=-1)
+
+
+def test_every_function_says_what_it_does():
+    functions = [name for name in launch.__all__ if callable(getattr(launch, name)) and name.islower()]
+    assert functions
+    for name in functions:
+        # pybind11 writes the signature into the first line.
+        assert "\n\n" in getattr(launch, name).__doc__, name
+
+
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
@@ -66,6 +87,7 @@ def test_a_norm_layer():
         (linear_layer, {"activation": _core.DataType.float16}),
         (attention_heads, {"rotary_style": 0}),
         (attention_heads, {"dtype": _core.RotaryStyle.neox}),
+        (sample, {"dtype": 1}),
     ],
 )
 def test_enumerations_take_no_numbers(function, arguments):

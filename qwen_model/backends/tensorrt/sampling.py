@@ -18,7 +18,7 @@ class DeviceSampler:
     def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
         """Allocate what the kernel needs for logits [up to max_batch_size, vocab_size] of this type."""
         self._vocab_size = vocab_size
-        self._dtype = int(getattr(launch.DataType, dtype))
+        self._dtype = getattr(launch.DataType, dtype)
         self._stream = stream
         settings = np.frombuffer(_settings(SamplingOptions(), vocab_size), np.uint8)
         self._settings = cuda.DeviceArray(settings.shape, np.uint8)
