@@ -10,7 +10,7 @@ namespace qwen_plugins {
 namespace {
 
 // The parameters of a linear layer that are the same in each of its launches. Setting them once leaves a launch with
-// few arguments, which matters: before a short prompt's first token the GPU waits for Python to launch its kernels.
+// few arguments, which matters: with a short prompt the GPU waits for Python to launch the kernels.
 class LinearLayer {
  public:
   LinearLayer(Address weight, Address bias, int64_t in_features, int64_t out_features, Activation activation,
@@ -62,10 +62,10 @@ void bind_gemm(py::module_& module) {
            py::arg("constant_weight"))
       .def_property_readonly("columns", &LinearLayer::columns, "The columns of y.")
       .def("workspace_bytes", &LinearLayer::workspace_bytes, py::arg("rows"),
-           "Return the size of the workspace that gemm needs for that many rows; it never shrinks with more rows.");
+           "Return the bytes of the workspace that gemm needs for that many rows; they never decrease with more rows.");
   module.def("gemm", &gemm, Unlocked(), py::arg("layer"), py::kw_only(), py::arg("x"), py::arg("x_row_stride"),
              py::arg("y"), py::arg("rows"), py::arg("workspace"), py::arg("stream"),
-             "Launch the matrix product of a linear layer: kernels/gemm/gemm.h. The workspace has "
+             "Launch the GEMM of a linear layer: kernels/gemm/gemm.h. The workspace has "
              "layer.workspace_bytes(rows).");
   module.def("cublas_lt_status", &cublas_lt_status, "Return the file of cuBLASLt in use, or why none is in use.");
   module.def("has_hopper_kernels", &has_hopper_kernels, "Return whether the kernels for Hopper alone were built in.");

@@ -1,4 +1,4 @@
-// The matrix product of a linear layer, for Python.
+// The GEMM of a linear layer, for Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

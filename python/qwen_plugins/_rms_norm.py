@@ -99,7 +99,10 @@ def check_per_channel(name: str, tensor: Any, x: Tensor) -> None:
 
 
 def check_output_memory(name: str, output: Tensor, norm: Norm, *, other_output: Tensor | None = None) -> None:
-    """Check that an output shares memory with nothing but, exactly, x or the residual: their rows are read first."""
+    """Check that an output shares no memory with another operand, unless it is exactly x or the residual.
+
+    A kernel reads a row of x and the residual before it writes that row of an output.
+    """
     if _overlaps_itself(output):
         raise ValueError(f"{name} must not overlap itself, but its strides are {tuple(output.stride())}")
     operands = {"x": norm.x, "residual": norm.residual, "weight": norm.weight}

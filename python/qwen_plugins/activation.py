@@ -1,6 +1,6 @@
-"""Compute the activation function SwiGLU, without its matrix products, for PyTorch tensors on an NVIDIA GPU.
+"""Compute the activation function SwiGLU, without its GEMMs, for PyTorch tensors on an NVIDIA GPU.
 
-`qwen_plugins.gemm` with ``activation="swiglu"`` computes it together with the matrix product in front of it.
+`qwen_plugins.gemm` with ``activation="swiglu"`` computes it together with the GEMM of gate and up.
 """
 
 from __future__ import annotations

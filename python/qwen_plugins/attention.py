@@ -253,7 +253,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Return where the result goes, `out` or new memory; the last check of the arguments."""
+    """Return `out`, or new memory for the result, after the last checks of the arguments."""
     shape = (len(qkv), inputs.num_heads * inputs.kv_cache.shape[4])
     if out is not None:
         check_output(out, shape, qkv)

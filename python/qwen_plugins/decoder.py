@@ -1,4 +1,4 @@
-"""Export what moved to `qwen_plugins.attention` and `qwen_plugins.activation`, for code that imports it from here."""
+"""Export `qwen_plugins.attention` and `qwen_plugins.activation` once more, for code that imports them from here."""
 
 from qwen_plugins.activation import swiglu
 from qwen_plugins.attention import (

@@ -49,7 +49,7 @@ def register_tensorrt_plugins() -> bool:
     cannot be used, a RuntimeWarning says why.
 
     Returns:
-        Whether the plug-ins are registered now.
+        Whether the plug-ins are registered.
     """
     with _lock:
         try:

@@ -1,5 +1,5 @@
-// Loads of a warp's keys and values from the cache to shared memory: tiles of 16 positions, the next keys in flight
-// while values are used, and the other way round. Bulk copies on Hopper and later, which need neither registers nor
+// Loads of a warp's keys and values from the cache to shared memory: tiles of 16 positions, the next keys are
+// in flight while values are used, and vice versa. Bulk copies on Hopper and later, which need neither registers nor
 // many instructions for what is in flight; elsewhere cp.async of 16 bytes.
 //
 // Two tiles in flight for each warp are enough: twice as many were 2 to 3 % slower, since all other loads wait behind

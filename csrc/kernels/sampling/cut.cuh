@@ -54,7 +54,7 @@ struct Bin {
 struct CutMemory {
   alignas(16) uint32_t low[kBins][kCopies];  // the halves of sums
   alignas(16) uint32_t high[kBins][kCopies];
-  Weight totals[2][kBins];  // of this block, for the others; of two digits in turn
+  Weight totals[2][kBins];  // of this block, read by the others; digits alternate between the two
   Weight of_warps[kBins / 32];
   Bin found;
 };
