@@ -1,6 +1,6 @@
-// Loads of a warp's keys and values from the cache to shared memory: tiles of 16 positions, the next keys are
-// in flight while values are used, and vice versa. Bulk copies on Hopper and later, which need neither registers nor
-// many instructions for what is in flight; elsewhere cp.async of 16 bytes.
+// Loads a warp's keys and values from the cache to shared memory in tiles of 16 positions. The next keys are in flight
+// while values are used, and vice versa. On Hopper and later the loads are bulk copies, which need neither registers
+// nor many instructions for what is in flight; elsewhere they are cp.async of 16 bytes.
 //
 // Two tiles in flight for each warp are enough: twice as many were 2 to 3 % slower, since all other loads wait behind
 // them.

@@ -5,7 +5,7 @@
 
 namespace qwen_plugins {
 
-// The values are those of TensorRT's nvinfer1::DataType, and part of the plug-ins' serialised form.
+// The values are those of TensorRT's nvinfer1::DataType, and part of the plug-ins' serialised form: none may change.
 enum class DataType : int32_t {
   kFloat32 = 0,
   kFloat16 = 1,

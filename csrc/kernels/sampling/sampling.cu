@@ -98,8 +98,8 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
   if (Cluster::rank() == 0 && threadIdx.x == 0) finish(p, sequence, best);
 }
 
-// A draw. The settings, which are in device memory, say whether there is anything to cut off: if not, all blocks take
-// part and read the logits once; otherwise the first cluster draws alone.
+// A draw. The settings, which are in device memory, say whether there is anything to cut off, or the temperature is
+// too low for one pass: if not, all blocks take part and read the logits once; otherwise the first cluster draws alone.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kCutThreads, 1) sample(const __grid_constant__ SamplingParams p, int blocks) {
   trigger_dependent_launch();
