@@ -361,7 +361,7 @@ cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& devic
 }  // namespace
 
 cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences, int64_t* bytes) {
-  if (heads.num_heads <= 0 || heads.head_size <= 0 || sequences < 0) return cudaErrorInvalidValue;
+  if (heads.num_heads <= 0 || heads.head_size <= 0 || sequences < 0 || bytes == nullptr) return cudaErrorInvalidValue;
   const int64_t rows = int64_t{sequences} * heads.num_heads;
   *bytes = rows * kMaxSplits * (heads.head_size + 2) * static_cast<int64_t>(sizeof(float));
   return cudaSuccess;

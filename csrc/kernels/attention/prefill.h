@@ -24,7 +24,7 @@ struct PrefillAttentionParams {
   const int32_t* cu_seqlens = nullptr;    // [sequences + 1], on the device: 0, then the sums of the sequences' lengths
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: tokens in the cache before these; null: none
   int32_t sequences = 0;                  // at most kMaxPrefillSequences; sequence i has row i of the cache
-  int64_t tokens = 0;                     // of all sequences, at most kMaxPrefillTokens; 0 launches nothing
+  int64_t tokens = 0;                     // cu_seqlens[sequences], at most kMaxPrefillTokens; 0 launches nothing
   float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
 };
 
