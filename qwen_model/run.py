@@ -108,7 +108,7 @@ def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError as error:
-        raise QwenModelError(f"{option} takes whole numbers with commas between them, not {text!r}") from error
+        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
 
 
 def _read_prompts(name: str) -> list[str]:

@@ -14,9 +14,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-END_OF_TEXT = "<|endoftext|>"
-CHAT_START = "<|im_start|>"
-CHAT_END = "<|im_end|>"
+from qwen_model.checkpoints.qwen_tiktoken import CHAT_END, CHAT_START, END_OF_TEXT
+
 SPECIAL_TOKENS = (END_OF_TEXT, CHAT_START, CHAT_END)
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings", "lib-dynload", "cjkencodings"}

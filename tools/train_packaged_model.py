@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as functional
 import transformers
 
+from qwen_model.checkpoints.qwen_tiktoken import CHAT_END, CHAT_START, END_OF_TEXT
 from tools.packaged_tokenizer import save_tokenizer, train_tokenizer
-from tools.python_corpus import CHAT_END, CHAT_START, END_OF_TEXT, Corpus, collect_corpus, training_documents
+from tools.python_corpus import Corpus, collect_corpus, training_documents
 
 EVALUATION_WINDOW = 1024
 SAMPLE_PROMPTS = (
@@ -341,7 +342,7 @@ def make_packaged_model(
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--output-dir", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--stdlib-dir",
         type=Path,
@@ -368,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     output_dir: Path = options.output_dir
     if output_dir.exists():
-        raise SystemExit(f"{output_dir} is there already: name a folder that is not")
+        raise SystemExit(f"{output_dir} already exists: give a new folder")
     recipe = Recipe(
         steps=options.steps,
         minutes=options.minutes,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..common.errors import QwenModelError
+from ..common.errors import QwenModelError, shown
 from ..common.extras import import_extra
-from ..common.files import read_text
+from ..common.files import is_file, read_text
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -46,21 +45,21 @@ class ChatOptions:
     def __post_init__(self) -> None:
         tools, variables = self.tools, self.template_kwargs
         if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
-            raise QwenModelError(f"tools must be a list of JSON schemas, not {reprlib.repr(tools)}")
+            raise QwenModelError(f"tools must be a list of JSON schemas, not {shown(tools)}")
         if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
             raise QwenModelError(
-                f"chat_template_kwargs must map names of the template to values, not {reprlib.repr(variables)}"
+                f"chat_template_kwargs must map names of the template to values, not {shown(variables)}"
             )
         for name in ("messages", "tools"):
             if name in variables:
                 raise QwenModelError(
-                    f"{name} can't be given in chat_template_kwargs: they are an argument of their own"
+                    f"{name} cannot be given in chat_template_kwargs: they are an argument of their own"
                 )
         if self.template is not None and not isinstance(self.template, str):
-            raise QwenModelError(f"chat_template must be a name or Jinja source, not {reprlib.repr(self.template)}")
+            raise QwenModelError(f"chat_template must be a name or Jinja source, not {shown(self.template)}")
         if not isinstance(self.sanitize_control_tokens, bool):
             raise QwenModelError(
-                f"sanitize_control_tokens must be True or False, not {reprlib.repr(self.sanitize_control_tokens)}"
+                f"sanitize_control_tokens must be True or False, not {shown(self.sanitize_control_tokens)}"
             )
 
 
@@ -72,8 +71,8 @@ def load_chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) ->
     Raises:
         QwenModelError: a file cannot be read, or a template has no name or is no text.
     """
-    paths = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja")) if path.is_file()}
-    if (model_dir / TEMPLATE_FILE).is_file():
+    paths = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja")) if is_file(path)}
+    if is_file(model_dir / TEMPLATE_FILE):
         paths["default"] = model_dir / TEMPLATE_FILE
     if paths:
         return {name: read_text(path) for name, path in paths.items()}
@@ -87,7 +86,7 @@ def load_chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) ->
         if not isinstance(name, str) or not isinstance(template, str):
             raise QwenModelError(
                 "chat_template in tokenizer_config.json must be a text or a list of "
-                f'{{"name": ..., "template": ...}}, not {reprlib.repr(given)}'
+                f'{{"name": ..., "template": ...}}, not {shown(given)}'
             )
     return dict(entries)
 
@@ -199,13 +198,12 @@ def _normalized(index: int, given: Any) -> dict[str, Any]:
     calls = message.pop("tool_calls", None)
     if calls:
         if not _is_list(calls) or not all(isinstance(call, Mapping) for call in calls):
-            raise QwenModelError(f"tool_calls of message {index} must be a list of objects, not {reprlib.repr(calls)}")
+            raise QwenModelError(f"tool_calls of message {index} must be a list of objects, not {shown(calls)}")
         message["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         message.setdefault("content", "")
     if "role" not in message or "content" not in message:
         raise QwenModelError(
-            f'message {index} must be {{"role": ..., "content": ...}} (or have tool_calls), '
-            f"given: {reprlib.repr(given)}"
+            f'message {index} must be {{"role": ..., "content": ...}} (or have tool_calls), given: {shown(given)}'
         )
     if _is_list(message["content"]):
         message["content"] = "\n".join(_text_of_part(index, part) for part in message["content"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import QwenModelError
-from ..common.files import read_json_object
+from ..common.errors import QwenModelError, shown
+from ..common.files import is_file, read_json_object
+from .json_values import is_integer
 
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -61,10 +61,10 @@ class GenerationConfig:
             QwenModelError: a file is not JSON, or an end token is no id of the vocabulary.
         """
         path = model_dir / GENERATION_CONFIG
-        values = read_json_object(path) if path.is_file() else {}
+        values = read_json_object(path) if is_file(path) else {}
         given = {name: value for name, value in values.items() if value is not None and value != []}
         ends = _end_token_ids(path, given.get("eos_token_id"), vocab_size)
-        if not ends and (model_dir / "config.json").is_file():
+        if not ends and is_file(model_dir / "config.json"):
             path = model_dir / "config.json"
             ends = _end_token_ids(path, read_json_object(path).get("eos_token_id"), vocab_size)
         sampling = {name: given[name] for name in SAMPLING_NAMES if name in given}
@@ -75,9 +75,8 @@ class GenerationConfig:
 def _end_token_ids(path: Path, given: Any, vocab_size: int) -> tuple[int, ...]:
     ids = [] if given is None else given if isinstance(given, list) else [given]
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+        if not is_integer(token, least=0) or token >= vocab_size:
             raise QwenModelError(
-                f"{path}: eos_token_id must be one or several token ids from 0 to {vocab_size - 1}, "
-                f"not {reprlib.repr(given)}"
+                f"{path}: eos_token_id must be one or several token ids from 0 to {vocab_size - 1}, not {shown(given)}"
             )
     return tuple(dict.fromkeys(ids))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import QwenModelError
+from ..common.errors import QwenModelError, shown
 from ..common.extras import import_extra
-from ..common.files import read_json_object, read_text
+from ..common.files import is_file, read_json_object, read_text
 from .chat_template import (
     REASONING_FIELDS,
     ChatOptions,
@@ -74,12 +73,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not parse_special_tokens
-        with _one_error(f"{TOKENIZER_JSON} can't encode the text"):
+        with _one_error(f"{TOKENIZER_JSON} cannot encode the text"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         known = ids if not ids or min(ids) >= 0 else [token_id for token_id in ids if token_id >= 0]
-        with _one_error(f"{TOKENIZER_JSON} can't decode the tokens"):
+        with _one_error(f"{TOKENIZER_JSON} cannot decode the tokens"):
             return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
     def check_chat_templates(self) -> None:
@@ -156,7 +155,7 @@ class HuggingFaceTokenizer(Tokenizer):
             new_line, ids = self._encode_with_added_tokens("\n"), encode("\n" + piece)
             ids = ids[len(new_line) :] if ids[: len(new_line)] == new_line else encode(piece)
         if as_text and self._added[piece] in ids:
-            raise QwenModelError(f"{piece!r} can't be kept as text: the tokenizer makes the token of its letters")
+            raise QwenModelError(f"{piece!r} cannot be kept as text: the tokenizer makes the token of its letters")
         return ids
 
     def _encode_with_added_tokens(self, text: str) -> list[int]:
@@ -192,14 +191,14 @@ def load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:
     with _one_error(f"{path} is no tokenizer that the tokenizers library {library.__version__} reads"):
         tokenizer = library.Tokenizer.from_str(content)
     config, special_tokens_map, added_tokens = (
-        read_json_object(path) if path.is_file() else {}
+        read_json_object(path) if is_file(path) else {}
         for path in (
             model_dir / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         )
     )
     if "added_tokens_decoder" not in config:  # as older versions of transformers saved them
         config = {**config, **special_tokens_map}
-    with _one_error(f"the tokens of {model_dir / 'tokenizer_config.json'} can't be added to {TOKENIZER_JSON}"):
+    with _one_error(f"the tokens of {model_dir / 'tokenizer_config.json'} cannot be added to {TOKENIZER_JSON}"):
         named = _add_tokens(tokenizer, config, added_tokens)
         return HuggingFaceTokenizer(tokenizer, named, load_chat_templates(model_dir, config))
 
@@ -230,7 +229,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], olde
         token.special = token.special or token.content in texts.values()
     known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
     if tokenizer.token_to_id(texts.get("eos_token", "")) is None:
-        named.pop("eos_token", None)  # not added: a model can't say a token that it was not trained with
+        named.pop("eos_token", None)  # not added: a model cannot say a token that it was not trained with
     for token in (_added_token(value, special=True) for value in (*named.values(), *others)):
         if token.content not in known:
             known.add(token.content)
@@ -246,7 +245,7 @@ def _special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any
     if isinstance(others, Mapping):
         named, others = {**named, **others}, []
     if not isinstance(others, list):
-        raise QwenModelError(f"tokenizer_config.json: special tokens must be a list, not {reprlib.repr(others)}")
+        raise QwenModelError(f"tokenizer_config.json: special tokens must be a list, not {shown(others)}")
     return {name: value for name, value in named.items() if isinstance(_content(value), str)}, others
 
 

@@ -12,7 +12,7 @@ SMALLEST_NUMBER, LARGEST_NUMBER = 1e-12, 1e12  # beyond every real setting, and 
 
 
 def is_integer(value: Any, least: int = 1) -> bool:
-    """Tell whether it is a whole number from `least` to `LARGEST_INTEGER`."""
+    """Tell whether it is an integer from `least` to `LARGEST_INTEGER`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
 
 
@@ -35,7 +35,7 @@ class JsonValues:
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Return a whole number from `least` to `LARGEST_INTEGER`; without a default it must be there."""
+        """Return an integer from `least` to `LARGEST_INTEGER`; without a default it must be there."""
         value = self.values.get(key)
         if value is None:
             value = default

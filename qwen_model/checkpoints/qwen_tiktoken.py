@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import re
-import reprlib
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import QwenModelError
+from ..common.errors import QwenModelError, shown
 from ..common.extras import import_extra
 from ..common.files import read_text
 from .chat_template import ChatOptions, check_plain_chat, with_default_system_message
@@ -108,11 +107,11 @@ def load_qwen_tiktoken(path: Path) -> QwenTiktokenTokenizer:
     """Return the tokenizer of a ``qwen.tiktoken``.
 
     Raises:
-        QwenModelError: a line is not a token in base64 and its rank, ranks don't count up from 0 without a gap (the
-            special tokens' ids follow them), or a byte has no token.
+        QwenModelError: the file cannot be read (see `read_text`), a line is not a token in base64 and its rank, ranks
+            don't count up from 0 without a gap (the special tokens' ids follow them), or a byte has no token.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -120,11 +119,11 @@ def load_qwen_tiktoken(path: Path) -> QwenTiktokenTokenizer:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise QwenModelError(
-                f"{path}, line {number}: expected a base64 token and its rank, found {reprlib.repr(line)}"
+                f"{path}, line {number}: expected a base64 token and its rank, found {shown(line)}"
             ) from error
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise QwenModelError(f"{path}: the {len(ranks)} ranks must be 0, 1, 2, ... without a gap or a double")
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
-        raise QwenModelError(f"{path} is not whole: it has no token for the byte 0x{missing:02x}")
+        raise QwenModelError(f"{path} is incomplete: it has no token for the byte 0x{missing:02x}")
     return QwenTiktokenTokenizer(ranks)

@@ -41,7 +41,7 @@ class RotaryConfig:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: round the range of dimensions between the two betas to whole numbers
+    truncate: bool = True  # yarn: round the range of dimensions between the two betas to integers
     attention_factor: float = 1.0  # yarn: multiplies cos and sin
 
 

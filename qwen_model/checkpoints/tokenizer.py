@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from ..common.errors import QwenModelError
-from ..common.files import read_json_object
+from ..common.files import is_file, read_json_object
 from .chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, ChatOptions, load_chat_templates
 from .hugging_face_tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, load_hugging_face_tokenizer
 from .qwen_tiktoken import QWEN_SPLIT_PATTERN, QwenTiktokenTokenizer, load_qwen_tiktoken
@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether there are a tokenizer's files in a checkpoint's or an engine's folder."""
-    return any((folder / name).is_file() for name in (TOKENIZER_JSON, QWEN_TIKTOKEN))
+    return any(is_file(folder / name) for name in (TOKENIZER_JSON, QWEN_TIKTOKEN))
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -53,12 +53,12 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
         QwenModelError: the folder holds no tokenizer, or one that cannot be read.
     """
     model_dir = Path(model_dir)
-    if (model_dir / TOKENIZER_JSON).is_file():
+    if is_file(model_dir / TOKENIZER_JSON):
         return load_hugging_face_tokenizer(model_dir)
-    if (model_dir / QWEN_TIKTOKEN).is_file():
+    if is_file(model_dir / QWEN_TIKTOKEN):
         return load_qwen_tiktoken(model_dir / QWEN_TIKTOKEN)
     message = f"{model_dir} holds no tokenizer: looked for {TOKENIZER_JSON} and {QWEN_TIKTOKEN}"
-    if any((model_dir / name).is_file() for name in ("tokenizer.model", "vocab.json")):
+    if any(is_file(model_dir / name) for name in ("tokenizer.model", "vocab.json")):
         message += (
             f"; transformers makes {TOKENIZER_JSON} from the older files that are there: "
             "AutoTokenizer.from_pretrained(model_dir).save_pretrained(model_dir)"
@@ -73,7 +73,7 @@ def copy_tokenizer_files(model_dir: str | Path, engine_dir: str | Path) -> list[
     A checkpoint without a tokenizer gives an empty list: its engine takes token ids only.
     """
     source, target = Path(model_dir), Path(engine_dir)
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    present = [name for name in TOKENIZER_FILES if is_file(source / name)]
     if not any((source / TEMPLATE_FOLDER).glob("*.jinja")):
         for name in present:
             shutil.copyfile(source / name, target / name)
@@ -81,7 +81,7 @@ def copy_tokenizer_files(model_dir: str | Path, engine_dir: str | Path) -> list[
     present = [name for name in present if name not in (TOKENIZER_CONFIG, TEMPLATE_FILE)]
     for name in present:
         shutil.copyfile(source / name, target / name)
-    config = read_json_object(source / TOKENIZER_CONFIG) if (source / TOKENIZER_CONFIG).is_file() else {}
+    config = read_json_object(source / TOKENIZER_CONFIG) if is_file(source / TOKENIZER_CONFIG) else {}
     templates = load_chat_templates(source, config)
     config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
     (target / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

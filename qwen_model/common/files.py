@@ -123,7 +123,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """Return the JSON object that a text is; errors say that it is `where`.
 
     Raises:
-        QwenModelError: it is not JSON, gives a key two values, is nested deeper than `MAX_NESTING`, has whole numbers
+        QwenModelError: it is not JSON, gives a key two values, is nested deeper than `MAX_NESTING`, has integers
             of more than `MAX_DIGITS` digits, or is something else than an object.
     """
     try:

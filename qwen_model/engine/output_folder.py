@@ -31,7 +31,7 @@ def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
     """Return the folder that `output_dir` leads to, symbolic links followed, for an engine of the checkpoint `source`.
 
     Raises:
-        QwenModelError: it cannot be written, or is there already and is not an engine and nothing else.
+        QwenModelError: it cannot be written, or already exists and is not an engine and nothing else.
     """
     try:
         place = Path(os.path.realpath(output_dir))
@@ -89,7 +89,7 @@ def _is_folder(place: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     if not stat.S_ISDIR(mode):
-        raise QwenModelError(f"{place} is there already and is not a folder")
+        raise QwenModelError(f"{place} already exists and is not a folder")
     return True
 
 
@@ -116,7 +116,7 @@ def _check_contents(place: Path, source: Path) -> None:
 
 
 def _not_an_engine(place: Path) -> QwenModelError:
-    return QwenModelError(f"{place} is there already and is not an engine; give an empty or a new folder")
+    return QwenModelError(f"{place} already exists and is not an engine; give an empty or a new folder")
 
 
 def _contents(folder: Path) -> tuple[list[str], list[str]]:

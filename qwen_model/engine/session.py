@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..checkpoints.chat_template import ChatOptions
-from ..common.errors import QwenModelError
+from ..common.errors import QwenModelError, shown
 from ..interface.engine_config import EngineConfig
 from ..interface.executor import NO_TOKEN, Executor, FloatArray, IntArray, PendingTokens
 from ..interface.sampling import SamplingOptions
@@ -162,7 +161,7 @@ class Session:
         """Logits [tokens, vocab_size] after each token of one prompt; an error where they are not finite."""
         prompt = _plain(input_ids)
         if not _all_are(prompt, int):
-            raise QwenModelError(f"input_ids must be a list of token ids, not {reprlib.repr(input_ids)}")
+            raise QwenModelError(f"input_ids must be a list of token ids, not {shown(input_ids)}")
         self._check_prompts([prompt], 1)
         self._running = None
         logits = self.executor.prompt_logits(prompt)
@@ -193,7 +192,7 @@ class Session:
         if options is None:
             return self.config.sampling_defaults.options()
         if not isinstance(options, SamplingOptions):
-            raise QwenModelError(f"sampling must be a SamplingOptions, not {options!r}")
+            raise QwenModelError(f"sampling must be a SamplingOptions, not {shown(options)}")
         return options
 
     def _stops(
@@ -219,9 +218,7 @@ class Session:
     def _stop_token_ids(self, given: Sequence[int] | None) -> frozenset[int]:
         ids, size = [] if given is None else _plain(given), self.config.model.vocab_size
         if not _all_are(ids, int) or not all(0 <= token < size for token in ids):
-            raise QwenModelError(
-                f"stop_token_ids must be a list of token ids from 0 to {size - 1}, not {reprlib.repr(given)}"
-            )
+            raise QwenModelError(f"stop_token_ids must be a list of token ids from 0 to {size - 1}, not {shown(given)}")
         return frozenset(ids)
 
     def _end_token_ids(self, chat: bool, chat_options: ChatOptions) -> frozenset[int]:
@@ -232,7 +229,7 @@ class Session:
     def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool, chat_options: ChatOptions) -> list[list[int]]:
         plain = _plain(prompts)
         if not isinstance(plain, (str, list)):
-            raise QwenModelError(f"prompts must be texts, lists of token ids or of messages, not {prompts!r}")
+            raise QwenModelError(f"prompts must be texts, lists of token ids or of messages, not {shown(prompts)}")
         one = isinstance(plain, str) or (len(plain) > 0 and isinstance(plain[0], (int, Mapping)))
         return [self._encode(prompt, chat, chat_options) for prompt in ([plain] if one else plain)]
 
@@ -244,7 +241,7 @@ class Session:
             return prompt
         if not isinstance(prompt, str) and not _all_are(prompt, Mapping):
             raise QwenModelError(
-                f"a prompt must be a text, a list of token ids or a list of messages, not {reprlib.repr(given)}"
+                f"a prompt must be a text, a list of token ids or a list of messages, not {shown(given)}"
             )
         if self.tokenizer is None:
             raise QwenModelError("this engine has no tokenizer: give token ids (--input-ids) instead of text")
@@ -375,14 +372,14 @@ def _all_are(values: Any, kind: type) -> bool:
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise QwenModelError(f"{name} must be a whole number of at least 1, not {value!r}")
+        raise QwenModelError(f"{name} must be a positive integer, not {shown(value)}")
     return int(value)
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
-        raise QwenModelError(f"stop must be a text or a list of texts, none of them empty, not {stop!r}")
+        raise QwenModelError(f"stop must be a text or a list of texts, none of them empty, not {shown(stop)}")
     for text in stops:
         if re.search("[\ud800-\udfff]", text):
             raise QwenModelError(f"stop {text!r} would never be found: it holds half of a surrogate pair")

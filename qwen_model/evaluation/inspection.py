@@ -162,7 +162,7 @@ def check_picture(path: Path) -> None:
     except OSError as error:
         raise QwenModelError(f"{path} cannot be written: {error.strerror}") from error
     if beginning and DRAWN_BY.encode() not in beginning:
-        raise QwenModelError(f"{path} is there already and no picture of this command: give another name")
+        raise QwenModelError(f"{path} already exists and is no picture of this command: give another name")
 
 
 def _first_bytes(path: Path, count: int) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
 from ..checkpoints.json_values import LARGEST_NUMBER, SMALLEST_NUMBER
-from ..common.errors import QwenModelError
+from ..common.errors import QwenModelError, shown
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class SamplingOptions:
             whole = name in ("top_k", "seed")
             missing = value is None and name in ("temperature", "seed")
             if not missing and (isinstance(value, bool) or not isinstance(value, Integral if whole else Real)):
-                raise QwenModelError(f"{name} must be a {'whole ' * whole}number, not {reprlib.repr(value)}")
+                raise QwenModelError(f"{name} must be {'an integer' if whole else 'a number'}, not {shown(value)}")
             if not missing and not whole and isinstance(value, Integral) and abs(int(value)) >= 2**100:
-                raise QwenModelError(f"{name} must be a number of sensible size, not {reprlib.repr(value)}")
+                raise QwenModelError(f"{name} must be below 2**100, not {shown(value)}")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise QwenModelError(f"temperature must be a number of at least 0, not {self.temperature}")
         if self.top_k < 0:

@@ -244,7 +244,7 @@ def test_run_s_chat_options_reach_the_session(command, templates_dir, tmp_path):
         (["--chat-template-kwargs", "[" * 99999], "error: --chat-template-kwargs is not JSON"),
         (["--chat-template-kwargs", "[]"], "error: --chat-template-kwargs must be a JSON object, not list"),
         (["--chat-template-kwargs", '{"quik": 1}'], "error: the model's chat template has no variable quik"),
-        (["--stop-token-ids", "x"], "error: --stop-token-ids takes whole numbers"),
+        (["--stop-token-ids", "x"], "error: --stop-token-ids takes integers"),
         (["--stop-token-ids", "999"], "error: stop_token_ids must be a list of token ids from 0 to 316"),
         (["--stop", "a<|im_end|>"], "error: stop 'a<|im_end|>' would never be found"),
     ],
@@ -350,7 +350,7 @@ def test_a_stream_checks_every_prompt_first(command, engine_dir):
     ("arguments", "message"),
     [
         (["--engine-dir", "nowhere", "Hi"], "error: nowhere is not an engine; make one with"),
-        (["--input-ids", "1,x"], "error: --input-ids takes whole numbers"),
+        (["--input-ids", "1,x"], "error: --input-ids takes integers"),
         (["--input-ids", "1,5000"], "error: the prompt has the token id 5000"),
         (["--temperature", "-1", "Hi"], "error: temperature must be"),
         (["--engine-dir", "nowhere", "--top-p", "2", "Hi"], "error: top_p must be"),

@@ -92,5 +92,5 @@ def test_smoke_run(stdlib_dir, tmp_path):
     build_engine(output_dir, output_dir=tmp_path / "engine", max_input_len=64, max_output_len=16)
     assert load_engine(tmp_path / "engine", device="cpu").generate("def", max_new_tokens=4).outputs
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
-    with pytest.raises(SystemExit, match="there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         main(["--smoke", "--output-dir", str(output_dir)])

@@ -217,7 +217,7 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
         _check_versions(engine_dir, config)
         path = engine_dir / PLAN
         if not path.is_file():
-            raise QwenModelError(f"{engine_dir} is not whole: {PLAN} is missing; build the engine again")
+            raise QwenModelError(f"{engine_dir} is incomplete: {PLAN} is missing; build the engine again")
         _check_memory(config, "the plan", path.stat().st_size)
         engine = _read_plan(path)
         _check_limits(config, engine, path)

@@ -64,7 +64,7 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
     for group in weight_groups(config.model):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
-            raise QwenModelError(f"{engine_dir} is not whole: {path.name} is missing; build the engine again")
+            raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, config.dtype, target))
     return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
 

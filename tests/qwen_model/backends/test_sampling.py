@@ -93,10 +93,10 @@ def test_greedy_in_several_words(session, options):
         ({"repetition_penalty": 1e-40}, r"repetition_penalty must be a number from 1e-12 to 1e\+12, not 1e-40"),
         ({"seed": -1}, "seed"),
         ({"temperature": "1"}, "temperature must be a number, not '1'"),
-        ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
-        ({"top_k": True}, "top_k must be a whole number, not True"),
+        ({"top_k": 2.5}, "top_k must be an integer, not 2.5"),
+        ({"top_k": True}, "top_k must be an integer, not True"),
         ({"top_p": None}, "top_p must be a number, not None"),
-        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be an integer"),
     ],
 )
 def test_errors(options, message):

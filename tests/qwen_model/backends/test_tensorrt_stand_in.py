@@ -473,7 +473,7 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
         (["--prompt-tokens", "61"], "must be 1 to 60"),
         (["--picture", "x.png"], "ends in .svg"),
         (["--picture", "nowhere/x.svg"], "there is no folder nowhere"),
-        (["--picture", str(tmp_path / "logo.svg")], "logo.svg is there already and no picture of this command"),
+        (["--picture", str(tmp_path / "logo.svg")], "logo.svg already exists and is no picture of this command"),
         (["--picture", str(tmp_path / ("n" * 300 + ".svg"))], "cannot be written: File name too long"),
         (["--engine-dir", engine], "give the engine once"),
     ):

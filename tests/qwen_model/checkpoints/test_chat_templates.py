@@ -171,7 +171,7 @@ def test_messages_that_are_none(folder, message, error):
         ({"template_kwargs": [1]}, "chat_template_kwargs must map"),
         ({"template_kwargs": {1: 2}}, "chat_template_kwargs must map"),
         ({"template_kwargs": {"enable_thinkng": False}}, "has no variable enable_thinkng.*it has.* enable_thinking$"),
-        ({"template_kwargs": {"messages": []}}, "messages can't be given in chat_template_kwargs"),
+        ({"template_kwargs": {"messages": []}}, "messages cannot be given in chat_template_kwargs"),
         ({"template": 3}, "chat_template must be a name"),
         ({"template": "rag"}, "no chat template 'rag'; it has: default"),
         ({"sanitize_control_tokens": 1}, "sanitize_control_tokens must be True or False"),

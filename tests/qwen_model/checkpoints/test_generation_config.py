@@ -93,7 +93,7 @@ def test_run_with_and_without_the_defaults(model_dir, tmp_path, session, capsys)
         ({"temperature": -1}, "temperature must be a number of at least 0, not -1"),
         ({"temperature": "warm"}, "temperature must be a number, not 'warm'"),
         ({"temperature": 10**400}, "temperature must be"),
-        ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
+        ({"top_k": 2.5}, "top_k must be an integer, not 2.5"),
         ({"top_k": -2}, "top_k must be at least 0"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"top_p": [0.8]}, "top_p must be a number"),

@@ -506,8 +506,8 @@ def test_broken_files(tmp_path, name, content, message):
         ("[]", "JSON object"),
         ('{"eos_token": "<gone>"}', "<gone>"),
         ('{"additional_special_tokens": "<x>"}', "special tokens must be a list, not '<x>'"),
-        ('{"added_tokens_decoder": {"x": {"content": "<x>"}}}', r"tokenizer_config\.json can't be added.*'x'"),
-        ('{"added_tokens_decoder": {"500": {"lstrip": true}}}', r"tokenizer_config\.json can't be added.*'content'"),
+        ('{"added_tokens_decoder": {"x": {"content": "<x>"}}}', r"tokenizer_config\.json cannot be added.*'x'"),
+        ('{"added_tokens_decoder": {"500": {"lstrip": true}}}', r"tokenizer_config\.json cannot be added.*'content'"),
     ],
 )
 def test_broken_tokenizer_config(byte_level_dir, tmp_path, content, message):

@@ -141,9 +141,13 @@ def test_tiktoken_files_with_other_bytes(tmp_path, data):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "qwen.tiktoken", "chat_template.jinja"])
 def test_folders_and_unreadable_files_in_their_place(sound, tmp_path, name):
     for kind in ("folder", "loop"):
-        folder = shutil.copytree(sound, tmp_path / kind)
+        folder, engine = shutil.copytree(sound, tmp_path / kind), tmp_path / f"{kind}.engine"
+        engine.mkdir()
         (folder / name).unlink(missing_ok=True)
         (folder / name).mkdir() if kind == "folder" else (folder / name).symlink_to(name)
-        (tmp_path / f"{kind}.engine").mkdir()
-        copy_tokenizer_files(folder, tmp_path / f"{kind}.engine")
+        if kind == "folder":
+            copy_tokenizer_files(folder, engine)
+        else:
+            with pytest.raises(QwenModelError, match=f"{name} cannot be read: Too many levels of symbolic links"):
+                copy_tokenizer_files(folder, engine)
         use(folder)

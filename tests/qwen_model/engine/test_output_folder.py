@@ -59,7 +59,7 @@ def test_an_engine_is_replaced_and_other_folders_are_not(model_dir, tmp_path):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep me")
-    refused(model_dir, tmp_path / "mine", "mine is there already and is not an engine")
+    refused(model_dir, tmp_path / "mine", "mine already exists and is not an engine")
     refused(model_dir, tmp_path / "mine" / "letter.txt", "is not a folder")
     assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
 
@@ -189,7 +189,7 @@ def test_files_that_come_while_the_engine_is_built(model_dir, tmp_path):
         shutil.copytree(model_dir, tmp_path / "new", dirs_exist_ok=True)
 
     for _ in range(2):  # a new folder, and one that is there and empty when the build begins
-        with pytest.raises(QwenModelError, match="new is there already and is not an engine"):
+        with pytest.raises(QwenModelError, match="new already exists and is not an engine"):
             build(model_dir, tmp_path / "new", progress=copy_a_checkpoint)
         assert names(tmp_path / "new") == names(model_dir)
         shutil.rmtree(tmp_path / "new")
