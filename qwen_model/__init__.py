@@ -1,4 +1,4 @@
-"""Qwen and its relatives: build an engine from a Hugging Face checkpoint, and generate text with it.
+"""Build engines from Hugging Face checkpoints of Qwen and its relatives, and generate text with them.
 
 qwen_model.build_engine("Qwen2.5-7B-Instruct", output_dir="engine")
 session = qwen_model.load_engine("engine")

@@ -1,4 +1,4 @@
-"""qwen-model, or python -m qwen_model: all commands under one name."""
+"""Run any of the commands: `qwen-model COMMAND`, or `python -m qwen_model COMMAND`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""qwen-model build: make an engine from a Hugging Face checkpoint."""
+"""Make an engine from a Hugging Face checkpoint: the command `qwen-model build`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
         prog="qwen-model build", description="Make an engine from a Hugging Face checkpoint."
     )
     parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
-    parser.add_argument("--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="default: %(default)s")
-    parser.add_argument("--backend", default="torch", help="what runs the engine: torch (the default) or tensorrt")
+    parser.add_argument(
+        "--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="folder (default: %(default)s)"
+    )
+    parser.add_argument("--backend", default="torch", help="what runs the engine: torch (default) or tensorrt")
     parser.add_argument(
         "--dtype",
         metavar="TYPE",
@@ -66,8 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         choices=PLUGINS,
         metavar="NAME",
-        help="use the back end's own operations in place of this project's, to compare: rms_norm, gemm (the linear "
-        "layers), rotary (the rotary embedding, before attention rather than inside)",
+        help="use the back end's own operations in place of this project's kernels, to compare them: rms_norm, gemm "
+        "(the linear layers), rotary (the rotary embedding, applied before attention and not inside it)",
     )
     parser.add_argument(
         "--rmsnorm-plugin",
@@ -80,21 +82,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rotary-scaling",
         metavar="KIND:FACTOR",
-        help="for texts longer than the model was trained for: linear:4, dynamic:2, yarn:4, none, or the JSON object "
-        "that rope_scaling is in a config.json (default: as the checkpoint says)",
+        help="for sequences longer than the model was trained for: linear:4, dynamic:2, yarn:4, none, or the JSON "
+        "object that rope_scaling is in a config.json (default: the checkpoint's)",
     )
     parser.add_argument(
         "--timing-cache",
         metavar="FILE",
-        help="what TensorRT's builder measures, kept for later builds (default: one in the user's cache folder)",
+        help="keeps the timings of TensorRT's builder for later builds (default: a file in the user's cache folder)",
     )
     return parser
 
 
 @contextmanager
 def _progress_bar() -> Iterator[Progress]:
-    """A bar for each phase, from its first bytes on; none where standard error is no terminal."""
-    tqdm = import_extra("tqdm", "qwen_model.build").tqdm
+    """Yield what draws a bar for each phase from its first bytes on, or nothing if standard error is no terminal."""
+    tqdm = import_extra("tqdm", "the progress bar").tqdm
     bar, shown = None, ""
 
     def progress(phase: str, done: int, total: int) -> None:
@@ -116,7 +118,11 @@ def _progress_bar() -> Iterator[Progress]:
 
 
 def parse_rotary_scaling(text: str) -> dict[str, Any]:
-    """`linear:4`, `none` or a JSON object, as what `rope_scaling` is in a `config.json`."""
+    """Convert `linear:4`, `none` or a JSON object to what `rope_scaling` is in a `config.json`.
+
+    Raises:
+        QwenModelError: the text is none of these.
+    """
     if text.lstrip().startswith("{"):
         return parse_json_object(text, "--rotary-scaling")
     kind, _, factor = text.partition(":")

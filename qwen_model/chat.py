@@ -1,4 +1,4 @@
-"""qwen-model chat: talk with a chat model, turn by turn."""
+"""Talk with a chat model, turn by turn: the command `qwen-model chat`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read a line, stream the answer, and so on until the end of the input. The conversation is the prompt."""
+    """Read a line and stream the answer until the input ends. The prompt of each answer is the conversation so far."""
     options = make_parser().parse_args(arguments)
-    given_sampling(options)  # wrong ones are found before the engine is loaded
+    given_sampling(options)  # raises for wrong options before the engine is loaded
     template_settings = chat_settings(options)
 
     from .checkpoints.chat_template import ChatOptions
@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _within_limit(
     messages: list[Message], tokenizer: Tokenizer, limit: int, options: ChatOptions
 ) -> list[Message] | None:
-    """The conversation without as many of its oldest turns as it takes to stay within `limit` tokens.
+    """Return the conversation without its oldest turns, as many as it takes to stay within `limit` tokens.
 
-    None if its last message alone is too long. Both are said on standard error.
+    Return None if the last message alone is too long. A note on standard error says either.
     """
     first = 1 if messages[0]["role"] == "system" else 0
     length = 0
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _read_line() -> str | None:
-    """The next line of the user's; None at the end of the input."""
+    """Read the user's next line; return None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -1,4 +1,4 @@
-"""What the commands have in common: errors in one line, options of generation, text that fits the terminal."""
+"""Hold what the commands share: errors in one line, options of generation and of chats, reading of text files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0; 1 with one line on standard error for what a user can put right; 130 on Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that half-written files are taken away
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+    for number in (signal.SIGTERM, signal.SIGHUP):  # raise, so that half-written files are removed
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal's encoding has not all characters
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters
     try:
         main(arguments)
         sys.stdout.flush()
@@ -35,11 +35,11 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; there is nothing left to say
+        sys.stderr.close()  # nobody reads the output any more: there is nobody to tell
         sys.exit(1)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        # Where standard output's device is full, the interpreter would try again at its end, and complain.
+        # If standard output's device is full, the interpreter would flush it again at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
@@ -50,29 +50,38 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """--temperature and its like."""
+    """Add --temperature and the other options of sampling."""
     group = parser.add_argument_group(
         "choice of tokens",
-        "What is not given here is as the checkpoint's authors have it in generation_config.json; temperature 0 is "
-        "greedy. Where they don't sample, or with --generation-config none, tokens are chosen greedily unless "
-        "temperature, top-k or top-p is given.",
+        "Options that are not given are as the checkpoint's generation_config.json says; temperature 0 is greedy. If "
+        "that file does not sample, or with --generation-config none, tokens are chosen greedily unless temperature, "
+        "top-k or top-p is given.",
     )
     group.add_argument("--temperature", type=float, metavar="T", help="divide the logits by T; 0 is greedy")
-    group.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens; 0: all")
-    group.add_argument("--top-p", type=float, metavar="P", help="only tokens that together have P; 1: all")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens; 0: from all")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest tokens that together have P; 1: from all",
+    )
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less; 1: none")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
     group.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
-        help="auto: take the checkpoint's generation_config.json for what is not given, as vLLM does (the default); "
-        "none: leave it out, but for its end tokens",
+        help="auto (default): take options that are not given from the checkpoint's generation_config.json, as vLLM "
+        "does; none: ignore that file, except for its end tokens",
     )
 
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the user gave of `add_sampling_arguments`, checked."""
+    """Return the options of `add_sampling_arguments` that the user gave.
+
+    Raises:
+        QwenModelError: one is out of its range.
+    """
     from .interface.sampling import SamplingOptions
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -82,7 +91,7 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_options(arguments: argparse.Namespace, defaults: SamplingDefaults | None) -> SamplingOptions:
-    """Return what `add_sampling_arguments` found; the rest is as in the checkpoint's defaults, if any are given."""
+    """Return the sampling options: what the user gave, and for the rest `defaults`, if they are given and wanted."""
     from .interface.sampling import SamplingOptions
 
     given = given_sampling(arguments)
@@ -92,28 +101,28 @@ def sampling_options(arguments: argparse.Namespace, defaults: SamplingDefaults |
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser, sanitize: bool) -> None:
-    """Add --system, --tools and what else goes into the chat template; `sanitize`: the default of that option."""
+    """Add --system, --tools and the other options of chats; `sanitize`: the default of --sanitize-control-tokens."""
     group = parser.add_argument_group("chat template")
-    group.add_argument("--system", metavar="TEXT", help="the system message (default: the chat template's)")
-    group.add_argument("--tools", metavar="FILE", help="JSON list of the functions that the model may call")
+    group.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's)")
+    group.add_argument("--tools", metavar="FILE", help="file with a JSON list of the functions that the model may call")
     group.add_argument(
         "--chat-template",
         metavar="NAME|FILE",
         help="one of the model's templates by its name, or a Jinja file (default: the model's own)",
     )
     group.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help='variables of the template, as {"enable_thinking": false}'
+        "--chat-template-kwargs", metavar="JSON", help='variables of the template, such as {"enable_thinking": false}'
     )
     group.add_argument(
         "--sanitize-control-tokens",
         action=argparse.BooleanOptionalAction,
         default=sanitize,
-        help=f"keep <|im_end|> and the like in what is typed ordinary text (default: {'yes' if sanitize else 'no'})",
+        help=f"read <|im_end|> and the like in messages as ordinary text (default: {'yes' if sanitize else 'no'})",
     )
 
 
 def chat_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what `add_chat_arguments` found, but for the system message, as arguments of `Session.generate`."""
+    """Return the options of `add_chat_arguments` except --system, as arguments of `Session.generate`."""
     kwargs, tools = arguments.chat_template_kwargs, arguments.tools
     return {
         "tools": None if tools is None else _parsed(read_text_file(tools), list, f"--tools {tools}"),
@@ -135,13 +144,13 @@ def _parsed(text: str, kind: type, option: str) -> Any:
 
 
 def _template(name: str) -> str:
-    """Return the source, if it is a file; a name is left to the tokenizer, which knows its templates."""
+    """Return the text of a file; a template's name stays as it is, for the tokenizer to look up."""
     is_file = "{" not in name and ("/" in name or "." in name)
     return read_text_file(name) if is_file else name
 
 
 def read_text_file(name: str) -> str:
-    """Return the text of a UTF-8 file that a user named, - being standard input.
+    """Return the text of a UTF-8 file that a user named; `-` is standard input.
 
     Raises:
         QwenModelError: it cannot be read, or is not UTF-8.
@@ -155,7 +164,7 @@ def read_text_file(name: str) -> str:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--engine-dir and --device."""
+    """Add --engine-dir and --device."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
 

@@ -1,4 +1,4 @@
-"""The former place of `qwen_model.checkpoints.config`, kept for code that imports it."""
+"""Keep the import path `qwen_model.config` of `qwen_model.checkpoints.config` working."""
 
 from .checkpoints.config import ModelConfig, RotaryConfig, read_config
 

@@ -1,4 +1,4 @@
-"""The former place of `qwen_model.common.errors`, kept for code that imports it."""
+"""Keep the import path `qwen_model.errors` of `qwen_model.common.errors` working."""
 
 from .common.errors import QwenModelError
 

@@ -1,4 +1,4 @@
-"""qwen-model inspect: show what is in a TensorRT engine, and where its time goes."""
+"""Show what is in a TensorRT engine, and where its time goes: the command `qwen-model inspect`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command's options."""
-    description = "Profiles, inputs, outputs and layers of a TensorRT engine, and the time of each layer."
+    description = "Show the profiles, inputs, outputs and layers of a TensorRT engine, and the time of each layer."
     parser = argparse.ArgumentParser(prog="qwen-model inspect", description=description)
     parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine built with --backend tensorrt")
     parser.add_argument("--engine-dir", metavar="DIR", help=f"the same (default: {DEFAULT_ENGINE_DIR})")
-    parser.add_argument("--sequences", type=int, default=1, metavar="N", help="to run with (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of each prompt (default: up to 128)")
-    parser.add_argument("--all", action="store_true", help="every layer in its order, not those of one kind together")
+    parser.add_argument("--sequences", type=int, default=1, metavar="N", help="sequences to run (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of each prompt (default: up to 128)")
+    parser.add_argument("--all", action="store_true", help="list every layer in order, not one line for each kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the time of each kind of layer")
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, ... (default: the first GPU)")

@@ -1,7 +1,4 @@
-"""qwen-model perplexity: measure how well an engine predicts a text.
-
-Without a text it is the packaged model's held-out text.
-"""
+"""Measure how well an engine predicts a text: the command `qwen-model perplexity`."""
 
 from __future__ import annotations
 
@@ -48,7 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--text-file", type=Path, metavar="FILE", help="UTF-8 text (default: the packaged model's held-out text)"
     )
     parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens that see one another (default: 1024 or the engine's limit)"
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens that see one another (default: 1024 or the engine's limit)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

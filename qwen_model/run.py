@@ -1,4 +1,4 @@
-"""qwen-model run: generate text with an engine."""
+"""Generate text with an engine: the command `qwen-model run`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CHAT_ONLY = ("system", "tools", "chat_template", "chat_template_kwargs")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Generate for every prompt of the command line or the file; text or one JSON object on standard output."""
+    """Generate for every prompt of the command line or the file; print text, or one JSON object."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.stream and (options.json or options.num_beams != 1):
-        parser.error("--stream gives text as it comes: it goes neither with --json nor with --num-beams")
+        parser.error("--stream gives text as it comes: it cannot be combined with --json or --num-beams")
     if not options.chat and any(getattr(options, name) is not None for name in CHAT_ONLY):
-        parser.error("--system, --tools, --chat-template and --chat-template-kwargs go with --chat")
+        parser.error("--system, --tools, --chat-template and --chat-template-kwargs need --chat")
     prompts = _prompts(parser, options)
-    given_sampling(options)  # wrong ones are found before the engine is loaded
+    given_sampling(options)  # raises for wrong options before the engine is loaded
     settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "stop": options.stop,
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _with_system(prompt: str | list[int], system: str | None) -> Any:
-    """Return the conversation that a text begins with this system message; else the prompt as it is."""
+    """Return a conversation of the system message, if there is one, and the text; token ids stay as they are."""
     if system is None or not isinstance(prompt, str):
         return prompt
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
@@ -69,10 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command's options."""
     parser = argparse.ArgumentParser(prog="qwen-model run", description="Generate text with an engine.")
     add_engine_arguments(parser)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several make a batch")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several prompts are one batch")
     parser.add_argument("--input-ids", action="append", metavar="1,2,3", help="a prompt as token ids; may be repeated")
     parser.add_argument(
-        "--input-file", metavar="FILE", help="a prompt a line, blank ones left out; - is standard input"
+        "--input-file", metavar="FILE", help="a prompt on each line; blank lines are skipped; - is standard input"
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or the engine's limit")
     add_sampling_arguments(parser)
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str | list[int]]:
-    """Texts of the command line, then token ids, then the lines of the file."""
+    """Return the texts of the command line, then the token ids, then the lines of the file."""
     prompts: list[str | list[int]] = list(options.prompts)
     prompts += [parse_token_ids(text) for text in options.input_ids or ()]
     if options.input_file is not None:
@@ -104,7 +104,11 @@ def _prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> li
 
 
 def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
-    """Token ids with commas or spaces between them."""
+    """Read token ids with commas or spaces between them; `option` is named in errors.
+
+    Raises:
+        QwenModelError: one is not an integer.
+    """
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError as error:
@@ -113,18 +117,19 @@ def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
 
 def _read_prompts(name: str) -> list[str]:
     text = read_text_file(name)
-    prompts = [line for line in text.split("\n") if line.strip()]  # other line ends may stand inside a prompt
+    prompts = [line for line in text.split("\n") if line.strip()]  # splitlines would split at form feeds, too
     if not prompts:
-        raise QwenModelError(f"{'standard input' if name == '-' else name} has no prompts: expected one a line")
+        raise QwenModelError(f"{'standard input' if name == '-' else name} has no prompts: expected one on each line")
     return prompts
 
 
 def _stream(session: Session, prompts: list[str | list[int]], system: str | None, settings: dict[str, Any]) -> None:
-    """Print each prompt's text as it comes; the prompts one after the other, so that their texts don't mix."""
+    """Print each prompt's text as it comes, one prompt after the other, so that texts don't mix."""
     if session.tokenizer is None:
         raise QwenModelError("--stream prints text, and this engine has no tokenizer")
     conversations = [_with_system(prompt, system) for prompt in prompts]
-    streams = [session.stream([each], **settings) for each in conversations]  # all checked before the first is printed
+    # stream() checks its prompt: make all streams first, so that a wrong prompt is an error before anything is printed.
+    streams = [session.stream([each], **settings) for each in conversations]
     for place, (prompt, events) in enumerate(zip(prompts, streams, strict=True)):
         if len(prompts) > 1:
             print(("\n" if place else "") + _heading(prompt))
@@ -141,7 +146,7 @@ def _as_text(prompts: list[str | list[int]], result: GenerationResult) -> str:
 
 
 def _heading(prompt: str | list[int]) -> str:
-    """The beginning of a prompt in one line, marked as `head` marks the names of several files."""
+    """Return the beginning of a prompt in one line, marked as `head` marks the names of several files."""
     text = prompt if isinstance(prompt, str) else ",".join(map(str, prompt))
     line = text.replace("\n", "\\n")
     return f"==> {line if len(line) <= HEADING_WIDTH else line[: HEADING_WIDTH - 3] + '...'} <=="

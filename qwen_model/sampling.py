@@ -1,4 +1,4 @@
-"""The former place of `qwen_model.interface.sampling`, kept for code that imports it."""
+"""Keep the import path `qwen_model.sampling` of `qwen_model.interface.sampling` working."""
 
 from .interface.sampling import SamplingOptions
 

@@ -1,4 +1,4 @@
-"""The former place of `qwen_model.engine.session`, kept for code that imports it."""
+"""Keep the import path `qwen_model.session` of `qwen_model.engine.session` working."""
 
 from .engine.session import BeamOutput, GenerationResult, Output, Session, StreamEvent, Timing
 

@@ -1,4 +1,4 @@
-"""The former place of `qwen_model.checkpoints.tokenizer`, kept for code that imports it."""
+"""Keep the import path `qwen_model.tokenizer` of `qwen_model.checkpoints.tokenizer` working."""
 
 from .checkpoints.tokenizer import HuggingFaceTokenizer, QwenTiktokenTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 

@@ -1,1 +1,1 @@
-"""One module per back end; see `qwen_model.network.decoder.Operations` and `qwen_model.interface.executor.Executor`."""
+"""Hold a package for each back end; `qwen_model.interface.back_end.BackEnd` says what it provides."""

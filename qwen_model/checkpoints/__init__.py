@@ -1,1 +1,1 @@
-"""Reading Hugging Face checkpoints: configuration, weights, tokenizer, chat template."""
+"""Read Hugging Face checkpoints: configuration, weights, tokenizer, chat template."""

@@ -1,4 +1,4 @@
-"""Lists the architectures: how each names its settings and weights, and the few switches in which they differ.
+"""List the architectures: the names of their settings and weights, and the switches in which they differ.
 
 A new architecture is one entry here; docs/adding_an_architecture.md walks through it.
 """
@@ -14,7 +14,7 @@ from ..common.errors import QwenModelError, shown
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """Names the settings of `config.json` that are not called the same everywhere."""
+    """Name the settings of `config.json` that are not called the same everywhere."""
 
     hidden_size: str = "hidden_size"
     num_heads: str = "num_attention_heads"
@@ -28,7 +28,7 @@ class ConfigKeys:
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Names the modules of a checkpoint; `.weight` and `.bias` follow. Those of a layer come after `layer`."""
+    """Name the modules of a checkpoint, without `.weight` and `.bias`; those of a layer follow `layer` and a dot."""
 
     embedding: str = "model.embed_tokens"
     layer: str = "model.layers.{layer}"
@@ -47,7 +47,7 @@ class WeightNames:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Says how an architecture differs from LLaMA. A switch that is a string is a key of `config.json`."""
+    """Say how an architecture differs from LLaMA. A switch that is a string is a key of `config.json`."""
 
     name: str
     model_type: str
@@ -61,7 +61,7 @@ class Architecture:
     intermediate_divisor: int = 1  # intermediate_size of config.json counts this many projections together
     qwen_v1_rotary: bool = False  # use_dynamic_ntk and use_logn_attn
     window_switch: bool = False  # use_sliding_window and max_window_layers
-    older_keys: Mapping[str, str] = field(default_factory=dict)  # of earlier versions, and what they are called now
+    older_keys: Mapping[str, str] = field(default_factory=dict)  # names of earlier versions, and the current names
 
 
 _QWEN_V1 = Architecture(
@@ -126,7 +126,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(values: Mapping[str, Any]) -> Architecture:
-    """Find the entry for a `config.json` by its `architectures`, else by its `model_type`."""
+    """Find the entry for a `config.json` by its `architectures`, else by its `model_type`.
+
+    Raises:
+        QwenModelError: there is none.
+    """
     names = values.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise QwenModelError(f"config.json: architectures must be a list of names, not {shown(names)}")

@@ -1,4 +1,4 @@
-"""Renders a model's own chat templates: Jinja, in a sandbox, with the names that transformers gives to templates."""
+"""Render a model's chat templates: sandboxed Jinja, with the names that transformers gives to templates."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Holds what a chat is rendered with beside its messages.
+    """Hold what a chat is rendered with, besides its messages.
 
     Attributes:
         tools: JSON schemas of functions that the model may call, as OpenAI's and transformers' ``tools``.
         template_kwargs: variables of the template, such as Qwen3's ``enable_thinking``.
-        template: the name of one of the model's templates, or Jinja source in their place. None: the one called
-            ``tool_use`` if there are tools and the model has it, else the default one.
-        sanitize_control_tokens: keep control tokens in messages, tools and variables ordinary text; those that the
+        template: the name of one of the model's templates, or Jinja source. None: the one called ``tool_use`` if there
+            are tools and the model has it, else the default one.
+        sanitize_control_tokens: read control tokens in messages, tools and variables as ordinary text; those that the
             template itself writes stay control tokens.
+
+    Raises:
+        QwenModelError: an option is of a wrong type.
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -69,7 +72,7 @@ def load_chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) ->
     Those in files of their own take the place of those in ``tokenizer_config.json``, as in transformers.
 
     Raises:
-        QwenModelError: a file cannot be read, or a template has no name or is no text.
+        QwenModelError: a file cannot be read, or a template has no name or is not a string.
     """
     paths = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja")) if is_file(path)}
     if is_file(model_dir / TEMPLATE_FILE):
@@ -85,7 +88,7 @@ def load_chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) ->
     for name, template in entries:
         if not isinstance(name, str) or not isinstance(template, str):
             raise QwenModelError(
-                "chat_template in tokenizer_config.json must be a text or a list of "
+                "chat_template in tokenizer_config.json must be a string or a list of "
                 f'{{"name": ..., "template": ...}}, not {shown(given)}'
             )
     return dict(entries)
@@ -103,7 +106,7 @@ def choose_chat_template(templates: Mapping[str, str], options: ChatOptions) -> 
     """Return the source of the template that these options ask for.
 
     Raises:
-        QwenModelError: there is none of that name, or several without a default and none is named.
+        QwenModelError: there is no template of that name, or none is named and none is the default.
     """
     names = ", ".join(sorted(templates)) or "none"
     if options.template is not None:
@@ -123,10 +126,10 @@ def choose_chat_template(templates: Mapping[str, str], options: ChatOptions) -> 
 
 
 def check_chat_templates(templates: Mapping[str, str]) -> None:
-    """Compile every template, so that one with an error is found before it is used; do nothing without Jinja.
+    """Compile every template, to find errors before it is used; do nothing if Jinja is not installed.
 
     Raises:
-        QwenModelError: a template is not valid; it is named, with the line.
+        QwenModelError: a template is not valid; the message has its name and the line.
     """
     if importlib.util.find_spec("jinja2") is None:
         return
@@ -134,7 +137,7 @@ def check_chat_templates(templates: Mapping[str, str]) -> None:
         try:
             _compile(template)
         except Exception as error:
-            raise QwenModelError(f"the model's chat template {name!r} is no valid Jinja: {one_line(error)}") from error
+            raise QwenModelError(f"the model's chat template {name!r} is not valid Jinja: {one_line(error)}") from error
 
 
 def render_chat_template(
@@ -151,7 +154,7 @@ def render_chat_template(
         messages: what ``normalized_messages`` gives.
         add_generation_prompt: end with what opens the assistant's answer.
         special_tokens: ``bos_token`` and the like, which templates name.
-        options: tools and variables. Which template they name is not looked at.
+        options: tools and variables; ``options.template`` is not used.
 
     Raises:
         QwenModelError: the template is not valid, refuses these messages, or does not know what it is given.
@@ -174,19 +177,19 @@ def render_chat_template(
         )
     try:
         return compiled.render({**variables, "tools": options.tools, **options.template_kwargs, "messages": messages})
-    except Exception as error:  # a template can raise anything, of messages that it was not written for
+    except Exception as error:  # a template can raise anything for messages that it was not written for
         raise QwenModelError(f"the model's chat template failed: {one_line(error)}") from error
 
 
 def normalized_messages(messages: Messages) -> list[dict[str, Any]]:
     """Return the messages in the form that templates are written for.
 
-    Keys whose value is None are left out, and reasoning is called ``reasoning_content``, as transformers does. The
-    ``arguments`` of tool calls that OpenAI's clients send as JSON text are the objects they hold, a message with tool
-    calls alone has an empty content, and a content in parts is their text, a part a line: all as in vLLM.
+    As in transformers, keys whose value is None are left out, and reasoning is called ``reasoning_content``. As in
+    vLLM, ``arguments`` of tool calls that are JSON text, as OpenAI's clients send them, become objects, a message with
+    tool calls and no content has an empty one, and a content in parts becomes their text, one part on each line.
 
     Raises:
-        QwenModelError: there is no message, one that is none, or one with parts that are no text; it is named.
+        QwenModelError: there is no message, or one is malformed or has parts that are not text; the error has its index.
     """
     if not messages:
         raise QwenModelError("a chat needs at least one message, none was given")
@@ -217,12 +220,12 @@ def _text_of_part(index: int, part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise QwenModelError(
-        f'a part of the content of message {index} must be {{"type": "text", "text": ...}}, not {reprlib.repr(part)}'
+        f'a part of the content of message {index} must be {{"type": "text", "text": ...}}, not {shown(part)}'
     )
 
 
 def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Parse the ``arguments`` of a call, or of its ``function``; text that is no JSON object stays as it is."""
+    """Parse the ``arguments`` of a call, or of its ``function``; text that is not a JSON object stays as it is."""
     call = dict(call)
     if isinstance(call.get("function"), Mapping):
         call["function"] = _with_parsed_arguments(call["function"])
@@ -236,14 +239,14 @@ def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_default_system_message(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages, opened by Qwen's own system message where they bring none."""
+    """Return the messages, with Qwen's default system message first if they have none."""
     if messages and messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *messages]
 
 
 def check_plain_chat(messages: Messages, options: ChatOptions) -> None:
-    """Refuse what our own ChatML, for models that bring no template, has no place for."""
+    """Raise QwenModelError for what plain ChatML, which models without a template are given, has no place for."""
     given = {
         "tools": options.tools,
         "chat_template_kwargs": options.template_kwargs,
@@ -251,15 +254,15 @@ def check_plain_chat(messages: Messages, options: ChatOptions) -> None:
     }
     for name, value in given.items():
         if value:
-            raise QwenModelError(f"the model brings no chat template, and plain ChatML has no place for {name}")
+            raise QwenModelError(f"the model has no chat template, and plain ChatML has no place for {name}")
 
 
 def text_after_answer(template: str, special_tokens: Mapping[str, str]) -> str:
-    """Return what the template writes after an assistant's message; "" if it writes nothing that can be told."""
-    answer = "424242"  # which no filter for letters changes
+    """Return what the template writes after an assistant's message; "" if that cannot be found out."""
+    answer = "424242"  # digits: no filter for letters changes them
     question, reply = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}
     system = {"role": "system", "content": "Count."}
-    # Some templates demand a system message, some end an answer only where another message follows.
+    # Some templates require a system message, some end an answer only if another message follows.
     for messages in ([question, reply], [system, question, reply], [question, reply, question]):
         try:
             text = render_chat_template(template, messages, False, special_tokens, ChatOptions())
@@ -273,7 +276,7 @@ def text_after_answer(template: str, special_tokens: Mapping[str, str]) -> str:
 
 @lru_cache(maxsize=8)
 def literal_text(template: str) -> str:
-    """Return what the template itself writes or compares: its text and string constants, with zero bytes between."""
+    """Return the text and the string constants of the template, with zero bytes between them."""
     import jinja2.nodes
 
     tree = _compile(template).environment.parse(template)
@@ -287,7 +290,7 @@ def _is_list(value: Any) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception, cut to `MAX_REASON` characters, and the line of a template that it names."""
+    """Return an exception's message, cut to `MAX_REASON` characters, and the template's line if it has one."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
     line = getattr(error, "lineno", None)
@@ -309,7 +312,7 @@ def _compile(template: str) -> Any:
     import jinja2.sandbox
 
     class GenerationBlock(jinja2.ext.Extension):
-        """``{% generation %}`` marks the assistant's words for training; here it is only its content."""
+        """Render ``{% generation %}``, which marks the assistant's words for training, as its content."""
 
         tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 

@@ -1,4 +1,4 @@
-"""Finds a checkpoint's tensors, compares them with what the network needs, and reads them one weight at a time."""
+"""Find a checkpoint's tensors, compare them with what the network needs, and read one weight at a time."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from .weights import WeightSpec, layer_specs, weight_groups
 
 
 class Checkpoint:
-    """Holds the tensors of a Hugging Face checkpoint folder: their shapes at once, their values when asked for.
+    """Hold the tensors of a Hugging Face checkpoint folder: their shapes at once, their values when asked for.
 
-    It reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards (not without PyTorch).
+    It reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards, which needs PyTorch.
     """
 
     def __init__(self, model_dir: Path, framework: Framework = "torch"):
-        """Find the files and read the names and shapes of their tensors; `framework` says what tensors are given as."""
+        """Find the files and read the names and shapes of their tensors, which are read as arrays of `framework`.
+
+        Raises:
+            QwenModelError: files are missing or damaged.
+        """
         self.model_dir = Path(model_dir)
         self.framework = framework
         self._tensors = _find_tensors(self.model_dir, framework)
 
     @property
     def dtype(self) -> str:
-        """Return the type of most of the weights; "float32" for float64."""
+        """Return the type of most of the numbers; "float32" for float64."""
         counts: Counter[str] = Counter()
         for tensor in self._tensors.values():
             counts[tensor.dtype] += prod(tensor.shape)
@@ -40,10 +44,10 @@ class Checkpoint:
         return dtypes[0].replace("float64", "float32") if dtypes else "float32"
 
     def tensor(self, name: str) -> Weight:
-        """Read one tensor of the checkpoint, in its own type; mapped where that is possible.
+        """Read one tensor of the checkpoint, in its own type, memory-mapped if possible.
 
         Raises:
-            QwenModelError: it holds infinities, or what is not a number.
+            QwenModelError: it holds NaN or infinities.
         """
         tensor = self._tensors[name].read()
         if not all_finite(tensor):
@@ -51,11 +55,15 @@ class Checkpoint:
         return tensor
 
     def check(self, config: ModelConfig) -> None:
-        """Compare names, shapes and types with what the network needs; the error names each tensor that is wrong."""
+        """Compare names, shapes and types of the tensors with what the network needs.
+
+        Raises:
+            QwenModelError: tensors are missing, unknown, or of a wrong shape or type; it names them.
+        """
         names = ARCHITECTURES[config.architecture].weights
         embedding, head = f"{names.embedding}.weight", f"{names.lm_head}.weight"
         if config.tied_embedding and embedding not in self._tensors and head in self._tensors:
-            self._tensors[embedding] = self._tensors[head]  # of the pair only the other one was saved
+            self._tensors[embedding] = self._tensors[head]  # only the head of the tied pair was saved
         reject_quantized_tensors(self.model_dir, self._tensors)
         self._check_last_layer(config)
         sources = (source for group in weight_groups(config) for spec in group.specs for source in spec.sources)
@@ -66,7 +74,7 @@ class Checkpoint:
             self._check_tied(embedding, head)
 
     def _check_last_layer(self, config: ModelConfig) -> None:
-        """Look for the last layer first, so that no list of layers is made as long as a wrong number says."""
+        """Check that the last layer exists, before a wrong number of layers makes a list of that length."""
         name = layer_specs(config, config.num_layers - 1)[0].sources[0].name
         if name not in self._tensors:
             raise QwenModelError(
@@ -96,19 +104,19 @@ class Checkpoint:
             raise QwenModelError(f"{self.model_dir} does not fit its config.json: " + "; ".join(problems))
 
     def _check_tied(self, embedding: str, head: str) -> None:
-        """Refuse a head of its own beside `tie_word_embeddings`: which of both is meant is not known."""
+        """Refuse a head that differs from the embedding although `tie_word_embeddings` is true."""
         found, expected = self._tensors[head], self._tensors[embedding]
         if found is expected:
             return
         comparable = found.shape == expected.shape and found.dtype in WEIGHT_DTYPES
         if not comparable or not bool((self.tensor(head) == self.tensor(embedding)).all()):
             raise QwenModelError(
-                f"{self.model_dir}: config.json says tie_word_embeddings, and {head} is not {embedding}: set it to "
-                f"false, or take {head} out"
+                f"{self.model_dir}: config.json says tie_word_embeddings, but {head} differs from {embedding}: set it "
+                f"to false, or remove {head}"
             )
 
     def read(self, spec: WeightSpec) -> Weight:
-        """Read a weight of the network, in the checkpoint's own type."""
+        """Read a weight of the network, in the checkpoint's type: its tensors, concatenated along the rows."""
         parts = [self.tensor(source.name) for source in spec.sources]
         if len(parts) == 1:
             return parts[0]
@@ -120,7 +128,7 @@ class Checkpoint:
 
 
 def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTensor]:
-    for name in WEIGHT_FILES:  # one file before an index, which may be left of what was there earlier
+    for name in WEIGHT_FILES:  # one file before an index, which may be left over from an earlier download
         path = model_dir / name
         if is_file(path):
             return _open_shards(path, framework) if path.suffix == ".json" else open_tensors(path, framework)
@@ -131,7 +139,7 @@ def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTens
 
 
 def _open_shards(index: Path, framework: Framework) -> dict[str, StoredTensor]:
-    """Take each tensor from the file that the index says, whatever else the files hold."""
+    """Take each tensor from the file that the index names, whatever else the files hold."""
     tensors: dict[str, StoredTensor] = {}
     for file, names in _names_by_file(index).items():
         held = open_tensors(index.parent / file, framework)
@@ -154,7 +162,7 @@ def _names_by_file(index: Path) -> dict[str, list[str]]:
         raise QwenModelError(f"{index} names a shard outside of its folder: {shown(outside[0])}")
     missing = [_printable(file) for file in names if not is_file(index.parent / file)]
     if missing:
-        raise QwenModelError(f"{index} names shards that are not there: {_listed(missing)}")
+        raise QwenModelError(f"{index} names shards that do not exist: {_listed(missing)}")
     return names
 
 
@@ -171,10 +179,10 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def _printable(name: str) -> str:
-    """Make a name out of a file safe to be printed in one line."""
+    """Return a name from a file in a form that is safe to print in one line."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
 def _is_derived(name: str) -> bool:
-    """Tell whether it is a buffer that old checkpoints carry and that follows from the configuration."""
+    """Tell whether a tensor is a buffer of old checkpoints that follows from the configuration."""
     return name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".attn.bias"))

@@ -1,4 +1,4 @@
-"""Reads and checks what a model is (`ModelConfig`) from the `config.json` of a Hugging Face checkpoint."""
+"""Read and check the `config.json` of a Hugging Face checkpoint, as a `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_NUM_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Describes a decoder but for its weights. Sizes are in elements."""
+    """Describe a decoder, except its weights. Sizes are in elements."""
 
     architecture: str
     vocab_size: int
@@ -39,13 +39,13 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding
     tied_embedding: bool = False  # the output projection is the embedding table
-    logn_length: int = 0  # Qwen v1: from this position on q grows with the logarithm of its position; 0: never
-    full_attention_length: int = 0  # beyond it layers see a window or chunks, which the network has not; 0: never
+    logn_length: int = 0  # Qwen v1: beyond this position q is scaled by log(position) / log(logn_length); 0: never
+    full_attention_length: int = 0  # beyond it layers attend to a window or chunks, which is not supported; 0: never
     dtype: str = ""  # of the checkpoint; "": config.json does not say
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Invert `dataclasses.asdict`.
+        """Make a configuration from what `dataclasses.asdict` gives.
 
         Raises:
             KeyError, TypeError, QwenModelError: something is missing, not known, or of the wrong type or size.
@@ -60,7 +60,11 @@ class ModelConfig:
 
     @classmethod
     def from_model_dir(cls, model_dir: Path) -> ModelConfig:
-        """Read and check `config.json` of a Hugging Face checkpoint."""
+        """Read and check `config.json` of a Hugging Face checkpoint.
+
+        Raises:
+            QwenModelError: the folder is not such a checkpoint, or the model is not supported.
+        """
         model_dir = Path(model_dir)
         reject_other_formats(model_dir)
         path = model_dir / "config.json"
@@ -71,7 +75,11 @@ class ModelConfig:
         return read_config(values)
 
     def with_rotary_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
-        """Return the same model with another rotary scaling, given as the `rope_scaling` of a `config.json`."""
+        """Return the same model with another rotary scaling, given as the `rope_scaling` of a `config.json`.
+
+        Raises:
+            QwenModelError: the scaling is not valid, or not supported.
+        """
         rotary = dataclasses.replace(
             RotaryConfig(dim=self.rotary.dim, base=self.rotary.base),
             original_max_positions=self.rotary.original_max_positions,
@@ -88,7 +96,11 @@ class ModelConfig:
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Make a `ModelConfig` of the contents of a `config.json`."""
+    """Make a `ModelConfig` from the contents of a `config.json`.
+
+    Raises:
+        QwenModelError: a setting is missing, not valid or not supported.
+    """
     architecture = find_architecture(values)
     _reject_unsupported(values)
     config = _with_current_names(JsonValues(values), architecture)
@@ -146,7 +158,7 @@ def _read_intermediate_size(config: JsonValues, architecture: Architecture) -> i
 
 
 def _read_dtype(config: JsonValues) -> str:
-    """Read the type, also with PyTorch's prefix (torch.bfloat16); "" where the configuration does not say."""
+    """Read the type of the weights, also with a prefix (torch.bfloat16); "" if the configuration does not say."""
     key = "dtype" if config.has("dtype") else "torch_dtype"
     dtype = config.values.get(key)
     if dtype is None:
@@ -158,7 +170,7 @@ def _read_dtype(config: JsonValues) -> str:
 
 
 def _with_current_names(config: JsonValues, architecture: Architecture) -> JsonValues:
-    """Add to each setting that an earlier version called otherwise the current name."""
+    """Add the current name of each setting that has the name of an earlier version."""
     values = dict(config.values)
     for older, current in architecture.older_keys.items():
         if values.get(older) is None:
@@ -167,7 +179,7 @@ def _with_current_names(config: JsonValues, architecture: Architecture) -> JsonV
             values[current] = values[older]
         elif values[current] != values[older]:
             raise QwenModelError(
-                f"config.json: {older} {shown(values[older])} and {current} {shown(values[current])} differ, and both "
+                f"config.json: {older} {shown(values[older])} and {current} {shown(values[current])} differ, but both "
                 "are names of one setting"
             )
     return JsonValues(values)
@@ -179,7 +191,9 @@ def _reject_unsupported(values: Mapping[str, Any]) -> None:
     if activation not in ("silu", "swish"):
         raise QwenModelError(f"config.json: hidden_act {shown(activation)} is not supported (only 'silu')")
     if values.get("num_key_value_heads_per_layer"):
-        raise QwenModelError("config.json: num_key_value_heads_per_layer is not supported: every layer must be alike")
+        raise QwenModelError(
+            "config.json: num_key_value_heads_per_layer is not supported: every layer must have as many"
+        )
     if values.get("scale_attn_weights") is False:
         raise QwenModelError("config.json: scale_attn_weights false is not supported")
     if values.get("no_bias") is False:
@@ -187,16 +201,16 @@ def _reject_unsupported(values: Mapping[str, Any]) -> None:
 
 
 def _full_attention_length(config: JsonValues, architecture: Architecture) -> int:
-    """Return the shorter of sliding window and chunk, for `ModelConfig.full_attention_length`."""
+    """Return the tokens up to which attention is full: the shorter of sliding window and chunk; 0: always."""
     lengths = [_sliding_window(config, architecture), _chunk_length(config)]
     return min((length for length in lengths if length), default=0)
 
 
 def _sliding_window(config: JsonValues, architecture: Architecture) -> int:
-    """Return the tokens of the sliding window, as transformers reads it; 0: no layer has one.
+    """Return the length of the sliding window in tokens, as transformers reads it; 0: no layer has one.
 
-    Qwen2 and Qwen3 have a switch for it and say, by the layer or with `max_window_layers`, which layers have one. The
-    others don't look at a `sliding_window`.
+    Qwen2 and Qwen3 have a switch, and `layer_types` or `max_window_layers` say which layers have a window. The other
+    architectures ignore `sliding_window`.
     """
     switched_on = architecture.window_switch and config.boolean("use_sliding_window")
     window = config.integer("sliding_window", 4096) if switched_on and _gives_window(config) else 0
@@ -213,12 +227,12 @@ def _sliding_window(config: JsonValues, architecture: Architecture) -> int:
 
 
 def _gives_window(config: JsonValues) -> bool:
-    """Tell whether there is a window's size: an explicit null means none, as in transformers."""
+    """Tell whether there may be a window: an explicit null means that there is none, as in transformers."""
     return "sliding_window" not in config.values or config.has("sliding_window")
 
 
 def _chunk_length(config: JsonValues) -> int:
-    """Return the tokens up to which dual chunk attention (Qwen2.5-1M) is plain attention; 0: the model has none."""
+    """Return the tokens up to which dual chunk attention (Qwen2.5-1M) is full attention; 0: the model has none."""
     if not config.values.get("dual_chunk_attention_config"):
         return 0
     chunks = config.nested("dual_chunk_attention_config")
@@ -228,7 +242,7 @@ def _chunk_length(config: JsonValues) -> int:
 
 
 def _check_types(config: ModelConfig | RotaryConfig) -> None:
-    """Check that every number and text is one; sizes are at least 1, or 0 where that is the default."""
+    """Check the types of all fields; integers must be at least 1, or 0 if that is the default."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type == "int":

@@ -1,7 +1,7 @@
-"""Puts marks around the control tokens in a user's words, to tell them from those that a template writes.
+"""Mark the control tokens in a user's messages, to tell them from those that a chat template writes.
 
-Only control tokens get marks: what holds none goes through a chat template as it is. The marks are two code points that
-Unicode keeps for a program's own use and that are no characters.
+Only control tokens are marked: text without any goes through the template unchanged. The marks are two code points that
+Unicode reserves as noncharacters for internal use.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _ANY_START, _ANY_END = (rf"(?:{mark}|\\u{ord(mark):04x})" for mark in (START, EN
 
 
 def control_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return what matches any of these tokens, the longer first; it matches nothing if there are none."""
+    """Return a pattern for any of these tokens, longer ones first; without tokens it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def contains(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Return whether a text among the values, of lists and mappings too, holds a match."""
+    """Tell whether a string in `value`, which may hold lists and mappings, contains a match."""
     if isinstance(value, str):
         return pattern.search(value) is not None
     if isinstance(value, Mapping):
@@ -29,7 +29,7 @@ def contains(value: Any, pattern: re.Pattern[str]) -> bool:
 
 
 def mark(value: Any, pattern: re.Pattern[str]) -> Any:
-    """Return the same with marks around every match in its texts; marks that were there before are taken out."""
+    """Return `value` with marks around every match in its strings; marks that it had before are removed."""
     if isinstance(value, str):
         return pattern.sub(f"{START}\\g<0>{END}", value.replace(START, "").replace(END, ""))
     if isinstance(value, Mapping):
@@ -42,8 +42,8 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
 def split_at_marks(text: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
     """Split a text at its marks; return each piece, and whether it is a marked token.
 
-    A template can have parted a token's marks (`split`, slices): a mark alone ends a piece, so that the text on its two
-    sides can't join into a token.
+    A template may have separated the marks of a token (`split`, slices): a single mark also ends a piece, so that the
+    text on its two sides cannot become a token.
     """
     pieces = re.split(f"{_ANY_START}({pattern.pattern}){_ANY_END}|{_ANY_START}|{_ANY_END}", text)
-    return [(piece, place % 2 == 1) for place, piece in enumerate(pieces) if piece]
+    return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]

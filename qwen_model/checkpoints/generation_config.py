@@ -1,4 +1,4 @@
-"""Reads ``generation_config.json``: the tokens that end a text, and how a checkpoint's authors choose tokens."""
+"""Read ``generation_config.json``: the end tokens, and the sampling options that the checkpoint's authors chose."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "top_h": (),
     "typical_p": (1,),
 }
-"""Settings that change the tokens and that this package does not have, and the values that change nothing."""
+"""Settings that change the tokens and are not supported, with their values that change nothing."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Holds the part of a ``generation_config.json`` that an engine keeps.
+    """Hold the part of a ``generation_config.json`` that an engine keeps.
 
     Attributes:
         end_token_ids: generation stops at any of them.
-        sampling: those of ``SAMPLING_NAMES`` that are given, as they stand in the file.
-        left_out: names of settings that would change the tokens and that this package does not have.
+        sampling: the values of those ``SAMPLING_NAMES`` that the file has, unchecked.
+        left_out: names of settings that would change the tokens and are not supported.
     """
 
     end_token_ids: tuple[int, ...]
@@ -55,10 +55,12 @@ class GenerationConfig:
 
     @classmethod
     def from_model_dir(cls, model_dir: Path, vocab_size: int) -> GenerationConfig:
-        """Read a checkpoint's ``generation_config.json``, which may be missing; its end tokens else of ``config.json``.
+        """Read a checkpoint's ``generation_config.json``, which may be missing or without end tokens.
+
+        The end tokens are then those of ``config.json``.
 
         Raises:
-            QwenModelError: a file is not JSON, or an end token is no id of the vocabulary.
+            QwenModelError: a file is not JSON, or an end token is not in the vocabulary.
         """
         path = model_dir / GENERATION_CONFIG
         values = read_json_object(path) if is_file(path) else {}

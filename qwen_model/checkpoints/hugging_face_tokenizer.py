@@ -1,4 +1,4 @@
-"""Loads Hugging Face's tokenizers: ``tokenizer.json``, and what the files beside it add."""
+"""Load Hugging Face's tokenizers: ``tokenizer.json``, and what the files beside it add."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ CHATML_TEMPLATE = (
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Is ``tokenizer.json``, by the ``tokenizers`` library."""
+    """Run a ``tokenizer.json`` with the ``tokenizers`` library."""
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, named_tokens: Mapping[str, str], chat_templates: Mapping[str, str]
     ) -> None:
-        """Wraps a tokenizer; ``named_tokens`` are those that its configuration names (``eos_token``, ...)."""
-        # A file may have been saved with a length to cut or fill up to: transformers ignores it, and so do we.
+        """Wrap a tokenizer; ``named_tokens`` are those that its configuration names (``eos_token``, ...)."""
+        # A file may have been saved with truncation or padding: transformers ignores both, and so do we.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._sanitized_chat_ids(template, messages, add_generation_prompt, options)
 
     def _template(self, options: ChatOptions) -> str | None:
-        """Return the source of the template; None: our own ChatML."""
+        """Return the source of the template; None: plain ChatML."""
         if self._chat_templates or options.template is not None:
             return choose_chat_template(self._chat_templates, options)
         if self._has_chatml():
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def _turn_end_ids(self, options: ChatOptions) -> tuple[int, ...]:
-        """Return the token, if it is one, that the template writes after an answer."""
+        """Return the id of the token that the template writes after an answer, if it writes a token there."""
         template = self._template(options) or CHATML_TEMPLATE
         after = text_after_answer(template, self._named_tokens).lstrip()
         token = max((token for token in self._added if after.startswith(token)), key=len, default=None)
@@ -116,10 +116,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def _sanitized_chat_ids(
         self, template: str, messages: list[dict[str, Any]], add_generation_prompt: bool, options: ChatOptions
     ) -> list[int]:
-        """Encode as transformers does with ``sanitize_control_tokens``, but for the assistant's ``</think>``.
+        """Encode as transformers does with ``sanitize_control_tokens``, except for the assistant's ``</think>``.
 
-        Control tokens are those that are left out of decoded text, and added tokens that the template writes, such as
-        ``<tool_call>``. The latter are the assistant's own where it speaks, and templates look for them there.
+        Control tokens are the special ones, which are left out of decoded text, and added tokens that the template
+        writes, such as ``<tool_call>``. In the assistant's own messages the latter stay as they are, since templates
+        look for them there.
         """
         special, every = control_token_pattern(self.special_tokens), self._control_tokens_of(template)
         try:
@@ -133,8 +134,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if text_only:
             return self._encode_with_added_tokens(text)
         ids: list[int] = []
-        for place, (piece, marked) in enumerate(split_at_marks(text, every)):
-            ids += self._encode_piece(piece, marked, at_start=place == 0)
+        for index, (piece, marked) in enumerate(split_at_marks(text, every)):
+            ids += self._encode_piece(piece, marked, at_start=index == 0)
         return ids
 
     def _control_tokens_of(self, template: str) -> re.Pattern[str]:
@@ -144,9 +145,9 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def _encode_piece(self, piece: str, as_text: bool, at_start: bool) -> list[int]:
-        """Encode a piece of a text, the letters of a control token if `as_text`.
+        """Encode a piece of a text; `as_text`: it is a control token, to be encoded as ordinary text.
 
-        All but the first are encoded after a new line: some tokenizers put a space before what they are given.
+        All pieces but the first are encoded after a new line: some tokenizers put a space before what they are given.
         """
         encode = self._encode_without_added_tokens if as_text else self._encode_with_added_tokens
         if at_start:
@@ -155,14 +156,16 @@ class HuggingFaceTokenizer(Tokenizer):
             new_line, ids = self._encode_with_added_tokens("\n"), encode("\n" + piece)
             ids = ids[len(new_line) :] if ids[: len(new_line)] == new_line else encode(piece)
         if as_text and self._added[piece] in ids:
-            raise QwenModelError(f"{piece!r} cannot be kept as text: the tokenizer makes the token of its letters")
+            raise QwenModelError(
+                f"{piece!r} cannot be kept as text: the tokenizer makes the token even of its characters"
+            )
         return ids
 
     def _encode_with_added_tokens(self, text: str) -> list[int]:
         return self.encode(text, add_special_tokens=False)
 
     def _encode_without_added_tokens(self, text: str) -> list[int]:
-        """Encode without any added token; the library's own switch, used by ``encode``, is for special ones alone."""
+        """Encode without any added token; the library's switch, which ``encode`` uses, leaves out special ones only."""
         if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
         words = [text]
@@ -188,7 +191,7 @@ def load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:
     library = import_extra("tokenizers", TOKENIZER_JSON)
     path = model_dir / TOKENIZER_JSON
     content = read_text(path)
-    with _one_error(f"{path} is no tokenizer that the tokenizers library {library.__version__} reads"):
+    with _one_error(f"{path} is not a tokenizer that the tokenizers library {library.__version__} reads"):
         tokenizer = library.Tokenizer.from_str(content)
     config, special_tokens_map, added_tokens = (
         read_json_object(path) if is_file(path) else {}
@@ -205,7 +208,7 @@ def load_hugging_face_tokenizer(model_dir: Path) -> HuggingFaceTokenizer:
 
 @contextmanager
 def _one_error(message: str) -> Iterator[None]:
-    """Raise QwenModelError for whatever a library raises; panics of Rust are no ``Exception``."""
+    """Turn whatever a library raises into a QwenModelError; a panic of Rust is not an ``Exception``."""
     try:
         yield
     except (QwenModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -215,12 +218,12 @@ def _one_error(message: str) -> Iterator[None]:
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
-    """Add the tokens that only the configuration knows, as transformers does; return the text of the named ones.
+    """Add tokens that only the configuration has, as transformers does; return the text of the named ones.
 
     Args:
-        tokenizer: of ``tokenizer.json``; it is changed.
-        config: of ``tokenizer_config.json``, with ``added_tokens_decoder`` or what ``special_tokens_map.json`` adds.
-        older: ids by token, of an ``added_tokens.json``.
+        tokenizer: that of ``tokenizer.json``, which is changed.
+        config: ``tokenizer_config.json``, with ``added_tokens_decoder`` or what ``special_tokens_map.json`` adds.
+        older: ``added_tokens.json``: ids by token.
     """
     named, others = _special_tokens(config)
     texts = {name: _content(value) for name, value in named.items()}
@@ -239,7 +242,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], olde
 
 
 def _special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Return the named special tokens and the others, each a text or the fields of an added token."""
+    """Return the named special tokens and the others, each a string or the fields of an added token."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     others = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(others, Mapping):

@@ -1,4 +1,4 @@
-"""Reads typed values of a JSON object: every error names the key, what was given and what was expected."""
+"""Read typed values of a JSON object, with errors that name the key, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ SMALLEST_NUMBER, LARGEST_NUMBER = 1e-12, 1e12  # beyond every real setting, and 
 
 
 def is_integer(value: Any, least: int = 1) -> bool:
-    """Tell whether it is an integer from `least` to `LARGEST_INTEGER`."""
+    """Tell whether `value` is an integer from `least` to `LARGEST_INTEGER`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether it is a number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
+    """Tell whether `value` is a number from `SMALLEST_NUMBER` to `LARGEST_NUMBER`."""
     right_type = isinstance(value, (int, float)) and not isinstance(value, bool)
     return right_type and SMALLEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 class JsonValues:
-    """Reads the settings of one JSON object. A key that is null counts as missing."""
+    """Read the settings of one JSON object. A key that is null counts as missing."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
-        """Read from `values`; errors say that they are in `where`."""
+        """Read from `values`; errors name `where` as their place. All methods raise QwenModelError for wrong values."""
         self.values = values
         self.where = where
 
     def has(self, key: str) -> bool:
-        """Tell whether the key is there and not null."""
+        """Tell whether the key exists and is not null."""
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Return an integer from `least` to `LARGEST_INTEGER`; without a default it must be there."""
+        """Return an integer from `least` to `LARGEST_INTEGER`; without a default it must exist."""
         value = self.values.get(key)
         if value is None:
             value = default

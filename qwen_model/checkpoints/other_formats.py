@@ -1,4 +1,4 @@
-"""Recognises models in other forms than a 16-bit Hugging Face checkpoint, to say what they are and what to give."""
+"""Recognise models that are not unquantized Hugging Face checkpoints, to say what they are and what to give."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Of a Hugging Face checkpoint, in the order in which they are looked for."""
+"""The files of a Hugging Face checkpoint's weights, in the order in which they are looked for."""
 
 _SOURCE = "give the folder of the Hugging Face checkpoint that it was made from"
 _OTHER_FORMATS = (
@@ -39,7 +39,7 @@ _OTHER_FORMATS = (
     ("flax_model.msgpack", "a Flax checkpoint", "give its PyTorch form, as safetensors"),
     ("*.onnx", "an ONNX model", _SOURCE),
 )
-"""Files by which a form is known (where there are no weights of a Hugging Face checkpoint), its name, what to do."""
+"""Patterns of files that a format has, its name, and what to give instead; used if there are no `WEIGHT_FILES`."""
 
 _QUANTIZED_TENSORS = {
     "qweight": "GPTQ or AWQ",
@@ -49,11 +49,11 @@ _QUANTIZED_TENSORS = {
     "SCB": "bitsandbytes",
     "absmax": "bitsandbytes",
 }
-"""Last parts of the names of tensors that only a quantized checkpoint has."""
+"""The last parts of names of tensors that only quantized checkpoints have, and the formats."""
 
 
 def check_model_dir(path: Path) -> None:
-    """Raise QwenModelError if there is no folder of that name; it says what else was given, as far as can be seen."""
+    """Raise QwenModelError if there is no folder of that name, saying what was given if that can be seen."""
     if is_folder(path):
         return
     if is_file(path):
@@ -69,7 +69,7 @@ def check_model_dir(path: Path) -> None:
 
 
 def reject_other_formats(model_dir: Path) -> None:
-    """Raise QwenModelError if the folder holds a model in a form that is known and not read here."""
+    """Raise QwenModelError if the folder holds a model in a format that is known and not supported."""
     if any(is_file(model_dir / name) for name in WEIGHT_FILES):
         return
     for pattern, name, instead in _OTHER_FORMATS:
@@ -79,14 +79,14 @@ def reject_other_formats(model_dir: Path) -> None:
 
 
 def reject_quantized(model_dir: Path, config: Mapping[str, Any]) -> None:
-    """Raise QwenModelError if the configuration, or a file that older tools wrote beside it, says so."""
+    """Raise QwenModelError if the configuration, or a file of older tools beside it, says that it is quantized."""
     method = _method_of(config.get("quantization_config"))
     where = "config.json"
     for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
         if method is None and is_file(model_dir / name):
             method, where = _method_of_file(name, read_json_object(model_dir / name)), name
     if method is not None:
-        raise QwenModelError(_not_built(f"{model_dir} is quantized with {method} ({where})"))
+        raise QwenModelError(_not_supported(f"{model_dir} is quantized with {method} ({where})"))
 
 
 def reject_quantized_tensors(model_dir: Path, names: Iterable[str]) -> None:
@@ -94,15 +94,15 @@ def reject_quantized_tensors(model_dir: Path, names: Iterable[str]) -> None:
     for name in names:
         method = _QUANTIZED_TENSORS.get(name.rpartition(".")[2])
         if method is not None:
-            raise QwenModelError(_not_built(f"{model_dir} is quantized with {method} (it has {shown(name)})"))
+            raise QwenModelError(_not_supported(f"{model_dir} is quantized with {method} (it has {shown(name)})"))
 
 
-def _not_built(what: str) -> str:
+def _not_supported(what: str) -> str:
     return f"{what}, which this version does not build: give the checkpoint that it was made from, in 16 bits"
 
 
 def _method_of(quantization: Any) -> str | None:
-    """Name the method of a `quantization_config`, with the bits of a weight if it says them; None: there is none."""
+    """Name the method of a `quantization_config`, with the bits of a weight if it gives them; None: there is none."""
     if not quantization:
         return None
     if not isinstance(quantization, Mapping):

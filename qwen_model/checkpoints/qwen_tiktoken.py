@@ -1,4 +1,4 @@
-"""Loads Qwen v1's tokenizer, the file ``qwen.tiktoken``."""
+"""Load Qwen v1's tokenizer from its file ``qwen.tiktoken``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ QWEN_SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LONG_WHITESPACE = 100_000
-"""Characters. tiktoken's regular expressions go back over white space one by one, and give up after a million."""
+"""Characters of white space, over which tiktoken's regular expression backtracks; it fails after a million steps."""
 
 
 class QwenTiktokenTokenizer(Tokenizer):
-    """Is Qwen v1's ``qwen.tiktoken``, by the ``tiktoken`` library, as Qwen's own tokenizer does it.
+    """Run Qwen v1's ``qwen.tiktoken`` with the ``tiktoken`` library, as Qwen's own tokenizer does.
 
-    Control tokens in a text count as such (see ``encode``); in the messages of a chat they are ordinary text.
+    Control tokens in a text are read as such (see ``encode``); in the messages of a chat they are ordinary text.
     """
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
@@ -54,13 +54,13 @@ class QwenTiktokenTokenizer(Tokenizer):
         return self._encoding.encode_ordinary(text)
 
     def _encode_piece_by_piece(self, text: str, parse_special_tokens: bool) -> list[int]:
-        """Return the same ids, split by the library ``regex``, which tiktoken brings: slower, but without a limit."""
+        """Return the ids of a text split by ``regex``, which tiktoken depends on: slower, but without a limit."""
         regex = import_extra("regex", "a text with long white space")
-        whole = self._tiktoken(r"[\s\S]+", {})  # takes what it is given as one piece
+        whole = self._tiktoken(r"[\s\S]+", {})  # does not split
         control = re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})" if parse_special_tokens else "((?!))")
         ids: list[int] = []
-        for place, part in enumerate(control.split(text)):
-            if place % 2 == 1:
+        for index, part in enumerate(control.split(text)):
+            if index % 2 == 1:
                 ids.append(self.special_tokens[part])
             else:
                 for piece in regex.finditer(QWEN_SPLIT_PATTERN, part):
@@ -80,7 +80,7 @@ class QwenTiktokenTokenizer(Tokenizer):
         ids: list[int] = []
         for message in with_default_system_message(messages):
             if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-                raise QwenModelError(f"role and content of a message must be texts, given: {message!r}")
+                raise QwenModelError(f"role and content of a message must be strings, given: {shown(message)}")
             role = self.encode(message["role"], parse_special_tokens=False)
             content = self.encode(message["content"], parse_special_tokens=False)
             ids += [start, *role, *new_line, *content, end, *new_line]
@@ -89,7 +89,7 @@ class QwenTiktokenTokenizer(Tokenizer):
         return ids
 
     def _turn_end_ids(self, options: ChatOptions) -> tuple[int, ...]:
-        """Return both of ChatML's tokens, as Qwen's own chats have it: a model may go on to the next turn."""
+        """Return both of ChatML's tokens, as Qwen's own chats do: the model may go on to the next turn."""
         return self.special_tokens[CHAT_END], self.special_tokens[CHAT_START]
 
 

@@ -1,4 +1,4 @@
-"""Reads the settings of the rotary embedding from a `config.json`, as transformers reads them."""
+"""Read the settings of the rotary embedding from a `config.json`, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ROTARY_SCALINGS: dict[str, tuple[str, ...]] = {
     ),
     "qwen_dynamic": (),
 }
-"""The kinds of rotary scaling, and what a `rope_scaling` says of each."""
+"""The kinds of rotary scaling, and the keys that a `rope_scaling` of each kind may have."""
 
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Describes a rotary embedding in the NeoX style: dimension i is rotated together with dimension i + dim / 2.
+    """Describe a rotary embedding in the NeoX style: dimension i is rotated together with dimension i + dim / 2.
 
     `scaling` is one of `ROTARY_SCALINGS`: "qwen_dynamic" is the dynamic NTK of Qwen v1, the others are those that
     transformers calls "default", "linear", "dynamic", "llama3" and "yarn".
     """
 
-    dim: int  # the first `dim` elements of each head are rotated
+    dim: int  # the first `dim` elements of each head are rotated; even
     base: float = 10000.0
     scaling: str = "none"
     factor: float = 1.0
@@ -47,7 +47,7 @@ class RotaryConfig:
 
 def read_rotary(config: JsonValues, architecture: Architecture, head_size: int, max_positions: int) -> RotaryConfig:
     """Read the rotary embedding that a `config.json` describes."""
-    # transformers 5 keeps all of it in rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
+    # transformers 5 has all settings in rope_parameters; older files have rope_theta and rope_scaling.
     key = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
     scaling = config.nested(key)
     if config.values.get("rope_scaling") not in (None, {}, scaling.values):
@@ -65,7 +65,7 @@ def read_rotary(config: JsonValues, architecture: Architecture, head_size: int, 
 
 
 def _original_positions(config: JsonValues) -> int | None:
-    """Read `original_max_position_embeddings` beside rope_scaling, which transformers prefers to the one inside."""
+    """Read `original_max_position_embeddings` of the top level, which transformers prefers to that in rope_scaling."""
     key = "original_max_position_embeddings"
     return config.integer(key) if config.has(key) else None
 
@@ -73,7 +73,7 @@ def _original_positions(config: JsonValues) -> int | None:
 def _check_whole_heads(config: JsonValues, scaling: JsonValues, kind: str) -> None:
     """Refuse a rotary embedding of a part of each head, which transformers cannot run for these architectures.
 
-    Without a scaling it doesn't look at `partial_rotary_factor`; with one its tables become too narrow for its layers.
+    Without a scaling transformers ignores `partial_rotary_factor`; with one its tables are too narrow for its layers.
     """
     fraction = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if kind != "none" and fraction != 1.0:
@@ -88,7 +88,7 @@ def scaled_rotary(
 ) -> RotaryConfig:
     """Add to `rotary` the scaling that a `rope_scaling` or `rope_parameters` object asks for.
 
-    original_positions: goes before the `original_max_position_embeddings` of that object.
+    original_positions: if given, takes precedence over `original_max_position_embeddings` of that object.
     """
     kind = _scaling_kind(scaling)
     if kind == "none":
@@ -126,7 +126,7 @@ def _factor(kind: str, scaling: JsonValues, max_positions: int, original_positio
 
 
 def check_scaling_keys(scaling: JsonValues) -> None:
-    """Refuse what this kind of scaling does not read, so that nothing that a user gives is silently left out."""
+    """Refuse keys that this kind of scaling does not have, so that nothing that a user gives is ignored."""
     kind = _scaling_kind(scaling)
     known = {"rope_type", "type", *ROTARY_SCALINGS[kind]}
     if unknown := sorted(set(scaling.values) - known):
@@ -134,7 +134,7 @@ def check_scaling_keys(scaling: JsonValues) -> None:
 
 
 def _scaling_kind(scaling: JsonValues) -> str:
-    """Return one of `ROTARY_SCALINGS`. Without a type there may be nothing that only a scaling needs."""
+    """Return one of `ROTARY_SCALINGS`; an object without a type must not have keys of a scaling."""
     kind = scaling.values.get("rope_type") or scaling.values.get("type")
     if kind is None:
         unused = [
@@ -152,7 +152,7 @@ def _scaling_kind(scaling: JsonValues) -> str:
 
 
 def _yarn_attention_factor(factor: float, scaling: JsonValues) -> float:
-    """Return what multiplies cos and sin: Peng et al., "YaRN" (2023), section 3.4, with the two mscales of DeepSeek."""
+    """Return the factor of cos and sin: Peng et al., "YaRN" (2023), section 3.4, with the two mscales of DeepSeek."""
     if scaling.has("attention_factor"):
         return scaling.number("attention_factor", 1.0)
 
@@ -165,7 +165,7 @@ def _yarn_attention_factor(factor: float, scaling: JsonValues) -> float:
 
 
 def check_rotary(rotary: RotaryConfig, head_size: int) -> None:
-    """Raise QwenModelError for settings with which there is no rotary embedding of heads of this size."""
+    """Raise QwenModelError for settings that give no rotary embedding for heads of this size."""
     if not 0 < rotary.dim <= head_size or rotary.dim % 2:
         raise QwenModelError(
             f"the rotary embedding must cover an even number of the {head_size} elements of a head, not {rotary.dim}"

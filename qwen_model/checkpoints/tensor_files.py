@@ -1,6 +1,6 @@
-"""Opens files of tensors: safetensors, and PyTorch's own with its safe loader, which runs no code from the file.
+"""Open files of tensors: safetensors, and PyTorch's with its safe loader, which runs no code from the file.
 
-A file is mapped where that is possible; a tensor is read when it is asked for.
+Files are memory-mapped if possible; a tensor is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "float32": (np.uint32, 0x7F800000),
     "float64": (np.uint64, 0x7FF << 52),
 }
-"""The bits of the exponent, which are all set in what is infinite or not a number."""
+"""The bits of the exponent, which are all set in infinities and NaN."""
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Describes a tensor in a file. `dtype` is PyTorch's name of a floating-point type, else that of the file."""
+    """Describe a tensor in a file. `dtype` is PyTorch's name of a floating-point type, or the file's of another."""
 
     shape: Shape
     dtype: str
@@ -46,10 +46,10 @@ class StoredTensor:
 
 
 def open_tensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by their names, to be read as `framework`'s.
+    """Return the tensors of a file by name, to be read as arrays of `framework`.
 
     Raises:
-        QwenModelError: the file cannot be read, is damaged, or holds anything but tensors.
+        QwenModelError: the file cannot be read, is damaged, or holds anything besides tensors.
     """
     check_readable(path)
     if path.suffix == ".safetensors":
@@ -66,11 +66,13 @@ def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTenso
     from safetensors import safe_open
 
     if framework == "numpy":
-        import ml_dtypes  # noqa: F401  # it is what tells NumPy, and so safetensors, of bfloat16
+        import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy, for safetensors
 
     tensors = {}
     try:
-        file = safe_open(str(path), framework="pt" if framework == "torch" else "numpy")  # closed with its readers
+        file = safe_open(
+            str(path), framework="pt" if framework == "torch" else "numpy"
+        )  # closed when the readers are gone
         for name in file.keys():  # noqa: SIM118  # not a dict: it has no __iter__
             part = file.get_slice(name)
             dtype = part.get_dtype()
@@ -98,7 +100,7 @@ def _open_bin(path: Path) -> dict[str, StoredTensor]:
 
 
 def _load_bin(path: Path) -> Any:
-    """Load the file with PyTorch, whose own errors are not passed on: they advise to switch its safety off."""
+    """Load a file with PyTorch; its own errors are not passed on, since they advise to disable the safe loader."""
     import torch
 
     try:
@@ -110,7 +112,7 @@ def _load_bin(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         more = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it holds {more[1]} beside tensors" if more else "it is damaged, or not written by torch.save"
+        what = f"it holds {more[1]} besides tensors" if more else "it is damaged, or not written by torch.save"
         raise QwenModelError(
             f"{path} cannot be read: {what}; only tensors are read, because anything else could run code. Download "
             "it again, or save the checkpoint as safetensors where it was made"
@@ -118,7 +120,7 @@ def _load_bin(path: Path) -> Any:
 
 
 def all_finite(weight: Weight) -> bool:
-    """Tell whether a floating-point tensor or array has neither infinities nor NaN; at the speed of reading it."""
+    """Tell whether a floating-point tensor or array has neither infinities nor NaN, as fast as memory is read."""
     if isinstance(weight, np.ndarray):
         dtype, numbers = weight.dtype.name, np.ascontiguousarray(weight).reshape(-1)
     else:

@@ -1,7 +1,6 @@
-"""Turns text into token ids and back, for Hugging Face's ``tokenizer.json`` and for Qwen v1's ``qwen.tiktoken``.
+"""Load tokenizers: Hugging Face's ``tokenizer.json`` and Qwen v1's ``qwen.tiktoken``.
 
-``load_tokenizer(model_dir)`` picks the one that the folder holds. transformers is not needed: it would cost
-seconds of start-up for what ``tokenizers`` and ``tiktoken`` do.
+transformers is not needed: importing it takes seconds, and ``tokenizers`` and ``tiktoken`` do the work.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ TOKENIZER_FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether there are a tokenizer's files in a checkpoint's or an engine's folder."""
+    """Tell whether the folder of a checkpoint or an engine has a tokenizer."""
     return any(is_file(folder / name) for name in (TOKENIZER_JSON, QWEN_TIKTOKEN))
 
 
@@ -60,17 +59,21 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     message = f"{model_dir} holds no tokenizer: looked for {TOKENIZER_JSON} and {QWEN_TIKTOKEN}"
     if any(is_file(model_dir / name) for name in ("tokenizer.model", "vocab.json")):
         message += (
-            f"; transformers makes {TOKENIZER_JSON} from the older files that are there: "
+            f"; transformers makes {TOKENIZER_JSON} from older files: "
             "AutoTokenizer.from_pretrained(model_dir).save_pretrained(model_dir)"
         )
     raise QwenModelError(message)
 
 
 def copy_tokenizer_files(model_dir: str | Path, engine_dir: str | Path) -> list[str]:
-    """Copy what ``load_tokenizer`` reads, so that an engine needs its checkpoint no more; return the files' names.
+    """Copy what ``load_tokenizer`` reads, so that an engine no longer needs its checkpoint; return the files' names.
 
-    An engine's folder has no folder of chat templates: several are a list in its ``tokenizer_config.json``.
-    A checkpoint without a tokenizer gives an empty list: its engine takes token ids only.
+    Chat templates in files of their own become a list in the engine's ``tokenizer_config.json``. For a checkpoint
+    without a tokenizer the result is empty: its engine takes token ids only.
+
+    Raises:
+        QwenModelError: a file cannot be read.
+        OSError: a file cannot be copied.
     """
     source, target = Path(model_dir), Path(engine_dir)
     present = [name for name in TOKENIZER_FILES if is_file(source / name)]

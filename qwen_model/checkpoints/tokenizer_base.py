@@ -1,4 +1,4 @@
-"""Says what every tokenizer can do, and decodes ids that come one at a time."""
+"""Define what every tokenizer can do, and decode ids that come one at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ REPLACEMENT_CHARACTER = "\ufffd"
 
 
 class Tokenizer(ABC):
-    """Says what every tokenizer can do.
+    """Define what every tokenizer can do.
 
     Attributes:
         eos_token_ids: the ids that end a text according to the tokenizer's own configuration. A model's
             ``generation_config.json`` can name more.
         special_tokens: the ids of the tokens that ``decode`` leaves out, by their text.
-        vocab_size: how many tokens there are, special ones included. A model's embedding can have more rows.
+        vocab_size: the number of tokens, special ones included. A model's embedding can have more rows.
     """
 
     eos_token_ids: tuple[int, ...]
@@ -32,13 +32,13 @@ class Tokenizer(ABC):
         Args:
             text: any valid Unicode.
             add_special_tokens: add what the tokenizer puts around a text (LLaMA's ``<s>``; Qwen adds nothing).
-            parse_special_tokens: read ``<|im_end|>`` and the like in ``text`` as the control tokens they name,
-                the default of transformers and of Qwen v1's own tokenizer. False takes them as ordinary text:
-                use it for text you do not trust.
+            parse_special_tokens: read ``<|im_end|>`` and the like in ``text`` as control tokens, the default of
+                transformers and of Qwen v1's own tokenizer. False reads them as ordinary text: use it for text you
+                do not trust.
 
         Raises:
-            QwenModelError: ``text`` holds half of a surrogate pair, which is no Unicode, or the tokenizer's files
-                make its library fail on it.
+            QwenModelError: ``text`` holds half of a surrogate pair, which is not valid Unicode, or the tokenizer's
+                library fails.
         """
         try:
             text.encode()
@@ -50,7 +50,7 @@ class Tokenizer(ABC):
     def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ids of no token become nothing."""
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD, and unknown ids are left out."""
         return self._decode([int(token_id) for token_id in ids], skip_special_tokens)
 
     @abstractmethod
@@ -62,12 +62,12 @@ class Tokenizer(ABC):
         """Return the token ids of a conversation, as the model was trained to see it.
 
         Args:
-            messages: of ``{"role": "user", "content": "..."}``, oldest first; see ``normalized_messages``.
+            messages: ``{"role": "user", "content": "..."}`` and the like, oldest first; see ``normalized_messages``.
             add_generation_prompt: end with what opens the assistant's answer.
             options: tools, variables of the template and the like. None: none.
 
         Raises:
-            QwenModelError: a message is none, the template refuses it, or the model is not made for chats.
+            QwenModelError: a message is malformed, the template refuses it, or the model has no chat template.
         """
         return self._chat_ids(normalized_messages(messages), add_generation_prompt, options or ChatOptions())
 
@@ -92,23 +92,23 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Gives a growing text out piece by piece; the pieces together are what ``decode`` gives for all ids.
+    """Decode ids one at a time into pieces of text, which together are what ``decode`` gives for all ids.
 
     A token can end inside a character (bytes of an emoji), and some tokenizers strip the first space of what they
-    decode. So each piece is the difference of two decodings that start at the same token, the first of the piece
-    before, and nothing is given out while it ends in U+FFFD: that may be the first half of a character.
+    decode. So each piece is the difference of two decodings that start at the first token of the previous
+    piece, and is held back while it ends in U+FFFD, which may be the first half of a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        """Decodes with ``tokenizer``, from the beginning of a text."""
+        """Start at the beginning of a text of ``tokenizer``."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._ids: list[int] = []  # from the first token of the last piece that was given out
-        self._num_given = 0  # how many of them are given out already
+        self._ids: list[int] = []  # from the first token of the last piece that was returned
+        self._num_given = 0  # how many of them were returned
         self._given_length = 0  # the length of their text
 
     def push(self, token_id: int) -> str:
-        """Takes the next id; gives the text that is certain now, often one word, sometimes nothing."""
+        """Take the next id; return the text that it completes, often a word, sometimes nothing."""
         self._ids.append(int(token_id))
         text = self._decode(self._ids)
         if len(text) <= self._given_length or text.endswith(REPLACEMENT_CHARACTER):
@@ -116,7 +116,7 @@ class StreamDecoder:
         return self._give(text)
 
     def flush(self) -> str:
-        """Gives what is still held back, at the end of the text."""
+        """Return what is still held back, at the end of the text."""
         text = self._decode(self._ids)
         return self._give(text) if len(text) > self._given_length else ""
 

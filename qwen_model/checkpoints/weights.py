@@ -1,6 +1,6 @@
-"""Lists the weights of a network, and the tensors of a checkpoint that each is made of.
+"""List the weights of a network, and the tensors of a checkpoint that each is made of.
 
-A fused weight (query, key and value; gate and up) is the concatenation of the checkpoint's along their rows.
+A fused weight (query, key and value; gate and up) is the concatenation of the checkpoint's tensors along their rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .tensor_files import Shape
 
 @dataclass(frozen=True)
 class Source:
-    """Names one tensor of the checkpoint."""
+    """Name one tensor of the checkpoint."""
 
     name: str
     shape: Shape
@@ -22,10 +22,10 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Describes one weight of the network.
+    """Describe one weight of the network.
 
     Tensor parallelism over n devices cuts it into n equal parts along `split_axis` (None: every device has all of
-    it). Each of the `sections` (rows of q, of k, of v; of gate, of up) is cut for itself, and each device has the
+    it). Each of the `sections` (rows of q, k and v; of gate and up) is cut separately, and a device has the
     concatenation of its parts.
     """
 
@@ -43,7 +43,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Holds weights that are read and stored together: the embedding, one layer, or what comes after the layers."""
+    """Hold weights that are read and stored together: the embedding, one layer, or what comes after the layers."""
 
     name: str
     specs: tuple[WeightSpec, ...]
@@ -68,25 +68,25 @@ def weight_groups(config: ModelConfig) -> list[WeightGroup]:
 def layer_specs(config: ModelConfig, layer: int) -> list[WeightSpec]:
     """List the weights of one layer, in the order in which the network uses them."""
     names = ARCHITECTURES[config.architecture].weights
-    there = names.layer.format(layer=layer)
-    here = f"layers.{layer}"
+    source_prefix = names.layer.format(layer=layer)
+    prefix = f"layers.{layer}"
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     qkv_rows = (q_rows, kv_rows, kv_rows)
 
-    specs = [_norm(f"{here}.input_norm", f"{there}.{names.input_norm}", hidden)]
+    specs = [_norm(f"{prefix}.input_norm", f"{source_prefix}.{names.input_norm}", hidden)]
     source_rows = qkv_rows if len(names.qkv) == 3 else (sum(qkv_rows),)
-    qkv_sources = [(f"{there}.{name}", rows) for name, rows in zip(names.qkv, source_rows, strict=True)]
-    specs += _column_parallel(f"{here}.attention.qkv", qkv_sources, hidden, config.qkv_bias, qkv_rows)
+    qkv_sources = [(f"{source_prefix}.{name}", rows) for name, rows in zip(names.qkv, source_rows, strict=True)]
+    specs += _column_parallel(f"{prefix}.attention.qkv", qkv_sources, hidden, config.qkv_bias, qkv_rows)
     if config.qk_norm:
-        specs.append(_norm(f"{here}.attention.q_norm", f"{there}.{names.q_norm}", config.head_size))
-        specs.append(_norm(f"{here}.attention.k_norm", f"{there}.{names.k_norm}", config.head_size))
-    output = f"{there}.{names.attention_output}"
-    specs += _row_parallel(f"{here}.attention.output", output, (hidden, q_rows), config.output_bias)
-    specs.append(_norm(f"{here}.post_attention_norm", f"{there}.{names.post_attention_norm}", hidden))
-    gate_up = [(f"{there}.{names.gate}", inner), (f"{there}.{names.up}", inner)]
-    specs += _column_parallel(f"{here}.mlp.gate_up", gate_up, hidden, config.mlp_bias, (inner, inner))
-    specs += _row_parallel(f"{here}.mlp.down", f"{there}.{names.down}", (hidden, inner), config.mlp_bias)
+        specs.append(_norm(f"{prefix}.attention.q_norm", f"{source_prefix}.{names.q_norm}", config.head_size))
+        specs.append(_norm(f"{prefix}.attention.k_norm", f"{source_prefix}.{names.k_norm}", config.head_size))
+    output = f"{source_prefix}.{names.attention_output}"
+    specs += _row_parallel(f"{prefix}.attention.output", output, (hidden, q_rows), config.output_bias)
+    specs.append(_norm(f"{prefix}.post_attention_norm", f"{source_prefix}.{names.post_attention_norm}", hidden))
+    gate_up = [(f"{source_prefix}.{names.gate}", inner), (f"{source_prefix}.{names.up}", inner)]
+    specs += _column_parallel(f"{prefix}.mlp.gate_up", gate_up, hidden, config.mlp_bias, (inner, inner))
+    specs += _row_parallel(f"{prefix}.mlp.down", f"{source_prefix}.{names.down}", (hidden, inner), config.mlp_bias)
     return specs
 
 
@@ -97,7 +97,7 @@ def _norm(name: str, source: str, size: int) -> WeightSpec:
 def _column_parallel(
     name: str, sources: list[tuple[str, int]], columns: int, bias: bool, sections: Shape
 ) -> list[WeightSpec]:
-    """Describe a projection whose outputs are shared out among devices."""
+    """Describe a projection whose outputs are divided among devices."""
     weights = tuple(Source(f"{source}.weight", (rows, columns)) for source, rows in sources)
     specs = [WeightSpec(f"{name}.weight", weights, 0, sections)]
     if bias:
@@ -108,7 +108,7 @@ def _column_parallel(
 
 
 def _row_parallel(name: str, source: str, shape: Shape, bias: bool) -> list[WeightSpec]:
-    """Describe a projection whose inputs are shared out; the partial results are summed, the bias added once."""
+    """Describe a projection whose inputs are divided; partial results are summed, the bias is added once."""
     specs = [WeightSpec(f"{name}.weight", (Source(f"{source}.weight", shape),), 1)]
     if bias:
         specs.append(WeightSpec(f"{name}.bias", (Source(f"{source}.bias", shape[:1]),)))
@@ -116,6 +116,6 @@ def _row_parallel(name: str, source: str, shape: Shape, bias: bool) -> list[Weig
 
 
 def too_large(name: str, dtype: str, largest: float) -> str:
-    """Say that a weight is finite in the checkpoint and not in the engine's type."""
+    """Return the error for a weight that is finite in the checkpoint and not in the engine's type."""
     wider = {"float16": ": use --dtype bfloat16 or float32", "bfloat16": ": use --dtype float32"}.get(dtype, "")
     return f"{name} has numbers up to {largest:.3g}, which {dtype} cannot hold{wider}"

@@ -1,1 +1,1 @@
-"""What every other part uses: errors, files, optional dependencies."""
+"""Hold what every other package uses: errors, files, optional dependencies."""

@@ -1,4 +1,4 @@
-"""Has the one exception for what a user can put right: bad input, a wrong file, a limit that is too small."""
+"""Define the exception for what a user can put right: bad input, a wrong file, a limit that is too small."""
 
 import reprlib
 
@@ -9,9 +9,12 @@ _SHORT.maxlevel = 3
 
 
 class QwenModelError(ValueError):
-    """The message says what was given, what was expected and, where there is one, what to do about it."""
+    """Say in one line what was given, what was expected and, if possible, what to do.
+
+    TensorRT's own messages follow on further lines.
+    """
 
 
 def shown(value: object) -> str:
-    """Return the `repr` of something that a user gave, cut to a length that fits into a message of one line."""
+    """Return the `repr` of a value that a user gave, cut to fit into a message of one line."""
     return _SHORT.repr(value)

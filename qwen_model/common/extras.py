@@ -1,4 +1,4 @@
-"""Imports of what the package does without until it is used."""
+"""Import optional dependencies when they are first used."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 from .errors import QwenModelError
 
 ANY_BACK_END = ("torch", "tensorrt")
-"""The extras that bring what all of the package needs beyond NumPy."""
+"""The extras of the back ends: each brings all that loading checkpoints and generating need."""
 
 PACKAGES = {"cuda": "cuda-bindings", "cuda.bindings": "cuda-bindings"}
-"""Of modules that are called otherwise."""
+"""The names of packages whose modules are called something else."""
 
 
 def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
-    """The module of that name, or an error that says which extra of the package brings it; None: any back end's.
+    """Import an optional dependency.
+
+    Args:
+        module: its name.
+        needed_for: what needs it, as errors say it: "the torch back end".
+        extra: the extra of this package that brings it. None: either back end's does.
 
     Raises:
-        QwenModelError: it is not installed, or it is and cannot be imported.
+        QwenModelError: the module is not installed, or cannot be imported.
     """
     try:
         return importlib.import_module(module)
@@ -31,7 +36,7 @@ def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
 
 
 def require_kernels() -> None:
-    """Our compiled kernels must be there, which they are not in a source tree.
+    """Check that the compiled kernels can be imported; a source tree has none.
 
     Raises:
         QwenModelError: they have not been built, or cannot be loaded.

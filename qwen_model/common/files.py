@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and reads those of users: whatever is in them, the answer is one clear line."""
+"""Write files whole or not at all, and read users' files: whatever is wrong with one, the error is one clear line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .errors import QwenModelError, shown
 
 MAX_TEXT_BYTES = 64 << 20
-"""Of a file of JSON or text: far more than an index of thousands of shards has."""
+"""The largest file of JSON or text that is read: far more than an index of thousands of shards needs."""
 MAX_NESTING = 100
 LONGEST_NAME = 160  # characters of a path in a message
 MAX_DIGITS = 40  # transformers writes 10^30 for a length without a limit
@@ -20,10 +20,13 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside its place, then rename: whatever goes wrong, what was there before stays. Raises OSError.
+    """Write a file beside its path, then rename it: if anything fails, what was there before stays.
 
-    A symbolic link stays, and the file it points to is written. A file keeps its mode, and is left alone where it may
-    not be written. What is no regular file, like /dev/null, is written as it is.
+    The target of a symbolic link is written. A file that exists keeps its mode. What is not a regular file, such as
+    /dev/null, is written to directly.
+
+    Raises:
+        OSError: the file cannot be written, or exists and is read-only.
     """
     path = Path(os.path.realpath(path))
     there = path.exists()
@@ -37,7 +40,7 @@ def write_whole(path: Path, content: bytes) -> None:
         with partial.open("xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # which tells of a full disk where closing does not
+            os.fsync(file.fileno())  # reports a full disk, which closing may not
         if there:
             partial.chmod(path.stat().st_mode & 0o7777)
         partial.replace(path)
@@ -51,7 +54,7 @@ def is_file(path: Path) -> bool:
     """Tell whether there is a regular file of that name.
 
     Raises:
-        QwenModelError: nobody can tell: the name is too long, or its folder may not be entered.
+        QwenModelError: this cannot be known: the name is too long, or its folder may not be entered.
     """
     return _has_mode(path, stat.S_ISREG)
 
@@ -71,7 +74,7 @@ def _has_mode(path: Path, test: Any) -> bool:
 
 
 def _name(path: Path) -> str:
-    """Return the path as messages show it: as it is, unless it is very long or would break the line."""
+    """Return the path for a message: cut if it is very long, escaped if it would break the line."""
     text = str(path)
     return text if len(text) <= LONGEST_NAME and text.isprintable() else shown(text)
 
@@ -85,11 +88,11 @@ def check_readable(path: Path) -> None:
     _read_beginning(path, len(_LFS_POINTER))
 
 
-def _read_beginning(path: Path, most: int) -> bytes:
-    """Read at most so many bytes of the file; see `check_readable` for errors."""
+def _read_beginning(path: Path, max_bytes: int) -> bytes:
+    """Read at most `max_bytes` bytes; raise as `check_readable` does."""
     try:
         with path.open("rb") as file:
-            content = file.read(most)
+            content = file.read(max_bytes)
     except (OSError, ValueError) as error:
         raise QwenModelError(f"{_name(path)} cannot be read: {_reason(error)}") from error
     if content.startswith(_LFS_POINTER):
@@ -120,11 +123,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object that a text is; errors say that it is `where`.
+    """Return the JSON object in a text; `where` names the text in errors.
 
     Raises:
         QwenModelError: it is not JSON, gives a key two values, is nested deeper than `MAX_NESTING`, has integers
-            of more than `MAX_DIGITS` digits, or is something else than an object.
+            of more than `MAX_DIGITS` digits, or is not an object.
     """
     try:
         content = json.loads(text, object_pairs_hook=_without_contradiction, parse_int=_short_integer)
@@ -139,12 +142,12 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
 
 
 def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these members. A key may come twice, as JSON allows, but not with two values."""
+    """Return the members as a dict; a key may come twice, as JSON allows, but not with two values."""
     members = dict(pairs)
     if len(members) < len(pairs):
         for key, value in pairs:
             if members[key] != value:
-                raise ValueError(f"the key {shown(key)} is there twice with two values")
+                raise ValueError(f"the key {shown(key)} has two values")
     return members
 
 

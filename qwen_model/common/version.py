@@ -1,4 +1,4 @@
-"""The version of the installed package."""
+"""Find the version of the installed package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
-    """The version of qwen-plugins; "unknown" in a source tree that is not installed."""
+    """Return the version of qwen-plugins; "unknown" in a source tree that is not installed."""
     try:
         return version("qwen-plugins")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Building, loading and running engines."""
+"""Build, load and run engines."""
 
 from .build import BuildSummary, build_engine
 from .load import load_engine

@@ -1,4 +1,4 @@
-"""Imports a back end when it is asked for by name."""
+"""Import a back end by its name, when it is needed."""
 
 from __future__ import annotations
 

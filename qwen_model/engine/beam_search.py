@@ -1,8 +1,8 @@
-"""Searches with beams by the rules of transformers' `generate(num_beams=n)` (length_penalty 1, early_stopping False).
+"""Run beam search by the rules of transformers' `generate(num_beams=n)` (length_penalty 1, early_stopping False).
 
-Each step keeps the best candidates of all beams of a prompt. Those that end, among the best n, become finished beams;
-the best n of the others run on. A prompt is done when its best running beam, at its present length, scores below its
-worst finished beam.
+Each step takes the best candidates of all beams of a prompt. Of the best n, those that end become finished beams; the
+best n of the others go on. A prompt is done when it has n finished beams and its best running beam, at its present
+length, scores no better than the worst of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NEVER = np.float32(-1e9)
 
 @dataclass(frozen=True)
 class Beam:
-    """Generated tokens, and the sum of their log-probabilities divided by their number."""
+    """Hold generated tokens, and the sum of their log-probabilities divided by their number."""
 
     tokens: list[int]
     score: float
@@ -27,7 +27,7 @@ class Beam:
 
 @dataclass
 class _Prompt:
-    """The beams of one prompt."""
+    """Hold the beams of one prompt."""
 
     num_beams: int
     running: list[list[int]]
@@ -36,7 +36,7 @@ class _Prompt:
     done: bool = False
 
     def advance(self, sums: FloatArray, beams: IntArray, tokens: IntArray, ended: np.ndarray) -> IntArray:
-        """Take the step's candidates, best first; return which beam each running beam continues."""
+        """Take the candidates of a step, best first; return the index of the beam that each running beam continues."""
         length = len(self.running[0]) + 1
         if not self.done:
             for i in np.flatnonzero(ended[: self.num_beams]):
@@ -60,18 +60,19 @@ def beam_search(
     not_finite: Callable[[int], Exception],
     on_step: Callable[[], None] = lambda: None,
 ) -> list[list[Beam]]:
-    """Return the finished beams of each prompt, best first.
+    """Search, and return the finished beams of each prompt, best first.
 
-    not_finite: makes the error to raise for a prompt, given its index, whose logits are not finite before it is done.
+    num_beams: beams of each prompt. max_new_tokens: a beam of this length is finished.
+    end_token_ids: a beam that ends in one of them is finished.
+    not_finite: makes the error to raise for the prompt of an index whose logits are not finite before it is done.
     on_step: called after each step.
     """
     # Only the first beam may continue at the first step: all beams of a prompt are still the same.
     first_scores = np.array([0.0] + [_NEVER] * (num_beams - 1), dtype=np.float32)
     states = [_Prompt(num_beams, [[]] * num_beams, first_scores) for _ in prompts]
     ends = np.array(sorted(end_token_ids), dtype=np.int64)
-    count = (
-        max(2, 1 + len(ends)) * num_beams
-    )  # enough for num_beams that run on even if every candidate that can end does
+    # Enough that num_beams of them go on even if every beam's candidates include all end tokens.
+    count = max(2, 1 + len(ends)) * num_beams
     executor.begin_beams(prompts, num_beams)
     for step in range(1, max_new_tokens + 1):
         sums, beams, tokens = executor.beam_candidates(np.stack([state.scores for state in states]), count)

@@ -1,8 +1,8 @@
-"""Builds an engine from a checkpoint.
+"""Build an engine from a checkpoint.
 
-An engine is a folder: `config.json` (see engine_config.py), the tokenizer's files, and of the torch back end `weights/`
-with one safetensors file for the embedding, one for each layer and one for the output, of the TensorRT back end
-`model.plan`. It is there whole or not at all (see output_folder.py).
+An engine is a folder: `config.json` (see interface/engine_config.py), the tokenizer's files, and the weights. The torch
+back end has a folder `weights/` with a safetensors file for the embedding, for each layer and for the output, the
+TensorRT back end a file `model.plan`. An engine is written whole or not at all (see output_folder.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .output_folder import output_place, written_whole
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """Describes the engine that `build_engine` made."""
+    """Describe the engine that `build_engine` made. The key-value cache is allocated when it is loaded."""
 
     engine_dir: Path
     config: EngineConfig
@@ -67,33 +67,39 @@ def build_engine(
 
     backend: "torch" or "tensorrt". A TensorRT engine is built where it is to run: for that GPU and TensorRT.
     dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's where there is a GPU, else "float32".
-    disable_plugins: of "rms_norm", "gemm" and "rotary", what the back end's own operations compute in place of this
-        project's kernels, to compare with them: RMSNorm, the linear layers, the rotary embedding before attention.
+    disable_plugins: names of kernels of this project to replace by the back end's own operations, to compare them:
+        "rms_norm", "gemm" (the linear layers), "rotary" (the rotary embedding, then applied before attention).
     rmsnorm_plugin: False is the same as "rms_norm" in `disable_plugins`.
-    rotary_scaling: as `rope_scaling` in a `config.json`, in its place.
-    timing_cache: file with what TensorRT's builder measured, read and written; None: one in the user's cache folder.
+    max_batch_size: sequences at a time; a beam is a sequence. None: 8.
+    max_input_len, max_output_len: tokens of a prompt, and tokens generated for it. None: up to 1024 and 512.
+    rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
+    timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     progress: see `Progress`.
 
-    An engine that is in `output_dir` already is replaced, in one step where the file system can; a folder with anything
-    else in it is an error. Where `output_dir` is a symbolic link, the engine goes where it points.
+    An engine in `output_dir` is replaced, in one step if the file system can; a folder with anything else in it is an
+    error. If `output_dir` is a symbolic link, the engine is written to its target.
+
+    Raises:
+        QwenModelError: an argument is wrong, the checkpoint cannot be read or is not supported, or `output_dir` cannot
+            be written. Nothing has changed then.
     """
     start = time.perf_counter()
     _check_choice("backend", backend, BACKENDS)
     if dtype is not None:
         _check_choice("dtype", dtype, DTYPES)
     if timing_cache is not None and backend != "tensorrt":
-        raise QwenModelError(f"timing_cache (--timing-cache) is for the back end tensorrt, not for {backend}")
+        raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
     disabled = _disabled_plugins(disable_plugins, rmsnorm_plugin)
     source = _model_dir(model_dir)
     target = output_place(output_dir, source)
     if timing_cache is not None and Path(os.path.realpath(timing_cache)).is_relative_to(target):
-        raise QwenModelError(f"the timing cache {timing_cache} would lie in the engine's folder: keep it elsewhere")
+        raise QwenModelError(f"the timing cache {timing_cache} would be in the engine's folder: give a file elsewhere")
     model = ModelConfig.from_model_dir(source)
     if rotary_scaling is not None:
         model = model.with_rotary_scaling(rotary_scaling)
     limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
-    runs_on = back_end(backend)
-    checkpoint = Checkpoint(source, runs_on.FRAMEWORK)
+    engine_back_end = back_end(backend)
+    checkpoint = Checkpoint(source, engine_back_end.FRAMEWORK)
     checkpoint.check(model)
     groups = weight_groups(model)
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
@@ -102,12 +108,12 @@ def build_engine(
 
     config = EngineConfig(
         backend=backend,
-        dtype=dtype or runs_on.default_dtype(model.dtype),
+        dtype=dtype or engine_back_end.default_dtype(model.dtype),
         limits=limits,
         model=model,
         end_token_ids=generation.end_token_ids,
         num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
-        versions={"qwen_model": package_version(), "python": platform.python_version(), **runs_on.versions()},
+        versions={"qwen_model": package_version(), "python": platform.python_version(), **engine_back_end.versions()},
         disabled_plugins=disabled,
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
     )
@@ -120,7 +126,7 @@ def build_engine(
     report = progress or (lambda phase, done, total: None)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     with written_whole(target) as folder:
-        warnings += runs_on.write_engine(folder, config, checkpoint.read, report, **options)
+        warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
     seconds = time.perf_counter() - start
@@ -133,7 +139,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tuple[str, ...]:
-    """Return the disabled plug-ins in the order of `PLUGINS`; an error for unknown names and contradictions."""
+    """Return the disabled plug-ins in the order of `PLUGINS`; unknown or contradictory ones raise QwenModelError."""
     if isinstance(names, str):
         raise QwenModelError(f"disable_plugins must be a collection of names, not the text {names!r}")
     for name in names:
@@ -141,7 +147,7 @@ def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tu
     if rmsnorm_plugin not in (None, True, False):
         raise QwenModelError(f"rmsnorm_plugin must be True, False or None, not {rmsnorm_plugin!r}")
     if rmsnorm_plugin and "rms_norm" in names:
-        raise QwenModelError("rmsnorm_plugin (--rmsnorm-plugin) asks for what --disable-plugin rms_norm switches off")
+        raise QwenModelError("rmsnorm_plugin (--rmsnorm-plugin) contradicts --disable-plugin rms_norm")
     wanted = {*names, *(["rms_norm"] if rmsnorm_plugin is False else [])}
     return tuple(name for name in PLUGINS if name in wanted)
 
@@ -157,11 +163,11 @@ def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
-    """Yield warnings about type and length; `chosen_dtype` is the engine's type if the user named none."""
+    """Yield warnings about type and length; `chosen_dtype` is the engine's type if the user did not choose it."""
     if (model.dtype, chosen_dtype) == ("bfloat16", "float16"):
         yield (
             "the checkpoint is bfloat16, which this back end does not have: the engine is float16, whose range is "
-            "smaller; --dtype float32 keeps all of it"
+            "smaller; use --dtype float32 to keep the range"
         )
     if limits.max_positions > usable_positions(model) and model.rotary.scaling not in ("dynamic", "qwen_dynamic"):
         yield (
@@ -172,13 +178,13 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
 
 def _generation_warnings(generation: GenerationConfig) -> Iterator[str]:
     if generation.left_out:
-        yield f"left out of generation_config.json, for this package does not have it: {', '.join(generation.left_out)}"
+        yield f"ignored settings of generation_config.json, which are not supported: {', '.join(generation.left_out)}"
 
 
 def _check_tokenizer(model_dir: Path) -> list[str]:
-    """Return warnings about the checkpoint's tokenizer; one that cannot be loaded is an error.
+    """Return warnings about the checkpoint's tokenizer; raise QwenModelError if it cannot be loaded.
 
-    Building needs no tokenizer: without the library of this one, only running with text says what is missing.
+    Building needs no tokenizer: if its library is not installed, only generating with text fails.
     """
     library = "tokenizers" if (model_dir / TOKENIZER_JSON).is_file() else "tiktoken"
     if has_tokenizer(model_dir) and importlib.util.find_spec(library) is None:

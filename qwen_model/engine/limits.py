@@ -1,4 +1,4 @@
-"""Chooses an engine's limits from what was asked for and the lengths that the model was trained for."""
+"""Choose an engine's limits from what the user asked for and the length that the model was trained for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..interface.engine_config import Limits
 def engine_limits(
     model: ModelConfig, max_batch_size: int | None, max_input_len: int | None, max_output_len: int | None
 ) -> Limits:
-    """Return the limits asked for; those not given are the defaults, or less if the model's length is shorter."""
+    """Return the limits; those not given are the defaults, or less if the model was trained for less.
+
+    Raises:
+        QwenModelError: a limit is not positive, or the limits exceed what the model can do.
+    """
     asked = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_output_len": max_output_len}
     limits = dataclasses.replace(Limits(), **{name: value for name, value in asked.items() if value is not None})
     room = usable_positions(model)
@@ -34,7 +38,7 @@ def engine_limits(
 
 
 def _at_most(limits: Limits, name: str, left: int, taken_by: str, room: int) -> Limits:
-    """Lower the limit `name` to the tokens that are left; an error that names the flags if none are."""
+    """Lower the limit `name` to the tokens that are left; raise QwenModelError if none are."""
     if left < 1:
         raise QwenModelError(
             f"{taken_by} leave none of the model's {room} for {name}: give smaller ones, or both --max-input-len and "

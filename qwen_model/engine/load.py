@@ -1,4 +1,4 @@
-"""Loading an engine's folder into a session."""
+"""Load an engine's folder into a session."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from .session import Session
 
 
 def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None) -> Session:
-    """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate."""
+    """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate.
+
+    Raises:
+        QwenModelError: the folder is not an engine, or one that cannot run here.
+    """
     folder = Path(engine_dir)
     before = _version(folder)
     try:
         session = _load(folder, device)
     except QwenModelError as error:
-        if _version(folder) != before:  # what is wrong with it is then no fault of the engine
+        if _version(folder) != before:  # the error then comes from the change, not from the engine
             raise _replaced(folder) from error
         raise
     except OSError as error:
@@ -39,7 +43,7 @@ def _load(folder: Path, device: str | None) -> Session:
 
 
 def _version(folder: Path) -> tuple[int, ...]:
-    """Return what changes with each build: it takes config.json away first and puts the new one there last."""
+    """Return what changes with each build, which removes config.json first and writes the new one last."""
     try:
         status = (folder / "config.json").stat()
     except OSError:
@@ -52,7 +56,7 @@ def _replaced(folder: Path) -> QwenModelError:
 
 
 def _check_readable(folder: Path) -> None:
-    """Open each file, since the readers of some formats call one that may not be read missing. Raises OSError."""
+    """Open each file, since some readers report files without permission as missing. Raise OSError."""
     weights = folder / WEIGHTS
     names = [name for name in os.listdir(weights) if WEIGHT_FILE.fullmatch(name)] if weights.is_dir() else []
     for path in (*(folder / name for name in ENGINE_FILES), *(weights / name for name in names)):
@@ -61,5 +65,5 @@ def _check_readable(folder: Path) -> None:
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of an engine; None if its checkpoint had none."""
+    """Load an engine's tokenizer; None if its checkpoint had none."""
     return load_tokenizer(folder) if has_tokenizer(folder) else None

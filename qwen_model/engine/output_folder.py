@@ -1,7 +1,8 @@
-"""Puts an engine where the user said: checked before the work, written in a hidden folder, in its place when whole.
+"""Write an engine to the folder that the user named: check it first, build in a hidden folder, move when complete.
 
-The hidden folder lies beside the engine's place, so that one rename puts a new engine there and one exchange replaces
-an old one. Where the folder itself has to stay (see `_stays`) it lies inside, and the files are moved one by one.
+The hidden folder is beside the engine's folder, so that one rename makes a new engine and one exchange replaces an old
+one. If the engine's folder itself has to stay (see `_stays`), the hidden folder is inside, and files are moved one by
+one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
 
 @contextmanager
 def written_whole(place: Path) -> Iterator[Path]:
-    """Give a new folder that becomes `place` (of `output_place`) at the end; on any error nothing of it is left."""
+    """Yield a new folder that becomes `place` (see `output_place`) at the end; on any error nothing of it is left.
+
+    Raises:
+        QwenModelError: `place` cannot be written, or another build is writing it.
+    """
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -76,14 +81,14 @@ def written_whole(place: Path) -> Iterator[Path]:
 
 
 def _not_written(place: Path, error: OSError) -> QwenModelError:
-    """Name the file at fault, which may be one of the checkpoint."""
+    """Return the error for `place`, with the file at fault, which may be one of the checkpoint."""
     name = error.filename2 or error.filename
     where = f" ({os.fsdecode(name)})" if name not in (None, str(place)) else ""
     return QwenModelError(f"{place} cannot be written: {error.strerror or error}{where}")
 
 
 def _is_folder(place: Path) -> bool:
-    """Tell whether it is there; QwenModelError if it is and is no folder, OSError if nobody can tell."""
+    """Tell whether the folder exists; raise QwenModelError if it is not a folder, OSError if this cannot be known."""
     try:
         mode = place.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +99,7 @@ def _is_folder(place: Path) -> bool:
 
 
 def _check_writable(folder: Path, place: Path) -> None:
-    """Make a file without a name, since `os.access` does not know every reason why one cannot be made."""
+    """Make a temporary file, since `os.access` does not know every reason why that can fail."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -103,16 +108,18 @@ def _check_writable(folder: Path, place: Path) -> None:
 
 
 def _check_contents(place: Path, source: Path) -> None:
-    """Raise QwenModelError if an engine there would replace anything that no build wrote."""
+    """Raise QwenModelError if an engine in this folder would replace anything that no build wrote."""
     if source.resolve().is_relative_to(place):
         raise QwenModelError(f"{place} holds the checkpoint {source}: give another folder")
     names = set(os.listdir(place))
-    died_moving = has_work(place) and CONFIG not in names  # a build that died when it moved its files in
-    if names - NOT_COUNTED and not died_moving and read_engine_json(place) is None:
+    killed_moving = has_work(place) and CONFIG not in names  # a build that was killed while it moved its files
+    if names - NOT_COUNTED and not killed_moving and read_engine_json(place) is None:
         raise _not_an_engine(place)
     others = [name for name in _contents(place)[1] if name not in NOT_COUNTED]
     if others:
-        raise QwenModelError(f"{place} has more in it than an engine ({', '.join(others[:5])}): give another folder")
+        raise QwenModelError(
+            f"{place} holds files that are not of an engine ({', '.join(others[:5])}): give another folder"
+        )
 
 
 def _not_an_engine(place: Path) -> QwenModelError:
@@ -120,7 +127,7 @@ def _not_an_engine(place: Path) -> QwenModelError:
 
 
 def _contents(folder: Path) -> tuple[list[str], list[str]]:
-    """List an engine's files in a folder, and what no build wrote, at any depth, as relative paths."""
+    """List an engine's files in a folder, and everything that no build wrote, as relative paths."""
     files: list[str] = []
     others: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -135,10 +142,10 @@ def _contents(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _stays(place: Path) -> bool:
-    """Tell whether the folder must not be exchanged for another, but filled.
+    """Tell whether the folder must be filled and cannot be exchanged for another.
 
-    So it is with an empty one, a shell's current folder, and one that nothing can be moved into from beside it: a mount
-    point, or one whose parent folder cannot be written.
+    That is true of an empty folder, of the current folder, and of one into which nothing can be moved from its parent:
+    a mount point, or a folder whose parent cannot be written.
     """
     if not set(os.listdir(place)) - NOT_COUNTED:
         return True
@@ -156,7 +163,7 @@ def _stays(place: Path) -> bool:
 
 
 def _finish(folder: Path) -> None:
-    """Have all of it on the disk, and give it the modes of new files: safetensors' are their owner's alone."""
+    """Flush all files to the disk and give them the modes of new files; safetensors makes files private."""
     unknown = _contents(folder)[1]
     if unknown:
         raise RuntimeError(f"the next build would take these files for a user's: {unknown}; name them in this module")
@@ -164,7 +171,7 @@ def _finish(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
-                os.fsync(file.fileno())  # which tells of a full disk where closing does not
+                os.fsync(file.fileno())  # reports a full disk, which closing may not
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
@@ -175,9 +182,9 @@ def _umask() -> int:
 
 
 def _put_in_place(new: Path, place: Path, old: Path, before: list[str]) -> None:
-    """Rename, exchange or move it there; what is moved away for it goes to `old`. On an error all is as before.
+    """Rename, exchange or move `new` to `place`; what it replaces is moved to `old`. On an error all is as before.
 
-    before: what files of an engine were there when the build began. Others may have come meanwhile.
+    before: the files of an engine that `place` held when the build began. Others may have come meanwhile.
     """
     if not _is_folder(place):
         new.rename(place)
@@ -191,7 +198,7 @@ def _put_in_place(new: Path, place: Path, old: Path, before: list[str]) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the system, the file system or the place does not allow it."""
+    """Exchange two folders in one step; return False if the system, the file system or the place does not allow it."""
     current_folder, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None).renameat2
@@ -203,9 +210,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_files(new: Path, place: Path, files: list[str], old: Path) -> None:
-    """Move `files` from the place to `old` and all of `new` there, config.json first out and last in.
+    """Move `files` from `place` to `old`, config.json first, then the files of `new` to `place`, config.json last.
 
-    Without it a folder is no engine.
+    Without config.json a folder is not an engine.
     """
     moves = [(place / name, old / name) for name in sorted(files, key=lambda name: name != CONFIG)]
     moves += [(new / name, place / name) for name in sorted(_contents(new)[0], key=lambda name: name == CONFIG)]
@@ -219,5 +226,5 @@ def _move_files(new: Path, place: Path, files: list[str], old: Path) -> None:
                 there.rename(here)
         raise
     finally:
-        with suppress(OSError):  # where the engine of another back end was
+        with suppress(OSError):  # left of an engine of the other back end
             (place / WEIGHTS).rmdir()

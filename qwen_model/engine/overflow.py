@@ -1,4 +1,4 @@
-"""The error for a model whose logits are not finite, as when its activations overflow in float16."""
+"""Explain logits that are not finite, as when activations overflow in float16."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def not_finite(config: EngineConfig, num_prompts: int, index: int) -> QwenModelE
         return QwenModelError(f"{problem} in {config.dtype}: the weights may be damaged; build from another checkpoint")
     note = " (TensorRT 8.6 has no bfloat16)" if config.backend == "tensorrt" else ""
     return QwenModelError(
-        f"{problem}: activations passed 65504, the largest number of float16; build the engine with --dtype bfloat16 "
+        f"{problem}: activations exceeded 65504, the largest number of float16; build the engine with --dtype bfloat16 "
         f"or float32{note}"
     )

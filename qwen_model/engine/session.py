@@ -1,4 +1,4 @@
-"""Generating with a loaded engine: prompts in, tokens and text out, all at once or as they come."""
+"""Generate with a loaded engine: prompts in, tokens and text out, all at once or as a stream."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ DEFAULT_NEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class Output:
-    """What was generated for one prompt.
+    """Hold what was generated for one prompt.
 
-    output_ids: the new tokens, up to and with the end token or the token that completed a stop string.
-    text: of the tokens before the end token, cut before the stop string; None without a tokenizer.
-    finish_reason: "stop" (an end token, or a stop that was asked for) or "length" (max_new_tokens).
-    beams: with beam search every beam, best first; `output_ids` is the first of them.
+    output_ids: the new tokens, up to and including the end token or the token that completed a stop string.
+    text: that of the tokens before the end token, cut before the stop string; None without a tokenizer.
+    finish_reason: "stop" (an end token or a requested stop) or "length" (max_new_tokens).
+    beams: with beam search all beams, best first; `output_ids` are those of the first.
     """
 
     output_ids: list[int]
@@ -48,7 +48,7 @@ class Output:
 
 @dataclass(frozen=True)
 class BeamOutput:
-    """One beam: its score is the sum of its tokens' log-probabilities, divided by their number."""
+    """Hold one beam; its score is the sum of its tokens' log-probabilities, divided by their number."""
 
     output_ids: list[int]
     score: float
@@ -56,7 +56,7 @@ class BeamOutput:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds, and tokens of the whole batch. The first token of each prompt belongs to the prefill."""
+    """Hold the seconds and tokens of a whole batch. The first token of each prompt belongs to the prefill."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -68,7 +68,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """One output for each prompt, in their order."""
+    """Hold an output for each prompt, in their order, and the timing."""
 
     outputs: list[Output]
     timing: Timing
@@ -76,7 +76,12 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """One token of one prompt. `text` is what it adds: empty while a character or a stop string may be incomplete."""
+    """Hold one token of one prompt.
+
+    index: of the prompt in the batch.
+    text: what the token adds; empty while a character or a stop string may be incomplete.
+    finish_reason: see `Output`; None if more tokens follow.
+    """
 
     index: int
     token_id: int
@@ -85,14 +90,14 @@ class StreamEvent:
 
 
 class Session:
-    """A loaded engine. It works on one batch at a time and is not for several threads."""
+    """Generate with a loaded engine, one batch at a time. A session is not for several threads."""
 
     def __init__(self, config: EngineConfig, executor: Executor, tokenizer: Tokenizer | None = None):
-        """Usually made by `load_engine`."""
+        """Take a loaded engine; `load_engine` makes sessions. Without a tokenizer prompts are token ids only."""
         self.config = config
         self.executor = executor
         self.tokenizer = tokenizer
-        self._running: object = None  # the request whose tokens are in the executor
+        self._running: object = None  # the request that the executor's batch belongs to
 
     def generate(
         self,
@@ -109,25 +114,28 @@ class Session:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
     ) -> GenerationResult:
-        """Generate for one prompt or a batch of them; each a text, a list of token ids or a list of messages.
+        """Generate for one prompt or a batch; a prompt is a string, a list of token ids or a list of messages.
 
         max_new_tokens: None: 128, or the engine's limit if that is lower.
-        sampling: exactly these options; SamplingOptions() is greedy. None: as the checkpoint's generation_config.json
-            says, greedy where it does not sample; `config.sampling_defaults.options(temperature=0.3)` changes a part.
-        num_beams: above 1: beam search as transformers does it. It takes neither sampling nor the checkpoint's.
-        stop: generation ends, and the text is cut, before any of these strings. One that is a special token, such as
-            "<|im_end|>", ends it at that token; special tokens inside a longer string would never be found.
-        stop_token_ids: generation ends at these tokens too; the text is of those before.
-        chat: put each prompt, a user's turn or a list of messages, into the model's chat template. It ends at the end
-            of the model's turn, whatever the checkpoint's end tokens are.
+        sampling: exactly these options; SamplingOptions() is greedy. None: the checkpoint's generation_config.json,
+            greedy if it does not sample; `config.sampling_defaults.options(temperature=0.3)` changes a part of that.
+        num_beams: above 1: beam search as in transformers, which uses neither `sampling` nor the checkpoint's options.
+        stop: generation ends, and the text is cut, before any of these strings. A string that is a special token, such
+            as "<|im_end|>", ends generation at that token; one that has a special token inside is an error.
+        stop_token_ids: generation also ends at these tokens; the text is that of the tokens before.
+        chat: put each prompt, a user's message or a list of messages, into the model's chat template. Generation also
+            ends at the end of the model's turn, whatever the checkpoint's end tokens are.
         tools: for the chat template: JSON schemas of functions, as OpenAI's and transformers' `tools`.
-        chat_template: one of the model's templates by its name, or Jinja source.
+        chat_template: name of one of the model's templates, or Jinja source.
         chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False} for Qwen3.
-        sanitize_control_tokens: control tokens in prompts, messages, tools and variables stay ordinary text, as in
-            transformers; those that a template writes count. False: all of them count.
+        sanitize_control_tokens: read control tokens in prompts, messages, tools and variables as ordinary text, as in
+            transformers; those that a template writes stay control tokens.
+
+        Raises:
+            QwenModelError: an argument is wrong, before anything is computed; or logits are not finite.
         """
         chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
-        if _count("num_beams", num_beams) != 1:
+        if _positive_integer("num_beams", num_beams) != 1:
             return self._generate_beams(
                 prompts, max_new_tokens, sampling, num_beams, stop, stop_token_ids, chat, chat_options
             )
@@ -152,13 +160,20 @@ class Session:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
     ) -> Iterator[StreamEvent]:
-        """As `generate`, but each token as soon as it is there. Input is checked at once, not at the first token."""
+        """Do as `generate`, and yield each token when it is computed. Arguments are checked at once.
+
+        Another request on the session ends the stream with a QwenModelError.
+        """
         chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
         request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
         return self._run(request, _Timer(request.prompts))
 
     def logits(self, input_ids: Sequence[int]) -> FloatArray:
-        """Logits [tokens, vocab_size] after each token of one prompt; an error where they are not finite."""
+        """Return the logits after each token of one prompt: float32 [tokens, vocab_size].
+
+        Raises:
+            QwenModelError: the prompt is wrong, or logits are not finite.
+        """
         prompt = _plain(input_ids)
         if not _all_are(prompt, int):
             raise QwenModelError(f"input_ids must be a list of token ids, not {shown(input_ids)}")
@@ -210,7 +225,7 @@ class Session:
             if text not in special and inside is not None:
                 raise QwenModelError(
                     f"stop {text!r} would never be found: {inside} is a special token, which is left out of the text; "
-                    f"give {inside} alone, or the text beside it"
+                    f"give {inside} alone, or the text without it"
                 )
         ends |= frozenset(special[text] for text in stops if text in special)
         return tuple(text for text in stops if text not in special), ends
@@ -222,14 +237,16 @@ class Session:
         return frozenset(ids)
 
     def _end_token_ids(self, chat: bool, chat_options: ChatOptions) -> frozenset[int]:
-        """Return those of the engine; a chat also ends at the end of the model's turn, which its tokenizer knows."""
+        """Return the engine's end tokens, and in a chat those that end the model's turn."""
         ends = frozenset(self.config.end_token_ids)
         return ends | frozenset(self.tokenizer.chat_end_token_ids(chat_options)) if chat and self.tokenizer else ends
 
     def _token_ids(self, prompts: Prompt | Sequence[Prompt], chat: bool, chat_options: ChatOptions) -> list[list[int]]:
         plain = _plain(prompts)
         if not isinstance(plain, (str, list)):
-            raise QwenModelError(f"prompts must be texts, lists of token ids or of messages, not {shown(prompts)}")
+            raise QwenModelError(
+                f"prompts must be strings, lists of token ids or lists of messages, not {shown(prompts)}"
+            )
         one = isinstance(plain, str) or (len(plain) > 0 and isinstance(plain[0], (int, Mapping)))
         return [self._encode(prompt, chat, chat_options) for prompt in ([plain] if one else plain)]
 
@@ -237,11 +254,11 @@ class Session:
         prompt = _plain(given)
         if _all_are(prompt, int):
             if chat:
-                raise QwenModelError("the chat template needs prompts that are texts, not token ids")
+                raise QwenModelError("the chat template needs prompts that are strings or messages, not token ids")
             return prompt
         if not isinstance(prompt, str) and not _all_are(prompt, Mapping):
             raise QwenModelError(
-                f"a prompt must be a text, a list of token ids or a list of messages, not {shown(given)}"
+                f"a prompt must be a string, a list of token ids or a list of messages, not {shown(given)}"
             )
         if self.tokenizer is None:
             raise QwenModelError("this engine has no tokenizer: give token ids (--input-ids) instead of text")
@@ -256,7 +273,7 @@ class Session:
         limit = self.config.limits.max_output_len
         if max_new_tokens is None:
             return min(limit, DEFAULT_NEW_TOKENS)
-        if _count("max_new_tokens", max_new_tokens) > limit:
+        if _positive_integer("max_new_tokens", max_new_tokens) > limit:
             raise QwenModelError(
                 f"max_new_tokens {max_new_tokens} is more than the engine's limit of {limit}: "
                 "build it with a larger --max-output-len"
@@ -266,7 +283,7 @@ class Session:
     def _check_prompts(self, prompts: list[list[int]], num_beams: int) -> None:
         limits = self.config.limits
         if not prompts:
-            raise QwenModelError("there is no prompt")
+            raise QwenModelError("no prompt was given")
         rows = len(prompts) * num_beams
         if rows > limits.max_batch_size:
             given = f"{len(prompts)} prompts" + (f" with {num_beams} beams each" if num_beams > 1 else "")
@@ -289,12 +306,12 @@ class Session:
                 raise QwenModelError(f"{name} has the token id {wrong}; the vocabulary is 0 to {largest}")
 
     def _steps(self, request: _Request) -> Iterator[IntArray]:
-        """The tokens [prompts] of each step. A device that runs ahead has its next step before these are read."""
+        """Yield the tokens of each step, [prompts]. If the device runs ahead, it starts the next step before."""
         yield self.executor.prefill(request.prompts, request.sampling).wait()
         in_flight: deque[PendingTokens] = deque()
         for left in range(request.max_new_tokens - 1, 0, -1):
             if self._running is not request:
-                raise QwenModelError("this stream was given up: another request has been started on the session")
+                raise QwenModelError("this stream has ended: another request was started on the session")
             while len(in_flight) < min(left, 2 if self.executor.runs_ahead else 1):
                 in_flight.append(self.executor.decode())
             yield in_flight.popleft().wait()
@@ -350,7 +367,7 @@ class Session:
 
 
 def _plain(values: Any) -> Any:
-    """Arrays, tensors and sequences as lists, NumPy's integers as Python's; what is none of these as it is."""
+    """Convert arrays, tensors and sequences to lists, and NumPy's integers to Python's; keep other values."""
     if hasattr(values, "tolist"):
         return values.tolist()
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
@@ -361,16 +378,16 @@ def _plain(values: Any) -> Any:
 
 
 def _types(values: Sequence[Any]) -> set[type]:
-    """Of the elements: looking at these instead of each element is several times as quick with long prompts."""
+    """Return the types of the elements; for long prompts this is several times as fast as a check of each element."""
     return set(map(type, values))
 
 
 def _all_are(values: Any, kind: type) -> bool:
-    """Whether it is a list of these and nothing else; True and False are no integers."""
+    """Tell whether `values` is a list of `kind` only; True and False are not integers."""
     return isinstance(values, list) and all(issubclass(found, kind) and found is not bool for found in _types(values))
 
 
-def _count(name: str, value: Any) -> int:
+def _positive_integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise QwenModelError(f"{name} must be a positive integer, not {shown(value)}")
     return int(value)
@@ -379,7 +396,7 @@ def _count(name: str, value: Any) -> int:
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
-        raise QwenModelError(f"stop must be a text or a list of texts, none of them empty, not {shown(stop)}")
+        raise QwenModelError(f"stop must be a string or a list of strings, none of them empty, not {shown(stop)}")
     for text in stops:
         if re.search("[\ud800-\udfff]", text):
             raise QwenModelError(f"stop {text!r} would never be found: it holds half of a surrogate pair")
@@ -408,7 +425,7 @@ class _Request:
 
 
 class _Sequence:
-    """One prompt's output as it grows: its tokens, its text, and whether it is finished."""
+    """Hold one prompt's output as it grows: its tokens, its text, and whether it is finished."""
 
     def __init__(
         self,
@@ -426,7 +443,7 @@ class _Sequence:
         self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
         self._ids: list[int] = []
         self._text = ""
-        self._given = 0  # characters of the text that events have given out
+        self._given = 0  # characters of the text that were returned in events
 
     def push(self, token: int) -> StreamEvent:
         self._ids.append(token)
@@ -456,7 +473,7 @@ class _Sequence:
             self.finish_reason = "stop"
 
     def _held_back(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
+        """Return how many characters at the end of the text may be the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for count in range(min(longest, len(self._text)), 0, -1):
             tail = self._text[-count:]
@@ -476,7 +493,7 @@ class _Timer:
         self._start = self._first = self._last = time.perf_counter()
 
     def step(self) -> None:
-        """The tokens of one more step are there."""
+        """Record that the tokens of one more step are computed."""
         self._last = time.perf_counter()
         if self._first == self._start:
             self._first = self._last

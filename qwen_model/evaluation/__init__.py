@@ -1,1 +1,1 @@
-"""Measuring engines: how well they predict a text, and where their time goes."""
+"""Measure engines: how well they predict a text, and where their time goes."""

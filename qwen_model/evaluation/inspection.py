@@ -1,4 +1,4 @@
-"""Shows what is in a TensorRT engine and how long each layer takes, as tables and as a picture."""
+"""Show what is in a TensorRT engine and how long each layer takes, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_PROMPT_TOKENS = 128
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `qwen-model inspect` prints."""
+    """Hold everything that `qwen-model inspect` prints."""
 
     engine_dir: str
     config: dict[str, Any]
@@ -34,7 +34,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Share:
-    """The layers whose names differ in a number alone, taken together."""
+    """Sum up the layers whose names differ only in numbers."""
 
     name: str
     kind: str
@@ -47,13 +47,16 @@ def inspect_engine(
 ) -> Inspection:
     """Load an engine, run it, and return what is in it and how long each layer takes.
 
-    num_sequences: of a decode step, and prompts of a prefill.
-    prompt_tokens: of each prompt; None: 128, or the engine's limit if that is lower.
+    num_sequences: sequences of the decode step, and prompts of the prefill.
+    prompt_tokens: tokens of each prompt; None: 128, or the engine's limit if that is lower.
+
+    Raises:
+        QwenModelError: it is not a TensorRT engine that runs here, or a number exceeds its limits.
     """
     config = EngineConfig.read(Path(engine_dir))
     if config.backend != "tensorrt":
         raise QwenModelError(
-            f"{engine_dir} is an engine of the {config.backend} back end; only TensorRT's are inspected"
+            f"{engine_dir} is an engine of the {config.backend} back end; only those of tensorrt can be inspected"
         )
     limits = config.limits
     tokens = min(DEFAULT_PROMPT_TOKENS, limits.max_input_len) if prompt_tokens is None else prompt_tokens
@@ -65,7 +68,7 @@ def inspect_engine(
             raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
     prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
     executor: Any = load_engine(engine_dir, device=device).executor
-    # Imported now, since only load_engine has checked that what it needs is there.
+    # Imported here because load_engine checks first that TensorRT is installed.
     from ..backends.tensorrt import inspection as tensorrt_inspection
 
     return Inspection(
@@ -79,7 +82,7 @@ def inspect_engine(
 
 
 def shares(layers: list[LayerInfo]) -> list[Share]:
-    """Group layers whose names differ in a number alone, the slowest group first."""
+    """Group layers whose names differ only in numbers, the slowest group first."""
     groups: dict[str, list[LayerInfo]] = {}
     for layer in layers:
         groups.setdefault(re.sub(r"\d+", "*", layer.name), []).append(layer)
@@ -109,7 +112,7 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         "decode": f"one step of decode, {found.num_sequences} sequences",
     }
     for phase, every in found.layers.items():
-        layers = [layer for layer in every if layer.kind != "Constant"]  # which take no time
+        layers = [layer for layer in every if layer.kind != "Constant"]  # constants take no time
         total = sum(layer.milliseconds for layer in layers)
         lines += ["", f"{loads[phase]}: {total:.3f} ms in {len(layers)} layers, each timed on its own"]
         rows = [Share(layer.name, layer.kind, 1, layer.milliseconds) for layer in layers]
@@ -123,7 +126,7 @@ def _tensor_row(tensor: TensorInfo) -> list[str]:
 
 
 def _without_repeats(tensors: list[TensorInfo]) -> list[TensorInfo]:
-    """Leave out the caches of all layers but the first, which are like it."""
+    """Leave out the caches of all layers but the first, since they are alike."""
     return [tensor for tensor in tensors if not re.search(r"_key_value_[1-9]", tensor.name)]
 
 
@@ -146,7 +149,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 BAR_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 22, 330, 420
 DRAWN_BY = "<!-- qwen-model inspect -->"
-"""Tells near the beginning of a file that it is a picture of ours, which may be replaced."""
+"""Marks the beginning of a file as a picture of this command, which may be replaced."""
 
 
 def check_picture(path: Path) -> None:

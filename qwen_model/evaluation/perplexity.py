@@ -1,4 +1,4 @@
-"""Measures the perplexity of a text under an engine."""
+"""Measure the perplexity of an engine on a text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The perplexity of one text, and what it was measured over.
+    """Hold the perplexity of one text, and what it was measured over.
 
-    per_token: exp of the mean of -log p over the predicted tokens; models of one tokenizer can be compared by it.
-    bits_per_byte: the same in bits, over the text's UTF-8 bytes; any models can be compared by it.
-    tokens: how many tokens were predicted.
-    bytes: of the text, special tokens not counted.
-    window: tokens that see one another; each window starts anew.
+    per_token: exp of the mean of -log p over the predicted tokens; compares models with the same tokenizer.
+    bits_per_byte: the sum of -log2 p, divided by the bytes of the text; compares any models.
+    tokens: the number of predicted tokens.
+    bytes: the UTF-8 bytes of the text, without special tokens.
+    window: tokens that see one another; no token sees another window's.
     """
 
     per_token: float
@@ -43,16 +43,16 @@ def next_token_nats(
     """Sum -log p(token | tokens before it in its window), in nats, over all ``token_ids`` but the first.
 
     Args:
-        logits: gives the logits [tokens, vocab_size] after each of at most ``window`` tokens.
-        token_ids: the text.
-        window: the last token of a window is the first of the next, so that each is predicted once.
+        logits: computes the logits, [tokens, vocab_size], after each of at most ``window`` tokens.
+        token_ids: the tokens of the text.
+        window: tokens of a window; its last token is the first of the next, so that each is predicted once.
         progress: called with the tokens predicted and their total.
     """
     nats, total = 0.0, len(token_ids) - 1
     for start in range(0, total, window):
         inputs, targets = token_ids[start : start + window], token_ids[start + 1 : start + window + 1]
         scores = np.asarray(logits(inputs[: len(targets)]), dtype=np.float32)
-        scores = scores - scores.max(axis=-1, keepdims=True)  # a new array: the old one is not ours
+        scores = scores - scores.max(axis=-1, keepdims=True)  # not in place: the array is the caller's
         log_sums = np.log(np.exp(scores).sum(axis=-1, dtype=np.float64))
         nats += float((log_sums - scores[np.arange(len(targets)), targets]).sum())
         if progress is not None:
@@ -75,7 +75,7 @@ def measure_perplexity(
         progress: called with the tokens predicted and their total.
 
     Raises:
-        QwenModelError: the engine has no tokenizer, the text is too short, or the window longer than its limit.
+        QwenModelError: the engine has no tokenizer, the text is too short, or the window exceeds its limit.
     """
     if session.tokenizer is None:
         raise QwenModelError("measuring a perplexity needs a tokenizer, and this engine has none")

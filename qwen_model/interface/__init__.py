@@ -1,1 +1,1 @@
-"""Defines what engines and back ends share: the engine's configuration, sampling options and protocols."""
+"""Define what engines and back ends share: the engine's configuration, sampling options and protocols."""

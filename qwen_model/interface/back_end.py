@@ -1,4 +1,4 @@
-"""Defines what a back end is: four functions and a constant, which each module `backends/NAME/back_end.py` has."""
+"""Define what a back end is: the functions and the constant of each module `backends/NAME/back_end.py`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .engine_config import EngineConfig
 from .executor import Executor
 
 ReadWeight = Callable[[WeightSpec], Any]
-"""Gives a weight of a checkpoint, of any floating-point type, as an array of the back end's `FRAMEWORK`."""
+"""Reads a weight of a checkpoint, of any floating-point type, as an array of the back end's `FRAMEWORK`."""
 
 
 class BackEnd(Protocol):
-    """Writes engines and loads them. A module with these names is one."""
+    """Write and load engines. A module with these names is a back end."""
 
     @property
     def FRAMEWORK(self) -> Framework:  # noqa: N802 (a constant of the module)
-        """The library whose arrays `write_engine` takes."""
+        """Return the library whose arrays `write_engine` takes."""
 
     def default_dtype(self, checkpoint_dtype: str) -> str:
         """Return the engine's type where the user names none, for a checkpoint of this type."""
@@ -37,10 +37,18 @@ class BackEnd(Protocol):
         progress: Progress,
         timing_cache: Path | None = None,
     ) -> list[str]:
-        """Write the weights, or the plan built from them, to `folder`. Returns warnings for the user.
+        """Write the weights, or the plan built from them, to `folder`, and return warnings for the user.
 
         timing_cache: file with the measurements of a builder that times kernels; None: the back end's default.
+
+        Raises:
+            QwenModelError: the engine cannot be built.
+            OSError: `folder` cannot be written.
         """
 
     def load_executor(self, engine_dir: Path, config: EngineConfig, device: str | None = None) -> Executor:
-        """Load an engine on the device of that name; None: the back end's default."""
+        """Load an engine on the device of that name; None: the back end's default.
+
+        Raises:
+            QwenModelError: the engine is damaged, or the device does not exist or has too little memory.
+        """

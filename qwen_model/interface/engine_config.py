@@ -1,4 +1,4 @@
-"""Reads and writes an engine's `config.json`: model, limits, back end and disabled plug-ins."""
+"""Read and write an engine's `config.json`: model, limits, back end and disabled plug-ins."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ BACKENDS = ("torch", "tensorrt")
 PLUGINS = ("rms_norm", "gemm", "rotary")
 """The plug-ins that can be disabled, to compare with the back end's own operations.
 
-rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention, which comes before it then.
+rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention; it is applied before instead.
 """
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes that memory is allocated for."""
+    """Hold the sizes that memory is allocated for.
+
+    Raises:
+        QwenModelError: one is not a positive integer.
+    """
 
     max_batch_size: int = 8  # sequences at a time; a beam is a sequence
     max_input_len: int = 1024  # tokens of a prompt
@@ -42,13 +46,13 @@ class Limits:
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence in the cache, in tokens."""
+        """Return the longest sequence in the cache, in tokens."""
         return self.max_input_len + self.max_output_len
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Describes an engine, except its weights."""
+    """Describe an engine, except its weights."""
 
     backend: str
     dtype: str
@@ -58,7 +62,7 @@ class EngineConfig:
     num_parameters: int
     versions: dict[str, str]
     disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
-    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # where a request says nothing else
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that give no options
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
@@ -72,7 +76,11 @@ class EngineConfig:
 
     @classmethod
     def read(cls, engine_dir: Path) -> EngineConfig:
-        """Read and check the `config.json` of an engine folder."""
+        """Read and check the `config.json` of an engine folder.
+
+        Raises:
+            QwenModelError: the folder is not an engine, or one of another format; or the file is damaged.
+        """
         values = read_engine_json(engine_dir)
         if values is None:
             if is_folder(engine_dir) and any(engine_dir.iterdir()):
@@ -134,10 +142,10 @@ def _build_command(backend: str, dtype: str, limits: Limits, disable: list[str],
 
 
 def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:
-    """Return a hint with the command that rebuilds an engine of another format, "" if `config.json` lacks something."""
+    """Return an error's end with the command that rebuilds an engine of another format; "" if it is not known."""
     try:
         limits = Limits(**values["limits"])
-        # Format 1 had the RMSNorm kernel off unless it was asked for, and nothing else to disable.
+        # In format 1 the RMSNorm kernel was off by default, and no other could be disabled.
         disabled = values.get("disabled_plugins", () if values.get("rmsnorm_plugin") else ("rms_norm",))
         disable = ["--disable-plugin", *disabled] if disabled else []
         command = _build_command(values["backend"], values["dtype"], limits, disable, engine_dir)
@@ -150,7 +158,7 @@ def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:
     """Return the content of `config.json` if the folder is an engine of any version, else None.
 
     Raises:
-        QwenModelError: there is such a file, and it cannot be read.
+        QwenModelError: the file exists and cannot be read.
     """
     path = Path(engine_dir) / "config.json"
     if not is_file(path):
@@ -158,6 +166,6 @@ def read_engine_json(engine_dir: Path) -> dict[str, Any] | None:
     check_readable(path)
     try:
         values = read_json_object(path)
-    except QwenModelError:  # no JSON object
+    except QwenModelError:  # not a JSON object
         return None
     return values if values.get("format") == FORMAT else None

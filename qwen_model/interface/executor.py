@@ -1,4 +1,4 @@
-"""Defines the protocol between a session and a loaded engine: prompts in, then one token per sequence and step out."""
+"""Define what a session asks of a loaded engine: it takes prompts, and gives one token per sequence and step."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 NO_TOKEN = -1
-"""In place of a token where the logits are not finite: NaN or +infinity among them, or nothing but -infinity."""
+"""Stands for a token where the logits hold NaN or +infinity, or are all -infinity."""
 
 
 class PendingTokens(Protocol):
-    """The tokens of one step, which the device may still be computing."""
+    """Hold the tokens of one step, which the device may still be computing."""
 
     def wait(self) -> IntArray:
-        """Block until the tokens are there; return them: [sequences], NO_TOKEN where logits were not finite."""
+        """Block until the tokens are computed; return them, int64 [sequences], NO_TOKEN where logits are not finite."""
 
 
 class Executor(Protocol):
-    """A loaded engine on its device, with its cache. One batch of sequences at a time."""
+    """Run a loaded engine on its device, with its cache, for one batch of sequences at a time."""
 
     runs_ahead: bool
-    """Whether `decode` returns before the step is done, so that it pays to ask for a step before reading the last."""
+    """Whether `decode` returns before its step is done: callers should then start the next step before they wait."""
 
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
-        """Do the one-time work for such batches, such as capturing a CUDA graph. Forgets the batch."""
+        """Do the one-time work for batches of this kind, such as capturing a CUDA graph; end the current batch."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> PendingTokens:
-        """Begin a batch, forgetting the last one: process the prompts and choose the first token of each."""
+        """Begin a batch in place of the current one: process the prompts and choose the first token of each."""
 
     def decode(self) -> PendingTokens:
-        """Feed the tokens chosen last and choose the next ones.
+        """Process the tokens chosen last and choose the next ones.
 
-        A sequence whose last token is NO_TOKEN goes on with some token of the vocabulary, and disturbs no other.
+        A sequence whose last token is NO_TOKEN continues with some token of the vocabulary, and affects no other.
         """
 
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
-        """Return the logits [tokens, vocab_size] after each token of one prompt. Forgets the batch."""
+        """Return the logits after each token of one prompt, float32 [tokens, vocab_size]; end the current batch."""
 
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """Begin a batch in which each prompt has `num_beams` rows, one after the other."""
@@ -51,9 +51,9 @@ class Executor(Protocol):
     def beam_candidates(self, scores: FloatArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
         """Return the best `count` continuations of each prompt: sums of log-probabilities, beam indices, and tokens.
 
-        `scores` [prompts, beams] are the sums so far; each result is [prompts, count], best first. If logits of a
-        prompt's beams are NaN or infinite, sums of that prompt are NaN.
+        `scores`, float32 [prompts, beams], are the sums so far. Each result is [prompts, count], best first. The sums
+        of a prompt are NaN if logits of its beams are NaN or infinite.
         """
 
     def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
-        """Continue row i from what row `rows[i]` was, with `tokens[i]`; both [prompts * beams]."""
+        """Replace row i by what row `rows[i]` was, and continue it with `tokens[i]`; both are [prompts * beams]."""

@@ -1,4 +1,4 @@
-"""Computes how much device memory an engine needs."""
+"""Compute how much device memory an engine needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def required_bytes(config: ModelConfig, limits: Limits, dtype: str) -> tuple[int, int]:
-    """Return the bytes of the weights, and of the key-value cache."""
+    """Return the bytes of the weights, and those of the key-value cache."""
     numbers = sum(math.prod(spec.shape) for group in weight_groups(config) for spec in group.specs)
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_size * limits.max_positions
     return numbers * ITEM_SIZES[dtype], cached * limits.max_batch_size * ITEM_SIZES[dtype]

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options, checked. Each back end chooses on its own device."""
+"""Define and check the options by which the next token is chosen; each back end chooses on its device."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from ..common.errors import QwenModelError, shown
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Greedy unless temperature, top_k or top_p is given; in that order they are applied, as in transformers.
+    """Say how tokens are chosen: greedily, unless temperature, top_k or top_p is given.
 
-    temperature: divides the logits; 0 is greedy. None: 1.0 when top_k or top_p is given, else greedy.
-    top_k: only the k most likely tokens; 0: all.
-    top_p: only the most likely tokens that together have this probability.
+    They are applied in this order, as in transformers.
+
+    temperature: divides the logits; 0 is greedy. None: 1.0 if top_k or top_p is given, else greedy.
+    top_k: draw from the k most likely tokens; 0: from all.
+    top_p: draw from the most likely tokens that together have this probability; 1: from all.
     repetition_penalty: divides positive logits, and multiplies negative ones, of tokens seen before (Keskar et al.,
-        "CTRL", 2019), in the prompt or the output; it holds for greedy choice too.
+        "CTRL", 2019), in the prompt or the output; it applies to greedy choice, too.
     seed: the same seed, prompts and options on the same machine give the same tokens. None: another seed each time.
+
+    Raises:
+        QwenModelError: an option is of a wrong type or out of its range.
     """
 
     temperature: float | None = None
@@ -56,22 +61,22 @@ class SamplingOptions:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken, after the repetition penalty."""
+        """Tell whether the most likely token, after the repetition penalty, is taken."""
         if self.temperature is None:
             return self.top_k == 0 and self.top_p == 1.0
         return self.temperature == 0 or self.top_k == 1
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the choice is anything but the largest logit."""
+        """Tell whether another token than that of the largest logit may be chosen."""
         return not self.greedy or self.repetition_penalty != 1.0
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Holds how a checkpoint's authors choose tokens, as its `generation_config.json` says.
+    """Hold how a checkpoint's authors choose tokens, as its `generation_config.json` says.
 
-    do_sample: whether tokens are drawn. If not, temperature, top_k and top_p wait until a user gives one of them.
+    do_sample: whether tokens are drawn. If not, temperature, top_k and top_p apply only where a user gives one of them.
     """
 
     do_sample: bool = False
@@ -89,10 +94,10 @@ class SamplingDefaults:
 
     @classmethod
     def from_generation_config(cls, values: Mapping[str, Any]) -> SamplingDefaults:
-        """Make them of the settings in a `generation_config.json`; top_k -1 is 0, all tokens, as in vLLM.
+        """Read the settings of a `generation_config.json`; top_k -1 means 0, all tokens, as in vLLM.
 
         Raises:
-            QwenModelError: one is not of its type, or out of its range.
+            QwenModelError: one is of a wrong type or out of its range.
         """
         try:
             return cls(**{**values, **({"top_k": 0} if values.get("top_k") == -1 else {})})
@@ -125,19 +130,19 @@ class SamplingDefaults:
 
 
 class Choice(NamedTuple):
-    """What of a request's options a captured step is made for; the others it reads on the device."""
+    """Hold the options that a captured step depends on; it reads the others on the device."""
 
     greedy: bool
     penalty: bool
 
     @classmethod
     def of(cls, options: SamplingOptions) -> Choice:
-        """The kind of choice that these options ask for."""
+        """Return the choice for these options."""
         return cls(options.greedy, options.repetition_penalty != 1.0)
 
 
 class KernelSettings(TypedDict):
-    """What our kernel reads of a request's options on the device (csrc/kernels/sampling/sampling.h)."""
+    """Hold the options that our kernel reads on the device (csrc/kernels/sampling/sampling.h)."""
 
     temperature: float
     top_k: int
@@ -147,9 +152,9 @@ class KernelSettings(TypedDict):
 
 
 def kernel_settings(options: SamplingOptions, vocab_size: int) -> KernelSettings:
-    """The options as our kernel takes them, with a seed where none is given."""
+    """Return the options as our kernel takes them, with a random seed if none is given."""
     return KernelSettings(
-        temperature=options.temperature or 1.0,  # 0 is greedy, and does not look at it
+        temperature=options.temperature or 1.0,  # 0 is greedy: the kernel does not use it
         top_k=min(options.top_k, vocab_size),
         top_p=options.top_p,
         repetition_penalty=options.repetition_penalty,

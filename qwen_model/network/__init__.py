@@ -1,1 +1,1 @@
-"""Defines the decoder once for all back ends, and computes the tables of the rotary embedding."""
+"""Define the decoder once for all back ends, and compute the tables of the rotary embedding."""

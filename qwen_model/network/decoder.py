@@ -1,9 +1,8 @@
-"""Defines the decoder in terms of a small set of operations, which each back end implements.
+"""Define the decoder in terms of a small set of operations, which each back end implements.
 
-A back end either computes at once (PyTorch) or adds layers to a network (TensorRT): `T` is what it passes from one
-operation to the next. Weights are given by name (see weights.py), so that each back end loads and keeps them its way.
-Tokens of all sequences of a batch lie one after the other (packed, without padding): activations are
-[tokens, hidden_size].
+A back end either computes at once (PyTorch) or adds layers to a network (TensorRT): `T` is its type of tensor. Weights
+are given by name (see checkpoints/weights.py), so that each back end loads and keeps them in its own way. The tokens of
+a batch's sequences are packed, one sequence after the other without padding: activations are [tokens, hidden_size].
 """
 
 from __future__ import annotations
@@ -16,33 +15,33 @@ T = TypeVar("T")
 
 
 class Operations(Protocol[T]):
-    """The operations of the decoder. Linear layers compute y = x · weightᵀ (+ bias), with weights [out, in]."""
+    """Define the operations of the decoder. Linear layers compute y = x · weightᵀ (+ bias), with weights [out, in]."""
 
     def embedding(self, input_ids: T, weight: str) -> T:
-        """Look up [tokens] ids: [tokens, hidden_size]."""
+        """Look up token ids, [tokens]; return [tokens, hidden_size]."""
 
     def linear(self, x: T, weight: str, bias: str | None = None) -> T:
-        """Apply a linear layer to [tokens, in]: [tokens, out]."""
+        """Apply a linear layer to [tokens, in]; return [tokens, out]."""
 
     def rms_norm(self, x: T, weight: str, residual: T | None = None) -> tuple[T, T]:
-        """Return RMSNorm(h) and h, where h = x + residual, or x without a residual."""
+        """Return RMSNorm(h) and h, [tokens, size], where h = x + residual, or x without a residual."""
 
     def gpt_attention(self, qkv: T, layer: int, q_norm: str | None, k_norm: str | None) -> T:
-        """Compute causal attention of packed [tokens, (heads + 2 · kv_heads) · head_size]: [tokens, heads · head_size].
+        """Compute causal attention of [tokens, (heads + 2 · kv_heads) · head_size]; return [tokens, heads · head_size].
 
-        Inside: RMSNorm of each head of q and k where weights are given, the rotary embedding (and Qwen v1's logn), the
-        new keys and values written to the cache, attention over the cache.
+        It applies RMSNorm to each head of q and k if weights are given, then the rotary embedding (and Qwen v1's logn),
+        writes the new keys and values to the cache, and attends over the cache.
         """
 
     def linear_swiglu(self, x: T, weight: str, bias: str | None = None) -> T:
-        """Apply a linear layer with 2 · intermediate_size outputs, gate first, and return silu(gate) · up."""
+        """Apply a linear layer with 2 · intermediate_size outputs, gate first; return silu(gate) · up."""
 
     def last_token(self, x: T, residual: T) -> tuple[T, T]:
-        """Select the rows of each sequence's last token from both: [tokens, ...] to [sequences, ...]."""
+        """Select the row of each sequence's last token from both: [tokens, hidden_size] to [sequences, hidden_size]."""
 
 
 def decoder(ops: Operations[T], config: ModelConfig, input_ids: T, last_token_only: bool = True) -> T:
-    """Compute the logits after the last token of each sequence [sequences, vocab_size], or after every token."""
+    """Compute the logits after the last token of each sequence, [sequences, vocab_size], or after every token."""
     x = ops.embedding(input_ids, "embedding.weight")
     residual = None
     for layer in range(config.num_layers):
@@ -55,10 +54,10 @@ def decoder(ops: Operations[T], config: ModelConfig, input_ids: T, last_token_on
 def decoder_layer(
     ops: Operations[T], config: ModelConfig, layer: int, x: T, residual: T | None, last_token_only: bool = False
 ) -> tuple[T, T]:
-    """Compute one layer. Its input is x + residual, as is its output: the next RMSNorm computes each sum.
+    """Compute one layer. Its input and its output are x + residual; the RMSNorm that follows computes each sum.
 
-    last_token_only: of the last layer, behind whose attention no token needs another: the rest of it, most of its
-        arithmetic, is for the last token of each sequence alone.
+    last_token_only: for the last layer: what follows its attention, most of its arithmetic, is computed for the last
+        token of each sequence alone.
     """
     name = f"layers.{layer}"
 

@@ -1,4 +1,4 @@
-"""Computes cosines and sines of the rotary embedding for every kind of scaling, in NumPy, for all back ends.
+"""Compute cosines and sines of the rotary embedding for every kind of scaling, in NumPy, for all back ends.
 
 Su et al., "RoFormer" (2021). The scalings are those of transformers' `modeling_rope_utils` (linear, dynamic NTK,
 Llama 3, YaRN) and of Qwen v1.
@@ -21,7 +21,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
-    """Return the rotation of each pair of elements in radians per position: [dim / 2].
+    """Return the rotation of each pair of elements in radians per position, float32 [dim / 2].
 
     length: of the sequence in tokens; only the two dynamic scalings depend on it.
     """
@@ -43,7 +43,10 @@ def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
 
 
 def qwen_ntk_alpha(length: int, trained_length: int) -> int:
-    """Return Qwen v1's alpha, 1 up to the trained length, then 3, 7, 15, ...: base · alpha ** (dim / (dim - 2))."""
+    """Return Qwen v1's alpha, which scales the base by alpha ** (dim / (dim - 2)).
+
+    It is 1 up to the trained length, then 3, 7, 15, ...
+    """
     if length <= trained_length:
         return 1
     return int(2 ** math.ceil(math.log2(length / trained_length) + 1) - 1)
@@ -74,7 +77,7 @@ def _yarn(frequencies: FloatArray, rotary: RotaryConfig) -> FloatArray:
 
 
 def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attention_factor: float = 1.0) -> FloatArray:
-    """Return [positions, dim]: the cosines of each position, then its sines."""
+    """Return float32 [positions, dim]: the cosines of each position, then its sines."""
     angles = positions.astype(np.float32)[:, None] * frequencies
     table: FloatArray = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     return table * np.float32(attention_factor)
@@ -82,7 +85,7 @@ def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attenti
 
 @dataclass(frozen=True)
 class PromptTable:
-    """Rows for a single batch of prompts: position p of prompt i has row `starts[i] + p`."""
+    """Hold the rows of one batch of prompts: position p of prompt i has row `starts[i] + p`."""
 
     values: FloatArray  # [tokens, dim]: cosines, then sines
     query_scale: FloatArray | None  # [tokens]
@@ -91,7 +94,7 @@ class PromptTable:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines for an engine's positions: a token at position p of a sequence uses row `offset + p`.
+    """Hold cosines and sines for an engine's positions: a token at position p of a sequence uses row `offset + p`.
 
     The offset depends on the prompt's length alone. Qwen v1 fixes the stretch of the base when it sees the prompt, so
     there is one block of rows for each stretch that can occur. Dynamic NTK as in transformers computes the base

@@ -21,7 +21,7 @@ def check_streams(session: qwen_model.Session, prompts: list[list[int]], **optio
 
 
 def check_that_nothing_is_left_behind(session: qwen_model.Session, prompts: list[list[int]]) -> None:
-    """A request that is refused, closed half-way or given up for another leaves the session as good as new."""
+    """A request that is refused, closed half-way or ended by another leaves the session as good as new."""
     endless = dataclasses.replace(session.config, end_token_ids=())
     session = qwen_model.Session(endless, session.executor, session.tokenizer)
     expected = session.generate(prompts, max_new_tokens=10).outputs
@@ -39,6 +39,6 @@ def check_that_nothing_is_left_behind(session: qwen_model.Session, prompts: list
         for _ in range(3):
             next(stream)
         assert session.generate(prompts, max_new_tokens=10).outputs == expected
-        with pytest.raises(qwen_model.QwenModelError, match="given up"):
+        with pytest.raises(qwen_model.QwenModelError, match="this stream has ended"):
             list(stream)
         assert session.generate(prompts, max_new_tokens=10).outputs == expected

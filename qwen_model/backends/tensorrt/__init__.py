@@ -1,1 +1,1 @@
-"""The TensorRT back end: an engine is a plan with the weights inside. It needs no PyTorch."""
+"""Build and run engines with TensorRT, without PyTorch; an engine is a plan that holds the weights."""

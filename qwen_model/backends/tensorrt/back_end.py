@@ -1,7 +1,6 @@
-"""Builds and loads TensorRT engines (plans) of the network with this project's plug-ins, without PyTorch.
+"""Build and load TensorRT plans of the network with this project's plug-ins, without PyTorch.
 
-`write_engine` builds the plan, which holds the weights; `load_executor` loads it. It has two optimization profiles: one
-for decode steps, one for prompts.
+A plan has two optimization profiles: one for decode steps, one for prompts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ FRAMEWORK: Framework = "numpy"
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
 LOGIT_ROWS = 256
-"""`prompt_logits` runs a prompt in chunks of at most so many tokens."""
+"""The most tokens of a chunk in which `prompt_logits` runs a prompt."""
 WRITE_BYTES = 64 << 20
 
 
@@ -54,7 +53,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return what a plan depends on: it only runs where all of these are the same as when it was built."""
+    """Return what a plan depends on: it runs only where all of these are the same as when it was built."""
     _device_count()
     name, capability = cuda.device_name_and_capability()
     return {
@@ -67,7 +66,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of an input's first dimension in a profile, and the size that the profile is optimized for."""
+    """Hold the range of an input's first dimension in a profile, and the size that the profile is optimized for."""
 
     min: int
     opt: int
@@ -76,7 +75,7 @@ class Range:
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """An input of the network: its type, its shape (-1: dynamic), and the range of its first dimension per profile."""
+    """Describe an input: its type, its shape (-1: dynamic), and the range of its first dimension in each profile."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -99,10 +98,10 @@ def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
         "semaphores": NetworkInput(trt.int32, (batch, model.num_heads)),
     }
     table = rotary_table(model, limits.max_positions)
-    kept = len(table.values)
-    # Prompts with rows of their own bring a table as long as they are.
-    most = max(kept, tokens) if model.rotary.scaling == "dynamic" else kept
-    table_range = (Range(kept, kept, kept), Range(1, kept, most))
+    table_rows = len(table.values)
+    # A prompt table (see RotaryTable.prompt_table) has a row for each token of the prompts.
+    most = max(table_rows, tokens) if model.rotary.scaling == "dynamic" else table_rows
+    table_range = (Range(table_rows, table_rows, table_rows), Range(1, table_rows, most))
     inputs["rotary_table"] = NetworkInput(trt.float32, (-1, model.rotary.dim), *table_range)
     if table.query_scale is not None:
         inputs["query_scale"] = NetworkInput(trt.float32, (-1,), *table_range)
@@ -124,10 +123,14 @@ def write_engine(
     progress: Progress,
     timing_cache: Path | None = None,
 ) -> list[str]:
-    """Build the plan and write it to `folder`. Returns what the user should know, if anything.
+    """Build the plan and write it to `folder`; see `BackEnd`. Return warnings for the user.
 
-    read_weight: gives each weight of weights.py as an array of any floating-point type.
-    timing_cache: file with what the builder measured; None: one for this TensorRT and GPU in the user's cache folder.
+    read_weight: reads a weight of checkpoints/weights.py as a NumPy array of any floating-point type.
+    timing_cache: file with the builder's timings; None: one for this TensorRT and GPU in the user's cache folder.
+
+    Raises:
+        QwenModelError: TensorRT has not the engine's type, or builds no plan.
+        OSError: `folder` cannot be written.
     """
     _check_dtype(config.dtype)
     cache = TimingCache(timing_cache, timing_cache_name())
@@ -143,7 +146,7 @@ def write_engine(
     if plan is None:
         raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
     cache.keep(builder_config)
-    del network, builder_config, builder  # the weights' memory
+    del network, builder_config, builder  # frees the weights
     _write_plan(folder / PLAN, memoryview(plan), progress)
     return cache.warnings
 
@@ -164,7 +167,7 @@ def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt
 
 
 def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
-    """Wrap `read_weight`: takes a weight's name, converts to the engine's type, and reports the bytes read."""
+    """Wrap `read_weight`: take a weight's name, convert to the engine's type, and report the bytes read."""
     specs = {spec.name: spec for group in weight_groups(config.model) for spec in group.specs}
     total, _ = required_bytes(config.model, config.limits, config.dtype)
     dtype = compat.numpy_dtype(config.dtype)
@@ -180,7 +183,11 @@ def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress
 
 
 def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.NDArray[Any]:
-    """Convert to a type; an error if a finite number is too large for it."""
+    """Convert a weight to `dtype`.
+
+    Raises:
+        QwenModelError: a number is too large for the type.
+    """
     with np.errstate(over="ignore"):
         converted = weight.astype(dtype, copy=False)
     if weight.dtype != converted.dtype and not all_finite(converted):
@@ -212,7 +219,7 @@ def timing_cache_name() -> str:
 
 
 def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
-    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU."""
+    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors."""
     with cuda.on_device(_device_index(device)):
         _check_versions(engine_dir, config)
         path = engine_dir / PLAN
@@ -229,13 +236,13 @@ def _read_plan(path: Path) -> Any:
     compat.LOG.take()
     runtime = trt.Runtime(compat.LOG)
     engine = None
-    if path.stat().st_size > 0:  # else there is nothing to map
+    if path.stat().st_size > 0:  # an empty file cannot be mapped
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         said = compat.LOG.take()
         if compat.ran_out_of_memory(said):
-            raise cuda.OutOfMemoryError(f"the memory ran out while {path} was read. TensorRT says:\n{said}")
+            raise cuda.OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
         raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
     return engine
 
@@ -244,7 +251,7 @@ def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
     """Check that the plan was built for the limits in `config.json`, which buffers are sized by."""
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     for name, expected in network_inputs(config).items():
-        if name not in names:  # TensorRT leaves out what no layer uses
+        if name not in names:  # TensorRT removes inputs that no layer uses
             continue
         found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
         wrong = found != (expected.shape, expected.dtype)
@@ -264,7 +271,7 @@ def _device_index(device: str | None) -> int:
     if kind != "cuda" or not (index or "0").isdigit():
         raise QwenModelError(f"a TensorRT engine runs on a GPU: device must be 'cuda' or 'cuda:N', not {device!r}")
     if int(index or 0) >= count:
-        raise QwenModelError(f"device {device!r} is not there: the driver has {count} CUDA devices")
+        raise QwenModelError(f"device {device!r} does not exist: the driver finds {count} GPUs")
     return int(index or 0)
 
 
@@ -298,7 +305,7 @@ def _buffer_bytes(config: EngineConfig) -> int:
 
 
 def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
-    """Raise an error that lists what is needed if `num_bytes`, the cache and the buffers do not fit the free memory."""
+    """Raise QwenModelError with a list of what is needed if `num_bytes`, cache and buffers exceed the free memory."""
     _, cache = required_bytes(config.model, config.limits, config.dtype)
     buffers = _buffer_bytes(config)
     free, total = cuda.memory_info()

@@ -1,4 +1,4 @@
-"""Hides what differs between TensorRT 8.6, 10 and 11 in building and running engines."""
+"""Hide what differs between TensorRT 8.6, 10 and 11 in building and running engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAJOR = int(trt.__version__.split(".")[0])
 
 
 class Log(trt.ILogger):
-    """A logger that keeps TensorRT's last errors and warnings."""
+    """Keep TensorRT's last errors and warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Log(trt.ILogger):
             self.messages.append(message)
 
     def take(self) -> str:
-        """Return and forget the messages since the last call, of many the last 8."""
+        """Return the last messages since the last call, at most 8, and clear them."""
         text = "\n".join(list(self.messages)[-8:])
         self.messages.clear()
         return text or "TensorRT said nothing"
@@ -65,14 +65,14 @@ def create_network(builder: Any) -> Any:
 
 
 def create_config(builder: Any, network: Any) -> Any:
-    """Create the builder configuration, still without profiles and timing cache."""
+    """Create the builder configuration, without profiles and timing cache."""
     config = builder.create_builder_config()
     configure_builder(config, network)
     if hasattr(config, "set_tactic_sources"):
-        # Neither cuBLAS nor cuDNN: nothing here has a use for them, and 8.6 fails where they are not installed.
+        # Without cuBLAS and cuDNN: the network does not need them, and 8.6 fails where they are not installed.
         config.set_tactic_sources(0)
     if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
-        # Several contexts of one profile; later versions do that unasked.
+        # Lets several contexts use one profile, which later versions always allow.
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if MAJOR < 10:
         config.set_flag(trt.BuilderFlag.DIRECT_IO)  # no copies of inputs and outputs: the cache is both
@@ -97,7 +97,7 @@ def set_tensor_type(tensor: Any, dtype: Any, network: Any) -> None:
 
 
 def set_timing_cache(config: Any, content: bytes) -> bool:
-    """Set the builder's timing cache; return False, and set an empty one, if the content is of no use here."""
+    """Set the builder's timing cache; return False, and set an empty one, if TensorRT does not accept the content."""
     cache = config.create_timing_cache(content)  # None: damaged
     if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
         return True
@@ -111,13 +111,13 @@ def timing_cache_bytes(config: Any) -> bytes:
 
 
 def ran_out_of_memory(messages: str) -> bool:
-    """Return whether TensorRT's messages, its only way to tell, say that memory ran out."""
+    """Tell whether TensorRT's messages say that memory ran out; nothing else does."""
     said = messages.lower().replace(" ", "")
     return any(words in said for words in ("outofmemory", "memoryallocation", "couldnotbeallocated"))
 
 
 def refusal(what: str) -> Exception:
-    """Return the exception to raise, with TensorRT's messages; a QwenModelError if memory ran out."""
+    """Return the exception to raise, with TensorRT's messages: QwenModelError if memory ran out, else RuntimeError."""
     said = LOG.take()
     if ran_out_of_memory(said):
         return QwenModelError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")

@@ -1,4 +1,4 @@
-"""Wraps what the TensorRT back end needs of the CUDA runtime: device memory, streams, events and CUDA graphs."""
+"""Wrap what the TensorRT back end needs of the CUDA runtime: device memory, streams, events and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(result: tuple[Any, ...]) -> Any:
     """
     status, *values = result
     if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
-        cudart.cudaGetLastError()  # it is dealt with, and no later call should report it again
+        cudart.cudaGetLastError()  # clears the error, so that no later call reports it
         raise OutOfMemoryError(
             "the GPU's memory ran out; use a smaller batch, or build with a smaller --max-batch-size, --max-input-len "
             "or --max-output-len"
@@ -59,7 +59,7 @@ def device_count() -> int:
         NoDeviceError: there is none, or none can be used.
     """
     status, count = cudart.cudaGetDeviceCount()
-    if status == cudart.cudaError_t.cudaErrorInsufficientDriver:  # said without any driver too
+    if status == cudart.cudaError_t.cudaErrorInsufficientDriver:  # also where there is no driver at all
         raise NoDeviceError(f"there is no NVIDIA driver, or one older than {OLDEST_DRIVER} ({_described(status)})")
     if status == cudart.cudaError_t.cudaErrorNoDevice or (status == cudart.cudaError_t.cudaSuccess and not count):
         raise NoDeviceError("the driver finds none")
@@ -100,7 +100,7 @@ def memory_info() -> tuple[int, int]:
 
 
 class Stream:
-    """A non-blocking CUDA stream, destroyed with the object."""
+    """Own a non-blocking CUDA stream, destroyed with the object."""
 
     def __init__(self) -> None:
         self.handle = int(check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
@@ -115,7 +115,7 @@ class Stream:
 
 
 class Event:
-    """A point in a stream that the host can wait for."""
+    """Own a CUDA event, a point in a stream that the host can wait for."""
 
     def __init__(self) -> None:
         self.handle = check(cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming))
@@ -125,7 +125,7 @@ class Event:
             cudart.cudaEventDestroy(self.handle)
 
     def record(self, stream: Stream) -> None:
-        """Record the event behind the work that is on the stream now."""
+        """Record the event after the work that is on the stream at this point."""
         check(cudart.cudaEventRecord(self.handle, stream.handle))
 
     def synchronize(self) -> None:
@@ -134,7 +134,7 @@ class Event:
 
 
 class DeviceMemory:
-    """Memory on the current device, freed with the object."""
+    """Own memory on the current device, freed with the object."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -150,7 +150,7 @@ class DeviceMemory:
 
 
 class DeviceArray(DeviceMemory):
-    """Device memory with the shape and type of an array."""
+    """Own device memory with the shape and type of an array."""
 
     def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
         self.shape = tuple(shape)
@@ -158,7 +158,11 @@ class DeviceArray(DeviceMemory):
         super().__init__(int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize)
 
     def upload(self, array: npt.ArrayLike, stream: Stream) -> None:
-        """Copy an array to the beginning of the memory; the array may be changed as soon as this returns."""
+        """Copy an array to the beginning of the memory; the array may be changed as soon as this returns.
+
+        Raises:
+            ValueError: the array is larger than the memory.
+        """
         source = np.ascontiguousarray(array, self.dtype)
         if source.nbytes > self.num_bytes:
             raise ValueError(f"an array of shape {source.shape} is too large for memory of shape {self.shape}")
@@ -175,7 +179,7 @@ class DeviceArray(DeviceMemory):
 
 
 class PinnedArray:
-    """Page-locked host memory, which the device copies to asynchronously."""
+    """Own page-locked host memory, to which the device copies asynchronously."""
 
     def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
         count = int(np.prod(tuple(shape), dtype=np.int64))
@@ -203,7 +207,7 @@ def copy_rows(
 
 
 class Graph:
-    """A CUDA graph, captured from what `enqueue` launches on the stream."""
+    """Capture what `enqueue` launches on the stream as a CUDA graph."""
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""Running a plan: buffers made once, prompts in one pass, each step of decoding one CUDA graph."""
+"""Run a plan: prompts in one pass, each decode step as one CUDA graph, all on buffers that are allocated once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from . import cuda_runtime as cuda
 from .sampling import DeviceSampler
 
 STEPS_IN_FLIGHT = 4
-"""So many steps' tokens are kept until they are read. A session asks for two at most before it reads the first."""
+"""The number of steps whose tokens can wait to be read. A session starts at most two before it reads the first."""
 
 WARM_UP_TOKENS = 256
-"""Enough for the products to be those of long prompts, which a library does."""
+"""Enough rows that the GEMMs are those of long prompts, which cuBLASLt computes."""
 
 
 class _PendingTokens:
-    """Tokens on their way to the host."""
+    """Hold tokens that are being copied to the host."""
 
     def __init__(self, slot: cuda.PinnedArray, event: cuda.Event, count: int):
         self._slot, self._event, self._count = slot, event, count
@@ -39,14 +39,14 @@ class _PendingTokens:
 
 
 class _TokenRing:
-    """Pinned memory for the tokens of the last few steps, used in turn."""
+    """Own pinned memory for the tokens of the last few steps; the slots are used in turn."""
 
     def __init__(self, max_batch_size: int):
         self._slots = [(cuda.PinnedArray((max_batch_size,), np.int32), cuda.Event()) for _ in range(STEPS_IN_FLIGHT)]
         self._next = 0
 
     def fetch(self, tokens: cuda.DeviceArray, count: int, stream: cuda.Stream) -> _PendingTokens:
-        """Begin to copy the first `count` tokens."""
+        """Start copying the first `count` tokens to the host."""
         slot, event = self._slots[self._next]
         self._next = (self._next + 1) % STEPS_IN_FLIGHT
         slot.copy_from(tokens.address, count * tokens.dtype.itemsize, stream)
@@ -56,7 +56,7 @@ class _TokenRing:
 
 @dataclass
 class _Batch:
-    """What the network is told of the packed tokens of one pass; all of the device."""
+    """Own the inputs that describe the packed tokens of one pass, on the device."""
 
     input_ids: cuda.DeviceArray
     cu_seqlens: cuda.DeviceArray
@@ -71,18 +71,18 @@ class _Batch:
 
 
 class _LayerTimes(trt.IProfiler):
-    """Collects what a context says of its layers."""
+    """Collect the times that a context reports for its layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self._times: dict[str, list[float]] = {}
 
     def report_layer_time(self, layer_name: str, ms: float) -> None:
-        """TensorRT calls this for each layer of each run."""
+        """Record the milliseconds of a layer; TensorRT calls this for each layer of each run."""
         self._times.setdefault(layer_name, []).append(ms)
 
     def medians(self) -> dict[str, float]:
-        """Milliseconds of each layer over all runs but the first."""
+        """Return the median milliseconds of each layer over all runs but the first."""
         return {name: statistics.median(times[1:]) for name, times in self._times.items()}
 
 
@@ -93,7 +93,7 @@ R = TypeVar("R")
 def _on_its_device(
     method: Callable[Concatenate[TensorRTExecutor, P], R],
 ) -> Callable[Concatenate[TensorRTExecutor, P], R]:
-    """The executor's device is the present one meanwhile: it may be another, and is another thread's own."""
+    """Make the executor's device the current one during a call: the caller's thread may have another."""
 
     @wraps(method)
     def on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -104,12 +104,12 @@ def _on_its_device(
 
 
 class TensorRTExecutor:
-    """See `qwen_model.interface.executor.Executor`. Not for use by several threads at a time."""
+    """Implement `qwen_model.interface.executor.Executor`; an executor is not for use by several threads at a time."""
 
     runs_ahead = True
 
     def __init__(self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, logit_rows: int):
-        """Make every buffer. `engine` is an `ICudaEngine` on the present device, which the executor keeps to.
+        """Allocate every buffer. `engine` is an `ICudaEngine` on the current device, which the executor stays on.
 
         decode_profile, prefill_profile: indices of the engine's optimization profiles.
         logit_rows: the most rows of logits that the prefill profile gives.
@@ -127,12 +127,12 @@ class TensorRTExecutor:
         self._logits = cuda.DeviceArray((logit_rows, model.vocab_size), dtype)
         cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
         self._cache = [cuda.DeviceArray(cache, dtype) for _ in range(model.num_layers)]
-        self._scratch: cuda.DeviceArray | None = None  # a layer of the cache, for beams
+        self._scratch: cuda.DeviceArray | None = None  # as large as a layer of the cache, for beam search
         self._table = rotary_table(model, limits.max_positions)
         self._rotary = self._on_device(self._table.values)
         scale = self._table.query_scale
         self._query_scale = None if scale is None else self._on_device(scale)
-        self._prompt_rotary: list[cuda.DeviceArray] = []  # of the last prompts, if they had rows of their own
+        self._prompt_rotary: list[cuda.DeviceArray] = []  # the last prompts' own table and scale, if they needed them
         self._semaphores = cuda.DeviceArray((batch, model.num_heads), np.int32)
         self._activations = cuda.DeviceMemory(compat.activation_bytes(engine))
         self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
@@ -148,7 +148,7 @@ class TensorRTExecutor:
 
     @_on_its_device
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
-        """See `Executor`: captures the graph of such a step, which the next ones are."""
+        """See `Executor`; capture the CUDA graph of a decode step of this kind, if there is none yet."""
         self._choice = Choice.of(sampling)
         if (num_sequences, self._choice) in self._graphs:
             return
@@ -162,10 +162,10 @@ class TensorRTExecutor:
             self._enqueue(context)
             self._choose(num_sequences, self._decode.past_lengths)
 
-        step()  # TensorRT prepares itself in the first run for a shape, which must not be captured
+        step()  # in its first run for a shape TensorRT does work that cannot be captured
         self.stream.synchronize()
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
-        self._forget()
+        self._end_batch()
 
     @_on_its_device
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
@@ -184,14 +184,14 @@ class TensorRTExecutor:
 
     @_on_its_device
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
-        """See `Executor`. A long prompt goes through in parts, each with those before it in the cache."""
-        parts = []
+        """See `Executor`. A long prompt is run in chunks, each after those before it in the cache."""
+        chunks = []
         for start in range(0, len(prompt), self._logit_rows):
             rows = np.arange(min(self._logit_rows, len(prompt) - start))
             self._run_prompts([prompt[start : start + len(rows)]], start, len(prompt), rows)
-            parts.append(self._logits.download(self.stream, len(rows)).astype(np.float32))
+            chunks.append(self._logits.download(self.stream, len(rows)).astype(np.float32))
         self._host_past = []
-        return np.concatenate(parts)
+        return np.concatenate(chunks)
 
     @_on_its_device
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
@@ -212,7 +212,7 @@ class TensorRTExecutor:
             logits = self._beam_logits - largest
         sums = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) + scores.reshape(-1, 1)
         sums = sums.reshape(len(scores), -1)
-        places = np.sort(np.argpartition(-sums, count - 1)[:, :count])  # of equal ones the lower comes first
+        places = np.sort(np.argpartition(-sums, count - 1)[:, :count])  # of equal sums the lower index comes first
         order = np.argsort(-np.take_along_axis(sums, places, -1), kind="stable")
         places = np.take_along_axis(places, order, -1)
         best = np.take_along_axis(sums, places, -1)
@@ -235,9 +235,9 @@ class TensorRTExecutor:
 
     @_on_its_device
     def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
-        """Milliseconds of each layer, of the "prefill" of these prompts and of one "decode" step after it: medians.
+        """Return the median milliseconds of each layer in the "prefill" of the prompts and in a "decode" step after it.
 
-        TensorRT times each layer on its own, so that a step takes less than their sum. Forgets the batch.
+        TensorRT times each layer on its own, so that a step takes less than their sum. This ends the current batch.
         """
         found = {}
         prefill, decode = _LayerTimes(), _LayerTimes()
@@ -255,11 +255,11 @@ class TensorRTExecutor:
             self._enqueue(context)
             self.stream.synchronize()
         found["decode"] = decode.medians()
-        self._forget()
+        self._end_batch()
         return found
 
     def _context(self, profile: int) -> Any:
-        """An execution context with everything bound that stays where it is, but for `_bind`."""
+        """Create an execution context with semaphores, logits and cache bound; `_bind` binds the rest."""
         memory = self._activations
         context = compat.create_context(self.engine, profile, memory.address, memory.num_bytes, self.stream.handle)
         fixed = {"semaphores": self._semaphores, "logits": self._logits}
@@ -270,7 +270,7 @@ class TensorRTExecutor:
         return context
 
     def _decode_context(self, num_sequences: int) -> Any:
-        """The one for steps of so many sequences; their graphs refer to it."""
+        """Return the context for steps of `num_sequences`, which their CUDA graphs use."""
         if num_sequences not in self._decode_contexts:
             context = self._context(self._decode_profile)
             self._bind(context, self._decode, num_sequences, num_sequences, num_sequences)
@@ -278,7 +278,7 @@ class TensorRTExecutor:
         return self._decode_contexts[num_sequences]
 
     def _bind(self, context: Any, batch: _Batch, tokens: int, sequences: int, rows: int) -> None:
-        """Bind a batch of this size and the engine's own rotary table."""
+        """Bind the inputs of a batch of this size, and the engine's rotary table."""
         self._bind_input(context, "input_ids", batch.input_ids, tokens)
         self._bind_input(context, "cu_seqlens", batch.cu_seqlens, sequences + 1)
         self._bind_input(context, "past_lengths", batch.past_lengths, sequences)
@@ -301,11 +301,11 @@ class TensorRTExecutor:
             raise compat.refusal("TensorRT refused to run")
 
     def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
-        """Leave the next tokens on the device, as the next step's input."""
+        """Choose the next tokens, which stay on the device as the next step's input."""
         self._sampler.choose(self._logits, self._choice, count, self._tokens, self._decode.input_ids, past_lengths)
 
     def _chosen(self) -> _PendingTokens:
-        """The tokens that the last step chose, on their way to the host."""
+        """Start copying the tokens of the last step to the host."""
         return self._ring.fetch(self._tokens, len(self._host_past), self.stream)
 
     def _step(self) -> None:
@@ -320,13 +320,14 @@ class TensorRTExecutor:
         last_token_ids: npt.NDArray[Any] | None = None,
         context: Any = None,
     ) -> None:
-        """Logits after the prompts, and the state from which decoding goes on.
+        """Compute the logits after the prompts, and set the state from which decoding continues.
 
-        past, prompt_length, last_token_ids: for the tokens from `past` on of one prompt of that length, and the logits
-        of these rows; without them each prompt is whole, and the logits are those after each.
-        context: other than the one for prompts.
+        past, prompt_length, last_token_ids: given for a chunk of one prompt: the number of tokens before it, the length
+            of the whole prompt, and the rows of the chunk whose logits are computed. Without them each prompt is whole,
+            and the logits are those after its last token.
+        context: None: the context for prompts.
         """
-        self._forget()
+        self._end_batch()
         lengths = [len(prompt) for prompt in prompts]
         whole = lengths if prompt_length is None else [prompt_length]
         ends = np.cumsum(lengths)
@@ -345,18 +346,18 @@ class TensorRTExecutor:
         self._host_past = lengths
 
     def _bind_own_rotary(self, context: Any, lengths: list[int]) -> list[int] | None:
-        """Where prompts need a table of their own: where each begins in it."""
+        """Bind a table of the prompts' own if they need one; return where each prompt begins in it, else None."""
         own = self._table.prompt_table(lengths)
         if own is None:
             return None
         table = self._on_device(own.values)
         scale = None if own.query_scale is None else self._on_device(own.query_scale)
-        self._prompt_rotary = [table] if scale is None else [table, scale]  # kept: the device reads them later
+        self._prompt_rotary = [table] if scale is None else [table, scale]  # keep them: the device reads them later
         self._bind_rotary(context, table, scale)
         return own.starts
 
     def _reorder(self, rows: IntArray) -> None:
-        """Row i of the cache and of the lengths becomes what row `rows[i]` was."""
+        """Make row i of the cache and of the lengths what row `rows[i]` was."""
         moved = [(target, int(source)) for target, source in enumerate(rows) if target != source]
         past = [self._host_past[row] for row in rows]
         if moved:
@@ -367,22 +368,34 @@ class TensorRTExecutor:
         self._host_past = past
 
     def _move_cache_rows(self, moved: list[tuple[int, int]], positions: int) -> None:
-        """Copy the first positions of rows of each layer, by way of another layer's worth of memory."""
+        """Copy rows of each layer's cache, the first `positions` of each, by way of a buffer of one layer's size."""
         if self._scratch is None:
             self._scratch = cuda.DeviceArray(self._cache[0].shape, self._cache[0].dtype)
         _, _, heads, max_positions, head_size = self._scratch.shape
         pitch = max_positions * head_size * self._scratch.dtype.itemsize
         width, height = positions * head_size * self._scratch.dtype.itemsize, 2 * heads
         row_bytes = pitch * height
-        aside = self._scratch.address
+        scratch = self._scratch.address
         for cache in self._cache:
             for i, (_, source) in enumerate(moved):
                 cuda.copy_rows(
-                    aside + i * row_bytes, pitch, cache.address + source * row_bytes, pitch, width, height, self.stream
+                    scratch + i * row_bytes,
+                    pitch,
+                    cache.address + source * row_bytes,
+                    pitch,
+                    width,
+                    height,
+                    self.stream,
                 )
             for i, (target, _) in enumerate(moved):
                 cuda.copy_rows(
-                    cache.address + target * row_bytes, pitch, aside + i * row_bytes, pitch, width, height, self.stream
+                    cache.address + target * row_bytes,
+                    pitch,
+                    scratch + i * row_bytes,
+                    pitch,
+                    width,
+                    height,
+                    self.stream,
                 )
 
     def _on_device(self, array: npt.NDArray[Any]) -> cuda.DeviceArray:
@@ -391,7 +404,7 @@ class TensorRTExecutor:
         return memory
 
     def _clear(self) -> None:
-        """What has to have a value before the first request."""
+        """Initialise what the first request reads."""
         for cache in self._cache:
             cache.fill(0, self.stream)  # attention over rows that nothing was written to must not meet NaN
         self._semaphores.fill(0, self.stream)
@@ -400,7 +413,7 @@ class TensorRTExecutor:
         self._decode.last_token_ids.upload(np.arange(batch), self.stream)
         self.stream.synchronize()
 
-    def _forget(self) -> None:
-        """Nothing of the batch before is left to go on with."""
+    def _end_batch(self) -> None:
+        """End the current batch: nothing of it can be continued."""
         self._host_past = []
         self._beam_logits = None

@@ -1,4 +1,4 @@
-"""Reads the inputs, outputs and layers of a built engine, and times each layer."""
+"""Read the inputs, outputs and layers of a built engine, and time each layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPEATS = 9
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output: its shape, -1 for dynamic dimensions, and an input's range in each profile."""
+    """Describe an input or output: its shape, -1 for dynamic dimensions, and an input's range in each profile."""
 
     name: str
     mode: str
@@ -28,7 +28,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer of the built engine, and the milliseconds that it takes."""
+    """Name a layer of the built engine, its kind, and the milliseconds that it takes."""
 
     name: str
     kind: str
@@ -64,7 +64,7 @@ def layers(executor: TensorRTExecutor, prompts: Sequence[Sequence[int]]) -> dict
 def _kinds(engine: Any) -> dict[str, str]:
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text)["Layers"]
-    # Without details, which every engine of ours has, a layer is its name alone.
+    # Engines that this package built have details; in others a layer is just its name.
     return {layer["Name"]: layer.get("PluginType", layer.get("LayerType", "")) for layer in layers if "Name" in layer}
 
 

@@ -1,7 +1,6 @@
-"""Adds the rotary embedding in TensorRT's own layers before the attention plug-in (`build --disable-plugin rotary`).
+"""Add the rotary embedding in TensorRT's own layers before the attention plug-in (`build --disable-plugin rotary`).
 
-By comparison it shows what the embedding inside the plug-in brings. The cosines and sines of a pass are gathered once
-for all layers of the model.
+It is there to compare with the rotary embedding inside the plug-in. Cosines and sines are gathered once for all layers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .operations import ReadWeight, TensorRTOperations
 
 
 class NativeRotaryOperations(TensorRTOperations):
-    """The same operations, except that native layers normalise and rotate q and k before the attention plug-in."""
+    """Add the same operations, except that native layers normalise and rotate q and k before the attention plug-in."""
 
     def __init__(
         self,
@@ -46,29 +45,29 @@ class NativeRotaryOperations(TensorRTOperations):
         return super().gpt_attention(self._rotated(qkv, q_norm, k_norm), layer, None, None)
 
     def _rotated(self, qkv: Any, q_norm: str | None, k_norm: str | None) -> Any:
-        """Normalise, where the model does, and rotate q and k in packed [tokens, (heads + 2 · kv_heads) · head_size].
+        """Normalise q and k if the model does, and rotate them in float32.
 
-        The rotation is computed in float32.
+        qkv and the result are [tokens, (heads + 2 · kv_heads) · head_size].
         """
         config, dim, half = self._config, self._dim, self._dim // 2
-        turning = config.num_heads + config.num_kv_heads
-        heads = self._reshaped(qkv, (-1, turning + config.num_kv_heads, config.head_size), self._dtype)
-        values = self._columns(heads, turning, turning + config.num_kv_heads, 0, config.head_size)
+        rotated_heads = config.num_heads + config.num_kv_heads
+        heads = self._reshaped(qkv, (-1, rotated_heads + config.num_kv_heads, config.head_size), self._dtype)
+        values = self._columns(heads, rotated_heads, rotated_heads + config.num_kv_heads, 0, config.head_size)
         if q_norm is not None and k_norm is not None:
             q = self._columns(heads, 0, config.num_heads, 0, config.head_size)
-            k = self._columns(heads, config.num_heads, turning, 0, config.head_size)
+            k = self._columns(heads, config.num_heads, rotated_heads, 0, config.head_size)
             heads = self._joined([self.rms_norm(q, q_norm)[0], self.rms_norm(k, k_norm)[0]], 1, self._dtype)
-        first = self._cast(self._columns(heads, 0, turning, 0, half), trt.float32)
-        second = self._cast(self._columns(heads, 0, turning, half, dim), trt.float32)
-        turned = [
+        first = self._cast(self._columns(heads, 0, rotated_heads, 0, half), trt.float32)
+        second = self._cast(self._columns(heads, 0, rotated_heads, half, dim), trt.float32)
+        rotated = [
             self._float(self._float(first, "PROD", self._cos), "SUB", self._float(second, "PROD", self._sin)),
             self._float(self._float(second, "PROD", self._cos), "SUM", self._float(first, "PROD", self._sin)),
         ]
-        parts = [self._cast(part, self._dtype) for part in turned]
+        parts = [self._cast(part, self._dtype) for part in rotated]
         if dim < config.head_size:
-            parts.append(self._columns(heads, 0, turning, dim, config.head_size))
+            parts.append(self._columns(heads, 0, rotated_heads, dim, config.head_size))
         together = self._joined([self._joined(parts, 2, self._dtype), values], 1, self._dtype)
-        packed = (turning + config.num_kv_heads) * config.head_size
+        packed = (rotated_heads + config.num_kv_heads) * config.head_size
         return self._reshaped(together, (-1, packed), self._dtype)
 
     def _cos_and_sin(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Implements the decoder's operations as layers of a TensorRT network: the plug-ins of this project, and gathers."""
+"""Implement the decoder's operations as layers of a TensorRT network: the plug-ins of this project, and gathers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ReadWeight = Callable[[str], npt.NDArray[Any]]
 
 
 class TensorRTOperations:
-    """Each operation adds layers, named after their weights, and returns an `ITensor`."""
+    """Implement `Operations`: each adds layers, named after their weights, and returns an `ITensor`."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class TensorRTOperations:
         """Take the network's inputs, by the names of `network_inputs` in back_end.py.
 
         dtype: `tensorrt.DataType` of weights, activations and cache.
-        read_weight: gives a weight by its name, of any floating-point type; called once for each use.
+        read_weight: reads a weight by its name, of any floating-point type; called once for each use.
         disabled: of `PLUGINS`, those whose operations TensorRT's own layers compute ("rotary": NativeRotaryOperations).
         """
         self._network = network
@@ -93,7 +93,7 @@ class TensorRTOperations:
                 dtype=self._dtype,
                 name=f"layers.{layer}.attention",
             )
-        except ValueError as error:  # a head size that there is no kernel for
+        except ValueError as error:  # there is no kernel for the head size
             raise QwenModelError(
                 f"the attention plug-in cannot run this model: {error}; use the torch back end"
             ) from error
@@ -106,8 +106,8 @@ class TensorRTOperations:
         return self._gather(x, rows, "last_token"), self._gather(residual, rows, "last_token.residual")
 
     def _gemm(self, x: Any, weight: str, bias: str | None, activation: str | None = None) -> Any:
-        # The embedding, where it is also the last product's weight, is a constant twice: one that both would share is
-        # an ITensor, of which TensorRT 8.6 says a wrong type.
+        # A tied embedding becomes two constants: TensorRT 8.6 reports a wrong type for one that the embedding and this
+        # GEMM share.
         name = "lm_head" if weight == "embedding.weight" else _layer_name(weight)
         return layers.gemm(
             self._network,

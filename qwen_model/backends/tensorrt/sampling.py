@@ -1,4 +1,4 @@
-"""Choosing the next tokens on the GPU by our kernel (csrc/kernels/sampling/sampling.h), without a framework."""
+"""Choose the next tokens on the GPU with our kernel (csrc/kernels/sampling/sampling.h), without PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import cuda_runtime as cuda
 
 
 class DeviceSampler:
-    """Keeps the kernel's settings and buffers, for one batch at a time. Nothing waits for the device."""
+    """Own the kernel's settings and buffers, for one batch at a time; no call waits for the device."""
 
     def __init__(self, max_batch_size: int, vocab_size: int, dtype: str, stream: cuda.Stream):
         """Allocate what the kernel needs for logits [up to max_batch_size, vocab_size] of this type."""
@@ -46,12 +46,12 @@ class DeviceSampler:
         input_ids: cuda.DeviceArray,
         past_lengths: cuda.DeviceArray | None,
     ) -> None:
-        """Choose from the first `count` rows of logits, and add 1 to the past lengths.
+        """Choose from the first `count` rows of logits, and add 1 to the past lengths, if given.
 
         tokens: gets the tokens, NO_TOKEN where the logits are not finite.
         input_ids: gets the same, with 0 for NO_TOKEN.
         """
-        # Without settings the kernel takes the largest logit; with them `greedy` is the largest after the penalty.
+        # Without settings the kernel takes the largest logit; with them, `greedy` means the largest after the penalty.
         without_settings = choice == Choice(greedy=True, penalty=False)
         launch.sample(
             logits=logits.address,
@@ -72,12 +72,15 @@ class DeviceSampler:
 
 
 def _settings(options: SamplingOptions, vocab_size: int) -> bytes:
-    """The options as SamplingSettings of the kernel, byte for byte."""
+    """Return the options as the bytes of the kernel's SamplingSettings."""
     return launch.sampling_settings_bytes(**kernel_settings(options, vocab_size), step=0)
 
 
 def seen_bits(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """The tokens of each prompt, uint32 [prompts, (vocab_size + 31) / 32]: token i is bit i % 32 of word i / 32."""
+    """Return the tokens that each prompt has as bits, uint32 [prompts, ceil(vocab_size / 32)].
+
+    Token i is bit i % 32 of word i // 32.
+    """
     words = (vocab_size + 31) // 32
     seen = np.zeros((len(prompts), words * 32), bool)
     for row, prompt in zip(seen, prompts, strict=True):

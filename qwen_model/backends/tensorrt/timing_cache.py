@@ -1,4 +1,4 @@
-"""The file that keeps what TensorRT's builder measured, for later builds."""
+"""Keep the timings of TensorRT's builder in a file, for later builds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from . import compat
 
 
 class TimingCache:
-    """A file that the user named, whose problems are said, or the default one, whose problems only cost time.
+    """Read and write a timing cache: a file that the user named, or the default one, whose problems only cost time.
 
-    `warnings` has what did not go well: a cache is no reason to lose an engine.
+    `warnings` lists what failed: a cache is no reason to lose an engine.
     """
 
     def __init__(self, given: Path | None, name: str):
-        """Read it. None: the file of this name in the user's cache folder, if there is such a folder.
+        """Read the file `given`; None: the file called `name` in the user's cache folder, if there is such a folder.
 
         Raises:
-            QwenModelError: a given file is there and cannot be read.
+            QwenModelError: the given file exists and cannot be read.
         """
         self.warnings: list[str] = []
         self._given = given is not None
@@ -37,18 +37,18 @@ class TimingCache:
                 raise QwenModelError(f"the timing cache {given} cannot be read: {error.strerror}") from error
 
     def load_into(self, builder_config: Any) -> None:
-        """Let the builder know what it measured in earlier builds; measurements of another machine are not used."""
+        """Give the builder the timings of earlier builds, unless they are of another GPU or TensorRT."""
         if compat.set_timing_cache(builder_config, self._content):
             return
         what = f"the timing cache {self._path} is damaged, or of another GPU or TensorRT"
-        if self._given and self._content:  # it may be no timing cache at all
-            self.warnings.append(f"{what}: it is left as it is; give another file, or remove this one")
+        if self._given and self._content:  # it may be a file of something else
+            self.warnings.append(f"{what}: it is not changed; give another file, or remove this one")
             self._path = None
         else:
-            self.warnings.append(f"{what}: it is begun anew")
+            self.warnings.append(f"{what}: it is replaced")
 
     def keep(self, builder_config: Any) -> None:
-        """Write what the builder knows now, whole or not at all."""
+        """Write the builder's timings, whole or not at all."""
         if self._path is None:
             return
         try:

@@ -1,1 +1,1 @@
-"""The PyTorch back end: runs on any device, on an NVIDIA GPU by the kernels of qwen_plugins."""
+"""Run engines with PyTorch on any device; on an NVIDIA GPU with the kernels of qwen_plugins."""

@@ -1,4 +1,4 @@
-"""Writes and loads engines of the PyTorch back end: one safetensors file for each group of weights."""
+"""Write and load engines of the PyTorch back end: one safetensors file for each group of weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRAMEWORK: Framework = "torch"
 def write_engine(
     folder: Path, config: EngineConfig, read_weight: ReadWeight, progress: Progress, timing_cache: Path | None = None
 ) -> list[str]:
-    """Write one safetensors file for each group of weights to `folder`; see `BackEnd`. Nothing is timed here."""
+    """Write one safetensors file for each group of weights to `folder`; see `BackEnd`. `timing_cache` is not used."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -36,7 +36,7 @@ def write_engine(
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
         try:
             save_file(tensors, _weights_file(folder, group))
-        except SafetensorError as error:  # a full disk, too
+        except SafetensorError as error:  # a full disk is one of these
             raise OSError(str(error)) from error
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress("weights", done, total)
@@ -48,7 +48,11 @@ def _weights_file(engine_dir: Path, group: WeightGroup) -> Path:
 
 
 def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
-    """Convert to a type; an error if a number is too large for it."""
+    """Convert a weight to `dtype`.
+
+    Raises:
+        QwenModelError: a number is too large for the type.
+    """
     converted = weight.to(getattr(torch, dtype))
     if torch.finfo(converted.dtype).max < torch.finfo(weight.dtype).max and not all_finite(converted):
         raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
@@ -57,7 +61,10 @@ def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
 
 @memory_errors()
 def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
-    """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one."""
+    """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
+
+    See `BackEnd` for errors.
+    """
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
     weights: dict[str, Tensor] = {}
@@ -89,7 +96,11 @@ def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.devi
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device of that name; None: the GPU if there is one, else the CPU."""
+    """Return the device of that name; None: the GPU if there is one, else the CPU.
+
+    Raises:
+        QwenModelError: there is no such device.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -99,7 +110,7 @@ def choose_device(name: str | None) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise QwenModelError(f"device must be 'cpu' or 'cuda' or 'cuda:N', not {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise QwenModelError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        raise QwenModelError(f"device {name!r} does not exist: PyTorch finds {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -109,7 +120,7 @@ def default_dtype(checkpoint_dtype: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of PyTorch and CUDA, for the record."""
+    """Return the versions of PyTorch and CUDA; an engine does not depend on them."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
@@ -120,7 +131,7 @@ def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
 
 
 def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
-    """Raise an error that lists what is needed if weights, cache and activations do not fit the memory."""
+    """Raise QwenModelError with a list of what is needed if weights, cache and activations exceed the free memory."""
     weights, cache = required_bytes(config, limits, dtype)
     activations = activation_bytes(config, limits, dtype)
     free, total = _memory(device)

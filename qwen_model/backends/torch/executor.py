@@ -1,4 +1,4 @@
-"""Running the network in PyTorch, on a CPU or a GPU; on a GPU a decode step is one CUDA graph."""
+"""Run the network in PyTorch, on a CPU or a GPU; on a GPU a decode step is one CUDA graph."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .operations import Batch, TorchOperations
 from .sampling import KernelSampler, TorchSampler
 
 ONE_THREAD_WORK = 8e6
-"""Multiplications in a layer up to which a CPU's threads cost more, in waiting for each other, than they save."""
+"""The most multiplications of a layer for which one CPU thread is faster than several, which wait for each other."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """A GPU whose memory runs out is an error in one line: what was needed and what is free, as PyTorch says it."""
+    """Turn PyTorch's out-of-memory error into a QwenModelError of one line: what was needed and what is free."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        sentences = re.split(r"\.\s+", str(error))  # of several; the first say it, the rest is about the allocator
+        sentences = re.split(r"\.\s+", str(error))  # the first say what happened, the rest is about the allocator
         raise QwenModelError(
             f"{'. '.join(sentences[:3])}; use a smaller batch or shorter prompts, or build with a smaller "
             "--max-batch-size, --max-input-len or --max-output-len"
         ) from error
 
 
-class _Tokens:
-    """Tokens on their way to the host."""
+class _PendingTokens:
+    """Hold tokens that are being copied to the host."""
 
     def __init__(self, tokens: Tensor):
         self._event: torch.cuda.Event | None = None
@@ -59,17 +59,17 @@ class _Tokens:
 
 
 class _StepGraph:
-    """A decode step for one number of sequences, captured once and then replayed.
+    """Capture a decode step for one number of sequences as a CUDA graph, and replay it.
 
-    The steps of an executor share a memory pool: they never run at the same time, and nothing in a pool, the logits
-    either, is needed once a step of another size runs.
+    The graphs of an executor share a memory pool: they never run at the same time, and nothing in the pool, the logits
+    included, is needed after another graph has run.
     """
 
     def __init__(self, step: Callable[[], Tensor], pool: Any):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()  # libraries initialise themselves in the first call, which must not be captured
+            step()  # in their first call libraries do work that cannot be captured
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
@@ -81,7 +81,7 @@ class _StepGraph:
 
 
 class TorchExecutor:
-    """See `qwen_model.interface.executor.Executor`. Not for use by several threads at a time."""
+    """Implement `qwen_model.interface.executor.Executor`; an executor is not for use by several threads at a time."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class TorchExecutor:
         disabled_plugins: Collection[str] = (),
         use_kernels: bool | None = None,
     ):
-        """Weights by the names of weights.py, all on one device and of one type.
+        """Take the weights by the names of checkpoints/weights.py, all on one device and of one type.
 
-        use_kernels: the operations by our CUDA kernels, and decode steps as CUDA graphs; None: on a GPU, if there are
-            kernels for the model.
+        use_kernels: compute the operations with our CUDA kernels, and decode steps as CUDA graphs. None: on a GPU, if
+            there are kernels for the model.
         """
         self.config = config
         self.limits = limits
@@ -132,7 +132,7 @@ class TorchExecutor:
     @memory_errors()
     @torch.inference_mode()
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
-        """See `Executor`: captures the graph of such a step, which the next ones are."""
+        """See `Executor`; capture the CUDA graph of a decode step of this kind, if there is none yet."""
         self._choice = Choice.of(sampling)
         if self._graphs is None or (num_sequences, self._choice) in self._graphs:
             return
@@ -144,7 +144,7 @@ class TorchExecutor:
 
     @memory_errors()
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _Tokens:
+    def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
         """See `Executor`."""
         self.prepare(len(prompts), sampling)
         packed = self._packed(prompts)
@@ -154,14 +154,14 @@ class TorchExecutor:
         else:
             self._kernel_sampler.begin(sampling, packed, self._ops.batch.cu_seqlens)
         self._choose(logits)
-        return _Tokens(self._tokens[: len(prompts)])
+        return _PendingTokens(self._tokens[: len(prompts)])
 
     @memory_errors()
     @torch.inference_mode()
-    def decode(self) -> _Tokens:
+    def decode(self) -> _PendingTokens:
         """See `Executor`."""
         logits = self._decode_logits()
-        return _Tokens(self._tokens[: len(logits)])
+        return _PendingTokens(self._tokens[: len(logits)])
 
     @memory_errors()
     @torch.inference_mode()
@@ -203,7 +203,7 @@ class TorchExecutor:
         self._beam_logits = self._decode_logits()
 
     def _choose(self, logits: Tensor, past_lengths: Tensor | None = None) -> None:
-        """Leave the tokens on the device for the next step, and add 1 to the lengths."""
+        """Choose the next tokens, which stay on the device, and add 1 to the past lengths, if given."""
         tokens, input_ids = self._tokens[: len(logits)], self._input_ids[: len(logits)]
         if self._kernel_sampler is not None:
             self._kernel_sampler(logits, self._choice, tokens, input_ids, past_lengths)
@@ -215,7 +215,7 @@ class TorchExecutor:
             past_lengths += 1
 
     def _packed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The prompts' tokens one after the other, on the device."""
+        """Return the prompts' tokens one after the other, on the device: [tokens]."""
         packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
         return torch.from_numpy(packed).to(self._tokens.dtype).to(self.device)
 
@@ -234,7 +234,7 @@ class TorchExecutor:
         return logits
 
     def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Table, query scale and each prompt's first row: the engine's, or those of a table for this batch."""
+        """Return rotary table, query scale and first row of each prompt: the engine's, or those of a prompt table."""
         table, scale, starts = self._rotary, self._query_scale, offsets
         if (own := self._table.prompt_table(lengths)) is not None:
             table = torch.from_numpy(own.values).to(self.device)
@@ -253,7 +253,10 @@ class TorchExecutor:
         return logits
 
     def _step(self, count: int) -> Tensor:
-        """One token for each sequence, `_input_ids`. On a GPU this is captured: no host value that changes."""
+        """Run the network on `_input_ids`, one token of each sequence, and choose the next ones.
+
+        With kernels this is captured in a CUDA graph, so it must not read host values that change between steps.
+        """
         past = self._past[:count]
         offsets, scale = self._offsets[:count], self._query_scale
         with self._running(count):
@@ -264,7 +267,7 @@ class TorchExecutor:
 
     @contextmanager
     def _running(self, num_tokens: int) -> Iterator[None]:
-        """On a GPU it is the current one; on a CPU small products get one thread, and afterwards all is as before."""
+        """Make the executor's GPU the current one; on a CPU, use one thread for small products. Undo it at the end."""
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 yield
@@ -280,7 +283,7 @@ class TorchExecutor:
             torch.set_num_threads(threads)
 
     def _reorder(self, rows: Tensor) -> None:
-        """Row i of the cache and of the lengths becomes what row `rows[i]` was."""
+        """Make row i of the cache and of the lengths what row `rows[i]` was."""
         order = rows.tolist()
         self._host_past = [self._host_past[row] for row in order]
         longest = max(self._host_past)

@@ -1,7 +1,7 @@
-"""The operations of the network with our CUDA kernels. None synchronises; all work inside CUDA graph capture.
+"""Implement the decoder's operations with our CUDA kernels. None synchronises; all can be captured in CUDA graphs.
 
-They call `qwen_plugins.launch`, not the functions on tensors: the operands are made here and need no checks, which
-take several times as long as launching a kernel. Before a short prompt's first token the GPU waits for these launches.
+They call `qwen_plugins.launch` and not the functions on tensors, whose checks take several times as long as a launch:
+the operands are made here and need none. In the prefill of short prompts the GPU waits for the launches.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .operations import Batch, TorchOperations
 
 
 def supported(config: ModelConfig) -> bool:
-    """Return whether there are kernels for this model's head size."""
+    """Tell whether there are kernels for this model's head size."""
     return config.head_size in HEAD_SIZES
 
 
 class KernelOperations(TorchOperations):
-    """Operations for a GPU. Every tensor that they are given or make is contiguous, and all have one type."""
+    """Compute every operation with our kernels. All tensors are contiguous and of one type."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
         """See `TorchOperations`."""
@@ -34,10 +34,10 @@ class KernelOperations(TorchOperations):
         any_table = torch.empty(1, config.rotary.dim, device=cache.device)
         inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
         self._workspace = decode_attention_workspace(inputs)
-        # What the launches of a layer have in common, by the names of its weights.
+        # What all launches of a layer have in common, by the names of its weights.
         self._linear_layers: dict[tuple[str, str | None, bool], launch.LinearLayer] = {}
         self._norm_layers: dict[str, launch.RmsNormLayer] = {}
-        self._heads: dict[tuple[str | None, str | None], launch.AttentionHeads] = {}  # of one batch
+        self._heads: dict[tuple[str | None, str | None], launch.AttentionHeads] = {}  # of the current batch
         self._stream = 0
 
     def begin(self, batch: Batch) -> None:
@@ -189,7 +189,7 @@ class KernelOperations(TorchOperations):
         return context
 
     def _attention_heads(self, q_norm: str | None, k_norm: str | None) -> launch.AttentionHeads:
-        """Describe the heads of this batch, which layers with the same norm weights, or with none, share."""
+        """Describe the heads and the rotary embedding of the current batch."""
         config, batch = self.config, self.batch
         rotate = "rotary" not in self._disabled
         scale = batch.query_scale if rotate else None

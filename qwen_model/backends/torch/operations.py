@@ -1,4 +1,4 @@
-"""Implements the decoder's operations with PyTorch's own functions, for any device."""
+"""Implement the decoder's operations with PyTorch's own functions, for any device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...checkpoints.config import ModelConfig
 
 @dataclass
 class Batch:
-    """Describes the packed tokens of one pass to attention."""
+    """Describe the packed tokens of one pass to attention."""
 
     lengths: list[int]  # tokens of each sequence in this call: its prompt, or 1 while decoding
     past_lengths: list[int]  # tokens of each sequence in the cache before this call; 0 for prompts
@@ -25,17 +25,16 @@ class Batch:
     rotary_offsets: Tensor  # int32 [sequences]: position p of sequence i has row rotary_offsets[i] + p
     query_scale: Tensor | None  # float32 [rows]: multiplies q
     device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
-
     decoding: bool  # each sequence has one new token; else the tokens are prompts
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """Where each sequence begins in the packed tokens, and where the last one ends: int32 [sequences + 1]."""
+        """Return where each sequence begins in the packed tokens, and the end: int32 [sequences + 1]."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device_past_lengths.device)
 
     @cached_property
     def rotary_rows(self) -> Tensor:
-        """The row of each token in the rotary table: [tokens]."""
+        """Return the row of each token in the rotary table: [tokens]."""
         if self.decoding:
             return self.rotary_offsets + self.device_past_lengths
         lengths = torch.tensor(self.lengths, device=self.rotary_offsets.device)
@@ -48,16 +47,16 @@ class Batch:
 
 
 class TorchOperations:
-    """Computes every operation with PyTorch's own functions. Call `begin` before each pass through the network."""
+    """Compute every operation with PyTorch's own functions. Call `begin` before each pass through the network."""
 
     batch: Batch
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
         """Take the weights by name and the cache [layers, max_batch_size, 2, kv_heads, max_positions, head_size].
 
-        Along the dimension of 2 lie keys, then values.
+        The dimension of 2 is keys, then values.
 
-        disabled: of `PLUGINS`, those whose operations PyTorch's own functions compute.
+        disabled: names of `PLUGINS` whose operations PyTorch's own functions compute.
         """
         self.config = config
         self.weights = weights
@@ -65,7 +64,7 @@ class TorchOperations:
         self._rms_norm: Callable[..., Any] = plain_rms_norm if "rms_norm" in disabled else _plugin_rms_norm()
 
     def begin(self, batch: Batch) -> None:
-        """Set the batch of the next pass, which runs on the stream that is current now."""
+        """Set the batch of the next pass, which runs on the current stream."""
         self.batch = batch
 
     def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
@@ -156,7 +155,7 @@ class TorchOperations:
         if min(lengths) != max(lengths):
             positions = torch.arange(max(lengths), device=q.device)
             mask = (positions <= self.batch.device_past_lengths[:, None])[:, None, None]
-            # What an earlier request left there may not be finite, and such numbers come through a mask.
+            # An earlier request may have left NaN or infinities there, which a mask does not remove from the products.
             cached = cached.masked_fill(~mask[..., None], 0.0)
         keys, values = cached.unbind(1)
         grouped = q.view(len(q), self.config.num_kv_heads, -1, self.config.head_size)

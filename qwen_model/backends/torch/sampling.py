@@ -1,4 +1,4 @@
-"""Choosing the next tokens on the logits' device, without waiting for it: with our kernel, or with PyTorch."""
+"""Choose the next tokens on the logits' device, without waiting for it: with our kernel, or with PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...interface.sampling import Choice, SamplingOptions, kernel_settings
 
 
 class KernelSampler:
-    """Chooses the tokens of one batch after the other by our kernel, on an NVIDIA GPU."""
+    """Choose tokens with our kernel, on an NVIDIA GPU, for one batch after the other."""
 
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
         """Allocate what the kernel needs for logits [up to max_sequences, vocab_size]."""
@@ -33,7 +33,7 @@ class KernelSampler:
     def __call__(
         self, logits: Tensor, choice: Choice, tokens: Tensor, input_ids: Tensor, past_lengths: Tensor | None
     ) -> None:
-        """Choose from logits [sequences, vocab_size], and add 1 to the past lengths.
+        """Choose from logits [sequences, vocab_size], and add 1 to the past lengths, if given.
 
         tokens: gets the tokens [sequences], NO_TOKEN where the logits are not finite.
         input_ids: gets the same, with 0 for NO_TOKEN.
@@ -52,7 +52,7 @@ class KernelSampler:
 
 
 class TorchSampler:
-    """Chooses the tokens of one batch with PyTorch; keeps the tokens that each sequence has seen."""
+    """Choose the tokens of one batch with PyTorch, and keep which tokens each sequence has seen."""
 
     def __init__(
         self, options: SamplingOptions, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
@@ -72,7 +72,7 @@ class TorchSampler:
             self._seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens [sequences] from logits [sequences, vocab_size]; NO_TOKEN where these are not finite."""
+        """Return tokens, int64 [sequences], for logits [sequences, vocab_size]; NO_TOKEN where these are not finite."""
         if self.options.changes_logits:
             logits = logits.float()
         if self._seen is not None:
@@ -89,7 +89,7 @@ class TorchSampler:
     def _draw(self, logits: Tensor, largest: Tensor) -> Tensor:
         options = self.options
         if options.temperature is not None:
-            # The largest becomes 0: by a very low temperature others may become infinite, and only these.
+            # The largest becomes 0, so that a very low temperature can make only the others infinite.
             logits = (logits - largest[:, None]) / options.temperature
         candidates = None
         if 0 < options.top_k < logits.shape[-1]:
@@ -98,7 +98,7 @@ class TorchSampler:
             logits, candidates = logits.sort(descending=True)
         probabilities = logits.softmax(-1)
         if options.top_p < 1.0:
-            before = probabilities.cumsum(-1) - probabilities  # of the tokens that are likelier: 0 for the likeliest
+            before = probabilities.cumsum(-1) - probabilities  # the sum over likelier tokens
             probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
         # The largest of p / e, e exponentially distributed, is a draw from p; unlike torch.multinomial it never makes
         # the host wait for the GPU.

@@ -251,13 +251,13 @@ def test_what_is_no_timing_cache_of_this_machine_is_not_lost(trt, model_dir, tmp
     """A file that the user named may be anything; that in the cache folder is ours."""
     (tmp_path / "other").write_bytes(content)
     (warning,) = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "other").warnings
-    assert "other is damaged, or of another GPU or TensorRT: it is left as it is; give another file" in warning
+    assert "other is damaged, or of another GPU or TensorRT: it is not changed; give another file" in warning
     assert (tmp_path / "other").read_bytes() == content
     build(model_dir, tmp_path / "engine")
     (default,) = (tmp_path / "cache" / "qwen_model").iterdir()
     default.write_bytes(content)
     (warning,) = build(model_dir, tmp_path / "engine").warnings
-    assert "is damaged, or of another GPU or TensorRT: it is begun anew" in warning
+    assert "is damaged, or of another GPU or TensorRT: it is replaced" in warning
     assert default.read_bytes() == b"measured"
 
 
@@ -266,7 +266,7 @@ def test_timing_caches_that_cannot_be_kept(trt, model_dir, tmp_path, monkeypatch
     with pytest.raises(qwen_model.QwenModelError, match=r"timing cache .*file/cache cannot be read: Not a directory"):
         build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "file" / "cache")
     with pytest.raises(
-        qwen_model.QwenModelError, match=r"\(--timing-cache\) is for the back end tensorrt, not for torch"
+        qwen_model.QwenModelError, match=r"\(--timing-cache\) is for the tensorrt back end, not for torch"
     ):
         build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache", backend="torch")
     assert not (tmp_path / "engine").exists()
@@ -352,7 +352,7 @@ def test_memory_that_is_not_enough(trt, model_dir, tmp_path, monkeypatch):
     monkeypatch.undo()
     _, taken = numpy_cuda.allocate(numpy_cuda.device.total_bytes // 2 + 1)
     with pytest.raises(
-        qwen_model.QwenModelError, match=r"memory ran out while .*model.plan was read(.|\n)*OutOfMemory"
+        qwen_model.QwenModelError, match=r"memory ran out while .*model.plan was loaded(.|\n)*OutOfMemory"
     ):
         qwen_model.load_engine(engine)
     numpy_cuda.free(taken)
@@ -417,7 +417,7 @@ def test_devices(trt, model_dir, tmp_path, monkeypatch):
     engine = build(model_dir, tmp_path / "engine").engine_dir
     with pytest.raises(qwen_model.QwenModelError, match="'cuda' or 'cuda:N', not 'cpu'"):
         qwen_model.load_engine(engine, device="cpu")
-    with pytest.raises(qwen_model.QwenModelError, match="'cuda:1' is not there"):
+    with pytest.raises(qwen_model.QwenModelError, match="'cuda:1' does not exist"):
         qwen_model.load_engine(engine, device="cuda:1")
     monkeypatch.setattr(numpy_cuda.device, "count", 0)
     with pytest.raises(qwen_model.QwenModelError, match="the driver finds none"):
@@ -480,7 +480,7 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
         with pytest.raises(qwen_model.QwenModelError, match=message):
             inspect.main([engine, *arguments])
     build(model_dir, tmp_path / "torch", backend="torch")
-    with pytest.raises(qwen_model.QwenModelError, match="only TensorRT's are inspected"):
+    with pytest.raises(qwen_model.QwenModelError, match="only those of tensorrt can be inspected"):
         inspect.main([str(tmp_path / "torch")])
     assert (tmp_path / "logo.svg").read_text() == "<svg/>"
 

@@ -250,7 +250,7 @@ def test_templates_in_files_come_first_and_go_into_the_engine(tmp_path):
 )
 def test_templates_that_are_no_text(tmp_path, template):
     save_tokenizer(tmp_path, template)
-    with pytest.raises(QwenModelError, match=r"chat_template in tokenizer_config\.json must be a text or a list"):
+    with pytest.raises(QwenModelError, match=r"chat_template in tokenizer_config\.json must be a string or a list"):
         load_tokenizer(tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_template_files_that_are_no_text(tmp_path):
 @pytest.mark.parametrize("wrong", ["{% for m in messages %}", "{{ 'a' + }}", "{% nothing %}", "{{ x | no_filter }}"])
 def test_templates_with_an_error_are_found_before_they_are_used(tmp_path, wrong):
     save_tokenizer(tmp_path, [*NAMED, {"name": "wrong", "template": "\n" + wrong}])
-    with pytest.raises(QwenModelError, match=r"chat template 'wrong' is no valid Jinja: .*\(line 2\)"):
+    with pytest.raises(QwenModelError, match=r"chat template 'wrong' is not valid Jinja: .*\(line 2\)"):
         load_tokenizer(tmp_path).check_chat_templates()
 
 

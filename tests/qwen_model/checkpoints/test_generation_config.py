@@ -112,7 +112,7 @@ def test_what_is_left_out_is_said(model_dir, tmp_path):
     assert not build(model_dir, tmp_path, neutral).warnings
     given = {**neutral, "min_p": 0.1, "suppress_tokens": [1], "stop_strings": "\n"}
     (warning,) = build(model_dir, tmp_path, given).warnings
-    assert warning.startswith("left out of generation_config.json")
+    assert warning.startswith("ignored settings of generation_config.json")
     assert warning.endswith("min_p, stop_strings, suppress_tokens")
 
 

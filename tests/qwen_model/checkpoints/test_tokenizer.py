@@ -282,7 +282,7 @@ def test_chat_errors(sentencepiece_dir, messages, message):
 @pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])
 def test_contents_that_are_no_text(request, folder, content):
     tokenizer = load_tokenizer(request.getfixturevalue(folder))
-    with pytest.raises(QwenModelError, match=r"chat template failed|must be texts|message 0 must be"):
+    with pytest.raises(QwenModelError, match=r"chat template failed|must be strings|message 0 must be"):
         tokenizer.apply_chat_template([{"role": "user", "content": content}])
 
 
@@ -484,7 +484,7 @@ def test_long_whitespace_is_split_as_tiktoken_splits(whitespace_dir, text):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
+        ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer"),
         ("qwen.tiktoken", "aGVsbG8=\n", "line 1"),
         ("qwen.tiktoken", "aGVsbG8= 0\n?? 1\n", "line 2"),
         ("qwen.tiktoken", "aGVsbG8= 0\naGU= 2\n", "without a gap"),

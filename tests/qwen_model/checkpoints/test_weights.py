@@ -84,7 +84,7 @@ def test_shards_and_bin_files_hold_the_same(folder, tmp_path):
 def test_bin_files_run_no_code(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     torch.save({"x": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(QwenModelError, match=r"cannot be read: it holds print beside tensors") as error:
+    with pytest.raises(QwenModelError, match=r"cannot be read: it holds print besides tensors") as error:
         Checkpoint(tmp_path)
     assert "weights_only" not in str(error.value)
 
@@ -126,7 +126,9 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path):
     table = tensors["model.embed_tokens.weight"]
     for head in (table + 1, table[1:].clone(), table.int()):
         save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
-        with pytest.raises(QwenModelError, match=r"tie_word_embeddings, and lm_head\.weight is not model\.embed_tok"):
+        with pytest.raises(
+            QwenModelError, match=r"tie_word_embeddings, but lm_head\.weight differs from model\.embed_tok"
+        ):
             read_all(folder)
 
 
@@ -234,7 +236,7 @@ def test_an_index_that_its_shards_do_not_keep(shards):
         Checkpoint(shards(**{"lm_head.weight": "x" * 300}))
     index = shards() / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"lm_head.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}}')
-    with pytest.raises(QwenModelError, match=r"'lm_head\.weight' is there twice with two values"):
+    with pytest.raises(QwenModelError, match=r"'lm_head\.weight' has two values"):
         Checkpoint(index.parent)
 
 

@@ -28,7 +28,7 @@ def test_the_mark_of_utf8_is_no_part_of_a_text(tmp_path):
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: a number has 5000 digits"),
         (b'{"a": ' * 100_000, "is nested deeper than 100 levels"),
         (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "is nested deeper than 100 levels"),
-        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' is there twice with two values"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' has two values"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not the file itself"),
     ],
 )

@@ -72,7 +72,7 @@ def test_disabled_plugins_give_the_same(model_dir, tmp_path):
     [
         ({"disable_plugins": ["norm"]}, "a plug-in to disable must be one of rms_norm, gemm, rotary, not 'norm'"),
         ({"disable_plugins": "gemm"}, "disable_plugins must be a collection of names, not the text 'gemm'"),
-        ({"disable_plugins": ["rms_norm"], "rmsnorm_plugin": True}, "asks for what --disable-plugin rms_norm switches"),
+        ({"disable_plugins": ["rms_norm"], "rmsnorm_plugin": True}, "contradicts --disable-plugin rms_norm"),
         ({"rmsnorm_plugin": "yes"}, "rmsnorm_plugin must be True, False or None, not 'yes'"),
     ],
 )
@@ -190,7 +190,7 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
     with pytest.raises(QwenModelError, match=r"config\.json is damaged; build one in another folder"):
         qwen_model.load_engine(damaged)
     (tmp_path / "engine" / "weights" / "layer_001.safetensors").unlink()
-    with pytest.raises(QwenModelError, match=r"not whole: layer_001\.safetensors is missing"):
+    with pytest.raises(QwenModelError, match=r"is incomplete: layer_001\.safetensors is missing"):
         qwen_model.load_engine(tmp_path / "engine", device="cpu")
 
 
@@ -252,7 +252,7 @@ def test_weights_that_are_damaged(engine_dir, tmp_path):
         load(changed(**{"layers.1.sheep": torch.zeros(1)}))
 
 
-@pytest.mark.parametrize(("name", "message"), [("abacus", "must be 'cpu' or 'cuda'"), ("cuda:99", "is not there")])
+@pytest.mark.parametrize(("name", "message"), [("abacus", "must be 'cpu' or 'cuda'"), ("cuda:99", "does not exist")])
 def test_devices_that_are_not_there(engine_dir, name, message):
     with pytest.raises(QwenModelError, match=message):
         qwen_model.load_engine(engine_dir, device=name)

@@ -161,7 +161,7 @@ def test_foreign_files_at_any_depth_are_named_and_kept(model_dir, tmp_path, name
     (engine / name).parent.mkdir(parents=True, exist_ok=True)
     (engine / name).write_text("keep me")
     first = "weights/deep" if name.startswith("weights/deep") else "deep" if name.startswith("deep") else name
-    refused(model_dir, engine, rf"engine has more in it than an engine \({first}\): give another folder")
+    refused(model_dir, engine, rf"engine holds files that are not of an engine \({first}\): give another folder")
     assert (engine / name).read_text() == "keep me"
     assert batch_size(engine) == 3
 
@@ -171,7 +171,7 @@ def test_links_in_an_engine_are_foreign(model_dir, tmp_path):
     build(model_dir, engine)
     (engine / "weights").rename(tmp_path / "weights")
     (engine / "weights").symlink_to(tmp_path / "weights")
-    refused(model_dir, engine, r"more in it than an engine \(weights\)")
+    refused(model_dir, engine, r"holds files that are not of an engine \(weights\)")
     (engine / "weights").unlink()
     shutil.copytree(model_dir, engine / "weights" / "checkpoint")
     refused(engine / "weights" / "checkpoint", engine, "holds the checkpoint")
@@ -203,7 +203,7 @@ def test_a_build_may_not_write_what_the_next_would_not_replace(tmp_path):
 
 
 def test_a_timing_cache_is_not_kept_in_the_engines_folder(model_dir, tmp_path):
-    with pytest.raises(QwenModelError, match="would lie in the engine's folder"):
+    with pytest.raises(QwenModelError, match="would be in the engine's folder"):
         build(model_dir, tmp_path / "engine", backend="tensorrt", timing_cache=tmp_path / "engine" / "cache")
 
 
@@ -472,7 +472,7 @@ def test_what_may_be_of_a_living_build_is_left_alone(model_dir, place):
         folder = hidden_folder(place)
     maker = json.loads((folder / "lock").read_text())
     (folder / "lock").write_text(json.dumps({**maker, "host": "another", "boot": "another"}))
-    refused(model_dir, place, rf"{folder} may be of a build that runs elsewhere: if none does, remove it")
+    refused(model_dir, place, rf"{folder} may be of a build on another machine: if none runs, remove it")
     assert (folder / "new" / "weights").is_dir()
     (folder / "lock").write_text(json.dumps({**maker, "host": "a container"}))
     build(model_dir, place)
