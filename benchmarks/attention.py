@@ -4,11 +4,11 @@
     python -m benchmarks.attention --report benchmarks/results/attention.json
 
 The first measures, prints tables and writes benchmarks/results/attention.json; the second prints the tables of such a
-file as Markdown and draws docs/images/attention.png. Peers take part where they can be imported.
+file as Markdown and draws docs/images/attention.png. Providers that cannot be imported are left out.
 
-Each figure is the time of one call among many inside a replayed CUDA graph: the median over replays. Calls take turns
-on several sets of buffers, together more than three times the L2 cache, as the layers of a model do. Ours includes the
-rotary embedding and writing the new keys and values to the cache; the peers find all of that done. PyTorch's decode
+Each figure is the time of one call among many inside a CUDA graph, the median over replays. Calls rotate over sets of
+buffers that are together more than three times the L2 cache, as the layers of a model do. Ours includes the rotary
+embedding and writing the new keys and values to the cache; for the others both are done before. PyTorch's decode
 attention gets the query heads that share keys as rows of one head, the fastest way to call it; FlashAttention and
 flashinfer have pages of 256 positions.
 """
@@ -26,7 +26,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from benchmarks.common import (
+    IMAGES,
+    OURS,
     READ_BANDWIDTH,
+    RESULTS,
     finish_panel,
     gather_calls,
     pyplot,
@@ -38,12 +41,9 @@ from benchmarks.common import (
 )
 from benchmarks.timing import time_calls
 
-RESULTS = Path(__file__).parent / "results"
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
-OURS = "qwen_plugins"
 HEAD_SIZE = 128
 PAGE = 256
-READ_SPEED = READ_BANDWIDTH * 1e-6  # bytes a microsecond
+READ_SPEED = READ_BANDWIDTH * 1e-6  # bytes per microsecond
 MODELS = {"Qwen-7B": (32, 32), "Qwen2.5-7B": (28, 4), "64/8 heads": (64, 8)}  # heads, key-value heads
 DECODE = [  # sequences, tokens of each
     *[(1, n) for n in (160, 256, 512, 1024, 4096, 16384, 65536)],
@@ -76,12 +76,12 @@ class Problem:
 
     @property
     def operations(self) -> float:
-        """Return the operations of prefill: two products for each pair of a query and a key that it sees."""
+        """Return the floating-point operations of prefill: q · k and p · v for each query and key that it sees."""
         return 2.0 * MODELS[self.model][0] * HEAD_SIZE * self.sequences * self.tokens * (self.tokens + 1)
 
 
 class Buffers:
-    """Buffers hold one set of operands; the layouts that peers want are made when they are first asked for."""
+    """Buffers hold one set of operands; the layouts of other providers are made when they are first used."""
 
     def __init__(self, problem: Problem):
         import torch

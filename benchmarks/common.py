@@ -1,4 +1,4 @@
-"""Hold what benchmarks share: requirements, providers, files of results and the machine they name, figures."""
+"""Hold what benchmarks share: checks of requirements, calls of providers, files of results, figures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from typing import Any
 
 from qwen_model.common.files import write_whole
 
+RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+OURS = "qwen_plugins"
 READ_BANDWIDTH = 4.55e12
-"""Bytes per second: the most that anything here has read from an H200's memory."""
+"""Bytes per second: the highest rate measured at which a kernel reads an H200's memory."""
 PACKAGES = (
     "qwen-plugins",
     "torch",
@@ -34,8 +37,8 @@ PACKAGES = (
 
 
 def add_bandwidth_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the option --bandwidth, which floors are computed with."""
-    text = "TB/s that the GPU's memory is read at, at most (default: %(default)s, an H200's)"
+    """Add the option --bandwidth, from which floors are computed."""
+    text = "highest rate in TB/s at which the GPU's memory is read (default: %(default)s, an H200's)"
     parser.add_argument("--bandwidth", type=float, default=READ_BANDWIDTH * 1e-12, help=text)
 
 
@@ -87,13 +90,13 @@ def short(microseconds: float | None) -> str:
 def gather_calls(
     operations: Iterable[str], finders: Iterable[Callable[[], dict[str, dict[str, Any]]]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the calls by operation and provider, of every provider that can be imported."""
+    """Return the calls by operation and provider, for every provider that can be imported."""
     calls: dict[str, dict[str, Any]] = {operation: {} for operation in operations}
     for find in finders:
         try:
             found = find()
         except Exception as error:
-            # Peers fail to import in many ways: missing parts, compilers, other versions of PyTorch.
+            # Imports fail in many ways: missing parts, missing compilers, other versions of PyTorch.
             print(f"without {find.__name__.strip('_')}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         for operation, providers in found.items():
@@ -102,7 +105,7 @@ def gather_calls(
 
 
 def timed(record: dict[str, Any], measure: Callable[[], float]) -> dict[str, Any]:
-    """Return the record with what `measure` says in "microseconds", or with an "error" where it fails."""
+    """Return the record with the result of `measure` as "microseconds", or with an "error" if it fails."""
     import torch
 
     try:
@@ -143,7 +146,7 @@ def write_results(path: Path, results: Any) -> None:
 
 
 def finish_panel(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
-    """Label a panel of matplotlib's, with a logarithmic x axis, a grid and a legend."""
+    """Give a matplotlib panel labels, a logarithmic x axis, a grid and a legend."""
     axis.set_xscale("log", base=2)
     axis.set_title(title, fontsize=10)
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -187,9 +190,9 @@ def _gpu() -> str | None:
 
 
 def commit() -> str | None:
-    """Return the tree's commit, with a plus where files have changed since.
+    """Return the tree's commit, with a plus if files have changed since.
 
-    A tree without its history takes it from the environment variable QWEN_PLUGINS_COMMIT.
+    The environment variable QWEN_PLUGINS_COMMIT replaces it, for a tree without its Git history.
     """
     if told := os.environ.get("QWEN_PLUGINS_COMMIT"):
         return told

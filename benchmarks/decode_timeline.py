@@ -3,10 +3,10 @@
     python -m benchmarks.decode_timeline [--shape qwen-7b] [--batch-sizes 1 8 64]   # records; needs an NVIDIA GPU
     python -m benchmarks.decode_timeline --draw                                   # draws; needs matplotlib alone
 
-Replays of the step's CUDA graph are traced with CUPTI through torch.profiler. Programmatic launches overlap kernels:
-time belongs to the oldest kernel that runs, so that the kinds and the gaps add up to the step. Tracing costs something
-itself; the time of a step without it is recorded beside. The floor is the bytes of the weights and of the cache over
-4.55 TB/s.
+Replays of the step's CUDA graph are traced with CUPTI through torch.profiler. With programmatic dependent launch
+kernels overlap: time is attributed to the oldest running kernel, so that kinds and gaps add up to the step. Tracing
+takes time itself; the time of a step without it is recorded, too. The floor is the bytes of weights and cache divided
+by 4.55 TB/s.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, floor_bytes, pyplot, require_gpu, save_figure, write_results
+from benchmarks.common import (
+    IMAGES,
+    READ_BANDWIDTH,
+    RESULTS,
+    floor_bytes,
+    pyplot,
+    require_gpu,
+    save_figure,
+    write_results,
+)
 
 STEPS = 9
-KINDS = {  # the first pattern that a kernel's name has
+KINDS = {  # the first pattern that matches a kernel's name decides
     "attention": "attention",
     "norms": "rms_norm",
     "sampling": "argmax|sample",
@@ -60,7 +69,7 @@ class Kernel:
 
 
 def kernel_times(executor: Any, steps: int) -> list[Kernel]:
-    """Return the kernels of so many decode steps, in the order of their starts."""
+    """Return the kernels of `steps` decode steps, in the order of their starts."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -74,7 +83,7 @@ def kernel_times(executor: Any, steps: int) -> list[Kernel]:
 
 
 def microseconds_untraced(executor: Any, steps: int) -> float:
-    """Return the microseconds of one step, by CUDA events around several."""
+    """Return the microseconds of one step, measured with CUDA events around `steps` of them."""
     import torch
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -88,14 +97,14 @@ def microseconds_untraced(executor: Any, steps: int) -> float:
 
 
 def split_steps(kernels: list[Kernel]) -> list[list[Kernel]]:
-    """Split at the kernel that gathers the embedding; leave out the first and the last step, which may not be whole."""
+    """Split at the embedding kernel; leave out the first and the last step, which may be incomplete."""
     starts = [i for i, kernel in enumerate(kernels) if kernel.kind == "embedding"]
     steps = [kernels[begin:end] for begin, end in pairwise(starts)]
     return steps[1:]
 
 
 def attribute(step: list[Kernel], end: int) -> dict[str, float]:
-    """Return microseconds by kind up to `end`, the next step's start; moments count for the oldest running kernel."""
+    """Return microseconds by kind up to `end`, the next step's start; time is that of the oldest running kernel."""
     spent = dict.fromkeys([*COLORS], 0.0)
     covered = step[0].start
     for kernel in step:
@@ -108,7 +117,7 @@ def attribute(step: list[Kernel], end: int) -> dict[str, float]:
 
 
 def layer_of(step: list[Kernel]) -> list[Kernel]:
-    """Return the kernels of a layer in the middle, from its first norm to that of the next layer."""
+    """Return the kernels of a middle layer, from its first norm up to and including that of the next layer."""
     attentions = [i for i, kernel in enumerate(step) if kernel.kind == "attention"]
     per_layer = attentions[-1] - attentions[-2]
     first = attentions[len(attentions) // 2]
@@ -224,13 +233,13 @@ def short_name(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen-7b", help="of benchmarks.generate")
+    parser.add_argument("--shape", default="qwen-7b", help="one of the shapes of benchmarks.generate")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_timeline.json"))
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/decode_timeline.svg"))
-    parser.add_argument("--draw", action="store_true", help="only draw what was recorded")
+    parser.add_argument("--results", type=Path, default=RESULTS / "decode_timeline.json")
+    parser.add_argument("--picture", type=Path, default=IMAGES / "decode_timeline.svg")
+    parser.add_argument("--draw", action="store_true", help="draw recorded results instead of measuring")
     options = parser.parse_args()
     if options.draw:
         draw(json.loads(options.results.read_text(encoding="utf-8")), options.picture)

@@ -1,4 +1,4 @@
-"""Compare a decoder's matrix products with cuBLAS on one GPU, one by one and as a whole decode step.
+"""Compare a decoder's GEMMs with cuBLAS on one GPU, one by one and as a whole decode step.
 
     python -m benchmarks.gemm [--models qwen-7b ...] [--rows 1 2 ...] [--dtype float16]
     python -m benchmarks.gemm --report benchmarks/results/gemm.json
@@ -6,12 +6,12 @@
 The first measures, prints tables and writes benchmarks/results/gemm.json; the second prints the tables of such a file
 as Markdown and draws the plot into docs/images.
 
-Each figure is a median over replays of a CUDA graph. "One by one": the time of one product among many of the same
-shape, whose weights take turns in more than 1 GB of memory, so that none is still in the L2 cache. They come one after
-another: ours overlap (programmatic dependent launch with constant weights), as they do when a model decodes. "Decode
-step": the four products of every layer and the last one, with weights of their own (14 GB), and our RMSNorm with the
-residual between them: everything of a step but attention and sampling. The floor is to read the weights at --bandwidth:
-4.55 TB/s is the most that anything read from the memory of an H200.
+Each figure is a median over replays of a CUDA graph. "One by one" is the time of one GEMM among many of the same shape,
+which rotate over more than 1 GB of weights, so that none is still in the L2 cache. Ours overlap (programmatic dependent
+launch with constant weights), as they do when a model decodes. "Decode step" is the four GEMMs of every layer and the
+output projection, each with its own weight (14 GB together), and our RMSNorm with residual between them: all of a step
+but attention and sampling. The floor is the time to read the weights at --bandwidth, by default the highest rate
+measured on an H200.
 """
 
 from __future__ import annotations
@@ -25,20 +25,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import add_bandwidth_argument, finish_panel, pyplot, require_gpu, save_figure, write_results
+from benchmarks.common import (
+    IMAGES,
+    OURS,
+    RESULTS,
+    add_bandwidth_argument,
+    finish_panel,
+    pyplot,
+    require_gpu,
+    save_figure,
+    write_results,
+)
 from benchmarks.timing import time_calls
 
 ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 8192]
 STEP_ROWS = [1, 2, 4, 8, 16, 32, 64]
-RESULTS = Path(__file__).parent / "results"
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
-OURS, CUBLAS = "qwen_plugins", "cuBLAS"
+CUBLAS = "cuBLAS"
 ROTATED_BYTES = 1.1e9
 
 
 @dataclass(frozen=True)
 class Product:
-    """A Product is one matrix product of a layer; gate and up are one product with SwiGLU."""
+    """A Product is one GEMM of a layer; gate and up are one GEMM with SwiGLU."""
 
     name: str
     in_features: int
@@ -51,13 +59,13 @@ class Product:
         return self.in_features * self.out_features
 
     def floor(self, bandwidth: float) -> float:
-        """Return the microseconds that reading the weight takes, at so many bytes per second."""
+        """Return the microseconds that reading the weight takes, at `bandwidth` bytes per second."""
         return 2e6 * self.elements / bandwidth
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Model lists the products of a layer in their order, and the output projection."""
+    """A Model lists the GEMMs of a layer in their order, and the output projection."""
 
     layers: int
     products: tuple[Product, ...]
@@ -69,7 +77,7 @@ class Model:
         return self.layers * sum(product.elements for product in self.products) + self.head.elements
 
     def floor(self, bandwidth: float) -> float:
-        """Return the microseconds that reading all weights takes, at so many bytes per second."""
+        """Return the microseconds that reading all weights takes, at `bandwidth` bytes per second."""
         return 2e6 * self.elements / bandwidth
 
 
@@ -100,7 +108,7 @@ Call = Callable[[Product, Any, Any], Any]
 
 
 def providers() -> dict[str, Call]:
-    """Return each provider's function that multiplies x with a weight, activation included."""
+    """Return each provider's function that multiplies x with a weight and applies the activation."""
     import torch.nn.functional as F
 
     import qwen_plugins
@@ -117,7 +125,7 @@ def providers() -> dict[str, Call]:
 
 
 def time_product(product: Product, rows: int, calls: dict[str, Call], memory: Any) -> dict[str, float]:
-    """Return the microseconds of one product among many whose weights take turns in `memory`, by provider."""
+    """Return the microseconds of one GEMM among many that rotate over the weights in `memory`, by provider."""
     import torch
 
     copies = max(2, int(ROTATED_BYTES / (2 * product.elements)))
@@ -140,7 +148,7 @@ def time_product(product: Product, rows: int, calls: dict[str, Call], memory: An
 
 
 def time_step(model: Model, rows: int, calls: dict[str, Call], memory: Any) -> dict[str, float]:
-    """Return the microseconds of a decode step's products and normalisations, by provider of the products."""
+    """Return the microseconds of a decode step's GEMMs and RMSNorms, by provider of the GEMMs."""
     import torch
 
     import qwen_plugins

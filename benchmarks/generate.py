@@ -4,11 +4,11 @@
     python -m benchmarks.generate --backend tensorrt [--implementations tensorrt native_norms ...]
     python -m benchmarks.generate --shapes packaged --device cpu
 
-Each line: time to the first token (of a call that generates one), tokens decoded per second after it (of the whole
-batch), device memory. `products` is no implementation: it is the GEMMs of a decode step by cuBLAS, in one CUDA graph.
-Each implementation's results for a shape are a file, generate_SHAPE_IMPLEMENTATION.json. An implementation that is not
-installed is left out. With `--backend tensorrt` no PyTorch is needed; `native_norms`, `native_rotary` and `native_gemm`
-are the same engine with RMSNorm, the rotary embedding or the linear layers in TensorRT's own layers.
+Each line has the time to the first token (of a call that generates one token), the tokens per second of the whole
+batch after it, and the device memory. `products` is the GEMMs of a decode step alone, by cuBLAS in one CUDA graph. The
+results of an implementation for a shape are a file, generate_SHAPE_IMPLEMENTATION.json. Implementations that are not
+installed are left out. `--backend tensorrt` needs no PyTorch; `native_norms`, `native_rotary` and `native_gemm` are the
+same engine with RMSNorm, the rotary embedding or the linear layers in TensorRT's own layers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import require_tensorrt, require_torch, write_results
+from benchmarks.common import RESULTS, require_tensorrt, require_torch, write_results
 from qwen_model import Session
 
-# As a config.json of Qwen2. Qwen-7B itself is Qwen v1: the same products, with as many key-value heads as heads.
+# Settings of a config.json of Qwen2. Qwen-7B is Qwen v1: the GEMMs are the same, with as many key-value heads as heads.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen-7b": {
         "vocab_size": 151936,
@@ -73,14 +73,14 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """A Load says what an implementation is asked for."""
+    """A Load is the batch size, prompt length and output length of a measurement."""
 
     batch_size: int
     prompt_tokens: int
     new_tokens: int
 
     def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
-        """Return random prompts, others for each seed, so that no prefix cache can help."""
+        """Return random prompts, different for each seed, so that no prefix cache helps."""
         tokens: list[list[int]] = (
             np.random.default_rng(seed).integers(0, vocab_size, (self.batch_size, self.prompt_tokens)).tolist()
         )
@@ -94,7 +94,7 @@ class Implementation(ABC):
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """Generate so many tokens for each prompt, and return when they are there."""
+        """Generate `new_tokens` tokens for each prompt, and return when they are computed."""
 
     def time(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
         """Return the seconds until the first token, and the seconds of all further tokens."""
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     options = parser.parse_args()
     (require_tensorrt if options.backend == "tensorrt" else require_torch)()
     module = importlib.import_module(f"benchmarks.generate_{options.backend}")

@@ -3,7 +3,7 @@
     python -m benchmarks.generate_report [RESULTS ...]    # default: generate_*.json in benchmarks/results
     python -m benchmarks.generate_report benchmarks/results/h100/generate_*.json --bandwidth 3.14 --picture FILE.svg
 
-The line of reading is the floor: the weights once and the cache of the middle of the decoding, at the memory's speed.
+The floor is the time to read the weights once, and the cache of half the generated tokens, at --bandwidth.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import READ_BANDWIDTH, add_bandwidth_argument, floor_bytes, pyplot, save_figure
+from benchmarks.common import IMAGES, READ_BANDWIDTH, RESULTS, add_bandwidth_argument, floor_bytes, pyplot, save_figure
 from benchmarks.generate import COMMON, SHAPES
 from qwen_model.checkpoints.config import read_config
 
@@ -50,7 +50,7 @@ def read_records(paths: list[Path]) -> tuple[list[Record], str]:
 
 
 def floor_rate(record: Record, bandwidth: float) -> float:
-    """Return the tokens per second of a step that only reads weights and cache, at so many bytes per second."""
+    """Return the tokens per second of a step that only reads weights and cache, at `bandwidth` bytes per second."""
     config = read_config({**COMMON, **SHAPES[record["shape"]]})
     context = record["prompt_tokens"] + record["new_tokens"] // 2
     itemsize = 4 if record["dtype"] == "float32" else 2
@@ -59,7 +59,7 @@ def floor_rate(record: Record, bandwidth: float) -> float:
 
 
 def with_floor(records: list[Record], bandwidth: float) -> list[Record]:
-    """Return the records, and one of the floor for each load of vLLM's or ours."""
+    """Return the records, and one of the floor for each load that ours or vLLM ran."""
     whole = [r for r in records if r["implementation"] in ("tensorrt", "qwen_model", "vllm")]
     loads = {(r["shape"], r["batch_size"], r["prompt_tokens"]): r for r in whole}
     floors = [
@@ -134,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
     add_bandwidth_argument(parser)
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/generate.svg"))
+    parser.add_argument("--picture", type=Path, default=IMAGES / "generate.svg")
     options = parser.parse_args()
-    paths = options.results or sorted(Path("benchmarks/results").glob("generate_*.json"))
+    paths = options.results or sorted(RESULTS.glob("generate_*.json"))
     records, machine = read_records(paths)
     bandwidth = options.bandwidth * 1e12
     for prompt_tokens in sorted({r["prompt_tokens"] for r in records}):

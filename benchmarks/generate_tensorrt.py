@@ -37,12 +37,12 @@ def default_device() -> str:
 
 
 def reset_memory() -> None:
-    """Release what nothing refers to."""
+    """Release unused memory."""
     gc.collect()
 
 
 def memory_gib(implementation: str) -> float:
-    """Return the device memory in use now, by all processes."""
+    """Return the device memory in use by all processes, in GiB."""
     free, total = cuda_runtime.memory_info()
     return (total - free) / 2**30
 
@@ -59,7 +59,7 @@ class RandomWeights:
         """See `qwen_model.backends.tensorrt.back_end.write_engine`; norms multiply by 1."""
         if len(spec.shape) == 1:
             return np.ones(spec.shape, self._numbers.dtype)
-        self._start = (self._start + 7919) % NUMBERS  # another place each time
+        self._start = (self._start + 7919) % NUMBERS  # a different offset for each weight
         return np.resize(np.roll(self._numbers, self._start), spec.shape)
 
 

@@ -1,4 +1,4 @@
-"""Implement benchmarks.generate with PyTorch: our torch back end, transformers, vLLM, and products alone."""
+"""Implement benchmarks.generate with PyTorch: our torch back end, transformers, vLLM, and the GEMMs alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def default_device() -> str:
 
 
 def reset_memory() -> None:
-    """Release what nothing refers to, and restart the record of the most memory in use."""
+    """Release unused memory, and reset the peak of memory in use."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -44,7 +44,7 @@ def reset_memory() -> None:
 
 
 def memory_gib(implementation: str) -> float | None:
-    """Return the most memory in use since `reset_memory`."""
+    """Return the peak of memory in use since `reset_memory`, in GiB; None if it is not known."""
     # vLLM takes a fixed share of the memory, in a process of its own.
     on_gpu = torch.cuda.is_available() and implementation != "vllm"
     return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
@@ -60,7 +60,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict
 
 
 class Products(Implementation):
-    """Products are the matrix products of a decode step, alone."""
+    """Products run only the GEMMs of a decode step."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.vocab_size = config.vocab_size
@@ -71,7 +71,7 @@ class Products(Implementation):
         raise NotImplementedError
 
     def measure(self, load: Load, repeats: int) -> tuple[float | None, float]:
-        """There is no first token; each replay of the graph counts as a token a sequence."""
+        """Return no first token; each replay of the graph counts as one token per sequence."""
         sizes = {weight.shape[1] for weight in self._weights}
         like = self._weights[0]
         inputs = {n: torch.randn(load.batch_size, n, dtype=like.dtype, device=like.device) for n in sizes}

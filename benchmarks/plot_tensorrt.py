@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import pyplot, save_figure
+from benchmarks.common import IMAGES, RESULTS, pyplot, save_figure
 
 COLORS = {"native": "#9aa5b1", "plugin": "#76b900"}
 NAMES = {"native": "native layers", "plugin": "plug-in"}
@@ -77,8 +77,8 @@ def draw_timeline(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the TensorRT benchmarks.")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--pictures", type=Path, default=IMAGES)
     arguments = parser.parse_args()
     drawings = {"tensorrt_rms_norm": draw_times, "tensorrt_timeline": draw_timeline}
     for name, draw in drawings.items():

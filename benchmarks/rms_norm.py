@@ -4,11 +4,11 @@
     python -m benchmarks.rms_norm --report benchmarks/results/rms_norm_float16.json
 
 The first measures, prints a table and writes benchmarks/results/rms_norm_DTYPE.json; the second prints the tables of
-such a file as Markdown and draws the plots into docs/images. Peers take part where they can be imported.
+such a file as Markdown and draws the plots into docs/images. Providers that cannot be imported are left out.
 
-Each figure is the time of one call among many inside a replayed CUDA graph: the median over replays. Calls take turns
-on several sets of buffers. Where the buffers of one call are small, the sets stay in the L2 cache, as the output of the
-layer before does when a model decodes; where they are larger, the sets together are three times the L2.
+Each figure is the time of one call among many inside a CUDA graph, the median over replays. Calls rotate over sets of
+buffers. Small buffers stay in the L2 cache, as the output of the previous layer does when a model decodes; the sets of
+larger ones are together three times the L2 cache.
 """
 
 from __future__ import annotations
@@ -22,17 +22,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import finish_panel, gather_calls, pyplot, require_gpu, save_figure, short, timed, write_results
+from benchmarks.common import (
+    IMAGES,
+    OURS,
+    RESULTS,
+    finish_panel,
+    gather_calls,
+    pyplot,
+    require_gpu,
+    save_figure,
+    short,
+    timed,
+    write_results,
+)
 from benchmarks.timing import time_calls
 
 HIDDEN_SIZES = [2048, 3584, 4096, 5120, 8192]
 TOKENS = [1, 8, 64, 512, 1024, 4096, 8192]
-RESULTS = Path(__file__).parent / "results"
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
-OURS = "qwen_plugins"
 EPS = 1e-6
 
-# What a call reads and writes, in rows of 2 bytes an element.
+# What a call reads and writes, in rows of 2 bytes per element.
 OPERATIONS = {
     "rms_norm": 2.0,
     "rms_norm + residual": 4.0,
@@ -162,10 +171,10 @@ def make_buffers(tokens: int, hidden_size: int, dtype: Any) -> list[Buffers]:
 
 def time_call(call: Call, sets: list[Buffers]) -> float:
     """Return the microseconds of one call inside a CUDA graph."""
-    # Enough calls that the graph's own launch does not count.
+    # Enough calls that the launch of the graph does not matter.
     rounds = max(1, (64 if sets[0].x.numel() < 1 << 20 else 16) // len(sets))
-    # Outputs that a call allocates are kept until the same set's turn comes again: else all calls would write into the
-    # same memory, which never leaves the cache.
+    # Outputs that a call allocates are kept until the next call with the same set: otherwise all calls would write to
+    # the same memory, which never leaves the cache.
     outputs: list[Any] = [None] * len(sets)
 
     def record() -> None:

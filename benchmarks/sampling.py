@@ -3,7 +3,7 @@
     python -m benchmarks.sampling [--batch-sizes 1 8 64] [--dtype float16]
 
 Each figure is the time of one call among many inside a replayed CUDA graph, in microseconds: the median over replays.
-The logits, normally distributed, lie in the L2 cache, where the product before leaves them when a model decodes.
+The logits, normally distributed, are in the L2 cache, where the output projection leaves them when a model decodes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import require_gpu, write_results
+from benchmarks.common import RESULTS, require_gpu, write_results
 from benchmarks.timing import time_calls
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def ours(logits: Tensor, name: str) -> Callable[[], Any]:
 
 
 def scaled(logits: Tensor, options: dict[str, Any]) -> Tensor:
-    """Return the logits in float32, divided by the temperature where there is one: what peers begin with."""
+    """Return the logits in float32, divided by the temperature where there is one: which other providers start from."""
     return logits.float() / options["temperature"] if "temperature" in options else logits.float()
 
 
 def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
-    """Return PyTorch's call: topk or sort, softmax, and the exponential race instead of multinomial, as in gpt-fast."""
+    """Return PyTorch's call: topk or sort, softmax, and exponential noise instead of multinomial, as in gpt-fast."""
     import torch
 
     options = OPTIONS[name]
@@ -119,7 +119,7 @@ def measure(batch_sizes: list[int], vocab_size: int, dtype: str) -> list[dict[st
                 try:
                     call = make(logits, name)
                     time = None if call is None else microseconds(call)
-                except Exception as error:  # a peer that is not installed, or cannot be captured
+                except Exception as error:  # a provider that is not installed, or cannot be captured
                     if implementation == "qwen_plugins":
                         raise
                     print(f"{implementation}, {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--vocab-size", type=int, default=151936)
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/sampling.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "sampling.json")
     options = parser.parse_args()
     require_gpu()
     write_results(options.results, measure(options.batch_sizes, options.vocab_size, options.dtype))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak [--backend tensorrt] [--requests 10000]
 
-The packaged model. Between requests that generate, greedily or sampled with a seed, there are some that fail (too long)
-and some that are given up half-way. Each result is compared with that of the same request the first time. Exits with 1
-if a result differs or memory has grown.
+The model is the packaged one. Most requests generate, greedily or sampled with a seed; some fail (prompts too long) and
+some are streams that are closed half-way. Each result is compared with the first result of the same request. Exits with
+1 if a result differs or memory has grown.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import write_results
+from benchmarks.common import RESULTS, write_results
 from qwen_model import QwenModelError, SamplingOptions, Session, build_engine, load_engine
 from qwen_model.interface.engine_config import Limits
 
 DISTINCT = 64
 LIMITS = Limits(max_batch_size=8, max_input_len=512, max_output_len=32)
 ALLOWED_GROWTH = 16 << 20
-"""Bytes, of the process and of the device, from the first report on: what allocators keep varies."""
+"""Bytes of the process and of the device, from the first report on: allocators keep varying amounts."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def process_bytes() -> int:
 
 
 def soak(session: Session, requests: int) -> dict[str, Any]:
-    """Run that many requests; return memory over time, and how many results differed from the first time."""
+    """Run `requests` requests; return memory over time, and how many results differed from the first."""
     source = random.Random(0)
     vocab_size = session.config.model.vocab_size
     distinct = [Request.make(source, vocab_size) for _ in range(DISTINCT)]
@@ -117,7 +117,7 @@ def soak(session: Session, requests: int) -> dict[str, Any]:
 
 
 def grown(memory: list[dict[str, Any]]) -> bool:
-    """Say whether the last report is above the first by more than is allowed."""
+    """Tell whether the last report exceeds the first by more than ALLOWED_GROWTH."""
     return any(
         memory[0][name] is not None and memory[-1][name] - memory[0][name] > ALLOWED_GROWTH
         for name in ("device_bytes", "process_bytes")
@@ -152,11 +152,11 @@ def main() -> None:
     except QwenModelError as error:
         sys.exit(str(error))
     found = soak(session, options.requests)
-    path = options.results or Path(f"benchmarks/results/soak_{options.backend}.json")
+    path = options.results or RESULTS / f"soak_{options.backend}.json"
     write_results(path, found)
     print(path)
     if found["different"] or grown(found["memory"]):
-        sys.exit("results differ from those of the first time, or memory has grown")
+        sys.exit("results differ from the first ones, or memory has grown")
 
 
 if __name__ == "__main__":

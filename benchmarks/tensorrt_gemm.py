@@ -2,10 +2,10 @@
 
     python -m benchmarks.tensorrt_gemm [--shapes 4096x12288 4096x4096] [--rows 1 8 64] [--results FILE]
 
-float16, the weight a constant of the network; an engine for each number of rows, several products in it, each with a
-weight and an input of its own and together larger than the L2 cache. Microseconds per product, medians over replays of
-a CUDA graph; the largest error beside float64; seconds that the build took, in a process of its own. Needs tensorrt,
-cuda-bindings and NumPy.
+All is float16, and weights are constants of the network. There is an engine for each number of rows, with several GEMMs
+that have their own weights and inputs, together larger than the L2 cache. Results are microseconds per GEMM, medians
+over replays of a CUDA graph; the largest error compared with float64; and the seconds of the build, which runs in a
+separate process. Needs tensorrt, cuda-bindings and NumPy.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import READ_BANDWIDTH, require_tensorrt, write_results
+from benchmarks.common import READ_BANDWIDTH, RESULTS, require_tensorrt, write_results
 from benchmarks.timing import time_graph
 
-TOGETHER_BYTES = 200e6  # of the weights of an engine: four times the L2 cache of an H200
+TOGETHER_BYTES = 200e6  # the weights of an engine: four times the L2 cache of an H200
 BUILD_SECONDS = 200
 
 
@@ -79,7 +79,7 @@ class Case:
 
 
 def build_apart(case: Case, path: Path) -> float | str:
-    """Build in another process, which may crash or take too long, and return its seconds, or what went wrong."""
+    """Build in another process, which may crash or take too long; return its seconds, or an error message."""
     arguments = [str(value) for value in dataclasses.astuple(case)]
     command = [sys.executable, "-m", "benchmarks.tensorrt_gemm", "--build", *arguments, str(path)]
     begin = time.perf_counter()
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x12288", "4096x4096"], help="in_features x out_features")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tensorrt_gemm.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "tensorrt_gemm.json")
     parser.add_argument("--build", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     require_tensorrt()

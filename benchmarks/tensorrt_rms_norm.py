@@ -7,7 +7,7 @@ Microseconds per operation in float16 at hidden size 4096, medians over replays 
 
 * One operation: an engine of one layer, enqueued 32 times into the graph, rotating over contexts with their own buffers
   where one set of buffers would stay in the L2 cache.
-* A chain: an engine of 32 operations, each on what the one before gave, enqueued once.
+* A chain: an engine of 32 operations, each on the output of the one before, enqueued once.
 
 ``nodes`` is what TensorRT put into the graph for one operation, and ``overlapped`` how many of the 32 launches may
 start while the one before them still runs (programmatic dependent launch): together, what TensorRT adds to the bare
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common import commit, require_tensorrt
+from benchmarks.common import RESULTS, commit, require_tensorrt
 from benchmarks.timing import time_graph
 from qwen_model.common.files import write_whole
 
@@ -37,7 +37,7 @@ HIDDEN_SIZE = 4096
 TOKENS = (1, 64, 1024, 8192)
 CHAIN = 32
 IMPLEMENTATIONS = ("native", "plugin")
-L2_BYTES = 60e6  # of an H200, and a little more
+L2_BYTES = 60e6  # a little more than an H200's
 Network = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
@@ -102,7 +102,7 @@ def rms_norm_quant_residual(num_layers: int, plugin: bool) -> Network:
 
 
 def rms_norm_quant(num_layers: int, plugin: bool) -> Network:
-    """Describe q, scales = rms_norm_quant(x), each of an input of its own, so that native layers share nothing."""
+    """Describe q, scales = rms_norm_quant(x), each of an input of its own, so that native layers cannot be shared."""
 
     def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         outputs = {}
@@ -249,7 +249,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="RMSNorm in TensorRT engines: native layers beside the plug-ins.")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tensorrt_rms_norm.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "tensorrt_rms_norm.json")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     arguments = parser.parse_args()

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import require_tensorrt
+from benchmarks.common import RESULTS, require_tensorrt
 from benchmarks.tensorrt_rms_norm import CHAIN, HIDDEN_SIZE, bind_rotating, build, machine, write_json
 
 TOKENS = (1, 1024)
@@ -69,7 +69,7 @@ def record(recorder: KernelRecorder, implementation: str, num_tokens: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="When each kernel runs inside a TensorRT engine.")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tensorrt_timeline.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "tensorrt_timeline.json")
     arguments = parser.parse_args()
     require_tensorrt()
     try:

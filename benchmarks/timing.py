@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @cache
 def _side_stream() -> Any:
-    """Return the stream of first calls: one for all, because PyTorch keeps the memory of each stream apart."""
+    """Return the stream of first calls: one for all, because PyTorch caches memory for each stream separately."""
     import torch
 
     return torch.cuda.Stream()
@@ -37,7 +37,7 @@ def capture(call: Callable[[], object]) -> Any:
 def time_calls(calls: Mapping[str, Callable[[], object]], replays: int = 10, warm_up: int = 3) -> dict[str, float]:
     """Capture each call in a CUDA graph with PyTorch and return the median microseconds of its replays, by name.
 
-    The graphs take turns, so that the chip's clock is the same for all.
+    The graphs are replayed in turn, so that changes of the GPU's clock affect all alike.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Give vLLM's model the weights that the other implementations of benchmarks.generate have.
 
-vLLM's own made-up weights, those of the normalisations too, are within 0.001 of zero: activations then are subnormal
-numbers or zeros, and products of zeros can run faster than those of numbers that a model has.
+vLLM's own dummy weights, those of RMSNorm included, are within 0.001 of zero: activations become subnormal numbers or
+zeros, with which GEMMs can run faster than with real activations.
 """
 
 from __future__ import annotations

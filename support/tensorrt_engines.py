@@ -1,6 +1,6 @@
 """Build and run small TensorRT engines from NumPy arrays, for benchmarks and tests of the plug-ins.
 
-No torch: device memory, streams and graphs come from cuda-bindings.
+PyTorch is not needed: device memory, streams and graphs come from cuda-bindings.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ __all__ = ["LOG", "DeviceArray", "Engine", "Execution", "Graph", "Input", "build
 
 @dataclass(frozen=True)
 class Input:
-    """An Input has a type, a shape with -1 for what is dynamic, and the profile's values of the dynamic dimensions."""
+    """An Input has a type, a shape with -1 for dynamic dimensions, and the profile's values of these dimensions."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -40,17 +40,21 @@ def build_plan(
     *,
     profiling: bool = False,
 ) -> bytes:
-    """Build and serialise the network that ``describe(network, input tensors)`` makes; it returns the outputs.
+    """Build a network and return the serialised plan.
 
+    ``describe`` takes the network and its input tensors by name, adds layers, and returns the outputs by name.
     ``profiling`` keeps the layers' names and details in the engine.
+
+    Raises:
+        RuntimeError: TensorRT builds no engine.
     """
     builder = trt.Builder(LOG)
     network = create_network(builder)
     config = builder.create_builder_config()
-    # Neither cuBLAS nor cuDNN: nothing here has a use for them, and TensorRT 8.6 fails where they are not installed.
+    # Without cuBLAS and cuDNN: no network here needs them, and TensorRT 8.6 fails where they are not installed.
     config.set_tactic_sources(0)
     if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
-        # Several contexts of one engine; later versions do that unasked.
+        # Lets several contexts use one engine, which later versions always allow.
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if profiling:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -75,7 +79,7 @@ def build_plan(
 
 
 class DeviceArray(DeviceMemory):
-    """A DeviceArray is device memory with the shape and type of an array; its methods return when they are done."""
+    """A DeviceArray is device memory with the shape and type of an array; its methods block until they are done."""
 
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
         self.shape = tuple(shape)
@@ -116,7 +120,7 @@ class Execution:
     outputs: dict[str, DeviceArray] = field(default_factory=dict)
 
     def enqueue(self) -> None:
-        """Put the engine's work on the stream."""
+        """Enqueue the engine's work on the stream."""
         if not self.context.execute_async_v3(self.stream.handle):
             raise RuntimeError("TensorRT refused to run:\n" + "\n".join(LOG.messages))
 
@@ -129,7 +133,7 @@ class Execution:
         return self.results()
 
     def results(self) -> dict[str, np.ndarray]:
-        """Wait, and return the outputs of what has been enqueued."""
+        """Wait for the enqueued work and return its outputs."""
         self.stream.synchronize()
         return {name: output.download() for name, output in self.outputs.items()}
 
@@ -145,7 +149,11 @@ class Engine:
             raise RuntimeError("TensorRT could not read the plan:\n" + "\n".join(LOG.messages))
 
     def bind(self, arrays: Mapping[str, np.ndarray], stream: Stream | None = None) -> Execution:
-        """Return a new context with these inputs on the device and memory for the outputs."""
+        """Return a new context with these inputs on the device and memory for the outputs.
+
+        Raises:
+            ValueError: a shape is outside of the engine's profile.
+        """
         context = self.engine.create_execution_context()
         execution = Execution(context, stream or Stream())
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]

@@ -18,7 +18,11 @@ CHATML_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train on ``texts``; ``vocab_size`` counts the special tokens, which come last, as Qwen's do."""
+    """Train on ``texts``; ``vocab_size`` includes the special tokens, which come last, as in Qwen.
+
+    Raises:
+        ValueError: the texts are too short for so many tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT_PATTERN), behavior="isolated")

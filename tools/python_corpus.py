@@ -1,9 +1,8 @@
 """Collect the training text of the packaged model: the sources of Python's standard library.
 
-CPython's sources are free to use and to redistribute under the PSF licence, whose text is shipped beside
-the model. Which files are trained on, which choose the settings (validation) and which only judge the
-result (held out) depends on nothing but their paths: a hash orders them, so every run over one Python
-version makes the same three sets.
+CPython's sources may be used and redistributed under the PSF licence, whose text is shipped with the model.
+Which files are for training, validation and held-out evaluation depends only on the hashes of their paths,
+so every run over one Python version makes the same three sets.
 """
 
 import ast
@@ -61,16 +60,16 @@ class Corpus:
 
 
 def collect_corpus(stdlib_dir: Path, max_files: int | None = None) -> Corpus:
-    """Read the standard library in ``stdlib_dir`` and split it; ``max_files`` keeps a smoke run small.
+    """Read the standard library in ``stdlib_dir`` and split it; ``max_files`` limits it for a smoke run.
 
     Raises:
-        FileNotFoundError: ``stdlib_dir`` holds no standard library, or no licence lies with it.
+        FileNotFoundError: ``stdlib_dir`` holds no standard library, or no licence file.
     """
     if not (stdlib_dir / "os.py").is_file():
-        raise FileNotFoundError(f"{stdlib_dir} is no Python standard library: it holds no os.py")
+        raise FileNotFoundError(f"{stdlib_dir} is not a Python standard library: it has no os.py")
     license_path = stdlib_dir / "LICENSE.txt"
     if not license_path.is_file():
-        raise FileNotFoundError(f"{license_path} is not there: the notice has to be shipped with the model")
+        raise FileNotFoundError(f"{license_path} does not exist: the notice has to be shipped with the model")
     files = _unique(_read_sources(stdlib_dir))
     files.sort(key=lambda source: hashlib.sha256(source.path.encode()).digest())
     evaluation_bytes = EVALUATION_BYTES
@@ -103,7 +102,7 @@ def _clean(text: str) -> str:
 
 
 def _is_prose_or_code(text: str) -> bool:
-    """Return False for what is nearly empty, for tables of numbers and for embedded data."""
+    """Tell whether a text is prose or code, and not nearly empty, a table of numbers or embedded data."""
     if len(text) < 300 or any(token in text for token in SPECIAL_TOKENS):
         return False
     letters_and_space = sum(character.isalpha() or character.isspace() for character in text)
@@ -122,7 +121,7 @@ def _take(files: list[SourceFile], num_bytes: int) -> tuple[list[SourceFile], li
     for source in files:
         if sum(taken_file.num_bytes for taken_file in taken) >= num_bytes:
             break
-        # topics.py is the language reference: all of it is wanted for training.
+        # topics.py is the language reference, all of which is for training.
         if source.num_bytes <= LONGEST_EVALUATION_FILE and not source.path.startswith("pydoc_data"):
             taken.append(source)
     chosen = {source.path for source in taken}

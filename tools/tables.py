@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ from the results in benchmarks/results/.
 
     python -m tools.tables            # after a benchmark has written new results
-    python -m tools.tables --check    # changes nothing; exits with 1 where a table is not what the results say
+    python -m tools.tables --check    # changes nothing; exits with 1 if a table differs from the results
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME is one of TABLES below.
 """
@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import attention, gemm, generate_report, rms_norm
-from benchmarks.common import READ_BANDWIDTH, short
+from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
 from qwen_model.common.files import write_whole
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-OURS = "qwen_plugins"
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -50,7 +48,7 @@ def generation(prompt_tokens: int) -> str:
 
 
 def h100_bandwidth() -> float:
-    """Return the bytes per second that the fastest product reads on the H100, the most measured of its memory."""
+    """Return the bytes per second that the fastest GEMM reads on the H100, the highest rate measured there."""
     products = {(name, p.name): p for name, model in gemm.MODELS.items() for p in (*model.products, model.head)}
     records = read("h100/gemm")["products"]
     return max(2 * products[r["model"], r["product"]].elements / min(r[OURS], r[gemm.CUBLAS]) for r in records) * 1e6
@@ -69,7 +67,7 @@ def generation_on_h100(prompt_tokens: int) -> str:
 
 
 def products_of_prompts() -> str:
-    """Return ours and cuBLAS for more rows than decoding has, on an H100, and list where cuBLAS is faster."""
+    """Return GEMMs of more rows than decoding has, ours and cuBLAS, on an H100, and list where cuBLAS is faster."""
     results = read("h100/gemm")
     records, lines = results["products"], []
     products = [(name, product) for name, model in gemm.MODELS.items() for product in model.products]
@@ -88,7 +86,7 @@ def generation_of_engines() -> str:
 
 
 def gemm_shares(name_of_results: str, bandwidth: float) -> str:
-    """Return how much of `bandwidth`, in bytes per second, products reach in reading their weights."""
+    """Return the share of `bandwidth`, in bytes per second, at which GEMMs read their weights."""
     results, rows = read(name_of_results), []
     for name, model in gemm.MODELS.items():
         for product in (*model.products, model.head):
@@ -107,7 +105,7 @@ def shares(floor: float, records: list[dict[str, Any]]) -> list[str]:
 
 
 def rms_norm_excerpt() -> str:
-    """Return ours and the best peer, at hidden size 4096."""
+    """Return RMSNorm by ours and the best other provider, at hidden size 4096."""
     records, rows = read("rms_norm_float16")["records"], []
     sizes = (1, 64, 1024, 8192)
     for operation in rms_norm.OPERATIONS:
@@ -150,7 +148,7 @@ def tensorrt_rms_norm() -> str:
 
 
 def tensorrt_gemm() -> str:
-    """Return products in TensorRT engines: time, error and seconds to build, of native layers and the plug-in."""
+    """Return GEMMs in TensorRT engines: time, error and seconds to build, of native layers and the plug-in."""
     if not (RESULTS / "tensorrt_gemm.json").exists():
         return NOT_MEASURED
     results, rows = read("tensorrt_gemm"), []
@@ -255,7 +253,7 @@ def main() -> None:
     found = {match[2] for text in texts.values() for match in PLACE.finditer(text)}
     if found != TABLES.keys():
         missing, unknown = sorted(TABLES.keys() - found), sorted(found - TABLES.keys())
-        sys.exit(f"tables without a place in README.md and docs/: {missing}; places of unknown tables: {unknown}")
+        sys.exit(f"tables that no page has: {missing}; unknown tables in pages: {unknown}")
     stale = []
     for path, text in texts.items():
         new = PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]().rstrip()}\n{match[3]}", text)
@@ -265,7 +263,7 @@ def main() -> None:
         if not options.check:
             write_whole(path, new.encode())
     if options.check and stale:
-        sys.exit(f"tables are not what the results say: {', '.join(stale)}; run python -m tools.tables")
+        sys.exit(f"tables differ from the results: {', '.join(stale)}; run python -m tools.tables")
     print("written:" if stale else "nothing to change", *stale)
 
 

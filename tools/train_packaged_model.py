@@ -1,10 +1,10 @@
-"""Make the small model that is shipped in the package, from nothing but Python's standard library.
+"""Train the small model that is shipped in the package, on Python's standard library alone.
 
     python -m tools.train_packaged_model --output-dir OUTPUT [--stdlib-dir DIR] [--steps N] [--minutes N]
 
-collects the corpus, trains the tokenizer and then the model, and writes a Hugging Face checkpoint with the
-record of how it came about (``training.json``). It takes a few minutes on one data-centre GPU.
-``--smoke`` does all of it at toy sizes on a CPU. See ``docs/packaged_model.md``.
+collects the corpus, trains the tokenizer and then the model, and writes a Hugging Face checkpoint with a
+record of the training (``training.json``). It takes a few minutes on one data-centre GPU.
+``--smoke`` does the same with toy sizes on a CPU. See ``docs/packaged_model.md``.
 """
 
 import argparse
