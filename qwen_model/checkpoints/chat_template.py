@@ -189,7 +189,7 @@ def normalized_messages(messages: Messages) -> list[dict[str, Any]]:
     tool calls and no content has an empty one, and a content in parts becomes their text, one part on each line.
 
     Raises:
-        QwenModelError: there is no message, or one is malformed or has parts that are not text; the error has its index.
+        QwenModelError: there is no message, or one is malformed, or has parts that are not text; it gives the index.
     """
     if not messages:
         raise QwenModelError("a chat needs at least one message, none was given")
