@@ -175,7 +175,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _marked(message: dict[str, Any], special: re.Pattern[str], every: re.Pattern[str]) -> dict[str, Any]:
-    """Return a message with marks around its control tokens; of what the assistant says, around special ones alone."""
+    """Return a message with marks around its control tokens; in the assistant's text, only around special tokens."""
     marked: dict[str, Any] = mark(message, every)
     if message["role"] == "assistant":
         marked.update((key, mark(message[key], special)) for key in SPOKEN if key in message)

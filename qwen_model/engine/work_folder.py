@@ -38,9 +38,8 @@ def work_folder(place: Path, inside: bool) -> Iterator[Path]:
         try:
             json.dump(_this_process(), lock)
             lock.flush()
-            _remove_left_over(
-                other, place
-            )  # only now: of two builds that begin at once, each has made what the other finds
+            # After making its own folder: of two builds that start at once, each then finds the other's.
+            _remove_left_over(other, place)
             yield work
         finally:
             _remove(work)

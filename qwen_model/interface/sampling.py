@@ -51,7 +51,7 @@ class SamplingOptions:
             raise QwenModelError(f"top_k must be at least 0 (0: all tokens), not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise QwenModelError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not SMALLEST_NUMBER <= self.repetition_penalty <= LARGEST_NUMBER:  # else logits become infinite
+        if not SMALLEST_NUMBER <= self.repetition_penalty <= LARGEST_NUMBER:  # beyond this range logits become infinite
             raise QwenModelError(
                 f"repetition_penalty must be a number from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}, not "
                 f"{self.repetition_penalty}"

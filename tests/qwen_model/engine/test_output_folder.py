@@ -460,7 +460,7 @@ def test_a_checkpoint_where_a_build_was_killed_is_left_alone(model_dir, tmp_path
         process.wait()
     for name in ("config.json", "tokenizer.json"):  # names that an engine's files have, too
         shutil.copy(model_dir / name, tmp_path / "engine")
-    refused(model_dir, tmp_path / "engine", "engine is there already and is not an engine")
+    refused(model_dir, tmp_path / "engine", "engine already exists and is not an engine")
     assert (tmp_path / "engine" / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
 
 
