@@ -331,7 +331,7 @@ def _compile(template: str) -> Any:
         return datetime.datetime.now().strftime(pattern)
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Refuses products and powers that would take all memory, as the sandbox itself does with long ranges."""
+        """Refuse products and powers that would take all memory, as the sandbox does with long ranges."""
 
         intercepted_binops = frozenset(["*", "**"])
 
