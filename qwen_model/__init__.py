@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .checkpoints.config import ModelConfig
     from .common.errors import QwenModelError
     from .engine import BuildSummary, build_engine, load_engine
-    from .engine.session import GenerationResult, Output, Session, StreamEvent
+    from .engine.results import GenerationResult, Output, StreamEvent
+    from .engine.session import Session
     from .interface.sampling import SamplingOptions
 
 __all__ = [
@@ -34,7 +35,8 @@ _MODULES = {
     "checkpoints.config": ("ModelConfig",),
     "common.errors": ("QwenModelError",),
     "engine": ("BuildSummary", "build_engine", "load_engine"),
-    "engine.session": ("GenerationResult", "Output", "Session", "StreamEvent"),
+    "engine.results": ("GenerationResult", "Output", "StreamEvent"),
+    "engine.session": ("Session",),
     "interface.sampling": ("SamplingOptions",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -21,7 +21,8 @@ from .command_line import (
 from .common.errors import QwenModelError
 
 if TYPE_CHECKING:
-    from .engine.session import GenerationResult, Session
+    from .engine.results import GenerationResult
+    from .engine.session import Session
 
 HEADING_WIDTH = 72  # characters of a prompt
 CHAT_ONLY = ("system", "tools", "chat_template", "chat_template_kwargs")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,74 +18,16 @@ from ..interface.engine_config import EngineConfig
 from ..interface.executor import NO_TOKEN, Executor, FloatArray, IntArray, PendingTokens
 from ..interface.sampling import SamplingOptions
 from .beam_search import beam_search
+from .growing_output import GrowingOutput, Timer
 from .overflow import not_finite
+from .results import BeamOutput, GenerationResult, Output, StreamEvent
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or (with chat=True) a conversation
-FinishReason = Literal["stop", "length"]
 DEFAULT_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Output:
-    """Hold what was generated for one prompt.
-
-    output_ids: the new tokens, up to and including the end token or the token that completed a stop string.
-    text: that of the tokens before the end token, cut before the stop string; None without a tokenizer.
-    finish_reason: "stop" (an end token or a requested stop) or "length" (max_new_tokens).
-    beams: with beam search all beams, best first; `output_ids` are those of the first.
-    """
-
-    output_ids: list[int]
-    text: str | None
-    finish_reason: FinishReason
-    beams: list[BeamOutput] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class BeamOutput:
-    """Hold one beam; its score is the sum of its tokens' log-probabilities, divided by their number."""
-
-    output_ids: list[int]
-    score: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Hold the seconds and tokens of a whole batch. The first token of each prompt belongs to the prefill."""
-
-    prefill_seconds: float
-    decode_seconds: float
-    prompt_tokens: int
-    generated_tokens: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """Hold an output for each prompt, in their order, and the timing."""
-
-    outputs: list[Output]
-    timing: Timing
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """Hold one token of one prompt.
-
-    index: of the prompt in the batch.
-    text: what the token adds; empty while a character or a stop string may be incomplete.
-    finish_reason: see `Output`; None if more tokens follow.
-    """
-
-    index: int
-    token_id: int
-    text: str
-    finish_reason: FinishReason | None
 
 
 class Session:
@@ -140,7 +81,7 @@ class Session:
                 prompts, max_new_tokens, sampling, num_beams, stop, stop_token_ids, chat, chat_options
             )
         request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
-        timer = _Timer(request.prompts)
+        timer = Timer(request.prompts)
         for _ in self._run(request, timer):
             pass
         outputs = [sequence.output() for sequence in request.sequences]
@@ -166,7 +107,7 @@ class Session:
         """
         chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
         request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
-        return self._run(request, _Timer(request.prompts))
+        return self._run(request, Timer(request.prompts))
 
     def logits(self, input_ids: Sequence[int]) -> FloatArray:
         """Return the logits after each token of one prompt: float32 [tokens, vocab_size].
@@ -200,7 +141,7 @@ class Session:
         count = self._new_tokens(max_new_tokens)
         self._check_prompts(token_ids, 1)
         ends |= self._end_token_ids(chat, chat_options)
-        sequences = [_Sequence(index, ends, stops, count, self.tokenizer) for index in range(len(token_ids))]
+        sequences = [GrowingOutput(index, ends, stops, count, self.tokenizer) for index in range(len(token_ids))]
         return _Request(token_ids, options, count, sequences)
 
     def _sampling(self, options: SamplingOptions | None) -> SamplingOptions:
@@ -316,7 +257,7 @@ class Session:
                 in_flight.append(self.executor.decode())
             yield in_flight.popleft().wait()
 
-    def _run(self, request: _Request, timer: _Timer) -> Iterator[StreamEvent]:
+    def _run(self, request: _Request, timer: Timer) -> Iterator[StreamEvent]:
         self._running = request
         self.executor.prepare(len(request.prompts), request.sampling)
         timer.start()
@@ -352,7 +293,7 @@ class Session:
             raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
         self._running = None
         self.executor.prepare(len(token_ids) * num_beams, SamplingOptions())
-        timer = _Timer(token_ids)
+        timer = Timer(token_ids)
         timer.start()
         error = partial(not_finite, self.config, len(token_ids))
         found = beam_search(self.executor, token_ids, num_beams, count, ends, error, on_step=timer.step)
@@ -421,91 +362,4 @@ class _Request:
     prompts: list[list[int]]
     sampling: SamplingOptions
     max_new_tokens: int
-    sequences: list[_Sequence]
-
-
-class _Sequence:
-    """Hold one prompt's output as it grows: its tokens, its text, and whether it is finished."""
-
-    def __init__(
-        self,
-        index: int,
-        end_token_ids: frozenset[int],
-        stop: tuple[str, ...],
-        max_new_tokens: int,
-        tokenizer: Tokenizer | None,
-    ):
-        self.index = index
-        self.finish_reason: FinishReason | None = None
-        self._ends = end_token_ids
-        self._stop = stop
-        self._max_new_tokens = max_new_tokens
-        self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
-        self._ids: list[int] = []
-        self._text = ""
-        self._given = 0  # characters of the text that were returned in events
-
-    def push(self, token: int) -> StreamEvent:
-        self._ids.append(token)
-        if token in self._ends:
-            self.finish_reason = "stop"
-        elif self._decoder is not None:
-            self._text += self._decoder.push(token)
-        if self.finish_reason is None and len(self._ids) == self._max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None and self._decoder is not None:
-            self._text += self._decoder.flush()
-        self._cut_at_stop()
-        end = len(self._text) - (0 if self.finish_reason else self._held_back())
-        text, self._given = self._text[self._given : end], max(end, self._given)
-        return StreamEvent(self.index, token, text, self.finish_reason)
-
-    def output(self) -> Output:
-        if self.finish_reason is None:
-            raise RuntimeError("the sequence is not finished")
-        return Output(self._ids, None if self._decoder is None else self._text, self.finish_reason)
-
-    def _cut_at_stop(self) -> None:
-        places = [self._text.find(stop, self._given) for stop in self._stop]
-        found = [place for place in places if place >= 0]
-        if found:
-            self._text = self._text[: min(found)]
-            self.finish_reason = "stop"
-
-    def _held_back(self) -> int:
-        """Return how many characters at the end of the text may be the beginning of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for count in range(min(longest, len(self._text)), 0, -1):
-            tail = self._text[-count:]
-            if any(stop.startswith(tail) for stop in self._stop):
-                return count
-        return 0
-
-
-class _Timer:
-    def __init__(self, prompts: Iterable[Sequence[int]]):
-        prompts = list(prompts)
-        self._sequences = len(prompts)
-        self._prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self._start = self._first = self._last = 0.0
-
-    def start(self) -> None:
-        self._start = self._first = self._last = time.perf_counter()
-
-    def step(self) -> None:
-        """Record that the tokens of one more step are computed."""
-        self._last = time.perf_counter()
-        if self._first == self._start:
-            self._first = self._last
-
-    def timing(self, generated_tokens: int) -> Timing:
-        prefill, decode = self._first - self._start, self._last - self._first
-        decoded = generated_tokens - self._sequences
-        return Timing(
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=generated_tokens,
-            prefill_tokens_per_second=self._prompt_tokens / prefill if prefill else 0.0,
-            decode_tokens_per_second=decoded / decode if decode else 0.0,
-        )
+    sequences: list[GrowingOutput]

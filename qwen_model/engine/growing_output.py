@@ -1,0 +1,105 @@
+"""Follow the outputs of a batch, token by token: their text, where they end, and the time they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .results import FinishReason, Output, StreamEvent, Timing
+
+if TYPE_CHECKING:
+    from ..checkpoints.tokenizer import Tokenizer
+
+
+class GrowingOutput:
+    """Hold one prompt's output as it grows: its tokens, its text, and whether it is finished."""
+
+    def __init__(
+        self,
+        index: int,
+        end_token_ids: frozenset[int],
+        stop: tuple[str, ...],
+        max_new_tokens: int,
+        tokenizer: Tokenizer | None,
+    ):
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._ends = end_token_ids
+        self._stop = stop
+        self._max_new_tokens = max_new_tokens
+        self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
+        self._ids: list[int] = []
+        self._text = ""
+        self._given = 0  # characters of the text that were returned in events
+
+    def push(self, token: int) -> StreamEvent:
+        """Take the next token; return the text that it adds."""
+        self._ids.append(token)
+        if token in self._ends:
+            self.finish_reason = "stop"
+        elif self._decoder is not None:
+            self._text += self._decoder.push(token)
+        if self.finish_reason is None and len(self._ids) == self._max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self._decoder is not None:
+            self._text += self._decoder.flush()
+        self._cut_at_stop()
+        end = len(self._text) - (0 if self.finish_reason else self._held_back())
+        text, self._given = self._text[self._given : end], max(end, self._given)
+        return StreamEvent(self.index, token, text, self.finish_reason)
+
+    def output(self) -> Output:
+        """Return the output of a finished sequence."""
+        if self.finish_reason is None:
+            raise RuntimeError("the sequence is not finished")
+        return Output(self._ids, None if self._decoder is None else self._text, self.finish_reason)
+
+    def _cut_at_stop(self) -> None:
+        places = [self._text.find(stop, self._given) for stop in self._stop]
+        found = [place for place in places if place >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.finish_reason = "stop"
+
+    def _held_back(self) -> int:
+        """Return how many characters at the end of the text may be the beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for count in range(min(longest, len(self._text)), 0, -1):
+            tail = self._text[-count:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return count
+        return 0
+
+
+class Timer:
+    """Measure the prefill and the decode steps of one batch."""
+
+    def __init__(self, prompts: Iterable[Sequence[int]]):
+        prompts = list(prompts)
+        self._sequences = len(prompts)
+        self._prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self._start = self._first = self._last = 0.0
+
+    def start(self) -> None:
+        """Begin the prefill."""
+        self._start = self._first = self._last = time.perf_counter()
+
+    def step(self) -> None:
+        """Record that the tokens of one more step are computed."""
+        self._last = time.perf_counter()
+        if self._first == self._start:
+            self._first = self._last
+
+    def timing(self, generated_tokens: int) -> Timing:
+        """Return the seconds and rates, given the number of tokens of all outputs."""
+        prefill, decode = self._first - self._start, self._last - self._first
+        decoded = generated_tokens - self._sequences
+        return Timing(
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=generated_tokens,
+            prefill_tokens_per_second=self._prompt_tokens / prefill if prefill else 0.0,
+            decode_tokens_per_second=decoded / decode if decode else 0.0,
+        )
