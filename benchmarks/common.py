@@ -125,11 +125,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def floor_bytes(config: Any, itemsize: int, batch_size: int, context: int) -> dict[str, int]:
+def floor_bytes(config: Any, dtype: str, batch_size: int, context: int) -> dict[str, int]:
     """Return the bytes that a decode step must read: every weight but an untied embedding, and the key-value cache."""
     from qwen_model.checkpoints.weights import weight_groups
+    from qwen_model.interface.memory import ITEM_SIZES
 
-    sizes = {spec.name: spec.shape for group in weight_groups(config) for spec in group.specs}
+    itemsize = ITEM_SIZES[dtype]
+    sizes = {spec.name: spec.shape for group in weight_groups(config, dtype) for spec in group.specs}
     weights = sum(
         itemsize * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
         for name, shape in sizes.items()

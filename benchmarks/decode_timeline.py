@@ -150,7 +150,7 @@ def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -
         spent = {kind: statistics.median(summary.get(kind, 0.0) for summary in summaries) for kind in kinds}
         middle = steps[len(steps) // 2]
         layer = layer_of(middle)
-        bytes_read = floor_bytes(config, getattr(torch, dtype).itemsize, batch_size, prompt_tokens + 2 * STEPS)
+        bytes_read = floor_bytes(config, dtype, batch_size, prompt_tokens + 2 * STEPS)
         recordings.append(
             {
                 "shape": shape,

@@ -53,8 +53,7 @@ def floor_rate(record: Record, bandwidth: float) -> float:
     """Return the tokens per second of a step that only reads weights and cache, at `bandwidth` bytes per second."""
     config = read_config({**COMMON, **SHAPES[record["shape"]]})
     context = record["prompt_tokens"] + record["new_tokens"] // 2
-    itemsize = 4 if record["dtype"] == "float32" else 2
-    step = sum(floor_bytes(config, itemsize, record["batch_size"], context).values()) / bandwidth
+    step = sum(floor_bytes(config, record["dtype"], record["batch_size"], context).values()) / bandwidth
     return float(record["batch_size"] / step)
 
 

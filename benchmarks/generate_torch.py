@@ -52,7 +52,7 @@ def memory_gib(implementation: str) -> float | None:
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     weights = {}
-    for group in weight_groups(config):
+    for group in weight_groups(config, str(dtype).removeprefix("torch.")):
         for spec in group.specs:
             weight = torch.empty(spec.shape, dtype=dtype, device=device)
             weights[spec.name] = weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, WEIGHT_SCALE)

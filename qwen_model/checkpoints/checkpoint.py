@@ -15,7 +15,7 @@ from .architectures import ARCHITECTURES
 from .config import ModelConfig
 from .other_formats import WEIGHT_FILES, reject_quantized_tensors
 from .tensor_files import WEIGHT_DTYPES, Framework, Shape, StoredTensor, Weight, all_finite, open_tensors
-from .weights import WeightSpec, layer_specs, weight_groups
+from .weights import WeightSpec, layer_modules, weight_groups
 
 
 class Checkpoint:
@@ -66,8 +66,8 @@ class Checkpoint:
             self._tensors[embedding] = self._tensors[head]  # only the head of the tied pair was saved
         reject_quantized_tensors(self.model_dir, self._tensors)
         self._check_last_layer(config)
-        sources = (source for group in weight_groups(config) for spec in group.specs for source in spec.sources)
-        expected = {source.name: source.shape for source in sources}
+        specs = (spec for group in weight_groups(config, self.dtype) for spec in group.specs)
+        expected = {source.name: source.shape for spec in specs for source in spec.sources}
         extra = [name for name in self._tensors if name not in expected and not _is_derived(name)]
         self._check_tensors(expected, [name for name in extra if not (config.tied_embedding and name == head)])
         if config.tied_embedding and head in self._tensors:
@@ -75,7 +75,8 @@ class Checkpoint:
 
     def _check_last_layer(self, config: ModelConfig) -> None:
         """Check that the last layer exists, before a wrong number of layers makes a list of that length."""
-        name = layer_specs(config, config.num_layers - 1)[0].sources[0].name
+        first, *_ = layer_modules(config, config.num_layers - 1, self.dtype).values()
+        name = first.weight.sources[0].name
         if name not in self._tensors:
             raise QwenModelError(
                 f"{self.model_dir} does not fit its config.json, which says {config.num_layers} layers: {name} is "
@@ -116,15 +117,15 @@ class Checkpoint:
             )
 
     def read(self, spec: WeightSpec) -> Weight:
-        """Read a weight of the network, in the checkpoint's type: its tensors, concatenated along the rows."""
+        """Read a weight of the network, in the checkpoint's type: its tensors, concatenated."""
         parts = [self.tensor(source.name) for source in spec.sources]
         if len(parts) == 1:
             return parts[0]
         if self.framework == "torch":
             import torch
 
-            return torch.cat(parts)
-        return np.concatenate(parts)
+            return torch.cat(parts, spec.axis)
+        return np.concatenate(parts, spec.axis)
 
 
 def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTensor]:

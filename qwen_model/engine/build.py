@@ -101,14 +101,15 @@ def build_engine(
     engine_back_end = back_end(backend)
     checkpoint = Checkpoint(source, engine_back_end.FRAMEWORK)
     checkpoint.check(model)
-    groups = weight_groups(model)
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
+    engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
+    groups = weight_groups(model, engine_dtype)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
 
     config = EngineConfig(
         backend=backend,
-        dtype=dtype or engine_back_end.default_dtype(model.dtype),
+        dtype=engine_dtype,
         limits=limits,
         model=model,
         end_token_ids=generation.end_token_ids,

@@ -168,7 +168,7 @@ def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt
 
 def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
     """Wrap `read_weight`: take a weight's name, convert to the engine's type, and report the bytes read."""
-    specs = {spec.name: spec for group in weight_groups(config.model) for spec in group.specs}
+    specs = {spec.name: spec for group in weight_groups(config.model, config.dtype) for spec in group.specs}
     total, _ = required_bytes(config.model, config.limits, config.dtype)
     dtype = compat.numpy_dtype(config.dtype)
     done: dict[str, int] = {}

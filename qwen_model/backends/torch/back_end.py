@@ -30,8 +30,8 @@ def write_engine(
 
     (folder / "weights").mkdir()
     done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
-    for group in weight_groups(config.model):
-        tensors = {spec.name: as_dtype(read_weight(spec), config.dtype, spec.name).contiguous() for spec in group.specs}
+    for group in weight_groups(config.model, config.dtype):
+        tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
         if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
         try:
@@ -68,15 +68,15 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
     weights: dict[str, Tensor] = {}
-    for group in weight_groups(config.model):
+    for group in weight_groups(config.model, config.dtype):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
-        weights.update(_read_weights(path, group, config.dtype, target))
+        weights.update(_read_weights(path, group, target))
     return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
 
 
-def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.device) -> dict[str, Tensor]:
+def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -84,7 +84,7 @@ def _read_weights(path: Path, group: WeightGroup, dtype: str, device: torch.devi
         weights = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise QwenModelError(f"{path} is damaged ({error}): build the engine again") from error
-    expected = {spec.name: (spec.shape, getattr(torch, dtype)) for spec in group.specs}
+    expected = {spec.name: (spec.shape, getattr(torch, spec.dtype)) for spec in group.specs}
     found = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name))
     if wrong:

@@ -21,7 +21,8 @@ def read_all(folder):
     config = ModelConfig.from_model_dir(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    return {spec.name: checkpoint.read(spec) for group in weight_groups(config) for spec in group.specs}
+    groups = weight_groups(config, checkpoint.dtype)
+    return {spec.name: checkpoint.read(spec) for group in groups for spec in group.specs}
 
 
 def assert_same(left, right):
@@ -312,7 +313,7 @@ def test_tensor_parallel_parts_give_the_whole(kind, tmp_path):
         folder = save_reference(model, config, tmp_path / "model")
     model = ModelConfig.from_model_dir(folder)
     weights = read_all(folder)
-    specs = {spec.name: spec for group in weight_groups(model) for spec in group.specs}
+    specs = {spec.name: spec for group in weight_groups(model, "float32") for spec in group.specs}
 
     def part(name, rank):
         spec, weight = specs[name], weights[name]
