@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import tensorrt as trt
 import qwen_plugins
 
 from ...checkpoints.tensor_files import Framework, all_finite
-from ...checkpoints.weights import too_large, weight_groups
+from ...checkpoints.weights import WeightSpec, network_modules, too_large
 from ...common.errors import QwenModelError
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
@@ -151,11 +150,12 @@ def write_engine(
     return cache.warnings
 
 
-def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt.NDArray[Any]]) -> None:
+def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None:
     inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
-    ops = operations(network, config.model, dtype, inputs, read_weight, config.disabled_plugins)
+    modules = network_modules(config.model, config.dtype)
+    ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins)
     outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
     for name, tensor in outputs.items():
@@ -166,16 +166,14 @@ def _define(network: Any, config: EngineConfig, read_weight: Callable[[str], npt
         tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
-def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> Callable[[str], npt.NDArray[Any]]:
-    """Wrap `read_weight`: take a weight's name, convert to the engine's type, and report the bytes read."""
-    specs = {spec.name: spec for group in weight_groups(config.model, config.dtype) for spec in group.specs}
+def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
+    """Wrap `read_weight`: convert to the weight's type in the engine, and report the bytes read."""
     total, _ = required_bytes(config.model, config.limits, config.dtype)
-    dtype = compat.numpy_dtype(config.dtype)
     done: dict[str, int] = {}
 
-    def read(name: str) -> npt.NDArray[Any]:
-        weight = as_dtype(read_weight(specs[name]), dtype, name)
-        done[name] = weight.nbytes
+    def read(spec: WeightSpec) -> npt.NDArray[Any]:
+        weight = as_dtype(read_weight(spec), compat.numpy_dtype(spec.dtype), spec.name)
+        done[spec.name] = weight.nbytes
         progress("weights", sum(done.values()), total)
         return weight
 

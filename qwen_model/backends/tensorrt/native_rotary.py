@@ -15,8 +15,10 @@ import tensorrt as trt
 from qwen_plugins import tensorrt as layers
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.weights import Modules
+from ...interface.back_end import ReadWeight
 from .compat import MAJOR, set_type
-from .operations import ReadWeight, TensorRTOperations
+from .operations import TensorRTOperations
 
 
 class NativeRotaryOperations(TensorRTOperations):
@@ -28,23 +30,24 @@ class NativeRotaryOperations(TensorRTOperations):
         config: ModelConfig,
         dtype: Any,
         inputs: Mapping[str, Any],
+        modules: Modules,
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
     ):
         """See `TensorRTOperations`."""
         inside = dataclasses.replace(config, rotary=dataclasses.replace(config.rotary, dim=0))
-        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, read_weight, disabled)
+        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, modules, read_weight, disabled)
         self._dim = config.rotary.dim
         self._layer = "rotary"  # prefix of layers' names
         self._tokens = self._length(inputs["input_ids"])
         self._cos, self._sin = self._cos_and_sin(inputs)
 
-    def gpt_attention(self, qkv: Any, layer: int, q_norm: str | None, k_norm: str | None) -> Any:
+    def attention(self, qkv: Any, layer: int, into: tuple[str, ...] = ()) -> Any:
         """See `qwen_model.network.decoder.Operations`."""
         self._layer = f"layers.{layer}.rotary"
-        return super().gpt_attention(self._rotated(qkv, q_norm, k_norm), layer, None, None)
+        return self._attend(self._rotated(qkv, self._head_norms(layer)), layer, {})
 
-    def _rotated(self, qkv: Any, q_norm: str | None, k_norm: str | None) -> Any:
+    def _rotated(self, qkv: Any, head_norms: Mapping[str, str]) -> Any:
         """Normalise q and k if the model does, and rotate them in float32.
 
         qkv and the result are [tokens, (heads + 2 · kv_heads) · head_size].
@@ -53,10 +56,11 @@ class NativeRotaryOperations(TensorRTOperations):
         rotated_heads = config.num_heads + config.num_kv_heads
         heads = self._reshaped(qkv, (-1, rotated_heads + config.num_kv_heads, config.head_size), self._dtype)
         values = self._columns(heads, rotated_heads, rotated_heads + config.num_kv_heads, 0, config.head_size)
-        if q_norm is not None and k_norm is not None:
+        if head_norms:
             q = self._columns(heads, 0, config.num_heads, 0, config.head_size)
             k = self._columns(heads, config.num_heads, rotated_heads, 0, config.head_size)
-            heads = self._joined([self.rms_norm(q, q_norm)[0], self.rms_norm(k, k_norm)[0]], 1, self._dtype)
+            normalised = [self.norm(q, head_norms["q_norm_weight"])[0], self.norm(k, head_norms["k_norm_weight"])[0]]
+            heads = self._joined(normalised, 1, self._dtype)
         first = self._cast(self._columns(heads, 0, rotated_heads, 0, half), trt.float32)
         second = self._cast(self._columns(heads, 0, rotated_heads, half, dim), trt.float32)
         rotated = [

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-
-import numpy.typing as npt
 
 from qwen_plugins import tensorrt as layers
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.weights import Modules
 from ...common.errors import QwenModelError
+from ...interface.back_end import ReadWeight
 from .compat import set_type
-
-ReadWeight = Callable[[str], npt.NDArray[Any]]
 
 
 class TensorRTOperations:
-    """Implement `Operations`: each adds layers, named after their weights, and returns an `ITensor`."""
+    """Implement `Operations`: each adds layers, named after their modules, and returns an `ITensor`."""
 
     def __init__(
         self,
@@ -25,52 +23,74 @@ class TensorRTOperations:
         config: ModelConfig,
         dtype: Any,
         inputs: Mapping[str, Any],
+        modules: Modules,
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
     ):
         """Take the network's inputs, by the names of `network_inputs` in back_end.py.
 
         dtype: `tensorrt.DataType` of weights, activations and cache.
-        read_weight: reads a weight by its name, of any floating-point type; called once for each use.
+        modules: what weights each module has.
+        read_weight: reads a weight, of any floating-point type; called once for each use.
         disabled: of `PLUGINS`, those whose operations TensorRT's own layers compute ("rotary": NativeRotaryOperations).
         """
         self._network = network
         self._config = config
         self._dtype = dtype
         self._inputs = inputs
+        self._modules = modules
         self._read = read_weight
         self._disabled = frozenset(disabled)
         self.present_key_values: list[Any] = []
 
-    def embedding(self, input_ids: Any, weight: str) -> Any:
+    def embedding(self, input_ids: Any, module: str) -> Any:
         """See `qwen_model.network.decoder.Operations`."""
-        table = layers.constant(self._network, self._read(weight), self._dtype, f"{weight} table")
-        return self._gather(table, input_ids, weight)
+        weight = self._read(self._modules[module].weight)
+        table = layers.constant(self._network, weight, self._dtype, f"{module}.weight table")
+        return self._gather(table, input_ids, module)
 
-    def linear(self, x: Any, weight: str, bias: str | None = None) -> Any:
+    def linear(
+        self, x: Any, module: str, activation: str | None = None, into: tuple[str, ...] = (), reduce: bool = False
+    ) -> Any:
         """See `qwen_model.network.decoder.Operations`."""
-        return self._gemm(x, weight, bias)
+        # A tied embedding becomes two constants: TensorRT 8.6 reports a wrong type for one that the embedding and this
+        # GEMM share.
+        weights = self._modules[module].map(self._read)
+        return layers.gemm(
+            self._network,
+            x,
+            weights.weight,
+            weights.bias,
+            activation=activation,
+            dtype=self._dtype,
+            plugin="gemm" not in self._disabled,
+            name=module,
+        )
 
-    def linear_swiglu(self, x: Any, weight: str, bias: str | None = None) -> Any:
-        """See `qwen_model.network.decoder.Operations`."""
-        return self._gemm(x, weight, bias, activation="swiglu")
-
-    def rms_norm(self, x: Any, weight: str, residual: Any = None) -> tuple[Any, Any]:
+    def norm(self, x: Any, module: str, residual: Any = None, into: tuple[str, ...] = ()) -> tuple[Any, Any]:
         """See `qwen_model.network.decoder.Operations`."""
         found = layers.rms_norm(
             self._network,
             x,
-            self._read(weight),
+            self._read(self._modules[module].weight),
             self._config.norm_eps,
             residual,
             dtype=self._dtype,
             plugin="rms_norm" not in self._disabled,
-            name=_layer_name(weight),
+            name=module,
         )
         return (found, x) if residual is None else found
 
-    def gpt_attention(self, qkv: Any, layer: int, q_norm: str | None, k_norm: str | None) -> Any:
+    def attention(self, qkv: Any, layer: int, into: tuple[str, ...] = ()) -> Any:
         """See `qwen_model.network.decoder.Operations`."""
+        return self._attend(qkv, layer, self._head_norms(layer))
+
+    def _head_norms(self, layer: int) -> dict[str, str]:
+        """Return the norms of the heads of q and k, if the layer has them, by `gpt_attention`'s names."""
+        names = {kind: f"layers.{layer}.attention.{kind}" for kind in ("q_norm", "k_norm")}
+        return {f"{kind}_weight": module for kind, module in names.items() if module in self._modules}
+
+    def _attend(self, qkv: Any, layer: int, head_norms: Mapping[str, str]) -> Any:
         config, inputs = self._config, self._inputs
         try:
             context, present = layers.gpt_attention(
@@ -87,8 +107,7 @@ class TensorRTOperations:
                 head_size=config.head_size,
                 rotary_embedding_dim=config.rotary.dim,
                 query_scale=inputs.get("query_scale"),
-                q_norm_weight=None if q_norm is None else self._read(q_norm),
-                k_norm_weight=None if k_norm is None else self._read(k_norm),
+                **{name: self._read(self._modules[module].weight) for name, module in head_norms.items()},
                 norm_eps=config.norm_eps,
                 dtype=self._dtype,
                 name=f"layers.{layer}.attention",
@@ -105,26 +124,7 @@ class TensorRTOperations:
         rows = self._inputs["last_token_ids"]
         return self._gather(x, rows, "last_token"), self._gather(residual, rows, "last_token.residual")
 
-    def _gemm(self, x: Any, weight: str, bias: str | None, activation: str | None = None) -> Any:
-        # A tied embedding becomes two constants: TensorRT 8.6 reports a wrong type for one that the embedding and this
-        # GEMM share.
-        name = "lm_head" if weight == "embedding.weight" else _layer_name(weight)
-        return layers.gemm(
-            self._network,
-            x,
-            self._read(weight),
-            None if bias is None else self._read(bias),
-            activation=activation,
-            dtype=self._dtype,
-            plugin="gemm" not in self._disabled,
-            name=name,
-        )
-
     def _gather(self, table: Any, rows: Any, name: str) -> Any:
         layer = self._network.add_gather(table, rows, 0)
-        layer.name = _layer_name(name)
+        layer.name = name
         return set_type(layer, self._dtype, self._network)
-
-
-def _layer_name(weight: str) -> str:
-    return weight.removesuffix(".weight")

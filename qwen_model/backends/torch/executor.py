@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.module_weights import ModuleWeights
+from ...checkpoints.weights import network_modules
 from ...common.errors import QwenModelError
 from ...common.extras import require_kernels
 from ...interface.engine_config import Limits
@@ -108,7 +110,8 @@ class TorchExecutor:
         shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
         self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
-        self._ops = _operations(config, dict(weights), self.cache, disabled_plugins, use_kernels)
+        modules = _module_weights(config, self.dtype, weights)
+        self._ops = _operations(config, modules, self.cache, disabled_plugins, use_kernels)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = torch.from_numpy(self._table.values).to(self.device)
         scale = self._table.query_scale
@@ -300,11 +303,23 @@ def _has_kernels(config: ModelConfig) -> bool:
     return supported(config)
 
 
+def _module_weights(
+    config: ModelConfig, dtype: torch.dtype, weights: Mapping[str, Tensor]
+) -> dict[str, ModuleWeights[Tensor]]:
+    """Return the tensors of every module that the network calls, by its name."""
+    modules = network_modules(config, str(dtype).removeprefix("torch."))
+    return {name: module.map(lambda spec: weights[spec.name]) for name, module in modules.items()}
+
+
 def _operations(
-    config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str], use_kernels: bool
+    config: ModelConfig,
+    modules: Mapping[str, ModuleWeights[Tensor]],
+    cache: Tensor,
+    disabled: Collection[str],
+    use_kernels: bool,
 ) -> TorchOperations:
     if not use_kernels:
-        return TorchOperations(config, weights, cache, disabled)
+        return TorchOperations(config, modules, cache, disabled)
     from .kernel_operations import KernelOperations
 
-    return KernelOperations(config, weights, cache, disabled)
+    return KernelOperations(config, modules, cache, disabled)

@@ -6,7 +6,7 @@ the operands are made here and need none. In the prefill of short prompts the GP
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from qwen_plugins import launch
 from qwen_plugins.attention import HEAD_SIZES, AttentionInputs, decode_attention_workspace
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.module_weights import ModuleWeights
 from .operations import Batch, TorchOperations
 
 
@@ -26,18 +27,27 @@ def supported(config: ModelConfig) -> bool:
 class KernelOperations(TorchOperations):
     """Compute every operation with our kernels. All tensors are contiguous and of one type."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        modules: Mapping[str, ModuleWeights[Tensor]],
+        cache: Tensor,
+        disabled: Collection[str] = (),
+    ):
         """See `TorchOperations`."""
-        super().__init__(config, weights, cache, disabled)
+        super().__init__(config, modules, cache, disabled)
         self._disabled = frozenset(disabled)
         self._dtype = launch.DataType.__members__[str(cache.dtype).removeprefix("torch.")]
         any_table = torch.empty(1, config.rotary.dim, device=cache.device)
         inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
         self._workspace = decode_attention_workspace(inputs)
-        # What all launches of a layer have in common, by the names of its weights.
-        self._linear_layers: dict[tuple[str, str | None, bool], launch.LinearLayer] = {}
+        # What all launches of a module have in common, by its name.
+        self._linear_layers: dict[str, launch.LinearLayer] = {}
         self._norm_layers: dict[str, launch.RmsNormLayer] = {}
-        self._heads: dict[tuple[str | None, str | None], launch.AttentionHeads] = {}  # of the current batch
+        rotate = "rotary" not in self._disabled  # else `attention` applies the norms, too
+        norms = [self.head_norms(layer) if rotate else (None, None) for layer in range(config.num_layers)]
+        self._head_norms = [(_address(q_norm), _address(k_norm)) for q_norm, k_norm in norms]
+        self._heads: dict[tuple[int, int], launch.AttentionHeads] = {}  # of the current batch, by their norms
         self._stream = 0
 
     def begin(self, batch: Batch) -> None:
@@ -46,9 +56,9 @@ class KernelOperations(TorchOperations):
         self._heads.clear()
         self._stream = torch.cuda.current_stream(self.cache.device).cuda_stream
 
-    def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
+    def embedding(self, input_ids: Tensor, module: str) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
-        return self._gather_rows(self.weights[weight], input_ids)
+        return self._gather_rows(self.modules[module].weight, input_ids)
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.decoder.Operations`."""
@@ -71,22 +81,20 @@ class KernelOperations(TorchOperations):
         )
         return y
 
-    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        module: str,
+        activation: str | None = None,
+        into: tuple[str, ...] = (),
+        reduce: bool = False,
+    ) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         if "gemm" in self._disabled:
-            return super().linear(x, weight, bias)
-        return self._gemm(x, weight, bias, swiglu=False)
-
-    def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """See `qwen_model.network.decoder.Operations`."""
-        if "gemm" in self._disabled:
-            return super().linear_swiglu(x, weight, bias)
-        return self._gemm(x, weight, bias, swiglu=True)
-
-    def _gemm(self, x: Tensor, weight: str, bias: str | None, swiglu: bool) -> Tensor:
-        layer = self._linear_layers.get((weight, bias, swiglu))
+            return super().linear(x, module, activation)
+        layer = self._linear_layers.get(module)
         if layer is None:
-            layer = self._linear_layers[weight, bias, swiglu] = self._linear_layer(weight, bias, swiglu)
+            layer = self._linear_layers[module] = self._linear_layer(module, activation)
         rows, in_features = x.shape
         y = x.new_empty(rows, layer.columns)
         workspace_bytes = layer.workspace_bytes(rows)
@@ -102,25 +110,28 @@ class KernelOperations(TorchOperations):
         )
         return y
 
-    def _linear_layer(self, weight: str, bias: str | None, swiglu: bool) -> launch.LinearLayer:
-        out_features, in_features = self.weights[weight].shape
+    def _linear_layer(self, module: str, activation: str | None) -> launch.LinearLayer:
+        weights = self.modules[module]
+        out_features, in_features = weights.weight.shape
         return launch.LinearLayer(
-            weight=self._weight_address(weight),
-            bias=self._weight_address(bias),
+            weight=_address(weights.weight),
+            bias=_address(weights.bias),
             in_features=in_features,
             out_features=out_features,
-            activation=launch.Activation.swiglu if swiglu else launch.Activation.none,
+            activation=launch.Activation.none if activation is None else launch.Activation.swiglu,
             dtype=self._dtype,
             constant_weight=True,
         )
 
-    def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def norm(
+        self, x: Tensor, module: str, residual: Tensor | None = None, into: tuple[str, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.decoder.Operations`."""
         if "rms_norm" in self._disabled:
-            return super().rms_norm(x, weight, residual)
-        layer = self._norm_layers.get(weight)
+            return super().norm(x, module, residual)
+        layer = self._norm_layers.get(module)
         if layer is None:
-            layer = self._norm_layers[weight] = self._norm_layer(weight)
+            layer = self._norm_layers[module] = self._norm_layer(self.modules[module].weight)
         y = torch.empty_like(x)
         h = x if residual is None else torch.empty_like(x)
         launch.rms_norm(
@@ -134,28 +145,28 @@ class KernelOperations(TorchOperations):
         )
         return y, h
 
-    def _norm_layer(self, weight: str) -> launch.RmsNormLayer:
+    def _norm_layer(self, weight: Tensor) -> launch.RmsNormLayer:
         return launch.RmsNormLayer(
-            weight=self._weight_address(weight),
-            hidden_size=len(self.weights[weight]),
+            weight=_address(weight),
+            hidden_size=len(weight),
             dtype=self._dtype,
             weight_dtype=self._dtype,
             eps=self.config.norm_eps,
             unit_offset=False,
         )
 
-    def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
+    def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         batch, config = self.batch, self.config
         if "rotary" in self._disabled:
             q, k, v = self.split_heads(qkv)
-            qkv = torch.cat([*self.norm_and_rotate(q, k, q_norm, k_norm), v], dim=1).flatten(1)
-            q_norm = k_norm = None
+            qkv = torch.cat([*self.norm_and_rotate(q, k, layer), v], dim=1).flatten(1)
         tokens, columns = qkv.shape
         context = qkv.new_empty(tokens, config.num_heads * config.head_size)
-        heads = self._heads.get((q_norm, k_norm))
+        norms = self._head_norms[layer]
+        heads = self._heads.get(norms)
         if heads is None:
-            heads = self._heads[q_norm, k_norm] = self._attention_heads(q_norm, k_norm)
+            heads = self._heads[norms] = self._attention_heads(*norms)
         if batch.decoding:
             launch.decode_attention(
                 heads=heads,
@@ -188,8 +199,8 @@ class KernelOperations(TorchOperations):
             )
         return context
 
-    def _attention_heads(self, q_norm: str | None, k_norm: str | None) -> launch.AttentionHeads:
-        """Describe the heads and the rotary embedding of the current batch."""
+    def _attention_heads(self, q_norm: int, k_norm: int) -> launch.AttentionHeads:
+        """Describe heads with norms at these addresses, and the rotary embedding of the current batch."""
         config, batch = self.config, self.batch
         rotate = "rotary" not in self._disabled
         scale = batch.query_scale if rotate else None
@@ -203,10 +214,11 @@ class KernelOperations(TorchOperations):
             rotary_offsets=batch.rotary_offsets.data_ptr(),
             rotary_style=launch.RotaryStyle.neox,
             query_scale=0 if scale is None else scale.data_ptr(),
-            q_norm_weight=self._weight_address(q_norm),
-            k_norm_weight=self._weight_address(k_norm),
+            q_norm_weight=q_norm,
+            k_norm_weight=k_norm,
             norm_eps=config.norm_eps,
         )
 
-    def _weight_address(self, name: str | None) -> int:
-        return 0 if name is None else self.weights[name].data_ptr()
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

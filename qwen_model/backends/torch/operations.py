@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.module_weights import ModuleWeights
 
 
 @dataclass
@@ -51,15 +52,20 @@ class TorchOperations:
 
     batch: Batch
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cache: Tensor, disabled: Collection[str] = ()):
-        """Take the weights by name and the cache [layers, max_batch_size, 2, kv_heads, max_positions, head_size].
+    def __init__(
+        self,
+        config: ModelConfig,
+        modules: Mapping[str, ModuleWeights[Tensor]],
+        cache: Tensor,
+        disabled: Collection[str] = (),
+    ):
+        """Take the weights of each module, and the cache.
 
-        The dimension of 2 is keys, then values.
-
+        cache: [layers, max_batch_size, 2, kv_heads, max_positions, head_size]; the dimension of 2 is keys, then values.
         disabled: names of `PLUGINS` whose operations PyTorch's own functions compute.
         """
         self.config = config
-        self.weights = weights
+        self.modules = modules
         self.cache = cache
         self._rms_norm: Callable[..., Any] = plain_rms_norm if "rms_norm" in disabled else _plugin_rms_norm()
 
@@ -67,23 +73,33 @@ class TorchOperations:
         """Set the batch of the next pass, which runs on the current stream."""
         self.batch = batch
 
-    def embedding(self, input_ids: Tensor, weight: str) -> Tensor:
+    def embedding(self, input_ids: Tensor, module: str) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
-        return F.embedding(input_ids, self.weights[weight])
+        return F.embedding(input_ids, self.modules[module].weight)
 
-    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+    def norm(
+        self, x: Tensor, module: str, residual: Tensor | None = None, into: tuple[str, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.decoder.Operations`."""
-        return F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
-
-    def rms_norm(self, x: Tensor, weight: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `qwen_model.network.decoder.Operations`."""
+        weight = self.modules[module].weight
         if residual is None:
-            return self._rms_norm(x, self.weights[weight], self.config.norm_eps), x
-        return self._rms_norm(x, self.weights[weight], self.config.norm_eps, residual=residual)
+            return self._rms_norm(x, weight, self.config.norm_eps), x
+        return self._rms_norm(x, weight, self.config.norm_eps, residual=residual)
 
-    def linear_swiglu(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        module: str,
+        activation: str | None = None,
+        into: tuple[str, ...] = (),
+        reduce: bool = False,
+    ) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
-        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
+        weights = self.modules[module]
+        y = F.linear(x, weights.weight, weights.bias)
+        if activation is None:
+            return y
+        gate, up = y.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,10 +109,10 @@ class TorchOperations:
         rows = self.batch.cu_seqlens[1:] - 1
         return x[rows], residual[rows]
 
-    def gpt_attention(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
+    def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         q, k, v = self.split_heads(qkv)
-        q, k = self.norm_and_rotate(q, k, q_norm, k_norm)
+        q, k = self.norm_and_rotate(q, k, layer)
         self._write_cache(layer, k, v)
         return self._attend_cache(q, layer) if self.batch.decoding else self.attend_prompts(q, k, v)
 
@@ -107,11 +123,17 @@ class TorchOperations:
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         return q, k, v
 
-    def norm_and_rotate(self, q: Tensor, k: Tensor, q_norm: str | None, k_norm: str | None) -> tuple[Tensor, Tensor]:
+    def head_norms(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the weights of the RMSNorm of q's heads and of k's, [head_size] each; None: there is none."""
+        q_norm, k_norm = (self.modules.get(f"layers.{layer}.attention.{name}_norm") for name in "qk")
+        return None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight
+
+    def norm_and_rotate(self, q: Tensor, k: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Apply the RMSNorm of each head, if there is one, and the rotary embedding to [tokens, heads, head_size]."""
+        q_norm, k_norm = self.head_norms(layer)
         if q_norm is not None and k_norm is not None:
-            q = self._rms_norm(q, self.weights[q_norm], self.config.norm_eps)
-            k = self._rms_norm(k, self.weights[k_norm], self.config.norm_eps)
+            q = self._rms_norm(q, q_norm, self.config.norm_eps)
+            k = self._rms_norm(k, k_norm, self.config.norm_eps)
         return self._rotate(q, True), self._rotate(k, False)
 
     def _rotate(self, x: Tensor, is_query: bool) -> Tensor:

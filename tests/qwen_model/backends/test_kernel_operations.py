@@ -1,5 +1,6 @@
 """The operands that KernelOperations passes: with the launchers on a CPU, it computes what PyTorch does."""
 
+import dataclasses
 import types
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from qwen_model.backends.torch import kernel_operations
 from qwen_model.backends.torch.operations import Batch, TorchOperations
 from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
+from qwen_model.checkpoints.weights import network_modules
 from tests.stand_ins import cpu_launch
 
 CONFIG = ModelConfig(
@@ -22,19 +24,9 @@ CONFIG = ModelConfig(
     max_positions=16,
     norm_eps=1e-5,
     rotary=RotaryConfig(dim=24),
+    qkv_bias=True,
+    tied_embedding=True,
 )
-PACKED = (CONFIG.num_heads + 2 * CONFIG.num_kv_heads) * CONFIG.head_size
-SHAPES = {
-    "embedding": (CONFIG.vocab_size, CONFIG.hidden_size),
-    "norm": (CONFIG.hidden_size,),
-    "qkv": (PACKED, CONFIG.hidden_size),
-    "qkv_bias": (PACKED,),
-    "q_norm": (CONFIG.head_size,),
-    "k_norm": (CONFIG.head_size,),
-    "output": (CONFIG.hidden_size, CONFIG.num_heads * CONFIG.head_size),
-    "gate_up": (2 * CONFIG.intermediate_size, CONFIG.hidden_size),
-    "down": (CONFIG.hidden_size, CONFIG.intermediate_size),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +49,20 @@ def batch_of(lengths: list[int], past_lengths: list[int], query_scale: torch.Ten
     )
 
 
-def run(operations: TorchOperations, batch: Batch, qk_norm: bool) -> list[torch.Tensor]:
-    """One decoder layer and the choice of the last tokens; everything that it computes."""
+def run(operations: TorchOperations, batch: Batch) -> list[torch.Tensor]:
+    """The second decoder layer, the choice of the last tokens and the head; everything that they compute."""
     tokens = sum(batch.lengths)
     operations.begin(batch)
     x = operations.embedding((torch.arange(tokens) * 7 % 50).int(), "embedding")
-    y, residual = operations.rms_norm(x, "norm")
-    qkv = operations.linear(y, "qkv", "qkv_bias")
-    context = operations.gpt_attention(qkv, 1, *(("q_norm", "k_norm") if qk_norm else (None, None)))
-    attended = operations.linear(context, "output")
-    y, residual = operations.rms_norm(attended, "norm", residual)
-    gated = operations.linear_swiglu(y, "gate_up")
-    x = operations.linear(gated, "down")
-    return [qkv, context, gated, x, residual, *operations.last_token(x, residual)]
+    y, residual = operations.norm(x, "layers.1.input_norm")
+    qkv = operations.linear(y, "layers.1.attention.qkv")
+    context = operations.attention(qkv, 1)
+    attended = operations.linear(context, "layers.1.attention.output", reduce=True)
+    y, residual = operations.norm(attended, "layers.1.post_attention_norm", residual)
+    gated = operations.linear(y, "layers.1.mlp.gate_up", activation="swiglu")
+    x = operations.linear(gated, "layers.1.mlp.down", reduce=True)
+    last, last_residual = operations.last_token(x, residual)
+    return [qkv, context, gated, x, residual, last, last_residual, operations.linear(last, "lm_head")]
 
 
 @pytest.mark.parametrize(
@@ -79,13 +72,17 @@ def run(operations: TorchOperations, batch: Batch, qk_norm: bool) -> list[torch.
 @pytest.mark.parametrize("scaled", [False, True])
 def test_operations_are_those_of_pytorch(disabled, qk_norm, scaled):
     generator = torch.Generator().manual_seed(2)
-    weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in SHAPES.items()}
+    config = dataclasses.replace(CONFIG, qk_norm=qk_norm)
+    modules = {
+        name: module.map(lambda spec: torch.randn(spec.shape, generator=generator) * 0.3)
+        for name, module in network_modules(config, "float32").items()
+    }
     query_scale = 1 + torch.rand(40, generator=generator) if scaled else None
     caches = [torch.zeros(CONFIG.num_layers, 4, 2, CONFIG.num_kv_heads, 16, CONFIG.head_size) for _ in range(2)]
-    plain = TorchOperations(CONFIG, weights, caches[0], ("rms_norm",))
-    kernels = kernel_operations.KernelOperations(CONFIG, weights, caches[1], disabled)
+    plain = TorchOperations(config, modules, caches[0], ("rms_norm",))
+    kernels = kernel_operations.KernelOperations(config, modules, caches[1], disabled)
 
     for batch in (batch_of([5, 1, 3], [0, 0, 0], query_scale), batch_of([1, 1, 1], [5, 1, 3], query_scale)):
-        for actual, expected in zip(run(kernels, batch, qk_norm), run(plain, batch, qk_norm), strict=True):
+        for actual, expected in zip(run(kernels, batch), run(plain, batch), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(caches[1], caches[0], rtol=1e-4, atol=1e-4)

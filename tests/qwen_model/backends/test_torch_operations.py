@@ -5,6 +5,7 @@ import torch
 
 from qwen_model.backends.torch.operations import Batch, TorchOperations
 from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.checkpoints.module_weights import ModuleWeights, WeightFormat
 from qwen_model.checkpoints.rotary_config import RotaryConfig
 from tests.qwen_plugins.decoder_reference import Case, relative_error
 
@@ -23,10 +24,11 @@ def attend(case: Case) -> torch.Tensor:
         norm_eps=case.norm_eps,
         rotary=RotaryConfig(dim=case.rotary_dim),
     )
-    weights = {"q": case.q_norm, "k": case.k_norm} if case.qk_norm else {}
+    norms = {"q_norm": case.q_norm, "k_norm": case.k_norm} if case.qk_norm else {}
+    modules = {f"layers.0.attention.{name}": ModuleWeights(w, WeightFormat("float32")) for name, w in norms.items()}
     # Attention with a mask computes with what is masked out: the executor's cache begins as zeros.
     case.cache = case.cache.nan_to_num(0.0)
-    operations = TorchOperations(config, weights, case.cache[None], ["rms_norm"])
+    operations = TorchOperations(config, modules, case.cache[None], ["rms_norm"])
     past = torch.tensor(case.past_lengths, dtype=torch.int32)
     operations.batch = Batch(
         case.new_tokens,
@@ -37,7 +39,7 @@ def attend(case: Case) -> torch.Tensor:
         past,
         max(case.past_lengths) > 0,
     )
-    return operations.gpt_attention(case.qkv, 0, *(("q", "k") if case.qk_norm else (None, None)))
+    return operations.attention(case.qkv, 0)
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2), (5, 1)])

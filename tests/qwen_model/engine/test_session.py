@@ -169,7 +169,12 @@ def test_small_products_use_one_thread_and_the_process_keeps_its_number(endless,
     """A step of one token is small; a prompt is not, where the limit is set below it."""
     seen = []
     linear = TorchOperations.linear
-    monkeypatch.setattr(TorchOperations, "linear", lambda *args: seen.append(torch.get_num_threads()) or linear(*args))
+
+    def counting(*args, **options):
+        seen.append(torch.get_num_threads())
+        return linear(*args, **options)
+
+    monkeypatch.setattr(TorchOperations, "linear", counting)
     monkeypatch.setattr(torch_executor, "ONE_THREAD_WORK", 2 * endless.executor._layer_size)
     torch.set_num_threads(2)
     try:
