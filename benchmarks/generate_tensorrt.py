@@ -19,6 +19,7 @@ from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import WeightSpec
 from qwen_model.engine.session import Session
+from qwen_model.interface.back_end import ReadWeight
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.packaged_model import packaged_model_dir
 
@@ -65,6 +66,7 @@ class RandomWeights:
 
 def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -> Session:
     """Build and load an engine of that shape that does not stop at end tokens; print how long both took."""
+    read: ReadWeight
     if shape == "packaged":
         folder = packaged_model_dir()
         model, read = ModelConfig.from_model_dir(folder), Checkpoint(folder, back_end.FRAMEWORK).read

@@ -43,22 +43,23 @@ class Checkpoint:
         dtypes = [dtype for dtype, _ in counts.most_common() if dtype in WEIGHT_DTYPES]
         return dtypes[0].replace("float64", "float32") if dtypes else "float32"
 
-    def tensor(self, name: str) -> Weight:
-        """Read one tensor of the checkpoint, in its own type, memory-mapped if possible.
+    def tensor(self, name: str, part: tuple[slice, ...] = ()) -> Weight:
+        """Read one tensor of the checkpoint, or a part of it, in its own type, memory-mapped if possible.
 
         Raises:
             QwenModelError: it holds NaN or infinities.
         """
-        tensor = self._tensors[name].read()
+        tensor = self._tensors[name].read(part)
         if not all_finite(tensor):
             raise QwenModelError(f"{self.model_dir}: {name} has numbers that are not finite")
         return tensor
 
-    def check(self, config: ModelConfig) -> None:
-        """Compare names, shapes and types of the tensors with what the network needs.
+    def check(self, config: ModelConfig, num_ranks: int = 1) -> None:
+        """Compare names, shapes and types of the tensors with what the network needs, on each of `num_ranks` devices.
 
         Raises:
-            QwenModelError: tensors are missing, unknown, or of a wrong shape or type; it names them.
+            QwenModelError: tensors are missing, unknown, or of a wrong shape or type, or cannot be divided evenly; it
+                names them.
         """
         names = ARCHITECTURES[config.architecture].weights
         embedding, head = f"{names.embedding}.weight", f"{names.lm_head}.weight"
@@ -67,7 +68,8 @@ class Checkpoint:
         reject_quantized_tensors(self.model_dir, self._tensors)
         self._check_last_layer(config)
         specs = (spec for group in weight_groups(config, self.dtype) for spec in group.specs)
-        expected = {source.name: source.shape for spec in specs for source in spec.sources}
+        sources = (source for spec in specs for source, _ in spec.parts(0, num_ranks))
+        expected = {source.name: source.shape for source in sources}
         extra = [name for name in self._tensors if name not in expected and not _is_derived(name)]
         self._check_tensors(expected, [name for name in extra if not (config.tied_embedding and name == head)])
         if config.tied_embedding and head in self._tensors:
@@ -116,9 +118,19 @@ class Checkpoint:
                 f"to false, or remove {head}"
             )
 
-    def read(self, spec: WeightSpec) -> Weight:
-        """Read a weight of the network, in the checkpoint's type: its tensors, concatenated."""
-        parts = [self.tensor(source.name) for source in spec.sources]
+    def read(self, spec: WeightSpec, rank: int = 0, num_ranks: int = 1) -> Weight:
+        """Read a weight of the network, or the part of it that one of `num_ranks` devices has.
+
+        It has the checkpoint's type. Of files that can be memory-mapped only the part is read.
+
+        Raises:
+            QwenModelError: there is no such rank, the devices cannot have equal parts, or numbers are not finite.
+        """
+        before = (slice(None),) * spec.axis
+        parts = [
+            self.tensor(source.name, () if num_ranks == 1 else (*before, part))
+            for source, part in list(spec.parts(rank, num_ranks))  # all of them before the first is read
+        ]
         if len(parts) == 1:
             return parts[0]
         if self.framework == "torch":

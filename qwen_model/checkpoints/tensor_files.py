@@ -38,11 +38,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Describe a tensor in a file. `dtype` is PyTorch's name of a floating-point type, or the file's of another."""
+    """Describe a tensor in a file. `dtype` is PyTorch's name of a floating-point type, or the file's of another.
+
+    read: takes a slice of each of the first dimensions, and reads only that part; (): all of the tensor.
+    """
 
     shape: Shape
     dtype: str
-    read: Callable[[], Weight]
+    read: Callable[[tuple[slice, ...]], Weight]
 
 
 def open_tensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:
@@ -77,10 +80,15 @@ def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTenso
             part = file.get_slice(name)
             dtype = part.get_dtype()
             shape = tuple(part.get_shape())
-            tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(dtype, dtype), partial(file.get_tensor, name))
+            read = partial(_read_safetensors, file, name)
+            tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(dtype, dtype), read)
     except Exception as error:  # the library raises its own class, OSError and others
         raise QwenModelError(f"{path} cannot be read: {shown(str(error)).strip(chr(39))}") from error
     return tensors
+
+
+def _read_safetensors(file: Any, name: str, part: tuple[slice, ...]) -> Weight:
+    return file.get_slice(name)[part] if part else file.get_tensor(name)
 
 
 def _open_bin(path: Path) -> dict[str, StoredTensor]:
@@ -94,7 +102,7 @@ def _open_bin(path: Path) -> dict[str, StoredTensor]:
         if not isinstance(name, str) or not plain:
             raise QwenModelError(f"{path} cannot be read: its {shown(name)} is not a dense tensor")
     return {
-        name: StoredTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach)
+        name: StoredTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach().__getitem__)
         for name, tensor in tensors.items()
     }
 

@@ -5,8 +5,10 @@ A fused weight (query, key and value; gate and up) is the concatenation of the c
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..common.errors import QwenModelError
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
 from .module_weights import ModuleWeights, WeightFormat
@@ -14,11 +16,38 @@ from .tensor_files import Shape
 
 
 @dataclass(frozen=True)
+class Section:
+    """Describe a range of a tensor's rows or columns that tensor parallelism divides on its own, such as those of q.
+
+    count, unit: what it consists of, such as heads, each of which one device has whole.
+    repeated: if there are more devices than units, several have the same one, as key-value heads in Megatron and vLLM.
+    """
+
+    size: int
+    count: int
+    unit: str
+    repeated: bool = False
+
+    def part(self, rank: int, num_ranks: int) -> slice | None:
+        """Return the part of one of `num_ranks` devices; None: they cannot have equal parts."""
+        if self.repeated and num_ranks % self.count == 0:
+            rank, num_ranks = rank * self.count // num_ranks, self.count
+        if self.count % num_ranks != 0:
+            return None
+        length = self.size // num_ranks
+        return slice(rank * length, (rank + 1) * length)
+
+
+@dataclass(frozen=True)
 class Source:
-    """Name one tensor of the checkpoint."""
+    """Name one tensor of the checkpoint, and the sections that it is divided into one after the other.
+
+    Without sections every device has all of it.
+    """
 
     name: str
     shape: Shape
+    sections: tuple[Section, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,19 +55,13 @@ class WeightSpec:
     """Describe one tensor of a module of the network.
 
     dtype: in an engine. A floating-point weight may have another floating-point type in the checkpoint.
-    axis: that the sources are concatenated along.
-
-    Tensor parallelism over n devices cuts it into n equal parts along `split_axis` (None: every device has all of
-    it). Each of the `sections` (rows of q, k and v; of gate and up) is cut separately, and a device has the
-    concatenation of its parts.
+    axis: that the sources are concatenated along, and divided along among devices.
     """
 
     name: str
     sources: tuple[Source, ...]
     dtype: str
     axis: int = 0
-    split_axis: int | None = None
-    sections: tuple[int, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -46,6 +69,28 @@ class WeightSpec:
         shape = list(self.sources[0].shape)
         shape[self.axis] = sum(source.shape[self.axis] for source in self.sources)
         return tuple(shape)
+
+    def parts(self, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Source, slice]]:
+        """Yield the ranges of the sources along `axis` whose concatenation is the part of one of `num_ranks` devices.
+
+        Raises:
+            QwenModelError: there is no such rank, or the devices cannot have equal parts.
+        """
+        if not 0 <= rank < num_ranks:
+            raise QwenModelError(f"rank must be 0 to num_ranks - 1, not {rank} of {num_ranks}")
+        for source in self.sources:
+            if not source.sections or num_ranks == 1:
+                yield source, slice(0, source.shape[self.axis])
+                continue
+            start = 0
+            for section in source.sections:
+                part = section.part(rank, num_ranks)
+                if part is None:
+                    raise QwenModelError(
+                        f"{self.name} has {section.count} {section.unit}, which {num_ranks} devices cannot share evenly"
+                    )
+                yield source, slice(start + part.start, start + part.stop)
+                start += section.size
 
 
 Modules = dict[str, ModuleWeights[WeightSpec]]
@@ -71,14 +116,15 @@ def weight_groups(config: ModelConfig, dtype: str) -> list[WeightGroup]:
     A tied head has none of its own.
     """
     names = ARCHITECTURES[config.architecture].weights
-    table = (config.vocab_size, config.hidden_size)
-    groups = [WeightGroup("embedding", _column_parallel("embedding", [(names.embedding, table[0])], table[1], dtype))]
+    tokens = (Section(config.vocab_size, config.vocab_size, "tokens"),)
+    embedding = _column_parallel("embedding", [(names.embedding, tokens)], config.hidden_size, dtype)
+    groups = [WeightGroup("embedding", embedding)]
     groups += [
         WeightGroup(f"layer_{layer:03d}", layer_modules(config, layer, dtype)) for layer in range(config.num_layers)
     ]
     output = _norm("final_norm", names.final_norm, config.hidden_size, dtype)
     if not config.tied_embedding:
-        output |= _column_parallel("lm_head", [(names.lm_head, table[0])], table[1], dtype)
+        output |= _column_parallel("lm_head", [(names.lm_head, tokens)], config.hidden_size, dtype)
     groups.append(WeightGroup("output", output))
     return groups
 
@@ -95,29 +141,24 @@ def layer_modules(config: ModelConfig, layer: int, dtype: str) -> Modules:
     names = ARCHITECTURES[config.architecture].weights
     source = names.layer.format(layer=layer)
     prefix = f"layers.{layer}"
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    qkv_rows = (q_rows, kv_rows, kv_rows)
+    hidden = config.hidden_size
+    q = Section(config.num_heads * config.head_size, config.num_heads, "query heads")
+    kv = Section(config.num_kv_heads * config.head_size, config.num_kv_heads, "key-value heads", repeated=True)
+    inner = Section(config.intermediate_size, config.intermediate_size, "MLP channels")
 
     modules = _norm(f"{prefix}.input_norm", f"{source}.{names.input_norm}", hidden, dtype)
-    source_rows = qkv_rows if len(names.qkv) == 3 else (sum(qkv_rows),)
-    qkv_sources = [(f"{source}.{name}", rows) for name, rows in zip(names.qkv, source_rows, strict=True)]
-    modules |= _column_parallel(
-        f"{prefix}.attention.qkv", qkv_sources, hidden, dtype, bias=config.qkv_bias, sections=qkv_rows
-    )
+    sections = [(q,), (kv,), (kv,)] if len(names.qkv) == 3 else [(q, kv, kv)]
+    qkv = [(f"{source}.{name}", rows) for name, rows in zip(names.qkv, sections, strict=True)]
+    modules |= _column_parallel(f"{prefix}.attention.qkv", qkv, hidden, dtype, config.qkv_bias)
     if config.qk_norm:
         modules |= _norm(f"{prefix}.attention.q_norm", f"{source}.{names.q_norm}", config.head_size, dtype)
         modules |= _norm(f"{prefix}.attention.k_norm", f"{source}.{names.k_norm}", config.head_size, dtype)
     output = f"{source}.{names.attention_output}"
-    modules |= _row_parallel(f"{prefix}.attention.output", output, (hidden, q_rows), dtype, bias=config.output_bias)
+    modules |= _row_parallel(f"{prefix}.attention.output", output, hidden, q, dtype, config.output_bias)
     modules |= _norm(f"{prefix}.post_attention_norm", f"{source}.{names.post_attention_norm}", hidden, dtype)
-    gate_up = [(f"{source}.{names.gate}", inner), (f"{source}.{names.up}", inner)]
-    modules |= _column_parallel(
-        f"{prefix}.mlp.gate_up", gate_up, hidden, dtype, bias=config.mlp_bias, sections=(inner, inner)
-    )
-    modules |= _row_parallel(
-        f"{prefix}.mlp.down", f"{source}.{names.down}", (hidden, inner), dtype, bias=config.mlp_bias
-    )
+    gate_up = [(f"{source}.{name}", (inner,)) for name in (names.gate, names.up)]
+    modules |= _column_parallel(f"{prefix}.mlp.gate_up", gate_up, hidden, dtype, config.mlp_bias)
+    modules |= _row_parallel(f"{prefix}.mlp.down", f"{source}.{names.down}", hidden, inner, dtype, config.mlp_bias)
     return modules
 
 
@@ -127,25 +168,22 @@ def _norm(name: str, source: str, size: int, dtype: str) -> Modules:
 
 
 def _column_parallel(
-    name: str,
-    sources: list[tuple[str, int]],
-    columns: int,
-    dtype: str,
-    bias: bool = False,
-    sections: tuple[int, ...] = (),
+    name: str, sources: Sequence[tuple[str, tuple[Section, ...]]], columns: int, dtype: str, bias: bool = False
 ) -> Modules:
     """Describe a linear layer, or the embedding, whose rows are divided among devices."""
-    weights = tuple(Source(f"{source}.weight", (rows, columns)) for source, rows in sources)
-    biases = tuple(Source(f"{source}.bias", (rows,)) for source, rows in sources)
-    weight = WeightSpec(f"{name}.weight", weights, dtype, split_axis=0, sections=sections)
-    added = WeightSpec(f"{name}.bias", biases, dtype, split_axis=0, sections=sections) if bias else None
+    rows = [(source, sum(section.size for section in sections), sections) for source, sections in sources]
+    weights = tuple(Source(f"{source}.weight", (size, columns), sections) for source, size, sections in rows)
+    biases = tuple(Source(f"{source}.bias", (size,), sections) for source, size, sections in rows)
+    weight = WeightSpec(f"{name}.weight", weights, dtype)
+    added = WeightSpec(f"{name}.bias", biases, dtype) if bias else None
     return {name: ModuleWeights(weight, WeightFormat(dtype), added)}
 
 
-def _row_parallel(name: str, source: str, shape: Shape, dtype: str, bias: bool) -> Modules:
+def _row_parallel(name: str, source: str, rows: int, columns: Section, dtype: str, bias: bool) -> Modules:
     """Describe a linear layer whose inputs are divided; partial results are summed, the bias is added once."""
-    weight = WeightSpec(f"{name}.weight", (Source(f"{source}.weight", shape),), dtype, split_axis=1)
-    added = WeightSpec(f"{name}.bias", (Source(f"{source}.bias", shape[:1]),), dtype) if bias else None
+    weights = (Source(f"{source}.weight", (rows, columns.size), (columns,)),)
+    weight = WeightSpec(f"{name}.weight", weights, dtype, axis=1)
+    added = WeightSpec(f"{name}.bias", (Source(f"{source}.bias", (rows,)),), dtype) if bias else None
     return {name: ModuleWeights(weight, WeightFormat(dtype), added)}
 
 

@@ -13,7 +13,7 @@ from qwen_model import QwenModelError
 from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.tensor_files import all_finite
-from qwen_model.checkpoints.weights import weight_groups
+from qwen_model.checkpoints.weights import Section, Source, WeightSpec, weight_groups
 from tests.qwen_model.model_files import hugging_face_model, qwen_v1, save_hugging_face, save_reference
 
 
@@ -303,24 +303,65 @@ def test_folders_that_are_no_checkpoint(tmp_path, files, message):
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["grouped", "fused"])
-def test_tensor_parallel_parts_give_the_whole(kind, tmp_path):
-    """Two devices, each with its half of every weight along the axis that the mapping names."""
-    if kind == "grouped":
-        folder = save_hugging_face(hugging_face_model("Qwen2ForCausalLM", attention_dropout=0.0), tmp_path / "model")
-    else:
-        model, config = qwen_v1(num_attention_heads=4, hidden_size=64)
-        folder = save_reference(model, config, tmp_path / "model")
-    model = ModelConfig.from_model_dir(folder)
-    weights = read_all(folder)
+def parallel_model(kind, folder):
+    """A checkpoint with twelve query heads, whose sizes many numbers divide; q, k and v apart or in one tensor."""
+    if kind == "fused":
+        sizes = {"vocab_size": 324, "hidden_size": 96, "intermediate_size": 360, "num_attention_heads": 12}
+        return save_reference(*qwen_v1(**sizes, kv_channels=8), folder)
+    sizes = {"vocab_size": 324, "hidden_size": 96, "intermediate_size": 180, "num_attention_heads": 12}
+    sizes |= {"num_key_value_heads": 4, "attention_bias": True}
+    if kind == "llama":
+        return save_hugging_face(hugging_face_model("LlamaForCausalLM", mlp_bias=True, **sizes), folder)
+    return save_hugging_face(hugging_face_model("Qwen3ForCausalLM", head_dim=8, **sizes), folder)
+
+
+def part_of(model, name, whole, rank, num_ranks):
+    """What Megatron's rules give a device; with fewer key-value heads than devices several have the same one."""
+    _, _, module, kind = ("..." + name).rsplit(".", 3)
+
+    def heads(section, count):
+        repeats = max(1, num_ranks // count)
+        return section.unflatten(0, (count, -1)).repeat_interleave(repeats, 0).chunk(num_ranks)[rank].flatten(0, 1)
+
+    if module == "qkv":
+        counts = [model.num_heads, model.num_kv_heads, model.num_kv_heads]
+        sections = whole.split([count * model.head_size for count in counts])
+        return torch.cat([heads(*each) for each in zip(sections, counts, strict=True)])
+    if module == "gate_up":
+        return torch.cat([section.chunk(num_ranks)[rank] for section in whole.chunk(2)])
+    if module in ("embedding", "lm_head"):
+        return whole.chunk(num_ranks)[rank]
+    if module in ("output", "down") and kind == "weight":
+        return whole.chunk(num_ranks, 1)[rank]
+    return whole
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 12])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "fused"])
+def test_a_rank_reads_its_part(kind, num_ranks, tmp_path):
+    """From each form of file; one that holds other parts alone is not needed."""
+    folder = parallel_model(kind, tmp_path / "model")
+    model, weights = ModelConfig.from_model_dir(folder), read_all(folder)
+    (tmp_path / "bin").mkdir()
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    for checkpoint in (Checkpoint(folder), Checkpoint(folder, "numpy"), Checkpoint(tmp_path / "bin")):
+        checkpoint.check(model, num_ranks)
+        for spec in (spec for group in weight_groups(model, "float32") for spec in group.specs):
+            for rank in range(num_ranks):
+                part = torch.as_tensor(checkpoint.read(spec, rank, num_ranks))
+                expected = part_of(model, spec.name, weights[spec.name], rank, num_ranks)
+                torch.testing.assert_close(part, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "fused"])
+def test_tensor_parallel_parts_compute_the_whole(kind, tmp_path):
+    """Two devices: the results of their parts of the MLP have the whole as sum, and their heads are its heads."""
+    folder = parallel_model(kind, tmp_path / "model")
+    model, weights, checkpoint = ModelConfig.from_model_dir(folder), read_all(folder), Checkpoint(folder)
     specs = {spec.name: spec for group in weight_groups(model, "float32") for spec in group.specs}
 
     def part(name, rank):
-        spec, weight = specs[name], weights[name]
-        if spec.split_axis is None:
-            return weight
-        sections = weight.split(spec.sections or (weight.shape[0],)) if spec.split_axis == 0 else (weight,)
-        return torch.cat([section.chunk(2, spec.split_axis)[rank] for section in sections])
+        return checkpoint.read(specs[name], rank, 2)
 
     x = torch.randn(3, model.hidden_size)
     gate, up = (x @ weights["layers.0.mlp.gate_up.weight"].T).chunk(2, -1)
@@ -337,3 +378,67 @@ def test_tensor_parallel_parts_give_the_whole(kind, tmp_path):
     for index, section in enumerate(qkv.split(sizes, -1)):
         halves = [rank.split([size // 2 for size in sizes], -1)[index] for rank in ranks]
         torch.testing.assert_close(torch.cat(halves, -1), section)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "problem"),
+    [
+        (5, "embedding.weight has 324 tokens, which 5 devices"),
+        (9, "layers.0.attention.qkv.weight has 12 query heads, which 9 devices"),
+        (3, "layers.0.attention.qkv.weight has 4 key-value heads, which 3 devices"),
+        (6, "layers.0.attention.qkv.weight has 4 key-value heads, which 6 devices"),
+    ],
+)
+def test_devices_that_cannot_have_equal_parts(num_ranks, problem, tmp_path, monkeypatch):
+    """Whole heads count, not rows; the error comes before anything is read."""
+    folder = parallel_model("qwen3", tmp_path / "model")
+    model, checkpoint = ModelConfig.from_model_dir(folder), Checkpoint(folder)
+    specs = {spec.name: spec for group in weight_groups(model, "float32") for spec in group.specs}
+    monkeypatch.setattr(Checkpoint, "tensor", None)
+    with pytest.raises(QwenModelError, match=f"{problem} cannot share evenly"):
+        checkpoint.check(model, num_ranks)
+    with pytest.raises(QwenModelError, match=f"{problem} cannot share evenly"):
+        checkpoint.read(specs[problem.split()[0]], 0, num_ranks)
+
+
+def test_an_uneven_mlp_and_ranks_that_do_not_exist(folder):
+    model, checkpoint = ModelConfig.from_model_dir(folder), Checkpoint(folder)
+    (spec,) = (spec for spec in weight_groups(model, "float32")[1].specs if spec.name == "layers.0.mlp.down.weight")
+    with pytest.raises(QwenModelError, match=r"mlp\.down\.weight has 172 MLP channels, which 3 devices cannot"):
+        checkpoint.read(spec, 0, 3)
+    for rank, num_ranks in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(QwenModelError, match=rf"rank must be 0 to num_ranks - 1, not {rank} of {num_ranks}"):
+            checkpoint.read(spec, rank, num_ranks)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "bin"])
+def test_a_rank_reads_no_other_part(form, broken):
+    """A number that is not finite stops the ranks that have it, and no other."""
+    folder = broken(lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].__setitem__((-1, 0), math.nan))
+    if form == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    model, checkpoint = ModelConfig.from_model_dir(folder), Checkpoint(folder, "numpy" if form == "numpy" else "torch")
+    spec = weight_groups(model, "float32")[1].modules["layers.0.mlp.gate_up"].weight
+    assert checkpoint.read(spec, 0, 2).shape == (172, 84)
+    for parts in ((1, 2), (0, 1)):
+        with pytest.raises(QwenModelError, match=r"up_proj\.weight has numbers that are not finite"):
+            checkpoint.read(spec, *parts)
+
+
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_weights_that_join_and_divide_along_columns(framework, tmp_path):
+    """As packed weights do that have a column for each output."""
+    tensors = {name: torch.randn(6, columns) for name, columns in (("q", 8), ("k", 4), ("v", 4))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    sections = {"q": Section(8, 4, "query heads"), "k": Section(4, 2, "key-value heads", repeated=True)}
+    sections["v"] = sections["k"]
+    sources = tuple(Source(name, tuple(tensors[name].shape), (sections[name],)) for name in "qkv")
+    spec, checkpoint = WeightSpec("qkv.weight", sources, "float32", axis=1), Checkpoint(tmp_path, framework)
+    assert spec.shape == (6, 16)
+    whole = torch.as_tensor(checkpoint.read(spec))
+    assert torch.equal(whole, torch.cat([tensors[name] for name in "qkv"], 1))
+    for rank in range(4):
+        kv = slice(rank // 2 * 2, rank // 2 * 2 + 2)  # two devices share a head
+        expected = [tensors["q"][:, rank * 2 : rank * 2 + 2], tensors["k"][:, kv], tensors["v"][:, kv]]
+        assert torch.equal(torch.as_tensor(checkpoint.read(spec, rank, 4)), torch.cat(expected, 1))

@@ -77,6 +77,6 @@ def test_modules(tied):
     assert decoder(operations, config, "input_ids") == Value(config.vocab_size)
     assert operations.used == [*dict.fromkeys(operations.used)]
     assert set(operations.used) == operations.modules.keys()
-    divided = [name for name, module in operations.modules.items() if module.weight.split_axis == 1]
+    divided = [name for name, module in operations.modules.items() if module.weight.axis == 1]
     assert operations.reduced == divided
     assert (operations.modules["lm_head"] is operations.modules["embedding"]) == tied
