@@ -1,4 +1,4 @@
-"""Read and write an engine's `config.json`: model, limits, back end and disabled plug-ins."""
+"""Read and write an engine's `config.json`: model, limits, format of the weights, back end and disabled plug-ins."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.json_values import is_integer
+from ..checkpoints.module_weights import WeightFormat
 from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
@@ -69,9 +70,15 @@ class EngineConfig:
         if unknown:
             raise QwenModelError(f"plug-ins to disable must be of {', '.join(PLUGINS)}, not {unknown[0]!r}")
 
+    @property
+    def weight_format(self) -> WeightFormat:
+        """Return the format of the weights."""
+        return WeightFormat(self.dtype)
+
     def write(self, engine_dir: Path) -> None:
         """Write `config.json` into the engine's folder."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        values["weight_format"] = dataclasses.asdict(self.weight_format)
         (engine_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -104,11 +111,20 @@ class EngineConfig:
                 f"{engine_dir} was built for the back end {values.get('backend')!r}, this version of qwen_model has: "
                 f"{', '.join(BACKENDS)}"
             )
+        weight_format = values.pop("weight_format", None)
         try:
-            return cls._from_dict(values)
+            config = cls._from_dict(values)
         except (KeyError, TypeError, QwenModelError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
+        readable = dataclasses.asdict(config.weight_format)
+        if weight_format not in (None, readable):  # None: built before formats were recorded, when there was one layout
+            raise QwenModelError(
+                f"{engine_dir} has weights in the format {shown(weight_format)}, this version of qwen_model reads "
+                f"{shown(readable)}: build it again from its checkpoint, with the same options "
+                f"({config.build_command(engine_dir)})"
+            )
+        return config
 
     @classmethod
     def _from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:

@@ -332,7 +332,9 @@ def test_limits_that_are_not_the_plans(trt, model_dir, tmp_path):
         path.write_text(json.dumps(config))
         with pytest.raises(qwen_model.QwenModelError, match=rf"not built for what config.json says \({tensor} differs"):
             qwen_model.load_engine(engine)
-    path.write_text(json.dumps({**json.loads(whole), "dtype": "float16"}))
+    config = json.loads(whole)
+    config["dtype"] = config["weight_format"]["kind"] = "float16"
+    path.write_text(json.dumps(config))
     with pytest.raises(qwen_model.QwenModelError, match=r"not built for what config.json says \(past_key_value_0"):
         qwen_model.load_engine(engine)
 

@@ -14,6 +14,8 @@ from qwen_model.backends.torch import back_end, executor
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
+WEIGHT_FORMAT = {"kind": "float32", "group_size": 0, "symmetric": True, "activation": None, "layout": 1}
+
 
 def build(model_dir, output_dir, **options):
     return qwen_model.build_engine(model_dir, output_dir=output_dir, **{"dtype": "float32", **options})
@@ -38,6 +40,7 @@ def test_the_folder(model_dir, tmp_path):
     values = json.loads((summary.engine_dir / "config.json").read_text())
     assert values["format_version"] == 2
     assert values["backend"] == "torch"
+    assert values["weight_format"] == WEIGHT_FORMAT
     assert values["disabled_plugins"] == []
     assert values["end_token_ids"] == [290, 301]
     assert values["versions"]["torch"] == torch.__version__
@@ -179,11 +182,20 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
         load(backend="tensorrt_llm")
     with pytest.raises(QwenModelError, match=r"damaged.*build the engine again"):
         load(limits={"sheep": 3})
+    for change in ({"layout": 2}, {"kind": "int4", "group_size": 128}, {"more": 1}):
+        ((name, value), *_) = change.items()
+        said = rf"weights in the format {{.*'{name}': '?{value}.*reads {{.*'layout': 1.*build it again.*{options}"
+        with pytest.raises(QwenModelError, match=said) as error:
+            load(weight_format={**WEIGHT_FORMAT, **change})
+        assert "\n" not in str(error.value)
+    with pytest.raises(QwenModelError, match=r"weights in the format 'int4', this version of qwen_model reads"):
+        load(weight_format="int4")
     with pytest.raises(QwenModelError, match=r"is not an engine; make one with qwen-model build"):
         qwen_model.load_engine(tmp_path / "nowhere")
     with pytest.raises(QwenModelError, match="is not an engine"):
         qwen_model.load_engine(model_dir)
-    load()
+    load(without="weight_format", weight_format=None)  # built before the format was recorded
+    load(weight_format=WEIGHT_FORMAT)
     damaged = tmp_path / "damaged"
     shutil.copytree(engine_dir, damaged)
     (damaged / "config.json").write_text((damaged / "config.json").read_text()[:-20])
