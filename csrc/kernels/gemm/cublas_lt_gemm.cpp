@@ -1,12 +1,16 @@
 #include "cublas_lt_gemm.h"
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <tuple>
 
 #include "cublas_lt.h"
+#include "kernels/common/arithmetic.h"
+#include "stream.h"
+#include "swiglu.h"
 
 namespace qwen_plugins {
 namespace {
@@ -14,6 +18,12 @@ namespace {
 using cublas_lt::kNotSupported;
 using cublas_lt::kSuccess;
 
+// The workspace that cuBLASLt is given: as much as cuBLAS itself takes on Hopper.
+constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
+// Rows that one call computes where SwiGLU follows: more are no faster, and z takes more workspace.
+constexpr int64_t kMaxSwigluRows = 8192;
+// Algorithms among which a measurement may choose.
+constexpr int32_t kAlgorithms = 3;
 constexpr size_t kMaxPlans = 4096;  // a few hundred bytes each; beyond that all are dropped and made anew
 
 // Everything that cuBLASLt's choice of an algorithm depends on.
@@ -23,10 +33,11 @@ struct Key {
   DataType dtype;
   bool has_bias;
   uint32_t weight_alignment, x_alignment, z_alignment;  // z_alignment: of z and the bias
+  int32_t algorithm;                                    // which of those that cuBLASLt proposes, from 1 on
 
   auto fields() const {
     return std::tie(device, rows, in_features, out_features, x_row_stride, dtype, has_bias, weight_alignment,
-                    x_alignment, z_alignment);
+                    x_alignment, z_alignment, algorithm);
   }
   bool operator<(const Key& other) const { return fields() < other.fields(); }
 };
@@ -79,17 +90,21 @@ struct Plan {
     const auto prefer = [&](int attribute, auto value) {
       return lt.preference_set(preference, attribute, &value, sizeof(value)) == kSuccess;
     };
+    std::array<cublas_lt::HeuristicResult, kAlgorithms> proposed{};
     int found = 0;
     const bool chose =
-        prefer(cublas_lt::kMaxWorkspaceBytes, static_cast<uint64_t>(kCublasLtWorkspaceBytes)) &&
+        prefer(cublas_lt::kMaxWorkspaceBytes, static_cast<uint64_t>(kWorkspaceBytes)) &&
         // Split-K sums in float32, too: by default cuBLASLt may use the type of z.
         prefer(cublas_lt::kReductionSchemes, cublas_lt::kReduceInComputeType) &&
         prefer(cublas_lt::kMinAlignmentA, key.weight_alignment) && prefer(cublas_lt::kMinAlignmentB, key.x_alignment) &&
         prefer(cublas_lt::kMinAlignmentC, key.z_alignment) && prefer(cublas_lt::kMinAlignmentD, key.z_alignment) &&
-        lt.heuristic(handle, descriptor, weight, x, z, z, preference, 1, &chosen, &found) == kSuccess && found == 1 &&
-        chosen.status == kSuccess;
+        // No more than needed are asked for: the first need not be the same where several are.
+        lt.heuristic(handle, descriptor, weight, x, z, z, preference, key.algorithm, proposed.data(), &found) ==
+            kSuccess &&
+        found >= key.algorithm;
     lt.preference_destroy(preference);
-    return chose;
+    chosen = proposed[key.algorithm - 1];
+    return chose && chosen.status == kSuccess;
   }
 };
 
@@ -120,9 +135,8 @@ class Plans {
     if (!plan->usable || (key.has_bias && !plan->set(cublas_lt::kBiasPointer, params.bias)))
       return cudaErrorNotSupported;
     const float one = 1.0F, zero = 0.0F;
-    const int status =
-        lt_.matmul(handle, plan->descriptor, &one, params.weight, plan->weight, params.x, plan->x, &zero, z, plan->z, z,
-                   plan->z, &plan->chosen.algorithm, workspace, kCublasLtWorkspaceBytes, stream);
+    const int status = lt_.matmul(handle, plan->descriptor, &one, params.weight, plan->weight, params.x, plan->x, &zero,
+                                  z, plan->z, z, plan->z, &plan->chosen.algorithm, workspace, kWorkspaceBytes, stream);
     if (status == kNotSupported) return cudaErrorNotSupported;
     return status == kSuccess ? cudaSuccess : cudaErrorUnknown;
   }
@@ -134,9 +148,10 @@ class Plans {
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };
 
-}  // namespace
-
-cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* workspace, cudaStream_t stream) {
+// z [rows, out_features] = x · weight^T + bias; params' activation and y are not used. The workspace has
+// kWorkspaceBytes. cudaErrorNotSupported, with nothing launched, where cuBLASLt cannot be loaded or has no such
+// algorithm for this GEMM.
+cudaError_t launch_product(const GemmParams& params, int32_t variant, void* z, cudaStream_t stream) {
   const CublasLt* lt = load_cublas_lt();
   if (lt == nullptr) return cudaErrorNotSupported;
   const GemmShape& shape = params.shape;
@@ -145,16 +160,63 @@ cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* works
   key.rows = shape.rows;
   key.in_features = shape.in_features;
   key.out_features = shape.out_features;
-  key.x_row_stride = shape.rows > 1 ? params.x_row_stride : shape.in_features;
+  key.x_row_stride = params.x_row_stride;
   key.dtype = shape.dtype;
   key.has_bias = params.bias != nullptr;
+  key.algorithm = variant == kOwnVariant ? 1 : variant;
   key.weight_alignment = alignment_of(params.weight);
   key.x_alignment = alignment_of(params.x);
   key.z_alignment = alignment_of(z);
   // cuBLASLt takes no alignment of the bias, which it reads with vectors as wide as those it writes z with.
   if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
   static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be unloaded first
-  return plans.launch(key, params, z, workspace, stream);
+  return plans.launch(key, params, z, params.workspace, stream);
+}
+
+cudaError_t launch_product_and_swiglu(const GemmParams& p, int32_t variant, cudaStream_t stream) {
+  SwigluParams swiglu;
+  void* z = static_cast<char*>(p.workspace) + kWorkspaceBytes;
+  swiglu.gate_up = z;
+  swiglu.y = p.y;
+  swiglu.gate_up_row_stride = p.shape.out_features;
+  swiglu.rows = p.shape.rows;
+  swiglu.size = p.shape.out_features / 2;
+  swiglu.dtype = p.shape.dtype;
+  const cudaError_t error = launch_product(p, variant, z, stream);
+  return error == cudaSuccess ? launch_swiglu(swiglu, stream) : error;
+}
+
+cudaError_t launch(const GemmParams& p, const DeviceProperties&, int32_t variant, cudaStream_t stream) {
+  if (p.shape.activation == Activation::kNone) return launch_product(p, variant, p.y, stream);
+  const int64_t parts = divide_up(p.shape.rows, kMaxSwigluRows);
+  const int64_t rows = divide_up(p.shape.rows, parts);  // as even as possible: each part reads the whole weight
+  cudaError_t error = cudaSuccess;
+  for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += rows) {
+    error = launch_product_and_swiglu(rows_of(p, row, std::min(rows, p.shape.rows - row)), variant, stream);
+  }
+  return error;
+}
+
+bool takes(const GemmParams&, const DeviceProperties&, int32_t) { return load_cublas_lt() != nullptr; }
+
+int64_t workspace_bytes(const GemmShape& shape) {
+  if (shape.activation == Activation::kNone) return kWorkspaceBytes;
+  return kWorkspaceBytes + std::min(shape.rows, kMaxSwigluRows) * shape.out_features * size_of(shape.dtype);
+}
+
+}  // namespace
+
+GemmKernel cublas_lt_kernel() {
+  GemmKernel kernel{};
+  kernel.id = GemmKernelId::kCublasLt;
+  kernel.name = "cublas_lt";
+  for (int32_t i = 1; i <= kAlgorithms; ++i) kernel.variants.push_back({i, std::to_string(i)});
+  kernel.takes = takes;
+  kernel.is_for = [](const GemmParams& params, const DeviceProperties&) { return !is_for_stream(params.shape); };
+  kernel.is_candidate = takes;
+  kernel.workspace_bytes = workspace_bytes;
+  kernel.launch = launch;
+  return kernel;
 }
 
 }  // namespace qwen_plugins

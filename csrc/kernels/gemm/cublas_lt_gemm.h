@@ -1,20 +1,12 @@
 // The GEMM for many rows, by cuBLASLt.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
-
-#include "gemm.h"
+#include "gemm_kernel.h"
 
 namespace qwen_plugins {
 
-// The workspace that cuBLASLt is given: as much as cuBLAS itself takes on Hopper.
-constexpr int64_t kCublasLtWorkspaceBytes = int64_t{32} << 20;
-
-// z [rows, out_features] = x · weight^T + bias; params' activation and y are not used. The workspace has
-// kCublasLtWorkspaceBytes. cudaErrorNotSupported, with nothing launched, where cuBLASLt cannot be loaded or has no
-// algorithm for this GEMM.
-cudaError_t launch_gemm_cublas_lt(const GemmParams& params, void* z, void* workspace, cudaStream_t stream);
+// With SwiGLU a kernel of its own follows. A variant is an algorithm that cuBLASLt proposes: 1 the one that it expects
+// to be the fastest, 2 the next and so on. cudaErrorNotSupported, with nothing launched, where it proposes fewer.
+GemmKernel cublas_lt_kernel();
 
 }  // namespace qwen_plugins

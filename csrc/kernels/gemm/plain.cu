@@ -66,19 +66,29 @@ __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant_
 }
 
 template <typename T>
-cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
+cudaError_t launch_type(const GemmParams& p, const DeviceProperties& device, cudaStream_t stream) {
   const int64_t columns = p.shape.out_features / (p.shape.activation == Activation::kSwiglu ? 2 : 1);
   const dim3 grid(static_cast<unsigned>(divide_up(columns, kWarps)),
                   static_cast<unsigned>(std::min<int64_t>(divide_up(p.shape.rows, kRows), 65535)));
-  DeviceProperties device;
-  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return launch_kernel(gemm_plain<T>, grid, dim3(32, kWarps), 0, device, stream, p);
+}
+
+cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t, cudaStream_t stream) {
+  return with_type(params.shape.dtype, [&](auto zero) { return launch_type<decltype(zero)>(params, device, stream); });
 }
 
 }  // namespace
 
-cudaError_t launch_gemm_plain(const GemmParams& params, cudaStream_t stream) {
-  return with_type(params.shape.dtype, [&](auto zero) { return launch<decltype(zero)>(params, stream); });
+GemmKernel plain_kernel() {
+  GemmKernel kernel{};
+  kernel.id = GemmKernelId::kPlain;
+  kernel.name = "plain";
+  kernel.takes = [](const GemmParams&, const DeviceProperties&, int32_t) { return true; };
+  kernel.is_for = [](const GemmParams&, const DeviceProperties&) { return true; };
+  kernel.is_candidate = [](const GemmParams&, const DeviceProperties&, int32_t) { return false; };
+  kernel.workspace_bytes = no_workspace;
+  kernel.launch = launch;
+  return kernel;
 }
 
 }  // namespace qwen_plugins

@@ -2,8 +2,9 @@
 
 namespace qwen_plugins {
 
-cudaError_t launch_gemm_stream_float16(const GemmParams& params, cudaStream_t stream) {
-  return launch_stream_of_type<__half>(params, stream);
+cudaError_t launch_gemm_stream_float16(const GemmParams& params, StreamVariant variant, const DeviceProperties& device,
+                                       cudaStream_t stream) {
+  return launch_stream_variant<__half>(params, variant, device, stream);
 }
 
 }  // namespace qwen_plugins

@@ -20,6 +20,16 @@ struct Partition {
   int splits;
 };
 
+constexpr std::array<Partition, 2 * kMaxSplits> kPartitions = [] {
+  std::array<Partition, 2 * kMaxSplits> all{};
+  for (int i = 0; i < 2 * kMaxSplits; ++i) all[i] = {i < kMaxSplits ? 3 : 2, i % kMaxSplits + 1};
+  return all;
+}();
+
+// The number of the kernel's variant.
+constexpr int32_t variant_of(const Partition& partition) { return partition.groups * 16 + partition.splits; }
+constexpr Partition partition_of(int32_t variant) { return {variant / 16, variant % 16}; }
+
 constexpr int threads_of(int groups) { return kWarpgroupThreads * groups + 32; }
 
 // How many clusters of 1, 2, ... blocks run at once, each block on a multiprocessor of its own.
@@ -59,24 +69,27 @@ int tiles_of(const GemmShape& shape, int groups) {
   return static_cast<int>(divide_up(shape.out_features, kWarpgroupRows * groups));
 }
 
-// Chooses the partition that keeps the most multiprocessors busy, on average over the waves of tiles. Larger tiles read
-// x less often, but have more partial sums to exchange.
+// How many multiprocessors a partition keeps busy, on average over the waves of tiles; 0 where splitting k does not
+// pay.
+double busy_multiprocessors(const GemmShape& shape, const Partition& partition, const ClustersAtOnce& clusters) {
+  const auto [groups, splits] = partition;
+  const int tiles = tiles_of(shape, groups);
+  if (splits > 1 && (tiles > clusters[splits] || shape.in_features < int64_t{splits} * kMinChunks * kBlockK)) return 0;
+  return static_cast<double>(tiles) * splits / divide_up(tiles, clusters[splits]);
+}
+
+// Chooses the partition that keeps the most multiprocessors busy. Larger tiles read x less often, but have more partial
+// sums to exchange.
 Partition choose_partition(const GemmShape& shape, const ClustersAtOnce& clusters) {
   constexpr double kLargeTilesExchange = 0.85;  // measured: docs/gemm.md
   Partition best{3, 1};
   double most = 0.0;
-  for (const int groups : {3, 2}) {
-    const int tiles = tiles_of(shape, groups);
-    for (int splits = 1; splits <= kMaxSplits; ++splits) {
-      const bool at_once = tiles <= clusters[splits];
-      if (splits > 1 && (!at_once || shape.in_features < int64_t{splits} * kMinChunks * kBlockK)) break;
-      const int waves = divide_up(tiles, clusters[splits]);
-      double busy = static_cast<double>(tiles) * splits / waves;
-      if (groups == 3 && splits > 1) busy *= kLargeTilesExchange;
-      if (busy <= most) continue;
-      most = busy;
-      best = {groups, splits};
-    }
+  for (const Partition& partition : kPartitions) {
+    double busy = busy_multiprocessors(shape, partition, clusters);
+    if (partition.groups == 3 && partition.splits > 1) busy *= kLargeTilesExchange;
+    if (busy <= most) continue;
+    most = busy;
+    best = partition;
   }
   return best;
 }
@@ -124,23 +137,59 @@ cudaError_t launch_of_type(const GemmParams& params, const Partition& partition,
   return launch_partition<T, 64>(params, partition, device, stream);
 }
 
-}  // namespace
+// Whether the device has room for the partition's clusters, and k for its splits.
+bool fits(const GemmShape& shape, const Partition& partition, const DeviceProperties& device) {
+  ClustersAtOnce clusters;
+  return divide_up(shape.in_features, kBlockK) >= partition.splits &&
+         clusters_at_once(device, clusters) == cudaSuccess && clusters[partition.splits] > 0;
+}
 
-bool takes_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device) {
+bool takes(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
+  if (params.shape.rows > kMaxStreamHopperRows || !can_use_tma(params, device)) return false;
+  return variant == kOwnVariant || fits(params.shape, partition_of(variant), device);
+}
+
+// Whether the kernel is no slower than cuBLASLt (measured: docs/gemm.md).
+bool is_for(const GemmParams& params, const DeviceProperties&) {
   const GemmShape& shape = params.shape;
-  if (shape.rows <= kMaxStreamedRows || shape.rows > kMaxStreamHopperRows || !can_use_tma(params, device)) return false;
   // Exchanging the partial sums of many rows takes long beside reading a small weight. Measured in whole decode steps:
   // docs/gemm.md.
   const int64_t least_weight = shape.rows <= 32 ? int64_t{1} << 22 : int64_t{1} << 24;
   return shape.in_features * shape.out_features >= least_weight;
 }
 
-cudaError_t launch_gemm_stream_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
+// Whether a partition keeps at least half as many multiprocessors busy as the rules' does.
+bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
+  ClustersAtOnce clusters;
+  if (clusters_at_once(device, clusters) != cudaSuccess) return false;
+  const double most = busy_multiprocessors(params.shape, choose_partition(params.shape, clusters), clusters);
+  return busy_multiprocessors(params.shape, partition_of(variant), clusters) >= 0.5 * most;
+}
+
+cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {
   ClustersAtOnce clusters;
   if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
-  const Partition partition = choose_partition(params.shape, clusters);
+  const Partition partition = variant == kOwnVariant ? choose_partition(params.shape, clusters) : partition_of(variant);
   return params.shape.dtype == DataType::kFloat16 ? launch_of_type<__half>(params, partition, device, stream)
                                                   : launch_of_type<__nv_bfloat16>(params, partition, device, stream);
+}
+
+}  // namespace
+
+GemmKernel stream_hopper_kernel() {
+  GemmKernel kernel{};
+  kernel.id = GemmKernelId::kStreamHopper;
+  kernel.name = "stream_hopper";
+  for (const auto& [groups, splits] : kPartitions) {
+    kernel.variants.push_back(
+        {variant_of({groups, splits}), "g" + std::to_string(groups) + "s" + std::to_string(splits)});
+  }
+  kernel.takes = takes;
+  kernel.is_for = is_for;
+  kernel.is_candidate = is_candidate;
+  kernel.workspace_bytes = no_workspace;
+  kernel.launch = launch;
+  return kernel;
 }
 
 }  // namespace qwen_plugins

@@ -1,4 +1,4 @@
-// Chooses a gemm_stream kernel and launches it; compiled by one file for each type.
+// The sizes of the gemm_stream kernels and their launch, which one file for each type compiles.
 #pragma once
 
 #include <algorithm>
@@ -71,26 +71,21 @@ cudaError_t launch_stream(const GemmParams& params, const DeviceProperties& devi
 }
 
 template <typename T>
-cudaError_t launch_stream_of_type(const GemmParams& params, cudaStream_t stream) {
-  DeviceProperties device;
-  if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
-  const GemmShape& shape = params.shape;
-  // Beyond 8 or 16, the number of rows does not decide: where x is large, streaming it is as fast as keeping it.
-  const auto fits = [&](int64_t bytes) { return bytes <= device.max_shared_memory_per_block; };
-  if (shape.rows <= 8) {
-    if (fits(KeepsX8::shared_bytes(8, shape.in_features))) return launch_stream<T, KeepsX8>(params, device, stream);
-    if (fits(StreamsX8::shared_bytes(0, 0))) return launch_stream<T, StreamsX8>(params, device, stream);
-    if (fits(KeepsX8::shared_bytes(shape.rows, shape.in_features))) {
-      return launch_stream<T, KeepsX8>(params, device, stream);  // with less shared memory than Hopper has
-    }
-    return launch_stream<T, SmallX8>(params, device, stream);
+cudaError_t launch_stream_variant(const GemmParams& params, StreamVariant variant, const DeviceProperties& device,
+                                  cudaStream_t stream) {
+  const bool few = params.shape.rows <= 8;
+  switch (variant) {
+    case StreamVariant::kKeepsX:
+      return few ? launch_stream<T, KeepsX8>(params, device, stream)
+                 : launch_stream<T, KeepsX16>(params, device, stream);
+    case StreamVariant::kStreamsX:
+      return few ? launch_stream<T, StreamsX8>(params, device, stream)
+                 : launch_stream<T, StreamsX16>(params, device, stream);
+    case StreamVariant::kSmall:
+      return few ? launch_stream<T, SmallX8>(params, device, stream)
+                 : launch_stream<T, SmallX16>(params, device, stream);
   }
-  if (fits(KeepsX16::shared_bytes(16, shape.in_features))) return launch_stream<T, KeepsX16>(params, device, stream);
-  if (fits(StreamsX16::shared_bytes(0, 0))) return launch_stream<T, StreamsX16>(params, device, stream);
-  if (fits(KeepsX16::shared_bytes(shape.rows, shape.in_features))) {
-    return launch_stream<T, KeepsX16>(params, device, stream);
-  }
-  return launch_stream<T, SmallX16>(params, device, stream);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace qwen_plugins

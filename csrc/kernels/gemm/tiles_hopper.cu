@@ -17,6 +17,13 @@ struct Tiling {
 };
 constexpr std::array<Tiling, 4> kTilings{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
 
+// The number of the kernel's variant.
+constexpr int32_t variant_of(const Tiling& tiling) { return tiling.columns * 16 + tiling.blocks; }
+constexpr Tiling tiling_of(int32_t variant) { return {variant / 16, variant % 16}; }
+
+// The only tiling that the kernel without SwiGLU is compiled for.
+constexpr Tiling kPlainTiling{224, 2};
+
 // The share of the multiprocessors' time that computes something of use, while `at_once` tiles run at a time. The rest
 // is lost to tiles that reach beyond the last row or weight row, and to the last wave's idle multiprocessors.
 double useful_share(const GemmShape& shape, int64_t tile_rows, int64_t tile_columns, int64_t at_once) {
@@ -86,13 +93,19 @@ cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const 
   return launch_tiles<T, 256, 2, true>(params, device, stream);
 }
 
-}  // namespace
+bool takes(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
+  if (!can_use_tma(params, device)) return false;
+  if (reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) return false;  // the bias is read in pairs
+  if (variant == kOwnVariant) return device.multiprocessors >= 2;
+  if (params.shape.activation == Activation::kNone && variant != variant_of(kPlainTiling)) return false;
+  return tiling_of(variant).blocks <= device.multiprocessors;
+}
 
-bool takes_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device) {
+// Whether the kernel is no slower than cuBLASLt (measured: docs/gemm.md).
+bool is_for(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
   // Up to kMaxStreamHopperRows rows cuBLASLt is faster wherever gemm_hopper does not run.
-  if (shape.rows <= kMaxStreamHopperRows || !can_use_tma(params, device)) return false;
-  if (reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) return false;  // the bias is read in pairs
+  if (shape.rows <= kMaxStreamHopperRows) return false;
   const Choice best = best_tiling(shape, device);
   // With SwiGLU fused there is no second kernel, and z is neither written nor read: only idle multiprocessors cost
   // more.
@@ -103,10 +116,33 @@ bool takes_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& d
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 
-cudaError_t launch_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
-  const Tiling tiling = best_tiling(params.shape, device).tiling;
+// Below 65 rows half of a tile and more would be idle.
+bool is_candidate(const GemmParams& params, const DeviceProperties&, int32_t) {
+  return params.shape.rows > kMaxStreamHopperRows;
+}
+
+cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {
+  const Tiling tiling = variant == kOwnVariant ? best_tiling(params.shape, device).tiling : tiling_of(variant);
   return params.shape.dtype == DataType::kFloat16 ? launch_tiling<__half>(params, tiling, device, stream)
                                                   : launch_tiling<__nv_bfloat16>(params, tiling, device, stream);
+}
+
+}  // namespace
+
+GemmKernel tiles_hopper_kernel() {
+  GemmKernel kernel{};
+  kernel.id = GemmKernelId::kTilesHopper;
+  kernel.name = "tiles_hopper";
+  for (const Tiling& tiling : kTilings) {
+    kernel.variants.push_back(
+        {variant_of(tiling), std::to_string(tiling.columns) + "x" + std::to_string(tiling.blocks)});
+  }
+  kernel.takes = takes;
+  kernel.is_for = is_for;
+  kernel.is_candidate = is_candidate;
+  kernel.workspace_bytes = no_workspace;
+  kernel.launch = launch;
+  return kernel;
 }
 
 }  // namespace qwen_plugins

@@ -1,17 +1,10 @@
-// The GEMM for hundreds of rows and more on Hopper, with wgmma and TMA. Compiled for sm_90a alone; gemm.cu calls it.
+// The GEMM for hundreds of rows and more on Hopper, with wgmma and TMA. Compiled for sm_90a alone.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include "gemm.h"
-#include "kernels/common/launch.h"
+#include "gemm_kernel.h"
 
 namespace qwen_plugins {
 
-// Whether the kernel can compute this GEMM, and is no slower than cuBLASLt at it (measured: docs/gemm.md).
-bool takes_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device);
-
-// cudaErrorNotSupported, with nothing launched, where the driver cannot encode the operands' tensor maps.
-cudaError_t launch_gemm_tiles_hopper(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
+GemmKernel tiles_hopper_kernel();
 
 }  // namespace qwen_plugins
