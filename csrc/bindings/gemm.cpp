@@ -1,6 +1,12 @@
 #include "gemm.h"
 
+#include <pybind11/stl.h>
+
+#include <utility>
+#include <vector>
+
 #include "arguments.h"
+#include "kernels/gemm/choice.h"
 #include "kernels/gemm/cublas_lt.h"
 #include "kernels/gemm/gemm.h"
 
@@ -9,24 +15,59 @@ namespace py = pybind11;
 namespace qwen_plugins {
 namespace {
 
+// The choice of a name; throws what Python sees as a ValueError where there is none.
+GemmChoice choice_of(const std::string& name) {
+  GemmChoice choice = GemmChoice::kByRules;
+  if (!gemm_choice_from_name(name, &choice)) {
+    throw py::value_error("kernels: this build of qwen_plugins has no GEMM kernel '" + name + "'");
+  }
+  return choice;
+}
+
+// The most rows and the name of each choice, as Python gives them.
+using NamedChoices = std::vector<std::pair<int64_t, std::string>>;
+
+std::vector<GemmChoiceUpTo> choices_of(const NamedChoices& named) {
+  std::vector<GemmChoiceUpTo> choices;
+  int64_t rows_before = 0;
+  for (const auto& [max_rows, name] : named) {
+    if (max_rows <= rows_before) {
+      throw py::value_error("kernels: the numbers of rows must increase from 1 on, but " + std::to_string(max_rows) +
+                            " follows " + std::to_string(rows_before));
+    }
+    choices.push_back({max_rows, choice_of(name)});
+    rows_before = max_rows;
+  }
+  return choices;
+}
+
+GemmShape make_shape(int64_t rows, int64_t in_features, int64_t out_features, Activation activation, DataType dtype) {
+  GemmShape shape;
+  shape.rows = rows;
+  shape.in_features = in_features;
+  shape.out_features = out_features;
+  shape.activation = activation;
+  shape.dtype = dtype;
+  return shape;
+}
+
 // The parameters of a linear layer that are the same in each of its launches. Setting them once leaves a launch with
 // few arguments, which matters: with a short prompt the GPU waits for Python to launch the kernels.
 class LinearLayer {
  public:
   LinearLayer(Address weight, Address bias, int64_t in_features, int64_t out_features, Activation activation,
-              DataType dtype, bool constant_weight) {
+              DataType dtype, bool constant_weight, const NamedChoices& kernels)
+      : choices_(choices_of(kernels)) {
     params_.weight = pointer<const void>(weight);
     params_.bias = pointer<const void>(bias);
-    params_.shape.in_features = in_features;
-    params_.shape.out_features = out_features;
-    params_.shape.activation = activation;
-    params_.shape.dtype = dtype;
+    params_.shape = make_shape(0, in_features, out_features, activation, dtype);
     params_.constant_weight = constant_weight;
   }
 
   GemmParams params(int64_t rows) const {
     GemmParams params = params_;
     params.shape.rows = rows;
+    params.choice = choice_for(choices_, rows);
     return params;
   }
 
@@ -34,11 +75,12 @@ class LinearLayer {
 
   int64_t workspace_bytes(int64_t rows) const {
     int64_t bytes = 0;
-    check(gemm_workspace_bytes(params(rows).shape, &bytes), "gemm_workspace_bytes");
+    check(gemm_workspace_bytes(params(rows).shape, choices_, &bytes), "gemm_workspace_bytes");
     return bytes;
   }
 
  private:
+  std::vector<GemmChoiceUpTo> choices_;
   GemmParams params_;
 };
 
@@ -53,13 +95,32 @@ void gemm(const LinearLayer& layer, Address x, int64_t x_row_stride, Address y, 
   check(launch_gemm(params, pointer<CUstream_st>(stream)), "gemm");
 }
 
+std::string choice_by_rules(int64_t rows, int64_t in_features, int64_t out_features, Activation activation,
+                            DataType dtype) {
+  GemmChoice choice = GemmChoice::kByRules;
+  check(gemm_choice_by_rules(make_shape(rows, in_features, out_features, activation, dtype), &choice),
+        "gemm_choice_by_rules");
+  return gemm_choice_name(choice);
+}
+
+std::vector<std::string> candidates(int64_t rows, int64_t in_features, int64_t out_features, Activation activation,
+                                    DataType dtype) {
+  std::vector<GemmChoice> choices;
+  check(gemm_candidates(make_shape(rows, in_features, out_features, activation, dtype), &choices), "gemm_candidates");
+  std::vector<std::string> names;
+  for (const GemmChoice choice : choices) names.push_back(gemm_choice_name(choice));
+  return names;
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& module) {
   py::class_<LinearLayer>(module, "LinearLayer", "The parameters of a linear layer, the same in each of its launches.")
-      .def(py::init<Address, Address, int64_t, int64_t, Activation, DataType, bool>(), py::kw_only(), py::arg("weight"),
-           py::arg("bias"), py::arg("in_features"), py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
-           py::arg("constant_weight"))
+      .def(py::init<Address, Address, int64_t, int64_t, Activation, DataType, bool, const NamedChoices&>(),
+           py::kw_only(), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"),
+           py::arg("activation"), py::arg("dtype"), py::arg("constant_weight"), py::arg("kernels") = NamedChoices(),
+           "kernels: (max_rows, name) pairs, with more rows each; a name is one of gemm_candidates, for up to so many "
+           "rows. More rows, and what a kernel cannot compute, go by the rules. ValueError for an unknown name.")
       .def_property_readonly("columns", &LinearLayer::columns, "The columns of y.")
       .def("workspace_bytes", &LinearLayer::workspace_bytes, py::arg("rows"),
            "Return the bytes of the workspace that gemm needs for that many rows; they never decrease with more rows.");
@@ -67,6 +128,19 @@ void bind_gemm(py::module_& module) {
              py::arg("y"), py::arg("rows"), py::arg("workspace"), py::arg("stream"),
              "Launch the GEMM of a linear layer: kernels/gemm/gemm.h. The workspace has "
              "layer.workspace_bytes(rows).");
+  module.def("gemm_choice_by_rules", &choice_by_rules, py::kw_only(), py::arg("rows"), py::arg("in_features"),
+             py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
+             "Return the name of the kernel that the rules choose on the current device, for aligned operands.");
+  module.def("gemm_candidates", &candidates, py::kw_only(), py::arg("rows"), py::arg("in_features"),
+             py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
+             "Return the names of the kernels that may be the fastest on the current device: kernels/gemm/choice.h.");
+  module.def(
+      "gemm_choice_number", [](const std::string& name) { return static_cast<int32_t>(choice_of(name)); },
+      py::arg("name"),
+      "Return the number of a kernel's name, which the Gemm plug-in takes; ValueError for an unknown name.");
+  module.def(
+      "gemm_choice_name", [](int32_t number) { return gemm_choice_name(static_cast<GemmChoice>(number)); },
+      py::arg("number"), "Return the name of a kernel's number; empty for a number that this build does not have.");
   module.def("cublas_lt_status", &cublas_lt_status, "Return the file of cuBLASLt in use, or why none is in use.");
   module.def("has_hopper_kernels", &has_hopper_kernels, "Return whether the kernels for Hopper alone were built in.");
 }

@@ -3,7 +3,8 @@
 //   z = x · weight^T + bias,  accumulated in float32
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
-// Few rows (decoding; up to 16, on Hopper up to 64) run in kernels of this library that read the weight at the memory's
+// Several kernels can compute it; GemmParams::choice names one, and rules decide where it does not. By the rules few
+// rows (decoding; up to 16, on Hopper up to 64) run in kernels of this library that read the weight at the memory's
 // bandwidth. Many rows (prompts) run on Hopper in a kernel of this library where it is faster than cuBLASLt, mostly
 // with SwiGLU; else in cuBLASLt where it can be loaded, otherwise in the kernel for few rows, 16 rows at a time.
 // docs/gemm.md has the exact rules.
@@ -19,6 +20,10 @@
 namespace qwen_plugins {
 
 enum class Activation : int32_t { kNone = 0, kSwiglu = 1 };
+
+// A kernel and its variant: kByRules, or what gemm_choice_from_name gives (choice.h). A number means the same kernel in
+// every version of the library; serialised engines hold it.
+enum class GemmChoice : int32_t { kByRules = 0 };
 
 // What the choice of a kernel and the size of its workspace depend on.
 struct GemmShape {
@@ -44,14 +49,17 @@ struct GemmParams {
   // The caller promises that no kernel that may still run in the stream writes weight or bias; then they may be read
   // before the previous kernel has finished.
   bool constant_weight = false;
+  // The rules decide where this kernel cannot compute the GEMM on the current device (another GPU, misaligned
+  // addresses, no cuBLASLt) or does not exist in this build: a choice makes no launch fail.
+  GemmChoice choice = GemmChoice::kByRules;
   // 256-byte aligned; its contents do not matter. Launches that may overlap need workspaces of their own.
   void* workspace = nullptr;
-  int64_t workspace_bytes = 0;  // at least gemm_workspace_bytes(shape)
+  int64_t workspace_bytes = 0;  // at least gemm_workspace_bytes(shape, choice)
 };
 
-// Gives the size of the workspace that a launch needs. It never decreases with the number of rows: the workspace for
-// the most rows serves all. cudaErrorInvalidValue for a shape that launch_gemm refuses.
-QWEN_PLUGINS_API cudaError_t gemm_workspace_bytes(const GemmShape& shape, int64_t* bytes);
+// Gives the size of the workspace that a launch needs. With one choice it never decreases with the number of rows: the
+// workspace for the most rows serves all. cudaErrorInvalidValue for a shape that launch_gemm refuses.
+QWEN_PLUGINS_API cudaError_t gemm_workspace_bytes(const GemmShape& shape, GemmChoice choice, int64_t* bytes);
 
 // Launches on `stream` and returns at once, without synchronisation. Allocates nothing on the device but cuBLASLt's
 // handle, once for each device. For every new shape (and alignment) that cuBLASLt computes, a plan of a few hundred

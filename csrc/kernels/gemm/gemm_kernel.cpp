@@ -1,5 +1,8 @@
 #include "gemm_kernel.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "cublas_lt_gemm.h"
 #include "plain.h"
 #include "stream.h"
@@ -26,6 +29,37 @@ const std::vector<GemmKernel>& gemm_kernels() {
       plain_kernel(),
   };
   return kernels;
+}
+
+ChosenKernel find_kernel(GemmChoice choice) {
+  const auto number = static_cast<int32_t>(choice);
+  const int32_t variant = number & ((1 << kVariantBits) - 1);
+  for (const GemmKernel& kernel : gemm_kernels()) {
+    if (static_cast<int32_t>(kernel.id) != number >> kVariantBits) continue;
+    const auto has_number = [&](const GemmVariant& known) { return known.id == variant; };
+    const bool known =
+        variant == kOwnVariant || std::any_of(kernel.variants.begin(), kernel.variants.end(), has_number);
+    return {known ? &kernel : nullptr, variant};
+  }
+  return {nullptr, kOwnVariant};
+}
+
+const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties& device, const GemmKernel* previous) {
+  const std::vector<GemmKernel>& kernels = gemm_kernels();
+  const GemmKernel* kernel = previous == nullptr ? kernels.data() : previous + 1;
+  for (; kernel != kernels.data() + kernels.size(); ++kernel) {
+    if (kernel->takes(params, device, kOwnVariant) && kernel->is_for(params, device)) return kernel;
+  }
+  return nullptr;
+}
+
+bool is_valid(const GemmShape& shape) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 2;
+  const bool swiglu = shape.activation == Activation::kSwiglu;
+  return shape.rows >= 0 && shape.rows <= kMax && shape.in_features > 0 && shape.in_features <= kMax &&
+         shape.out_features > 0 && shape.out_features <= kMax &&
+         (swiglu ? shape.out_features % 2 == 0 : shape.activation == Activation::kNone) &&
+         (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 || shape.dtype == DataType::kBFloat16);
 }
 
 GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {

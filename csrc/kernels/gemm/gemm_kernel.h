@@ -30,6 +30,9 @@ struct GemmVariant {
 };
 constexpr int32_t kOwnVariant = 0;  // the kernel chooses
 
+// A GemmChoice has the kernel's number above these bits, and the variant's in them.
+constexpr int kVariantBits = 16;
+
 // The functions take valid parameters of at least one row; x_row_stride of a single row is in_features.
 struct GemmKernel {
   GemmKernelId id;
@@ -49,6 +52,20 @@ struct GemmKernel {
 
 // All kernels of this build. The rules' choice is the first that takes a GEMM and is for it; the last takes every GEMM.
 const std::vector<GemmKernel>& gemm_kernels();
+
+// The kernel and the variant of a choice; kernel is null where this build has none of these numbers.
+struct ChosenKernel {
+  const GemmKernel* kernel;
+  int32_t variant;
+};
+ChosenKernel find_kernel(GemmChoice choice);
+
+// The first kernel after `previous` (null: of all) that takes this GEMM and that the rules give it to; null after the
+// last.
+const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties& device, const GemmKernel* previous);
+
+// Whether launch_gemm computes GEMMs of this shape.
+bool is_valid(const GemmShape& shape);
 
 inline int64_t no_workspace(const GemmShape&) { return 0; }
 

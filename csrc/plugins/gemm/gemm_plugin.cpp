@@ -37,7 +37,8 @@ std::string description(GemmShape const& shape) {
 
 size_t needed_workspace(GemmShape const& shape) {
   int64_t bytes = 0;
-  check_cuda(gemm_workspace_bytes(shape, &bytes), [&] { return "workspace of " + description(shape); });
+  check_cuda(gemm_workspace_bytes(shape, GemmChoice::kByRules, &bytes),
+             [&] { return "workspace of " + description(shape); });
   return static_cast<size_t>(bytes);
 }
 
