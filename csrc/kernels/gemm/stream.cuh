@@ -4,7 +4,8 @@
 // be taken in any order as long as a and b agree: lane (g, t) takes the 16 contiguous bytes of row g at 8 t of every 32
 // elements, which are the b fragments of two mma instructions just as they lie in memory, and the a fragments likewise.
 //
-// A persistent kernel. The warps of a block split k in chunks of 64 elements, 128 bytes of a row. Each warp has its own
+// A persistent kernel. The warps of a block split k in chunks: the elements of k in a 128-byte line of a weight row,
+// and the lines of an x row that have the same elements (as many more as a weight is smaller). Each warp has its own
 // ring buffer of loads in flight (cp.async), which runs on from tile to tile: the only barrier is one for each group of
 // tiles, when the warps' partial sums are added.
 //
@@ -24,10 +25,15 @@
 namespace qwen_plugins {
 
 constexpr int kTileRows = 8;  // weight rows: n of the mma
-constexpr int kChunk = 64;    // elements of k
 constexpr int kLineBytes = 128;
+constexpr int kXBits = 16;                            // of an element of x
+constexpr int kXLineK = 8 * kLineBytes / kXBits;      // elements of k in a line of x
+constexpr int kWeightBits = 16;                       // of an element of the weight
+constexpr int kChunk = 8 * kLineBytes / kWeightBits;  // elements of k in a line of the weight
+constexpr int kXLines = kChunk / kXLineK;             // of an x row, in a chunk
 constexpr int kLinePacks = kLineBytes / static_cast<int>(sizeof(FullPack));
-constexpr int kTileBytes = kTileRows * kLineBytes;  // a chunk of a tile
+constexpr int kTileBytes = kTileRows * kLineBytes;     // a chunk of a tile
+constexpr int kXTileBytes = kXLines * 8 * kLineBytes;  // a chunk of 8 rows of x
 
 // Where a warp finds the rows of x.
 enum class XPlace {
@@ -44,7 +50,7 @@ struct StreamShape {
   static constexpr int kWarps = kWarps_;
   static constexpr int kStages = kStages_;  // chunks that a warp's ring buffer holds
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kXStageBytes = kX == XPlace::kStreamed ? kXTiles * kTileBytes : 0;
+  static constexpr int kXStageBytes = kX == XPlace::kStreamed ? kXTiles * kXTileBytes : 0;
   static constexpr int kStageBytes = kTiles * kTileBytes + kXStageBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp
   static constexpr int kTileSums = 8 * kXTiles * kTileRows;
@@ -56,7 +62,7 @@ struct StreamShape {
   static constexpr int64_t shared_bytes(int64_t rows, int64_t in_features) {
     constexpr int64_t kChunksAtOnce = kWarps * kChunk;
     const int64_t chunks = divide_up(in_features, kChunksAtOnce) * kWarps;
-    return kWarps * kRingBytes + kSumBytes + (kX == XPlace::kShared ? chunks * rows * kLineBytes : 0);
+    return kWarps * kRingBytes + kSumBytes + (kX == XPlace::kShared ? chunks * rows * kXLines * kLineBytes : 0);
   }
 };
 
@@ -134,24 +140,28 @@ class WeightLoads {
   const T* first;  // this lane's first element of chunk 0 of the group
 };
 
-// Loads a line of one row of x, with 8 lanes.
+// Loads a chunk of one row of x, with 8 lanes. In shared memory the first lines of `rows` rows are followed by their
+// second lines, and so on.
 template <typename T>
-__device__ __forceinline__ void load_x_line(const StreamArguments& p, int chunk, int row, uint32_t lines) {
+__device__ __forceinline__ void load_x_row(const StreamArguments& p, int chunk, int row, int rows, uint32_t lines) {
   const int pack = lane_of_thread() % kLinePacks;
-  const int k = chunk * kChunk + pack * kVec<T>;
-  cp_async_16_of_line(lines + pack_offset(row, pack), static_cast<const T*>(p.x) + row * p.x_row_stride + k,
-                      k < p.in_features);
+#pragma unroll
+  for (int line = 0; line < kXLines; ++line) {
+    const int k = chunk * kChunk + line * kXLineK + pack * kVec<T>;
+    cp_async_16_of_line(lines + line * rows * kLineBytes + pack_offset(row, pack),
+                        static_cast<const T*>(p.x) + row * p.x_row_stride + k, k < p.in_features);
+  }
 }
 
 constexpr int kLinesAtOnce = 32 / kLinePacks;
 
 // Loads a chunk of all rows of x.
 template <typename T, typename Shape>
-__device__ __forceinline__ void load_x_chunk(const StreamArguments& p, int chunk, uint32_t lines) {
+__device__ __forceinline__ void load_x_chunk(const StreamArguments& p, int chunk, int rows, uint32_t lines) {
 #pragma unroll
   for (int first = 0; first < 8 * Shape::kXTiles; first += kLinesAtOnce) {
     const int row = first + lane_of_thread() / kLinePacks;
-    if (row < p.rows) load_x_line<T>(p, chunk, row, lines);
+    if (row < p.rows) load_x_row<T>(p, chunk, row, rows, lines);
   }
 }
 
@@ -159,19 +169,19 @@ __device__ __forceinline__ void load_x_chunk(const StreamArguments& p, int chunk
 template <typename T, typename Shape>
 __device__ __forceinline__ void load_x_of_warp(const StreamArguments& p, uint32_t lines) {
   const auto chunk = [](int i) { return warp_of_thread() + i * Shape::kWarps; };
-  const auto place = [&](int i) { return lines + i * p.rows * kLineBytes; };
+  const auto place = [&](int i) { return lines + i * p.rows * kXLines * kLineBytes; };
   if (p.rows >= kLinesAtOnce) {
-    for (int i = 0; i < p.chunks_of_warp; ++i) load_x_chunk<T, Shape>(p, chunk(i), place(i));
+    for (int i = 0; i < p.chunks_of_warp; ++i) load_x_chunk<T, Shape>(p, chunk(i), p.rows, place(i));
     return;
   }
   for (int row = 0; row < p.rows; ++row) {
     for (int i = lane_of_thread() / kLinePacks; i < p.chunks_of_warp; i += kLinesAtOnce) {
-      load_x_line<T>(p, chunk(i), row, place(i));
+      load_x_row<T>(p, chunk(i), row, p.rows, place(i));
     }
   }
 }
 
-// A lane's operands of a chunk, of one row of a tile or of x.
+// A lane's operands of a line, of one row of a tile or of x.
 struct Fragments {
   FullPack packs[2];
 
@@ -186,14 +196,15 @@ struct Fragments {
 // A chunk of a tile times a chunk of x. The only place that sees weights as operands: one stored in another type would
 // be converted here.
 template <typename T, typename Shape>
-__device__ __forceinline__ void multiply_chunk(float (&sums)[4], const Fragments (&x)[Shape::kXTiles],
+__device__ __forceinline__ void multiply_chunk(float (&sums)[4], const Fragments (&x)[kXLines][Shape::kXTiles],
                                                const Fragments& weight) {
+  static_assert(kXLines == 1, "a line of weights of another size meets several lines of x");
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      const FullPack low = x[0].packs[i];
-      const FullPack high = Shape::kXTiles == 2 ? x[Shape::kXTiles - 1].packs[i] : FullPack{};
+      const FullPack low = x[0][0].packs[i];
+      const FullPack high = Shape::kXTiles == 2 ? x[0][Shape::kXTiles - 1].packs[i] : FullPack{};
       const uint32_t a[4] = {low.words[j], high.words[j], low.words[j + 1], high.words[j + 1]};
       mma_m16n8k16<T>(sums, a, weight.packs[i].words[j], weight.packs[i].words[j + 1]);
     }
@@ -247,14 +258,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const unsigned char* ring = shared + warp_of_thread() * Shape::kRingBytes;
   auto* sums_of_warps = reinterpret_cast<float*>(shared + Shape::kWarps * Shape::kRingBytes);
   // The chunks of x that this warp multiplies, one after another; only this warp reads them.
-  const int x_bytes = p.rows * kLineBytes;
+  const int x_line_bytes = (kStreamsX ? 8 * Shape::kXTiles : p.rows) * kLineBytes;  // of a line of all rows
+  const int x_bytes = p.rows * kXLines * kLineBytes;
   const unsigned char* x_lines =
       shared + Shape::kWarps * Shape::kRingBytes + Shape::kSumBytes + warp_of_thread() * p.chunks_of_warp * x_bytes;
 
   const auto load_first_x = [&] {
     if constexpr (kStreamsX) {
       for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
-        load_x_chunk<T, Shape>(p, chunk,
+        load_x_chunk<T, Shape>(p, chunk, 8 * Shape::kXTiles,
                                shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
         chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
       }
@@ -293,15 +305,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     const unsigned char* x_chunk = x_lines;
     for (int chunk = warp_of_thread(); chunk < p.chunks; chunk += Shape::kWarps) {
       const unsigned char* stage = ring + stage_offset;
-      Fragments x[Shape::kXTiles];
+      Fragments x[kXLines][Shape::kXTiles];
 #pragma unroll
       for (int tile = 0; tile < Shape::kTiles; ++tile) {
         cp_async_wait_warp<kPending - 1>();
         if (tile == 0) {
           // Lanes of rows that x does not have load its last row: their sums are not used.
-          for (int h = 0; h < Shape::kXTiles; ++h) {
-            x[h].load(kStreamsX ? stage + Shape::kTiles * kTileBytes : x_chunk,
-                      min(lane_of_thread() / 4 + 8 * h, p.rows - 1));
+          const unsigned char* lines = kStreamsX ? stage + Shape::kTiles * kTileBytes : x_chunk;
+#pragma unroll
+          for (int line = 0; line < kXLines; ++line) {
+            for (int h = 0; h < Shape::kXTiles; ++h) {
+              x[line][h].load(lines + line * x_line_bytes, min(lane_of_thread() / 4 + 8 * h, p.rows - 1));
+            }
           }
           x_chunk += x_bytes;
         }
@@ -310,7 +325,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         multiply_chunk<T, Shape>(sums[tile], x, weight);
         __syncwarp();  // all lanes have read what the next loads overwrite
         if (kStreamsX && tile == 0 && loads.group < p.groups) {
-          load_x_chunk<T, Shape>(p, loads.chunk, shared_address(stage + Shape::kTiles * kTileBytes));
+          load_x_chunk<T, Shape>(p, loads.chunk, 8 * Shape::kXTiles,
+                                 shared_address(stage + Shape::kTiles * kTileBytes));
         }
         loads.load(tile, shared_address(stage));
         cp_async_commit();
