@@ -9,6 +9,7 @@
 #include "kernels/gemm/choice.h"
 #include "kernels/gemm/cublas_lt.h"
 #include "kernels/gemm/gemm.h"
+#include "kernels/gemm/measure.h"
 
 namespace py = pybind11;
 
@@ -112,6 +113,38 @@ std::vector<std::string> candidates(int64_t rows, int64_t in_features, int64_t o
   return names;
 }
 
+// Returns (name, microseconds) pairs of what can run.
+std::vector<std::pair<std::string, float>> measure(const std::vector<std::string>& kernels, int64_t rows,
+                                                   int64_t in_features, int64_t out_features, Activation activation,
+                                                   DataType dtype, bool bias) {
+  std::vector<GemmChoice> choices;
+  for (const std::string& name : kernels) choices.push_back(choice_of(name));
+  GemmMeasurements measurements;
+  const cudaError_t error =
+      measure_gemm(make_shape(rows, in_features, out_features, activation, dtype), bias, choices, &measurements);
+  if (error == cudaErrorMemoryAllocation) {
+    throw std::runtime_error("measure_gemm: measuring " + std::to_string(rows) + " rows times [" +
+                             std::to_string(out_features) + ", " + std::to_string(in_features) + "] takes " +
+                             std::to_string(measurements.device_bytes) + " bytes of device memory, more than are free");
+  }
+  check(error, "measure_gemm");
+  std::vector<std::pair<std::string, float>> times;
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    if (measurements.microseconds[i] > 0.0F) times.emplace_back(kernels[i], measurements.microseconds[i]);
+  }
+  return times;
+}
+
+py::dict describe() {
+  DeviceDescription device;
+  check(describe_device(&device), "describe_device");
+  py::dict described;
+  described["gpu"] = device.name;
+  described["multiprocessors"] = device.multiprocessors;
+  described["driver"] = device.driver_version;
+  return described;
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& module) {
@@ -134,6 +167,12 @@ void bind_gemm(py::module_& module) {
   module.def("gemm_candidates", &candidates, py::kw_only(), py::arg("rows"), py::arg("in_features"),
              py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
              "Return the names of the kernels that may be the fastest on the current device: kernels/gemm/choice.h.");
+  module.def("measure_gemm", &measure, Unlocked(), py::arg("kernels"), py::kw_only(), py::arg("rows"),
+             py::arg("in_features"), py::arg("out_features"), py::arg("activation"), py::arg("dtype"), py::arg("bias"),
+             "Return pairs of the names that can run and their microseconds: kernels/gemm/measure.h.");
+  module.def("describe_device", &describe, "Return name, number of multiprocessors and driver of the current device.");
+  module.def("cublas_lt_version", &cublas_lt_version, "Return cuBLASLt's version, such as 130100; 0 for none.");
+  module.attr("GEMM_KERNELS_VERSION") = kGemmKernelsVersion;
   module.def(
       "gemm_choice_number", [](const std::string& name) { return static_cast<int32_t>(choice_of(name)); },
       py::arg("name"),

@@ -20,6 +20,7 @@ What stays the same from launch to launch is an object, made once for each layer
 """
 
 from qwen_plugins._core import (
+    GEMM_KERNELS_VERSION,
     MAX_VOCAB_SIZE,
     Activation,
     AttentionHeads,
@@ -29,8 +30,10 @@ from qwen_plugins._core import (
     RotaryStyle,
     RowLayout,
     cublas_lt_status,
+    cublas_lt_version,
     decode_attention,
     decode_attention_workspace_bytes,
+    describe_device,
     gather_rows,
     gemm,
     gemm_candidates,
@@ -39,6 +42,7 @@ from qwen_plugins._core import (
     gemm_choice_number,
     has_hopper_kernels,
     mark_seen,
+    measure_gemm,
     prefill_attention,
     rms_norm,
     rms_norm_quant,
@@ -49,6 +53,7 @@ from qwen_plugins._core import (
 )
 
 __all__ = [
+    "GEMM_KERNELS_VERSION",
     "MAX_VOCAB_SIZE",
     "Activation",
     "AttentionHeads",
@@ -58,8 +63,10 @@ __all__ = [
     "RotaryStyle",
     "RowLayout",
     "cublas_lt_status",
+    "cublas_lt_version",
     "decode_attention",
     "decode_attention_workspace_bytes",
+    "describe_device",
     "gather_rows",
     "gemm",
     "gemm_candidates",
@@ -68,6 +75,7 @@ __all__ = [
     "gemm_choice_number",
     "has_hopper_kernels",
     "mark_seen",
+    "measure_gemm",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quant",

@@ -89,8 +89,10 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
     assert {function_name(symbol) for symbol in kernels.exports} == {
         "copy_async",
         "cublas_lt_status",
+        "cublas_lt_version",
         "has_hopper_kernels",
         "decode_attention_workspace_bytes",
+        "describe_device",
         "error_string",
         "gemm_candidates",
         "gemm_choice_by_rules",
@@ -106,6 +108,7 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
         "launch_rms_norm_quant",
         "launch_sampling",
         "launch_swiglu",
+        "measure_gemm",
         "sampling_workspace_bytes",
         "synchronize",
     }

@@ -10,4 +10,14 @@ cudaError_t copy_async(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 
 cudaError_t synchronize(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
+cudaError_t describe_device(DeviceDescription* description) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  cudaDeviceProp properties{};
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) return error;
+  description->name = properties.name;
+  description->multiprocessors = properties.multiProcessorCount;
+  return cudaDriverGetVersion(&description->driver_version);
+}
+
 }  // namespace qwen_plugins

@@ -52,7 +52,7 @@ bool find(void* library, const char* name, Function& function) {
 }
 
 bool find_all(void* library, CublasLt& lt) {
-  return find(library, "cublasLtCreate", lt.create) &&
+  return find(library, "cublasLtGetVersion", lt.version) && find(library, "cublasLtCreate", lt.create) &&
          find(library, "cublasLtMatmulDescCreate", lt.descriptor_create) &&
          find(library, "cublasLtMatmulDescDestroy", lt.descriptor_destroy) &&
          find(library, "cublasLtMatmulDescSetAttribute", lt.descriptor_set) &&
@@ -112,5 +112,7 @@ const Loaded& loaded() {
 const CublasLt* load_cublas_lt() { return loaded().usable ? &loaded().functions : nullptr; }
 
 const std::string& cublas_lt_status() { return loaded().status; }
+
+int64_t cublas_lt_version() { return loaded().usable ? static_cast<int64_t>(loaded().functions.version()) : 0; }
 
 }  // namespace qwen_plugins

@@ -49,6 +49,7 @@ struct HeuristicResult {
 }  // namespace cublas_lt
 
 struct CublasLt {
+  size_t (*version)();
   int (*create)(cublas_lt::Handle*);
   int (*descriptor_create)(cublas_lt::Descriptor*, int compute_type, cudaDataType scale_type);
   int (*descriptor_destroy)(cublas_lt::Descriptor);
@@ -73,5 +74,8 @@ const CublasLt* load_cublas_lt();
 
 // Returns the file that was loaded, or which files were tried and why the first of them could not be loaded.
 QWEN_PLUGINS_API const std::string& cublas_lt_status();
+
+// Returns cuBLASLt's version, such as 130100 for 13.1.0; 0 where none is in use.
+QWEN_PLUGINS_API int64_t cublas_lt_version();
 
 }  // namespace qwen_plugins

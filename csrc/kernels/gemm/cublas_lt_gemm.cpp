@@ -9,6 +9,7 @@
 
 #include "cublas_lt.h"
 #include "kernels/common/arithmetic.h"
+#include "kernels/common/capture.h"
 #include "stream.h"
 #include "swiglu.h"
 
@@ -106,16 +107,6 @@ struct Plan {
     chosen = proposed[key.algorithm - 1];
     return chose && chosen.status == kSuccess;
   }
-};
-
-// Allows calls that may allocate or synchronise while a stream is captured; they do not become part of the graph.
-class OutsideOfCapture {
- public:
-  OutsideOfCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~OutsideOfCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 // cuBLASLt's handles, by device, and the plans. A launch holds the lock, since it writes the bias pointer into the

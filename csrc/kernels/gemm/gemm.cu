@@ -22,13 +22,6 @@ int64_t workspace_of(const GemmShape& shape, GemmChoice choice) {
   return kernel == nullptr ? bytes : std::max(bytes, kernel->workspace_bytes(shape));
 }
 
-// cudaErrorNotSupported, with nothing launched, where the choice cannot compute this GEMM.
-cudaError_t launch_choice(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
-  const auto [kernel, variant] = find_kernel(params.choice);
-  if (kernel == nullptr || !kernel->takes(params, device, variant)) return cudaErrorNotSupported;
-  return kernel->launch(params, device, variant, stream);
-}
-
 cudaError_t launch_by_rules(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
   cudaError_t error = cudaErrorNotSupported;
   const GemmKernel* kernel = nullptr;
@@ -39,6 +32,13 @@ cudaError_t launch_by_rules(const GemmParams& params, const DeviceProperties& de
 }
 
 }  // namespace
+
+cudaError_t launch_choice(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
+  if (params.choice == GemmChoice::kByRules) return launch_by_rules(params, device, stream);
+  const auto [kernel, variant] = find_kernel(params.choice);
+  if (kernel == nullptr || !kernel->takes(params, device, variant)) return cudaErrorNotSupported;
+  return kernel->launch(params, device, variant, stream);
+}
 
 cudaError_t gemm_workspace_bytes(const GemmShape& shape, GemmChoice choice, int64_t* bytes) {
   if (!is_valid(shape) || bytes == nullptr) return cudaErrorInvalidValue;

@@ -64,6 +64,10 @@ ChosenKernel find_kernel(GemmChoice choice);
 // last.
 const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties& device, const GemmKernel* previous);
 
+// Launches params.choice, of the rules where it is kByRules. cudaErrorNotSupported, with nothing launched, where it
+// cannot compute this GEMM.
+cudaError_t launch_choice(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
+
 // Whether launch_gemm computes GEMMs of this shape.
 bool is_valid(const GemmShape& shape);
 

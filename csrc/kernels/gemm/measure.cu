@@ -1,0 +1,277 @@
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <type_traits>
+
+#include "gemm_kernel.h"
+#include "kernels/common/arithmetic.h"
+#include "kernels/common/capture.h"
+#include "kernels/common/elements.cuh"
+#include "kernels/common/launch.h"
+#include "measure.h"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int64_t kMaxRotatedBytes = int64_t{256} << 20;  // of weights
+constexpr int kCachesFull = 4;                            // of weights, where the limit above allows that many
+constexpr int64_t kMaxCalls = 512;                        // in a graph
+constexpr float kReplayMicroseconds = 500.0F;             // about: the gap between two replays is 1 or 2 of them
+constexpr int kReplays = 5;
+constexpr int64_t kAlignment = 256;
+
+template <auto destroy>
+struct Destroy {
+  template <typename Object>
+  void operator()(Object* object) const {
+    destroy(object);
+  }
+};
+using Memory = std::unique_ptr<void, Destroy<cudaFree>>;
+using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy<cudaStreamDestroy>>;
+using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy<cudaEventDestroy>>;
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, Destroy<cudaGraphDestroy>>;
+using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Destroy<cudaGraphExecDestroy>>;
+
+// Gives what `make(&raw)` makes to its owner.
+template <typename Owner, typename Make>
+cudaError_t own(Owner& owner, const Make& make) {
+  typename Owner::pointer raw = nullptr;
+  const cudaError_t error = make(&raw);
+  if (error == cudaSuccess) owner.reset(raw);
+  return error;
+}
+
+// The steps after the first that fails are left out.
+template <typename... Steps>
+cudaError_t in_turn(const Steps&... steps) {
+  cudaError_t error = cudaSuccess;
+  static_cast<void>(((error = steps(), error == cudaSuccess) && ...));
+  return error;
+}
+
+// Uniform between -scale and scale: the power that arithmetic takes, and so the clock, depends on the values.
+template <typename T>
+__global__ void fill(T* values, int64_t count, float scale) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+    auto bits = static_cast<uint32_t>(i) * 0x9E3779B9U;  // the finalizer of MurmurHash3
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6BU;
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35U;
+    bits ^= bits >> 16;
+    values[i] = from_float<T>(scale * (static_cast<float>(bits) * 0x1p-31F - 1.0F));
+  }
+}
+
+cudaError_t fill_random(void* values, int64_t count, DataType dtype, float scale, cudaStream_t stream) {
+  return with_type(dtype, [&](auto zero) {
+    fill<<<1024, 256, 0, stream>>>(static_cast<decltype(zero)*>(values), count, scale);
+    return cudaGetLastError();
+  });
+}
+
+// Where the operands are in one piece of memory: several weights, bias, x, y and the workspace.
+struct Layout {
+  int64_t weight_stride, weights, bias, x, y, workspace, workspace_bytes, total;
+
+  Layout(const GemmShape& shape, bool has_bias, const std::vector<GemmChoice>& choices, int64_t cache_bytes) {
+    const auto round_up = [](int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; };
+    const int64_t size = size_of(shape.dtype);
+    weight_stride = round_up(shape.out_features * shape.in_features * size);
+    const int64_t rotated = std::min(kMaxRotatedBytes, kCachesFull * cache_bytes);
+    weights = std::min(std::max<int64_t>(rotated / weight_stride, 1), kMaxCalls);
+    bias = weights * weight_stride;
+    x = bias + (has_bias ? round_up(shape.out_features * size) : 0);
+    y = x + round_up(shape.rows * shape.in_features * size);
+    workspace = y + round_up(shape.rows * columns_of(shape) * size);
+    workspace_bytes = 0;
+    for (const GemmChoice choice : choices) {
+      int64_t bytes = 0;
+      gemm_workspace_bytes(shape, choice, &bytes);
+      workspace_bytes = std::max(workspace_bytes, bytes);
+    }
+    total = workspace + workspace_bytes;
+  }
+};
+
+class Measurement {
+ public:
+  Measurement(const GemmShape& shape, bool has_bias, const Layout& layout) : layout_(layout), has_bias_(has_bias) {
+    params_.shape = shape;
+    params_.x_row_stride = shape.in_features;
+    params_.constant_weight = true;
+    params_.workspace_bytes = layout.workspace_bytes;
+  }
+
+  cudaError_t prepare() {
+    const GemmShape& shape = params_.shape;
+    const float scale = 1.0F / std::sqrt(static_cast<float>(shape.in_features));
+    return in_turn(
+        [&] { return current_device_properties(device_); },
+        [&] { return own(memory_, [&](void** memory) { return cudaMalloc(memory, layout_.total); }); },
+        [&] { return own(stream_, [](cudaStream_t* stream) { return make_stream(stream); }); },
+        [&] { return own(before_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
+        [&] { return own(after_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
+        [&] { return fill_random(at(0), layout_.bias / size_of(shape.dtype), shape.dtype, scale, stream()); },
+        [&] {
+          const int64_t count = (layout_.y - layout_.bias) / size_of(shape.dtype);  // bias and x
+          return fill_random(at(layout_.bias), count, shape.dtype, 1.0F, stream());
+        },
+        [&] {
+          params_.bias = has_bias_ ? at(layout_.bias) : nullptr;
+          params_.x = at(layout_.x);
+          params_.y = at(layout_.y);
+          params_.workspace = layout_.workspace_bytes > 0 ? at(layout_.workspace) : nullptr;
+          return cudaSuccess;
+        });
+  }
+
+  // Captures launches of a choice in a graph, as many as take kReplayMicroseconds or have used every weight.
+  // cudaErrorNotSupported where the choice cannot compute the GEMM.
+  cudaError_t add(GemmChoice choice) {
+    params_.choice = choice;
+    float microseconds = 0.0F;
+    Graph graph;
+    GraphExec replayed;
+    const cudaError_t error = in_turn(
+        [&] { return launch(1); },  // what happens once only
+        [&] { return estimate(microseconds); }, [&] { return capture(graph, calls_for(microseconds)); },
+        [&] {
+          return own(replayed, [&](cudaGraphExec_t* exec) { return cudaGraphInstantiate(exec, graph.get(), 0); });
+        },
+        [&] { return cudaGraphLaunch(replayed.get(), stream()); }, [&] { return cudaStreamSynchronize(stream()); });
+    if (error == cudaSuccess) replays_.push_back({std::move(replayed), calls_for(microseconds), {}});
+    return error;
+  }
+
+  // Replays the graphs in turn, so that a drift of the clock meets all of them.
+  cudaError_t replay() {
+    std::vector<Event> events(kReplays * replays_.size() + 1);
+    for (Event& event : events) {
+      const cudaError_t error = own(event, [](cudaEvent_t* made) { return cudaEventCreate(made); });
+      if (error != cudaSuccess) return error;
+    }
+    // The first replay, which is not timed, keeps the device busy while the next are launched.
+    cudaError_t error = replays_.empty() ? cudaSuccess : cudaGraphLaunch(replays_[0].graph.get(), stream());
+    for (size_t i = 0; i < events.size() && error == cudaSuccess; ++i) {
+      if (i > 0) error = cudaGraphLaunch(replays_[(i - 1) % replays_.size()].graph.get(), stream());
+      if (error == cudaSuccess) error = cudaEventRecord(events[i].get(), stream());
+    }
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream());
+    for (size_t i = 1; i < events.size() && error == cudaSuccess; ++i) {
+      float milliseconds = 0.0F;
+      error = cudaEventElapsedTime(&milliseconds, events[i - 1].get(), events[i].get());
+      replays_[(i - 1) % replays_.size()].milliseconds.push_back(milliseconds);
+    }
+    return error;
+  }
+
+  // The median of a choice's replays, in microseconds for each call; by the order in which choices were added.
+  float median_of(size_t index) {
+    Replay& replay = replays_[index];
+    std::sort(replay.milliseconds.begin(), replay.milliseconds.end());
+    return 1e3F * replay.milliseconds[kReplays / 2] / static_cast<float>(replay.calls);
+  }
+
+ private:
+  struct Replay {
+    GraphExec graph;
+    int64_t calls;
+    std::vector<float> milliseconds;
+  };
+
+  static cudaError_t make_stream(cudaStream_t* stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking);
+  }
+  cudaStream_t stream() const { return stream_.get(); }
+  char* at(int64_t offset) const { return static_cast<char*>(memory_.get()) + offset; }
+
+  cudaError_t launch(int64_t calls) {
+    cudaError_t error = cudaSuccess;
+    for (int64_t i = 0; i < calls && error == cudaSuccess; ++i) {
+      params_.weight = at(next_weight_ * layout_.weight_stride);
+      next_weight_ = (next_weight_ + 1) % layout_.weights;
+      error = launch_choice(params_, device_, stream());
+    }
+    return error;
+  }
+
+  // Measures two calls without a graph: too long for a short kernel, which the host may be slower to launch.
+  cudaError_t estimate(float& microseconds) {
+    constexpr int kCalls = 2;
+    float milliseconds = 0.0F;
+    const cudaError_t error = in_turn(
+        [&] { return cudaEventRecord(before_.get(), stream()); }, [&] { return launch(kCalls); },
+        [&] { return cudaEventRecord(after_.get(), stream()); }, [&] { return cudaStreamSynchronize(stream()); },
+        [&] { return cudaEventElapsedTime(&milliseconds, before_.get(), after_.get()); });
+    microseconds = 1e3F * milliseconds / kCalls;
+    return error;
+  }
+
+  int64_t calls_for(float microseconds) const {
+    const auto calls = static_cast<int64_t>(std::ceil(kReplayMicroseconds / std::max(microseconds, 1.0F)));
+    const bool can_use_all = static_cast<float>(layout_.weights) * microseconds <= 4.0F * kReplayMicroseconds;
+    return std::clamp<int64_t>(can_use_all ? std::max(calls, layout_.weights) : calls, 2, kMaxCalls);
+  }
+
+  cudaError_t capture(Graph& graph, int64_t calls) {
+    cudaError_t error = cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed);
+    if (error != cudaSuccess) return error;
+    error = launch(calls);
+    const cudaError_t end = own(graph, [&](cudaGraph_t* made) { return cudaStreamEndCapture(stream(), made); });
+    return error == cudaSuccess ? end : error;
+  }
+
+  const Layout layout_;
+  const bool has_bias_;
+  GemmParams params_;
+  DeviceProperties device_{};
+  int64_t next_weight_ = 0;
+  // The members below are destroyed in the opposite order: the memory is freed last.
+  Memory memory_;
+  Stream stream_;
+  Event before_, after_;
+  std::vector<Replay> replays_;
+};
+
+cudaError_t cache_bytes_of_device(int64_t& bytes) {
+  int device = 0, value = 0;
+  const cudaError_t error = in_turn([&] { return cudaGetDevice(&device); },
+                                    [&] { return cudaDeviceGetAttribute(&value, cudaDevAttrL2CacheSize, device); });
+  bytes = value;
+  return error;
+}
+
+cudaError_t measure(const GemmShape& shape, bool has_bias, const std::vector<GemmChoice>& choices,
+                    GemmMeasurements& measurements) {
+  int64_t cache_bytes = 0;
+  if (const cudaError_t error = cache_bytes_of_device(cache_bytes); error != cudaSuccess) return error;
+  const Layout layout(shape, has_bias, choices, cache_bytes);
+  measurements.device_bytes = layout.total;
+  Measurement measurement(shape, has_bias, layout);
+  if (const cudaError_t error = measurement.prepare(); error != cudaSuccess) return error;
+  std::vector<bool> can_run;
+  for (const GemmChoice choice : choices) {
+    const cudaError_t error = measurement.add(choice);
+    if (error != cudaSuccess && error != cudaErrorNotSupported) return error;
+    can_run.push_back(error == cudaSuccess);
+  }
+  if (const cudaError_t error = measurement.replay(); error != cudaSuccess) return error;
+  size_t measured = 0;
+  for (const bool runs : can_run) measurements.microseconds.push_back(runs ? measurement.median_of(measured++) : 0.0F);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t measure_gemm(const GemmShape& shape, bool has_bias, const std::vector<GemmChoice>& choices,
+                         GemmMeasurements* measurements) {
+  *measurements = {};
+  if (!is_valid(shape) || shape.rows == 0) return cudaErrorInvalidValue;
+  const OutsideOfCapture relaxed;
+  const cudaError_t error = measure(shape, has_bias, choices, *measurements);
+  if (error != cudaSuccess) cudaGetLastError();  // it is returned: nobody else should find it
+  return error;
+}
+
+}  // namespace qwen_plugins
