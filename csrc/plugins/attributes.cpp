@@ -14,11 +14,13 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 constexpr size_t kAttributeSize = 4;
+// An array is written as the part of the member that is in use.
+static_assert(offsetof(Int32Array, size) == 0 && offsetof(Int32Array, values) == kAttributeSize);
 constexpr char const* kSchemaField = "schema_version";
 constexpr uint32_t kMagic = 0x51504C47;  // "QPLG"
 
 // Precedes the attributes where the state is bytes. All members and attributes are little-endian, as on every host that
-// TensorRT runs on.
+// TensorRT runs on. An array is its size and then its values.
 struct Header {
   uint32_t magic;
   int32_t schema_version;
@@ -42,12 +44,13 @@ static_assert(same(DataType::kBFloat16, nvinfer1::DataType::kBF16));
 [[noreturn]] void fail(std::string const& message) { throw std::invalid_argument(message); }
 
 [[noreturn]] void refuse_version(AttributeSchema const& schema, std::string const& found) {
-  fail("serialised plug-in has " + found + "; this library reads schema version " + std::to_string(schema.version) +
+  std::string const versions = (schema.version == 1 ? " " : "s 1 to ") + std::to_string(schema.version);
+  fail("serialised plug-in has " + found + "; this library reads schema version" + versions +
        ". Build the engine again with the installed qwen_plugins");
 }
 
 void check_version(AttributeSchema const& schema, int32_t version) {
-  if (version != schema.version) {
+  if (version < 1 || version > schema.version) {
     refuse_version(schema, "schema version " + std::to_string(version));
   }
 }
@@ -89,17 +92,71 @@ size_t find_attribute(AttributeSchema const& schema, PluginField const& field) {
   fail("unknown field '" + std::string(field.name) + "'; expected " + expected_names(schema));
 }
 
-void check_field(char const* name, PluginFieldType type, PluginField const& field) {
-  std::string const subject = "field '" + std::string(name) + "' ";
-  if (field.type != type) {
-    fail(subject + "has type " + field_type_name(field.type) + "; expected " + field_type_name(type));
+void check_field(AttributeSpec const& spec, PluginField const& field) {
+  std::string const subject = "field '" + std::string(spec.name) + "' ";
+  if (field.type != spec.type) {
+    fail(subject + "has type " + field_type_name(field.type) + "; expected " + field_type_name(spec.type));
   }
-  if (field.length != 1) {
-    fail(subject + "has " + std::to_string(field.length) + " values; expected 1");
+  if (spec.is_array ? field.length < 0 || field.length > Int32Array::kMaxSize : field.length != 1) {
+    std::string const expected = spec.is_array ? "0 to " + std::to_string(Int32Array::kMaxSize) : "1";
+    fail(subject + "has " + std::to_string(field.length) + " values; expected " + expected);
   }
-  if (field.data == nullptr) {
+  if (field.data == nullptr && field.length > 0) {
     fail(subject + "has no data");
   }
+}
+
+// The member of an attribute. An array's size comes first.
+char* member_of(AttributeSpec const& spec, void* attributes) { return static_cast<char*>(attributes) + spec.offset; }
+char const* member_of(AttributeSpec const& spec, void const* attributes) {
+  return static_cast<char const*>(attributes) + spec.offset;
+}
+Int32Array const& array_of(AttributeSpec const& spec, void const* attributes) {
+  return *reinterpret_cast<Int32Array const*>(member_of(spec, attributes));
+}
+
+void read_field(AttributeSpec const& spec, PluginField const& field, void* attributes) {
+  char* member = member_of(spec, attributes);
+  if (spec.is_array) {
+    std::memcpy(member, &field.length, kAttributeSize);
+    member += offsetof(Int32Array, values);
+  }
+  if (field.length > 0) {
+    std::memcpy(member, field.data, static_cast<size_t>(field.length) * kAttributeSize);
+  }
+}
+
+// The attributes that the state of a schema version has.
+std::vector<AttributeSpec> specs_of(AttributeSchema const& schema, int32_t version) {
+  std::vector<AttributeSpec> specs;
+  for (AttributeSpec const& spec : schema.attributes) {
+    if (spec.since_version <= version) {
+      specs.push_back(spec);
+    }
+  }
+  return specs;
+}
+
+// The bytes of an attribute: the member, of an array its size and as many values.
+size_t bytes_of(AttributeSpec const& spec, int32_t array_size) {
+  return (spec.is_array ? 1 + static_cast<size_t>(array_size) : 1) * kAttributeSize;
+}
+
+// The size that state as bytes should have, by the sizes of the arrays in it. Nothing past `size` is read.
+size_t expected_size(std::vector<AttributeSpec> const& specs, unsigned char const* data, size_t size) {
+  size_t position = sizeof(Header);
+  for (AttributeSpec const& spec : specs) {
+    int32_t array_size = 0;
+    if (spec.is_array && position + kAttributeSize <= size) {
+      std::memcpy(&array_size, data + position, kAttributeSize);
+    }
+    if (array_size < 0 || array_size > Int32Array::kMaxSize) {
+      fail("serialised plug-in has " + std::to_string(array_size) + " values of '" + spec.name + "'; expected 0 to " +
+           std::to_string(Int32Array::kMaxSize));
+    }
+    position += bytes_of(spec, array_size);
+  }
+  return position;
 }
 
 bool is_schema_version(PluginField const& field) {
@@ -124,7 +181,7 @@ uint32_t checksum(char const* plugin_name, unsigned char const* data, size_t siz
 std::vector<PluginField> declare_fields(AttributeSchema const& schema) {
   std::vector<PluginField> fields;
   for (AttributeSpec const& spec : schema.attributes) {
-    fields.emplace_back(spec.name, nullptr, spec.type, 1);
+    fields.emplace_back(spec.name, nullptr, spec.type, spec.is_array ? 0 : 1);
   }
   return fields;
 }
@@ -136,12 +193,12 @@ void read_fields(AttributeSchema const& schema, nvinfer1::PluginFieldCollection 
   for (int32_t i = 0; i < fields->nbFields; ++i) {
     PluginField const& field = fields->fields[i];
     size_t const index = find_attribute(schema, field);
-    check_field(specs[index].name, specs[index].type, field);
+    check_field(specs[index], field);
     if (seen[index]) {
       fail("field '" + std::string(specs[index].name) + "' is given twice");
     }
     seen[index] = true;
-    std::memcpy(static_cast<char*>(attributes) + specs[index].offset, field.data, kAttributeSize);
+    read_field(specs[index], field, attributes);
   }
   for (size_t i = 0; i < specs.size(); ++i) {
     if (specs[i].required && !seen[i]) {
@@ -153,7 +210,11 @@ void read_fields(AttributeSchema const& schema, nvinfer1::PluginFieldCollection 
 std::vector<PluginField> write_state(AttributeSchema const& schema, void const* attributes) {
   std::vector<PluginField> fields;
   for (AttributeSpec const& spec : schema.attributes) {
-    fields.emplace_back(spec.name, static_cast<char const*>(attributes) + spec.offset, spec.type, 1);
+    if (!spec.is_array) {
+      fields.emplace_back(spec.name, member_of(spec, attributes), spec.type, 1);
+    } else if (Int32Array const& array = array_of(spec, attributes); array.size > 0) {
+      fields.emplace_back(spec.name, array.values.data(), spec.type, array.size);
+    }
   }
   fields.emplace_back(kSchemaField, &schema.version, PluginFieldType::kINT32, 1);
   return fields;
@@ -166,7 +227,7 @@ void read_state(AttributeSchema const& schema, nvinfer1::PluginFieldCollection c
   if (found == others.end()) {
     refuse_version(schema, "no schema version");
   }
-  check_field(kSchemaField, PluginFieldType::kINT32, *found);
+  check_field({kSchemaField, PluginFieldType::kINT32, 0, true}, *found);
   int32_t version = 0;
   std::memcpy(&version, found->data, sizeof(version));
   check_version(schema, version);
@@ -175,26 +236,32 @@ void read_state(AttributeSchema const& schema, nvinfer1::PluginFieldCollection c
   read_fields(schema, &rest, attributes);
 }
 
-size_t serialized_size(AttributeSchema const& schema) {
-  return sizeof(Header) + schema.attributes.size() * kAttributeSize;
+size_t serialized_size(AttributeSchema const& schema, void const* attributes) {
+  size_t size = sizeof(Header);
+  for (AttributeSpec const& spec : schema.attributes) {
+    size += bytes_of(spec, spec.is_array ? array_of(spec, attributes).size : 0);
+  }
+  return size;
 }
 
 void serialize(AttributeSchema const& schema, void const* attributes, void* buffer) {
-  auto* values = static_cast<unsigned char*>(buffer) + sizeof(Header);
-  size_t const count = schema.attributes.size();
-  for (size_t i = 0; i < count; ++i) {
-    std::memcpy(values + i * kAttributeSize, static_cast<char const*>(attributes) + schema.attributes[i].offset,
-                kAttributeSize);
+  auto* const values = static_cast<unsigned char*>(buffer) + sizeof(Header);
+  unsigned char* to = values;
+  for (AttributeSpec const& spec : schema.attributes) {
+    size_t const bytes = bytes_of(spec, spec.is_array ? array_of(spec, attributes).size : 0);
+    std::memcpy(to, member_of(spec, attributes), bytes);
+    to += bytes;
   }
-  Header const header{kMagic, schema.version, static_cast<uint32_t>(count),
-                      checksum(schema.plugin, values, count * kAttributeSize)};
+  Header const header{kMagic, schema.version, static_cast<uint32_t>(schema.attributes.size()),
+                      checksum(schema.plugin, values, static_cast<size_t>(to - values))};
   std::memcpy(buffer, &header, sizeof(header));
 }
 
 void deserialize(AttributeSchema const& schema, void const* data, size_t size, void* attributes) {
-  std::string const expected = "; expected " + std::to_string(serialized_size(schema)) + " bytes";
+  auto const* const bytes = static_cast<unsigned char const*>(data);
   if (data == nullptr || size < sizeof(Header)) {
-    fail("serialised plug-in has " + std::to_string(data == nullptr ? 0 : size) + " bytes" + expected);
+    fail("serialised plug-in has " + std::to_string(data == nullptr ? 0 : size) + " bytes; expected " +
+         std::to_string(expected_size(schema.attributes, nullptr, 0)) + " bytes");
   }
   Header header;
   std::memcpy(&header, data, sizeof(header));
@@ -202,20 +269,25 @@ void deserialize(AttributeSchema const& schema, void const* data, size_t size, v
     fail("serialised plug-in is not one of this library (wrong first bytes)");
   }
   check_version(schema, header.schema_version);
-  if (header.attribute_count != schema.attributes.size()) {
+  std::vector<AttributeSpec> const specs = specs_of(schema, header.schema_version);
+  if (header.attribute_count != specs.size()) {
     fail("serialised plug-in has " + std::to_string(header.attribute_count) + " attributes; expected " +
-         std::to_string(schema.attributes.size()));
+         std::to_string(specs.size()));
   }
-  if (size != serialized_size(schema)) {
-    fail("serialised plug-in has " + std::to_string(size) + " bytes" + expected);
+  if (size_t const expected = expected_size(specs, bytes, size); size != expected) {
+    fail("serialised plug-in has " + std::to_string(size) + " bytes; expected " + std::to_string(expected) + " bytes");
   }
-  auto const* values = static_cast<unsigned char const*>(data) + sizeof(Header);
-  if (header.checksum != checksum(schema.plugin, values, size - sizeof(Header))) {
+  unsigned char const* from = bytes + sizeof(Header);
+  if (header.checksum != checksum(schema.plugin, from, size - sizeof(Header))) {
     fail("serialised plug-in is corrupted (checksum mismatch)");
   }
-  for (size_t i = 0; i < schema.attributes.size(); ++i) {
-    std::memcpy(static_cast<char*>(attributes) + schema.attributes[i].offset, values + i * kAttributeSize,
-                kAttributeSize);
+  for (AttributeSpec const& spec : specs) {
+    int32_t array_size = 0;
+    if (spec.is_array) {
+      std::memcpy(&array_size, from, kAttributeSize);
+    }
+    std::memcpy(member_of(spec, attributes), from, bytes_of(spec, array_size));
+    from += bytes_of(spec, array_size);
   }
 }
 

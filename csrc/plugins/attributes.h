@@ -1,7 +1,9 @@
-// A plug-in's attributes are a plain struct of 32-bit members, which a schema names. From the schema follow the fields
-// that a creator lists, how a struct is read from fields, and how the state in a serialised engine is written and read.
+// A plug-in's attributes are a plain struct of 32-bit members and of arrays of them, which a schema names. From the
+// schema follow the fields that a creator lists, how a struct is read from fields, and how the state in a serialised
+// engine is written and read.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -12,17 +14,26 @@
 
 namespace qwen_plugins {
 
+// An attribute of up to kMaxSize numbers.
+struct Int32Array {
+  static constexpr int32_t kMaxSize = 64;
+  int32_t size = 0;
+  std::array<int32_t, kMaxSize> values{};
+};
+
 struct AttributeSpec {
   char const* name;
   nvinfer1::PluginFieldType type;  // kFLOAT32 or kINT32
   size_t offset;                   // of the member in the struct
   bool required;
+  bool is_array = false;      // the member is an Int32Array, and the type kINT32
+  int32_t since_version = 1;  // of the schema; from 2 on the attribute is not required
 };
 
 struct AttributeSchema {
   char const* plugin;  // the plug-in's name
-  // Of the state in serialised engines; an engine with another version is refused. It grows by 1 with every change of
-  // `attributes` or of their meaning: README.md.
+  // Of the state in serialised engines. It grows by 1 with every attribute that is added, and an engine of an earlier
+  // version is read with that attribute's default: README.md. An engine of a later version is refused.
   int32_t version;
   std::vector<AttributeSpec> attributes;
 };
@@ -41,7 +52,7 @@ std::vector<nvinfer1::PluginField> write_state(AttributeSchema const& schema, vo
 void read_state(AttributeSchema const& schema, nvinfer1::PluginFieldCollection const* fields, void* attributes);
 
 // Write and read the state as bytes, for IPluginV2.
-size_t serialized_size(AttributeSchema const& schema);
+size_t serialized_size(AttributeSchema const& schema, void const* attributes);
 void serialize(AttributeSchema const& schema, void const* attributes, void* buffer);
 void deserialize(AttributeSchema const& schema, void const* data, size_t size, void* attributes);
 

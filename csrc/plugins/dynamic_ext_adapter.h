@@ -58,7 +58,9 @@ class DynamicExtAdapter final : public nvinfer1::IPluginV2DynamicExt {
     });
   }
 
-  size_t getSerializationSize() const noexcept override { return serialized_size(Plugin::schema()); }
+  size_t getSerializationSize() const noexcept override {
+    return serialized_size(Plugin::schema(), &plugin_.attributes());
+  }
 
   void serialize(void* buffer) const noexcept override {
     qwen_plugins::serialize(Plugin::schema(), &plugin_.attributes(), buffer);

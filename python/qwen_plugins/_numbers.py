@@ -1,4 +1,5 @@
 """These numbers are compiled into the kernels and plug-ins; code that runs without the compiled modules needs them."""
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)  # those of the attention kernels
+MAX_KERNELS = 32  # pairs in the Gemm plug-in's field: csrc/plugins/attributes.h: Int32Array::kMaxSize / 2
 ACTIVATIONS = {None: 0, "swiglu": 1}  # csrc/kernels/gemm/gemm.h: Activation, which the Gemm plug-in takes as a field

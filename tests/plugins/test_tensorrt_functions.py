@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 
 from tests import stand_ins
+from tests.stand_ins.numpy_kernels import GEMM_KERNELS
 from tests.stand_ins.numpy_tensorrt import DataType, ITensor, tensor_of
 
 EPS = 1e-5
@@ -220,6 +221,31 @@ def test_gemm_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     np.testing.assert_array_equal(plugin.inputs[1].array, weight)
     np.testing.assert_array_equal(plugin.inputs[2].array, bias)
     assert y.known_type == DataType.HALF
+
+
+def test_gemm_takes_kernels_by_the_number_of_rows(tensorrt: Any) -> None:
+    kernels = [(16, "stream"), (64, "cublas_lt:2"), (100, "rules")]
+    tensorrt.functions.gemm(tensorrt.network, rows(5, 64), rows(96, 64), kernels=kernels)
+
+    (plugin,) = tensorrt.network.plugins
+    assert plugin.fields["kernels"] == [16, GEMM_KERNELS["stream"], 64, GEMM_KERNELS["cublas_lt:2"], 100, 0]
+    assert plugin.kinds["kernels"] == "INT32"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ([(16, "fastest")], "this build of qwen_plugins has no GEMM kernel 'fastest'"),
+        ([(0, "stream")], r"kernels has the rows \[0\]; expected numbers that increase from 1 on"),
+        ([(16, "stream"), (16, "rules")], r"kernels has the rows \[16, 16\]"),
+        ([(2**31, "stream")], r"kernels has the rows \[2147483648\]"),
+        ([(n, "stream") for n in range(1, 34)], "kernels has 33 pairs; expected at most 32"),
+    ],
+)
+def test_bad_kernels(tensorrt: Any, kernels: list[tuple[int, str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tensorrt.functions.gemm(tensorrt.network, rows(5, 64), rows(96, 64), kernels=kernels)
+    assert tensorrt.network.plugins == []
 
 
 def test_gemm_does_not_copy_a_weight_of_the_right_type(tensorrt: Any) -> None:

@@ -151,8 +151,8 @@ def operands(rows, in_features, out_features, dtype, bias=True):
     return x, weight, torch.randn(out_features, device="cuda").to(dtype) if bias else None
 
 
-def check(y, x, weight, bias, activation):
-    """Compare with float64; cuBLASLt rounds before the bias or the activation."""
+def reference(x, weight, bias, activation):
+    """Return y in float64 and the allowed errors; cuBLASLt rounds before the bias or the activation."""
     z = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
     if bias is not None:
@@ -162,9 +162,12 @@ def check(y, x, weight, bias, activation):
         silu = gate * torch.sigmoid(gate)
         z, size = silu * up, 1.1 * gate_size * up.abs() + silu.abs() * up_size
     precision = torch.finfo(x.dtype).eps
-    tolerance = 0.51 * precision * z.abs() + (precision + 2.0**-20) * size
-    wrong = ~((y.double() - z).abs() <= tolerance)
-    assert not wrong.any(), f"{int(wrong.sum())} wrong, first at {wrong.nonzero()[0].tolist()}"
+    return z, 0.51 * precision * z.abs() + (precision + 2.0**-20) * size
+
+
+def check(name, y, expected, tolerance):
+    wrong = ~((y.double() - expected).abs() <= tolerance)
+    assert not wrong.any(), f"{name}: {int(wrong.sum())} wrong, first at {wrong.nonzero()[0].tolist()}"
 
 
 @pytest.mark.gpu
@@ -175,9 +178,10 @@ def check(y, x, weight, bias, activation):
 )
 def test_every_kernel_matches_float64(dtype, activation, in_features, out_features):
     for rows, bias in itertools.product((1, 7, 8, 9, 16, 17, 31, 33, 48, 64, 65, 130, 300), (True, False)):
-        x, weight, b = operands(rows, in_features, out_features, dtype, bias)
+        given = operands(rows, in_features, out_features, dtype, bias)
+        expected = reference(*given, activation)
         for name in NAMES:
-            check(multiply(name, x, weight, b, activation), x, weight, b, activation)
+            check(f"{name}, {rows} rows", multiply(name, *given, activation), *expected)
 
 
 @pytest.mark.gpu
@@ -189,9 +193,10 @@ def test_misaligned_operands(rows, activation):
     def moved(tensor):
         return torch.cat([tensor.new_full((1,), torch.nan), tensor.flatten()])[1:].view(tensor.shape)
 
+    expected = reference(x, weight, bias, activation)
     for name in NAMES:
         for given in ((moved(x), weight, bias), (x, moved(weight), bias), (x, weight, moved(bias))):
-            check(multiply(name, *given, activation), x, weight, bias, activation)
+            check(name, multiply(name, *given, activation), *expected)
 
 
 @pytest.mark.gpu
@@ -223,8 +228,9 @@ def test_every_candidate_in_a_cuda_graph(rows, activation):
         outputs = [multiply_captured(name, x, weight, bias, activation) for name in names]
     x.copy_(torch.randn_like(x))
     graph.replay()
-    for y in outputs:
-        check(y, x, weight, bias, activation)
+    expected = reference(x, weight, bias, activation)
+    for name, y in zip(names, outputs, strict=True):
+        check(name, y, *expected)
 
 
 def multiply_captured(name, x, weight, bias, activation):

@@ -74,10 +74,20 @@ def draw(row: np.ndarray, values: tuple, index: int) -> int:
     return int(np.random.default_rng([seed, step, index]).choice(order[kept], p=probabilities))
 
 
+GEMM_KERNELS = {"rules": 0, "stream": 0x10000, "cublas_lt:2": 0x40002}
+
+
+def gemm_choice_number(name: str) -> int:
+    if name not in GEMM_KERNELS:
+        raise ValueError(f"kernels: this build of qwen_plugins has no GEMM kernel '{name}'")
+    return GEMM_KERNELS[name]
+
+
 core = types.ModuleType("qwen_plugins._core")
 core.__dict__.update(
     DataType=types.SimpleNamespace(**{dtype.name: number for number, dtype in DTYPES.items()}),
     sample=sample,
     sampling_settings_bytes=settings_bytes,
+    gemm_choice_number=gemm_choice_number,
     sampling_workspace_bytes=lambda max_sequences, vocab_size: 16,
 )

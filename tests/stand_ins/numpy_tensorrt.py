@@ -309,7 +309,9 @@ class Creator:
         self.name = name
 
     def create_plugin(self, layer: str, fields: list[types.SimpleNamespace], phase: str | None = None) -> Any:
-        values = {field.name: field.array[0].item() for field in fields}
+        values = {
+            field.name: field.array.tolist() if field.array.size > 1 else field.array[0].item() for field in fields
+        }
         kinds = {field.name: field.kind for field in fields}
         return types.SimpleNamespace(name=self.name, layer=layer, fields=values, kinds=kinds, phase=phase)
 

@@ -10,12 +10,41 @@ bool has_swiglu(Attributes const& attributes) {
   return attributes.activation == static_cast<int32_t>(Activation::kSwiglu);
 }
 
+void check_kernels(Int32Array const& kernels) {
+  auto const fail = [](std::string const& found, std::string const& expected) {
+    throw std::invalid_argument("field 'kernels' has " + found + "; expected " + expected);
+  };
+  if (kernels.size % 2 != 0) {
+    fail(std::to_string(kernels.size) + " values", "pairs");
+  }
+  int32_t rows_before = 0;
+  for (int32_t i = 0; i < kernels.size; i += 2) {
+    int32_t const rows = kernels.values[i], choice = kernels.values[i + 1];
+    if (rows <= rows_before) {
+      fail(std::to_string(rows) + " rows after " + std::to_string(rows_before), "more rows");
+    }
+    if (choice < 0) {
+      fail("the kernel " + std::to_string(choice), "0 or a kernel's number");
+    }
+    rows_before = rows;
+  }
+}
+
+std::vector<GemmChoiceUpTo> choices_of(Int32Array const& kernels) {
+  std::vector<GemmChoiceUpTo> choices;
+  for (int32_t i = 0; i < kernels.size; i += 2) {
+    choices.push_back({kernels.values[i], static_cast<GemmChoice>(kernels.values[i + 1])});
+  }
+  return choices;
+}
+
 Attributes checked(Attributes attributes) {
   require_type("type_id", attributes.type_id, floating_types());
   require_flag("bias", attributes.bias);
   require_one_of("activation", attributes.activation,
                  {static_cast<int32_t>(Activation::kNone), static_cast<int32_t>(Activation::kSwiglu)});
   require_flag("constant_weight", attributes.constant_weight);
+  check_kernels(attributes.kernels);
   return attributes;
 }
 
@@ -35,29 +64,24 @@ std::string description(GemmShape const& shape) {
          std::to_string(shape.out_features) + ", " + std::to_string(shape.in_features) + "]";
 }
 
-size_t needed_workspace(GemmShape const& shape) {
-  int64_t bytes = 0;
-  check_cuda(gemm_workspace_bytes(shape, GemmChoice::kByRules, &bytes),
-             [&] { return "workspace of " + description(shape); });
-  return static_cast<size_t>(bytes);
-}
-
 }  // namespace
 
 AttributeSchema const& GemmPlugin::schema() {
   static AttributeSchema const schema{
       kName,
-      1,
+      2,
       {
           {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
           {"bias", PluginFieldType::kINT32, offsetof(Attributes, bias), false},
           {"activation", PluginFieldType::kINT32, offsetof(Attributes, activation), false},
           {"constant_weight", PluginFieldType::kINT32, offsetof(Attributes, constant_weight), false},
+          {"kernels", PluginFieldType::kINT32, offsetof(Attributes, kernels), false, true, 2},
       }};
   return schema;
 }
 
-GemmPlugin::GemmPlugin(Attributes const& attributes) : PluginBase(checked(attributes), make_roles) {}
+GemmPlugin::GemmPlugin(Attributes const& attributes)
+    : PluginBase(checked(attributes), make_roles), choices_(choices_of(attributes.kernels)) {}
 
 GemmShape GemmPlugin::shape(Sizes const& sizes) const {
   GemmShape shape;
@@ -67,6 +91,12 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
   shape.activation = static_cast<Activation>(attributes().activation);
   shape.dtype = static_cast<DataType>(attributes().type_id);
   return shape;
+}
+
+size_t GemmPlugin::needed_workspace(GemmShape const& shape) const {
+  int64_t bytes = 0;
+  check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(shape); });
+  return static_cast<size_t>(bytes);
 }
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
@@ -89,6 +119,7 @@ void GemmPlugin::enqueue(Execution const& execution) const {
   params.y = output(execution, "y");
   params.x_row_stride = params.shape.in_features;
   params.constant_weight = attributes().constant_weight != 0;
+  params.choice = choice_for(choices_, params.shape.rows);
   params.workspace = execution.workspace;
   // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
   params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
+#include "kernels/gemm/choice.h"
 #include "kernels/gemm/gemm.h"
 #include "plugins/plugin_base.h"
 
@@ -13,6 +15,7 @@ struct GemmAttributes {
   int32_t bias = 0;
   int32_t activation = static_cast<int32_t>(Activation::kNone);
   int32_t constant_weight = 0;  // right for any network
+  Int32Array kernels;           // pairs of a number of rows and the GemmChoice for up to so many
 };
 
 class GemmPlugin : public PluginBase<GemmAttributes> {
@@ -30,6 +33,9 @@ class GemmPlugin : public PluginBase<GemmAttributes> {
 
  private:
   GemmShape shape(Sizes const& sizes) const;
+  size_t needed_workspace(GemmShape const& shape) const;
+
+  std::vector<GemmChoiceUpTo> choices_;
 };
 
 }  // namespace qwen_plugins

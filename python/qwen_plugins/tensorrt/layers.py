@@ -19,7 +19,7 @@ def add_plugin(
     network: Any,
     plugin_name: str,
     inputs: Sequence[Any],
-    fields: Mapping[str, int | float],
+    fields: Mapping[str, int | float | list[int]],
     layer_name: str,
     output_types: Sequence[Any],
 ) -> list[Any]:
@@ -31,7 +31,8 @@ def add_plugin(
         )
     # The arrays must outlive create_plugin: a PluginField refers to their memory.
     arrays = {
-        key: np.array([value], np.float32 if isinstance(value, float) else np.int32) for key, value in fields.items()
+        key: np.array(value, np.float32 if isinstance(value, float) else np.int32, ndmin=1)
+        for key, value in fields.items()
     }
     collection = trt.PluginFieldCollection(
         [

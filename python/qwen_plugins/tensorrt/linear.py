@@ -1,11 +1,13 @@
 """Add a linear layer: the Gemm plug-in, or TensorRT's own layers."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import tensorrt as trt
 
-from .._numbers import ACTIVATIONS
+from .._numbers import ACTIVATIONS, MAX_KERNELS
 from .layers import add_plugin, check_network, check_type, checked_dtype, free_name, parameter, tensor_shape
 from .native import NativeLayers
 
@@ -20,6 +22,7 @@ def gemm(
     constant_weight: bool | None = None,
     dtype: Any = None,
     plugin: bool = True,
+    kernels: Sequence[tuple[int, str]] = (),
     name: str | None = None,
 ) -> Any:
     """Add y = x · weightᵀ + bias, or with ``activation="swiglu"`` y = silu(z_gate) · z_up of the halves of that z.
@@ -43,6 +46,9 @@ def gemm(
         dtype: ``tensorrt.DataType`` of x, weight, bias and y; None: ``x.dtype``. Pass it in TensorRT 8.6 where x
             reports float32 but will be computed in float16.
         plugin: True: one Gemm plug-in layer; False: TensorRT's own layers, with SwiGLU computed in float32.
+        kernels: of the plug-in: pairs (max_rows, name), a kernel for up to so many rows of x, in increasing order, as
+            `qwen_plugins.tuning` measures and names them; at most 32. For more rows, and where a kernel cannot compute
+            the GEMM on the GPU that runs the engine, the plug-in chooses by its rules.
         name: of the layer, and prefix of its constants' names, unique in the network; None: gemm with a number.
 
     Returns:
@@ -73,13 +79,27 @@ def gemm(
     if not plugin:
         return layers.gemm(x, weight, bias, dtype, swiglu=activation == "swiglu")
     inputs = [x, weight] if bias is None else [x, weight, bias]
-    fields = {
+    fields: dict[str, int | float | list[int]] = {
         "type_id": int(dtype),
         "bias": int(bias is not None),
         "activation": ACTIVATIONS[activation],
         "constant_weight": int(constant_weight),
     }
+    if kernels:
+        fields["kernels"] = _kernel_numbers(kernels)
     return add_plugin(network, "Gemm", inputs, fields, name, [dtype])[0]
+
+
+def _kernel_numbers(kernels: Sequence[tuple[int, str]]) -> list[int]:
+    """Check the pairs and return them as the plug-in's field takes them."""
+    from .. import launch  # compiled for one version of Python, which a network without choices does not need
+
+    if len(kernels) > MAX_KERNELS:
+        raise ValueError(f"kernels has {len(kernels)} pairs; expected at most {MAX_KERNELS}")
+    rows = [max_rows for max_rows, _ in kernels]
+    if rows[0] < 1 or rows[-1] >= 2**31 or any(a >= b for a, b in pairwise(rows)):
+        raise ValueError(f"kernels has the rows {rows}; expected numbers that increase from 1 on")
+    return [number for max_rows, kernel in kernels for number in (max_rows, launch.gemm_choice_number(kernel))]
 
 
 def _parameter(layers: NativeLayers, value: Any, expected: tuple[int, ...], dtype: Any, what: str) -> Any:

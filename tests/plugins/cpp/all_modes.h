@@ -16,8 +16,17 @@ struct ExpectedCreator {
   int32_t field_count;
 };
 
+inline int schema_version_of(std::string const& plugin) { return plugin == "Gemm" ? 2 : 1; }
+
+// How a library refuses the state of another schema version.
+inline std::string refused_version(char const* plugin, std::string const& found) {
+  std::string const read = schema_version_of(plugin) == 1 ? " 1" : "s 1 to 2";
+  return std::string(plugin) + ": serialised plug-in has " + found + "; this library reads schema version" + read +
+         ". Build the engine again with the installed qwen_plugins";
+}
+
 inline std::vector<ExpectedCreator> expected_creators() {
-  return {{"RmsNorm", "1", 6}, {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 4}, {"GptAttention", "1", 10}};
+  return {{"RmsNorm", "1", 6}, {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 5}, {"GptAttention", "1", 10}};
 }
 
 inline std::vector<Mode> all_modes() {
@@ -91,6 +100,7 @@ inline std::vector<BadFields> bad_rms_norm_fields() {
 }
 
 inline std::vector<BadFields> bad_decoder_fields() {
+  using nvinfer1::PluginFieldType;
   auto gemm = [] { return Fields().add("type_id", 1); };
   auto heads = [](int32_t num_heads, int32_t num_kv_heads, int32_t head_size) {
     return Fields()
@@ -107,6 +117,14 @@ inline std::vector<BadFields> bad_decoder_fields() {
       {"Gemm", gemm().add("bias", 2), "'bias' is 2; expected 0 or 1"},
       {"Gemm", gemm().add("activation", 2), "'activation' is 2; expected one of 0, 1"},
       {"Gemm", gemm().add("constant_weight", -1), "'constant_weight' is -1; expected 0 or 1"},
+      {"Gemm", gemm().add_array("kernels", {16}), "'kernels' has 1 values; expected pairs"},
+      {"Gemm", gemm().add_array("kernels", {0, 1}), "'kernels' has 0 rows after 0; expected more rows"},
+      {"Gemm", gemm().add_array("kernels", {8, 1, 8, 2}), "'kernels' has 8 rows after 8; expected more rows"},
+      {"Gemm", gemm().add_array("kernels", {8, -1}), "'kernels' has the kernel -1; expected 0 or a kernel's number"},
+      {"Gemm", gemm().add_array("kernels", std::vector<int32_t>(65, 1)), "'kernels' has 65 values; expected 0 to 64"},
+      {"Gemm", gemm().add("kernels", nullptr, PluginFieldType::kINT32, -1), "'kernels' has -1 values; expected 0 to"},
+      {"Gemm", gemm().add("kernels", nullptr, PluginFieldType::kINT32, 2), "'kernels' has no data"},
+      {"Gemm", gemm().add("kernels", 1.0F), "'kernels' has type FLOAT32; expected INT32"},
       {name, Fields().add("type_id", 1).add("num_heads", 8), "required field 'num_kv_heads' is missing"},
       {name, heads(0, 2, 64), "'num_heads' is 0; expected a number above 0"},
       {name, heads(8, -1, 64), "'num_kv_heads' is -1; expected a number above 0"},

@@ -232,16 +232,55 @@ void check_bad_bytes(Log& log) {
 void check_schema_versions(Log& log) {
   for (Mode& mode : first_modes()) {
     std::vector<char> bytes = bytes_of(create(mode));
-    for (char const version : {0, 2}) {
-      bytes[4] = version;
+    for (int const version : {0, schema_version_of(mode.plugin) + 1}) {
+      bytes[4] = static_cast<char>(version);
       for (size_t const size : {bytes.size(), bytes.size() - 4}) {
         CHECK(creator_of(mode.plugin).deserializePlugin("layer", bytes.data(), size) == nullptr);
-        CHECK(log.got_one_error_with(std::string(mode.plugin) + ": serialised plug-in has schema version " +
-                                     std::to_string(version) + "; this library reads schema version 1. " +
-                                     "Build the engine again with the installed qwen_plugins"));
+        CHECK(log.got_one_error_with(refused_version(mode.plugin, "schema version " + std::to_string(version))));
       }
     }
   }
+}
+
+// Gemm's state with schema version 1, as the library wrote it that had no field 'kernels': type_id 1, bias 1,
+// activation 0, constant_weight 1.
+void check_state_of_version_1(Log& log) {
+  std::vector<unsigned char> bytes = {0x47, 0x4C, 0x50, 0x51, 1, 0, 0, 0, 4, 0, 0, 0, 0xE2, 0x54, 0x72, 0xE1,
+                                      1,    0,    0,    0,    1, 0, 0, 0, 0, 0, 0, 0, 1,    0,    0,    0};
+  Mode mode = gemm_mode(DataType::kHALF, true, false, true);
+  Plugin plugin = as_dynamic(creator_of("Gemm").deserializePlugin("layer", bytes.data(), bytes.size()));
+  check_types(plugin, mode);
+  check_launch(mode, [&](void* const* in, void* const* out) { return enqueue(plugin, mode, in, out); });
+  CHECK(bytes_of(plugin) == bytes_of(create(mode)));  // written anew it has the library's version
+  CHECK(creator_of("Gemm").deserializePlugin("layer", bytes.data(), bytes.size() - 4) == nullptr);
+  CHECK(log.got_one_error_with("has 28 bytes; expected 32 bytes"));
+}
+
+// State with an array, cut anywhere, longer or with any bit of its first bytes wrong.
+void check_bad_arrays(Log& log) {
+  Mode mode = gemm_mode(DataType::kHALF, true, false, true, {8, 1, 16, 2});
+  std::vector<char> const good = bytes_of(create(mode));
+  CHECK(good.size() == 16 + 4 * 4 + 4 + 4 * 4);
+  auto fails = [&](std::vector<char> const& bytes, char const* message) {
+    std::unique_ptr<char[]> copy(new char[bytes.size()]);
+    std::copy(bytes.begin(), bytes.end(), copy.get());
+    CHECK(creator_of("Gemm").deserializePlugin("layer", copy.get(), bytes.size()) == nullptr);
+    CHECK(log.got_one_error_with(message));
+  };
+  for (size_t size = 0; size < good.size(); ++size) {
+    fails({good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size)},
+          size < 36 ? "bytes; expected 36 bytes" : "bytes; expected 52 bytes");
+  }
+  for (size_t i = 0; i < good.size(); ++i) {
+    for (int bit = 0; bit < 8; ++bit) {
+      std::vector<char> corrupted = good;
+      corrupted[i] = static_cast<char>(corrupted[i] ^ (1 << bit));
+      fails(corrupted, "serialised plug-in");
+    }
+  }
+  std::vector<char> negative = good;
+  negative[35] = '\x80';
+  fails(negative, "has -2147483644 values of 'kernels'; expected 0 to 64");
 }
 
 bool creates(char const* plugin, Fields fields) {
@@ -308,6 +347,8 @@ int main() {
   check_bad_fields(log);
   check_bad_bytes(log);
   check_schema_versions(log);
+  check_state_of_version_1(log);
+  check_bad_arrays(log);
   print_accepted(log, creates);
   check_bad_shapes(log);
   check_bad_runtime(log);

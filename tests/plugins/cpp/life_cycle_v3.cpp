@@ -292,14 +292,15 @@ void check_schema_versions(Log& log) {
     State state(*create(mode));
     auto refused = [&](std::string const& found) {
       CHECK(state.create(mode.plugin) == nullptr);
-      CHECK(log.got_one_error_with(std::string(mode.plugin) + ": serialised plug-in has " + found +
-                                   "; this library reads schema version 1. " +
-                                   "Build the engine again with the installed qwen_plugins"));
+      CHECK(log.got_one_error_with(refused_version(mode.plugin, found)));
     };
-    state.set("schema_version", 2);
-    refused("schema version 2");
+    int const later = schema_version_of(mode.plugin) + 1;
+    for (int const version : {0, later}) {
+      state.set("schema_version", version);
+      refused("schema version " + std::to_string(version));
+    }
     state.erase("type_id");
-    refused("schema version 2");
+    refused("schema version " + std::to_string(later));
     state.erase("schema_version");
     refused("no schema version");
     // It is not a field of a network.
@@ -307,6 +308,16 @@ void check_schema_versions(Log& log) {
     CHECK(creator_of(mode.plugin).createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD) == nullptr);
     CHECK(log.got_one_error_with("unknown field 'schema_version'"));
   }
+}
+
+// Gemm's state with schema version 1, when it had no field 'kernels'.
+void check_state_of_version_1() {
+  Mode mode = gemm_mode(DataType::kHALF, true, false, true);
+  State state(*create(mode));
+  state.set("schema_version", 1);
+  std::unique_ptr<IPluginV3> const plugin(state.create("Gemm"));
+  CHECK(plugin != nullptr);
+  check_launch(mode, [&](void* const* in, void* const* out) { return enqueue(*plugin, mode, in, out); });
 }
 
 bool creates(char const* plugin, Fields fields) {
@@ -386,6 +397,7 @@ int main() {
   check_workspace(log);
   check_bad_fields(log);
   check_schema_versions(log);
+  check_state_of_version_1();
   print_accepted(log, creates);
   check_bad_shapes(log);
   check_unknown_out_features();

@@ -33,8 +33,8 @@ struct RecordedLaunches {
 extern RecordedLaunches recorded;
 
 // The results of the stand-ins for gemm_workspace_bytes and decode_attention_workspace_bytes. As the real one, the
-// former is larger where in_features is no multiple of 8.
-constexpr int64_t recorded_gemm_workspace(int64_t rows, int64_t in_features) {
-  return 1000 + rows + (in_features % 8 == 0 ? 0 : 500);
+// former is larger where in_features is no multiple of 8, and for a kernel that the rules did not choose.
+constexpr int64_t recorded_gemm_workspace(int64_t rows, int64_t in_features, int32_t choice = 0) {
+  return 1000 + rows + (in_features % 8 == 0 ? 0 : 500) + (choice == 0 ? 0 : 2000);
 }
 constexpr int64_t recorded_attention_workspace(int64_t sequences) { return 2000 + sequences; }

@@ -123,6 +123,13 @@ class Fields {
     return *this;
   }
 
+  Fields& add_array(char const* name, std::vector<int32_t> const& values) {
+    auto kept = std::make_shared<std::vector<int32_t>>(values);
+    add(name, kept->data(), nvinfer1::PluginFieldType::kINT32, static_cast<int32_t>(values.size()));
+    values_.push_back(std::move(kept));
+    return *this;
+  }
+
   nvinfer1::PluginFieldCollection const* collection() {
     collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     return &collection_;
