@@ -59,9 +59,9 @@ def measure(
     """Return the microseconds that one GEMM takes, by the name of the kernel, in the order of ``kernels``.
 
     Each figure is the median of several replays of a CUDA graph of many such GEMMs, whose weights the L2 cache does not
-    hold, and is good to about 1 %. A kernel takes about 4 ms to measure, and twelve GEMMs' time where that is longer.
-    The GPU should do nothing else meanwhile. Up to 256 MB of device memory for weights (or one weight, if it is
-    larger), operands and workspace are allocated and freed again.
+    hold, and the kernels take turns, so that a clock that falls meets all of them. A kernel takes about 5 ms to
+    measure, and twenty GEMMs' time where that is longer. The GPU should do nothing else meanwhile. Up to 512 MB of
+    device memory for weights (or one weight, if it is larger), operands and workspace are allocated and freed again.
 
     Args:
         rows, in_features, out_features, activation, dtype: as for `candidates`.

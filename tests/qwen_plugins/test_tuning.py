@@ -284,25 +284,26 @@ def test_measure(rows, activation):
 
 
 @pytest.mark.gpu
-def test_measure_leaves_memory_and_captures_alone():
-    shape = {"rows": 8, "in_features": 512, "out_features": 1024}
-    tuning.measure(**shape)  # loads the kernels
+def test_measure_while_a_stream_is_captured():
     x = torch.ones(1000, device="cuda")
-    torch.cuda.synchronize()
-    free, _ = torch.cuda.mem_get_info()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = x + 1
-        times = tuning.measure(**shape)
+        times = tuning.measure(rows=8, in_features=512, out_features=1024)
         y = y + 1
     assert times
     x.fill_(5)
     graph.replay()
     assert (y == 7).all()
-    del graph, y
-    torch.cuda.empty_cache()
-    tuning.measure(**shape)
-    assert abs(torch.cuda.mem_get_info()[0] - free) <= 8 << 20
+
+
+@pytest.mark.gpu
+def test_measure_frees_its_memory():
+    """If it did not, the device would have too little after so many measurements, whoever else uses it."""
+    shape = {"rows": 1, "in_features": 2**15, "out_features": 2**15}
+    weight_bytes = 2**31
+    for _ in range(torch.cuda.get_device_properties().total_memory // weight_bytes + 1):
+        assert tuning.measure(**shape, kernels=["rules", "stream"])
 
 
 @pytest.mark.gpu

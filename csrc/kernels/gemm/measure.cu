@@ -13,11 +13,12 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr int64_t kMaxRotatedBytes = int64_t{256} << 20;  // of weights
-constexpr int kCachesFull = 4;                            // of weights, where the limit above allows that many
-constexpr int64_t kMaxCalls = 512;                        // in a graph
-constexpr float kReplayMicroseconds = 500.0F;             // about: the gap between two replays is 1 or 2 of them
-constexpr int kReplays = 5;
+// Weights that are read in turn have at least this size together, or 4 times that of the L2 cache where it is less.
+constexpr int64_t kMaxRotatedBytes = int64_t{256} << 20;
+constexpr int kCachesFull = 4;
+constexpr int64_t kMaxCalls = 512;             // in a graph
+constexpr float kReplayMicroseconds = 500.0F;  // about: the gap between two replays is 1 or 2 of them
+constexpr int kReplays = 7;
 constexpr int64_t kAlignment = 256;
 
 template <auto destroy>
@@ -79,7 +80,7 @@ struct Layout {
     const int64_t size = size_of(shape.dtype);
     weight_stride = round_up(shape.out_features * shape.in_features * size);
     const int64_t rotated = std::min(kMaxRotatedBytes, kCachesFull * cache_bytes);
-    weights = std::min(std::max<int64_t>(rotated / weight_stride, 1), kMaxCalls);
+    weights = std::min(divide_up(rotated, weight_stride), kMaxCalls);
     bias = weights * weight_stride;
     x = bias + (has_bias ? round_up(shape.out_features * size) : 0);
     y = x + round_up(shape.rows * shape.in_features * size);

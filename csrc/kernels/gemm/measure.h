@@ -20,10 +20,10 @@ struct GemmMeasurements {
 };
 
 // Measures each choice as a decode step runs it: launch after launch of a CUDA graph, on weights that the L2 cache does
-// not hold. A figure is the median of several replays, good to about 1 %, and takes some 4 ms (with GEMMs that take
-// longer than half a millisecond: the time of a dozen).
+// not hold. A figure is the median of several replays, which the choices take in turn, and takes some 5 ms (with GEMMs
+// that take longer than half a millisecond: the time of twenty).
 //
-// Blocks until the device has finished, and allocates weights of up to 256 MB (or one, if it is larger), operands and
+// Blocks until the device has finished, and allocates weights of up to 512 MB (or one, if it is larger), operands and
 // workspace, all of which is freed again. Work in other streams goes on, but slows the measurement down, as the
 // measurement slows it. May be called while a stream is captured.
 QWEN_PLUGINS_API cudaError_t measure_gemm(const GemmShape& shape, bool has_bias, const std::vector<GemmChoice>& choices,
