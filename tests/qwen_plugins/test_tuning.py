@@ -105,6 +105,12 @@ def test_an_unknown_name_is_not_measured():
         tuning.measure(**SHAPE, kernels=["plain", "fastest"])
 
 
+def test_more_memory_than_a_number_of_bytes_can_say():
+    most = 2**30 - 1
+    with pytest.raises(RuntimeError, match=r"takes \d{19} bytes of device memory, more than are free"):
+        tuning.measure(rows=most, in_features=most, out_features=most, dtype="float32", kernels=["plain"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_without_a_gpu():
     for function in (tuning.candidates, tuning.choice_by_rules, tuning.measure):

@@ -235,6 +235,12 @@ class Measurement {
   std::vector<Replay> replays_;
 };
 
+double operand_bytes(const GemmShape& shape) {
+  const auto rows = static_cast<double>(shape.rows), k = static_cast<double>(shape.in_features);
+  const auto n = static_cast<double>(shape.out_features);
+  return static_cast<double>(size_of(shape.dtype)) * (rows * k + n * k + rows * n);
+}
+
 cudaError_t cache_bytes_of_device(int64_t& bytes) {
   int device = 0, value = 0;
   const cudaError_t error = in_turn([&] { return cudaGetDevice(&device); },
@@ -269,6 +275,10 @@ cudaError_t measure_gemm(const GemmShape& shape, bool has_bias, const std::vecto
                          GemmMeasurements* measurements) {
   *measurements = {};
   if (!is_valid(shape) || shape.rows == 0) return cudaErrorInvalidValue;
+  if (const double bytes = operand_bytes(shape); bytes > 0x1p60) {  // the sums of a Layout would overflow
+    measurements->device_bytes = static_cast<int64_t>(std::min(bytes, 0x1p62));
+    return cudaErrorMemoryAllocation;
+  }
   const OutsideOfCapture relaxed;
   const cudaError_t error = measure(shape, has_bias, choices, *measurements);
   if (error != cudaSuccess) cudaGetLastError();  // it is returned: nobody else should find it
