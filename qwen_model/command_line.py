@@ -8,14 +8,17 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
+from .common.extras import import_extra
 from .common.files import read_text
 
 if TYPE_CHECKING:
+    from .common.progress import Progress
     from .interface.sampling import SamplingDefaults, SamplingOptions
 
 
@@ -161,6 +164,42 @@ def read_text_file(name: str) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise QwenModelError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+@contextmanager
+def progress_bar(unit: str = "B") -> Iterator[Progress]:
+    """Yield what draws a bar for each phase from its first report on, or nothing if standard error is no terminal."""
+    tqdm = import_extra("tqdm", "the progress bar").tqdm
+    bar, shown = None, ""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal bar, shown
+        if bar is None or phase != shown:
+            if bar is not None:
+                bar.close()
+            bar, shown = (
+                tqdm(desc=phase, total=total or None, unit=unit, unit_scale=True, leave=False, disable=None),
+                phase,
+            )
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
+    """Read token ids with commas or spaces between them; `option` is named in errors.
+
+    Raises:
+        QwenModelError: one is not an integer.
+    """
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
