@@ -17,6 +17,7 @@ from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, Limits
 from ...interface.memory import required_bytes
 from .executor import TorchExecutor, memory_errors
+from .probe import TorchProbe
 
 FRAMEWORK: Framework = "torch"
 
@@ -74,6 +75,17 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, target))
     return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
+
+
+def load_probe(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    read_weight: ReadWeight | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> TorchProbe:
+    """Load an engine to be run operation by operation; see `BackEnd`. `read_weight` is not needed."""
+    return TorchProbe(load_executor(engine_dir, config, device))
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:

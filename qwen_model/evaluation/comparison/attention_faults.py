@@ -61,14 +61,14 @@ def attention_faults(case: Case) -> Iterator[tuple[str, Array]]:
 
 def _heads_faults(case: Case) -> Iterator[tuple[str, ModelConfig, Heads]]:
     config = case.config
+    if case.past:
+        yield "positions began at 0 in a decode step, which is the same as no rotation", config, Heads(restart=True)
     yield "the rotary embedding were not applied", config, Heads(rotations=0)
     yield "the rotary embedding were applied twice", config, Heads(rotations=2)
     yield "the rotary embedding were interleaved (GPT-J), not in the NeoX style", config, Heads(interleaved=True)
     yield "the rotary embedding turned backwards", config, Heads(rotations=-1)
     for shift in (1, -1):
         yield f"{shift:+d} were added to positions", config, Heads(shift=shift)
-    if case.past:
-        yield "positions began at 0 in a decode step", config, Heads(restart=True)
     yield from ((text, changed, Heads()) for text, changed in _other_rotary(config))
     for order in permutations("qkv"):
         if order != ("q", "k", "v"):

@@ -39,8 +39,8 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Return the name without the layer: "input_norm", "attention.qkv", "lm_head", ..."""
-        return self.name if self.layer is None else self.name.split(".", 2)[2]
+        """Return the name without the layer."""
+        return kind_of(self.name)
 
     def sibling(self, kind: str, layer: int | None = None) -> str:
         """Return the name of another result or module of the same layer, or of the given one."""
@@ -79,3 +79,8 @@ def norm_input_names(kind: str, layer: int) -> tuple[str, str | None]:
     if layer == 0:
         return "embedding", None
     return f"layers.{layer - 1}.mlp.down", f"layers.{layer - 1}.post_attention_norm.residual"
+
+
+def kind_of(name: str) -> str:
+    """Return a result's name without the layer: "input_norm", "attention.qkv", "lm_head", ..."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name

@@ -109,13 +109,12 @@ def compare_probe(
     """
     read = read or probe.module
     _check_samples(reference, read, dtype)
-    own = reference.own[dtype]
     finding: Finding | None = None
 
     def inspect(step: int, found: Mapping[str, Array], errors: StepErrors) -> None:
         nonlocal finding
         progress("each operation", step + 1, len(reference.steps))
-        finding = finding or _first_off(reference, step, found, errors, own.isolated[step], dtype, read)
+        finding = finding or _first_off(reference, step, found, errors, dtype, read)
 
     progress("each operation", 0, len(reference.steps))
     isolated = isolated_errors(reference, probe, inspect)
@@ -128,16 +127,16 @@ def _first_off(
     step: int,
     found: Mapping[str, Array],
     errors: StepErrors,
-    own: StepErrors,
     dtype: str,
     read: ReadArrays,
 ) -> Finding | None:
     for name in result_names(reference.model):
         if name not in errors:
             continue
-        ratio = errors[name].ratio(own[name], dtype)
+        own = reference.own[dtype].isolated[step][name]
+        ratio = errors[name].ratio(own, dtype)
         if ratio > LIMIT:
-            reason = likely_reason(reference.case(name, step, read), found[name], own[name], dtype)
+            reason = likely_reason(reference.case(name, step, read), found[name], own, dtype)
             return Finding(name, step, errors[name], ratio, reason)
     return None
 

@@ -27,6 +27,10 @@ class Error:
     rms: float
     max: float
 
+    def largest(self, other: Error) -> Error:
+        """Return the larger of each number."""
+        return Error(max(self.rms, other.rms), max(self.max, other.max))
+
     def ratio(self, own: Error, dtype: str) -> float:
         """Divide by PyTorch's `own` error in `dtype`: the larger of the two quotients.
 

@@ -5,6 +5,7 @@ The weights stay in the checkpoint's type; each module's are widened while it ru
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class OriginalNetwork:
         import transformers
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self._config = config
         self._values: dict[str, Tensor] = {}
         self._cache: Any = None
@@ -68,8 +71,10 @@ class OriginalNetwork:
         if past == 0:
             self._cache = None
         self._values.clear()
-        found = self._model(torch.tensor([tokens]), past_key_values=self._cache, use_cache=True)
-        self._cache = found.past_key_values
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of 5.24, which calls past_key_values otherwise
+            found = self._model(torch.tensor([tokens]), past_key_values=self._cache, use_cache=True)
+            self._cache = found.past_key_values
         rows = len(tokens)
         return {name: value.reshape(rows, -1).double().numpy() for name, value in self._values.items()}
 

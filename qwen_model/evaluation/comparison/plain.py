@@ -45,18 +45,39 @@ class PlainProbe:
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], past: int, given: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """See `Probe`; results are float64 arrays."""
-        if past == 0:
-            self._operations = PlainOperations(self._config, self._read, self._dtype, self._table, len(tokens))
-        if self._operations is None:
-            raise RuntimeError("the prompt comes first")
-        found = self._operations.heads = {}
+        operations = self._begun(tokens, past)
+        found = operations.heads = {}
 
         def observe(name: str, result: Tensor) -> Tensor:
             found[name] = result
             self._progress()
             return result if given is None else torch.from_numpy(given[name]).to(self._dtype)
 
-        decoder(ObservedOperations(self._operations, observe), self._config, torch.tensor(tokens), False)
+        decoder(ObservedOperations(operations, observe), self._config, torch.tensor(tokens), False)
+        return {name: result.double().numpy() for name, result in found.items()}
+
+    def _begun(self, tokens: Sequence[int], past: int) -> PlainOperations:
+        """Begin a sequence with its prompt, or go on with it."""
+        if past == 0:
+            self._operations = PlainOperations(self._config, self._read, self._dtype, self._table, len(tokens))
+        if self._operations is None:
+            raise RuntimeError("the prompt comes first")
+        return self._operations
+
+    @torch.inference_mode()
+    def run_attention(
+        self, tokens: Sequence[int], past: int, given: Mapping[str, Array], noise: np.random.Generator
+    ) -> dict[str, Array]:
+        """Return the results of attention alone, in each layer, for other roundings of its inputs.
+
+        Each number is changed by up to what rounding to the type can change it by, before it is rounded.
+        """
+        operations = self._begun(tokens, past)
+        found = operations.heads = {}
+        for layer in range(self._config.num_layers):
+            exact = given[f"layers.{layer}.attention.qkv"]
+            moved = exact * (1 + noise.uniform(-1, 1, exact.shape) * torch.finfo(self._dtype).eps / 2)
+            found[f"layers.{layer}.attention"] = operations.attention(torch.from_numpy(moved).to(self._dtype), layer)
         return {name: result.double().numpy() for name, result in found.items()}
 
     def module(self, name: str) -> tuple[Array, Array | None]:

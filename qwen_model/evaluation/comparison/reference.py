@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ StepErrors = dict[str, Error]
 class Passes:
     """Hold the errors of each step: each operation on exact inputs, and each on the results of those before it."""
 
-    isolated: list[StepErrors] = field(default_factory=list)
-    chained: list[StepErrors] = field(default_factory=list)
+    isolated: list[StepErrors]
+    chained: list[StepErrors]
 
 
 @dataclass(frozen=True)
