@@ -5,6 +5,7 @@ A plan has two optimization profiles: one for decode steps, one for prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 from dataclasses import dataclass
@@ -22,15 +23,18 @@ from ...checkpoints.weights import WeightSpec, network_modules, too_large
 from ...common.errors import QwenModelError
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig
+from ...interface.engine_config import EngineConfig, Limits
 from ...interface.memory import ITEM_SIZES, required_bytes
-from ...network.decoder import decoder
+from ...network.decoder import Operations, decoder
+from ...network.observed import ObservedOperations
 from ...network.rotary import rotary_table
 from . import compat
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
 from .native_rotary import NativeRotaryOperations
+from .observed_network import Taps, given_tensor
 from .operations import TensorRTOperations
+from .probe import ObservedExecutor, TensorRTProbe
 from .timing_cache import TimingCache
 
 FRAMEWORK: Framework = "numpy"
@@ -133,11 +137,23 @@ def write_engine(
     """
     _check_dtype(config.dtype)
     cache = TimingCache(timing_cache, timing_cache_name())
+    plan = _build_plan(config, _reporting(read_weight, config, progress), progress, cache)
+    _write_plan(folder / PLAN, memoryview(plan), progress)
+    return cache.warnings
+
+
+def _build_plan(
+    config: EngineConfig, read_weight: ReadWeight, progress: Progress, cache: TimingCache, taps: Taps | None = None
+) -> Any:
+    """Build the plan, in host memory. `taps`: None, or what shows the result of each operation."""
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
-    _define(network, config, _reporting(read_weight, config, progress))
+    _define(network, config, read_weight, taps)
+    inputs = network_inputs(config)
+    if taps is not None:
+        inputs |= _given_inputs(config, taps)
     builder_config = compat.create_config(builder, network)
-    _add_profiles(builder, builder_config, network_inputs(config))
+    _add_profiles(builder, builder_config, inputs)
     cache.load_into(builder_config)
     progress("TensorRT", 0, 0)
     compat.LOG.take()
@@ -145,18 +161,27 @@ def write_engine(
     if plan is None:
         raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
     cache.keep(builder_config)
-    del network, builder_config, builder  # frees the weights
-    _write_plan(folder / PLAN, memoryview(plan), progress)
-    return cache.warnings
+    return plan
 
 
-def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None:
+def _given_inputs(config: EngineConfig, taps: Taps) -> dict[str, NetworkInput]:
+    """Return the inputs that go on in place of results, for one sequence."""
+    dtype, tokens = compat.dtypes()[config.dtype], config.limits.max_input_len
+    ranges = Range(1, 1, 1), Range(1, tokens, tokens)
+    return {given_tensor(name): NetworkInput(dtype, (-1, columns), *ranges) for name, columns in taps.given.items()}
+
+
+def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: Taps | None) -> None:
     inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
     ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins)
-    outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
+    called: Operations[Any] = ops
+    if taps is not None:
+        taps.network = network
+        called = ObservedOperations(ops, taps)
+    outputs = {"logits": decoder(called, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
     for name, tensor in outputs.items():
         tensor.name = name
@@ -230,18 +255,64 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
         return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
 
 
+def load_probe(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    read_weight: ReadWeight | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> TensorRTProbe:
+    """Prepare an engine of the same options that shows its results, built when it runs; see `BackEnd`."""
+    if read_weight is None:
+        raise QwenModelError(
+            f"{engine_dir} shows no results but its logits: give --model-dir, so that an engine that shows them can be "
+            "built of the same checkpoint"
+        )
+    read, index = read_weight, _device_index(device)
+
+    def build(prompt_length: int, isolated: bool) -> ObservedExecutor:
+        with cuda.on_device(index):
+            return _observed_executor(config, read, progress, prompt_length, isolated)
+
+    def read_module(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+        module = network_modules(config.model, config.dtype)[name].map(read)
+        weight, bias = (None if x is None else x.astype(np.float32) for x in (module.weight, module.bias))
+        return weight, bias
+
+    return TensorRTProbe(build, read_module)
+
+
+def _observed_executor(
+    config: EngineConfig, read_weight: ReadWeight, progress: Progress, prompt_length: int, isolated: bool
+) -> ObservedExecutor:
+    """Build and load an engine for one prompt of this length, whose positions are those of `config`."""
+    if prompt_length > LOGIT_ROWS:
+        raise QwenModelError(f"a prompt of {prompt_length} tokens is too long to be observed: give at most {LOGIT_ROWS}")
+    limits = Limits(1, prompt_length, max(1, config.limits.max_positions - prompt_length))
+    observed = dataclasses.replace(config, limits=limits)
+    taps = Taps(observed, isolated)
+    cache = TimingCache(None, timing_cache_name())
+    plan = _build_plan(observed, _reporting(read_weight, observed, progress), progress, cache, taps)
+    engine = _loaded(memoryview(plan), "the engine that shows results")
+    return ObservedExecutor(observed, engine, DECODE, PREFILL, logit_rows(observed), taps)
+
+
 def _read_plan(path: Path) -> Any:
+    if path.stat().st_size == 0:  # cannot be mapped
+        raise QwenModelError(f"{path} is damaged: build the engine again. It is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        return _loaded(plan, str(path))
+
+
+def _loaded(plan: Any, name: str) -> Any:
+    """Make an engine of a plan, which is called `name` in errors."""
     compat.LOG.take()
-    runtime = trt.Runtime(compat.LOG)
-    engine = None
-    if path.stat().st_size > 0:  # an empty file cannot be mapped
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = runtime.deserialize_cuda_engine(plan)
+    engine = trt.Runtime(compat.LOG).deserialize_cuda_engine(plan)
     if engine is None:
         said = compat.LOG.take()
         if compat.ran_out_of_memory(said):
-            raise cuda.OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
-        raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
+            raise cuda.OutOfMemoryError(f"GPU memory ran out while {name} was loaded. TensorRT says:\n{said}")
+        raise QwenModelError(f"{name} is damaged: build the engine again. TensorRT says:\n{said}")
     return engine
 
 

@@ -67,8 +67,7 @@ def make_reference(
     reference = Reference(config, list(prompt), output, name, None, values, {}, samples)
     if name is not None:
         progress(name, 0, 0)
-        original = OriginalNetwork(model_dir, config)
-        theirs = [original.run(tokens, past) for tokens, past in reference.steps]
+        theirs = _original_values(reference, model_dir)
         difference = _difference(reference, theirs, plain("float64", f"against {name}"), modules.arrays)
         reference = dataclasses.replace(reference, difference=difference)
     own = {
@@ -115,6 +114,12 @@ def _exact_values(
         output.append(int(np.argmax(values[-1]["lm_head"][-1])))
         values.append(probe.run(output[-1:], len(prompt) + len(output) - 1))
     return values, output
+
+
+def _original_values(reference: Reference, model_dir: Path) -> list[dict[str, Array]]:
+    """Return the original's results of each step; its weights are freed at the end."""
+    original = OriginalNetwork(model_dir, reference.model)
+    return [original.run(tokens, past) for tokens, past in reference.steps]
 
 
 def _difference(
