@@ -95,11 +95,11 @@ def _reference(options: argparse.Namespace, progress: Progress) -> Reference:
     model_dir = options.model_dir or packaged_model_dir()
     model = ModelConfig.from_model_dir(model_dir)
     prompt = _prompt(options) or default_prompt(model.vocab_size)
-    steps, dtypes = options.until_step or 0, DTYPES
+    steps, dtypes = options.until_step or 0, list(DTYPES)
     if options.save_reference is None:
         engine = EngineConfig.read(_engine_dir(options))
         compare.check_engine(engine, model, len(prompt), steps)
-        dtypes = (engine.dtype,)
+        dtypes = [engine.dtype]
     import_extra("torch", "making reference values", extra="torch")
     from .evaluation.comparison.make_reference import make_reference
 

@@ -9,6 +9,7 @@ from .decoder import Operations
 
 T = TypeVar("T")
 
+
 class ObservedOperations(Generic[T]):
     """Implement `Operations` by another implementation, and pass each result through a function.
 
@@ -25,9 +26,7 @@ class ObservedOperations(Generic[T]):
         """See `Operations`."""
         return self._observe(module, self._operations.embedding(input_ids, module))
 
-    def norm(
-        self, x: T, module: str, residual: T | None = None, into: tuple[str, ...] = ()
-    ) -> tuple[T, T]:
+    def norm(self, x: T, module: str, residual: T | None = None, into: tuple[str, ...] = ()) -> tuple[T, T]:
         """See `Operations`."""
         y, h = self._operations.norm(x, module, residual, into)
         y = self._observe(module, y)

@@ -276,8 +276,7 @@ def load_probe(
 
     def read_module(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         module = network_modules(config.model, config.dtype)[name].map(read)
-        weight, bias = (None if x is None else x.astype(np.float32) for x in (module.weight, module.bias))
-        return weight, bias
+        return module.weight.astype(np.float32), None if module.bias is None else module.bias.astype(np.float32)
 
     return TensorRTProbe(build, read_module)
 
@@ -287,7 +286,9 @@ def _observed_executor(
 ) -> ObservedExecutor:
     """Build and load an engine for one prompt of this length, whose positions are those of `config`."""
     if prompt_length > LOGIT_ROWS:
-        raise QwenModelError(f"a prompt of {prompt_length} tokens is too long to be observed: give at most {LOGIT_ROWS}")
+        raise QwenModelError(
+            f"a prompt of {prompt_length} tokens is too long for engines that show results: give at most {LOGIT_ROWS}"
+        )
     limits = Limits(1, prompt_length, max(1, config.limits.max_positions - prompt_length))
     observed = dataclasses.replace(config, limits=limits)
     taps = Taps(observed, isolated)

@@ -90,17 +90,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def on_its_device(
+def _on_its_device(
     method: Callable[Concatenate[TensorRTExecutor, P], R],
 ) -> Callable[Concatenate[TensorRTExecutor, P], R]:
     """Make the executor's device the current one during a call: the caller's thread may have another."""
 
     @wraps(method)
-    def on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
+    def _on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
         with cuda.on_device(self.device):
             return method(self, *args, **kwargs)
 
-    return on_its_device
+    return _on_its_device
 
 
 class TensorRTExecutor:
@@ -146,7 +146,7 @@ class TensorRTExecutor:
         self._beam_logits: FloatArray | None = None
         self._clear()
 
-    @on_its_device
+    @_on_its_device
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
         """See `Executor`; capture the CUDA graph of a decode step of this kind, if there is none yet."""
         self._choice = Choice.of(sampling)
@@ -167,7 +167,7 @@ class TensorRTExecutor:
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
         self._end_batch()
 
-    @on_its_device
+    @_on_its_device
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
         """See `Executor`."""
         self.prepare(len(prompts), sampling)
@@ -176,13 +176,13 @@ class TensorRTExecutor:
         self._choose(len(prompts), None)
         return self._chosen()
 
-    @on_its_device
+    @_on_its_device
     def decode(self) -> _PendingTokens:
         """See `Executor`."""
         self._step()
         return self._chosen()
 
-    @on_its_device
+    @_on_its_device
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """See `Executor`. A long prompt is run in chunks, each after those before it in the cache."""
         chunks = []
@@ -193,7 +193,7 @@ class TensorRTExecutor:
         self._host_past = []
         return np.concatenate(chunks)
 
-    @on_its_device
+    @_on_its_device
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """See `Executor`."""
         self.prepare(len(prompts) * num_beams, SamplingOptions())
@@ -219,7 +219,7 @@ class TensorRTExecutor:
         best[~np.isfinite(largest).reshape(len(scores), -1).all(-1)] = np.nan
         return best, places // self.config.model.vocab_size, places % self.config.model.vocab_size
 
-    @on_its_device
+    @_on_its_device
     def decode_beams(self, rows: IntArray, tokens: IntArray) -> None:
         """See `Executor`."""
         self._reorder(rows)
@@ -233,7 +233,7 @@ class TensorRTExecutor:
         self._run_prompts([[0] * length])
         self.stream.synchronize()
 
-    @on_its_device
+    @_on_its_device
     def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
         """Return the median milliseconds of each layer in the "prefill" of the prompts and in a "decode" step after it.
 

@@ -11,7 +11,7 @@ from ...interface.engine_config import EngineConfig
 from ...interface.probe import Array
 from . import compat
 from . import cuda_runtime as cuda
-from .executor import TensorRTExecutor, on_its_device
+from .executor import TensorRTExecutor
 from .observed_network import Taps, given_tensor, result_tensor
 
 
@@ -38,26 +38,33 @@ class ObservedExecutor(TensorRTExecutor):
         for name, array in self._given.items():
             self._bind_input(context, given_tensor(name), array, tokens)
 
-    @on_its_device
     def run_observed(self, tokens: Sequence[int], past: int, given: Mapping[str, Array] | None) -> dict[str, Array]:
         """Run the prompt, after 0 tokens, or one token after the other; return every result, float32."""
+        with cuda.on_device(self.device):
+            self._run_once(tokens, past, given or {})
+            found = self._downloaded(past, past + len(tokens))
+        return {name: array.astype(np.float32) for name, array in found.items()}
+
+    def _run_once(self, tokens: Sequence[int], past: int, given: Mapping[str, Array]) -> None:
         for name, array in self._given.items():
-            if given is not None:
-                array.upload(given[name], self.stream)
-        count = len(tokens)
+            array.upload(given[name], self.stream)
         if past == 0:
-            self._run_prompts([tokens], last_token_ids=np.arange(count))
+            self._run_prompts([tokens], last_token_ids=np.arange(len(tokens)))
         else:
             self._decode.input_ids.upload(tokens, self.stream)
             self._decode.past_lengths.upload([past], self.stream)
             self._enqueue(self._decode_context(1))
+
+    def _downloaded(self, start: int, end: int) -> dict[str, Array]:
+        """Return the results of the tokens at these positions, in the engine's type."""
+        count = end - start
         arrays = {**self._results, "lm_head": self._logits}
         found = {name: array.download(self.stream, count) for name, array in arrays.items()}
         for layer, cache in enumerate(self._cache):
             for name, heads in zip("kv", cache.download(self.stream)[0], strict=True):
-                rows = heads[:, past : past + count].swapaxes(0, 1)  # [tokens, kv_heads, head_size]
+                rows = heads[:, start:end].swapaxes(0, 1)  # [tokens, kv_heads, head_size]
                 found[f"layers.{layer}.attention.{name}"] = rows.reshape(count, -1)
-        return {name: array.astype(np.float32) for name, array in found.items()}
+        return found
 
 
 class TensorRTProbe:

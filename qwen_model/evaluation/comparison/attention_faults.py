@@ -29,6 +29,7 @@ class Heads:
     restart: bool = False  # positions of a decode step begin at 0
     norm: str = "before"  # of each head, beside the rotary embedding: "before", "after", "none", "swapped" weights
     query_scale: bool = True  # Qwen v1's logn
+    rotates_v: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,23 @@ class Attention:
     cache: bool = True  # whether the tokens before this step are seen
 
 
-def attention_faults(case: Case) -> Iterator[tuple[str, Array]]:
-    """Yield the faults of the heads of q, k or v, or of attention's result."""
-    part = case.kind.rpartition(".")[2]
-    if part in ("q", "k", "v"):
-        for text, config, how in _heads_faults(case):
-            yield text, _heads(case, config, how)[part].reshape(len(case.tokens), -1)
-        return
+def heads_faults(case: Case) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Yield the faults of q, k and v, each with what it makes of all three, by their names."""
+    for text, config, how in _value_faults(case) if case.kind == "attention.v" else _heads_faults(case):
+        heads = _heads(case, config, how)
+        yield text, {case.sibling(f"attention.{name}"): x.reshape(len(x), -1) for name, x in heads.items()}
+
+
+def context_faults(case: Case) -> Iterator[tuple[str, Array]]:
+    """Yield the faults of attention's result, and those of the heads, which not every back end shows."""
     right = _heads(case, case.config, Heads())
     how = Attention(case.config.head_size**-0.5)
     for text, other in _softmax_faults(case.config, bool(case.past)):
         yield text, _context(case, right, other)
     for text, config, heads in _heads_faults(case):
         wrong = _heads(case, config, heads)
-        yield text, _context(case, wrong, how)
         yield f"{text} (for q alone)", _context(case, {**right, "q": wrong["q"]}, how)
+        yield text, _context(case, wrong, how)
 
 
 def _heads_faults(case: Case) -> Iterator[tuple[str, ModelConfig, Heads]]:
@@ -70,15 +73,24 @@ def _heads_faults(case: Case) -> Iterator[tuple[str, ModelConfig, Heads]]:
     for shift in (1, -1):
         yield f"{shift:+d} were added to positions", config, Heads(shift=shift)
     yield from ((text, changed, Heads()) for text, changed in _other_rotary(config))
-    for order in permutations("qkv"):
-        if order != ("q", "k", "v"):
-            yield f"the columns of qkv were in the order {', '.join(order)}", config, Heads(order=order)
+    yield from _order_faults(config)
     if config.qk_norm:
         yield "q and k were not normalised", config, Heads(norm="none")
         yield "q and k were normalised after the rotary embedding", config, Heads(norm="after")
         yield "the weights of q_norm and k_norm were swapped", config, Heads(norm="swapped")
     if config.logn_length:
         yield "q were not multiplied by logn's factors", config, Heads(query_scale=False)
+
+
+def _value_faults(case: Case) -> Iterator[tuple[str, ModelConfig, Heads]]:
+    yield "v were rotated, too", case.config, Heads(rotates_v=True)
+    yield from _order_faults(case.config)
+
+
+def _order_faults(config: ModelConfig) -> Iterator[tuple[str, ModelConfig, Heads]]:
+    for order in permutations("qkv"):
+        if order != ("q", "k", "v"):
+            yield f"the columns of qkv were in the order {', '.join(order)}", config, Heads(order=order)
 
 
 def _other_rotary(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
@@ -136,6 +148,8 @@ def _heads(case: Case, config: ModelConfig, how: Heads) -> dict[str, Array]:
         for _ in range(abs(how.rotations)):
             x = rotate(x, table, how.interleaved)
         heads[name] = _normed(case, x, name, how) if how.norm == "after" else x
+    if how.rotates_v:
+        heads["v"] = rotate(heads["v"], table)
     if query_scale is not None and how.query_scale:
         heads["q"] = heads["q"] * query_scale[:, None, None]
     return heads

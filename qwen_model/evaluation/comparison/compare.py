@@ -87,8 +87,9 @@ def compare_engine(
     checkpoint = None if model_dir is None else CheckpointModules(model_dir, config.model, loaded.FRAMEWORK)
     progress("the engine's logits", 0, 0)
     logits = loaded.load_executor(engine_dir, config, device).prompt_logits(reference.prompt)
-    probe = loaded.load_probe(engine_dir, config, device, checkpoint and checkpoint.read, progress)
-    passes, finding = compare_probe(probe, reference, config.dtype, checkpoint and checkpoint.arrays, progress)
+    read_weight, read_module = (None, None) if checkpoint is None else (checkpoint.read, checkpoint.arrays)
+    probe = loaded.load_probe(engine_dir, config, device, read_weight, progress)
+    passes, finding = compare_probe(probe, reference, config.dtype, read_module, progress)
     error = error_of(logits, reference.values[0]["lm_head"])
     return Comparison(str(engine_dir), config, reference, passes, finding, error)
 
@@ -130,13 +131,13 @@ def _first_off(
     dtype: str,
     read: ReadArrays,
 ) -> Finding | None:
+    own = reference.own[dtype].isolated[step]
     for name in result_names(reference.model):
         if name not in errors:
             continue
-        own = reference.own[dtype].isolated[step][name]
-        ratio = errors[name].ratio(own, dtype)
+        ratio = errors[name].ratio(own[name], dtype)
         if ratio > LIMIT:
-            reason = likely_reason(reference.case(name, step, read), found[name], own, dtype)
+            reason = likely_reason(reference.case(name, step, read), found, own, dtype)
             return Finding(name, step, errors[name], ratio, reason)
     return None
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ...interface.probe import Array
 from .case import Case
-from .errors import LIMIT, Error, error_of
+from .errors import LIMIT, ROUNDING, Error, error_of
 from .faults import faults
 
+MOST_COLUMNS = 0.9
+"""The share of columns up to which an error is called one of these columns."""
 TF32_ERRORS = (2.0**-14, 2.0**-9)
 """The range of relative errors that products of numbers rounded to TF32 (11 bits) or float16 have."""
 
 
-def likely_reason(case: Case, found: Array, own: Error, dtype: str) -> str:
-    """Say, in a sentence without its end, what a wrong result `found` looks like.
+def likely_reason(case: Case, found: Mapping[str, Array], own: Mapping[str, Error], dtype: str) -> str:
+    """Say, in a sentence without its end, what a wrong result looks like.
 
-    own, dtype: PyTorch's error of the right operation in the type of the result.
+    found: the results of the step; that of the case is wrong.
+    own, dtype: PyTorch's errors of the right operations in the type of the results.
     """
-    exact = case.values[case.name]
-    if not np.isfinite(found).all():
-        return f"{_share(~np.isfinite(found))} of its numbers are not finite"
-    if not found.any():
+    wrong, exact = found[case.name], case.values[case.name]
+    if not np.isfinite(wrong).all():
+        return f"{(~np.isfinite(wrong)).sum()} of its {wrong.size} numbers are not finite"
+    if not wrong.any():
         return "its numbers are all zero"
+
+    def explains(name: str, result: Array) -> bool:
+        return name not in found or error_of(found[name], result).ratio(own[name], dtype) <= LIMIT
+
+    partly = ""
     try:
-        for text, result in faults(case):
-            if np.isfinite(result).all() and error_of(found, result).ratio(own, dtype) <= LIMIT:
+        for text, results in faults(case):
+            if not explains(case.name, results[case.name]):
+                continue
+            if all(explains(name, result) for name, result in results.items()):
                 return f"it computes as if {text}"
+            partly = partly or f"it computes as if {text}, and others of q, k and v do not"
     except KeyError:  # a weight of this format cannot be read back
         pass
-    return _described(found, exact, own, dtype)
+    return partly or _described(wrong, exact, own[case.name], dtype)
 
 
 def _described(found: Array, exact: Array, own: Error, dtype: str) -> str:
@@ -37,21 +50,18 @@ def _described(found: Array, exact: Array, own: Error, dtype: str) -> str:
     factor = float((found * exact).sum() / np.square(exact).sum())
     if error_of(found, exact * factor).ratio(own, dtype) <= LIMIT:
         return f"its numbers are {factor:.4g} times the right ones"
-    rows = [error_of(row, right).ratio(own, dtype) > LIMIT for row, right in zip(found, exact, strict=True)]
-    columns = np.abs(found - exact).max(0) > LIMIT * max(own.max, 2.0**-24) * np.abs(exact).max()
-    places = [
-        *([f"{sum(rows)} of {len(rows)} tokens ({_ranges(np.flatnonzero(rows))})"] if 0 < sum(rows) < len(rows) else []),
-        *([f"columns {_ranges(np.flatnonzero(columns))} of {len(columns)}"] if 0 < columns.mean() < 0.9 else []),
-    ]
+    wrong = np.abs(found - exact) > LIMIT * max(own.max, ROUNDING[dtype]) * np.abs(exact).max()
+    rows, columns = (np.flatnonzero(wrong.any(axis)) for axis in (1, 0))
+    places = []
+    if 0 < len(rows) < len(found):
+        places.append(f"tokens {_ranges(rows)} of {len(found)}")
+    if 0 < len(columns) < MOST_COLUMNS * found.shape[1]:
+        places.append(f"columns {_ranges(columns)} of {found.shape[1]}")
     if places:
         return f"no known fault explains it; it is wrong in {' and '.join(places)}"
     if dtype == "float32" and TF32_ERRORS[0] < error_of(found, exact).rms < TF32_ERRORS[1]:
         return "its error is that of products in TF32 or float16"
     return "no known fault explains it"
-
-
-def _share(where: Array) -> str:
-    return f"{where.sum()} of {where.size}"
 
 
 def _ranges(indices: Array, most: int = 4) -> str:

@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 
 from ...interface.probe import Array
-from .attention_faults import attention_faults
+from .attention_faults import context_faults, heads_faults
 from .case import Case
 from .formulas import rms_norm, silu
 
@@ -22,19 +22,26 @@ Fault = tuple[str, Array]
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
 
 
-def faults(case: Case) -> Iterator[Fault]:
-    """Yield the faults that the operation of this result can have, likely ones first."""
-    kind = case.kind
-    if kind == "embedding":
-        yield from _embedding_faults(case)
-    elif kind.endswith(".residual"):
-        yield from _sum_faults(case)
-    elif kind.endswith("norm"):
-        yield from _norm_faults(case)
-    elif kind in ("attention", "attention.q", "attention.k", "attention.v"):
-        yield from attention_faults(case)
-    else:
-        yield from _linear_faults(case)
+def faults(case: Case) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Yield the faults that the operation of this result can have, likely ones first, each with what it gives.
+
+    That is the result by its name; a fault of q, k or v gives those of the other two as well.
+    """
+    if case.kind in ("attention.q", "attention.k", "attention.v"):
+        yield from heads_faults(case)
+        return
+    for text, result in _faults_of_one_result(case):
+        yield text, {case.name: result}
+
+
+def _faults_of_one_result(case: Case) -> Iterator[Fault]:
+    if case.kind == "embedding":
+        return _embedding_faults(case)
+    if case.kind.endswith(".residual"):
+        return _sum_faults(case)
+    if case.kind.endswith("norm"):
+        return _norm_faults(case)
+    return context_faults(case) if case.kind == "attention" else _linear_faults(case)
 
 
 def _embedding_faults(case: Case) -> Iterator[Fault]:
@@ -67,7 +74,7 @@ def _norm_faults(case: Case) -> Iterator[Fault]:
     yield "1 were added to the weight", rms_norm(h, weight + 1, eps)
     yield "it were a LayerNorm, which subtracts the mean", rms_norm(h - h.mean(-1, keepdims=True), weight, eps)
     yield "it only multiplied by the weight", h * weight
-    yield "squares were summed, not averaged", rms_norm(h * math.sqrt(h.shape[-1]), weight, eps) / math.sqrt(h.shape[-1])
+    yield "squares were summed, not averaged", rms_norm(h, weight / math.sqrt(h.shape[-1]), eps / h.shape[-1])
     for name in _other_norms(case):
         yield f"the weight were that of {name}", rms_norm(h, case.module(name)[0], eps)
 
@@ -99,8 +106,8 @@ def _linear_faults(case: Case) -> Iterator[Fault]:
     for name, other in _other_inputs(case, source):
         yield f"it read {name}", finish(other @ weight.T + added)
     for name in ["embedding"] if case.kind == "lm_head" else case.neighbours():
-        other_weight, other_bias = case.module(name)
-        yield f"the weight were that of {name}", finish(x @ other_weight.T + (zero if other_bias is None else other_bias))
+        weight, bias = case.module(name)
+        yield f"the weight were that of {name}", finish(x @ weight.T + (zero if bias is None else bias))
 
 
 def _transposed(weight: Array) -> Array:

@@ -105,9 +105,7 @@ def _check_prompt(config: ModelConfig, prompt: Sequence[int], num_steps: int) ->
         )
 
 
-def _exact_values(
-    probe: PlainProbe, prompt: Sequence[int], num_steps: int
-) -> tuple[list[dict[str, Array]], list[int]]:
+def _exact_values(probe: PlainProbe, prompt: Sequence[int], num_steps: int) -> tuple[list[dict[str, Array]], list[int]]:
     """Return the results of each step, and the tokens of the decode steps."""
     values, output = [probe.run(prompt, 0)], []
     for _ in range(num_steps):
@@ -131,27 +129,26 @@ def _difference(
     """Compute each of our operations on what the original's read, and find the first that gives another result."""
     for step, (tokens, past) in enumerate(reference.steps):
         ours = probe.run(tokens, past, theirs[step])
+        own = {name: _tolerated(name, past + len(tokens)) for name in ours}
         for name in result_names(reference.model):
-            tolerance = _tolerance(name, past + len(tokens))
             error = error_of(theirs[step][name], ours[name])
-            if max(error.rms, error.max) <= tolerance:
-                continue
-            # Inputs are the original's; the result beside which it is described is ours.
-            values = [*theirs[:step], {**theirs[step], name: ours[name]}]
-            case = dataclasses.replace(reference, values=values).case(name, step, arrays)
-            own = Error(tolerance / LIMIT, tolerance / LIMIT)
-            reason = likely_reason(case, theirs[step][name], own, "float64")
-            return Finding(name, step, error, max(error.rms, error.max) / own.rms, reason)
+            ratio = error.ratio(own[name], "float64")
+            if ratio > LIMIT:
+                # Inputs are the original's; the result beside which it is described is ours.
+                values = [*theirs[:step], {**theirs[step], name: ours[name]}]
+                case = dataclasses.replace(reference, values=values).case(name, step, arrays)
+                return Finding(name, step, error, ratio, likely_reason(case, theirs[step], own, "float64"))
     return None
 
 
-def _tolerance(name: str, positions: int) -> float:
-    kind = kind_of(name)
-    if kind in ("attention.q", "attention.k"):
-        return NORM_TOLERANCE + ANGLE_TOLERANCE * positions
-    if kind == "attention":
-        return ATTENTION_FACTOR * (NORM_TOLERANCE + ANGLE_TOLERANCE * positions)
-    return NORM_TOLERANCE
+def _tolerated(name: str, positions: int) -> Error:
+    """Return a `LIMIT`-th of the error that the original's result may have."""
+    tolerance = NORM_TOLERANCE
+    if kind_of(name) in ("attention.q", "attention.k", "attention"):
+        tolerance += ANGLE_TOLERANCE * positions
+    if kind_of(name) == "attention":
+        tolerance *= ATTENTION_FACTOR
+    return Error(tolerance / LIMIT, tolerance / LIMIT)
 
 
 def _isolated_errors(reference: Reference, probe: PlainProbe) -> list[StepErrors]:

@@ -135,10 +135,10 @@ class PlainOperations:
             q, _ = self.norm(q, f"{name}.q_norm")
             k, _ = self.norm(k, f"{name}.k_norm")
         past = self._cache[layer][0].shape[1] if layer in self._cache else 0
-        table, scale = (rows if rows is None else rows.to(self._dtype) for rows in self._rotary(past, len(qkv)))
-        q, k = _rotated(q, table), _rotated(k, table)
+        table, scale = self._rotary(past, len(qkv))
+        q, k = _rotated(q, table.to(self._dtype)), _rotated(k, table.to(self._dtype))
         if scale is not None:
-            q = q * scale[:, None, None]
+            q = q * scale.to(self._dtype)[:, None, None]
         self.heads |= {f"{name}.{part}": x.flatten(1) for part, x in (("q", q), ("k", k), ("v", v))}
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [heads, tokens, head_size]
         if past:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...checkpoints.config import ModelConfig
 from ...common.errors import QwenModelError
 from ...common.extras import import_extra
@@ -37,6 +39,7 @@ def write_reference(path: Path, reference: Reference) -> None:
         "difference": None if reference.difference is None else dataclasses.asdict(reference.difference),
         "own": {dtype: dataclasses.asdict(passes) for dtype, passes in reference.own.items()},
     }
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors ignores strides
     try:
         write_whole(path, save(tensors, {FORMAT: json.dumps(described)}))
     except OSError as error:

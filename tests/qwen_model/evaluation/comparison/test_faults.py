@@ -126,6 +126,21 @@ def heads(function):
     return inject
 
 
+def split(function):
+    """`function(ops, q, k, v)` after qkv has been split into heads."""
+
+    def inject(ops):
+        attention, split_heads = ops.attention, ops.split_heads
+
+        def attend(qkv, layer, into=()):
+            ops.split_heads = (lambda qkv: function(ops, *split_heads(qkv))) if layer == LAYER else split_heads
+            return attention(qkv, layer, into)
+
+        ops.attention = attend
+
+    return inject
+
+
 def rotate(ops, x, table=None, shift=0, interleaved=False, backwards=False):
     table = ops.batch.rotary_table if table is None else table
     cos, sin = table[ops.batch.rotary_rows + shift].unsqueeze(1).chunk(2, dim=-1)
@@ -150,7 +165,7 @@ def restarted(ops, x):
 
 
 def attention(function):
-    """`function(ops, q, k, v)` in place of attention, from [tokens, heads, head_size] with the past's keys and values."""
+    """`function(ops, q, k, v)` in place of attention, [tokens, heads, head_size], with the past's keys and values."""
 
     def inject(ops):
         right = ops.attention
@@ -220,7 +235,7 @@ FAULTS = {
     "not rotated": (LLAMA, heads(lambda ops, q, k, right: (q, k)), f"{NAME}.attention.q", "were not applied"),
     "k not rotated": (
         *(LLAMA, heads(lambda ops, q, k, right: (rotate(ops, q), k))),
-        *(f"{NAME}.attention.k", "the rotary embedding were not applied"),
+        *(f"{NAME}.attention.k", "the rotary embedding were not applied, and others"),
     ),
     "rotated twice": (
         *(LLAMA, heads(lambda ops, q, k, right: right(*right(q, k, LAYER), LAYER))),
@@ -258,6 +273,8 @@ FAULTS = {
         *(QWEN, heads(lambda ops, q, k, right: (rotate(ops, q), right(q, k, LAYER)[1]))),
         *(f"{NAME}.attention.q", "were not multiplied by logn's factors"),
     ),
+    "v rotated": (QWEN2, split(lambda ops, q, k, v: (q, k, rotate(ops, v))), f"{NAME}.attention.v", "v were rotated"),
+    "v, k, q in attention": (QWEN2, split(lambda ops, q, k, v: (v, k, q)), f"{NAME}.attention.q", "order v, k, q"),
     "no scale": (
         *(LLAMA, attention(lambda *given: attended(*given, scale=1.0))),
         *(f"{NAME}.attention", "the softmax were not scaled"),
@@ -279,6 +296,7 @@ FAULTS = {
         *(f"{NAME}.attention", "the cache were not read"),
     ),
 }
+DTYPES = ("float32", "float16")
 TOO_SMALL_FOR_FLOAT16 = ("eps",)
 IN_A_DECODE_STEP = ("positions begin again", "no cache")
 
@@ -292,7 +310,7 @@ def made(tmp_path_factory):
         if architecture not in found:
             folder = tmp_path_factory.mktemp(architecture)
             model_dir = save_model(architecture, folder / "model", seed=5, **CHANGES.get(architecture, {}))
-            engines = {dtype: save_engine(model_dir, folder / dtype, dtype) for dtype in ("float32", "float16")}
+            engines = {dtype: save_engine(model_dir, folder / dtype, dtype) for dtype in DTYPES}
             prompt = random_prompt(20, seed=1)
             found[architecture] = model_dir, engines, make_reference(model_dir, prompt, 2, list(engines))
         return found[architecture]
@@ -302,7 +320,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("fault", "dtype"),
-    [*((name, "float32") for name in FAULTS), *((name, "float16") for name in FAULTS if name not in TOO_SMALL_FOR_FLOAT16)],
+    [(name, dtype) for dtype in DTYPES for name in FAULTS if dtype == "float32" or name not in TOO_SMALL_FOR_FLOAT16],
 )
 def test_a_fault_is_found(made, fault, dtype):
     architecture, inject, name, reason = FAULTS[fault]
@@ -318,9 +336,9 @@ def test_a_fault_is_found(made, fault, dtype):
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, QWEN2, QWEN3, QWEN])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_without_a_fault_nothing_is_found(made, architecture, dtype):
-    model_dir, engines, reference = made(architecture)
+    _, engines, reference = made(architecture)
     assert reference.difference is None
     probe = TorchProbe(executor_with(engines[dtype], Faulty))
     assert compare_probe(probe, reference, dtype)[1] is None
