@@ -96,11 +96,11 @@ def _on_its_device(
     """Make the executor's device the current one during a call: the caller's thread may have another."""
 
     @wraps(method)
-    def _on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
+    def on_its_device(self: TensorRTExecutor, *args: P.args, **kwargs: P.kwargs) -> R:
         with cuda.on_device(self.device):
             return method(self, *args, **kwargs)
 
-    return _on_its_device
+    return on_its_device
 
 
 class TensorRTExecutor:

@@ -108,14 +108,14 @@ def compare_probe(
     Raises:
         QwenModelError: the weights are not those of the reference.
     """
-    read = read or probe.module
-    _check_samples(reference, read, dtype)
+    readers = [probe.module] if read is None else [read, probe.module]
+    _check_samples(reference, readers[0], dtype)
     finding: Finding | None = None
 
     def inspect(step: int, found: Mapping[str, Array], errors: StepErrors) -> None:
         nonlocal finding
         progress("each operation", step + 1, len(reference.steps))
-        finding = finding or _first_off(reference, step, found, errors, dtype, read)
+        finding = finding or _first_off(reference, step, found, errors, dtype, readers)
 
     progress("each operation", 0, len(reference.steps))
     isolated = isolated_errors(reference, probe, inspect)
@@ -129,7 +129,7 @@ def _first_off(
     found: Mapping[str, Array],
     errors: StepErrors,
     dtype: str,
-    read: ReadArrays,
+    readers: Sequence[ReadArrays],
 ) -> Finding | None:
     own = reference.own[dtype].isolated[step]
     for name in result_names(reference.model):
@@ -137,7 +137,8 @@ def _first_off(
             continue
         ratio = errors[name].ratio(own[name], dtype)
         if ratio > LIMIT:
-            reason = likely_reason(reference.case(name, step, read), found, own, dtype)
+            cases = [reference.case(name, step, read) for read in readers]
+            reason = likely_reason(cases, found, own, dtype)
             return Finding(name, step, errors[name], ratio, reason)
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,17 +17,28 @@ TF32_ERRORS = (2.0**-14, 2.0**-9)
 """The range of relative errors that products of numbers rounded to TF32 (11 bits) or float16 have."""
 
 
-def likely_reason(case: Case, found: Mapping[str, Array], own: Mapping[str, Error], dtype: str) -> str:
+def likely_reason(cases: Sequence[Case], found: Mapping[str, Array], own: Mapping[str, Error], dtype: str) -> str:
     """Say, in a sentence without its end, what a wrong result looks like.
 
-    found: the results of the step; that of the case is wrong.
+    cases: of the result, one for each place that weights are read from.
+    found: the results of the step.
     own, dtype: PyTorch's errors of the right operations in the type of the results.
     """
-    wrong, exact = found[case.name], case.values[case.name]
+    name = cases[0].name
+    wrong, exact = found[name], cases[0].values[name]
     if not np.isfinite(wrong).all():
         return f"{(~np.isfinite(wrong)).sum()} of its {wrong.size} numbers are not finite"
     if not wrong.any():
         return "its numbers are all zero"
+
+    for case in cases:
+        if reason := _explanation(case, found, own, dtype):
+            return f"it computes as if {reason}"
+    return _described(wrong, exact, own[name], dtype)
+
+
+def _explanation(case: Case, found: Mapping[str, Array], own: Mapping[str, Error], dtype: str) -> str:
+    """Return the fault that gives what was found, or ""."""
 
     def explains(name: str, result: Array) -> bool:
         return name not in found or error_of(found[name], result).ratio(own[name], dtype) <= LIMIT
@@ -38,11 +49,11 @@ def likely_reason(case: Case, found: Mapping[str, Array], own: Mapping[str, Erro
             if not explains(case.name, results[case.name]):
                 continue
             if all(explains(name, result) for name, result in results.items()):
-                return f"it computes as if {text}"
-            partly = partly or f"it computes as if {text}, and others of q, k and v do not"
+                return text
+            partly = partly or f"{text}, but not all of q, k and v"
     except KeyError:  # a weight of this format cannot be read back
         pass
-    return partly or _described(wrong, exact, own[case.name], dtype)
+    return partly
 
 
 def _described(found: Array, exact: Array, own: Error, dtype: str) -> str:

@@ -19,6 +19,8 @@ from .formulas import rms_norm, silu
 
 Fault = tuple[str, Array]
 
+OTHER_WEIGHTS = "its weights were right, and they are not those of the reference"
+"""The fault of an operation that is right for the weights that are read."""
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
 
 
@@ -47,6 +49,7 @@ def _faults_of_one_result(case: Case) -> Iterator[Fault]:
 def _embedding_faults(case: Case) -> Iterator[Fault]:
     table, _ = case.module("embedding")
     ids = np.asarray(case.tokens)
+    yield OTHER_WEIGHTS, table[ids]
     yield "its rows were multiplied by the square root of the hidden size", table[ids] * math.sqrt(table.shape[1])
     for shift in (1, -1):
         yield f"{shift:+d} were added to token ids", table[(ids + shift) % len(table)]
@@ -66,6 +69,7 @@ def _norm_faults(case: Case) -> Iterator[Fault]:
     x, residual = case.norm_inputs
     h = x if residual is None else x + residual
     weight, eps = case.module(case.name)[0], case.config.norm_eps
+    yield OTHER_WEIGHTS, rms_norm(h, weight, eps)
     yield from ((f"eps were {other:g}, not {eps:g}", rms_norm(h, weight, other)) for other in EPSILONS if other != eps)
     if residual is not None:
         yield "the residual were not added", rms_norm(x, weight, eps)
@@ -95,6 +99,7 @@ def _linear_faults(case: Case) -> Iterator[Fault]:
     zero = np.zeros(len(weight))
     added = zero if bias is None else bias
     finish = _swiglu if case.kind == "mlp.gate_up" else np.asarray
+    yield OTHER_WEIGHTS, finish(x @ weight.T + added)
     if case.kind == "attention.qkv":
         yield from _order_faults(case, x @ weight.T + added)
     if case.kind == "mlp.gate_up":

@@ -137,7 +137,7 @@ def _difference(
                 # Inputs are the original's; the result beside which it is described is ours.
                 values = [*theirs[:step], {**theirs[step], name: ours[name]}]
                 case = dataclasses.replace(reference, values=values).case(name, step, arrays)
-                return Finding(name, step, error, ratio, likely_reason(case, theirs[step], own, "float64"))
+                return Finding(name, step, error, ratio, likely_reason([case], theirs[step], own, "float64"))
     return None
 
 

@@ -95,6 +95,16 @@ def norm(module, function):
     return inject
 
 
+def damaged(module, function):
+    """`function(y)` of a linear layer's result."""
+
+    def inject(ops):
+        right = ops.linear
+        ops.only_in(module, "linear", lambda x, *rest, **options: function(right(x, *rest, **options)))
+
+    return inject
+
+
 def normed(ops, h, weight, eps=None):
     return F.rms_norm(h, h.shape[-1:], weight, ops.config.norm_eps if eps is None else eps)
 
@@ -235,7 +245,7 @@ FAULTS = {
     "not rotated": (LLAMA, heads(lambda ops, q, k, right: (q, k)), f"{NAME}.attention.q", "were not applied"),
     "k not rotated": (
         *(LLAMA, heads(lambda ops, q, k, right: (rotate(ops, q), k))),
-        *(f"{NAME}.attention.k", "the rotary embedding were not applied, and others"),
+        *(f"{NAME}.attention.k", "the rotary embedding were not applied, but not all of"),
     ),
     "rotated twice": (
         *(LLAMA, heads(lambda ops, q, k, right: right(*right(q, k, LAYER), LAYER))),
@@ -295,6 +305,22 @@ FAULTS = {
         *(LLAMA, attention(lambda ops, q, k, v: attended(ops, q, k[-len(q) :], v[-len(q) :]))),
         *(f"{NAME}.attention", "the cache were not read"),
     ),
+    "other weights": (
+        *(LLAMA, lambda ops: ops.record(DOWN, weight=ops.modules[DOWN].weight.flip(0) * 1.5)),
+        *(DOWN, "its weights were right, and they are not those of the reference"),
+    ),
+    "zeros": (LLAMA, damaged(DOWN, lambda y: y * 0), DOWN, "its numbers are all zero"),
+    "NaN": (LLAMA, damaged(DOWN, lambda y: y.index_fill(1, torch.tensor([3]), torch.nan)), DOWN, "20 of its 1680 num"),
+    "a factor": (LLAMA, damaged(DOWN, lambda y: y * 1.25), DOWN, "its numbers are 1.25 times the right ones"),
+    "the last tokens": (
+        *(LLAMA, damaged(DOWN, lambda y: torch.cat([y[:16], y[16:] * 0.5]))),
+        *(DOWN, "it is wrong in tokens 16 to 19 of 20"),
+    ),
+    "a tile": (
+        *(LLAMA, damaged(DOWN, lambda y: torch.cat([y[:, :64], y[:, 64:].flip(1)], 1))),
+        *(DOWN, "columns 64 to 83 of 84"),
+    ),
+    "something else": (LLAMA, damaged(DOWN, lambda y: y.square()), DOWN, "no known fault explains it"),
 }
 DTYPES = ("float32", "float16")
 TOO_SMALL_FOR_FLOAT16 = ("eps",)
