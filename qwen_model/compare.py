@@ -74,12 +74,14 @@ def _run(options: argparse.Namespace) -> bool:
         from .evaluation.comparison.picture import check_picture
 
         check_picture(options.picture)
-    with progress_bar(unit="op") as progress:
+    with progress_bar(unit="") as progress:
         reference = _reference(options, progress)
         if options.save_reference is not None:
             from .evaluation.comparison.reference_file import write_reference
+            from .evaluation.comparison.report import difference_lines
 
             write_reference(options.save_reference, reference)
+            print("\n".join(difference_lines(reference)) or f"wrote {options.save_reference}")
             return reference.difference is None
         return _compare(options, reference, progress)
 
@@ -130,14 +132,15 @@ def _engine_dir(options: argparse.Namespace) -> Path:
 
 
 def _prompt(options: argparse.Namespace) -> list[int] | None:
-    """Return the tokens that the user gave, if any; a text is encoded by the checkpoint's or the engine's tokenizer."""
+    """Return the tokens that the user gave, if any; the checkpoint, or else the engine, has the tokenizer."""
     if options.input_ids is not None:
         return parse_token_ids(options.input_ids)
     if options.prompt is None:
         return None
     from .checkpoints.tokenizer import load_tokenizer
 
-    return load_tokenizer(options.model_dir or options.engine_dir or packaged_model_dir()).encode(options.prompt)
+    folder = packaged_model_dir() if options.reference is None else _engine_dir(options)
+    return load_tokenizer(options.model_dir or folder).encode(options.prompt)
 
 
 def default_prompt(vocab_size: int) -> list[int]:

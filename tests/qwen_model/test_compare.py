@@ -1,10 +1,12 @@
 """The command `qwen-model compare`: exit status, files, messages."""
 
+import dataclasses
 import json
 
 import pytest
 
 from qwen_model import compare
+from qwen_model.checkpoints.architectures import ARCHITECTURES
 from qwen_model.packaged_model import packaged_model_dir
 from tests.qwen_model.evaluation.comparison.models import save_engine
 
@@ -57,6 +59,21 @@ def test_a_wrong_engine(engine_dir, tmp_path, capsys):
     assert "off: layers.3.mlp.gate_up in the prompt" in text
     assert "gate and up were swapped" in text
     assert json.loads(output.read_text())["finding"]["name"] == "layers.3.mlp.gate_up"
+
+
+def test_a_wrong_table(tmp_path, monkeypatch, capsys):
+    """Whoever adds an architecture and mixes up two names finds them."""
+    entry = ARCHITECTURES["Qwen2ForCausalLM"]
+    names = dataclasses.replace(entry.weights, gate="mlp.up_proj", up="mlp.gate_proj")
+    monkeypatch.setitem(ARCHITECTURES, "Qwen2ForCausalLM", dataclasses.replace(entry, weights=names))
+    engine = save_engine(None, tmp_path / "engine", "float32")
+    assert run("--engine-dir", str(engine), *IDS, "--device", "cpu") == 1
+    said = "off: layers.0.mlp.gate_up in the prompt, where Qwen2ForCausalLM of transformers"
+    text = capsys.readouterr().out
+    assert said in text
+    assert "it computes as if gate and up were swapped" in text
+    assert run("--save-reference", str(tmp_path / "file"), *IDS) == 1
+    assert said in capsys.readouterr().out
 
 
 def test_a_saved_reference(engine_dir, tmp_path, capsys):

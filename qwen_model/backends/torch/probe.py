@@ -27,7 +27,7 @@ class TorchProbe:
 
         def observe(name: str, result: Tensor) -> Tensor:
             found[name] = _array(result)
-            return result if given is None else torch.from_numpy(given[name]).to(result.dtype).to(result.device)
+            return result if given is None else torch.from_numpy(given[name]).to(result).contiguous()
 
         self._executor.run_observed(tokens, past, observe)
         return {**found, **self._heads, **self._cached(past, past + len(tokens))}

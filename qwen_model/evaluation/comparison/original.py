@@ -6,7 +6,8 @@ The weights stay in the checkpoint's type; each module's are widened while it ru
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,16 @@ class OriginalNetwork:
             QwenModelError: transformers cannot load it, or its modules are not those of the architecture's table.
         """
         import transformers
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         self._config = config
         self._values: dict[str, Tensor] = {}
         self._cache: Any = None
-        transformers.AttentionInterface.register(ATTENTION, self._attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        self._register()
         try:
-            self._model = getattr(transformers, config.architecture).from_pretrained(
-                model_dir, dtype="auto", attn_implementation=ATTENTION, local_files_only=True
-            )
+            with _quiet():
+                self._model = getattr(transformers, config.architecture).from_pretrained(
+                    model_dir, dtype="auto", attn_implementation=ATTENTION, local_files_only=True
+                )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             first = str(error).strip().splitlines()[:1]
             raise QwenModelError(f"transformers cannot load {model_dir}: {''.join(first)}") from error
@@ -71,12 +69,21 @@ class OriginalNetwork:
         if past == 0:
             self._cache = None
         self._values.clear()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of 5.24, which calls past_key_values otherwise
+        with _quiet():
             found = self._model(torch.tensor([tokens]), past_key_values=self._cache, use_cache=True)
             self._cache = found.past_key_values
         rows = len(tokens)
         return {name: value.reshape(rows, -1).double().numpy() for name, value in self._values.items()}
+
+    def _register(self) -> None:
+        """Make transformers call our attention function, with the masks of its own."""
+        try:
+            from transformers import AttentionInterface
+            from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        except ImportError as error:
+            raise QwenModelError(f"compare needs transformers 4.57 or later ({error})") from error
+        AttentionInterface.register(ATTENTION, self._attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
     def _record(self) -> None:
         """Record inputs and outputs of the modules that the architecture's table names.
@@ -152,6 +159,24 @@ class OriginalNetwork:
             recorded = heads[0, :, -rows:].transpose(0, 1).flatten(1)
             self._values[f"layers.{module.layer_idx}.attention.{name}"] = recorded
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and from warning, such as of names that later versions change."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _widen_while_it_runs(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from ...common.errors import QwenModelError
 from ...common.extras import import_extra
 from .compare import Comparison
 from .errors import LIMIT
+from .reference import layer_end
 from .report import COLUMNS, end_error, ratio
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -36,7 +37,7 @@ def draw(found: Comparison, suffix: str) -> bytes:
     above.set(yscale="log", ylabel="error over PyTorch's own", title="each operation on exact inputs")
     above.legend(ncols=5, fontsize="small")
     for label, passes in (("engine", found.passes), ("PyTorch", found.own)):
-        errors = [end_error(passes, f"layers.{layer}.mlp.down", steps) for layer in layers]
+        errors = [end_error(passes, layer_end(found.config.model, layer), steps) for layer in layers]
         below.plot(layers, errors, marker=".", label=label)
     below.set(yscale="log", xlabel="layer", ylabel="relative error", title=f"end to end, {found.config.dtype}")
     below.legend()

@@ -90,6 +90,12 @@ def result_names(config: ModelConfig) -> list[str]:
     return ["embedding", *names, "final_norm.residual", "final_norm", "lm_head"]
 
 
+def layer_end(config: ModelConfig, layer: int) -> str:
+    """Return the name of the sum of all that a layer and those before it have added."""
+    last = layer == config.num_layers - 1
+    return "final_norm.residual" if last else f"layers.{layer + 1}.input_norm.residual"
+
+
 class CheckpointModules:
     """Read weight and bias of a module of the network from a checkpoint, as tensors of its framework."""
 
@@ -124,12 +130,12 @@ SAMPLE = 8
 """The numbers of a weight that a reference keeps to recognise a model by."""
 
 
-def samples_of(config: ModelConfig, read: ReadArrays) -> dict[str, Array]:
+def samples_of(config: ModelConfig, read: Callable[[str], tuple[Weight, Weight | None]]) -> dict[str, Array]:
     """Return the first numbers of some weights, those that can be read, float64 [SAMPLE or fewer] by module."""
     ends = ("embedding", "layers.0.", f"layers.{config.num_layers - 1}.", "final_norm")
     found = {}
     for name in network_modules(config, "float32"):
         if name.startswith(ends):
             with suppress(KeyError):
-                found[name] = np.asarray(read(name)[0].reshape(-1)[:SAMPLE], dtype=np.float64)
+                found[name] = _array(read(name)[0].reshape(-1)[:SAMPLE])
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from .compare import Comparison
 from .errors import LIMIT
-from .reference import Finding, Passes
+from .reference import Finding, Passes, Reference, layer_end
 
 COLUMNS = {
     "norm": ("input_norm", "input_norm.residual"),
@@ -37,7 +37,7 @@ def text(found: Comparison) -> str:
         f"tokens     {len(reference.prompt)} of prompt, {len(reference.output)} decode steps",
         "",
         "The error of each operation on exact inputs, over PyTorch's own in this type (- : not visible);",
-        "then the error of the layer's result end to end, and PyTorch's.",
+        "then the error end to end, of the sum of all that the layers so far have added, and PyTorch's.",
     ]
     for title, steps in _phases(found):
         lines += ["", f"{title}", *_table(found, steps)]
@@ -47,7 +47,9 @@ def text(found: Comparison) -> str:
 def _phases(found: Comparison) -> list[tuple[str, range]]:
     count = len(found.passes.isolated)
     phases = [("prompt", range(1))]
-    return phases + ([(f"decode, the worst of {count - 1} steps", range(1, count))] if count > 1 else [])
+    if count > 1:
+        phases.append((f"decode, the worst of {count - 1} step{'s' * (count > 2)}", range(1, count)))
+    return phases
 
 
 def _table(found: Comparison, steps: Sequence[int]) -> list[str]:
@@ -56,7 +58,7 @@ def _table(found: Comparison, steps: Sequence[int]) -> list[str]:
     for layer in range(found.config.model.num_layers):
         names = [[f"layers.{layer}.{kind}" for kind in kinds] for kinds in COLUMNS.values()]
         cells = [_ratio_cell(found, results, steps) for results in names]
-        rows.append([f"layer {layer}", *cells, *_ends(found, f"layers.{layer}.mlp.down", steps)])
+        rows.append([f"layer {layer}", *cells, *_ends(found, layer_end(found.config.model, layer), steps)])
     rows += [_outside_row(found, steps, name) for name in ("final_norm", "lm_head")]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
@@ -101,20 +103,25 @@ def end_error(passes: Passes, name: str, steps: Sequence[int]) -> float:
 
 
 def _verdict(found: Comparison) -> list[str]:
-    lines = []
-    if found.reference.difference is not None:
-        lines.append(
-            f"off: {_place(found.reference.difference)}: {found.reference.original} and this package's reading of the "
-            f"checkpoint differ. Of the original's result: {found.reference.difference.reason}. See architectures.py."
-        )
+    lines = difference_lines(found.reference)
     if found.finding is not None:
         lines.append(f"off: {_place(found.finding)}, {_times(found.finding)}: {found.finding.reason}.")
     if found.logits_ratio > LIMIT and found.finding is None:
         lines.append(
-            f"off: the engine's logits have {found.logits_ratio:.3g} times the error of its operations one after the "
-            "other: it was built of another checkpoint, or with other options."
+            f"off: the engine's own logits, {_number(found.logits_ratio)} times the error of its operations one after "
+            "the other: it was built of another checkpoint, or with other options."
         )
     return lines or [f"No operation is off: none has more than {LIMIT:g} times the error of PyTorch's own."]
+
+
+def difference_lines(reference: Reference) -> list[str]:
+    """Say in a line where the original and our network differ, if they do."""
+    if reference.difference is None:
+        return []
+    return [
+        f"off: {_place(reference.difference)}, where {reference.original} and this package's reading of the checkpoint "
+        f"differ. The original's result beside ours: {reference.difference.reason}. See docs/adding_an_architecture.md."
+    ]
 
 
 def _place(finding: Finding) -> str:
@@ -122,7 +129,11 @@ def _place(finding: Finding) -> str:
 
 
 def _times(finding: Finding) -> str:
-    return f"{finding.ratio:.3g} times the error of PyTorch's own"
+    return f"{_number(finding.ratio)} times the error of PyTorch's own"
+
+
+def _number(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

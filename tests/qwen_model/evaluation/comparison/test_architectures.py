@@ -3,14 +3,16 @@
 import dataclasses
 
 import pytest
+import torch
 
 from qwen_model.checkpoints import config as config_file
 from qwen_model.checkpoints.architectures import ARCHITECTURES
 from qwen_model.evaluation.comparison import make_reference as making
 from qwen_model.evaluation.comparison.compare import compare_engine
+from qwen_model.evaluation.comparison.errors import Error
 from qwen_model.evaluation.comparison.make_reference import make_reference
 from tests.qwen_model.evaluation.comparison.models import save_engine, save_model
-from tests.qwen_model.model_files import random_prompt
+from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
 DTYPES = ("float32", "float16", "bfloat16")
 ROPE = {"rope_theta": 10000.0}
@@ -47,6 +49,19 @@ def test_no_false_alarms(case, seed, tmp_path):
         found = compare_engine(engine, reference, model_dir, "cpu")
         assert found.finding is None
         assert found.passed
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_checkpoint_in_half_precision(dtype, tmp_path):
+    model = hugging_face_model("Qwen2ForCausalLM").to(getattr(torch, dtype))
+    model_dir = save_hugging_face(model, tmp_path / "model")
+    reference = make_reference(model_dir, random_prompt(20), 1, [dtype])
+    assert reference.difference is None
+    engine = save_engine(model_dir, tmp_path / "engine", dtype)
+    for checkpoint in (model_dir, None):
+        found = compare_engine(engine, reference, checkpoint, "cpu")
+        assert found.passed
+        assert found.passes.isolated[0]["embedding"] == Error(0.0, 0.0)
 
 
 def weights(**names):
