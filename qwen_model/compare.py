@@ -70,6 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> bool:
     """Do what was asked; return whether nothing is off."""
+    for path in (options.save_reference, options.output, options.picture):
+        if path is not None and not path.parent.is_dir():  # known before minutes of work, not after
+            raise QwenModelError(f"{path} cannot be written: there is no folder {path.parent}")
     if options.picture is not None:
         from .evaluation.comparison.picture import check_picture
 
@@ -96,7 +99,8 @@ def _reference(options: argparse.Namespace, progress: Progress) -> Reference:
         return reference
     model_dir = options.model_dir or packaged_model_dir()
     model = ModelConfig.from_model_dir(model_dir)
-    prompt = _prompt(options) or default_prompt(model.vocab_size)
+    given = _prompt(options)
+    prompt = default_prompt(model.vocab_size) if given is None else given
     steps, dtypes = options.until_step or 0, list(DTYPES)
     if options.save_reference is None:
         engine = EngineConfig.read(_engine_dir(options))

@@ -98,6 +98,8 @@ def test_a_saved_reference(engine_dir, tmp_path, capsys):
         (["--picture", "x.gif"], "--picture"),
         (["--input-ids", ",".join(["1"] * 41)], "exceed the engine's 40 tokens of input"),
         (["--model-dir", "nothing"], "nothing"),
+        (["--input-ids", ""], "there is none"),
+        (["--output", "no/folder.json"], "there is no folder no"),
     ],
 )
 def test_wrong_use(engine_dir, arguments, message, capsys):

@@ -55,7 +55,7 @@ class Reference:
     difference: the first operation that the original computes otherwise than ours; None: there is none.
     values: exact results of each step, by name.
     own: errors of PyTorch's own operations, by type.
-    samples: the first numbers of the first row of each module's weight, to recognise a model by.
+    samples: the first numbers of some modules' weights, to recognise a model by.
     """
 
     model: ModelConfig
