@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...checkpoints.config import ModelConfig
-from ...common.errors import QwenModelError
+from ...common.errors import QwenModelError, shown
 from ...common.extras import import_extra
 from ...common.files import check_readable, parse_json_object, write_whole
 from ...interface.probe import Array
@@ -59,7 +59,7 @@ def read_reference(path: Path) -> Reference:
             metadata = (file.metadata() or {}).get(FORMAT)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except Exception as error:  # the library raises its own class, OSError and others
-        raise QwenModelError(f"{path} cannot be read as safetensors: {error}") from error
+        raise QwenModelError(f"{path} cannot be read as safetensors: {shown(str(error))}") from error
     if metadata is None:
         raise QwenModelError(f"{path} is no file of reference values: make one with compare --save-reference")
     values = parse_json_object(metadata, str(path))
@@ -69,9 +69,13 @@ def read_reference(path: Path) -> Reference:
             "again with compare --save-reference"
         )
     try:
-        return _reference(values, tensors)
+        reference = _reference(values, tensors)
+        _check(reference)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # QwenModelError is a ValueError
-        raise QwenModelError(f"{path} is damaged ({error}): make it again with compare --save-reference") from error
+        raise QwenModelError(
+            f"{path} is damaged ({shown(str(error))}): make it again with compare --save-reference"
+        ) from error
+    return reference
 
 
 def _reference(described: dict[str, Any], tensors: dict[str, Array]) -> Reference:
@@ -88,6 +92,20 @@ def _reference(described: dict[str, Any], tensors: dict[str, Array]) -> Referenc
         own={dtype: _passes(passes) for dtype, passes in described["own"].items()},
         samples={name.partition("/")[2]: x for name, x in tensors.items() if name.startswith("sample/")},
     )
+
+
+def _check(reference: Reference) -> None:
+    """Raise ValueError if the parts do not belong together."""
+    if not all(type(token) is int for token in (*reference.prompt, *reference.output)):
+        raise ValueError("tokens are not integers")
+    names = result_names(reference.model)
+    for passes in reference.own.values():
+        for steps in (passes.isolated, passes.chained):
+            if len(steps) != len(reference.steps) or any(set(errors) != set(names) for errors in steps):
+                raise ValueError("errors are not those of the steps")
+    for (tokens, _), values in zip(reference.steps, reference.values, strict=True):
+        if any(x.ndim != 2 or len(x) != len(tokens) for x in values.values()):
+            raise ValueError("values are not those of the tokens")
 
 
 def _passes(described: dict[str, Any]) -> Passes:

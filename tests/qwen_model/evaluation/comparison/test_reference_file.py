@@ -82,6 +82,20 @@ def test_other_files(content, message, tmp_path):
         read_reference(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": [3, 1, 4, 1, "5"]}, "tokens are not integers"),
+        ({"prompt": [3, 1, 4, 1]}, "values are not those of the tokens"),
+        ({"output": []}, "errors are not those of the steps"),
+    ],
+)
+def test_parts_that_do_not_belong_together(reference, change, message, tmp_path):
+    write_reference(tmp_path / "file", dataclasses.replace(reference, **change))
+    with pytest.raises(QwenModelError, match=message):
+        read_reference(tmp_path / "file")
+
+
 def test_a_file_that_is_cut(reference, tmp_path):
     write_reference(tmp_path / "file", reference)
     (tmp_path / "cut").write_bytes((tmp_path / "file").read_bytes()[:5000])
