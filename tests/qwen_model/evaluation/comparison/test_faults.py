@@ -105,6 +105,20 @@ def damaged(module, function):
     return inject
 
 
+def rounded(module):
+    """A product of numbers rounded to 11 bits."""
+
+    def inject(ops):
+        weight, bias = ops.modules[module].weight, ops.modules[module].bias
+
+        def linear(x, *rest, **options):
+            return F.linear(x.half().float(), weight.half().float(), bias)
+
+        ops.only_in(module, "linear", linear)
+
+    return inject
+
+
 def normed(ops, h, weight, eps=None):
     return F.rms_norm(h, h.shape[-1:], weight, ops.config.norm_eps if eps is None else eps)
 
@@ -320,10 +334,11 @@ FAULTS = {
         *(LLAMA, damaged(DOWN, lambda y: torch.cat([y[:, :64], y[:, 64:].flip(1)], 1))),
         *(DOWN, "columns 64 to 83 of 84"),
     ),
+    "half precision": (LLAMA, rounded(DOWN), DOWN, "its error is that of products in TF32 or float16"),
     "something else": (LLAMA, damaged(DOWN, lambda y: y.square()), DOWN, "no known fault explains it"),
 }
 DTYPES = ("float32", "float16")
-TOO_SMALL_FOR_FLOAT16 = ("eps",)
+TOO_SMALL_FOR_FLOAT16 = ("eps", "half precision")
 IN_A_DECODE_STEP = ("positions begin again", "no cache")
 
 
