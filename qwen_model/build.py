@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEFAULT_ENGINE_DIR, run_command
+from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, run_command
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 from .common.files import parse_json_object
+from .common.log import show_log
 from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
     from .common.progress import Progress
     from .engine import BuildSummary
 
+LOG = logging.getLogger("qwen_model.build")  # also where this module runs as __main__
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
     from .engine import build_engine
 
-    with _progress_bar() as progress:
+    with _progress_bar(LOG.isEnabledFor(logging.INFO)) as progress:
         summary = build_engine(
             options.model_dir,
             output_dir=options.output_dir,
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=progress,
         )
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        LOG.warning("%s", warning)
     print(_summary_text(summary))
 
 
@@ -90,12 +94,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keeps the timings of TensorRT's builder for later builds (default: a file in the user's cache folder)",
     )
+    add_verbose_argument(parser)
     return parser
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """Yield what draws a bar for each phase from its first bytes on, or nothing if standard error is no terminal."""
+def _progress_bar(hidden: bool) -> Iterator[Progress]:
+    """Yield what draws a bar for each phase from its first bytes on.
+
+    It draws nothing if standard error is no terminal, or if the bar is to be hidden: lines of a log would break it.
+    """
     tqdm = import_extra("tqdm", "the progress bar").tqdm
     bar, shown = None, ""
 
@@ -104,10 +112,9 @@ def _progress_bar() -> Iterator[Progress]:
         if bar is None or phase != shown:
             if bar is not None:
                 bar.close()
-            bar, shown = (
-                tqdm(desc=phase, total=total or None, unit="B", unit_scale=True, leave=False, disable=None),
-                phase,
-            )
+            disable = True if hidden else None  # None: where standard error is no terminal
+            bar = tqdm(desc=phase, total=total or None, unit="B", unit_scale=True, leave=False, disable=disable)
+            shown = phase
         bar.update(done - bar.n)
 
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
 from .common.files import read_text
+from .common.log import VARIABLE, show_log
 
 if TYPE_CHECKING:
     from .interface.sampling import SamplingDefaults, SamplingOptions
@@ -27,6 +28,7 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters
     try:
+        show_log()
         main(arguments)
         sys.stdout.flush()
     except (QwenModelError, ModuleNotFoundError) as error:
@@ -47,6 +49,15 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
 
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
+
+
+def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --verbose, which `show_log` takes."""
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help=f"say on standard error what is done and how long it takes; {VARIABLE}=debug says more",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

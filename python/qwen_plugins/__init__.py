@@ -20,6 +20,7 @@ kernels' launchers on device addresses, without checks and without a framework.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from qwen_plugins.registration import register_tensorrt_plugins, tensorrt_library_path
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _TORCH_FUNCTIONS = ("cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant")
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
 register_tensorrt_plugins()
 
 

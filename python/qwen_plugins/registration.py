@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+import logging
 import sys
 import threading
 import warnings
@@ -16,6 +17,7 @@ PLUGIN_NAMESPACE = "qwen_plugins"
 PLUGIN_VERSIONS = {"RmsNorm": ("1",), "RmsNormQuantization": ("1",), "Gemm": ("1",), "GptAttention": ("1",)}
 
 _LIBRARIES = {8: "libqwen_plugins_trt8.so", 10: "libqwen_plugins_trt10.so", 11: "libqwen_plugins_trt11.so"}
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
@@ -58,6 +60,7 @@ def register_tensorrt_plugins() -> bool:
             trt = _import_tensorrt()
             if not _is_registered(trt):
                 trt.get_plugin_registry().load_library(str(tensorrt_library_path()))
+                _log.info("TensorRT %s loaded the plug-ins of %s", trt.__version__, tensorrt_library_path())
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             warnings.warn(f"the TensorRT plug-ins are not registered: {error}", RuntimeWarning, stacklevel=2)
             return False

@@ -86,6 +86,7 @@ def gemm_choice_number(name: str) -> int:
 core = types.ModuleType("qwen_plugins._core")
 core.__dict__.update(
     DataType=types.SimpleNamespace(**{dtype.name: number for number, dtype in DTYPES.items()}),
+    cublas_lt_status=lambda: "NumPy in its place",
     sample=sample,
     sampling_settings_bytes=settings_bytes,
     gemm_choice_number=gemm_choice_number,

@@ -5,6 +5,7 @@ A plan has two optimization profiles: one for decode steps, one for prompts.
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import numpy.typing as npt
 import tensorrt as trt
 
 import qwen_plugins
+from qwen_plugins import launch
 
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightSpec, network_modules, too_large
 from ...common.errors import QwenModelError
+from ...common.log import Stopwatch, format_bytes
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig
@@ -33,6 +36,7 @@ from .native_rotary import NativeRotaryOperations
 from .operations import TensorRTOperations
 from .timing_cache import TimingCache
 
+LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "numpy"
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
@@ -132,10 +136,13 @@ def write_engine(
         OSError: `folder` cannot be written.
     """
     _check_dtype(config.dtype)
+    watch = Stopwatch(LOG)
     cache = TimingCache(timing_cache, timing_cache_name())
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
+    watch.lap(f"TensorRT {trt.__version__} started")
     _define(network, config, _reporting(read_weight, config, progress))
+    watch.lap(f"weights read, and a network of {network.num_layers} layers defined")
     builder_config = compat.create_config(builder, network)
     _add_profiles(builder, builder_config, network_inputs(config))
     cache.load_into(builder_config)
@@ -144,9 +151,11 @@ def write_engine(
     plan = builder.build_serialized_network(network, builder_config)
     if plan is None:
         raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
+    watch.lap("plan built")
     cache.keep(builder_config)
     del network, builder_config, builder  # frees the weights
     _write_plan(folder / PLAN, memoryview(plan), progress)
+    watch.lap("plan written", memoryview(plan).nbytes)
     return cache.warnings
 
 
@@ -224,10 +233,27 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {PLAN} is missing; build the engine again")
         _check_memory(config, "the plan", path.stat().st_size)
+        LOG.info("runs on %s, compute capability %s", *cuda.device_name_and_capability())
+        watch = Stopwatch(LOG)
         engine = _read_plan(path)
+        watch.lap(f"{path} read", path.stat().st_size)
         _check_limits(config, engine, path)
         _check_memory(config, "activations", compat.activation_bytes(engine))
+        _log_memory(config, engine)
         return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
+
+
+def _log_memory(config: EngineConfig, engine: Any) -> None:
+    """Log what an engine is about to allocate, and which cuBLASLt its GEMMs find, which loads it."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return
+    _, cache = required_bytes(config.model, config.limits, config.dtype)
+    activations, free = compat.activation_bytes(engine), cuda.memory_info()[0]
+    LOG.info(
+        "key-value cache: %s; activations: %s; free memory: %s; cuBLASLt: %s",
+        *map(format_bytes, (cache, activations, free)),
+        launch.cublas_lt_status(),
+    )
 
 
 def _read_plan(path: Path) -> Any:

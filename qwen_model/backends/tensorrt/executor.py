@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -19,6 +21,8 @@ from ...network.rotary import rotary_table
 from . import compat
 from . import cuda_runtime as cuda
 from .sampling import DeviceSampler
+
+LOG = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 4
 """The number of steps whose tokens can wait to be read. A session starts at most two before it reads the first."""
@@ -152,6 +156,7 @@ class TensorRTExecutor:
         self._choice = Choice.of(sampling)
         if (num_sequences, self._choice) in self._graphs:
             return
+        start = time.perf_counter()
         if not self._graphs:
             self._warm_up()
         context = self._decode_context(num_sequences)
@@ -166,6 +171,7 @@ class TensorRTExecutor:
         self.stream.synchronize()
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
         self._end_batch()
+        LOG.info("CUDA graph of %d sequences captured: %.3f s", num_sequences, time.perf_counter() - start)
 
     @_on_its_device
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightGroup, too_large, weight_groups
 from ...common.errors import QwenModelError
+from ...common.log import Stopwatch, format_bytes
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, Limits
 from ...interface.memory import required_bytes
 from .executor import TorchExecutor, memory_errors
 
+LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "torch"
 
 
@@ -29,6 +32,7 @@ def write_engine(
     from safetensors.torch import save_file
 
     (folder / "weights").mkdir()
+    watch = Stopwatch(LOG)
     done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
     for group in weight_groups(config.model, config.dtype):
         tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
@@ -40,6 +44,7 @@ def write_engine(
             raise OSError(str(error)) from error
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress("weights", done, total)
+    watch.lap("weights read, converted and written", done)
     return []
 
 
@@ -67,13 +72,28 @@ def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = N
     """
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
-    weights: dict[str, Tensor] = {}
+    LOG.info("runs on %s: %s", target, _why(device, target))
+    watch, weights = Stopwatch(LOG), dict[str, Tensor]()
     for group in weight_groups(config.model, config.dtype):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, target))
+        LOG.debug("read %s: %s", path, format_bytes(path.stat().st_size))
+    watch.lap("weights read", sum(weight.nbytes for weight in weights.values()))
     return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
+
+
+def _why(asked: str | None, device: torch.device) -> str:
+    """Say what the device is, and why it was chosen, for the log."""
+    if asked is not None:
+        why = "as was asked for"
+    elif device.type == "cuda":
+        why = "the default where there is a GPU"
+    else:
+        built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
+        why = f"PyTorch {torch.__version__}, which {built}, finds no GPU"
+    return f"{torch.cuda.get_device_name(device)}, {why}" if device.type == "cuda" else why
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:
