@@ -7,11 +7,11 @@ import sys
 
 import shtab
 
-from . import build, chat, inspect, perplexity, run
+from . import build, chat, doctor, inspect, perplexity, run
 from .command_line import run_command
 from .common.version import package_version
 
-COMMANDS = {"build": build, "run": run, "chat": chat, "inspect": inspect, "perplexity": perplexity}
+COMMANDS = {"build": build, "run": run, "chat": chat, "inspect": inspect, "perplexity": perplexity, "doctor": doctor}
 
 
 def main(arguments: list[str] | None = None) -> None:
