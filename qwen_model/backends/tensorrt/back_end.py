@@ -277,8 +277,8 @@ def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
     for name, expected in network_inputs(config).items():
         if name not in names:  # TensorRT removes inputs that no layer uses
             continue
-        found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
-        wrong = found != (expected.shape, expected.dtype)
+        found = tuple(engine.get_tensor_shape(name))
+        wrong = found not in (expected.shape, _fixed(expected)) or engine.get_tensor_dtype(name) != expected.dtype
         for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
             if extent is not None and not wrong:
                 least, _, most = engine.get_tensor_profile_shape(name, profile)
@@ -287,6 +287,13 @@ def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
             raise QwenModelError(
                 f"{path} was not built for what config.json says ({name} differs): build the engine again"
             )
+
+
+def _fixed(given: NetworkInput) -> tuple[int, ...]:
+    """Return an input's shape as TensorRT 8.6 reports it: static if all profiles give it one size."""
+    extents = [extent for extent in (given.decode, given.prefill) if extent is not None]
+    sizes = {size for extent in extents for size in (extent.min, extent.max)}
+    return (*sizes, *given.shape[1:]) if len(sizes) == 1 else given.shape
 
 
 def _device_index(device: str | None) -> int:

@@ -239,6 +239,16 @@ def test_the_folder_and_the_progress(trt, model_dir, tmp_path):
     assert summary.config.versions["gpu"] == "NumPy"
 
 
+@pytest.mark.parametrize("limits", [(1, 60, 30), (1, 1, 1)], ids=str)
+def test_engines_for_one_sequence(trt, model_dir, tmp_path, limits):
+    """With one size in all profiles an input is static in TensorRT 8.6."""
+    options = dict(zip(("max_batch_size", "max_input_len", "max_output_len"), limits, strict=True))
+    expected, session = both(model_dir, tmp_path, **options)
+    prompt, count = random_prompt(limits[1]), limits[2]
+    ours, theirs = (which.generate([prompt], max_new_tokens=count).outputs for which in (session, expected))
+    assert ours[0].output_ids == theirs[0].output_ids
+
+
 def test_the_log_tells_the_phases_of_building_and_running(trt, model_dir, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "qwen_model"):
         build(model_dir, tmp_path / "engine")
