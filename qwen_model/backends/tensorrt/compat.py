@@ -34,10 +34,13 @@ class Log(trt.ILogger):
         super().__init__()
         self.messages: deque[str] = deque(maxlen=100)
         self._logger = logging.getLogger(TENSORRT)
+        self._last = ""
 
     def log(self, severity: Any, message: str) -> None:
         """Pass a message on, and keep it if its severity is WARNING or higher."""
-        self._logger.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)
+        if message != self._last:  # 8.6 repeats some of its warnings for every tensor
+            self._logger.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)
+        self._last = message
         if severity <= trt.ILogger.WARNING:
             self.messages.append(message)
 
