@@ -33,7 +33,7 @@ from benchmarks.common import (
 
 STEPS = 9
 KINDS = {  # the first pattern that matches a kernel's name decides
-    "attention": "attention",
+    "attention": "attention|attend|prepare_tokens",
     "norms": "rms_norm",
     "sampling": "argmax|sample",
     "embedding": "gather_rows",

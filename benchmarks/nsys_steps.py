@@ -2,9 +2,9 @@
 
     nsys profile --trace=cuda,nvtx --cuda-graph-trace=node -o NAME python -m benchmarks.nsys_steps --engine-dir ENGINE
 
-A prompt, then decode steps, each of them one replay of a CUDA graph; all of it once before, to warm up. Of a TensorRT
-engine then the same without a graph: TensorRT marks each layer that it launches with an NVTX range. The torch back
-end's prompt and steps are ranges themselves. `benchmarks.nsys_report` reads the recording. Needs an NVIDIA GPU.
+A prompt, then decode steps, each of them one replay of a CUDA graph; all of it once before, to warm up. TensorRT marks
+each layer that it launches with an NVTX range, and each plug-in its own launches; the torch back end's prompt and steps
+are in ranges of those names. `benchmarks.nsys_report` reads the recording. Needs an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from qwen_model.interface.sampling import SamplingOptions
 Ranges = Callable[[str], AbstractContextManager[Any]]
 
 PROMPT, DECODE_STEP = "prompt", "decode step"
-REPEATS = 2
 
 
 def run(executor: Any, prompts: list[list[int]], steps: int, marked: Ranges) -> None:
@@ -58,8 +57,6 @@ def main() -> None:
     executor: Any = session.executor
     run(executor, prompts, 1, nullcontext)
     run(executor, prompts, options.steps, ranges(session.config.backend))
-    if session.config.backend == "tensorrt":
-        executor.measure_layers(prompts, REPEATS)
 
 
 if __name__ == "__main__":
