@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ..common.extras import BACK_END_MODULES, PACKAGES
@@ -101,8 +100,7 @@ def examine(timeout: float = TIMEOUT) -> Installation:
 def run_probe(name: str, *arguments: str, timeout: float = TIMEOUT) -> Found:
     """Run a probe of probes.py in a process of its own; how that ends, if not well, is one of the "lacks"."""
     command = [sys.executable, "-m", "qwen_model.diagnosis.probes", name, *arguments]
-    paths = [str(Path(__file__).parents[2]), *(os.path.abspath(path) for path in sys.path if path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=timeout, env=environment, check=False
