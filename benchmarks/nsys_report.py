@@ -26,7 +26,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import IMAGES, RESULTS, pyplot, save_figure, short
+from benchmarks.common import IMAGES, RESULTS, commit, pyplot, save_figure, short
 from benchmarks.decode_timeline import COLORS, Kernel, attribute, short_name
 from qwen_model.common.files import write_whole
 
@@ -269,17 +269,19 @@ def main() -> None:
     parser.add_argument("recordings", nargs="*", type=Path, metavar="FILE.sqlite")
     parser.add_argument("--results", type=Path, default=RESULTS / "nsys.json")
     parser.add_argument("--pictures", type=Path, default=IMAGES, metavar="DIR")
+    parser.add_argument("--commit", default=commit(), help="of the tree that was recorded (default: of this one)")
     parser.add_argument("--draw", action="store_true", help="draw what was read before")
     options = parser.parse_args()
     if bool(options.recordings) == options.draw:
         parser.error("give recordings, or --draw")
     if options.draw:
-        recordings = json.loads(options.results.read_text(encoding="utf-8"))["recordings"]
+        recordings = json.loads(options.results.read_text(encoding="utf-8"))["results"]
         for picture, comparison in pairs(recordings).items():
             draw(comparison, recordings, options.pictures / f"{picture}.svg")
         return
     recordings = [read_recording(path) for path in options.recordings]
-    write_whole(options.results, json.dumps({"recordings": recordings}, indent=1).encode())
+    content = {"machine": {"gpu": recordings[0]["gpu"]}, "commit": options.commit, "results": recordings}
+    write_whole(options.results, json.dumps(content, indent=1).encode())
     print(f"{table(recordings)}\n\n{layer_table(recordings)}\n\nwritten: {options.results}")
 
 

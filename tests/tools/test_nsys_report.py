@@ -171,7 +171,7 @@ def test_tables_results_and_pictures(
     assert "| plugins, decode step, norms | 1 | 2.50 | 2.00 |" in printed
     assert "| native_norms, decode step, norms | 3 | 10.0 | 9.00 |" in printed
     assert "| native_rotary, prompt, attention | 2 | 10.0 | 9.00 |" in printed
-    recordings = json.loads((tmp_path / "nsys.json").read_text())["recordings"]
+    recordings = json.loads((tmp_path / "nsys.json").read_text())["results"]
     assert set(nsys_report.pairs(recordings)) == {"nsys_rms_norm", "nsys_attention"}
     assert set(nsys_report.pairs(recordings[:2])) == {"nsys_rms_norm"}
 
