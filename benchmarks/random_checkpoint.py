@@ -43,7 +43,7 @@ def main() -> None:
     values["num_hidden_layers"] = options.layers or values["num_hidden_layers"]
     values["vocab_size"] = options.vocab_size or values["vocab_size"]
     numbers = (np.random.default_rng(0).standard_normal(NUMBERS, np.float32) * 0.02).astype(np.float16)
-    groups = weight_groups(read_config(values))
+    groups = weight_groups(read_config(values), "float16")
     sources = [source for group in groups for spec in group.specs for source in spec.sources]
     weights = {
         source.name: random_weight(source.shape, numbers, 7919 * index % NUMBERS)

@@ -13,6 +13,7 @@ import pytest
 import qwen_plugins
 from qwen_model.diagnosis.installation import run_probe
 from qwen_model.diagnosis.probes import architectures
+from qwen_plugins.registration import PLUGIN_VERSIONS
 
 DRIVER = """
 #include <stdlib.h>
@@ -165,7 +166,7 @@ def test_no_driver(monkeypatch):
 @pytest.mark.parametrize("kind", ["tensorrt", "tensorrt_lean", "tensorrt_rtx", "tensorrt_dispatch_bindings"])
 def test_a_tensorrt_that_takes_the_plugins(fake, kind):
     needs_libraries()
-    fake(kind, TENSORRT.format(version="8.6.1", names=list(qwen_plugins.registration.PLUGIN_VERSIONS)))
+    fake(kind, TENSORRT.format(version="8.6.1", names=list(PLUGIN_VERSIONS)))
     found = run_probe("tensorrt", kind.removesuffix("_bindings"))
     assert found == {
         "installed": True,
