@@ -16,10 +16,10 @@ from typing import Any
 
 from ..common.extras import BACK_END_MODULES, PACKAGES
 from ..common.version import package_version
+from .probes import TENSORRTS
 
 Found = dict[str, Any]  # what a probe found: see probes.py
 
-TENSORRTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_rtx")
 TIMEOUT = 90.0
 """Seconds after which a probe is given up; importing PyTorch from a slow disk can take half a minute."""
 AT_A_TIME = 4

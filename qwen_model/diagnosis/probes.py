@@ -23,6 +23,7 @@ from ..common.extras import OLDEST_DRIVER, PACKAGES, import_extra, require_kerne
 
 Found = dict[str, Any]
 
+TENSORRTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_rtx")
 LEAST_CUDA = 13000
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
@@ -97,7 +98,7 @@ def _gpus(cuda: ctypes.CDLL) -> Iterator[dict[str, Any]]:
 
 def kernels() -> Found:
     """Import our compiled kernels, and list our libraries with the architectures that they are compiled for."""
-    sys.modules["tensorrt"] = None  # type: ignore[assignment]  # else importing qwen_plugins would import it
+    _hide_tensorrt()
     found: Found = {"libraries": []}
     try:
         package = importlib.import_module("qwen_plugins")
@@ -139,7 +140,7 @@ def tensorrt(kind: str) -> Found:
         found["version"] = str(trt.__version__)
     except Exception as error:
         return {**found, "lacks": [lack(f"the installed {module} cannot be imported: {error}", package)]}
-    sys.modules.setdefault("tensorrt", None)  # type: ignore[arg-type]  # qwen_plugins registers with no other
+    _hide_tensorrt()
     try:
         registration = importlib.import_module("qwen_plugins.registration")
         library = registration.tensorrt_library_path(found["version"])
@@ -156,6 +157,12 @@ def tensorrt(kind: str) -> Found:
         what = f"TensorRT {found['version']} did not take the plug-ins {', '.join(names)} of {library}"
         found["lacks"] = [lack(what, f"{REINSTALL} qwen-plugins")]
     return found
+
+
+def _hide_tensorrt() -> None:
+    """Keep `import qwen_plugins` from importing a TensorRT that is not imported yet: it may be broken."""
+    for name in TENSORRTS:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _first_installed(*names: str) -> str | None:
@@ -188,7 +195,7 @@ def torch() -> Found:
 def launch() -> Found:
     """Launch one of our kernels from PyTorch, and compare its result."""
     torch_module = importlib.import_module("torch")
-    sys.modules["tensorrt"] = None  # type: ignore[assignment]
+    _hide_tensorrt()
     qwen_plugins = importlib.import_module("qwen_plugins")
     x = torch_module.randn(4, 64, device="cuda", dtype=torch_module.float16)
     expected = torch_module.nn.functional.rms_norm(x.float(), (64,), eps=1e-6)
