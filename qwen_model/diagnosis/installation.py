@@ -16,7 +16,7 @@ from typing import Any
 
 from ..common.extras import BACK_END_MODULES, PACKAGES
 from ..common.version import package_version
-from .probes import TENSORRTS
+from .probes import REINSTALL, TENSORRTS
 
 Found = dict[str, Any]  # what a probe found: see probes.py
 
@@ -61,6 +61,7 @@ class Installation:
     python: str
     system: str
     driver: Found
+    cuda_runtime: Found
     kernels: Found
     torch: Found
     tensorrt: dict[str, Found]
@@ -76,7 +77,14 @@ class Installation:
 def examine(timeout: float = TIMEOUT) -> Installation:
     """Run all probes, each in a process of its own for at most `timeout` seconds, and judge what they found."""
     modules = [("module", module, name) for name, needed in BACK_END_MODULES.items() for module in needed]
-    probes = [("driver",), ("kernels",), ("torch",), *(("tensorrt", kind) for kind in TENSORRTS), *modules]
+    probes = [
+        ("driver",),
+        ("runtime",),
+        ("kernels",),
+        ("torch",),
+        *(("tensorrt", kind) for kind in TENSORRTS),
+        *modules,
+    ]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         found = dict(zip(probes, pool.map(lambda probe: run_probe(*probe, timeout=timeout), probes), strict=True))
         if found["torch",].get("gpus") and not found["kernels",].get("lacks"):
@@ -89,6 +97,7 @@ def examine(timeout: float = TIMEOUT) -> Installation:
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.platform()}",
         driver=found["driver",],
+        cuda_runtime=found["runtime",],
         kernels=found["kernels",],
         torch=found["torch",],
         tensorrt={kind: found["tensorrt", kind] for kind in TENSORRTS},
@@ -119,18 +128,16 @@ def run_probe(name: str, *arguments: str, timeout: float = TIMEOUT) -> Found:
 
 
 def _failed(name: str, arguments: Iterable[str], how: str) -> Found:
-    """Return what is found by a probe that found nothing."""
+    """Return what is found by a probe that found nothing: what it did, how that ended, and what may mend it."""
     about = next(iter(arguments), name)
-    ours = name in ("kernels", "launch", "back_end")
-    package = "qwen-plugins" if ours else PACKAGES.get(about, about.replace("_", "-"))
-    actions = {
-        "driver": "asking the NVIDIA driver",
-        "kernels": "importing the kernels of qwen-plugins",
-        "launch": "running a kernel of qwen-plugins",
-        "back_end": f"starting the {about} back end",
-    }
-    action = actions.get(name, f"importing {about}")
-    command = "nvidia-smi" if name == "driver" else f"pip install --force-reinstall {package}"
+    package = PACKAGES.get(about, about.replace("_", "-"))
+    action, command = {
+        "driver": ("asking the NVIDIA driver", "nvidia-smi"),
+        "runtime": ("importing cuda.bindings", f"{REINSTALL} cuda-bindings"),
+        "kernels": ("importing the kernels of qwen-plugins", f"{REINSTALL} qwen-plugins"),
+        "launch": ("running a kernel of qwen-plugins", f"{REINSTALL} qwen-plugins"),
+        "back_end": (f"starting the {about} back end", f"{REINSTALL} qwen-plugins"),
+    }.get(name, (f"importing {about}", f"{REINSTALL} {package}"))
     return {"installed": True, "lacks": [{"what": f"{action} {how}", "command": command}]}
 
 

@@ -46,7 +46,7 @@ def driver() -> Found:
     cuda.cuDriverGetVersion(ctypes.byref(version))
     found: Found = {
         "version": _driver_version(),
-        "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}",
+        "cuda": _cuda_version(version.value),
         "gpus": [],
     }
     status = cuda.cuInit(0)
@@ -94,6 +94,21 @@ def _gpus(cuda: ctypes.CDLL) -> Iterator[dict[str, Any]]:
             cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
             capability.append(value.value)
         yield {"name": name.value.decode(), "compute_capability": capability, "memory_bytes": memory.value}
+
+
+def runtime() -> Found:
+    """Return the version of the CUDA runtime that the TensorRT back end calls; our kernels have one of their own."""
+    try:
+        cudart = importlib.import_module("cuda.bindings.runtime")
+    except ModuleNotFoundError:
+        return {"installed": False}
+    _, version = cudart.cudaRuntimeGetVersion()
+    return {"installed": True, "version": _cuda_version(version)}
+
+
+def _cuda_version(number: int) -> str:
+    """Convert CUDA's 13010 to "13.1"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def kernels() -> Found:
@@ -228,7 +243,7 @@ def back_end(name: str) -> Found:
 
 
 PROBES: dict[str, Callable[..., Found]] = {
-    probe.__name__: probe for probe in (driver, kernels, tensorrt, torch, launch, module, back_end)
+    probe.__name__: probe for probe in (driver, runtime, kernels, tensorrt, torch, launch, module, back_end)
 }
 
 

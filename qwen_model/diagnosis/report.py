@@ -40,6 +40,13 @@ def _machine_rows(found: Installation) -> Iterator[tuple[str, str]]:
     for index, gpu in enumerate(driver.get("gpus", ())):
         capability = ".".join(map(str, gpu["compute_capability"]))
         yield f"GPU {index}", f"{gpu['name']}, compute capability {capability}, {gpu['memory_bytes'] / 2**30:.1f} GiB"
+    yield "CUDA runtime", _runtime(found.cuda_runtime)
+
+
+def _runtime(runtime: Found) -> str:
+    if not runtime.get("installed"):
+        return "no cuda-bindings"
+    return f"{runtime['version']} of cuda-bindings" if "version" in runtime else f"broken{_problem(runtime)}"
 
 
 def _library_rows(found: Installation) -> Iterator[tuple[str, str]]:

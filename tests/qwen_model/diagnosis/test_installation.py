@@ -19,6 +19,7 @@ GOOD = {
         "libraries": [{"file": "/x/libqwen_plugins_kernels-1.so", "architectures": ["8.0", "9.0", "12.0 and later"]}],
         "cublas_lt": "libcublasLt.so.13",
     },
+    ("runtime",): {"installed": True, "version": "13.0"},
     ("torch",): {"installed": True, "version": "2.9", "cuda": "13.0", "gpus": 1},
     ("tensorrt", "tensorrt"): {
         "installed": True,
@@ -58,6 +59,7 @@ def test_where_all_is_well(found):
         "driver             580.1, CUDA 13.0",
         "GPU 0              NVIDIA A, compute capability 9.0, 80.0 GiB",
         "library            libqwen_plugins_kernels-1.so, compute capability 8.0, 9.0, 12.0 and later",
+        "CUDA runtime       13.0 of cuda-bindings",
         "PyTorch            2.9, CUDA 13.0, 1 GPUs",
         "tensorrt           11.1, plug-ins of libqwen_plugins_trt11.so registered",
         "tensorrt_lean      not installed",

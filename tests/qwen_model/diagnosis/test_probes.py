@@ -111,6 +111,18 @@ def test_a_module_that_is_there():
     assert run_probe("module", "json", "torch") == {}
 
 
+def test_the_cuda_runtime(fake, tmp_path):
+    fake("cuda/bindings", "")
+    (tmp_path / "fakes" / "cuda" / "__init__.py").write_text("")
+    runtime = tmp_path / "fakes" / "cuda" / "bindings" / "runtime.py"
+    runtime.write_text("cudaRuntimeGetVersion = lambda: (0, 13010)")
+    assert run_probe("runtime") == {"installed": True, "version": "13.1"}
+    runtime.write_text("import os; os.abort()")
+    what, command = only_lack(run_probe("runtime"))
+    assert what.startswith("importing cuda.bindings ended the process with SIGABRT")
+    assert command == "pip install --force-reinstall cuda-bindings"
+
+
 def test_what_a_module_prints_does_no_harm(fake):
     fake("torch", "print('{\"lacks\": 1}', end='')")
     assert run_probe("module", "torch", "torch") == {}
