@@ -274,7 +274,7 @@ def test_tensorrts_messages_are_passed_on(trt, caplog):
     from qwen_model.backends.tensorrt.compat import LOG
 
     LOG.take()
-    with caplog.at_level(logging.DEBUG, "qwen_model"):
+    with caplog.at_level(logging.DEBUG, "qwen_model.tensorrt"):
         for severity in (trt.ILogger.ERROR, trt.ILogger.INFO, trt.ILogger.VERBOSE):
             LOG.log(severity, f"100 % of {severity}")
     expected = [(logging.ERROR, "100 % of 1"), (logging.INFO, "100 % of 3"), (logging.DEBUG, "100 % of 4")]
