@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEFAULT_ENGINE_DIR, run_command
+from .command_line import DEFAULT_ENGINE_DIR, add_tuning_argument, progress_bar, run_command
 from .common.errors import QwenModelError
-from .common.extras import import_extra
 from .common.files import parse_json_object
 from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
-    from .common.progress import Progress
     from .engine import BuildSummary
 
 
@@ -26,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .engine import build_engine
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         summary = build_engine(
             options.model_dir,
             output_dir=options.output_dir,
@@ -39,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_output_len=options.max_output_len,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
+            tuning=options.tuning,
             progress=progress,
         )
     for warning in summary.warnings:
@@ -90,31 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keeps the timings of TensorRT's builder for later builds (default: a file in the user's cache folder)",
     )
+    add_tuning_argument(parser)
     return parser
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """Yield what draws a bar for each phase from its first bytes on, or nothing if standard error is no terminal."""
-    tqdm = import_extra("tqdm", "the progress bar").tqdm
-    bar, shown = None, ""
-
-    def progress(phase: str, done: int, total: int) -> None:
-        nonlocal bar, shown
-        if bar is None or phase != shown:
-            if bar is not None:
-                bar.close()
-            bar, shown = (
-                tqdm(desc=phase, total=total or None, unit="B", unit_scale=True, leave=False, disable=None),
-                phase,
-            )
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def parse_rotary_scaling(text: str) -> dict[str, Any]:

@@ -8,14 +8,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
+from .common.extras import import_extra
 from .common.files import read_text
+from .common.progress import GEMM_KERNELS, Progress
 
 if TYPE_CHECKING:
+    from .engine.session import Session
     from .interface.sampling import SamplingDefaults, SamplingOptions
 
 
@@ -167,6 +171,48 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --engine-dir and --device."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    add_tuning_argument(parser)
+
+
+def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --no-tuning."""
+    parser.add_argument(
+        "--tuning",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time the GEMM kernels once for each GPU and model, and use the fastest; --no-tuning: choose by rules",
+    )
+
+
+def open_engine(options: argparse.Namespace) -> Session:
+    """Load the engine that the options of `add_engine_arguments` name, with a progress bar on standard error."""
+    from .engine import load_engine
+
+    with progress_bar() as progress:
+        return load_engine(options.engine_dir, device=options.device, tuning=options.tuning, progress=progress)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Yield what draws a bar for each phase from its first report on, or nothing if standard error is no terminal."""
+    bar: Any = None
+    shown = ""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal bar, shown
+        if bar is None or phase != shown:
+            if bar is not None:
+                bar.close()
+            tqdm = import_extra("tqdm", "the progress bar").tqdm
+            unit = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": "B", "unit_scale": True}
+            bar, shown = tqdm(desc=phase, total=total or None, leave=False, disable=None, **unit), phase
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 DEFAULT_ENGINE_DIR = "engine"

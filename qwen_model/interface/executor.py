@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .engine_config import GemmKernels
 from .sampling import SamplingOptions
 
 IntArray = npt.NDArray[np.int64]
@@ -29,6 +30,9 @@ class Executor(Protocol):
 
     runs_ahead: bool
     """Whether `decode` returns before its step is done: callers should then start the next step before they wait."""
+
+    gemm_kernels: GemmKernels | None
+    """The kernels of this project that compute the linear layers; None: they are not used."""
 
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
         """Do the one-time work for batches of this kind, such as capturing a CUDA graph; end the current batch."""

@@ -119,6 +119,7 @@ class TensorRTExecutor:
         dtype = compat.numpy_dtype(config.dtype)
         self.config = config
         self.engine = engine
+        self.gemm_kernels = None if "gemm" in config.disabled_plugins else config.gemm_kernels
         self.device = cuda.current_device()
         self.stream = cuda.Stream()
         self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import QwenModelError
-from ...common.files import write_whole
+from ...common.files import cache_folder, write_whole
 from . import compat
 
 
@@ -25,7 +24,7 @@ class TimingCache:
         """
         self.warnings: list[str] = []
         self._given = given is not None
-        folder = _cache_folder()
+        folder = cache_folder()
         self._path = folder / name if given is None and folder is not None else given
         self._content = b""
         try:
@@ -57,10 +56,3 @@ class TimingCache:
         except OSError as error:
             if self._given:
                 self.warnings.append(f"the timing cache {self._path} cannot be written: {error.strerror}")
-
-
-def _cache_folder() -> Path | None:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_model"
-    except RuntimeError:  # no home
-        return None

@@ -12,13 +12,19 @@ from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightGroup, too_large, weight_groups
 from ...common.errors import QwenModelError
-from ...common.progress import Progress
+from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig, Limits
+from ...interface.engine_config import EngineConfig, GemmKernels, Limits
 from ...interface.memory import required_bytes
-from .executor import TorchExecutor, memory_errors
+from ...tuning.choice import choose_kernels as measure_kernels
+from .executor import TorchExecutor, memory_errors, uses_kernels
 
 FRAMEWORK: Framework = "torch"
+
+
+def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
+    """Choose none: an engine may be built without a GPU, and chooses as it loads. See `BackEnd`."""
+    return {}
 
 
 def write_engine(
@@ -60,20 +66,30 @@ def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
 
 
 @memory_errors()
-def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
+def load_executor(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    tuning: bool = True,
+    progress: Progress = no_progress,
+) -> TorchExecutor:
     """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
 
-    See `BackEnd` for errors.
+    See `BackEnd` for `tuning` and for errors.
     """
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
+    kernels: GemmKernels = {}
+    if tuning and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
+        with torch.cuda.device(target):  # before the weights take the memory that measuring needs
+            kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
     weights: dict[str, Tensor] = {}
     for group in weight_groups(config.model, config.dtype):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, target))
-    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
+    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins, gemm_kernels=kernels)
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:

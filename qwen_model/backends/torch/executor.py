@@ -16,11 +16,12 @@ from ...checkpoints.module_weights import ModuleWeights
 from ...checkpoints.weights import network_modules
 from ...common.errors import QwenModelError
 from ...common.extras import require_kernels
-from ...interface.engine_config import Limits
+from ...interface.engine_config import GemmKernels, KernelChoices, Limits
 from ...interface.executor import FloatArray, IntArray
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.decoder import decoder
 from ...network.rotary import rotary_table
+from ...tuning.choice import by_module
 from .operations import Batch, TorchOperations
 from .sampling import KernelSampler, TorchSampler
 
@@ -92,18 +93,20 @@ class TorchExecutor:
         weights: Mapping[str, Tensor],
         disabled_plugins: Collection[str] = (),
         use_kernels: bool | None = None,
+        gemm_kernels: GemmKernels | None = None,
     ):
         """Take the weights by the names of checkpoints/weights.py, all on one device and of one type.
 
         use_kernels: compute the operations with our CUDA kernels, and decode steps as CUDA graphs. None: on a GPU, if
             there are kernels for the model.
+        gemm_kernels: those of the linear layers, see tuning/choice.py; None: rules choose them.
         """
         self.config = config
         self.limits = limits
         embedding = weights["embedding.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
         on_gpu = self.device.type == "cuda"
-        use_kernels = on_gpu and _has_kernels(config) if use_kernels is None else use_kernels
+        use_kernels = uses_kernels(config, self.device) if use_kernels is None else use_kernels
         self.runs_ahead = on_gpu
         self._layer_size = sum(weight.numel() for name, weight in weights.items() if name.startswith("layers.0."))
 
@@ -111,7 +114,10 @@ class TorchExecutor:
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
         self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
         modules = _module_weights(config, self.dtype, weights)
-        self._ops = _operations(config, modules, self.cache, disabled_plugins, use_kernels)
+        ours = use_kernels and "gemm" not in disabled_plugins
+        self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
+        chosen = by_module(config, modules["lm_head"].format.kind, self.gemm_kernels or {})
+        self._ops = _operations(config, modules, self.cache, disabled_plugins, use_kernels, chosen)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = torch.from_numpy(self._table.values).to(self.device)
         scale = self._table.query_scale
@@ -296,7 +302,14 @@ class TorchExecutor:
             state[: len(rows)] = state[rows]
 
 
-def _has_kernels(config: ModelConfig) -> bool:
+def uses_kernels(config: ModelConfig, device: torch.device) -> bool:
+    """Tell whether a model runs with our CUDA kernels on this device.
+
+    Raises:
+        QwenModelError: it is a GPU, and the kernels cannot be loaded.
+    """
+    if device.type != "cuda":
+        return False
     require_kernels()
     from .kernel_operations import supported
 
@@ -317,9 +330,10 @@ def _operations(
     cache: Tensor,
     disabled: Collection[str],
     use_kernels: bool,
+    gemm_kernels: Mapping[str, KernelChoices],
 ) -> TorchOperations:
     if not use_kernels:
         return TorchOperations(config, modules, cache, disabled)
     from .kernel_operations import KernelOperations
 
-    return KernelOperations(config, modules, cache, disabled)
+    return KernelOperations(config, modules, cache, disabled, gemm_kernels)
