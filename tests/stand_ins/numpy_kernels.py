@@ -1,4 +1,4 @@
-"""qwen_plugins.launch and qwen_plugins.tuning in NumPy: the functions that the TensorRT back end calls, on addresses."""
+"""The functions of qwen_plugins.launch and .tuning that the TensorRT back end calls, in NumPy, on addresses."""
 
 import struct
 import types
