@@ -19,7 +19,7 @@ import qwen_plugins
 
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightSpec, network_modules, too_large
-from ...common.errors import QwenModelError
+from ...common.errors import OutOfMemoryError, QwenModelError
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels
@@ -259,7 +259,7 @@ def _read_plan(path: Path) -> Any:
     if engine is None:
         said = compat.LOG.take()
         if compat.ran_out_of_memory(said):
-            raise cuda.OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
+            raise OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
         raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
     return engine
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightGroup, too_large, weight_groups
-from ...common.errors import QwenModelError
+from ...common.errors import OutOfMemoryError, QwenModelError
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels, Limits
@@ -147,14 +147,14 @@ def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
 
 
 def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
-    """Raise QwenModelError with a list of what is needed if weights, cache and activations exceed the free memory."""
+    """Raise OutOfMemoryError with a list of what is needed if weights, cache and activations exceed the free memory."""
     weights, cache = required_bytes(config, limits, dtype)
     activations = activation_bytes(config, limits, dtype)
     free, total = _memory(device)
     if weights + cache + activations > free:
         gib = 2.0**30
         kind = "GPU memory" if device.type == "cuda" else "memory"
-        raise QwenModelError(
+        raise OutOfMemoryError(
             f"not enough {kind}: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
             f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
             f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
 from ...checkpoints.weights import network_modules
-from ...common.errors import QwenModelError
+from ...common.errors import OutOfMemoryError
 from ...common.extras import require_kernels
 from ...interface.engine_config import GemmKernels, KernelChoices, Limits
 from ...interface.executor import FloatArray, IntArray
@@ -31,12 +31,12 @@ ONE_THREAD_WORK = 8e6
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn PyTorch's out-of-memory error into a QwenModelError of one line: what was needed and what is free."""
+    """Turn PyTorch's out-of-memory error into ours, of one line: what was needed and what is free."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         sentences = re.split(r"\.\s+", str(error))  # the first say what happened, the rest is about the allocator
-        raise QwenModelError(
+        raise OutOfMemoryError(
             f"{'. '.join(sentences[:3])}; use a smaller batch or shorter prompts, or build with a smaller "
             "--max-batch-size, --max-input-len or --max-output-len"
         ) from error
