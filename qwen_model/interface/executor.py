@@ -18,6 +18,12 @@ NO_TOKEN = -1
 """Stands for a token where the logits hold NaN or +infinity, or are all -infinity."""
 
 
+def last_rows(prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> IntArray:
+    """Return where the last `counts[i]` tokens of each prompt are if the prompts lie one after the other."""
+    ends = np.cumsum([len(prompt) for prompt in prompts])
+    return np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+
+
 class PendingTokens(Protocol):
     """Hold the tokens of one step, which the device may still be computing."""
 
@@ -48,6 +54,12 @@ class Executor(Protocol):
 
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """Return the logits after each token of one prompt, float32 [tokens, vocab_size]; end the current batch."""
+
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> FloatArray:
+        """Return the logits after each of the last `counts[i]` tokens of `prompts[i]`; end the current batch.
+
+        The result is float32 [sum of counts, vocab_size], one prompt after the other.
+        """
 
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """Begin a batch in which each prompt has `num_beams` rows, one after the other."""

@@ -17,7 +17,7 @@ from ...checkpoints.weights import network_modules
 from ...common.errors import OutOfMemoryError
 from ...common.extras import require_kernels
 from ...interface.engine_config import GemmKernels, KernelChoices, Limits
-from ...interface.executor import FloatArray, IntArray
+from ...interface.executor import FloatArray, IntArray, last_rows
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.decoder import decoder
 from ...network.rotary import rotary_table
@@ -172,12 +172,17 @@ class TorchExecutor:
         logits = self._decode_logits()
         return _PendingTokens(self._tokens[: len(logits)])
 
-    @memory_errors()
-    @torch.inference_mode()
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """See `Executor`."""
-        logits = self._prefill_logits([prompt], self._packed([prompt]), last_token_only=False)
-        return logits.float().cpu().numpy()
+        return self.last_logits([prompt], [len(prompt)])
+
+    @memory_errors()
+    @torch.inference_mode()
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> FloatArray:
+        """See `Executor`."""
+        logits = self._prefill_logits(prompts, self._packed(prompts), last_token_only=False)
+        rows = torch.from_numpy(last_rows(prompts, counts)).to(self.device)
+        return logits[rows].float().cpu().numpy()
 
     @memory_errors()
     @torch.inference_mode()
