@@ -51,6 +51,10 @@ def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, di
     prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
     ours, theirs = (which.generate(prompts, max_new_tokens=25) for which in (session, expected))
     assert [output.output_ids for output in ours.outputs] == [output.output_ids for output in theirs.outputs]
+    for counts in ([1, 3, 7, 2], [1, 40, 7, 7]):
+        found, wanted = (which.last_logits(prompts, counts) for which in (session, expected))
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -211,6 +215,10 @@ def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypat
     for length in (60, 50, 49, 1):
         prompt = random_prompt(length, seed=length)
         np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
+    prompts = [random_prompt(length, seed=length) for length in (60, 9)]
+    found, wanted = (which.last_logits(prompts, [6, 3]) for which in (session, expected))
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_half_precision(trt, model_dir, tmp_path):
