@@ -7,11 +7,21 @@ import sys
 
 import shtab
 
-from . import build, chat, inspect, perplexity, run
+from . import benchmark, build, chat, evalscope, inspect, lm_eval, perplexity, run, summarize
 from .command_line import run_command
 from .common.version import package_version
 
-COMMANDS = {"build": build, "run": run, "chat": chat, "inspect": inspect, "perplexity": perplexity}
+COMMANDS = {
+    "build": build,
+    "run": run,
+    "chat": chat,
+    "inspect": inspect,
+    "perplexity": perplexity,
+    "summarize": summarize,
+    "benchmark": benchmark,
+    "lm_eval": lm_eval,
+    "evalscope": evalscope,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

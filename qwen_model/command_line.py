@@ -167,6 +167,51 @@ def read_text_file(name: str) -> str:
         raise QwenModelError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
+def positive_integer(text: str) -> int:
+    """Convert an option's value; argparse shows the error with the usage."""
+    return _integer(text, least=1, expected="a positive integer")
+
+
+def non_negative_integer(text: str) -> int:
+    """Convert an option's value; argparse shows the error with the usage."""
+    return _integer(text, least=0, expected="an integer of at least 0")
+
+
+def _integer(text: str, least: int, expected: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+    return int(text)
+
+
+def number_above_zero(text: str) -> float:
+    """Convert an option's value; argparse shows the error with the usage."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return value
+
+
+def check_output_file(path: Path | None) -> None:
+    """Raise QwenModelError if no file can be written there: found out before the work, not after it."""
+    if path is not None and (path.is_dir() or not Path(os.path.realpath(path)).parent.is_dir()):
+        raise QwenModelError(f"{path} cannot be written: it is a folder, or there is no folder {path.parent}")
+
+
+def progress_line(heading: str) -> Callable[[int, int], None] | None:
+    """Return a function that shows how much is done, in one line on standard error; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        line = f"{heading}: {done:,} of {total:,}" if done < total else ""
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --engine-dir and --device."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")

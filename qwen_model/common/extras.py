@@ -10,7 +10,12 @@ from .errors import QwenModelError
 ANY_BACK_END = ("torch", "tensorrt")
 """The extras of the back ends: each brings all that loading checkpoints and generating need."""
 
-PACKAGES = {"cuda": "cuda-bindings", "cuda.bindings": "cuda-bindings"}
+PACKAGES = {
+    "cuda": "cuda-bindings",
+    "cuda.bindings": "cuda-bindings",
+    "lm_eval": "lm-eval",
+    "rouge_score": "rouge-score",
+}
 """The names of packages whose modules are called something else."""
 
 

@@ -50,23 +50,20 @@ class QwenModelAPI(ModelAPI):
     def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Answer a conversation; options that the configuration leaves open are the checkpoint's.
+        """Answer a conversation: greedily, unless the configuration asks for sampling.
 
         Raises:
             QwenModelError: the conversation is too long or the configuration asks for what an engine does not do.
         """
         if tools:
             raise QwenModelError("EvalScope's tools are not supported on an engine")
-        given = {name: value for name in SAMPLING_NAMES if (value := getattr(config, name)) is not None}
-        defaults = self._session.config.sampling_defaults
-        sampling = SamplingOptions() if config.do_sample is False else defaults.options(**given)
         messages = [{"role": message.role, "content": message.text} for message in input]
         limit = self._session.config.limits.max_output_len
         with self._lock:
             result = self._session.generate(
                 [messages],
                 max_new_tokens=limit if config.max_tokens is None else min(config.max_tokens, limit),
-                sampling=sampling,
+                sampling=_sampling(config),
                 stop=config.stop_seqs,
                 chat=True,
                 chat_template_kwargs=self._template_kwargs,
@@ -83,3 +80,12 @@ class QwenModelAPI(ModelAPI):
             ),
             time=timing.prefill_seconds + timing.decode_seconds,
         )
+
+
+def _sampling(config: GenerateConfig) -> SamplingOptions:
+    given = {name: value for name in SAMPLING_NAMES if (value := getattr(config, name)) is not None}
+    if config.do_sample is False:
+        given = {name: value for name, value in given.items() if name == "repetition_penalty"}
+    elif config.do_sample:
+        given.setdefault("temperature", 1.0)
+    return SamplingOptions(**given)

@@ -1,6 +1,6 @@
 """Let lm-eval (EleutherAI's lm-evaluation-harness) evaluate an engine: its model class `qwen_model`.
 
-lm-eval finds the class through this package's entry point `lm_eval.models`; `qwen-model lm-eval` registers it for
+lm-eval finds the class through this package's entry point `lm_eval.models`; `qwen-model lm_eval` registers it for
 versions without entry points (0.4.13 and older).
 """
 

@@ -99,7 +99,7 @@ class Original:
         try:
             yield
         except self._torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(str(error).split(". ")[0]) from error
+            raise OutOfMemoryError(". ".join(str(error).split(". ")[:2])) from error
         except RuntimeError as error:
             if "can't allocate memory" in str(error):  # PyTorch on a CPU
                 raise OutOfMemoryError("the memory does not suffice") from error

@@ -187,7 +187,7 @@ def _error_text(content: bytes) -> str:
     text = content.decode(errors="replace")
     try:
         value = json.loads(text)
-        found = value.get("error", value)
+        found = value.get("error", value.get("detail", value))  # "detail": FastAPI's own errors
         return str(found["message"] if isinstance(found, dict) else found)
     except (ValueError, AttributeError, KeyError, RecursionError):
         return text

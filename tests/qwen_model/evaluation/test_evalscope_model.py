@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from qwen_model.common.errors import QwenModelError
+from qwen_model.interface.sampling import SamplingOptions
 
 pytest.importorskip("evalscope")
 from evalscope.api.messages import ChatMessageSystem, ChatMessageUser
@@ -37,6 +38,22 @@ def test_an_answer_is_the_sessions(api, session):
     assert answer.usage.output_tokens == result.timing.generated_tokens
     assert answer.usage.input_tokens == result.timing.prompt_tokens
     assert answer.stop_reason == {"stop": "stop", "length": "max_tokens"}[result.outputs[0].finish_reason]
+
+
+@pytest.mark.parametrize(
+    ("config", "sampling"),
+    [
+        ({}, {}),
+        ({"do_sample": False, "temperature": 0.9, "top_p": 0.5, "seed": 4}, {}),
+        ({"do_sample": True, "seed": 4}, {"temperature": 1.0, "seed": 4}),
+        ({"temperature": 0.9, "top_k": 5, "seed": 4}, {"temperature": 0.9, "top_k": 5, "seed": 4}),
+    ],
+)
+def test_answers_are_greedy_unless_sampling_is_asked_for(api, session, config, sampling):
+    answer = api.generate([ChatMessageUser(content="Why?")], [], "none", GenerateConfig(max_tokens=9, **config))
+    options = SamplingOptions(**sampling)
+    result = session.generate([{"role": "user", "content": "Why?"}], chat=True, max_new_tokens=9, sampling=options)
+    assert answer.completion == result.outputs[0].text
 
 
 def test_tools_are_refused(api):

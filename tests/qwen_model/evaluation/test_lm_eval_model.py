@@ -1,6 +1,5 @@
 """lm-eval on an engine: the numbers and texts are those of lm-eval's own class for transformers."""
 
-import json
 import logging
 import sys
 
@@ -131,19 +130,12 @@ def test_wrong_arguments(engine_dir, arguments):
 
 
 def test_the_command(engine_dir, tmp_path, monkeypatch, capsys):
-    """A task of our own, whose data are in a file: no hub is needed."""
+    """The tasks of this package, whose data are in it: no hub is needed."""
     from qwen_model.lm_eval import main
 
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [{"text": line, "choices": [" return", " zebra"], "answer": 0} for line in lines(3)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "task.yaml").write_text(
-        "task: tiny\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\n"
-        'doc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\ntarget_delimiter: ""\n'
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    )
-    main(["--engine-dir", str(engine_dir), "--device", "cpu", "--tasks", "tiny", "--include_path", str(tmp_path)])
-    assert "|tiny " in capsys.readouterr().out
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    main(["--engine-dir", str(engine_dir), "--device", "cpu", "--tasks", "packaged_python", "--limit", "2"])
+    printed = capsys.readouterr().out
+    for task in ("packaged_python_choice", "packaged_python_word", "packaged_python_text"):
+        assert f"|{task}" in printed

@@ -1,5 +1,6 @@
 """What a benchmark counts: the arithmetic of latencies and rates, batches, and rows that say why there is no number."""
 
+import random
 import threading
 import time
 
@@ -125,8 +126,14 @@ def test_failed_requests_are_counted_and_left_out_of_the_rates():
     assert row("server", None, bad, 2.0).rates is None
 
 
-def test_concurrency_and_rate_of_requests():
+def answered(request):
+    now = time.perf_counter()
+    return Record(len(request.prompt), request.new_tokens, now, [now])
+
+
+def test_concurrency_is_reached_and_not_exceeded():
     under_way, most, lock = 0, 0, threading.Lock()
+    three = threading.Barrier(3, timeout=30)  # breaks unless three requests are under way together
 
     class Target:
         def send(self, request):
@@ -134,17 +141,26 @@ def test_concurrency_and_rate_of_requests():
             with lock:
                 under_way += 1
                 most = max(most, under_way)
-            time.sleep(0.02)
+            three.wait()
             with lock:
                 under_way -= 1
-            return Record(len(request.prompt), request.new_tokens, time.perf_counter(), [time.perf_counter()])
+            return answered(request)
 
-    requests = REQUESTS * 2
+    requests = REQUESTS[:3] * 3
     records, _ = run_requests(Target(), requests, max_concurrency=3)
     assert most == 3
     assert [record.prompt_tokens for record in records] == [len(request.prompt) for request in requests]
-    _, seconds = run_requests(Target(), requests, request_rate=100.0, seed=1)
-    assert seconds > 0.03  # ten requests, a hundredth of a second apart on average
+
+
+def test_requests_come_at_their_rate():
+    class Target:
+        def send(self, request):
+            return answered(request)
+
+    gaps = random.Random(1)
+    waited = sum(gaps.expovariate(100.0) for _ in REQUESTS[1:])
+    _, seconds = run_requests(Target(), REQUESTS, request_rate=100.0, seed=1)
+    assert seconds >= waited > 0.02
 
 
 def test_a_plot_is_written_whole(monkeypatch, tmp_path):
