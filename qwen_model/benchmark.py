@@ -15,6 +15,7 @@ from .command_line import (
     check_output_file,
     non_negative_integer,
     number_above_zero,
+    open_engine,
     positive_integer,
     progress_line,
     run_command,
@@ -141,7 +142,6 @@ def _two_lengths(text: str) -> tuple[int, int]:
 
 
 def _benchmark_engine(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    from .engine import load_engine
     from .evaluation.targets import EngineTarget
     from .evaluation.throughput import measure_batches
 
@@ -149,7 +149,7 @@ def _benchmark_engine(options: argparse.Namespace) -> tuple[dict[str, Any], list
         from .evaluation.original import check_loadable
 
         check_loadable(options.hf)
-    session = load_engine(options.engine_dir, device=options.device)
+    session = open_engine(options)
     config = session.config
     limit = config.limits.max_batch_size
     sizes = options.batch_sizes or sorted({*(1 << power for power in range(limit.bit_length())), limit})

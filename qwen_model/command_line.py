@@ -212,11 +212,12 @@ def progress_line(heading: str) -> Callable[[int, int], None] | None:
     return show
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --engine-dir and --device."""
+def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
+    """Add --engine-dir and --device, and --tuning for commands that call `open_engine`."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    add_tuning_argument(parser)
+    if tuning:
+        add_tuning_argument(parser)
 
 
 def add_tuning_argument(parser: argparse.ArgumentParser) -> None:

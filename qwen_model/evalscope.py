@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--generation-config.",
         allow_abbrev=False,
     )
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, tuning=False)
     return parser
 
 

@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "the engine's limit unless --batch_size is given.",
         allow_abbrev=False,
     )
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, tuning=False)
     return parser
 
 

@@ -14,6 +14,7 @@ from .command_line import (
     check_output_file,
     non_negative_integer,
     number_above_zero,
+    open_engine,
     positive_integer,
     progress_line,
     run_command,
@@ -104,7 +105,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _summarize(options: argparse.Namespace) -> tuple[dict[str, Any], list[Summaries], list[Article]]:
     """Run the engine, then the original if it is asked for; return the settings, both results and the articles."""
-    from .engine import load_engine
     from .evaluation.articles import summary_prompt
     from .evaluation.original import Original, check_loadable
     from .evaluation.summaries import check_rouge, engine_generate, original_generate, summarize
@@ -113,7 +113,7 @@ def _summarize(options: argparse.Namespace) -> tuple[dict[str, Any], list[Summar
     if options.hf is not None:
         check_loadable(options.hf)
     articles = _articles(options)
-    session = load_engine(options.engine_dir, device=options.device)
+    session = open_engine(options)
     config, tokenizer = session.config, session.tokenizer
     if tokenizer is None:
         raise QwenModelError("summaries need a tokenizer, and this engine has none")
