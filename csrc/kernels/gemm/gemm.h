@@ -19,6 +19,9 @@
 
 namespace qwen_plugins {
 
+// The limit of rows, in_features and out_features.
+constexpr int64_t kMaxGemmSize = (int64_t{1} << 30) - 1;
+
 enum class Activation : int32_t { kNone = 0, kSwiglu = 1 };
 
 // A kernel and its variant: kByRules, or what gemm_choice_from_name gives (choice.h). A number means the same kernel in
@@ -27,9 +30,9 @@ enum class GemmChoice : int32_t { kByRules = 0 };
 
 // What the choice of a kernel and the size of its workspace depend on.
 struct GemmShape {
-  int64_t rows = 0;          // of x; 0 launches nothing
-  int64_t in_features = 0;   // K
-  int64_t out_features = 0;  // N: of z, so twice the columns of y with kSwiglu
+  int64_t rows = 0;          // of x, at most kMaxGemmSize; 0 launches nothing
+  int64_t in_features = 0;   // K, from 1 to kMaxGemmSize
+  int64_t out_features = 0;  // N, likewise: of z, so twice the columns of y with kSwiglu
   Activation activation = Activation::kNone;
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of x, weight, bias and y
 };
