@@ -17,9 +17,11 @@ constexpr int64_t kPackBytes = 16;
 
 const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
-      stream_kernel(),
 #ifdef QWEN_PLUGINS_HOPPER
       stream_hopper_kernel(),
+#endif
+      stream_kernel(),
+#ifdef QWEN_PLUGINS_HOPPER
       tiles_hopper_kernel(),
 #endif
       cublas_lt_kernel(),
