@@ -236,9 +236,6 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, const uint32_t (&
                "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
                : "memory");
 }
-__device__ __forceinline__ void stmatrix_x1_trans(uint32_t to, uint32_t matrix) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(matrix) : "memory");
-}
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t to, uint32_t matrix0, uint32_t matrix1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(matrix0), "r"(matrix1)
                : "memory");

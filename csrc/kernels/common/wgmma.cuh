@@ -41,8 +41,7 @@ __device__ __forceinline__ void warpgroup_sync(int barrier) {
 
 // clang-format off
 #define QWEN_TILE(c, i) "+f"((c)[i][0]), "+f"((c)[i][1]), "+f"((c)[i][2]), "+f"((c)[i][3])
-#define QWEN_TILES_1(c) QWEN_TILE(c, 0)
-#define QWEN_TILES_2(c) QWEN_TILES_1(c), QWEN_TILE(c, 1)
+#define QWEN_TILES_2(c) QWEN_TILE(c, 0), QWEN_TILE(c, 1)
 #define QWEN_TILES_3(c) QWEN_TILES_2(c), QWEN_TILE(c, 2)
 #define QWEN_TILES_4(c) QWEN_TILES_3(c), QWEN_TILE(c, 3)
 #define QWEN_TILES_6(c) QWEN_TILES_4(c), QWEN_TILE(c, 4), QWEN_TILE(c, 5)
@@ -53,8 +52,7 @@ __device__ __forceinline__ void warpgroup_sync(int barrier) {
     QWEN_TILE(c, 20), QWEN_TILE(c, 21), QWEN_TILE(c, 22), QWEN_TILE(c, 23)
 #define QWEN_TILES_28(c) QWEN_TILES_24(c), QWEN_TILE(c, 24), QWEN_TILE(c, 25), QWEN_TILE(c, 26), QWEN_TILE(c, 27)
 #define QWEN_TILES_32(c) QWEN_TILES_28(c), QWEN_TILE(c, 28), QWEN_TILE(c, 29), QWEN_TILE(c, 30), QWEN_TILE(c, 31)
-#define QWEN_REGISTERS_1 "%0, %1, %2, %3"
-#define QWEN_REGISTERS_2 QWEN_REGISTERS_1 ", %4, %5, %6, %7"
+#define QWEN_REGISTERS_2 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define QWEN_REGISTERS_3 QWEN_REGISTERS_2 ", %8, %9, %10, %11"
 #define QWEN_REGISTERS_4 QWEN_REGISTERS_3 ", %12, %13, %14, %15"
 #define QWEN_REGISTERS_6 QWEN_REGISTERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -75,7 +73,6 @@ __device__ __forceinline__ void warpgroup_sync(int barrier) {
 #define QWEN_WGMMA(type, n, tiles, registers, operand_a, operand_b, c, a, b) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, " operand_a ", " operand_b \
                ", 1, 1, 1, 0, 0;" : tiles(c) : "l"(a), "l"(b))
-#define QWEN_WGMMA_1(type, c, a, b) QWEN_WGMMA(type, "8", QWEN_TILES_1, QWEN_REGISTERS_1, "%4", "%5", c, a, b)
 #define QWEN_WGMMA_2(type, c, a, b) QWEN_WGMMA(type, "16", QWEN_TILES_2, QWEN_REGISTERS_2, "%8", "%9", c, a, b)
 #define QWEN_WGMMA_3(type, c, a, b) QWEN_WGMMA(type, "24", QWEN_TILES_3, QWEN_REGISTERS_3, "%12", "%13", c, a, b)
 #define QWEN_WGMMA_4(type, c, a, b) QWEN_WGMMA(type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", c, a, b)
@@ -111,10 +108,9 @@ __device__ __forceinline__ void warpgroup_sync(int barrier) {
 // in tiles of 8 columns with the layout of mma_m16n8k16.
 template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
-  static_assert(kTiles <= 4 || kTiles == 6 || kTiles == 8 || kTiles == 12 || kTiles == 16 || kTiles == 24 ||
-                kTiles == 28 || kTiles == 32);
+  static_assert(kTiles == 2 || kTiles == 3 || kTiles == 4 || kTiles == 6 || kTiles == 8 || kTiles == 12 ||
+                kTiles == 16 || kTiles == 24 || kTiles == 28 || kTiles == 32);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 1) QWEN_WGMMA_1("f16", c, a, b);
     if constexpr (kTiles == 2) QWEN_WGMMA_2("f16", c, a, b);
     if constexpr (kTiles == 3) QWEN_WGMMA_3("f16", c, a, b);
     if constexpr (kTiles == 4) QWEN_WGMMA_4("f16", c, a, b);
@@ -126,7 +122,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kTiles][4], uint64_t a, uint64_
     if constexpr (kTiles == 28) QWEN_WGMMA_28("f16", c, a, b);
     if constexpr (kTiles == 32) QWEN_WGMMA_32("f16", c, a, b);
   } else {
-    if constexpr (kTiles == 1) QWEN_WGMMA_1("bf16", c, a, b);
     if constexpr (kTiles == 2) QWEN_WGMMA_2("bf16", c, a, b);
     if constexpr (kTiles == 3) QWEN_WGMMA_3("bf16", c, a, b);
     if constexpr (kTiles == 4) QWEN_WGMMA_4("bf16", c, a, b);
@@ -177,7 +172,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kTiles][4], const uint32_t (&a)
 #undef QWEN_WGMMA_4
 #undef QWEN_WGMMA_3
 #undef QWEN_WGMMA_2
-#undef QWEN_WGMMA_1
 #undef QWEN_WGMMA
 #undef QWEN_REGISTERS_32
 #undef QWEN_REGISTERS_28
@@ -189,7 +183,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kTiles][4], const uint32_t (&a)
 #undef QWEN_REGISTERS_4
 #undef QWEN_REGISTERS_3
 #undef QWEN_REGISTERS_2
-#undef QWEN_REGISTERS_1
 #undef QWEN_TILES_32
 #undef QWEN_TILES_28
 #undef QWEN_TILES_24
@@ -200,7 +193,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kTiles][4], const uint32_t (&a)
 #undef QWEN_TILES_4
 #undef QWEN_TILES_3
 #undef QWEN_TILES_2
-#undef QWEN_TILES_1
 #undef QWEN_TILE
 
 }  // namespace qwen_plugins

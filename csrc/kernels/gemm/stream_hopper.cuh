@@ -115,6 +115,7 @@ struct StreamBlock {
     return min(kRows / 8, first_owned_tile() + p.owned_tiles);
   }
   __device__ __forceinline__ int owned_tiles() const { return end_of_owned_tiles() - first_owned_tile(); }
+
   // Each by one thread; the other threads see them after a barrier. Initialising an mbarrier takes tens of cycles.
   __device__ __forceinline__ void init_weight_barriers(int first_stage, int end_stage) const {
     for (int stage = first_stage; stage < end_stage; ++stage) {
