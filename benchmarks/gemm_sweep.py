@@ -99,7 +99,7 @@ def shapes(models: list[str]) -> dict[Shape, list[str]]:
 
 
 def measure_gemm(shape: Shape, rows: int, dtype: str) -> dict[str, Any]:
-    """Return the fastest of our kernels, of cuBLASLt's algorithms, and what the rules choose, with microseconds."""
+    """Return the microseconds of our fastest kernel, cuBLASLt's fastest algorithm and the rules, and the names."""
     from qwen_plugins import tuning
 
     in_features, out_features, activation = shape
@@ -118,7 +118,7 @@ def measure_gemm(shape: Shape, rows: int, dtype: str) -> dict[str, Any]:
         again = tuning.measure(**size, dtype=dtype, kernels=[ours, cublas])
         times |= {name: (times[name] + again[name]) / 2 for name in (ours, cublas)}
     return {
-        **size,
+        "rows": rows,
         OURS: round(times[ours], 3) if ours else None,
         CUBLAS: round(times[cublas], 3),
         "rules": round(rules, 3),
@@ -129,18 +129,34 @@ def measure_gemm(shape: Shape, rows: int, dtype: str) -> dict[str, Any]:
 
 def measure(models: list[str], counts: list[int], dtype: str, seconds: float) -> dict[str, Any]:
     """Measure every shape at every number of rows, few rows first; those that remain after `seconds` are left out."""
-    start, records, left_out = time.monotonic(), [], 0
-    found = shapes(models)
+    start, left_out = time.monotonic(), 0
+    layers: dict[Shape, dict[str, Any]] = {
+        shape: {"in_features": shape[0], "out_features": shape[1], "activation": shape[2], "used_by": users}
+        for shape, users in shapes(models).items()
+    }
     for rows in counts:
-        for shape in found:
+        for shape, layer in layers.items():
             if 2 * rows * shape[0] * shape[1] > MAX_OPERATIONS:
                 continue
             if time.monotonic() - start > seconds:
                 left_out += 1
                 continue
-            records.append(measure_gemm(shape, rows, dtype) | {"used_by": found[shape]})
-        print(f"{rows} rows: {len(records)} GEMMs, {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return {"dtype": dtype, "gemms": records, "left_out": left_out}
+            for name, value in measure_gemm(shape, rows, dtype).items():
+                layer.setdefault(name, []).append(value)
+        print(f"{rows} rows: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return {"dtype": dtype, "layers": list(layers.values()), "left_out": left_out}
+
+
+MEASURED = ("rows", OURS, CUBLAS, "rules", "kernel", "by_rules")
+
+
+def gemms(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a record for each layer and number of rows."""
+    return [
+        {**layer, **dict(zip(MEASURED, values, strict=True))}
+        for layer in results["layers"]
+        for values in zip(*(layer.get(name, []) for name in MEASURED), strict=True)
+    ]
 
 
 def floor(record: dict[str, Any], bandwidth: float) -> float:
@@ -161,8 +177,8 @@ def shares_table(results: dict[str, Any], bandwidth: float) -> str:
         "| by the rules / chosen: median, worst | of the floor, at weights of 16 MB and more: median |",
         "|---|---|---|---|---|---|",
     ]
-    for rows in dict.fromkeys(r["rows"] for r in results["gemms"]):
-        records = [r for r in results["gemms"] if r["rows"] == rows]
+    for rows in sorted({r["rows"] for r in gemms(results)}):
+        records = [r for r in gemms(results) if r["rows"] == rows]
         ratios = [r[OURS] / r[CUBLAS] for r in records if r[OURS]]
         rules = [r["rules"] / fastest(r) for r in records]
         large = [floor(r, bandwidth) / fastest(r) for r in records if 2 * r["in_features"] * r["out_features"] >= 16e6]
@@ -177,7 +193,7 @@ def shares_table(results: dict[str, Any], bandwidth: float) -> str:
 
 def worst_table(results: dict[str, Any], bandwidth: float, most_rows: int = 64, count: int = 12) -> str:
     """Return the GEMMs of up to `most_rows` rows at which ours is the furthest behind cuBLASLt."""
-    records = [r for r in results["gemms"] if r[OURS] and r["rows"] <= most_rows]
+    records = [r for r in gemms(results) if r[OURS] and r["rows"] <= most_rows]
     records.sort(key=lambda r: r[CUBLAS] / r[OURS])
     lines = [
         f"| layer | rows | {OURS}, µs | {CUBLAS}, µs | ratio | floor, µs | kernel of ours |",
@@ -196,7 +212,7 @@ def summary(results: dict[str, Any]) -> str:
     """Say in two lines how the kernels do at 1 to 64 rows and beyond."""
     lines = []
     for text, least, most in (("1 to 64 rows", 1, 64), ("65 to 256 rows", 65, 256), ("more rows", 257, 1 << 30)):
-        records = [r for r in results["gemms"] if least <= r["rows"] <= most]
+        records = [r for r in gemms(results) if least <= r["rows"] <= most]
         if records:
             ahead = sum(r[OURS] is not None and r[OURS] < r[CUBLAS] for r in records)
             lines.append(
@@ -209,7 +225,7 @@ def plot(results: dict[str, Any], bandwidth: float, path: Path, title: str) -> N
     """Draw each GEMM's time over that of cuBLASLt, and its share of the floor, over the rows."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5))
-    records = [r for r in results["gemms"] if r[OURS]]
+    records = [r for r in gemms(results) if r[OURS]]
     megabytes = [2e-6 * r["in_features"] * r["out_features"] for r in records]
     rows = [r["rows"] for r in records]
     ratios = [min(2.0, r[OURS] / r[CUBLAS]) for r in records]
