@@ -7,11 +7,22 @@ import sys
 
 import shtab
 
-from . import build, chat, doctor, inspect, perplexity, run
+from . import benchmark, build, chat, doctor, evalscope, inspect, lm_eval, perplexity, run, summarize
 from .command_line import run_command
 from .common.version import package_version
 
-COMMANDS = {"build": build, "run": run, "chat": chat, "inspect": inspect, "perplexity": perplexity, "doctor": doctor}
+COMMANDS = {
+    "build": build,
+    "run": run,
+    "chat": chat,
+    "inspect": inspect,
+    "perplexity": perplexity,
+    "summarize": summarize,
+    "benchmark": benchmark,
+    "lm_eval": lm_eval,
+    "evalscope": evalscope,
+    "doctor": doctor,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, run_command
+from .command_line import (
+    DEFAULT_ENGINE_DIR,
+    add_tuning_argument,
+    add_verbose_argument,
+    progress_bar,
+    run_command,
+)
 from .common.errors import QwenModelError
-from .common.extras import import_extra
 from .common.files import parse_json_object
 from .common.log import show_log
 from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
-    from .common.progress import Progress
     from .engine import BuildSummary
 
 LOG = logging.getLogger("qwen_model.build")  # also where this module runs as __main__
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .engine import build_engine
 
-    with _progress_bar(LOG.isEnabledFor(logging.INFO)) as progress:
+    with progress_bar() as progress:
         summary = build_engine(
             options.model_dir,
             output_dir=options.output_dir,
@@ -43,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_output_len=options.max_output_len,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
+            tuning=options.tuning,
             progress=progress,
         )
     for warning in summary.warnings:
@@ -94,34 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keeps the timings of TensorRT's builder for later builds (default: a file in the user's cache folder)",
     )
+    add_tuning_argument(parser)
     add_verbose_argument(parser)
     return parser
-
-
-@contextmanager
-def _progress_bar(hidden: bool) -> Iterator[Progress]:
-    """Yield what draws a bar for each phase from its first bytes on.
-
-    It draws nothing if standard error is no terminal, or if the bar is to be hidden: lines of a log would break it.
-    """
-    tqdm = import_extra("tqdm", "the progress bar").tqdm
-    bar, shown = None, ""
-
-    def progress(phase: str, done: int, total: int) -> None:
-        nonlocal bar, shown
-        if bar is None or phase != shown:
-            if bar is not None:
-                bar.close()
-            disable = True if hidden else None  # None: where standard error is no terminal
-            bar = tqdm(desc=phase, total=total or None, unit="B", unit_scale=True, leave=False, disable=disable)
-            shown = phase
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def parse_rotary_scaling(text: str) -> dict[str, Any]:

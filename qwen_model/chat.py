@@ -13,6 +13,7 @@ from .command_line import (
     add_verbose_argument,
     chat_settings,
     given_sampling,
+    open_engine,
     run_command,
     sampling_options,
 )
@@ -33,9 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     template_settings = chat_settings(options)
 
     from .checkpoints.chat_template import ChatOptions
-    from .engine import load_engine
 
-    session = load_engine(options.engine_dir, device=options.device)
+    session = open_engine(options)
     if session.tokenizer is None:
         raise QwenModelError("a chat needs a tokenizer, and this engine has none")
     settings: dict[str, Any] = {

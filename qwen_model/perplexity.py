@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import add_engine_arguments, add_verbose_argument, run_command
+from .command_line import add_engine_arguments, add_verbose_argument, open_engine, run_command
 from .common.files import read_text
 from .common.log import show_log
 from .evaluation.perplexity import Perplexity, measure_perplexity, next_token_nats
@@ -23,9 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_log(options.verbose)
     text = None if options.text_file is None else read_text(options.text_file)
 
-    from .engine import load_engine
-
-    session = load_engine(options.engine_dir, device=options.device)
+    session = open_engine(options)
     started = time.perf_counter()
     result = measure_perplexity(session, text, options.window, _show_progress)
     if options.json:

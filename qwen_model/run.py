@@ -15,6 +15,7 @@ from .command_line import (
     add_verbose_argument,
     chat_settings,
     given_sampling,
+    open_engine,
     read_text_file,
     run_command,
     sampling_options,
@@ -49,9 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         **chat_settings(options),
     }
 
-    from .engine import load_engine
-
-    session = load_engine(options.engine_dir, device=options.device)
+    session = open_engine(options)
     defaults = session.config.sampling_defaults if options.num_beams == 1 else None
     settings["sampling"] = sampling_options(options, defaults)
     if options.stream:

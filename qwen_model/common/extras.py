@@ -15,7 +15,12 @@ BACK_END_MODULES = {
 
 OLDEST_DRIVER = "580, which CUDA 13 needs"
 
-PACKAGES = {"cuda": "cuda-bindings", "cuda.bindings": "cuda-bindings"}
+PACKAGES = {
+    "cuda": "cuda-bindings",
+    "cuda.bindings": "cuda-bindings",
+    "lm_eval": "lm-eval",
+    "rouge_score": "rouge-score",
+}
 """The names of packages whose modules are called something else."""
 
 

@@ -28,7 +28,7 @@ from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_to
 from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
-from ..common.progress import Progress
+from ..common.progress import Progress, no_progress
 from ..common.version import package_version
 from ..interface.engine_config import BACKENDS, PLUGINS, EngineConfig, Limits
 from ..interface.memory import required_bytes
@@ -65,6 +65,7 @@ def build_engine(
     max_output_len: int | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
+    tuning: bool = True,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Make an engine in `output_dir` from a Hugging Face checkpoint (None: the model in this package).
@@ -78,6 +79,8 @@ def build_engine(
     max_input_len, max_output_len: tokens of a prompt, and tokens generated for it. None: up to 1024 and 512.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
+    tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
+        seconds; the times are kept in the user's cache folder. False: rules choose the kernels.
     progress: see `Progress`.
 
     An engine in `output_dir` is replaced, in one step if the file system can; a folder with anything else in it is an
@@ -131,8 +134,10 @@ def build_engine(
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
     ]
-    report = progress or (lambda phase, done, total: None)
+    report = progress or no_progress
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
+    if tuning:
+        config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
     with written_whole(target) as folder:
         warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
         copy_tokenizer_files(source, folder)

@@ -119,14 +119,29 @@ class Session:
             QwenModelError: the prompt is wrong, or logits are not finite.
         """
         prompt = _plain(input_ids)
-        if not _all_are(prompt, int):
-            raise QwenModelError(f"input_ids must be a list of token ids, not {shown(input_ids)}")
-        self._check_prompts([prompt], 1)
+        return self.last_logits([prompt], [len(prompt) if isinstance(prompt, list) else 0])[0]
+
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> list[FloatArray]:
+        """Return the logits after each of the last `counts[i]` tokens of `prompts[i]`: float32 [counts[i], vocab_size].
+
+        Raises:
+            QwenModelError: a prompt or a count is wrong, or logits are not finite.
+        """
+        plain = [_plain(prompt) for prompt in prompts]
+        for prompt in plain:
+            if not _all_are(prompt, int):
+                raise QwenModelError(f"input_ids must be a list of token ids, not {shown(prompt)}")
+        self._check_prompts(plain, 1)
+        for prompt, count in zip(plain, counts, strict=True):
+            if not 1 <= count <= len(prompt):
+                raise QwenModelError(f"a prompt of {len(prompt)} tokens has no logits after its last {count}")
         self._running = None
-        logits = self.executor.prompt_logits(prompt)
-        if not np.isfinite(logits).all():
-            raise not_finite(self.config, 1, 0)
-        return logits
+        logits = self.executor.last_logits(plain, counts)
+        split = np.split(logits, np.cumsum(counts)[:-1])
+        for index, found in enumerate(split):
+            if not np.isfinite(found).all():
+                raise not_finite(self.config, len(plain), index)
+        return split
 
     def _request(
         self,

@@ -21,14 +21,16 @@ from qwen_plugins import launch
 
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightSpec, network_modules, too_large
-from ...common.errors import QwenModelError
+from ...common.errors import OutOfMemoryError, QwenModelError
 from ...common.log import Stopwatch, format_bytes
-from ...common.progress import Progress
+from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig
+from ...interface.engine_config import EngineConfig, GemmKernels
 from ...interface.memory import ITEM_SIZES, required_bytes
 from ...network.decoder import decoder
 from ...network.rotary import rotary_table
+from ...tuning.choice import by_module
+from ...tuning.choice import choose_kernels as measure_kernels
 from . import compat
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
@@ -119,6 +121,13 @@ def logit_rows(config: EngineConfig) -> int:
     return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
 
 
+def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
+    """Measure the GEMM kernels of the linear layers on the first GPU; see `BackEnd`."""
+    if "gemm" in config.disabled_plugins:
+        return {}
+    return measure_kernels(config.model, config.limits, config.dtype, progress)
+
+
 def write_engine(
     folder: Path,
     config: EngineConfig,
@@ -164,7 +173,8 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
-    ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins)
+    kernels = by_module(config.model, config.dtype, config.gemm_kernels)
+    ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins, kernels)
     outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
     for name, tensor in outputs.items():
@@ -225,8 +235,17 @@ def timing_cache_name() -> str:
     return f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
 
 
-def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
-    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors."""
+def load_executor(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    tuning: bool = True,
+    progress: Progress = no_progress,
+) -> TensorRTExecutor:
+    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors.
+
+    `tuning` is not used: the plan holds the choice of GEMM kernels.
+    """
     with cuda.on_device(_device_index(device)):
         _check_versions(engine_dir, config)
         path = engine_dir / PLAN
@@ -266,7 +285,7 @@ def _read_plan(path: Path) -> Any:
     if engine is None:
         said = compat.LOG.take()
         if compat.ran_out_of_memory(said):
-            raise cuda.OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
+            raise OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
         raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
     return engine
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tensorrt as trt
 
 from ...interface.engine_config import EngineConfig
-from ...interface.executor import FloatArray, IntArray
+from ...interface.executor import FloatArray, IntArray, last_rows
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.rotary import rotary_table
 from . import compat
@@ -123,6 +123,7 @@ class TensorRTExecutor:
         dtype = compat.numpy_dtype(config.dtype)
         self.config = config
         self.engine = engine
+        self.gemm_kernels = None if "gemm" in config.disabled_plugins else config.gemm_kernels
         self.device = cuda.current_device()
         self.stream = cuda.Stream()
         self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows
@@ -198,6 +199,18 @@ class TensorRTExecutor:
             chunks.append(self._logits.download(self.stream, len(rows)).astype(np.float32))
         self._host_past = []
         return np.concatenate(chunks)
+
+    @_on_its_device
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> FloatArray:
+        """See `Executor`. Prompts with more rows of logits than the prefill profile gives are run one by one."""
+        rows = last_rows(prompts, counts)
+        if len(rows) > self._logit_rows:
+            each = zip(prompts, counts, strict=True)
+            return np.concatenate([self.prompt_logits(prompt)[-count:] for prompt, count in each])
+        self._run_prompts(prompts, last_token_ids=rows)
+        logits = self._logits.download(self.stream, len(rows)).astype(np.float32)
+        self._host_past = []
+        return logits
 
     @_on_its_device
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:

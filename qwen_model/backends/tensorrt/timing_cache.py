@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import QwenModelError
-from ...common.files import write_whole
+from ...common.files import cache_folder, write_whole
 from . import compat
 
 LOG = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ class TimingCache:
         """
         self.warnings: list[str] = []
         self._given = given is not None
-        folder = _cache_folder()
+        folder = cache_folder()
         self._path = folder / name if given is None and folder is not None else given
         self._content = b""
         try:
@@ -69,10 +68,3 @@ class TimingCache:
 def _change(before: int, after: int) -> str:
     """Say whether the builder had to measure anything, for the log."""
     return "the builder measured nothing new" if before == after else f"now {after:,} bytes, {before:,} before"
-
-
-def _cache_folder() -> Path | None:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_model"
-    except RuntimeError:  # no home
-        return None
