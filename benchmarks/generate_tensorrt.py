@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import tempfile
 import time
@@ -18,6 +19,7 @@ from qwen_model.backends.tensorrt import back_end, compat, cuda_runtime
 from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import WeightSpec
+from qwen_model.common.progress import no_progress
 from qwen_model.engine.session import Session
 from qwen_model.interface.back_end import ReadWeight
 from qwen_model.interface.engine_config import EngineConfig, Limits
@@ -77,7 +79,8 @@ def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start = time.perf_counter()
-        back_end.write_engine(folder, config, read, lambda phase, done, total: None)
+        config = dataclasses.replace(config, gemm_kernels=back_end.choose_kernels(config, no_progress))
+        back_end.write_engine(folder, config, read, no_progress)
         built = time.perf_counter()
         executor = back_end.load_executor(folder, config, device)
         size = (folder / back_end.PLAN).stat().st_size / 2**30

@@ -25,8 +25,10 @@ from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.executor import TorchExecutor
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import weight_groups
+from qwen_model.common.progress import no_progress
 from qwen_model.engine.session import Session
 from qwen_model.interface.engine_config import EngineConfig, Limits
+from qwen_model.tuning.choice import choose_kernels
 
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
 
@@ -151,7 +153,9 @@ class Vllm(Implementation):
 def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Load) -> Session:
     limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
     engine = EngineConfig("torch", "", limits, config, (), 0, {})
-    return Session(engine, TorchExecutor(config, limits, weights))
+    dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
+    kernels = choose_kernels(config, limits, dtype, no_progress)
+    return Session(engine, TorchExecutor(config, limits, weights, gemm_kernels=kernels))
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:

@@ -7,7 +7,7 @@ import sys
 
 import shtab
 
-from . import build, chat, compare, inspect, perplexity, run
+from . import benchmark, build, chat, compare, doctor, evalscope, inspect, lm_eval, perplexity, run, summarize
 from .command_line import run_command
 from .common.version import package_version
 
@@ -18,6 +18,11 @@ COMMANDS = {
     "inspect": inspect,
     "compare": compare,
     "perplexity": perplexity,
+    "summarize": summarize,
+    "benchmark": benchmark,
+    "lm_eval": lm_eval,
+    "evalscope": evalscope,
+    "doctor": doctor,
 }
 
 

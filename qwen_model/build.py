@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEFAULT_ENGINE_DIR, progress_bar, run_command
+from .command_line import (
+    DEFAULT_ENGINE_DIR,
+    add_tuning_argument,
+    add_verbose_argument,
+    progress_bar,
+    run_command,
+)
 from .common.errors import QwenModelError
 from .common.files import parse_json_object
+from .common.log import show_log
 from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
 
+LOG = logging.getLogger("qwen_model.build")  # also where this module runs as __main__
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
     from .engine import build_engine
@@ -35,10 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
             max_output_len=options.max_output_len,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
+            tuning=options.tuning,
             progress=progress,
         )
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        LOG.warning("%s", warning)
     print(_summary_text(summary))
 
 
@@ -86,6 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keeps the timings of TensorRT's builder for later builds (default: a file in the user's cache folder)",
     )
+    add_tuning_argument(parser)
+    add_verbose_argument(parser)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 from .common.files import read_text
+from .common.log import VARIABLE, show_log
+from .common.progress import GEMM_KERNELS, Progress
 
 if TYPE_CHECKING:
-    from .common.progress import Progress
+    from .engine.session import Session
     from .interface.sampling import SamplingDefaults, SamplingOptions
 
 
@@ -30,6 +33,7 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters
     try:
+        show_log()
         main(arguments)
         sys.stdout.flush()
     except (QwenModelError, ModuleNotFoundError) as error:
@@ -50,6 +54,15 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
 
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
+
+
+def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --verbose, which `show_log` takes."""
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help=f"say on standard error what is done and how long it takes; {VARIABLE}=debug says more",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,30 +179,6 @@ def read_text_file(name: str) -> str:
         raise QwenModelError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-@contextmanager
-def progress_bar(unit: str = "B") -> Iterator[Progress]:
-    """Yield what draws a bar for each phase from its first report on, or nothing if standard error is no terminal."""
-    tqdm = import_extra("tqdm", "the progress bar").tqdm
-    bar, shown = None, ""
-
-    def progress(phase: str, done: int, total: int) -> None:
-        nonlocal bar, shown
-        if bar is None or phase != shown:
-            if bar is not None:
-                bar.close()
-            bar, shown = (
-                tqdm(desc=phase, total=total or None, unit=unit, unit_scale=True, leave=False, disable=None),
-                phase,
-            )
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
-
-
 def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
     """Read token ids with commas or spaces between them; `option` is named in errors.
 
@@ -202,10 +191,105 @@ def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
         raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --engine-dir and --device."""
+def positive_integer(text: str) -> int:
+    """Convert an option's value; argparse shows the error with the usage."""
+    return _integer(text, least=1, expected="a positive integer")
+
+
+def non_negative_integer(text: str) -> int:
+    """Convert an option's value; argparse shows the error with the usage."""
+    return _integer(text, least=0, expected="an integer of at least 0")
+
+
+def _integer(text: str, least: int, expected: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+    return int(text)
+
+
+def number_above_zero(text: str) -> float:
+    """Convert an option's value; argparse shows the error with the usage."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return value
+
+
+def check_output_file(path: Path | None) -> None:
+    """Raise QwenModelError if no file can be written there: found out before the work, not after it."""
+    if path is not None and (path.is_dir() or not Path(os.path.realpath(path)).parent.is_dir()):
+        raise QwenModelError(f"{path} cannot be written: it is a folder, or there is no folder {path.parent}")
+
+
+def progress_line(heading: str) -> Callable[[int, int], None] | None:
+    """Return a function that shows how much is done, in one line on standard error; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        line = f"{heading}: {done:,} of {total:,}" if done < total else ""
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
+    """Add --engine-dir and --device, and --tuning for commands that call `open_engine`."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    if tuning:
+        add_tuning_argument(parser)
+
+
+def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --no-tuning."""
+    parser.add_argument(
+        "--tuning",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time the GEMM kernels once for each GPU and model, and use the fastest; --no-tuning: choose by rules",
+    )
+
+
+def open_engine(options: argparse.Namespace) -> Session:
+    """Load the engine that the options of `add_engine_arguments` name, with a progress bar on standard error."""
+    from .engine import load_engine
+
+    with progress_bar() as progress:
+        return load_engine(options.engine_dir, device=options.device, tuning=options.tuning, progress=progress)
+
+
+@contextmanager
+def progress_bar(unit: str = "B", extra: str | None = None) -> Iterator[Progress]:
+    """Yield what draws a bar for each phase from its first report on.
+
+    It draws nothing if standard error is no terminal, or if a log is shown, whose lines would break it.
+
+    unit: of what is reported, except in the phase `GEMM_KERNELS`.
+    extra: the extra of this package that brings the progress bar's library; None: either back end's does.
+    """
+    disable = True if logging.getLogger(__package__).isEnabledFor(logging.INFO) else None  # None: unless a terminal
+    bar: Any = None
+    shown = ""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal bar, shown
+        if bar is None or phase != shown:
+            if bar is not None:
+                bar.close()
+            tqdm = import_extra("tqdm", "the progress bar", extra).tqdm
+            units = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": unit, "unit_scale": True}
+            bar, shown = tqdm(desc=phase, total=total or None, leave=False, disable=disable, **units), phase
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 DEFAULT_ENGINE_DIR = "engine"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoints.config import DTYPES, ModelConfig
-from .command_line import DEFAULT_ENGINE_DIR, parse_token_ids, progress_bar, run_command
+from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, parse_token_ids, progress_bar, run_command
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 from .common.files import write_whole
+from .common.log import show_log
 from .interface.engine_config import EngineConfig
 from .packaged_model import packaged_model_dir
 
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Compare, and exit with 1 if an operation is off; or write a file of reference values. Wrong use exits with 2."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    show_log(options.verbose)
     if options.save_reference is not None and (options.reference is not None or options.engine_dir is not None):
         parser.error("--save-reference takes neither --reference nor --engine-dir: it needs no engine")
     if options.prompt is not None and options.input_ids is not None:
@@ -65,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", type=Path, metavar="FILE", help="read the reference values from such a file")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write all errors as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the errors over the layers")
+    add_verbose_argument(parser)
     return parser
 
 

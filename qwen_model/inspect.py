@@ -1,4 +1,4 @@
-"""Show what is in a TensorRT engine, and where its time goes: the command `qwen-model inspect`."""
+"""Show what is in an engine, and where the time of a TensorRT engine goes: the command `qwen-model inspect`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import DEFAULT_ENGINE_DIR, run_command
+from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, run_command
 from .common.errors import QwenModelError
 from .common.files import write_whole
+from .common.log import show_log
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print tables or one JSON object; draw the time of each kind of layer on request."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     if options.engine is not None and options.engine_dir is not None:
         raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
 
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = inspect_engine(engine_dir, options.sequences, options.prompt_tokens, options.device)
     print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
     if options.picture is not None:
+        if not found.layers:
+            raise QwenModelError("--picture draws the layers of a TensorRT engine; this is one of the torch back end")
         try:
             write_whole(options.picture, picture(found).encode())
         except OSError as error:
@@ -34,9 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command's options."""
-    description = "Show the profiles, inputs, outputs and layers of a TensorRT engine, and the time of each layer."
+    description = (
+        "Show the GEMM kernels of an engine; of a TensorRT engine also the profiles, inputs, outputs and layers, and "
+        "the time of each layer."
+    )
     parser = argparse.ArgumentParser(prog="qwen-model inspect", description=description)
-    parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine built with --backend tensorrt")
+    parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine")
     parser.add_argument("--engine-dir", metavar="DIR", help=f"the same (default: {DEFAULT_ENGINE_DIR})")
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="sequences to run (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of each prompt (default: up to 128)")
@@ -44,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the time of each kind of layer")
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, ... (default: the first GPU)")
+    add_verbose_argument(parser)
     return parser
 
 

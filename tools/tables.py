@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gemm, generate_report, rms_norm
+from benchmarks import attention, gemm, gemm_sweep, generate_report, nsys_report, rms_norm
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
 from qwen_model.common.files import write_whole
 
@@ -231,6 +231,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
     "gemm": lambda: f"{gemm.tables(read('gemm'), READ_BANDWIDTH)}\n{gemm.summary(read('gemm'))}",
     "gemm-prompts": products_of_prompts,
+    "gemm-sweep": lambda: (
+        f"{gemm_sweep.shares_table(read('gemm_sweep'), READ_BANDWIDTH)}\n\n{gemm_sweep.summary(read('gemm_sweep'))}"
+    ),
+    "gemm-sweep-worst": lambda: gemm_sweep.worst_table(read("gemm_sweep"), READ_BANDWIDTH),
     "attention": lambda: attention.tables(read("attention")["records"]),
     "rms_norm-excerpt": rms_norm_excerpt,
     "rms_norm": rms_norm_tables,
@@ -238,6 +242,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt_gemm": tensorrt_gemm,
     "sampling": sampling,
     "decode_step": decode_step,
+    "nsys": lambda: nsys_report.table(read("nsys")),
+    "nsys-layers": lambda: nsys_report.layer_table(read("nsys")),
     "measured": measured,
 }
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

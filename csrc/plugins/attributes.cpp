@@ -55,15 +55,17 @@ void check_version(AttributeSchema const& schema, int32_t version) {
   }
 }
 
+// Returns names[number], or `kind` and the number where there is none.
+template <size_t kCount>
+std::string name_of(char const* const (&names)[kCount], char const* kind, int32_t number) {
+  bool const known = number >= 0 && static_cast<size_t>(number) < kCount;
+  return known ? names[number] : std::string(kind) + " " + std::to_string(number);
+}
+
 std::string field_type_name(PluginFieldType type) {
-  switch (type) {
-    case PluginFieldType::kFLOAT32:
-      return "FLOAT32";
-    case PluginFieldType::kINT32:
-      return "INT32";
-    default:
-      return "PluginFieldType " + std::to_string(static_cast<int32_t>(type));
-  }
+  static constexpr char const* kNames[] = {"FLOAT16", "FLOAT32", "FLOAT64", "INT8",  "INT16", "INT32", "CHAR",
+                                           "DIMS",    "UNKNOWN", "BF16",    "INT64", "FP8",   "INT4",  "FP4"};
+  return name_of(kNames, "PluginFieldType", static_cast<int32_t>(type));
 }
 
 std::string expected_names(AttributeSchema const& schema) {
@@ -341,21 +343,9 @@ std::vector<nvinfer1::DataType> floating_types() {
 }
 
 std::string type_name(nvinfer1::DataType type) {
-  switch (static_cast<DataType>(type)) {
-    case DataType::kFloat32:
-      return "float32";
-    case DataType::kFloat16:
-      return "float16";
-    case DataType::kBFloat16:
-      return "bfloat16";
-    case DataType::kInt8:
-      return "int8";
-    case DataType::kInt32:
-      return "int32";
-    case DataType::kFloat8E4M3:
-      return "float8_e4m3fn";
-  }
-  return "DataType " + std::to_string(static_cast<int32_t>(type));
+  static constexpr char const* kNames[] = {"float32",       "float16",  "int8",  "int32", "bool",   "uint8",
+                                           "float8_e4m3fn", "bfloat16", "int64", "int4",  "float4", "float8_e8m0fnu"};
+  return name_of(kNames, "DataType", static_cast<int32_t>(type));
 }
 
 }  // namespace qwen_plugins

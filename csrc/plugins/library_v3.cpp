@@ -7,7 +7,12 @@
 
 #define QWEN_PLUGINS_EXPORT extern "C" __attribute__((visibility("default")))
 
-QWEN_PLUGINS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qwen_plugins::set_logger_finder(finder); }
+// TensorRT calls setLoggerFinder and then getCreators, in one thread for each library that it loads.
+static thread_local bool fits_this_tensorrt = true;
+
+QWEN_PLUGINS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  fits_this_tensorrt = qwen_plugins::set_logger_finder(finder);
+}
 
 QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static qwen_plugins::PluginV3Creator<qwen_plugins::RmsNormPlugin> rms_norm;
@@ -16,6 +21,6 @@ QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_
   static qwen_plugins::PluginV3Creator<qwen_plugins::GptAttentionPlugin> gpt_attention;
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&rms_norm, &rms_norm_quantization, &gemm,
                                                                 &gpt_attention};
-  count = static_cast<int32_t>(std::size(creators));
+  count = fits_this_tensorrt ? static_cast<int32_t>(std::size(creators)) : 0;
   return creators;
 }

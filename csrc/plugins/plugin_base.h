@@ -6,11 +6,12 @@
 //   static AttributeSchema const& schema();    // of Plugin::Attributes
 //   explicit Plugin(Attributes const&);        // throws std::invalid_argument for values out of range
 //   void enqueue(Execution const&) const;      // throws for shapes that do not fit and launches that fail
-// and, if it needs them, its own check_shapes and workspace_bytes.
+// and, if it needs them, its own check_sizes and workspace_bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -51,9 +52,9 @@ class PluginBase {
   Attributes const& attributes() const { return attributes_; }
   TensorRoles const& roles() const { return roles_; }
 
-  // Throws std::invalid_argument for shapes that enqueue would refuse. A plug-in that checks more hides this with its
-  // own.
-  void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const { roles_.sizes(inputs, count); }
+  // Throws std::invalid_argument for numbers, as far as they are known, that a launch refuses though each is within its
+  // limits. A plug-in that has such hides this with its own.
+  void check_sizes(Sizes const& /*sizes*/) const {}
 
   // The workspace for tensors of these shapes and of all smaller ones. The shapes are the maxima of a profile, and need
   // not fit together. A plug-in with a workspace hides this with its own.
@@ -88,6 +89,21 @@ template <typename Plugin>
 void enqueue_in_range(Plugin const& plugin, Execution const& execution) {
   NvtxRange<RangeName<Plugin>> const range;
   plugin.enqueue(execution);
+}
+
+// Returns the product; throws std::invalid_argument where it does not fit in 64 bits. `what` is what it counts.
+inline int64_t checked_product(char const* what, std::initializer_list<int64_t> factors) {
+  int64_t product = 1;
+  for (int64_t const factor : factors) {
+    if (__builtin_mul_overflow(product, factor, &product)) {
+      std::string text;
+      for (int64_t const one : factors) {
+        text += (text.empty() ? "" : " * ") + std::to_string(one);
+      }
+      throw std::invalid_argument(std::string(what) + " are " + text + ", more than fit in 64 bits");
+    }
+  }
+  return product;
 }
 
 // Throws where CUDA reports an error; `describe()` says what failed.

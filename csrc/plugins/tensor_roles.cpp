@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
+
+#include "attributes.h"
 
 namespace qwen_plugins {
 namespace {
@@ -32,11 +36,22 @@ Extents extents(DimsExprs const& dims) {
   return result;
 }
 
+constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
+
+// TensorRT 8.6 has dimensions of 32 bits.
+IDimensionExpr const* constant(int64_t value, nvinfer1::IExprBuilder& builder) {
+  using Size = std::remove_reference_t<decltype(Dims{}.d[0])>;
+  if (value > std::numeric_limits<Size>::max()) {
+    throw std::invalid_argument("a dimension of " + std::to_string(value) + " is more than this TensorRT takes");
+  }
+  return builder.constant(static_cast<Size>(value));
+}
+
 bool may_be_equal(int64_t a, int64_t b) { return a == b || a == Extents::kUnknown || b == Extents::kUnknown; }
 
-bool is_leading(Dimension const& dimension) {
-  return dimension.name != nullptr && std::strcmp(dimension.name, "...") == 0;
-}
+bool is_leading(char const* name) { return std::strcmp(name, "...") == 0; }
+
+bool is_leading(Dimension const& dimension) { return dimension.name != nullptr && is_leading(dimension.name); }
 
 std::string joined(std::vector<std::string> const& dims) {
   std::string text = "[";
@@ -82,12 +97,12 @@ IDimensionExpr const* solved(Dimension const& dimension, int64_t size, IDimensio
     return extent;
   }
   if (size != Extents::kUnknown) {
-    return builder.constant(size);
+    return constant(size, builder);
   }
   using nvinfer1::DimensionOperation;
   IDimensionExpr const* product =
-      builder.operation(DimensionOperation::kSUB, *extent, *builder.constant(dimension.plus));
-  return builder.operation(DimensionOperation::kFLOOR_DIV, *product, *builder.constant(dimension.times));
+      builder.operation(DimensionOperation::kSUB, *extent, *constant(dimension.plus, builder));
+  return builder.operation(DimensionOperation::kFLOOR_DIV, *product, *constant(dimension.times, builder));
 }
 
 }  // namespace
@@ -101,9 +116,18 @@ int64_t Sizes::operator[](char const* name) const {
 }
 
 int64_t Sizes::leading() const {
+  int64_t const* const end = leading_.d.data() + leading_.rank;
+  if (std::find(leading_.d.data(), end, Extents::kUnknown) != end) {
+    return Extents::kUnknown;
+  }
+  if (std::find(leading_.d.data(), end, 0) != end) {
+    return 0;
+  }
   int64_t product = 1;
   for (int32_t i = 0; i < leading_.rank; ++i) {
-    product *= leading_.d[i];
+    if (__builtin_mul_overflow(product, leading_.d[i], &product)) {
+      return kMaxInt64;
+    }
   }
   return product;
 }
@@ -203,15 +227,18 @@ std::string Sizes::resolved(Pattern const& pattern) const {
       }
     } else {
       Named const* const named = find(dimension.name);
-      bool const known = named != nullptr && named->size != Extents::kUnknown;
-      dims.push_back(known ? std::to_string(dimension.times * named->size + dimension.plus) : "?");
+      int64_t extent = Extents::kUnknown;
+      bool const known = named != nullptr && named->size != Extents::kUnknown &&
+                         !__builtin_mul_overflow(dimension.times, named->size, &extent) &&
+                         !__builtin_add_overflow(extent, dimension.plus, &extent);
+      dims.push_back(known ? std::to_string(extent) : "?");
     }
   }
   return joined(dims);
 }
 
-TensorRoles::TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs)
-    : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {}
+TensorRoles::TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs, std::vector<SizeLimit> limits)
+    : inputs_(std::move(inputs)), outputs_(std::move(outputs)), limits_(std::move(limits)) {}
 
 int32_t TensorRoles::find_input(char const* name) const { return find(inputs_, name); }
 
@@ -243,9 +270,41 @@ void TensorRoles::bind(int32_t input, Extents const& shape, Sizes& sizes) const 
   TensorRole const& role = inputs_[input];
   Sizes const before = sizes;
   if (!sizes.bind(role, shape, input)) {
+    std::string const pattern = to_string(role.shape);
+    std::string const here = before.resolved(role.shape);
     throw std::invalid_argument(std::string("input '") + role.name + "' has shape " + to_string(shape) + "; expected " +
-                                to_string(role.shape) + (role.or_scalar ? " or []" : "") +
-                                (input == 0 ? "" : ", here " + before.resolved(role.shape)));
+                                pattern + (role.or_scalar ? " or []" : "") +
+                                (input == 0 || here == pattern ? "" : ", here " + here));
+  }
+  check_limits(input, shape, sizes);
+}
+
+void TensorRoles::check_limits(int32_t input, Extents const& shape, Sizes const& sizes) const {
+  for (SizeLimit const& limit : limits_) {
+    bool const leads = is_leading(limit.name);
+    Sizes::Named const* const named = leads ? nullptr : sizes.find(limit.name);
+    if (leads ? !sizes.has_leading_ : named == nullptr) {
+      continue;
+    }
+    int64_t const size = leads ? sizes.leading() : named->size;
+    if (size == Extents::kUnknown || (size >= limit.least && size <= limit.most)) {
+      continue;
+    }
+    std::string const what = leads ? "the product of its leading dimensions" : limit.name;
+    throw std::invalid_argument(std::string("input '") + inputs_[input].name + "' has shape " + to_string(shape) +
+                                ", where " + what + " is " + (size == kMaxInt64 ? "at least " : "") +
+                                std::to_string(size) + "; expected " + std::to_string(limit.least) + " to " +
+                                std::to_string(limit.most));
+  }
+}
+
+void TensorRoles::check_types(nvinfer1::DataType const* types, int32_t input_count) const {
+  check_input_count(input_count);
+  for (int32_t i = 0; i < input_count; ++i) {
+    if (types[i] != inputs_[i].type) {
+      throw std::invalid_argument(std::string("input '") + inputs_[i].name + "' has type " + type_name(types[i]) +
+                                  "; expected " + type_name(inputs_[i].type));
+    }
   }
 }
 
@@ -260,11 +319,11 @@ nvinfer1::DataType TensorRoles::output_type(int32_t output) const {
 DimsExprs TensorRoles::output_shape(int32_t output, DimsExprs const* inputs, int32_t input_count,
                                     nvinfer1::IExprBuilder& builder) const {
   output_type(output);  // checks the index
-  Sizes const sizes = bind([inputs](int32_t i) -> DimsExprs const& { return inputs[i]; }, input_count);
+  Sizes const sizes = this->sizes(inputs, input_count);
   DimsExprs shape{};
   for (Dimension const& dimension : outputs_[output].shape) {
     if (dimension.name == nullptr) {
-      shape.d[shape.nbDims++] = builder.constant(dimension.number);
+      shape.d[shape.nbDims++] = constant(dimension.number, builder);
     } else if (is_leading(dimension)) {
       for (int32_t i = 0; i < sizes.leading_.rank; ++i) {
         shape.d[shape.nbDims++] = inputs[0].d[i];
@@ -279,6 +338,10 @@ DimsExprs TensorRoles::output_shape(int32_t output, DimsExprs const* inputs, int
 
 Sizes TensorRoles::sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const {
   return bind([inputs](int32_t i) -> Dims const& { return inputs[i].dims; }, input_count);
+}
+
+Sizes TensorRoles::sizes(DimsExprs const* inputs, int32_t input_count) const {
+  return bind([inputs](int32_t i) -> DimsExprs const& { return inputs[i]; }, input_count);
 }
 
 Sizes TensorRoles::largest_sizes(nvinfer1::PluginTensorDesc const* inputs) const {

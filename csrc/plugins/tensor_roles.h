@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -41,11 +42,21 @@ struct Extents {
   std::array<int64_t, nvinfer1::Dims::MAX_DIMS> d{};
 };
 
+// The numbers that a launch takes for a name in the patterns; for "..." it is the product of those dimensions.
+struct SizeLimit {
+  char const* name;
+  int64_t least;
+  int64_t most;
+};
+
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
 // The numbers that the names in the patterns stand for, found from the inputs' shapes.
 class Sizes {
  public:
   int64_t operator[](char const* name) const;
-  int64_t leading() const;  // the product of the dimensions "..."
+  // The product of the dimensions "...", kUnknown if one of them is; the largest int64 where it is larger than that.
+  int64_t leading() const;
 
  private:
   friend class TensorRoles;
@@ -73,7 +84,7 @@ class Sizes {
 // The inputs and the outputs in the order in which TensorRT passes them. "..." is taken from the first input.
 class TensorRoles {
  public:
-  TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs);
+  TensorRoles(std::vector<TensorRole> inputs, std::vector<TensorRole> outputs, std::vector<SizeLimit> limits = {});
 
   int32_t input_count() const { return static_cast<int32_t>(inputs_.size()); }
   int32_t output_count() const { return static_cast<int32_t>(outputs_.size()); }
@@ -81,15 +92,19 @@ class TensorRoles {
   int32_t find_input(char const* name) const;
   int32_t find_output(char const* name) const;
 
-  // These throw std::invalid_argument for an output that does not exist and for shapes that do not fit.
+  // These throw std::invalid_argument for an output that does not exist, and for shapes that do not fit or are beyond
+  // the limits. What is not known yet fits.
   nvinfer1::DataType output_type(int32_t output) const;
   nvinfer1::DimsExprs output_shape(int32_t output, nvinfer1::DimsExprs const* inputs, int32_t input_count,
                                    nvinfer1::IExprBuilder& builder) const;
   Sizes sizes(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) const;
   Sizes sizes(nvinfer1::PluginTensorDesc const* inputs) const { return sizes(inputs, input_count()); }
+  Sizes sizes(nvinfer1::DimsExprs const* inputs, int32_t input_count) const;
   // Returns the largest number of each name over the inputs, for the maxima of an optimization profile. Those need not
   // fit together; the shapes at run time do, and no size is above these.
   Sizes largest_sizes(nvinfer1::PluginTensorDesc const* inputs) const;
+  // Throws std::invalid_argument for an input of another type than its one.
+  void check_types(nvinfer1::DataType const* types, int32_t input_count) const;
   // Returns whether the tensor at `position` (inputs, then outputs) has its one type in the linear format. With one
   // choice TensorRT has nothing to time, and inserts no reformatting between two plug-ins.
   bool supports(int32_t position, nvinfer1::PluginTensorDesc const& desc) const;
@@ -99,9 +114,11 @@ class TensorRoles {
   Sizes bind(Shape const& shape_of, int32_t input_count) const;
   void check_input_count(int32_t count) const;
   void bind(int32_t input, Extents const& shape, Sizes& sizes) const;
+  void check_limits(int32_t input, Extents const& shape, Sizes const& sizes) const;
 
   std::vector<TensorRole> inputs_;
   std::vector<TensorRole> outputs_;
+  std::vector<SizeLimit> limits_;
 };
 
 }  // namespace qwen_plugins

@@ -1,7 +1,8 @@
 """This package has CUDA kernels and TensorRT plug-ins for Qwen and its relatives.
 
-Importing it registers the plug-ins with an installed ``tensorrt`` (8.6, 10 or 11) and needs neither PyTorch
-nor a GPU. The functions on tensors import PyTorch when they are first used:
+Importing it registers the plug-ins with each installed TensorRT: ``tensorrt``, ``tensorrt_lean``, ``tensorrt_dispatch``
+(8.6, 10 or 11) and ``tensorrt_rtx``. It needs neither PyTorch nor a GPU. The functions on tensors import PyTorch when
+they are first used:
 
     qwen_plugins.rms_norm(x, weight)          qwen_plugins.rms_norm_quant(x, weight)
     qwen_plugins.gemm(x, weight, bias)
@@ -20,9 +21,10 @@ kernels' launchers on device addresses, without checks and without a framework.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
-from qwen_plugins.registration import register_tensorrt_plugins, tensorrt_library_path
+from qwen_plugins.registration import TENSORRT_PACKAGES, register_tensorrt_plugins, tensorrt_library_path
 
 if TYPE_CHECKING:
     from qwen_plugins.torch_ops import cublas_lt_status, gemm, rms_norm, rms_norm_quant
@@ -32,7 +34,9 @@ __version__ = "0.1.0"
 
 _TORCH_FUNCTIONS = ("cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant")
 
-register_tensorrt_plugins()
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
+for _package in TENSORRT_PACKAGES:
+    register_tensorrt_plugins(_package)
 
 
 def __getattr__(name: str) -> Any:

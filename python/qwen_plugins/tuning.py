@@ -1,6 +1,6 @@
 """Measure which GEMM kernel is the fastest for a linear layer on the current GPU; needs no PyTorch.
 
-A kernel is named by a text such as "stream", "stream_hopper:g3s4" (a kernel and a variant of it) or "cublas_lt:2" (the
+A kernel is named by a text such as "stream", "stream_hopper:n32s4" (a kernel and a variant of it) or "cublas_lt:2" (the
 second algorithm that cuBLASLt proposes); "rules" leaves the choice to the rules of docs/gemm.md. The names are what
 `qwen_plugins.launch.LinearLayer` and `qwen_plugins.tensorrt.gemm` take as ``kernels``: pairs (max_rows, name), a kernel
 for up to so many rows, in increasing order.

@@ -15,6 +15,10 @@ class QwenModelError(ValueError):
     """
 
 
+class OutOfMemoryError(QwenModelError):
+    """Say that a device's memory does not suffice; a smaller batch or smaller limits may."""
+
+
 def shown(value: object) -> str:
     """Return the `repr` of a value that a user gave, cut to fit into a message of one line."""
     return _SHORT.repr(value)

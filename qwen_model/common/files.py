@@ -50,6 +50,14 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+def cache_folder() -> Path | None:
+    """Return the folder of this package in the user's cache folder, which need not exist; None: there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_model"
+    except RuntimeError:  # no home
+        return None
+
+
 def is_file(path: Path) -> bool:
     """Tell whether there is a regular file of that name.
 

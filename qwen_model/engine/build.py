@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import platform
@@ -26,7 +27,8 @@ from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
 from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
-from ..common.progress import Progress
+from ..common.log import Stopwatch
+from ..common.progress import Progress, no_progress
 from ..common.version import package_version
 from ..interface.engine_config import BACKENDS, PLUGINS, EngineConfig, Limits
 from ..interface.memory import required_bytes
@@ -34,6 +36,8 @@ from ..interface.sampling import SamplingDefaults
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def build_engine(
     max_output_len: int | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
+    tuning: bool = True,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Make an engine in `output_dir` from a Hugging Face checkpoint (None: the model in this package).
@@ -74,6 +79,8 @@ def build_engine(
     max_input_len, max_output_len: tokens of a prompt, and tokens generated for it. None: up to 1024 and 512.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
+    tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
+        seconds; the times are kept in the user's cache folder. False: rules choose the kernels.
     progress: see `Progress`.
 
     An engine in `output_dir` is replaced, in one step if the file system can; a folder with anything else in it is an
@@ -83,7 +90,7 @@ def build_engine(
         QwenModelError: an argument is wrong, the checkpoint cannot be read or is not supported, or `output_dir` cannot
             be written. Nothing has changed then.
     """
-    start = time.perf_counter()
+    start, watch = time.perf_counter(), Stopwatch(LOG)
     _check_choice("backend", backend, BACKENDS)
     if dtype is not None:
         _check_choice("dtype", dtype, DTYPES)
@@ -99,13 +106,16 @@ def build_engine(
         model = model.with_rotary_scaling(rotary_scaling)
     limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
     engine_back_end = back_end(backend)
+    watch.lap(f"back end {backend} imported")
     checkpoint = Checkpoint(source, engine_back_end.FRAMEWORK)
     checkpoint.check(model)
+    watch.lap(f"checkpoint {source} ({model.architecture}) opened and checked")
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
+    watch.lap("tokenizer checked")
 
     config = EngineConfig(
         backend=backend,
@@ -124,12 +134,15 @@ def build_engine(
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
     ]
-    report = progress or (lambda phase, done, total: None)
+    report = progress or no_progress
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
+    if tuning:
+        config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
     with written_whole(target) as folder:
         warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
+    watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
     return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
 

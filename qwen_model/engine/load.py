@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from ..common.errors import QwenModelError
+from ..common.log import Stopwatch
+from ..common.progress import Progress, no_progress
 from ..interface.engine_config import EngineConfig
 from .back_ends import back_end
 from .output_folder import ENGINE_FILES, WEIGHT_FILE, WEIGHTS
 from .session import Session
 
+LOG = logging.getLogger(__name__)
 
-def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None) -> Session:
+
+def load_engine(
+    engine_dir: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    tuning: bool = True,
+    progress: Progress | None = None,
+) -> Session:
     """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate.
+
+    tuning: at the first load of such a model on such a GPU, an engine of the torch back end times the GEMM kernels of
+        its linear layers, which takes seconds, and keeps the times in the user's cache folder. False: rules choose the
+        kernels.
+    progress: see `Progress`.
 
     Raises:
         QwenModelError: the folder is not an engine, or one that cannot run here.
@@ -23,7 +39,7 @@ def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None
     folder = Path(engine_dir)
     before = _version(folder)
     try:
-        session = _load(folder, device)
+        session = _load(folder, device, tuning, progress or no_progress)
     except QwenModelError as error:
         if _version(folder) != before:  # the error then comes from the change, not from the engine
             raise _replaced(folder) from error
@@ -35,11 +51,18 @@ def load_engine(engine_dir: str | os.PathLike[str], *, device: str | None = None
     return session
 
 
-def _load(folder: Path, device: str | None) -> Session:
+def _load(folder: Path, device: str | None, tuning: bool, progress: Progress) -> Session:
     config = EngineConfig.read(folder)
     _check_readable(folder)
-    executor = back_end(config.backend).load_executor(folder, config, device)
-    return Session(config, executor, _load_tokenizer(folder))
+    watch = Stopwatch(LOG)
+    LOG.info("%s: %s in %s for the back end %s", folder, config.model.architecture, config.dtype, config.backend)
+    engine_back_end = back_end(config.backend)
+    watch.lap(f"back end {config.backend} imported")
+    executor = engine_back_end.load_executor(folder, config, device, tuning, progress)
+    watch.lap("engine loaded")
+    tokenizer = _load_tokenizer(folder)
+    watch.lap("tokenizer loaded")
+    return Session(config, executor, tokenizer)
 
 
 def _version(folder: Path) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Show what is in a TensorRT engine and how long each layer takes, as tables and as a picture."""
+"""Show what is in an engine, and how long each layer of a TensorRT engine takes, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ from xml.sax.saxutils import escape
 
 from ..common.errors import QwenModelError
 from ..engine import load_engine
-from ..interface.engine_config import EngineConfig
+from ..interface.engine_config import EngineConfig, GemmKernels
+from ..tuning.choice import KernelRange, ranges
+from ..tuning.linear_layers import LinearShape, linear_layers
 
 if TYPE_CHECKING:
     from ..backends.tensorrt.inspection import LayerInfo, TensorInfo
 
 DEFAULT_PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class LinearKernels:
+    """Say which GEMM kernels serve the linear layers whose names differ only in numbers."""
+
+    name: str
+    count: int
+    shape: str
+    kernels: list[KernelRange]
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,9 @@ class Inspection:
     config: dict[str, Any]
     num_sequences: int
     prompt_tokens: int
-    tensors: list[TensorInfo]
-    layers: dict[str, list[LayerInfo]]  # of "prefill" and "decode"
+    linear_layers: list[LinearKernels]
+    tensors: list[TensorInfo]  # of a TensorRT engine
+    layers: dict[str, list[LayerInfo]]  # of a TensorRT engine, in "prefill" and "decode"
 
 
 @dataclass(frozen=True)
@@ -45,19 +58,15 @@ class Share:
 def inspect_engine(
     engine_dir: str, num_sequences: int = 1, prompt_tokens: int | None = None, device: str | None = None
 ) -> Inspection:
-    """Load an engine, run it, and return what is in it and how long each layer takes.
+    """Load an engine and return what is in it; run a TensorRT engine to see how long each layer takes.
 
     num_sequences: sequences of the decode step, and prompts of the prefill.
     prompt_tokens: tokens of each prompt; None: 128, or the engine's limit if that is lower.
 
     Raises:
-        QwenModelError: it is not a TensorRT engine that runs here, or a number exceeds its limits.
+        QwenModelError: it is not an engine that runs here, or a number exceeds its limits.
     """
     config = EngineConfig.read(Path(engine_dir))
-    if config.backend != "tensorrt":
-        raise QwenModelError(
-            f"{engine_dir} is an engine of the {config.backend} back end; only those of tensorrt can be inspected"
-        )
     limits = config.limits
     tokens = min(DEFAULT_PROMPT_TOKENS, limits.max_input_len) if prompt_tokens is None else prompt_tokens
     for name, value, limit in (
@@ -66,19 +75,30 @@ def inspect_engine(
     ):
         if not 1 <= value <= limit:
             raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
-    prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
     executor: Any = load_engine(engine_dir, device=device).executor
-    # Imported here because load_engine checks first that TensorRT is installed.
-    from ..backends.tensorrt import inspection as tensorrt_inspection
+    tensors, layers = [], {}
+    if config.backend == "tensorrt":
+        # Imported here because load_engine checks first that TensorRT is installed.
+        from ..backends.tensorrt import inspection as tensorrt_inspection
 
-    return Inspection(
-        str(engine_dir),
-        asdict(config),
-        num_sequences,
-        tokens,
-        tensorrt_inspection.tensors(executor.engine),
-        tensorrt_inspection.layers(executor, prompts),
-    )
+        prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
+        tensors, layers = tensorrt_inspection.tensors(executor.engine), tensorrt_inspection.layers(executor, prompts)
+    kernels = _linear_kernels(config, executor.gemm_kernels)
+    return Inspection(str(engine_dir), asdict(config), num_sequences, tokens, kernels, tensors, layers)
+
+
+def _linear_kernels(config: EngineConfig, chosen: GemmKernels | None) -> list[LinearKernels]:
+    """Return the GEMM kernels of each kind of linear layer; none where the back end's own products run."""
+    if chosen is None:
+        return []
+    kernels: dict[tuple[str, LinearShape], int] = {}
+    for module, shape in linear_layers(config.model, config.dtype).items():
+        kind = re.sub(r"\d+", "*", module), shape
+        kernels[kind] = kernels.get(kind, 0) + 1
+    return [
+        LinearKernels(name, count, shape.text, ranges(chosen.get(shape.text, ())))
+        for (name, shape), count in kernels.items()
+    ]
 
 
 def shares(layers: list[LayerInfo]) -> list[Share]:
@@ -103,10 +123,12 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         f"built by  {', '.join(f'{name} {version}' for name, version in config['versions'].items())}",
         f"limits    {limits['max_batch_size']} sequences, prompts of {limits['max_input_len']} tokens, outputs of "
         f"{limits['max_output_len']} tokens",
-        "",
-        "inputs and outputs (decode and prefill: smallest, usual, largest first dimension)",
-        *_table([_tensor_row(tensor) for tensor in _without_repeats(found.tensors)]),
     ]
+    if found.linear_layers:
+        lines += ["", "GEMM kernels of the linear layers, by the rows of x", *_table(_kernel_rows(found.linear_layers))]
+    if found.tensors:
+        lines += ["", "inputs and outputs (decode and prefill: smallest, usual, largest first dimension)"]
+        lines += _table([_tensor_row(tensor) for tensor in _without_repeats(found.tensors)])
     loads = {
         "prefill": f"prefill of {found.num_sequences} x {found.prompt_tokens} tokens",
         "decode": f"one step of decode, {found.num_sequences} sequences",
@@ -118,6 +140,16 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         rows = [Share(layer.name, layer.kind, 1, layer.milliseconds) for layer in layers]
         lines += _table([_share_row(share, total) for share in (rows if every_layer else shares(layers))])
     return "\n".join(lines)
+
+
+def _kernel_rows(layers: list[LinearKernels]) -> list[list[str]]:
+    rows = []
+    for layer in layers:
+        labels = [f"{layer.count:4} x", layer.name, layer.shape]
+        for part in layer.kernels:
+            rows.append([*labels, f"{part.first_row} to {part.last_row or ''}".rstrip(), part.kernel])
+            labels = ["", "", ""]
+    return rows
 
 
 def _tensor_row(tensor: TensorInfo) -> list[str]:

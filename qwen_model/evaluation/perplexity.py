@@ -34,6 +34,14 @@ class Perplexity:
     window: int
 
 
+def log_probabilities(logits: npt.NDArray[np.floating], token_ids: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Return log p(token), in nats, of each token given the logits before it, [tokens, vocab_size]."""
+    scores = np.asarray(logits, dtype=np.float32)
+    scores = scores - scores.max(axis=-1, keepdims=True)  # not in place: the array is the caller's
+    log_sums = np.log(np.exp(scores).sum(axis=-1, dtype=np.float64))
+    return np.asarray(scores[np.arange(len(token_ids)), token_ids] - log_sums)
+
+
 def next_token_nats(
     logits: Callable[[Sequence[int]], npt.NDArray[np.floating]],
     token_ids: Sequence[int],
@@ -51,10 +59,7 @@ def next_token_nats(
     nats, total = 0.0, len(token_ids) - 1
     for start in range(0, total, window):
         inputs, targets = token_ids[start : start + window], token_ids[start + 1 : start + window + 1]
-        scores = np.asarray(logits(inputs[: len(targets)]), dtype=np.float32)
-        scores = scores - scores.max(axis=-1, keepdims=True)  # not in place: the array is the caller's
-        log_sums = np.log(np.exp(scores).sum(axis=-1, dtype=np.float64))
-        nats += float((log_sums - scores[np.arange(len(targets)), targets]).sum())
+        nats -= float(log_probabilities(logits(inputs[: len(targets)]), targets).sum())
         if progress is not None:
             progress(start + len(targets), total)
     return nats

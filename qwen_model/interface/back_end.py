@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from ..checkpoints.tensor_files import Framework
 from ..checkpoints.weights import WeightSpec
-from ..common.progress import Progress
-from .engine_config import EngineConfig
+from ..common.progress import Progress, no_progress
+from .engine_config import EngineConfig, GemmKernels
 from .executor import Executor
 from .probe import Probe
 
@@ -30,6 +30,9 @@ class BackEnd(Protocol):
     def versions(self) -> dict[str, str]:
         """Return names and versions of the software, and of the GPU where an engine depends on it."""
 
+    def choose_kernels(self, config: EngineConfig, progress: Progress) -> GemmKernels:
+        """Return the GEMM kernels to build into an engine, measured on this GPU; {}: the engine chooses as it loads."""
+
     def write_engine(
         self,
         folder: Path,
@@ -47,8 +50,17 @@ class BackEnd(Protocol):
             OSError: `folder` cannot be written.
         """
 
-    def load_executor(self, engine_dir: Path, config: EngineConfig, device: str | None = None) -> Executor:
+    def load_executor(
+        self,
+        engine_dir: Path,
+        config: EngineConfig,
+        device: str | None = None,
+        tuning: bool = True,
+        progress: Progress = no_progress,
+    ) -> Executor:
         """Load an engine on the device of that name; None: the back end's default.
+
+        tuning: measure GEMM kernels that the engine has no choice of yet; if not, rules choose them.
 
         Raises:
             QwenModelError: the engine is damaged, or the device does not exist or has too little memory.

@@ -28,6 +28,12 @@ rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside 
 """
 
 
+KernelChoices = tuple[tuple[int, str], ...]
+"""GEMM kernels by the number of rows: up to so many rows, the kernel of that name. Rules choose for more rows."""
+GemmKernels = Mapping[str, KernelChoices]
+"""The chosen kernels of linear layers, by the text of their shape."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Hold the sizes that memory is allocated for.
@@ -64,6 +70,7 @@ class EngineConfig:
     versions: dict[str, str]
     disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that give no options
+    gemm_kernels: GemmKernels = field(default_factory=dict)  # that the engine was built with; {}: chosen when it runs
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
@@ -115,7 +122,8 @@ class EngineConfig:
         try:
             config = cls._from_dict(values)
         except (KeyError, TypeError, QwenModelError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            # A TypeError repeats an unknown key, which may have any characters.
+            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).splitlines())
             raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
         readable = dataclasses.asdict(config.weight_format)
         if weight_format not in (None, readable):  # None: built before formats were recorded, when there was one layout
@@ -134,6 +142,7 @@ class EngineConfig:
             "end_token_ids": tuple(values["end_token_ids"]),
             "disabled_plugins": tuple(values["disabled_plugins"]),
             "sampling_defaults": SamplingDefaults(**values["sampling_defaults"]),
+            "gemm_kernels": _gemm_kernels(values.get("gemm_kernels", {})),
         }
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:
@@ -148,6 +157,22 @@ class EngineConfig:
         """Return the command that builds such an engine, with a placeholder for the checkpoint's folder."""
         disable = ["--disable-plugin", *self.disabled_plugins] if self.disabled_plugins else []
         return _build_command(self.backend, self.dtype, self.limits, disable, engine_dir)
+
+
+def _gemm_kernels(values: Any) -> GemmKernels:
+    if not isinstance(values, dict):
+        raise QwenModelError(f"gemm_kernels must be an object, not {shown(values)}")
+    return {shape: _kernel_choices(choices) for shape, choices in values.items()}
+
+
+def _kernel_choices(values: Any) -> KernelChoices:
+    try:
+        choices = tuple((rows, name) for rows, name in values)
+    except (TypeError, ValueError):
+        choices = ()
+    if not choices or not all(is_integer(rows, least=1) and isinstance(name, str) for rows, name in choices):
+        raise QwenModelError(f"gemm_kernels must be pairs of rows and a kernel's name, not {shown(values)}")
+    return choices
 
 
 def _build_command(backend: str, dtype: str, limits: Limits, disable: list[str], engine_dir: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .engine_config import GemmKernels
 from .sampling import SamplingOptions
 
 IntArray = npt.NDArray[np.int64]
@@ -15,6 +16,12 @@ FloatArray = npt.NDArray[np.float32]
 
 NO_TOKEN = -1
 """Stands for a token where the logits hold NaN or +infinity, or are all -infinity."""
+
+
+def last_rows(prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> IntArray:
+    """Return where the last `counts[i]` tokens of each prompt are if the prompts lie one after the other."""
+    ends = np.cumsum([len(prompt) for prompt in prompts])
+    return np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
 
 
 class PendingTokens(Protocol):
@@ -30,6 +37,9 @@ class Executor(Protocol):
     runs_ahead: bool
     """Whether `decode` returns before its step is done: callers should then start the next step before they wait."""
 
+    gemm_kernels: GemmKernels | None
+    """The kernels of this project that compute the linear layers; None: they are not used."""
+
     def prepare(self, num_sequences: int, sampling: SamplingOptions) -> None:
         """Do the one-time work for batches of this kind, such as capturing a CUDA graph; end the current batch."""
 
@@ -44,6 +54,12 @@ class Executor(Protocol):
 
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """Return the logits after each token of one prompt, float32 [tokens, vocab_size]; end the current batch."""
+
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> FloatArray:
+        """Return the logits after each of the last `counts[i]` tokens of `prompts[i]`; end the current batch.
+
+        The result is float32 [sum of counts, vocab_size], one prompt after the other.
+        """
 
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:
         """Begin a batch in which each prompt has `num_beams` rows, one after the other."""

@@ -29,12 +29,14 @@ class Registry:
             ]
 
 
-def install_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, registry: Registry) -> None:
-    module = types.ModuleType("tensorrt")
-    module.__spec__ = types.SimpleNamespace(name="tensorrt")
+def install_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, version: str, registry: Registry, package: str = "tensorrt"
+) -> None:
+    module = types.ModuleType(package)
+    module.__spec__ = types.SimpleNamespace(name=package)
     module.__version__ = version
     module.get_plugin_registry = lambda: registry
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setitem(sys.modules, package, module)
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("10.1.0", "libqwen_plugins_trt10.so"),
         ("10.14.1.48", "libqwen_plugins_trt10.so"),
         ("11.1.0", "libqwen_plugins_trt11.so"),
+        ("1.7.1.116", "libqwen_plugins_trt11.so"),  # TensorRT-RTX
     ],
 )
 def test_registers_the_library_of_the_installed_version_once(
@@ -73,6 +76,19 @@ def test_registers_the_library_of_the_installed_version_once(
     assert registration.tensorrt_library_path() == library_folder / library
 
 
+def test_each_installed_package_has_its_own_registry(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
+    versions = {"tensorrt": "8.6.0", "tensorrt_lean": "10.16.1.11", "tensorrt_dispatch": "11.4.0.106"}
+    registries = {package: Registry() for package in versions}
+    for package, version in versions.items():
+        install_tensorrt(monkeypatch, version, registries[package], package)
+
+    assert all(registration.register_tensorrt_plugins(package) for package in versions)
+
+    libraries = {"tensorrt": 8, "tensorrt_lean": 10, "tensorrt_dispatch": 11}
+    for package, major in libraries.items():
+        assert registries[package].loaded == [str(library_folder / f"libqwen_plugins_trt{major}.so")]
+
+
 def test_path_for_a_named_version_needs_no_tensorrt(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
 
@@ -82,9 +98,9 @@ def test_path_for_a_named_version_needs_no_tensorrt(monkeypatch: pytest.MonkeyPa
         registration.tensorrt_library_path()
 
 
-@pytest.mark.parametrize("version", ["7.2.3", "8.5.3", "9.3.0", "10.0.1", "12.0", "nightly"])
+@pytest.mark.parametrize("version", ["1.6.1", "7.2.3", "8.5.3", "9.3.0", "10.0.1", "12.0", "nightly"])
 def test_unsupported_versions_are_named(version: str, library_folder: Path) -> None:
-    with pytest.raises(ValueError, match=rf"TensorRT {version} is not supported; .* 8\.6, 10 \(from 10\.1 on\) and 11"):
+    with pytest.raises(ValueError, match=rf"TensorRT {version} is not .* 8\.6, 10 .* 11, and for TensorRT-RTX"):
         registration.tensorrt_library_path(version)
 
 
@@ -108,21 +124,21 @@ def test_warns_of_a_tensorrt_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
 
-    with pytest.warns(RuntimeWarning, match=r"not registered: the installed tensorrt cannot be imported: libnvinfer"):
+    with pytest.warns(RuntimeWarning, match=r"not registered in tensorrt: the installed tensorrt cannot be imported"):
         assert not registration.register_tensorrt_plugins()
 
 
 def test_warns_of_an_unsupported_version(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
     install_tensorrt(monkeypatch, "7.2.3", Registry())
 
-    with pytest.warns(RuntimeWarning, match=r"not registered: TensorRT 7.2.3 is not supported"):
+    with pytest.warns(RuntimeWarning, match=r"not registered in tensorrt: TensorRT 7.2.3 is not supported"):
         assert not registration.register_tensorrt_plugins()
 
 
 def test_warns_where_tensorrt_takes_no_library(monkeypatch: pytest.MonkeyPatch, library_folder: Path) -> None:
     install_tensorrt(monkeypatch, "8.6.0", Registry(takes_libraries=False))
 
-    with pytest.warns(RuntimeWarning, match=r"TensorRT 8.6.0 did not take the plug-in library"):
+    with pytest.warns(RuntimeWarning, match=r"tensorrt 8.6.0 did not take the plug-in library"):
         assert not registration.register_tensorrt_plugins()
 
 

@@ -18,7 +18,7 @@ OURS = (
 )
 
 
-KERNELS = ("qwen_plugins._core", "qwen_plugins.launch")
+KERNELS = ("qwen_plugins._core", "qwen_plugins.launch", "qwen_plugins.tuning")
 
 
 @contextmanager

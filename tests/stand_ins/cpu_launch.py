@@ -1,6 +1,7 @@
 """qwen_plugins.launch in NumPy for float32 on a CPU: what `KernelOperations` calls, on addresses of the process."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ class LinearLayer:
     activation: str
     dtype: str
     constant_weight: bool
+    kernels: Sequence[tuple[int, str]]
 
     @property
     def columns(self) -> int:

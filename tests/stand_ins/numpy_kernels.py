@@ -1,4 +1,4 @@
-"""qwen_plugins.launch in NumPy: the functions that the TensorRT back end calls, on addresses."""
+"""The functions of qwen_plugins.launch and .tuning that the TensorRT back end calls, in NumPy, on addresses."""
 
 import struct
 import types
@@ -83,10 +83,18 @@ def gemm_choice_number(name: str) -> int:
     return GEMM_KERNELS[name]
 
 
+def measure(*, rows: int, **shape: object) -> dict[str, float]:
+    return {"stream": 1.0 + rows, "cublas_lt:2": 17.0}
+
+
 core = types.ModuleType("qwen_plugins._core")
 core.__dict__.update(
     DataType=types.SimpleNamespace(**{dtype.name: number for number, dtype in DTYPES.items()}),
+    cublas_lt_status=lambda: "NumPy in its place",
     sample=sample,
+    environment=lambda: {"gpu": "NumPy", "kernels": 1},
+    choice_by_rules=lambda **shape: "cublas_lt:2",
+    measure=measure,
     sampling_settings_bytes=settings_bytes,
     gemm_choice_number=gemm_choice_number,
     sampling_workspace_bytes=lambda max_sequences, vocab_size: 16,

@@ -124,6 +124,14 @@ def test_a_plugin_library_exports_its_entry_points_and_needs_the_kernels(folder:
     assert (folder / name).stat().st_size < 400_000  # it links no CUDA runtime of its own
 
 
+def test_the_library_with_the_name_that_tensorrt_rtx_looks_for(folder: Path) -> None:
+    library = read(folder / "libqwen_plugins_tensorrt_rtx_name.so")
+
+    assert library.soname == "libtensorrt_rtx.so"
+    assert library.needed - SYSTEM_LIBRARIES == {"libtensorrt_rtx.so.1"}
+    assert library.runpath == ""
+
+
 def test_the_extension_module_needs_the_kernels(folder: Path) -> None:
     library = read(extension(folder))
 

@@ -361,7 +361,10 @@ cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& devic
 }  // namespace
 
 cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences, int64_t* bytes) {
-  if (heads.num_heads <= 0 || heads.head_size <= 0 || sequences < 0 || bytes == nullptr) return cudaErrorInvalidValue;
+  if (heads.num_heads <= 0 || heads.num_heads > kMaxHeads || heads.head_size <= 0 ||
+      heads.head_size > kHeadSizes.back() || sequences < 0 || sequences > kMaxDecodeSequences || bytes == nullptr) {
+    return cudaErrorInvalidValue;
+  }
   const int64_t rows = int64_t{sequences} * heads.num_heads;
   *bytes = rows * kMaxSplits * (heads.head_size + 2) * static_cast<int64_t>(sizeof(float));
   return cudaSuccess;
@@ -370,7 +373,7 @@ cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_
 cudaError_t launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t stream) {
   const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
   if (!is_valid(p.heads, p.cache) || (p.qkv_row_stride < columns && p.sequences > 1) || p.sequences < 0 ||
-      p.sequences > 65535) {
+      p.sequences > kMaxDecodeSequences) {
     return cudaErrorInvalidValue;
   }
   if (p.sequences == 0) return cudaSuccess;

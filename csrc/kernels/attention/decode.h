@@ -12,6 +12,9 @@
 
 namespace qwen_plugins {
 
+// The limit of one launch's grid.
+constexpr int32_t kMaxDecodeSequences = 65535;
+
 struct DecodeAttentionParams {
   AttentionHeads heads;
   KvCache cache;
@@ -19,8 +22,8 @@ struct DecodeAttentionParams {
   int64_t qkv_row_stride = 0;             // elements
   void* context = nullptr;                // [sequences, num_heads, head_size], contiguous
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new token's position, below max_positions
-  int32_t sequences = 0;                  // sequence i has row i of the cache; 0 launches nothing
-  float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
+  int32_t sequences = 0;       // at most kMaxDecodeSequences; sequence i has row i of the cache; 0 launches nothing
+  float softmax_scale = 1.0F;  // above 0; usually 1 / sqrt(head_size)
   // 16-byte aligned, at least decode_attention_workspace_bytes; its contents do not matter. Launches that may overlap
   // need workspaces and semaphores of their own.
   void* workspace = nullptr;
@@ -29,7 +32,7 @@ struct DecodeAttentionParams {
 };
 
 // Gives the size of the workspace for that many sequences. It never decreases with their number: the workspace for the
-// most sequences serves all.
+// most sequences serves all. cudaErrorInvalidValue for numbers that launch_decode_attention refuses.
 QWEN_PLUGINS_API cudaError_t decode_attention_workspace_bytes(const AttentionHeads& heads, int32_t sequences,
                                                               int64_t* bytes);
 

@@ -139,8 +139,9 @@ __device__ __forceinline__ float query_factor(const AttentionHeads& heads, int r
 
 // The host's checks of what is written in heads.h.
 inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
-  const bool sizes = heads.num_kv_heads > 0 && heads.num_heads > 0 && heads.num_heads % heads.num_kv_heads == 0 &&
-                     heads.rotary_dim >= 0 && heads.rotary_dim % 2 == 0 && heads.rotary_dim <= heads.head_size;
+  const bool sizes = heads.num_kv_heads > 0 && heads.num_heads > 0 && heads.num_heads <= kMaxHeads &&
+                     heads.num_heads % heads.num_kv_heads == 0 && heads.rotary_dim >= 0 && heads.rotary_dim % 2 == 0 &&
+                     heads.rotary_dim <= heads.head_size;
   const bool table = heads.rotary_dim == 0 || heads.rotary_table != nullptr;
   const bool style = heads.rotary_style == RotaryStyle::kNeox || heads.rotary_style == RotaryStyle::kGptJ;
   const bool norms = (heads.q_norm_weight == nullptr) == (heads.k_norm_weight == nullptr);

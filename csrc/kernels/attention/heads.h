@@ -20,11 +20,14 @@ namespace qwen_plugins {
 
 constexpr std::array<int32_t, 6> kHeadSizes{32, 64, 80, 96, 128, 256};
 
+// The limit of num_heads: with it the grids of all launches stay within CUDA's limits.
+constexpr int32_t kMaxHeads = 1 << 13;
+
 // Values are part of the plug-ins' serialised form.
 enum class RotaryStyle : int32_t { kNeox = 0, kGptJ = 1 };
 
 struct AttentionHeads {
-  int32_t num_heads = 0;
+  int32_t num_heads = 0;                // at most kMaxHeads
   int32_t num_kv_heads = 0;             // divides num_heads
   int32_t head_size = 0;                // one of kHeadSizes
   int32_t rotary_dim = 0;               // even, at most head_size; 0: no rotary embedding

@@ -66,6 +66,18 @@ __device__ __forceinline__ int cluster_num_blocks() {
   return blocks;
 }
 
+// Which of the grid's clusters this is, and how many there are; clusters and grids extend along x.
+__device__ __forceinline__ int cluster_index() {
+  int index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int num_clusters() {
+  int clusters;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(clusters));
+  return clusters;
+}
+
 // Arrive and wait, the two halves of a barrier of all threads of a cluster. What was written before the arrive is
 // visible after the wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
@@ -110,6 +122,11 @@ __device__ __forceinline__ void store_async(uint32_t mapped_to, uint32_t mapped_
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 __device__ __forceinline__ uint64_t evict_last_policy() {
@@ -192,6 +209,20 @@ __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.
 // after a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- Plain accesses of shared memory.
+
+__device__ __forceinline__ uint16_t load_shared_16(uint32_t from) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void load_shared(float (&values)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(from)
+               : "memory");
+}
+
 // --- stmatrix: 8 x 8 matrices of 16-bit elements from registers to shared memory. Lane 8i + j gives the address of row
 // j of matrix i, or with _trans of its column j.
 
@@ -200,8 +231,10 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t to, const uint32_t (&matric
                "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
                : "memory");
 }
-__device__ __forceinline__ void stmatrix_x1_trans(uint32_t to, uint32_t matrix) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(matrix) : "memory");
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(matrices[0]),
+               "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
 }
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t to, uint32_t matrix0, uint32_t matrix1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(matrix0), "r"(matrix1)

@@ -12,7 +12,7 @@
 namespace qwen_plugins {
 
 // Returns a choice's name: a kernel's, such as "stream_hopper", which then chooses its variant itself; a kernel's and a
-// variant's, "stream_hopper:g3s4"; or "rules". Empty for a number that this build gives to no kernel.
+// variant's, "stream_hopper:n32s4"; or "rules". Empty for a number that this build gives to no kernel.
 QWEN_PLUGINS_API std::string gemm_choice_name(GemmChoice choice);
 
 // Gives the choice of a name, and returns whether this build has it.

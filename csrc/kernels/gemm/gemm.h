@@ -4,7 +4,7 @@
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
 // Several kernels can compute it; GemmParams::choice names one, and rules decide where it does not. By the rules few
-// rows (decoding; up to 16, on Hopper up to 64) run in kernels of this library that read the weight at the memory's
+// rows (decoding; up to 16, on Hopper up to 96) run in kernels of this library that read the weight at the memory's
 // bandwidth. Many rows (prompts) run on Hopper in a kernel of this library where it is faster than cuBLASLt, mostly
 // with SwiGLU; else in cuBLASLt where it can be loaded, otherwise in the kernel for few rows, 16 rows at a time.
 // docs/gemm.md has the exact rules.
@@ -19,6 +19,9 @@
 
 namespace qwen_plugins {
 
+// The limit of rows, in_features and out_features.
+constexpr int64_t kMaxGemmSize = (int64_t{1} << 30) - 1;
+
 enum class Activation : int32_t { kNone = 0, kSwiglu = 1 };
 
 // A kernel and its variant: kByRules, or what gemm_choice_from_name gives (choice.h). A number means the same kernel in
@@ -27,9 +30,9 @@ enum class GemmChoice : int32_t { kByRules = 0 };
 
 // What the choice of a kernel and the size of its workspace depend on.
 struct GemmShape {
-  int64_t rows = 0;          // of x; 0 launches nothing
-  int64_t in_features = 0;   // K
-  int64_t out_features = 0;  // N: of z, so twice the columns of y with kSwiglu
+  int64_t rows = 0;          // of x, at most kMaxGemmSize; 0 launches nothing
+  int64_t in_features = 0;   // K, from 1 to kMaxGemmSize
+  int64_t out_features = 0;  // N, likewise: of z, so twice the columns of y with kSwiglu
   Activation activation = Activation::kNone;
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of x, weight, bias and y
 };

@@ -1,7 +1,6 @@
 #include "gemm_kernel.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "cublas_lt_gemm.h"
 #include "plain.h"
@@ -18,9 +17,11 @@ constexpr int64_t kPackBytes = 16;
 
 const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
-      stream_kernel(),
 #ifdef QWEN_PLUGINS_HOPPER
       stream_hopper_kernel(),
+#endif
+      stream_kernel(),
+#ifdef QWEN_PLUGINS_HOPPER
       tiles_hopper_kernel(),
 #endif
       cublas_lt_kernel(),
@@ -54,10 +55,9 @@ const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties
 }
 
 bool is_valid(const GemmShape& shape) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 2;
   const bool swiglu = shape.activation == Activation::kSwiglu;
-  return shape.rows >= 0 && shape.rows <= kMax && shape.in_features > 0 && shape.in_features <= kMax &&
-         shape.out_features > 0 && shape.out_features <= kMax &&
+  return shape.rows >= 0 && shape.rows <= kMaxGemmSize && shape.in_features > 0 && shape.in_features <= kMaxGemmSize &&
+         shape.out_features > 0 && shape.out_features <= kMaxGemmSize &&
          (swiglu ? shape.out_features % 2 == 0 : shape.activation == Activation::kNone) &&
          (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 || shape.dtype == DataType::kBFloat16);
 }

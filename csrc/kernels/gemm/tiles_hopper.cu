@@ -3,7 +3,6 @@
 
 #include "hopper_operands.h"
 #include "kernels/common/arithmetic.h"
-#include "stream_hopper.h"
 #include "tiles_hopper.cuh"
 #include "tiles_hopper.h"
 
@@ -15,6 +14,7 @@ struct Tiling {
   int columns;  // weight rows of a tile
   int blocks;   // of a cluster, each with its own rows of x
 };
+constexpr int64_t kMaxIdleRows = kTilesRows / 2;  // with no more, half of each tile is idle
 constexpr std::array<Tiling, 4> kTilings{{{256, 2}, {224, 2}, {192, 2}, {192, 1}}};
 
 // The number of the kernel's variant.
@@ -104,8 +104,8 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t var
 // Whether the kernel is no slower than cuBLASLt (measured: docs/gemm.md).
 bool is_for(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
-  // Up to kMaxStreamHopperRows rows cuBLASLt is faster wherever gemm_hopper does not run.
-  if (shape.rows <= kMaxStreamHopperRows) return false;
+  // With fewer rows cuBLASLt is faster wherever gemm_hopper does not run.
+  if (shape.rows <= kMaxIdleRows) return false;
   const Choice best = best_tiling(shape, device);
   // With SwiGLU fused there is no second kernel, and z is neither written nor read: only idle multiprocessors cost
   // more.
@@ -116,9 +116,8 @@ bool is_for(const GemmParams& params, const DeviceProperties& device) {
          best.useful >= useful_share_of_cublas_lt(shape, device) + 0.08;
 }
 
-// Below 65 rows half of a tile and more would be idle.
 bool is_candidate(const GemmParams& params, const DeviceProperties&, int32_t) {
-  return params.shape.rows > kMaxStreamHopperRows;
+  return params.shape.rows > kMaxIdleRows;
 }
 
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {

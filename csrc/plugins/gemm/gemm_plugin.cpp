@@ -56,7 +56,10 @@ TensorRoles make_roles(Attributes const& attributes) {
   if (attributes.bias != 0) {
     inputs.push_back({"bias", type, {out_features}});
   }
-  return {inputs, {{"y", type, {"...", "columns"}}}};
+  return {
+      inputs,
+      {{"y", type, {"...", "columns"}}},
+      {{"...", 0, kMaxGemmSize}, {"in_features", 1, kMaxGemmSize}, {"columns", 1, kMaxGemmSize / out_features.times}}};
 }
 
 std::string description(GemmShape const& shape) {
@@ -93,18 +96,19 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
   return shape;
 }
 
-size_t GemmPlugin::needed_workspace(GemmShape const& shape) const {
+size_t GemmPlugin::needed_workspace(GemmShape const& shape, GemmShape const& described) const {
   int64_t bytes = 0;
-  check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(shape); });
+  check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(described); });
   return static_cast<size_t>(bytes);
 }
 
 size_t GemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
-  GemmShape largest = shape(roles().largest_sizes(largest_inputs));
+  GemmShape const largest = shape(roles().largest_sizes(largest_inputs));
   // Few rows need a workspace, too, where in_features is no multiple of 8; at run time it may be smaller than here, and
   // not aligned.
-  largest.in_features = 1;
-  return needed_workspace(largest);
+  GemmShape unaligned = largest;
+  unaligned.in_features = 1;
+  return needed_workspace(unaligned, largest);
 }
 
 void GemmPlugin::enqueue(Execution const& execution) const {
@@ -122,7 +126,7 @@ void GemmPlugin::enqueue(Execution const& execution) const {
   params.choice = choice_for(choices_, params.shape.rows);
   params.workspace = execution.workspace;
   // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
-  params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));
+  params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape, params.shape));
   check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
 }
 

@@ -33,7 +33,8 @@ class GemmPlugin : public PluginBase<GemmAttributes> {
 
  private:
   GemmShape shape(Sizes const& sizes) const;
-  size_t needed_workspace(GemmShape const& shape) const;
+  // The workspace for `shape`, which may be another than `described`, the one that a message is to name.
+  size_t needed_workspace(GemmShape const& shape, GemmShape const& described) const;
 
   std::vector<GemmChoiceUpTo> choices_;
 };

@@ -38,6 +38,10 @@ void check_rotary_embedding(Attributes const& attributes) {
 Attributes checked(Attributes attributes) {
   require_type("type_id", attributes.type_id, floating_types());
   require_positive("num_heads", attributes.num_heads);
+  if (attributes.num_heads > kMaxHeads) {
+    refuse("field 'num_heads' is " + std::to_string(attributes.num_heads) + "; expected at most " +
+           std::to_string(kMaxHeads));
+  }
   require_positive("num_kv_heads", attributes.num_kv_heads);
   if (attributes.num_heads % attributes.num_kv_heads != 0) {
     refuse("field 'num_kv_heads' is " + std::to_string(attributes.num_kv_heads) +
@@ -76,7 +80,11 @@ TensorRoles make_roles(Attributes const& attributes) {
     inputs.push_back({"k_norm_weight", type, {head_size}});
   }
   return {inputs,
-          {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", type, cache}}};
+          {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", type, cache}},
+          {{"tokens", 0, kMaxPrefillTokens},
+           {"sequences", 0, kMaxDecodeSequences},
+           {"max_positions", 1, kMaxInt32},
+           {"rows", 0, kMaxInt32}}};
 }
 
 // TensorRT passes the addresses of past and present; they are equal where both are bound to the same memory.
@@ -85,21 +93,19 @@ void copy_unless_in_place(void const* past, void* present, Sizes const& sizes, A
   if (past == present) {
     return;
   }
-  int64_t const elements =
-      sizes["max_batch"] * 2 * attributes.num_kv_heads * sizes["max_positions"] * attributes.head_size;
-  auto const bytes = static_cast<size_t>(elements * size_of(static_cast<DataType>(attributes.type_id)));
+  auto const bytes = static_cast<size_t>(checked_product(
+      "bytes of past_key_value", {sizes["max_batch"], 2, attributes.num_kv_heads, sizes["max_positions"],
+                                  attributes.head_size, size_of(static_cast<DataType>(attributes.type_id))}));
   check_cuda(copy_async(present, past, bytes, cudaMemcpyDeviceToDevice, stream),
              [&] { return "copy of " + std::to_string(bytes) + " bytes of past to present_key_value"; });
 }
 
-void check_sizes(Sizes const& sizes) {
-  if (sizes["sequences"] > sizes["max_batch"]) {
-    refuse("'past_lengths' has " + std::to_string(sizes["sequences"]) + " sequences; expected at most " +
-           std::to_string(sizes["max_batch"]) + ", the first dimension of past_key_value");
-  }
-  if (sizes["tokens"] < sizes["sequences"]) {
-    refuse("'qkv' has " + std::to_string(sizes["tokens"]) + " tokens; expected at least one for each of the " +
-           std::to_string(sizes["sequences"]) + " sequences");
+// More sequences than a launch for prompts takes can only decode.
+void check_prompts(int64_t tokens, int64_t sequences) {
+  if (tokens != sequences && sequences > kMaxPrefillSequences) {
+    refuse("'past_lengths' has " + std::to_string(sequences) + " sequences and 'qkv' " + std::to_string(tokens) +
+           " tokens; expected at most " + std::to_string(kMaxPrefillSequences) +
+           " sequences, or one token for each of them");
   }
 }
 
@@ -165,8 +171,25 @@ void GptAttentionPlugin::set_common(Execution const& execution, Sizes const& siz
   params.softmax_scale = 1.0F / (attributes().q_scaling * std::sqrt(static_cast<float>(attributes().head_size)));
 }
 
-void GptAttentionPlugin::check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const {
-  check_sizes(roles().sizes(inputs, count));
+void GptAttentionPlugin::check_sizes(Sizes const& sizes) const {
+  int64_t const tokens = sizes["tokens"];
+  int64_t const sequences = sizes["sequences"];
+  int64_t const max_batch = sizes["max_batch"];
+  if (sequences == Extents::kUnknown) {
+    return;
+  }
+  if (max_batch != Extents::kUnknown && sequences > max_batch) {
+    refuse("'past_lengths' has " + std::to_string(sequences) + " sequences; expected at most " +
+           std::to_string(max_batch) + ", the first dimension of past_key_value");
+  }
+  if (tokens == Extents::kUnknown) {
+    return;
+  }
+  if (tokens < sequences) {
+    refuse("'qkv' has " + std::to_string(tokens) + " tokens; expected at least one for each of the " +
+           std::to_string(sequences) + " sequences");
+  }
+  check_prompts(tokens, sequences);
 }
 
 // Copies the lengths, which a launch does not check, to the host, waits for them and checks them.
@@ -194,7 +217,9 @@ bool GptAttentionPlugin::lengths_are_valid(Execution const& execution, Sizes con
 }
 
 size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
-  auto const sequences = static_cast<int32_t>(roles().largest_sizes(largest_inputs)["sequences"]);
+  Sizes const largest = roles().largest_sizes(largest_inputs);
+  check_prompts(largest["tokens"], largest["sequences"]);
+  auto const sequences = static_cast<int32_t>(largest["sequences"]);
   void const* const none[16] = {};  // no tensor has an address yet
   int64_t bytes = 0;
   check_cuda(decode_attention_workspace_bytes(heads({largest_inputs, none, nullptr, nullptr, nullptr, Phase::kBuild}),

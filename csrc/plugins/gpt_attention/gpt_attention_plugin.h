@@ -32,7 +32,7 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
 
   explicit GptAttentionPlugin(Attributes const& attributes);
 
-  void check_shapes(nvinfer1::PluginTensorDesc const* inputs, int32_t count) const;
+  void check_sizes(Sizes const& sizes) const;
   size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
 
   // Launches the kernel for decoding where there are as many tokens as sequences, else those for prompts. Copies the

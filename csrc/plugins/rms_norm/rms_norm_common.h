@@ -1,10 +1,20 @@
 // What both RMSNorm plug-ins share: checks of attributes, parameters and the launch.
 #pragma once
 
+#include <cstdint>
+#include <limits>
+#include <vector>
+
 #include "kernels/rms_norm/rms_norm.h"
 #include "plugins/plugin_base.h"
 
 namespace qwen_plugins {
+
+// The product of both is below 2^63. Where an output has a number for each row, rows must have elements to compute it
+// of.
+inline std::vector<SizeLimit> rms_norm_limits(int64_t least_hidden_size) {
+  return {{"...", 0, std::numeric_limits<uint32_t>::max()}, {"hidden_size", least_hidden_size, kMaxInt32}};
+}
 
 // Resolves defaults, and throws std::invalid_argument for values that are out of range.
 template <typename Attributes>

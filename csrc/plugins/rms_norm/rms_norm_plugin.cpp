@@ -24,7 +24,7 @@ TensorRoles make_roles(Attributes const& attributes) {
     inputs.push_back({"residual", type, rows});
     outputs.push_back({"x + residual", type, rows});
   }
-  return {inputs, outputs};
+  return {inputs, outputs, rms_norm_limits(0)};
 }
 
 }  // namespace

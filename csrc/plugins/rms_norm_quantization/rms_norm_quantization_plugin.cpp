@@ -49,7 +49,7 @@ TensorRoles make_roles(Attributes const& attributes) {
   if (attributes.residual != 0) {
     outputs.push_back({"x + residual", type, rows});
   }
-  return {inputs, outputs};
+  return {inputs, outputs, rms_norm_limits(attributes.dyn_act_scaling != 0 ? 1 : 0)};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ A plan has two optimization profiles: one for decode steps, one for prompts.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import mmap
 from dataclasses import dataclass
@@ -17,17 +18,21 @@ import numpy.typing as npt
 import tensorrt as trt
 
 import qwen_plugins
+from qwen_plugins import launch
 
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightSpec, network_modules, too_large
-from ...common.errors import QwenModelError
-from ...common.progress import Progress
+from ...common.errors import OutOfMemoryError, QwenModelError
+from ...common.log import Stopwatch, format_bytes
+from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig, Limits
+from ...interface.engine_config import EngineConfig, GemmKernels, Limits
 from ...interface.memory import ITEM_SIZES, required_bytes
 from ...network.decoder import Operations, decoder
 from ...network.observed import ObservedOperations
 from ...network.rotary import rotary_table
+from ...tuning.choice import by_module
+from ...tuning.choice import choose_kernels as measure_kernels
 from . import compat
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
@@ -37,6 +42,7 @@ from .operations import TensorRTOperations
 from .probe import ObservedExecutor, TensorRTProbe
 from .timing_cache import TimingCache
 
+LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "numpy"
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
@@ -119,6 +125,13 @@ def logit_rows(config: EngineConfig) -> int:
     return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
 
 
+def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
+    """Measure the GEMM kernels of the linear layers on the first GPU; see `BackEnd`."""
+    if "gemm" in config.disabled_plugins:
+        return {}
+    return measure_kernels(config.model, config.limits, config.dtype, progress)
+
+
 def write_engine(
     folder: Path,
     config: EngineConfig,
@@ -138,7 +151,9 @@ def write_engine(
     _check_dtype(config.dtype)
     cache = TimingCache(timing_cache, timing_cache_name())
     plan = _build_plan(config, _reporting(read_weight, config, progress), progress, cache)
+    watch = Stopwatch(LOG)
     _write_plan(folder / PLAN, memoryview(plan), progress)
+    watch.lap("plan written", memoryview(plan).nbytes)
     return cache.warnings
 
 
@@ -146,12 +161,15 @@ def _build_plan(
     config: EngineConfig, read_weight: ReadWeight, progress: Progress, cache: TimingCache, taps: Taps | None = None
 ) -> Any:
     """Build the plan, in host memory. `taps`: None, or what shows the result of each operation."""
+    watch = Stopwatch(LOG)
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
+    watch.lap(f"TensorRT {trt.__version__} started")
     _define(network, config, read_weight, taps)
     inputs = network_inputs(config)
     if taps is not None:
         inputs |= _given_inputs(config, taps)
+    watch.lap(f"weights read, and a network of {network.num_layers} layers defined")
     builder_config = compat.create_config(builder, network)
     _add_profiles(builder, builder_config, inputs)
     cache.load_into(builder_config)
@@ -160,6 +178,7 @@ def _build_plan(
     plan = builder.build_serialized_network(network, builder_config)
     if plan is None:
         raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
+    watch.lap("plan built")
     cache.keep(builder_config)
     return plan
 
@@ -176,7 +195,8 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: T
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
-    ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins)
+    kernels = by_module(config.model, config.dtype, config.gemm_kernels)
+    ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins, kernels)
     called: Operations[Any] = ops
     if taps is not None:
         taps.network = network
@@ -241,17 +261,30 @@ def timing_cache_name() -> str:
     return f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
 
 
-def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TensorRTExecutor:
-    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors."""
+def load_executor(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    tuning: bool = True,
+    progress: Progress = no_progress,
+) -> TensorRTExecutor:
+    """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors.
+
+    `tuning` is not used: the plan holds the choice of GEMM kernels.
+    """
     with cuda.on_device(_device_index(device)):
         _check_versions(engine_dir, config)
         path = engine_dir / PLAN
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {PLAN} is missing; build the engine again")
         _check_memory(config, "the plan", path.stat().st_size)
+        LOG.info("runs on %s, compute capability %s", *cuda.device_name_and_capability())
+        watch = Stopwatch(LOG)
         engine = _read_plan(path)
+        watch.lap(f"{path} read", path.stat().st_size)
         _check_limits(config, engine, path)
         _check_memory(config, "activations", compat.activation_bytes(engine))
+        _log_memory(config, engine)
         return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
 
 
@@ -298,6 +331,19 @@ def _observed_executor(
     return ObservedExecutor(observed, engine, DECODE, PREFILL, logit_rows(observed), taps)
 
 
+def _log_memory(config: EngineConfig, engine: Any) -> None:
+    """Log what an engine is about to allocate, and which cuBLASLt its GEMMs find, which loads it."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return
+    _, cache = required_bytes(config.model, config.limits, config.dtype)
+    activations, free = compat.activation_bytes(engine), cuda.memory_info()[0]
+    LOG.info(
+        "key-value cache: %s; activations: %s; free memory: %s; cuBLASLt: %s",
+        *map(format_bytes, (cache, activations, free)),
+        launch.cublas_lt_status(),
+    )
+
+
 def _read_plan(path: Path) -> Any:
     if path.stat().st_size == 0:  # cannot be mapped
         raise QwenModelError(f"{path} is damaged: build the engine again. It is empty")
@@ -312,7 +358,7 @@ def _loaded(plan: Any, name: str) -> Any:
     if engine is None:
         said = compat.LOG.take()
         if compat.ran_out_of_memory(said):
-            raise cuda.OutOfMemoryError(f"GPU memory ran out while {name} was loaded. TensorRT says:\n{said}")
+            raise OutOfMemoryError(f"GPU memory ran out while {name} was loaded. TensorRT says:\n{said}")
         raise QwenModelError(f"{name} is damaged: build the engine again. TensorRT says:\n{said}")
     return engine
 
@@ -323,8 +369,8 @@ def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
     for name, expected in network_inputs(config).items():
         if name not in names:  # TensorRT removes inputs that no layer uses
             continue
-        found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
-        wrong = found != (expected.shape, expected.dtype)
+        found = tuple(engine.get_tensor_shape(name))
+        wrong = found not in (expected.shape, _fixed(expected)) or engine.get_tensor_dtype(name) != expected.dtype
         for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
             if extent is not None and not wrong:
                 least, _, most = engine.get_tensor_profile_shape(name, profile)
@@ -333,6 +379,13 @@ def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
             raise QwenModelError(
                 f"{path} was not built for what config.json says ({name} differs): build the engine again"
             )
+
+
+def _fixed(given: NetworkInput) -> tuple[int, ...]:
+    """Return an input's shape as TensorRT 8.6 reports it: static if all profiles give it one size."""
+    extents = [extent for extent in (given.decode, given.prefill) if extent is not None]
+    sizes = {size for extent in extents for size in (extent.min, extent.max)}
+    return (*sizes, *given.shape[1:]) if len(sizes) == 1 else given.shape
 
 
 def _device_index(device: str | None) -> int:

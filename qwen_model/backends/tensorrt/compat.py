@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import Any
 
@@ -12,19 +13,34 @@ import tensorrt as trt
 from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
 
 from ...common.errors import QwenModelError
+from ...common.log import TENSORRT
 
 MAJOR = int(trt.__version__.split(".")[0])
 
 
+_LEVELS = {
+    trt.ILogger.INTERNAL_ERROR: logging.CRITICAL,
+    trt.ILogger.ERROR: logging.ERROR,
+    trt.ILogger.WARNING: logging.WARNING,
+    trt.ILogger.INFO: logging.INFO,
+    trt.ILogger.VERBOSE: logging.DEBUG,
+}
+
+
 class Log(trt.ILogger):
-    """Keep TensorRT's last errors and warnings."""
+    """Keep TensorRT's last errors and warnings, and pass all its messages on to Python's logging."""
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: deque[str] = deque(maxlen=100)
+        self._logger = logging.getLogger(TENSORRT)
+        self._last = ""
 
     def log(self, severity: Any, message: str) -> None:
-        """Keep a message of severity WARNING or higher."""
+        """Pass a message on, and keep it if its severity is WARNING or higher."""
+        if message != self._last:  # 8.6 repeats some of its warnings for every tensor
+            self._logger.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)
+        self._last = message
         if severity <= trt.ILogger.WARNING:
             self.messages.append(message)
 

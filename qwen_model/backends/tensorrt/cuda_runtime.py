@@ -11,17 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from cuda.bindings import runtime as cudart
 
-from ...common.errors import QwenModelError
-
-OLDEST_DRIVER = "580, which CUDA 13 needs"
+from ...common.errors import OutOfMemoryError, QwenModelError
+from ...common.extras import OLDEST_DRIVER
 
 
 class CudaError(RuntimeError):
     """A call of the CUDA runtime failed."""
-
-
-class OutOfMemoryError(QwenModelError):
-    """The GPU has not enough memory left."""
 
 
 class NoDeviceError(QwenModelError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -13,12 +15,14 @@ import numpy.typing as npt
 import tensorrt as trt
 
 from ...interface.engine_config import EngineConfig
-from ...interface.executor import FloatArray, IntArray
+from ...interface.executor import FloatArray, IntArray, last_rows
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.rotary import rotary_table
 from . import compat
 from . import cuda_runtime as cuda
 from .sampling import DeviceSampler
+
+LOG = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 4
 """The number of steps whose tokens can wait to be read. A session starts at most two before it reads the first."""
@@ -119,6 +123,7 @@ class TensorRTExecutor:
         dtype = compat.numpy_dtype(config.dtype)
         self.config = config
         self.engine = engine
+        self.gemm_kernels = None if "gemm" in config.disabled_plugins else config.gemm_kernels
         self.device = cuda.current_device()
         self.stream = cuda.Stream()
         self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows
@@ -152,6 +157,7 @@ class TensorRTExecutor:
         self._choice = Choice.of(sampling)
         if (num_sequences, self._choice) in self._graphs:
             return
+        start = time.perf_counter()
         if not self._graphs:
             self._warm_up()
         context = self._decode_context(num_sequences)
@@ -166,6 +172,7 @@ class TensorRTExecutor:
         self.stream.synchronize()
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
         self._end_batch()
+        LOG.info("CUDA graph of %d sequences captured: %.3f s", num_sequences, time.perf_counter() - start)
 
     @_on_its_device
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:
@@ -192,6 +199,18 @@ class TensorRTExecutor:
             chunks.append(self._logits.download(self.stream, len(rows)).astype(np.float32))
         self._host_past = []
         return np.concatenate(chunks)
+
+    @_on_its_device
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> FloatArray:
+        """See `Executor`. Prompts with more rows of logits than the prefill profile gives are run one by one."""
+        rows = last_rows(prompts, counts)
+        if len(rows) > self._logit_rows:
+            each = zip(prompts, counts, strict=True)
+            return np.concatenate([self.prompt_logits(prompt)[-count:] for prompt, count in each])
+        self._run_prompts(prompts, last_token_ids=rows)
+        logits = self._logits.download(self.stream, len(rows)).astype(np.float32)
+        self._host_past = []
+        return logits
 
     @_on_its_device
     def begin_beams(self, prompts: Sequence[Sequence[int]], num_beams: int) -> None:

@@ -17,6 +17,7 @@ from qwen_plugins import tensorrt as layers
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.weights import Modules
 from ...interface.back_end import ReadWeight
+from ...interface.engine_config import KernelChoices
 from .compat import MAJOR, set_type
 from .operations import TensorRTOperations
 
@@ -33,10 +34,12 @@ class NativeRotaryOperations(TensorRTOperations):
         modules: Modules,
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
+        gemm_kernels: Mapping[str, KernelChoices] | None = None,
     ):
         """See `TensorRTOperations`."""
         inside = dataclasses.replace(config, rotary=dataclasses.replace(config.rotary, dim=0))
-        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, modules, read_weight, disabled)
+        others = {**inputs, "rotary_table": None}
+        super().__init__(network, inside, dtype, others, modules, read_weight, disabled, gemm_kernels)
         self._dim = config.rotary.dim
         self._layer = "rotary"  # prefix of layers' names
         self._tokens = self._length(inputs["input_ids"])

@@ -11,6 +11,7 @@ from ...checkpoints.config import ModelConfig
 from ...checkpoints.weights import Modules
 from ...common.errors import QwenModelError
 from ...interface.back_end import ReadWeight
+from ...interface.engine_config import KernelChoices
 from .compat import set_type
 
 
@@ -26,6 +27,7 @@ class TensorRTOperations:
         modules: Modules,
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
+        gemm_kernels: Mapping[str, KernelChoices] | None = None,
     ):
         """Take the network's inputs, by the names of `network_inputs` in back_end.py.
 
@@ -33,6 +35,7 @@ class TensorRTOperations:
         modules: what weights each module has.
         read_weight: reads a weight, of any floating-point type; called once for each use.
         disabled: of `PLUGINS`, those whose operations TensorRT's own layers compute ("rotary": NativeRotaryOperations).
+        gemm_kernels: those of the linear layers, by module; rules choose the others.
         """
         self._network = network
         self._config = config
@@ -41,6 +44,7 @@ class TensorRTOperations:
         self._modules = modules
         self._read = read_weight
         self._disabled = frozenset(disabled)
+        self._gemm_kernels = gemm_kernels or {}
         self.present_key_values: list[Any] = []
 
     def embedding(self, input_ids: Any, module: str) -> Any:
@@ -64,6 +68,7 @@ class TensorRTOperations:
             activation=activation,
             dtype=self._dtype,
             plugin="gemm" not in self._disabled,
+            kernels=self._gemm_kernels.get(module, ()),
             name=module,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,15 +12,23 @@ from torch import Tensor
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightGroup, too_large, weight_groups
-from ...common.errors import QwenModelError
-from ...common.progress import Progress
+from ...common.errors import OutOfMemoryError, QwenModelError
+from ...common.log import Stopwatch, format_bytes
+from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig, Limits
+from ...interface.engine_config import EngineConfig, GemmKernels, Limits
 from ...interface.memory import required_bytes
-from .executor import TorchExecutor, memory_errors
+from ...tuning.choice import choose_kernels as measure_kernels
+from .executor import TorchExecutor, memory_errors, uses_kernels
 from .probe import TorchProbe
 
+LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "torch"
+
+
+def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
+    """Choose none: an engine may be built without a GPU, and chooses as it loads. See `BackEnd`."""
+    return {}
 
 
 def write_engine(
@@ -30,6 +39,7 @@ def write_engine(
     from safetensors.torch import save_file
 
     (folder / "weights").mkdir()
+    watch = Stopwatch(LOG)
     done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
     for group in weight_groups(config.model, config.dtype):
         tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
@@ -41,6 +51,7 @@ def write_engine(
             raise OSError(str(error)) from error
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress("weights", done, total)
+    watch.lap("weights read, converted and written", done)
     return []
 
 
@@ -61,20 +72,45 @@ def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
 
 
 @memory_errors()
-def load_executor(engine_dir: Path, config: EngineConfig, device: str | None = None) -> TorchExecutor:
+def load_executor(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    tuning: bool = True,
+    progress: Progress = no_progress,
+) -> TorchExecutor:
     """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
 
-    See `BackEnd` for errors.
+    See `BackEnd` for `tuning` and for errors.
     """
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
-    weights: dict[str, Tensor] = {}
+    LOG.info("runs on %s: %s", target, _why(device, target))
+    kernels: GemmKernels = {}
+    if tuning and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
+        with torch.cuda.device(target):  # before the weights take the memory that measuring needs
+            kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
+    watch, weights = Stopwatch(LOG), dict[str, Tensor]()
     for group in weight_groups(config.model, config.dtype):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, target))
-    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins)
+        LOG.debug("read %s: %s", path, format_bytes(path.stat().st_size))
+    watch.lap("weights read", sum(weight.nbytes for weight in weights.values()))
+    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins, gemm_kernels=kernels)
+
+
+def _why(asked: str | None, device: torch.device) -> str:
+    """Say what the device is, and why it was chosen, for the log."""
+    if asked is not None:
+        why = "as was asked for"
+    elif device.type == "cuda":
+        why = "the default where there is a GPU"
+    else:
+        built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
+        why = f"PyTorch {torch.__version__}, which {built}, finds no GPU"
+    return f"{torch.cuda.get_device_name(device)}, {why}" if device.type == "cuda" else why
 
 
 def load_probe(
@@ -143,14 +179,14 @@ def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
 
 
 def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
-    """Raise QwenModelError with a list of what is needed if weights, cache and activations exceed the free memory."""
+    """Raise OutOfMemoryError with a list of what is needed if weights, cache and activations exceed the free memory."""
     weights, cache = required_bytes(config, limits, dtype)
     activations = activation_bytes(config, limits, dtype)
     free, total = _memory(device)
     if weights + cache + activations > free:
         gib = 2.0**30
         kind = "GPU memory" if device.type == "cuda" else "memory"
-        raise QwenModelError(
+        raise OutOfMemoryError(
             f"not enough {kind}: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
             f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
             f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,16 +16,20 @@ from torch import Tensor
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
 from ...checkpoints.weights import network_modules
-from ...common.errors import QwenModelError
+from ...common.errors import OutOfMemoryError
 from ...common.extras import require_kernels
-from ...interface.engine_config import Limits
-from ...interface.executor import FloatArray, IntArray
+from ...common.log import format_bytes
+from ...interface.engine_config import GemmKernels, KernelChoices, Limits
+from ...interface.executor import FloatArray, IntArray, last_rows
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.decoder import decoder
 from ...network.observed import ObservedOperations
 from ...network.rotary import rotary_table
+from ...tuning.choice import by_module
 from .operations import Batch, TorchOperations
 from .sampling import KernelSampler, TorchSampler
+
+LOG = logging.getLogger(__name__)
 
 ONE_THREAD_WORK = 8e6
 """The most multiplications of a layer for which one CPU thread is faster than several, which wait for each other."""
@@ -31,12 +37,12 @@ ONE_THREAD_WORK = 8e6
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn PyTorch's out-of-memory error into a QwenModelError of one line: what was needed and what is free."""
+    """Turn PyTorch's out-of-memory error into ours, of one line: what was needed and what is free."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         sentences = re.split(r"\.\s+", str(error))  # the first say what happened, the rest is about the allocator
-        raise QwenModelError(
+        raise OutOfMemoryError(
             f"{'. '.join(sentences[:3])}; use a smaller batch or shorter prompts, or build with a smaller "
             "--max-batch-size, --max-input-len or --max-output-len"
         ) from error
@@ -93,26 +99,32 @@ class TorchExecutor:
         weights: Mapping[str, Tensor],
         disabled_plugins: Collection[str] = (),
         use_kernels: bool | None = None,
+        gemm_kernels: GemmKernels | None = None,
     ):
         """Take the weights by the names of checkpoints/weights.py, all on one device and of one type.
 
         use_kernels: compute the operations with our CUDA kernels, and decode steps as CUDA graphs. None: on a GPU, if
             there are kernels for the model.
+        gemm_kernels: those of the linear layers, see tuning/choice.py; None: rules choose them.
         """
         self.config = config
         self.limits = limits
         embedding = weights["embedding.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
         on_gpu = self.device.type == "cuda"
-        use_kernels = on_gpu and _has_kernels(config) if use_kernels is None else use_kernels
+        use_kernels = uses_kernels(config, self.device) if use_kernels is None else use_kernels
         self.runs_ahead = on_gpu
         self._layer_size = sum(weight.numel() for name, weight in weights.items() if name.startswith("layers.0."))
 
         shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
         self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
+        LOG.info("key-value cache: %s; %s", format_bytes(self.cache.nbytes), _kernels_used(use_kernels, on_gpu))
         modules = _module_weights(config, self.dtype, weights)
-        self.operations = _operations(config, modules, self.cache, disabled_plugins, use_kernels)
+        ours = use_kernels and "gemm" not in disabled_plugins
+        self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
+        chosen = by_module(config, modules["lm_head"].format.kind, self.gemm_kernels or {})
+        self.operations = _operations(config, modules, self.cache, disabled_plugins, use_kernels, chosen)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = torch.from_numpy(self._table.values).to(self.device)
         scale = self._table.query_scale
@@ -142,9 +154,11 @@ class TorchExecutor:
             return
         for state in (self._past, self._offsets, self._input_ids):
             state.zero_()
+        start = time.perf_counter()
         with torch.cuda.device(self.device):
             graph = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
         self._graphs[num_sequences, self._choice] = graph
+        LOG.info("CUDA graph of %d sequences captured: %.3f s", num_sequences, time.perf_counter() - start)
 
     @memory_errors()
     @torch.inference_mode()
@@ -167,12 +181,17 @@ class TorchExecutor:
         logits = self._decode_logits()
         return _PendingTokens(self._tokens[: len(logits)])
 
-    @memory_errors()
-    @torch.inference_mode()
     def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
         """See `Executor`."""
-        logits = self._prefill_logits([prompt], self._packed([prompt]), last_token_only=False)
-        return logits.float().cpu().numpy()
+        return self.last_logits([prompt], [len(prompt)])
+
+    @memory_errors()
+    @torch.inference_mode()
+    def last_logits(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> FloatArray:
+        """See `Executor`."""
+        logits = self._prefill_logits(prompts, self._packed(prompts), last_token_only=False)
+        rows = torch.from_numpy(last_rows(prompts, counts)).to(self.device)
+        return logits[rows].float().cpu().numpy()
 
     @memory_errors()
     @torch.inference_mode()
@@ -322,7 +341,25 @@ class TorchExecutor:
             state[: len(rows)] = state[rows]
 
 
-def _has_kernels(config: ModelConfig) -> bool:
+def _kernels_used(use_kernels: bool, on_gpu: bool) -> str:
+    """Say whether our kernels compute the operations, for the log. It loads cuBLASLt, if the log is shown."""
+    if not use_kernels:
+        return "PyTorch's operations, " + ("since there are no kernels for this model" if on_gpu else "on a CPU")
+    if not LOG.isEnabledFor(logging.INFO):
+        return ""
+    from qwen_plugins import launch
+
+    return f"kernels of qwen_plugins, cuBLASLt: {launch.cublas_lt_status()}"
+
+
+def uses_kernels(config: ModelConfig, device: torch.device) -> bool:
+    """Tell whether a model runs with our CUDA kernels on this device.
+
+    Raises:
+        QwenModelError: it is a GPU, and the kernels cannot be loaded.
+    """
+    if device.type != "cuda":
+        return False
     require_kernels()
     from .kernel_operations import supported
 
@@ -343,9 +380,10 @@ def _operations(
     cache: Tensor,
     disabled: Collection[str],
     use_kernels: bool,
+    gemm_kernels: Mapping[str, KernelChoices],
 ) -> TorchOperations:
     if not use_kernels:
         return TorchOperations(config, modules, cache, disabled)
     from .kernel_operations import KernelOperations
 
-    return KernelOperations(config, modules, cache, disabled)
+    return KernelOperations(config, modules, cache, disabled, gemm_kernels)

@@ -16,6 +16,7 @@ from qwen_plugins.attention import HEAD_SIZES, AttentionInputs, decode_attention
 
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
+from ...interface.engine_config import KernelChoices
 from .operations import Batch, TorchOperations
 
 
@@ -33,14 +34,19 @@ class KernelOperations(TorchOperations):
         modules: Mapping[str, ModuleWeights[Tensor]],
         cache: Tensor,
         disabled: Collection[str] = (),
+        gemm_kernels: Mapping[str, KernelChoices] | None = None,
     ):
-        """See `TorchOperations`."""
+        """See `TorchOperations`.
+
+        gemm_kernels: those of the linear layers, by module; rules choose the others.
+        """
         super().__init__(config, modules, cache, disabled)
         self._disabled = frozenset(disabled)
         self._dtype = launch.DataType.__members__[str(cache.dtype).removeprefix("torch.")]
         any_table = torch.empty(1, config.rotary.dim, device=cache.device)
         inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
         self._workspace = decode_attention_workspace(inputs)
+        self._gemm_kernels = gemm_kernels or {}
         # What all launches of a module have in common, by its name.
         self._linear_layers: dict[str, launch.LinearLayer] = {}
         self._norm_layers: dict[str, launch.RmsNormLayer] = {}
@@ -121,6 +127,7 @@ class KernelOperations(TorchOperations):
             activation=launch.Activation.none if activation is None else launch.Activation.swiglu,
             dtype=self._dtype,
             constant_weight=True,
+            kernels=self._gemm_kernels.get(module, ()),
         )
 
     def norm(

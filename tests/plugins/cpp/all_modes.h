@@ -21,8 +21,8 @@ inline int schema_version_of(std::string const& plugin) { return plugin == "Gemm
 // How a library refuses the state of another schema version.
 inline std::string refused_version(char const* plugin, std::string const& found) {
   std::string const read = schema_version_of(plugin) == 1 ? " 1" : "s 1 to 2";
-  return std::string(plugin) + ": serialised plug-in has " + found + "; this library reads schema version" + read +
-         ". Build the engine again with the installed qwen_plugins";
+  return std::string(plugin) + " 'layer': serialised plug-in has " + found + "; this library reads schema version" +
+         read + ". Build the engine again with the installed qwen_plugins";
 }
 
 inline std::vector<ExpectedCreator> expected_creators() {
@@ -82,6 +82,9 @@ inline std::vector<BadFields> bad_rms_norm_fields() {
       {name, good().add("eps", &eps, PluginFieldType::kFLOAT32, 0), "'eps' has 0 values"},
       {name, good().add("eps", &eps, PluginFieldType::kFLOAT32, -1), "'eps' has -1 values"},
       {name, good().add("eps", &one, PluginFieldType::kINT32), "'eps' has type INT32; expected FLOAT32"},
+      {name, good().add("eps", &one, PluginFieldType::kCHAR), "'eps' has type CHAR; expected FLOAT32"},
+      {name, good().add("eps", &one, static_cast<PluginFieldType>(10)), "'eps' has type INT64; expected FLOAT32"},
+      {name, good().add("eps", &one, static_cast<PluginFieldType>(99)), "'eps' has type PluginFieldType 99; expected"},
       {name, good().add("eps", nullptr, PluginFieldType::kFLOAT32), "'eps' has no data"},
       {name, good().add("eps", 0.0F), "'eps' is 0"},
       {name, good().add("eps", -1.0F), "'eps' is -1"},
@@ -127,6 +130,7 @@ inline std::vector<BadFields> bad_decoder_fields() {
       {"Gemm", gemm().add("kernels", 1.0F), "'kernels' has type FLOAT32; expected INT32"},
       {name, Fields().add("type_id", 1).add("num_heads", 8), "required field 'num_kv_heads' is missing"},
       {name, heads(0, 2, 64), "'num_heads' is 0; expected a number above 0"},
+      {name, heads(8193, 1, 64), "'num_heads' is 8193; expected at most 8192"},
       {name, heads(8, -1, 64), "'num_kv_heads' is -1; expected a number above 0"},
       {name, heads(8, 3, 64), "'num_kv_heads' is 3; expected a divisor of num_heads, 8"},
       {name, heads(8, 2, 65), "'head_size' is 65; expected one of 32, 64, 80, 96, 128, 256"},
@@ -177,6 +181,70 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
       {attention, 6, tensor(int32, {3, 6}),
        "input 'semaphores' has shape [3, 6]; expected [max_batch, 6], here [4, 6]"},
       {attention, 0, tensor(half, {2, 640}), "'qkv' has 2 tokens; expected at least one for each of the 3 sequences"},
+  };
+}
+
+// Modes with tensors beyond what a launch takes, which must be refused while the engine is built and when it runs.
+inline std::vector<std::pair<Mode, char const*>> modes_beyond_limits() {
+  using nvinfer1::DataType;
+  DataType const half = DataType::kHALF;
+  DataType const int32 = DataType::kINT32;
+  std::vector<std::pair<Mode, char const*>> modes;
+  auto add = [&](Mode mode, std::vector<std::pair<size_t, nvinfer1::PluginTensorDesc>> const& inputs,
+                 char const* message) {
+    for (auto const& [input, given] : inputs) {
+      mode.inputs[input] = given;
+    }
+    mode.dynamic.clear();
+    modes.emplace_back(mode, message);
+  };
+  Extent const large = Extent{1} << 30;
+  Mode const swiglu = gemm_mode(half, false, true, false);
+  add(swiglu, {{0, tensor(half, {large, large, 16, 64})}},
+      "input 'x' has shape [1073741824, 1073741824, 16, 64], where the product of its leading dimensions is at least "
+      "9223372036854775807; expected 0 to 1073741823");
+  add(swiglu, {{0, tensor(half, {2, large / 2, 64})}}, "is 1073741824; expected 0 to 1073741823");
+  add(swiglu, {{0, tensor(half, {5, 3, 0})}, {1, tensor(half, {48, 0})}},
+      "input 'x' has shape [5, 3, 0], where in_features is 0; expected 1 to 1073741823");
+  add(swiglu, {{1, tensor(half, {0, 64})}}, "where columns is 0; expected 1 to 536870911");
+  add(swiglu, {{1, tensor(half, {large, 64})}}, "where columns is 536870912; expected 1 to 536870911");
+  add(gemm_mode(half, false, false, false), {{1, tensor(half, {large, 64})}}, "columns is 1073741824; expected 1 to");
+  Mode const dynamic = quantization_mode(half, DataType::kINT8, true, false, false);
+  add(dynamic, {{0, tensor(half, {2, 3, 0})}, {1, tensor(half, {0})}},
+      "where hidden_size is 0; expected 1 to 2147483647");
+  Mode const attention = gpt_attention_mode({});
+  add(attention, {{0, tensor(half, {(1 << 21) + 1, 640})}}, "where tokens is 2097153; expected 0 to 2097152");
+  add(attention, {{1, tensor(half, {4, 2, 2, 0, 64})}}, "where max_positions is 0; expected 1 to 2147483647");
+  add(attention, {{2, tensor(int32, {65537})}}, "where sequences is 65536; expected 0 to 65535");
+  add(attention,
+      {{0, tensor(half, {20000, 640})},
+       {1, tensor(half, {16385, 2, 2, 100, 64})},
+       {2, tensor(int32, {16386})},
+       {3, tensor(int32, {16385})},
+       {4, tensor(int32, {16385})},
+       {6, tensor(int32, {16385, 6})}},
+      "'past_lengths' has 16385 sequences and 'qkv' 20000 tokens; expected at most 16384 sequences, or one token for");
+#if QWEN_PLUGINS_TENSORRT_MAJOR >= 10
+  add(attention, {{2, tensor(int32, {(Extent{1} << 32) + 2})}}, "where sequences is 4294967297; expected 0 to 65535");
+  add(attention, {{5, tensor(DataType::kFLOAT, {Extent{1} << 31, 48})}}, "where rows is 2147483648; expected 0 to");
+  add(rms_norm_mode(half, half, false), {{0, tensor(half, {1, Extent{1} << 31})}},
+      "where hidden_size is 2147483648; expected 0 to 2147483647");
+  add(rms_norm_mode(half, half, false), {{0, tensor(half, {Extent{1} << 32, 64})}}, "is 4294967296; expected 0 to");
+#endif
+  return modes;
+}
+
+// Shapes that are known while the engine is built, and can't fit.
+inline std::vector<BadShapes> bad_static_shapes() {
+  nvinfer1::DataType const half = nvinfer1::DataType::kHALF;
+  AttentionMode norms;
+  norms.qk_norm = true;
+  Mode small_batch = gpt_attention_mode({});
+  small_batch.inputs[6] = tensor(nvinfer1::DataType::kINT32, {2, 6});
+  return {
+      {small_batch, 1, tensor(half, {2, 2, 2, 100, 64}), "'past_lengths' has 3 sequences; expected at most 2"},
+      {gpt_attention_mode({}), 0, tensor(half, {2, 640}), "'qkv' has 2 tokens; expected at least one for each"},
+      {gpt_attention_mode(norms), 7, tensor(half, {65}), "'q_norm_weight' has shape [65]; expected [64]"},
   };
 }
 

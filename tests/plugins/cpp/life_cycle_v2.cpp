@@ -308,8 +308,35 @@ void check_bad_shapes(Log& log) {
   fails({x, builder.shape({64}), x}, 2, "there is no output 2");
 }
 
+// The shape of an output as far as the inputs' shapes are known, and the largest workspace, are refused.
+void check_limits_while_building(Log& log) {
+  auto refuses_shapes = [&](Mode mode, char const* message) {
+    ShapeExpressions builder;
+    std::vector<DimsExprs> const inputs = shapes_while_building(mode, builder);
+    auto const count = static_cast<int32_t>(inputs.size());
+    CHECK(create(mode)->getOutputDimensions(0, inputs.data(), count, builder).nbDims == -1);
+    CHECK(log.got_one_error_with(message));
+  };
+  for (auto& [mode, message] : modes_beyond_limits()) {
+    refuses_shapes(mode, message);
+    Mode copy = mode;
+    CHECK(workspace_of(create(copy), mode) > kTooMuchMemory || copy.workspace_bytes == 0);
+    CHECK(copy.workspace_bytes == 0 || log.got_one_error_with(message));
+  }
+  for (BadShapes& bad : bad_static_shapes()) {
+    bad.mode.inputs[bad.input] = bad.given;
+    bad.mode.dynamic.clear();
+    refuses_shapes(bad.mode, bad.message);
+  }
+}
+
 void check_bad_runtime(Log& log) {
   void* none[16] = {};
+  for (auto& [mode, message] : modes_beyond_limits()) {
+    Mode copy = mode;
+    CHECK(enqueue(at_runtime(copy), mode, none, none) != 0);
+    CHECK(log.got_one_error_with(message));
+  }
   for (BadShapes& bad : bad_shapes_at_runtime()) {
     Plugin plugin = at_runtime(bad.mode);
     recorded = {};
@@ -351,6 +378,7 @@ int main() {
   check_bad_arrays(log);
   print_accepted(log, creates);
   check_bad_shapes(log);
+  check_limits_while_building(log);
   check_bad_runtime(log);
   setLoggerFinder(nullptr);
   std::printf("%d lives of plug-ins passed\n", lives);

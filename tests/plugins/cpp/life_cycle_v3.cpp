@@ -358,6 +358,76 @@ void check_unknown_out_features() {
   CHECK(!output.d[1]->isConstant() && output.d[1] != inputs[1].d[0]);
 }
 
+int32_t output_shapes(IPluginV3& plugin, Mode const& mode) {
+  ShapeExpressions builder;
+  std::vector<DimsExprs> const inputs = shapes_while_building(mode, builder);
+  std::vector<DimsExprs> outputs(mode.outputs.size());
+  return build_of(plugin).getOutputShapes(inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0,
+                                          outputs.data(), static_cast<int32_t>(outputs.size()), builder);
+}
+
+// Shapes beyond the limits are refused where they are known, as a profile's minimum and maximum, and at run time.
+void check_limits(Log& log) {
+  for (auto& [mode, message] : modes_beyond_limits()) {
+    Mode copy = mode;
+    std::unique_ptr<IPluginV3> const plugin = create(copy);
+    CHECK(output_shapes(*plugin, mode) != 0);
+    CHECK(log.got_one_error_with(message));
+    CHECK(change_shapes(*plugin, mode) != 0);
+    CHECK(log.got_one_error_with(message));
+    CHECK(configure(*plugin, mode) != 0);
+    CHECK(log.got_one_error_with(message));
+  }
+  for (BadShapes& bad : bad_static_shapes()) {
+    std::unique_ptr<IPluginV3> const plugin = create(bad.mode);
+    bad.mode.inputs[bad.input] = bad.given;
+    bad.mode.dynamic.clear();
+    CHECK(output_shapes(*plugin, bad.mode) != 0);
+    CHECK(log.got_one_error_with(bad.message));
+  }
+  // A minimum alone.
+  Mode mode = gemm_mode(DataType::kHALF, false, false, false);
+  std::vector<DynamicPluginTensorDesc> tensors = profile_of(mode);
+  tensors[1].min.d[1] = 0;
+  CHECK(build_of(*create(mode)).configurePlugin(tensors.data(), 2, tensors.data() + 2, 1) != 0);
+  CHECK(log.got_one_error_with("input 'weight' has shape [48, 0], where in_features is 0; expected 1 to"));
+}
+
+// TensorRT 11 passes the true types, so that a wrong one is an error; in 10 another one may be converted.
+void check_input_types(Log& log) {
+  for (Mode& mode : first_modes()) {
+    std::unique_ptr<IPluginV3> const plugin = create(mode);
+    std::vector<DataType> types;
+    for (PluginTensorDesc const& desc : mode.inputs) {
+      types.push_back(desc.type);
+    }
+    std::vector<DataType> outputs(mode.outputs.size());
+    for (size_t i = 0; i < types.size(); ++i) {
+      std::vector<DataType> given = types;
+      given[i] = static_cast<DataType>(8);
+      std::string const message = std::string(mode.plugin) + " 'layer': input '";
+      int32_t const status = build_of(*plugin).getOutputDataTypes(outputs.data(), static_cast<int32_t>(outputs.size()),
+                                                                  given.data(), static_cast<int32_t>(given.size()));
+#if QWEN_PLUGINS_TENSORRT_MAJOR >= 11
+      CHECK(status != 0 && log.got_one_error_with(message) && log.is_empty());
+#else
+      CHECK(status == 0 && log.got_one_warning_with(message) && log.is_empty());
+#endif
+    }
+  }
+  Mode mode = gpt_attention_mode({});
+  std::unique_ptr<IPluginV3> const plugin = create(mode);
+  std::vector<DataType> given(mode.inputs.size(), DataType::kHALF);
+  DataType outputs[2];
+  build_of(*plugin).getOutputDataTypes(outputs, 2, given.data(), static_cast<int32_t>(given.size()));
+  char const* const message = "GptAttention 'layer': input 'cu_seqlens' has type float16; expected int32";
+#if QWEN_PLUGINS_TENSORRT_MAJOR >= 11
+  CHECK(log.got_one_error_with(message));
+#else
+  CHECK(log.got_one_warning_with(message));
+#endif
+}
+
 void check_bad_runtime(Log& log) {
   void* none[16] = {};
   for (BadShapes& bad : bad_shapes_at_runtime()) {
@@ -401,6 +471,8 @@ int main() {
   print_accepted(log, creates);
   check_bad_shapes(log);
   check_unknown_out_features();
+  check_limits(log);
+  check_input_types(log);
   check_bad_runtime(log);
   setLoggerFinder(nullptr);
   std::printf("%d lives of plug-ins passed\n", lives);

@@ -27,8 +27,8 @@ using Extent = std::remove_reference_t<decltype(nvinfer1::Dims{}.d[0])>;
 class Log : public nvinfer1::ILogger {
  public:
   void log(Severity severity, char const* message) noexcept override {
-    CHECK(severity == Severity::kERROR);
-    errors_.emplace_back(message);
+    CHECK(severity == Severity::kERROR || severity == Severity::kWARNING);
+    (severity == Severity::kERROR ? errors_ : warnings_).emplace_back(message);
   }
 
   // Whether exactly one error was logged since the last call, with this text in it.
@@ -44,10 +44,18 @@ class Log : public nvinfer1::ILogger {
     return matched;
   }
 
-  bool is_empty() const { return errors_.empty(); }
+  // Likewise of warnings.
+  bool got_one_warning_with(std::string const& text) {
+    bool const matched = warnings_.size() == 1 && warnings_[0].find(text) != std::string::npos;
+    warnings_.clear();
+    return matched;
+  }
+
+  bool is_empty() const { return errors_.empty() && warnings_.empty(); }
 
  private:
   std::vector<std::string> errors_;
+  std::vector<std::string> warnings_;
 };
 
 class LogFinder : public nvinfer1::ILoggerFinder {

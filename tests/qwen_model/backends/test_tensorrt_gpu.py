@@ -96,6 +96,15 @@ def test_logits_and_greedy_tokens(engines, model, dtype, rmsnorm_plugin):
         assert_same_but_for_ties(output.output_ids, arrays["tokens"][:, i], arrays["scores"][:, i], tolerance)
 
 
+@pytest.mark.parametrize("last", [2, 10**9], ids=["few rows", "every row"])
+def test_last_logits_of_a_batch(engines, last):
+    _, prompts = reference("Qwen2ForCausalLM", "float32")
+    session = engines("Qwen2ForCausalLM", "float32")
+    counts = [min(last, len(prompt)) for prompt in prompts]
+    for prompt, count, logits in zip(prompts, counts, session.last_logits(prompts, counts), strict=True):
+        np.testing.assert_allclose(logits, session.logits(prompt)[-count:], atol=TOLERANCES["float32"])
+
+
 @pytest.mark.parametrize("model", ["Qwen2ForCausalLM", "packaged"])
 def test_beams(engines, model):
     arrays, prompts = reference(model, "float32")

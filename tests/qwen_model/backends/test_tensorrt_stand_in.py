@@ -1,6 +1,7 @@
 """The TensorRT back end on TensorRT, CUDA and kernels in NumPy, beside the torch back end: logits, tokens, errors."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -51,6 +52,10 @@ def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, di
     prompts = [random_prompt(length, seed=length) for length in (1, 40, 7, 7)]
     ours, theirs = (which.generate(prompts, max_new_tokens=25) for which in (session, expected))
     assert [output.output_ids for output in ours.outputs] == [output.output_ids for output in theirs.outputs]
+    for counts in ([1, 3, 7, 2], [1, 40, 7, 7]):
+        found, wanted = (which.last_logits(prompts, counts) for which in (session, expected))
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -211,6 +216,10 @@ def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypat
     for length in (60, 50, 49, 1):
         prompt = random_prompt(length, seed=length)
         np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
+    prompts = [random_prompt(length, seed=length) for length in (60, 9)]
+    found, wanted = (which.last_logits(prompts, [6, 3]) for which in (session, expected))
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_half_precision(trt, model_dir, tmp_path):
@@ -233,14 +242,62 @@ def test_the_folder_and_the_progress(trt, model_dir, tmp_path):
     assert names == {"config.json", "model.plan", "tokenizer.json", "tokenizer_config.json"}
     weights = [step for step in steps if step[0] == "weights"]
     assert weights[-1][1:] == (summary.weight_bytes, summary.weight_bytes)
-    assert list(dict.fromkeys(step[0] for step in steps)) == ["weights", "TensorRT", "plan"]
+    assert list(dict.fromkeys(step[0] for step in steps)) == ["GEMM kernels", "weights", "TensorRT", "plan"]
     assert summary.config.versions["tensorrt"] == trt.__version__
     assert summary.config.versions["gpu"] == "NumPy"
 
 
+@pytest.mark.parametrize("limits", [(1, 60, 30), (1, 1, 1)], ids=str)
+def test_engines_for_one_sequence(trt, model_dir, tmp_path, limits):
+    """With one size in all profiles an input is static in TensorRT 8.6."""
+    options = dict(zip(("max_batch_size", "max_input_len", "max_output_len"), limits, strict=True))
+    expected, session = both(model_dir, tmp_path, **options)
+    prompt, count = random_prompt(limits[1]), limits[2]
+    ours, theirs = (which.generate([prompt], max_new_tokens=count).outputs for which in (session, expected))
+    assert ours[0].output_ids == theirs[0].output_ids
+
+
+def test_the_log_tells_the_phases_of_building_and_running(trt, model_dir, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "qwen_model"):
+        build(model_dir, tmp_path / "engine")
+        build(model_dir, tmp_path / "engine")
+        qwen_model.load_engine(tmp_path / "engine").generate([random_prompt(5)], max_new_tokens=3)
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    for part in (
+        r"weights read, and a network of \d+ layers defined: [\d.]+ s, peak memory ",
+        r"timing cache .*/tensorrt-.*-NumPy.timing: no timings yet",
+        r"timing cache .*: now 8 bytes, 0 before",
+        r"timing cache .*: 8 bytes of timings are used",
+        r"timing cache .*: the builder measured nothing new",
+        r"plan written: [\d.]+ MiB in ",
+        r"runs on NumPy, compute capability ",
+        r"key-value cache: [\d.]+ MiB; activations: .*; cuBLASLt: ",
+        r"CUDA graph of 1 sequences captured: ",
+        r"prefill: 5 tokens in ",
+    ):
+        assert re.search(part, text), part
+
+
+def test_tensorrts_messages_are_passed_on(trt, caplog):
+    from qwen_model.backends.tensorrt.compat import LOG
+
+    LOG.take()
+    with caplog.at_level(logging.DEBUG, "qwen_model.tensorrt"):
+        for severity in (trt.ILogger.ERROR, trt.ILogger.INFO, trt.ILogger.VERBOSE):
+            LOG.log(severity, f"100 % of {severity}")
+    expected = [(logging.ERROR, "100 % of 1"), (logging.INFO, "100 % of 3"), (logging.DEBUG, "100 % of 4")]
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == expected
+    assert {record.name for record in caplog.records} == {"qwen_model.tensorrt"}
+    assert LOG.take() == "100 % of 1"
+
+
+def default_caches(tmp_path):
+    return list((tmp_path / "cache" / "qwen_model").glob("*.timing"))
+
+
 def test_timing_caches_are_kept(trt, model_dir, tmp_path):
     build(model_dir, tmp_path / "engine")
-    assert [path.read_bytes() for path in (tmp_path / "cache" / "qwen_model").iterdir()] == [b"measured"]
+    assert [path.read_bytes() for path in default_caches(tmp_path)] == [b"measured"]
     build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "here" / "cache")
     assert (tmp_path / "here" / "cache").read_bytes() == b"measured"
     assert build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "here" / "cache").warnings == ()
@@ -254,7 +311,7 @@ def test_what_is_no_timing_cache_of_this_machine_is_not_lost(trt, model_dir, tmp
     assert "other is damaged, or of another GPU or TensorRT: it is not changed; give another file" in warning
     assert (tmp_path / "other").read_bytes() == content
     build(model_dir, tmp_path / "engine")
-    (default,) = (tmp_path / "cache" / "qwen_model").iterdir()
+    (default,) = default_caches(tmp_path)
     default.write_bytes(content)
     (warning,) = build(model_dir, tmp_path / "engine").warnings
     assert "is damaged, or of another GPU or TensorRT: it is replaced" in warning
@@ -268,7 +325,7 @@ def test_timing_caches_that_cannot_be_kept(trt, model_dir, tmp_path, monkeypatch
     with pytest.raises(
         qwen_model.QwenModelError, match=r"\(--timing-cache\) is for the tensorrt back end, not for torch"
     ):
-        build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache", backend="torch")
+        build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "given", backend="torch")
     assert not (tmp_path / "engine").exists()
 
     def refuse(path, target):
@@ -276,8 +333,8 @@ def test_timing_caches_that_cannot_be_kept(trt, model_dir, tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", refuse)
-        summary = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "cache")
-    assert summary.warnings == (f"the timing cache {tmp_path / 'cache'} cannot be written: Permission denied",)
+        summary = build(model_dir, tmp_path / "engine", timing_cache=tmp_path / "given")
+    assert summary.warnings == (f"the timing cache {tmp_path / 'given'} cannot be written: Permission denied",)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # the user's cache folder is not one
     assert build(model_dir, tmp_path / "engine").warnings == ()
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -453,6 +510,41 @@ def test_bfloat16_checkpoints_become_what_there_is(trt, tmp_path):
     assert len(qwen_model.load_engine(tmp_path / "engine").generate([1, 2, 3]).outputs[0].output_ids) == 30
 
 
+def test_the_fastest_kernels_are_built_into_the_engine(trt, model_dir, tmp_path, capsys):
+    from qwen_model import inspect
+
+    engine = build(model_dir, tmp_path / "engine")
+    kernels = engine.config.gemm_kernels.values()
+    assert set(kernels) == {((12, "stream"), (384, "cublas_lt:2")), ((12, "stream"), (256, "cublas_lt:2"))}  # the head
+    loaded = qwen_model.load_engine(engine.engine_dir)
+    gemms = [plugin for plugin in loaded.executor.engine.network.plugins if plugin.name == "Gemm"]
+    assert [list(plugin.fields["kernels"]) for plugin in gemms[:4]] == [[12, 0x10000, 384, 0x40002]] * 4
+    inspect.main([str(engine.engine_dir)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = next(index for index, line in enumerate(lines) if "layers.*.attention.qkv" in line)
+    assert lines[first][-4:] == ["1", "to", "12", "stream"]
+    assert lines[first + 1] == ["13", "to", "384", "cublas_lt:2"]
+    assert lines[first + 2] == ["385", "to", "rules"]
+    for options in ({"tuning": False}, {"disable_plugins": ["gemm"]}):
+        engine = build(model_dir, tmp_path / "engine", **options)
+        assert engine.config.gemm_kernels == {}
+        plugins = qwen_model.load_engine(engine.engine_dir).executor.engine.network.plugins
+        assert not any("kernels" in plugin.fields for plugin in plugins)
+
+
+def test_inspect_shows_no_layers_of_a_torch_engine(model_dir, tmp_path, capsys):
+    from qwen_model import inspect
+
+    build(model_dir, tmp_path / "torch", backend="torch")
+    inspect.main([str(tmp_path / "torch")])
+    assert "6 sequences" in capsys.readouterr().out
+    inspect.main([str(tmp_path / "torch"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["linear_layers"], found["layers"]) == ([], {})  # on a CPU no kernel of ours runs
+    with pytest.raises(qwen_model.QwenModelError, match="draws the layers of a TensorRT engine"):
+        inspect.main([str(tmp_path / "torch"), "--picture", str(tmp_path / "x.svg")])
+
+
 def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
     from qwen_model import inspect
 
@@ -481,9 +573,6 @@ def test_inspect(trt, model_dir, tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(qwen_model.QwenModelError, match=message):
             inspect.main([engine, *arguments])
-    build(model_dir, tmp_path / "torch", backend="torch")
-    with pytest.raises(qwen_model.QwenModelError, match="only those of tensorrt can be inspected"):
-        inspect.main([str(tmp_path / "torch")])
     assert (tmp_path / "logo.svg").read_text() == "<svg/>"
 
 

@@ -259,3 +259,17 @@ def test_without_a_tokenizer(session):
         bare.generate("text")
     with pytest.raises(QwenModelError, match="stop strings need a tokenizer"):
         bare.generate([1, 2, 3], stop="x")
+
+
+def test_last_logits_of_a_batch_are_those_of_each_prompt_alone(endless):
+    prompts = [random_prompt(7, seed=1), random_prompt(3, seed=2), random_prompt(20, seed=3)]
+    counts = [2, 3, 1]
+    found = endless.last_logits(prompts, counts)
+    for prompt, count, logits in zip(prompts, counts, found, strict=True):
+        np.testing.assert_allclose(logits, endless.logits(prompt)[-count:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_last_logits_of_more_tokens_than_there_are(endless, count):
+    with pytest.raises(QwenModelError, match=f"a prompt of 3 tokens has no logits after its last {count}"):
+        endless.last_logits([[1, 2, 3]], [count])

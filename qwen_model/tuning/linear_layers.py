@@ -1,0 +1,69 @@
+"""List the linear layers of a network by what the choice of a GEMM kernel depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..checkpoints.config import ModelConfig
+from ..checkpoints.weights import network_modules
+from ..network.decoder import decoder
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Describe a linear layer as a GEMM: layers of the same shape use the same kernels.
+
+    out_features: of the weight; with the activation "swiglu" twice the columns of the result.
+    dtype: of x, weight, bias and result.
+    """
+
+    in_features: int
+    out_features: int
+    dtype: str
+    activation: str | None = None
+    bias: bool = False
+
+    @property
+    def text(self) -> str:
+        """Return the shape as files and tables have it: "float16 3584 to 4608, bias"."""
+        parts = [f"{self.dtype} {self.in_features} to {self.out_features}"]
+        parts += ["bias"] if self.bias else []
+        parts += [self.activation] if self.activation else []
+        return ", ".join(parts)
+
+
+class _Recorder:
+    """Implement `Operations` without tensors: note which modules are linear layers, with their activations."""
+
+    def __init__(self) -> None:
+        self.activations: dict[str, str | None] = {}
+
+    def embedding(self, input_ids: None, module: str) -> None:
+        return None
+
+    def norm(self, x: None, module: str, residual: None = None, into: tuple[str, ...] = ()) -> tuple[None, None]:
+        return None, None
+
+    def linear(
+        self, x: None, module: str, activation: str | None = None, into: tuple[str, ...] = (), reduce: bool = False
+    ) -> None:
+        self.activations[module] = activation
+
+    def attention(self, qkv: None, layer: int, into: tuple[str, ...] = ()) -> None:
+        return None
+
+    def last_token(self, x: None, residual: None) -> tuple[None, None]:
+        return None, None
+
+
+def linear_layers(config: ModelConfig, dtype: str) -> dict[str, LinearShape]:
+    """Return the shape of every linear layer, by the name of its module, in the order of the network."""
+    recorder = _Recorder()
+    decoder(recorder, config, None)
+    modules = network_modules(config, dtype)
+    found = {}
+    for name, activation in recorder.activations.items():
+        out_features, in_features = modules[name].weight.shape
+        bias = modules[name].bias is not None
+        found[name] = LinearShape(in_features, out_features, dtype, activation, bias)
+    return found

@@ -1,0 +1,194 @@
+"""The choice of GEMM kernels by measured times, with a measurement that needs no GPU."""
+
+import json
+
+import pytest
+
+from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.interface.engine_config import Limits
+from qwen_model.tuning import choice
+from qwen_model.tuning.choice import MANY_ROWS, ROWS, KernelRange, buckets, by_module, choose_kernels, fastest, ranges
+from qwen_model.tuning.linear_layers import LinearShape, linear_layers
+from qwen_model.tuning.timings import GemmTimings
+from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
+
+LIMITS = Limits(max_batch_size=4, max_input_len=100, max_output_len=10)
+
+
+class FakeGpu:
+    """Stream is fastest up to 16 rows, cuBLASLt above; measurements are counted."""
+
+    def __init__(self, **environment):
+        self.measured = []
+        self.environment_values = {"gpu": "NVIDIA Fake/1", "driver": "580.1", "cublas_lt": 130000, **environment}
+
+    def environment(self):
+        return self.environment_values
+
+    def choice_by_rules(self, *, rows, in_features, out_features, activation, dtype):
+        return "cublas_lt"
+
+    def measure(self, *, rows, in_features, out_features, activation, dtype, bias):
+        self.measured.append((rows, in_features, out_features, activation, dtype, bias))
+        return {"stream": 2.0 if rows <= 16 else 9.0, "cublas_lt": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "qwen_model"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ModelConfig.from_model_dir(save_model("Qwen2ForCausalLM", tmp_path_factory.mktemp("model")))
+
+
+def nothing(phase, done, total):
+    pass
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_layers_are_those_that_the_network_calls(architecture, tmp_path):
+    config = ModelConfig.from_model_dir(save_model(architecture, tmp_path / "model"))
+    layers = linear_layers(config, "float16")
+    assert list(layers)[-1] == "lm_head"
+    assert len(layers) == 4 * config.num_layers + 1
+    up = layers["layers.0.mlp.gate_up"]
+    assert (up.in_features, up.out_features) == (config.hidden_size, 2 * config.intermediate_size)
+    assert (up.activation, up.dtype, up.bias) == ("swiglu", "float16", config.mlp_bias)
+    assert layers["layers.0.attention.qkv"].bias == config.qkv_bias
+    assert (layers["lm_head"].in_features, layers["lm_head"].out_features) == (config.hidden_size, config.vocab_size)
+
+
+def test_a_shape_as_text():
+    assert LinearShape(64, 128, "bfloat16").text == "bfloat16 64 to 128"
+    assert LinearShape(64, 128, "float16", "swiglu", True).text == "float16 64 to 128, bias, swiglu"
+
+
+def test_buckets_reach_the_most_rows():
+    assert buckets(1) == [1]
+    assert buckets(3) == [1, 2, 4]
+    assert buckets(64)[-2:] == [48, 64]
+    assert buckets(10**6) == list(ROWS)
+
+
+def test_the_rules_kernel_stays_unless_another_is_clearly_faster():
+    assert fastest({"a": 1.0, "b": 1.005}, "b") == "b"
+    assert fastest({"a": 1.0, "b": 1.02}, "b") == "a"
+    assert fastest({"a": 1.0, "b": 2.0}, "c") == "a"
+
+
+def test_the_fastest_kernel_serves_each_bucket_of_rows(model):
+    kernels = choose_kernels(model, LIMITS, "float16", nothing, FakeGpu())
+    modules = by_module(model, "float16", kernels)
+    assert set(modules) == set(linear_layers(model, "float16"))
+    assert modules["layers.0.attention.qkv"] == ((16, "stream"), (512, "cublas_lt"))
+    assert modules["lm_head"] == ((16, "stream"), (256, "cublas_lt"))
+    assert ranges(modules["lm_head"]) == [
+        KernelRange(1, 16, "stream"),
+        KernelRange(17, 256, "cublas_lt"),
+        KernelRange(257, None, "rules"),
+    ]
+
+
+def test_the_last_bucket_has_no_end(model):
+    limits = Limits(max_batch_size=100, max_input_len=200)
+    kernels = by_module(model, "float16", choose_kernels(model, limits, "float16", nothing, FakeGpu()))
+    assert kernels["layers.1.mlp.down"] == ((16, "stream"), (MANY_ROWS, "cublas_lt"))
+    assert ranges(kernels["layers.1.mlp.down"])[-1] == KernelRange(17, None, "cublas_lt")
+
+
+def test_layers_without_a_choice_are_served_by_rules():
+    assert ranges(()) == [KernelRange(1, None, "rules")]
+
+
+def test_times_are_kept_for_the_same_gpu_and_libraries(model, cache):
+    first, again = FakeGpu(), FakeGpu()
+    expected = choose_kernels(model, LIMITS, "float16", nothing, first)
+    assert first.measured
+    assert choose_kernels(model, LIMITS, "float16", nothing, again) == expected
+    assert not again.measured
+    other = FakeGpu(driver="590.2")
+    choose_kernels(model, LIMITS, "float16", nothing, other)
+    assert sorted(other.measured, key=str) == sorted(first.measured, key=str)
+    assert len(list(cache.iterdir())) == 2
+    more = FakeGpu()
+    choose_kernels(model, Limits(4, 200, 10), "float16", nothing, more)
+    assert {rows for rows, *_ in more.measured} == {1024}  # what larger limits add
+
+
+def test_a_damaged_file_costs_a_measurement(model, cache, caplog):
+    choose_kernels(model, LIMITS, "float16", nothing, FakeGpu())
+    (path,) = cache.iterdir()
+    good = json.loads(path.read_text())
+    (shape,) = list(good["microseconds"])[:1]
+    damages = [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        json.dumps({**good, "version": 99}).encode(),
+        json.dumps({**good, "environment": {"gpu": "another"}}).encode(),
+        json.dumps({**good, "microseconds": {shape: {"one": {"stream": 1.0}}}}).encode(),
+        json.dumps({**good, "microseconds": {shape: {"1": {"stream": -1.0}}}}).encode(),
+        json.dumps({**good, "microseconds": {shape: {"1": {"stream": True}}}}).encode(),
+        json.dumps({**good, "microseconds": {shape: 3}}).encode(),
+    ]
+    for damage in damages:
+        path.write_bytes(damage)
+        caplog.clear()
+        gpu = FakeGpu()
+        choose_kernels(model, LIMITS, "float16", nothing, gpu)
+        assert gpu.measured
+        assert "is damaged and will be replaced" in caplog.text
+        assert json.loads(path.read_text()) == good
+
+
+def test_without_a_folder_that_can_be_written_nothing_is_lost_but_time(model, cache, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file")
+    assert choose_kernels(model, LIMITS, "float16", nothing, FakeGpu())
+    assert "cannot be kept" in caplog.text
+
+
+def test_two_processes_add_to_the_same_file(tmp_path):
+    shape, environment = LinearShape(8, 8, "float16"), {"gpu": "a"}
+    one, two = GemmTimings(environment, tmp_path), GemmTimings(environment, tmp_path)
+    one.put(shape, 1, {"stream": 1.0})
+    two.put(shape, 2, {"stream": 2.0})
+    one.keep()
+    two.keep()
+    both = GemmTimings(environment, tmp_path)
+    assert (both.get(shape, 1), both.get(shape, 2)) == ({"stream": 1.0}, {"stream": 2.0})
+
+
+def test_what_cannot_be_measured_is_left_to_the_rules(model, caplog):
+    class Full(FakeGpu):
+        def measure(self, *, rows, **shape):
+            if shape["activation"] == "swiglu" or rows == 8:
+                raise RuntimeError("0.2 GB are needed, 0.1 GB are free")
+            return super().measure(rows=rows, **shape)
+
+    kernels = by_module(model, "float16", choose_kernels(model, LIMITS, "float16", nothing, Full()))
+    assert "layers.0.mlp.gate_up" not in kernels
+    assert kernels["lm_head"] == ((4, "stream"), (8, "rules"), (16, "stream"), (256, "cublas_lt"))
+    assert "0.1 GB are free" in caplog.text
+
+
+def test_measuring_ends_in_time_with_few_rows_first(model, monkeypatch, caplog):
+    seconds = iter(range(0, 1000, 2))
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: float(next(seconds)))
+    gpu = FakeGpu()
+    choose_kernels(model, LIMITS, "float16", nothing, gpu)
+    assert [rows for rows, *_ in gpu.measured] == sorted(rows for rows, *_ in gpu.measured)
+    assert len(gpu.measured) == 10
+    assert "products were not measured" in caplog.text
+
+
+def test_progress_reaches_the_end(model):
+    reports = []
+    choose_kernels(model, LIMITS, "float16", lambda *report: reports.append(report), FakeGpu())
+    phase, done, total = reports[-1]
+    assert (phase, done) == ("GEMM kernels", total)
+    reports.clear()
+    choose_kernels(model, LIMITS, "float16", lambda *report: reports.append(report), FakeGpu())
+    assert not reports

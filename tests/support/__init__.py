@@ -1,0 +1,1 @@
+"""Hold what several tests of TensorRT share."""

@@ -1,0 +1,86 @@
+"""The fields of every plug-in, good ones, and wrong ones with what is said about them."""
+
+from typing import Any
+
+import numpy as np
+
+FIELDS = {
+    "RmsNorm": {"eps", "type_id", "weight_type_id", "residual", "unit_offset", "round_before_weight"},
+    "RmsNormQuantization": {
+        *("eps", "type_id", "weight_type_id", "dyn_act_scaling", "out_type_id", "residual"),
+        *("smoothing", "smoothing_type_id", "unit_offset"),
+    },
+    "Gemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
+    "GptAttention": {
+        *("type_id", "num_heads", "num_kv_heads", "head_size", "rotary_embedding_dim", "position_embedding_type"),
+        *("q_scaling", "query_scale", "qk_norm", "norm_eps"),
+    },
+}
+# Of the state in engines; earlier versions are read, too.
+SCHEMA_VERSIONS = {"RmsNorm": 1, "RmsNormQuantization": 1, "Gemm": 2, "GptAttention": 1}
+FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
+GOOD_FIELDS = {
+    "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
+    "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
+    "Gemm": {"type_id": np.int32(1)},
+    "GptAttention": {
+        **{"type_id": np.int32(1), "num_heads": np.int32(8), "num_kv_heads": np.int32(2), "head_size": np.int32(64)},
+        **{"rotary_embedding_dim": np.int32(64), "position_embedding_type": np.int32(2)},
+    },
+}
+
+EVERY_PLUGIN = [
+    ({"type_id": np.int8(1)}, "field 'type_id' has type INT8; expected INT32"),
+    ({"type_id": np.int32([1, 1])}, "field 'type_id' has 2 values; expected 1"),
+    ({"type_id": np.int32(3)}, "field 'type_id' is 3; expected 0 (float32), 1 (float16)"),
+    ({"type_id": np.int32(-2147483648)}, "field 'type_id' is -2147483648"),
+    ({"type_id": None}, "required field 'type_id' is missing"),
+    ({"epsilon": np.float32(1e-5)}, "unknown field 'epsilon'; expected "),
+]
+RMS_NORM = [
+    ({"eps": np.float16(1e-5)}, "field 'eps' has type FLOAT16; expected FLOAT32"),
+    ({"eps": np.int32(1)}, "field 'eps' has type INT32; expected FLOAT32"),
+    ({"eps": np.float32([1e-5, 1e-5])}, "field 'eps' has 2 values; expected 1"),
+    ({"eps": np.float32(0)}, "field 'eps' is 0.000000; expected a finite number above 0"),
+    ({"eps": np.float32(np.nan)}, "field 'eps' is nan"),
+    ({"weight_type_id": np.int32(2)}, "field 'weight_type_id' is 2; expected 0 (float32), 1 (float16)"),
+    ({"residual": np.int32(7)}, "field 'residual' is 7; expected 0 or 1"),
+]
+GEMM = [
+    ({"bias": np.int32(2)}, "field 'bias' is 2; expected 0 or 1"),
+    ({"activation": np.int32(-1)}, "field 'activation' is -1; expected one of 0, 1"),
+    ({"constant_weight": np.int32(2)}, "field 'constant_weight' is 2; expected 0 or 1"),
+    ({"kernels": np.int32([5])}, "field 'kernels' has 1 values; expected pairs"),
+    ({"kernels": np.int32([5, 0, 5, 0])}, "field 'kernels' has 5 rows after 5; expected more rows"),
+]
+GPT_ATTENTION = [
+    ({"num_heads": None}, "required field 'num_heads' is missing"),
+    ({"num_heads": np.int32(0)}, "field 'num_heads' is 0; expected a number above 0"),
+    ({"num_kv_heads": np.int32(3)}, "field 'num_kv_heads' is 3; expected a divisor of num_heads, 8"),
+    ({"head_size": np.int32(48)}, "field 'head_size' is 48; expected one of 32, 64, 80, 96, 128, 256"),
+    ({"rotary_embedding_dim": np.int32(66)}, "field 'rotary_embedding_dim' is 66; expected an even number from 0 to"),
+    ({"position_embedding_type": np.int32(0)}, "'position_embedding_type' is 0 and 'rotary_embedding_dim' 64"),
+    ({"position_embedding_type": np.int32(4)}, "field 'position_embedding_type' is 4; expected one of 0, 1, 2"),
+    ({"q_scaling": np.float32(0)}, "field 'q_scaling' is 0.000000; expected a finite number above 0"),
+    ({"qk_norm": np.int32(2)}, "field 'qk_norm' is 2; expected 0 or 1"),
+]
+REFUSED_FIELDS = [
+    *[(name, *case) for name in FIELDS for case in EVERY_PLUGIN],
+    *[(name, *case) for name in ("RmsNorm", "RmsNormQuantization") for case in RMS_NORM],
+    *[("Gemm", *case) for case in GEMM],
+    *[("GptAttention", *case) for case in GPT_ATTENTION],
+]
+
+_kept: list[dict[str, np.ndarray]] = []  # a PluginField refers to the memory of its array
+
+
+def field_collection(trt: Any, fields: dict[str, Any]) -> Any:
+    """Return the fields as a module of TensorRT's takes them; the type follows from each array's."""
+    arrays = {name: np.atleast_1d(value) for name, value in fields.items()}
+    _kept.append(arrays)
+    return trt.PluginFieldCollection(
+        [
+            trt.PluginField(name, array, getattr(trt.PluginFieldType, array.dtype.name.upper()))
+            for name, array in arrays.items()
+        ]
+    )
