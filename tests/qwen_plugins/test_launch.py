@@ -114,11 +114,10 @@ def test_attention_takes_exactly_the_head_sizes():
         cache = torch.zeros(1, 2, 2, 4, head_size, dtype=torch.float16, device="cuda")
         context = torch.empty(1, 4 * head_size, dtype=torch.float16, device="cuda")
         heads = attention_heads(head_size=head_size)
-        workspace = torch.empty(
-            launch.decode_attention_workspace_bytes(heads, sequences=1), dtype=torch.uint8, device="cuda"
-        )
         integers = torch.zeros(5, dtype=torch.int32, device="cuda")
         try:
+            workspace_bytes = launch.decode_attention_workspace_bytes(heads, sequences=1)
+            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device="cuda")
             launch.decode_attention(
                 heads=heads,
                 cache=cache.data_ptr(),
