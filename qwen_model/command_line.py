@@ -1,4 +1,4 @@
-"""Hold what the commands share: errors in one line, options of generation and of chats, reading of text files."""
+"""Hold what the commands share: errors in one line, the progress bar, sampling and chat options, reading of texts."""
 
 from __future__ import annotations
 

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import math
 import mmap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tensorrt as trt
 
 import qwen_plugins
 
-from ...checkpoints.tensor_files import Framework, all_finite
-from ...checkpoints.weights import WeightSpec, network_modules, too_large
+from ...checkpoints.tensor_files import Framework
+from ...checkpoints.weights import network_modules
 from ...common.errors import OutOfMemoryError, QwenModelError
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels
 from ...interface.memory import ITEM_SIZES, required_bytes
+from ...interface.numpy_weights import reporting_reader
 from ...network.decoder import decoder
-from ...network.rotary import rotary_table
+from ...network.inputs import NetworkInput, Range, logit_rows, network_inputs
 from ...tuning.choice import by_module
 from ...tuning.choice import choose_kernels as measure_kernels
 from . import compat
@@ -38,8 +36,6 @@ from .timing_cache import TimingCache
 FRAMEWORK: Framework = "numpy"
 PLAN = "model.plan"
 DECODE, PREFILL = 0, 1  # optimization profiles
-LOGIT_ROWS = 256
-"""The most tokens of a chunk in which `prompt_logits` runs a prompt."""
 WRITE_BYTES = 64 << 20
 
 
@@ -63,58 +59,6 @@ def versions() -> dict[str, str]:
         "gpu": name,
         "compute_capability": capability,
     }
-
-
-@dataclass(frozen=True)
-class Range:
-    """Hold the range of an input's first dimension in a profile, and the size that the profile is optimized for."""
-
-    min: int
-    opt: int
-    max: int
-
-
-@dataclass(frozen=True)
-class NetworkInput:
-    """Describe an input: its type, its shape (-1: dynamic), and the range of its first dimension in each profile."""
-
-    dtype: Any
-    shape: tuple[int, ...]
-    decode: Range | None = None
-    prefill: Range | None = None
-
-
-def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
-    """Return every input of the network, by name."""
-    model, limits = config.model, config.limits
-    batch, tokens = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
-    rows = logit_rows(config)
-    sequences = NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, batch))
-    inputs = {
-        "input_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, limits.max_input_len, tokens)),
-        "cu_seqlens": NetworkInput(trt.int32, (-1,), Range(2, 2, batch + 1), Range(2, 2, batch + 1)),
-        "past_lengths": sequences,
-        "rotary_offsets": sequences,
-        "last_token_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, rows)),
-        "semaphores": NetworkInput(trt.int32, (batch, model.num_heads)),
-    }
-    table = rotary_table(model, limits.max_positions)
-    table_rows = len(table.values)
-    # A prompt table (see RotaryTable.prompt_table) has a row for each token of the prompts.
-    most = max(table_rows, tokens) if model.rotary.scaling == "dynamic" else table_rows
-    table_range = (Range(table_rows, table_rows, table_rows), Range(1, table_rows, most))
-    inputs["rotary_table"] = NetworkInput(trt.float32, (-1, model.rotary.dim), *table_range)
-    if table.query_scale is not None:
-        inputs["query_scale"] = NetworkInput(trt.float32, (-1,), *table_range)
-    cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
-    for layer in range(model.num_layers):
-        inputs[f"past_key_value_{layer}"] = NetworkInput(compat.dtypes()[config.dtype], cache)
-    return inputs
-
-
-def logit_rows(config: EngineConfig) -> int:
-    """Return the largest number of rows of logits that one pass through the network computes."""
-    return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
 
 
 def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
@@ -144,9 +88,10 @@ def write_engine(
     cache = TimingCache(timing_cache, timing_cache_name())
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
-    _define(network, config, _reporting(read_weight, config, progress))
+    total, _ = required_bytes(config.model, config.limits, config.dtype)
+    _define(network, config, reporting_reader(read_weight, total, progress))
     builder_config = compat.create_config(builder, network)
-    _add_profiles(builder, builder_config, network_inputs(config))
+    _add_profiles(builder, builder_config, _inputs(config))
     cache.load_into(builder_config)
     progress("TensorRT", 0, 0)
     compat.LOG.take()
@@ -160,7 +105,7 @@ def write_engine(
 
 
 def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None:
-    inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
+    inputs = {name: network.add_input(name, _type(given), given.shape) for name, given in _inputs(config).items()}
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
@@ -176,31 +121,12 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None
         tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
-def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
-    """Wrap `read_weight`: convert to the weight's type in the engine, and report the bytes read."""
-    total, _ = required_bytes(config.model, config.limits, config.dtype)
-    done: dict[str, int] = {}
-
-    def read(spec: WeightSpec) -> npt.NDArray[Any]:
-        weight = as_dtype(read_weight(spec), compat.numpy_dtype(spec.dtype), spec.name)
-        done[spec.name] = weight.nbytes
-        progress("weights", sum(done.values()), total)
-        return weight
-
-    return read
+def _inputs(config: EngineConfig) -> dict[str, NetworkInput]:
+    return network_inputs(config.model, config.limits, config.dtype)
 
 
-def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.NDArray[Any]:
-    """Convert a weight to `dtype`.
-
-    Raises:
-        QwenModelError: a number is too large for the type.
-    """
-    with np.errstate(over="ignore"):
-        converted = weight.astype(dtype, copy=False)
-    if weight.dtype != converted.dtype and not all_finite(converted):
-        raise QwenModelError(too_large(name, converted.dtype.name, float(np.abs(weight.astype(np.float64)).max())))
-    return converted
+def _type(given: NetworkInput) -> Any:
+    return trt.int32 if given.dtype == "int32" else compat.dtypes()[given.dtype]
 
 
 def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
@@ -246,7 +172,7 @@ def load_executor(
         engine = _read_plan(path)
         _check_limits(config, engine, path)
         _check_memory(config, "activations", compat.activation_bytes(engine))
-        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
+        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config.limits))
 
 
 def _read_plan(path: Path) -> Any:
@@ -267,11 +193,11 @@ def _read_plan(path: Path) -> Any:
 def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
     """Check that the plan was built for the limits in `config.json`, which buffers are sized by."""
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    for name, expected in network_inputs(config).items():
+    for name, expected in _inputs(config).items():
         if name not in names:  # TensorRT removes inputs that no layer uses
             continue
         found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
-        wrong = found != (expected.shape, expected.dtype)
+        wrong = found != (expected.shape, _type(expected))
         for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
             if extent is not None and not wrong:
                 least, _, most = engine.get_tensor_profile_shape(name, profile)
@@ -315,8 +241,8 @@ def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
 
 def _buffer_bytes(config: EngineConfig) -> int:
     """Return the bytes of the logits and of all inputs except the key-value cache."""
-    logits = logit_rows(config) * config.model.vocab_size * ITEM_SIZES[config.dtype]
-    inputs = [given for name, given in network_inputs(config).items() if not name.startswith("past_key_value")]
+    logits = logit_rows(config.limits) * config.model.vocab_size * ITEM_SIZES[config.dtype]
+    inputs = [given for name, given in _inputs(config).items() if not name.startswith("past_key_value")]
     rows = (given.shape[0] if given.prefill is None else given.prefill.max for given in inputs)
     return logits + sum(4 * count * math.prod(given.shape[1:]) for count, given in zip(rows, inputs, strict=True))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tensorrt as trt
 
 from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
@@ -43,15 +41,6 @@ def dtypes() -> dict[str, Any]:
     """Return the floating-point types that this TensorRT has, by name."""
     found = {"float32": trt.float32, "float16": trt.float16}
     return {**found, "bfloat16": trt.bfloat16} if hasattr(trt, "bfloat16") else found
-
-
-def numpy_dtype(name: str) -> npt.DTypeLike:
-    """Return NumPy's type of that name; bfloat16 comes from ml_dtypes."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
 
 
 def create_network(builder: Any) -> Any:

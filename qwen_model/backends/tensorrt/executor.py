@@ -14,6 +14,7 @@ import tensorrt as trt
 
 from ...interface.engine_config import EngineConfig
 from ...interface.executor import FloatArray, IntArray, last_rows
+from ...interface.numpy_weights import numpy_dtype
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.rotary import rotary_table
 from . import compat
@@ -116,7 +117,7 @@ class TensorRTExecutor:
         """
         model, limits = config.model, config.limits
         batch = limits.max_batch_size
-        dtype = compat.numpy_dtype(config.dtype)
+        dtype = numpy_dtype(config.dtype)
         self.config = config
         self.engine = engine
         self.gemm_kernels = None if "gemm" in config.disabled_plugins else config.gemm_kernels

@@ -208,9 +208,7 @@ def test_memory_stays_as_it_is(sessions):
 
 
 def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypatch):
-    from qwen_model.backends.tensorrt import back_end as tensorrt
-
-    monkeypatch.setattr(tensorrt, "LOGIT_ROWS", 7)
+    monkeypatch.setattr("qwen_model.network.inputs.LOGIT_ROWS", 7)
     expected, session = both(model_dir, tmp_path)
     for length in (60, 50, 49, 1):
         prompt = random_prompt(length, seed=length)
