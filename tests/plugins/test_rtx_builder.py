@@ -83,11 +83,11 @@ def check_one_layer(built: Built, mode: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["dynamic", "known"])
-@pytest.mark.parametrize("plugin", ["RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention"])
+@pytest.mark.parametrize("plugin", ["RmsNorm", "RmsNormQuantization", "Gemm", "QwenGemm", "GptAttention"])
 def test_every_mode_becomes_one_layer(modes: list[dict[str, Any]], plugin: str, known: bool) -> None:
     """With the types and shapes that the README says, and nothing before or after it."""
     of_plugin = [mode for mode in modes if mode["plugin"] == plugin]
-    least = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "GptAttention": 72}
+    least = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1, "GptAttention": 72}
     assert len(of_plugin) >= least[plugin]
     for mode in of_plugin:
         if known:

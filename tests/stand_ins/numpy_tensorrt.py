@@ -505,7 +505,7 @@ def make_module(version: str) -> types.ModuleType:
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
-    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")]
+    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention", "QwenGemm")]
     others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
     operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")
