@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .command_line import DEFAULT_ENGINE_DIR, add_tuning_argument, progress_bar, run_command
-from .common.errors import QwenModelError
-from .common.files import parse_json_object
+from .command_line import (
+    DEFAULT_ENGINE_DIR,
+    add_tuning_argument,
+    parse_rotary_scaling,
+    progress_bar,
+    run_command,
+)
 from .interface.engine_config import PLUGINS
 
 if TYPE_CHECKING:
@@ -89,23 +93,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_tuning_argument(parser)
     return parser
-
-
-def parse_rotary_scaling(text: str) -> dict[str, Any]:
-    """Convert `linear:4`, `none` or a JSON object to what `rope_scaling` is in a `config.json`.
-
-    Raises:
-        QwenModelError: the text is none of these.
-    """
-    if text.lstrip().startswith("{"):
-        return parse_json_object(text, "--rotary-scaling")
-    kind, _, factor = text.partition(":")
-    if not factor:
-        return {"rope_type": kind}
-    try:
-        return {"rope_type": kind, "factor": float(factor)}
-    except ValueError as error:
-        raise QwenModelError(f"--rotary-scaling must be KIND:FACTOR, like linear:4, not {text!r}") from error
 
 
 def _summary_text(summary: BuildSummary) -> str:

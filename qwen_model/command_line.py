@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
 from .common.extras import import_extra
-from .common.files import read_text
+from .common.files import parse_json_object, read_text
 from .common.progress import GEMM_KERNELS, Progress
 
 if TYPE_CHECKING:
@@ -212,6 +212,23 @@ def progress_line(heading: str) -> Callable[[int, int], None] | None:
     return show
 
 
+def parse_rotary_scaling(text: str) -> dict[str, Any]:
+    """Convert `linear:4`, `none` or a JSON object to what `rope_scaling` is in a `config.json`.
+
+    Raises:
+        QwenModelError: the text is none of these.
+    """
+    if text.lstrip().startswith("{"):
+        return parse_json_object(text, "--rotary-scaling")
+    kind, _, factor = text.partition(":")
+    if not factor:
+        return {"rope_type": kind}
+    try:
+        return {"rope_type": kind, "factor": float(factor)}
+    except ValueError as error:
+        raise QwenModelError(f"--rotary-scaling must be KIND:FACTOR, like linear:4, not {text!r}") from error
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
     """Add --engine-dir and --device, and --tuning for commands that call `open_engine`."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
@@ -239,7 +256,7 @@ def open_engine(options: argparse.Namespace) -> Session:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar(extra: str | None = None) -> Iterator[Progress]:
     """Yield what draws a bar for each phase from its first report on, or nothing if standard error is no terminal."""
     bar: Any = None
     shown = ""
@@ -249,7 +266,7 @@ def progress_bar() -> Iterator[Progress]:
         if bar is None or phase != shown:
             if bar is not None:
                 bar.close()
-            tqdm = import_extra("tqdm", "the progress bar").tqdm
+            tqdm = import_extra("tqdm", "the progress bar", extra).tqdm
             unit = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": "B", "unit_scale": True}
             bar, shown = tqdm(desc=phase, total=total or None, leave=False, disable=None, **unit), phase
         bar.update(done - bar.n)

@@ -87,13 +87,13 @@ def build_engine(
             be written. Nothing has changed then.
     """
     start = time.perf_counter()
-    _check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, BACKENDS)
     if dtype is not None:
-        _check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, DTYPES)
     if timing_cache is not None and backend != "tensorrt":
         raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
     disabled = _disabled_plugins(disable_plugins, rmsnorm_plugin)
-    source = _model_dir(model_dir)
+    source = model_folder(model_dir)
     target = output_place(output_dir, source)
     if timing_cache is not None and Path(os.path.realpath(timing_cache)).is_relative_to(target):
         raise QwenModelError(f"the timing cache {timing_cache} would be in the engine's folder: give a file elsewhere")
@@ -139,7 +139,8 @@ def build_engine(
     return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
@@ -149,7 +150,7 @@ def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tu
     if isinstance(names, str):
         raise QwenModelError(f"disable_plugins must be a collection of names, not the text {names!r}")
     for name in names:
-        _check_choice("a plug-in to disable", name, PLUGINS)
+        check_choice("a plug-in to disable", name, PLUGINS)
     if rmsnorm_plugin not in (None, True, False):
         raise QwenModelError(f"rmsnorm_plugin must be True, False or None, not {rmsnorm_plugin!r}")
     if rmsnorm_plugin and "rms_norm" in names:
@@ -158,7 +159,8 @@ def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tu
     return tuple(name for name in PLUGINS if name in wanted)
 
 
-def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
+def model_folder(model_dir: str | os.PathLike[str] | None) -> Path:
+    """Return a checkpoint's folder, checked; None: that of the model in this package."""
     if model_dir is None:
         from ..packaged_model import packaged_model_dir
 
