@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .engine.export import export_onnx
 
-    with progress_bar("onnx") as progress:
+    with progress_bar(extra="onnx") as progress:
         summary = export_onnx(
             options.model_dir,
             output=options.output,
@@ -85,7 +86,23 @@ def _summary_text(summary: ExportSummary) -> str:
             f"outputs of {limits.max_output_len} tokens"
         )
     lines += [f"size        {written.num_bytes / 2**20:,.1f} MiB", f"time        {summary.seconds:.1f} s"]
+    if summary.profiles:
+        lines += ["", "An engine with TensorRT, where LIBRARY is qwen_plugins.tensorrt_library_path(10), or 11:", ""]
+        lines.append(_trtexec(summary))
     return "\n".join(lines)
+
+
+def _trtexec(summary: ExportSummary) -> str:
+    """Return the command that builds an engine of a file with plug-ins."""
+    path = str(summary.path)
+    words = ["--stronglyTyped", "--skipInference", "--dynamicPlugins=LIBRARY"]  # with random lengths nothing can run
+    lines = [shlex.join(["trtexec", f"--onnx={path}", f"--saveEngine={path.removesuffix('.onnx')}.plan", *words])]
+    for index, profile in enumerate(summary.profiles):
+        lines.append(f"    --profile={index}")
+        for kind, option in enumerate(("minShapes", "optShapes", "maxShapes")):
+            shapes = (f"{name}:{'x'.join(map(str, shapes[kind]))}" for name, shapes in profile.items())
+            lines.append(f"    --{option}={','.join(shapes)}")
+    return " \\\n".join(lines)
 
 
 def _tensor_lines(title: str, tensors: tuple[Tensor, ...]) -> list[str]:

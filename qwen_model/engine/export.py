@@ -18,6 +18,7 @@ from ..common.errors import QwenModelError
 from ..common.extras import import_extra
 from ..common.progress import Progress
 from ..interface.engine_config import Limits
+from ..network.inputs import Profile, network_inputs, profile_shapes
 from .build import check_choice, model_folder
 from .limits import engine_limits
 
@@ -34,6 +35,8 @@ class ExportSummary:
     """Describe the file that `export_onnx` wrote.
 
     limits: the sizes of the cache and of the profiles; None with standard operators, which have none.
+    profiles: for TensorRT's builder, of decode steps and of prompts: the least, the typical and the largest shape of
+        each dynamic input; empty with standard operators.
     """
 
     path: Path
@@ -42,6 +45,7 @@ class ExportSummary:
     model: ModelConfig
     limits: Limits | None
     num_parameters: int
+    profiles: tuple[Profile, ...]
     written: WrittenModel
     seconds: float
     warnings: tuple[str, ...]
@@ -100,8 +104,9 @@ def export_onnx(
     specs = (spec for group in weight_groups(model, chosen) for spec in group.specs)
     num_parameters = sum(math.prod(spec.shape) for spec in specs)
     seconds = time.perf_counter() - start
+    profiles = () if limits is None else profile_shapes(network_inputs(model, limits, chosen))
     warnings = tuple(_warnings(model)) if limits is None else ()
-    return ExportSummary(place, operators, chosen, model, limits, num_parameters, written, seconds, warnings)
+    return ExportSummary(place, operators, chosen, model, limits, num_parameters, profiles, written, seconds, warnings)
 
 
 def _warnings(model: ModelConfig) -> Iterator[str]:

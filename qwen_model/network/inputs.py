@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoints.config import ModelConfig
 from ..interface.engine_config import Limits
 from .rotary import rotary_table
 
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+"""The least, the typical and the largest shape of inputs by name: an optimization profile of TensorRT."""
 LOGIT_ROWS = 256
 """The most tokens of a chunk in which `prompt_logits` runs a prompt."""
 
@@ -30,7 +34,7 @@ class NetworkInput:
     """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     decode: Range | None = None
     prefill: Range | None = None
 
@@ -60,6 +64,18 @@ def network_inputs(model: ModelConfig, limits: Limits, dtype: str) -> dict[str, 
     for layer in range(model.num_layers):
         inputs[f"past_key_value_{layer}"] = NetworkInput(dtype, cache)
     return inputs
+
+
+def profile_shapes(inputs: Mapping[str, NetworkInput]) -> tuple[Profile, Profile]:
+    """Return the profiles of decode steps and of prompts: the shapes of each input that is not static, by name."""
+    decode: Profile = {}
+    prefill: Profile = {}
+    for name, given in inputs.items():
+        for profile, extent in ((decode, given.decode), (prefill, given.prefill)):
+            if extent is not None:
+                rest = given.shape[1:]
+                profile[name] = ((extent.min, *rest), (extent.opt, *rest), (extent.max, *rest))
+    return decode, prefill
 
 
 def logit_rows(limits: Limits) -> int:

@@ -23,7 +23,7 @@ from ...interface.engine_config import EngineConfig, GemmKernels
 from ...interface.memory import ITEM_SIZES, required_bytes
 from ...interface.numpy_weights import reporting_reader
 from ...network.decoder import decoder
-from ...network.inputs import NetworkInput, Range, logit_rows, network_inputs
+from ...network.inputs import NetworkInput, logit_rows, network_inputs, profile_shapes
 from ...tuning.choice import by_module
 from ...tuning.choice import choose_kernels as measure_kernels
 from . import compat
@@ -130,12 +130,10 @@ def _type(given: NetworkInput) -> Any:
 
 
 def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
-    for kind in ("decode", "prefill"):  # DECODE, PREFILL
+    for shapes in profile_shapes(inputs):  # DECODE, PREFILL
         profile = builder.create_optimization_profile()
-        for name, given in inputs.items():
-            extent: Range | None = getattr(given, kind)
-            if extent is not None:
-                profile.set_shape(name, *((size, *given.shape[1:]) for size in (extent.min, extent.opt, extent.max)))
+        for name, (least, typical, most) in shapes.items():
+            profile.set_shape(name, least, typical, most)
         builder_config.add_optimization_profile(profile)
 
 
