@@ -11,9 +11,11 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from qwen_plugins.registration import PLUGIN_NAMESPACE, PLUGIN_VERSIONS
+
 PRODUCER = "qwen_model"
 """The model's producer_name, and the beginning of a file of weights: what may be replaced by another export."""
-PLUGIN_DOMAIN = PLUGIN_NAMESPACE = "qwen_plugins"
+PLUGIN_DOMAIN = "qwen_plugins"
 ALIGNMENT = 4096  # a page, so that each weight of a file can be mapped
 
 Shape = Sequence[int | str]
@@ -57,7 +59,7 @@ class Graph:
             weights_file.write(f"{PRODUCER}: weights of an ONNX model\n".encode())
         self._nodes: list[onnx.NodeProto] = []
         self._node_names: set[str] = set()
-        self._weights: dict[str, onnx.TensorProto] = {}
+        self._initializers: dict[str, onnx.TensorProto] = {}
         self._renamed: dict[str, str] = {}
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
@@ -75,7 +77,7 @@ class Graph:
     def op(self, op_type: str, inputs: Sequence[str], scope: str, outputs: int = 1, **attributes: Any) -> Any:
         """Add a node of an ONNX operator.
 
-        inputs: tensors; "" is an optional input that is left out.
+        inputs: tensors.
         scope: the beginning of the node's name.
 
         Returns:
@@ -90,7 +92,7 @@ class Graph:
     def plugin(
         self, plugin: str, inputs: Sequence[str], name: str, fields: Mapping[str, int | float], outputs: int = 1
     ) -> Any:
-        """Add a node that TensorRT's ONNX parser makes a layer of a plug-in of.
+        """Add a node that TensorRT's ONNX parser makes a layer of the plug-in's newest version of.
 
         Args:
             plugin: its name in TensorRT's registry.
@@ -102,7 +104,7 @@ class Graph:
         Returns:
             The output, or a list of several.
         """
-        creator = {"plugin_version": "1", "plugin_namespace": PLUGIN_NAMESPACE}
+        creator = {"plugin_version": PLUGIN_VERSIONS[plugin][-1], "plugin_namespace": PLUGIN_NAMESPACE}
         return self._node(plugin, inputs, name, outputs, {**creator, **fields}, PLUGIN_DOMAIN)
 
     def constant(self, array: npt.NDArray[Any], name: str) -> str:
@@ -115,7 +117,7 @@ class Graph:
 
     def has_weight(self, name: str) -> bool:
         """Tell whether there is a weight of that name already."""
-        return name in self._weights
+        return name in self._initializers
 
     def model(self, description: str) -> onnx.ModelProto:
         """Return the finished model."""
@@ -123,7 +125,7 @@ class Graph:
             node.input[:] = [self._renamed.get(tensor, tensor) for tensor in node.input]
             node.output[:] = [self._renamed.get(tensor, tensor) for tensor in node.output]
         inputs, outputs = ([tensor.value_info for tensor in tensors] for tensors in (self.inputs, self.outputs))
-        graph = helper.make_graph(self._nodes, PRODUCER, inputs, outputs, initializer=list(self._weights.values()))
+        graph = helper.make_graph(self._nodes, PRODUCER, inputs, outputs, initializer=list(self._initializers.values()))
         domains = {node.domain for node in self._nodes}
         opsets = [helper.make_opsetid("", self._opset), *(helper.make_opsetid(domain, 1) for domain in domains - {""})]
         return helper.make_model(
@@ -164,5 +166,5 @@ class Graph:
                 onnx.StringStringEntryProto(key=key, value=value) for key, value in where.items()
             )
             file.write(numbers.data)
-        self._weights[name] = tensor
+        self._initializers[name] = tensor
         return name

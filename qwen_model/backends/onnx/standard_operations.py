@@ -96,9 +96,9 @@ class StandardOperations:
         if norm in self._modules:
             x = self._rms_norm(x, norm)
         dim = self._config.rotary.dim
-        dim = 0 if dim == self._config.head_size else dim  # 0: all of a head
-        cos, sin = self._rotary.cos, self._rotary.sin
-        return self._op("RotaryEmbedding", scope, x, cos, sin, rotary_embedding_dim=dim)
+        # ONNX Runtime 1.23 asks for num_heads with the rotation of a part of each head.
+        part = {} if dim == self._config.head_size else {"rotary_embedding_dim": dim, "num_heads": heads}
+        return self._op("RotaryEmbedding", scope, x, self._rotary.cos, self._rotary.sin, **part)
 
     def _split_heads(self, x: str, heads: int, scope: str) -> str:
         """Return [batch_size, heads, sequence_length, head_size]."""
