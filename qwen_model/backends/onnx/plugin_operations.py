@@ -26,7 +26,10 @@ _ROPE_GPT_NEOX = 2  # csrc/plugins/gpt_attention/README.md
 
 
 class PluginOperations:
-    """Implement `Operations`: each adds the node of a plug-in, named after its module, or a Gather."""
+    """Implement `Operations`: each adds the node of a plug-in, named after its module, or a Gather.
+
+    Nodes have the fields that have defaults, too: TensorRT's parser warns of each that is missing.
+    """
 
     def __init__(
         self,
@@ -81,6 +84,8 @@ class PluginOperations:
             "weight_type_id": self._type_id,
             "eps": self._config.norm_eps,
             "residual": int(residual is not None),
+            "unit_offset": 0,
+            "round_before_weight": 0,
         }
         inputs = [x, self._weight(self._modules[module].weight)]
         if residual is None:
@@ -111,6 +116,7 @@ class PluginOperations:
             "head_size": config.head_size,
             "rotary_embedding_dim": config.rotary.dim,
             "position_embedding_type": _ROPE_GPT_NEOX,
+            "q_scaling": 1.0,
             "query_scale": int("query_scale" in self._inputs),
             "qk_norm": int(bool(norms)),
             "norm_eps": config.norm_eps,
