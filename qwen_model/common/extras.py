@@ -15,6 +15,7 @@ PACKAGES = {
     "cuda.bindings": "cuda-bindings",
     "lm_eval": "lm-eval",
     "rouge_score": "rouge-score",
+    "tensorrt_rtx": "tensorrt-rtx-cu13",
 }
 """The names of packages whose modules are called something else."""
 

@@ -8,6 +8,7 @@ from ..interface.back_end import BackEnd
 MODULES = {
     "torch": ("torch", "safetensors"),
     "tensorrt": ("tensorrt", "cuda.bindings", "safetensors", "ml_dtypes"),
+    "tensorrt-rtx": ("tensorrt_rtx", "safetensors", "ml_dtypes"),  # and more to build, and to run
 }
 """The modules that each back end needs; `pip install "qwen-plugins[NAME]"` brings them."""
 
@@ -25,6 +26,10 @@ def back_end(name: str) -> BackEnd:
 
         return torch_back_end
     require_kernels()
+    if name == "tensorrt-rtx":
+        from ..backends.tensorrt_rtx import back_end as tensorrt_rtx_back_end
+
+        return tensorrt_rtx_back_end
     from ..backends.tensorrt import back_end as tensorrt_back_end
 
     return tensorrt_back_end

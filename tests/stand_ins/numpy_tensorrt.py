@@ -330,6 +330,7 @@ class BuilderConfig:
         self.flags: set[str] = set()
         self.cache = b""
         self.profiling_verbosity = ""
+        self.hardware_compatibility_level = "none"
 
     def add_optimization_profile(self, profile: Profile) -> None:
         self.profiles.append(profile)
@@ -528,6 +529,7 @@ def make_module(version: str) -> types.ModuleType:
         PluginField=lambda name, array, kind: types.SimpleNamespace(name=name, array=array, kind=kind),
         PluginFieldCollection=list,
         BuilderFlag=flags,
+        HardwareCompatibilityLevel=types.SimpleNamespace(NONE="none", AMPERE_PLUS="ampere plus"),
         TensorFormat=types.SimpleNamespace(LINEAR=0),
         TensorIOMode=types.SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT"),
         ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"),

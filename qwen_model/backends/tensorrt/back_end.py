@@ -5,8 +5,6 @@ A plan has two optimization profiles: one for decode steps, one for prompts.
 
 from __future__ import annotations
 
-import math
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,28 @@ import qwen_plugins
 
 from ...checkpoints.tensor_files import Framework
 from ...checkpoints.weights import network_modules
-from ...common.errors import OutOfMemoryError, QwenModelError
+from ...common.errors import QwenModelError
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels
-from ...interface.memory import ITEM_SIZES, required_bytes
+from ...interface.memory import required_bytes
 from ...interface.numpy_weights import reporting_reader
 from ...network.decoder import decoder
-from ...network.inputs import NetworkInput, logit_rows, network_inputs, profile_shapes
+from ...network.inputs import NetworkInput, network_inputs
 from ...tuning.choice import by_module
 from ...tuning.choice import choose_kernels as measure_kernels
-from . import compat
+from . import compat, loading
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
+from .loading import check_versions, device_count, device_index
 from .native_rotary import NativeRotaryOperations
 from .operations import TensorRTOperations
+from .package import PLAN
+from .profiles import add_profiles
 from .timing_cache import TimingCache
 
 FRAMEWORK: Framework = "numpy"
-PLAN = "model.plan"
-DECODE, PREFILL = 0, 1  # optimization profiles
+NEEDS_GPU = "the TensorRT back end needs an NVIDIA GPU, for building too"
 WRITE_BYTES = 64 << 20
 
 
@@ -49,21 +49,22 @@ def _check_dtype(dtype: str) -> None:
         raise QwenModelError(f"TensorRT {trt.__version__} has no {dtype}: use --dtype {' or '.join(compat.dtypes())}")
 
 
-def versions() -> dict[str, str]:
-    """Return what a plan depends on: it runs only where all of these are the same as when it was built."""
-    _device_count()
+def versions(compute_capabilities: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return what a plan depends on: it runs only where all of these are the same as when it was built.
+
+    compute_capabilities: see `EngineConfig`; where it names any, the plan does not depend on the GPU's model.
+    """
+    device_count(NEEDS_GPU)
+    found = {"tensorrt": trt.__version__, "qwen_plugins": qwen_plugins.__version__}
+    if compute_capabilities:
+        return found
     name, capability = cuda.device_name_and_capability()
-    return {
-        "tensorrt": trt.__version__,
-        "qwen_plugins": qwen_plugins.__version__,
-        "gpu": name,
-        "compute_capability": capability,
-    }
+    return {**found, "gpu": name, "compute_capability": capability}
 
 
 def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
-    """Measure the GEMM kernels of the linear layers on the first GPU; see `BackEnd`."""
-    if "gemm" in config.disabled_plugins:
+    """Measure the GEMM kernels of the linear layers on the first GPU, unless the plan is for others; see `BackEnd`."""
+    if "gemm" in config.disabled_plugins or config.compute_capabilities:
         return {}
     return measure_kernels(config.model, config.limits, config.dtype, progress)
 
@@ -90,8 +91,8 @@ def write_engine(
     network = compat.create_network(builder)
     total, _ = required_bytes(config.model, config.limits, config.dtype)
     _define(network, config, reporting_reader(read_weight, total, progress))
-    builder_config = compat.create_config(builder, network)
-    _add_profiles(builder, builder_config, _inputs(config))
+    builder_config = compat.create_config(builder, network, bool(config.compute_capabilities))
+    add_profiles(builder, builder_config, _inputs(config))
     cache.load_into(builder_config)
     progress("TensorRT", 0, 0)
     compat.LOG.take()
@@ -105,7 +106,10 @@ def write_engine(
 
 
 def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None:
-    inputs = {name: network.add_input(name, _type(given), given.shape) for name, given in _inputs(config).items()}
+    inputs = {
+        name: network.add_input(name, compat.PACKAGE.data_type(given.dtype), given.shape)
+        for name, given in _inputs(config).items()
+    }
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
@@ -123,18 +127,6 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None
 
 def _inputs(config: EngineConfig) -> dict[str, NetworkInput]:
     return network_inputs(config.model, config.limits, config.dtype)
-
-
-def _type(given: NetworkInput) -> Any:
-    return trt.int32 if given.dtype == "int32" else compat.dtypes()[given.dtype]
-
-
-def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
-    for shapes in profile_shapes(inputs):  # DECODE, PREFILL
-        profile = builder.create_optimization_profile()
-        for name, (least, typical, most) in shapes.items():
-            profile.set_shape(name, least, typical, most)
-        builder_config.add_optimization_profile(profile)
 
 
 def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
@@ -161,100 +153,13 @@ def load_executor(
 
     `tuning` is not used: the plan holds the choice of GEMM kernels.
     """
-    with cuda.on_device(_device_index(device)):
-        _check_versions(engine_dir, config)
-        path = engine_dir / PLAN
-        if not path.is_file():
-            raise QwenModelError(f"{engine_dir} is incomplete: {PLAN} is missing; build the engine again")
-        _check_memory(config, "the plan", path.stat().st_size)
-        engine = _read_plan(path)
-        _check_limits(config, engine, path)
-        _check_memory(config, "activations", compat.activation_bytes(engine))
-        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config.limits))
 
-
-def _read_plan(path: Path) -> Any:
-    compat.LOG.take()
-    runtime = trt.Runtime(compat.LOG)
-    engine = None
-    if path.stat().st_size > 0:  # an empty file cannot be mapped
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        said = compat.LOG.take()
-        if compat.ran_out_of_memory(said):
-            raise OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
-        raise QwenModelError(f"{path} is damaged: build the engine again. TensorRT says:\n{said}")
-    return engine
-
-
-def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
-    """Check that the plan was built for the limits in `config.json`, which buffers are sized by."""
-    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    for name, expected in _inputs(config).items():
-        if name not in names:  # TensorRT removes inputs that no layer uses
-            continue
-        found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
-        wrong = found != (expected.shape, _type(expected))
-        for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
-            if extent is not None and not wrong:
-                least, _, most = engine.get_tensor_profile_shape(name, profile)
-                wrong = (least[0], most[0]) != (extent.min, extent.max)
-        if wrong:
+    def check_here() -> None:
+        check_versions(engine_dir, config, versions(config.compute_capabilities))
+        _, capability = cuda.device_name_and_capability()
+        if config.compute_capabilities and int(capability.split(".")[0]) < 8:
             raise QwenModelError(
-                f"{path} was not built for what config.json says ({name} differs): build the engine again"
+                f"{engine_dir} is for GPUs of compute capability 8.0 or later; this one has {capability}"
             )
 
-
-def _device_index(device: str | None) -> int:
-    count = _device_count()
-    kind, _, index = (device or "cuda").partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
-        raise QwenModelError(f"a TensorRT engine runs on a GPU: device must be 'cuda' or 'cuda:N', not {device!r}")
-    if int(index or 0) >= count:
-        raise QwenModelError(f"device {device!r} does not exist: the driver finds {count} GPUs")
-    return int(index or 0)
-
-
-def _device_count() -> int:
-    try:
-        return cuda.device_count()
-    except cuda.NoDeviceError as error:
-        raise QwenModelError(f"the TensorRT back end needs an NVIDIA GPU, for building too: {error}") from error
-
-
-def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
-    here = versions()
-    other = [
-        f"{name} {config.versions.get(name)}, here {now}"
-        for name, now in here.items()
-        if config.versions.get(name) != now
-    ]
-    if other:
-        raise QwenModelError(
-            f"{engine_dir} was built for {'; '.join(other)}: build it again here from its checkpoint, with the same "
-            f"options ({config.build_command(engine_dir)})"
-        )
-
-
-def _buffer_bytes(config: EngineConfig) -> int:
-    """Return the bytes of the logits and of all inputs except the key-value cache."""
-    logits = logit_rows(config.limits) * config.model.vocab_size * ITEM_SIZES[config.dtype]
-    inputs = [given for name, given in _inputs(config).items() if not name.startswith("past_key_value")]
-    rows = (given.shape[0] if given.prefill is None else given.prefill.max for given in inputs)
-    return logits + sum(4 * count * math.prod(given.shape[1:]) for count, given in zip(rows, inputs, strict=True))
-
-
-def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
-    """Raise QwenModelError with a list of what is needed if `num_bytes`, cache and buffers exceed the free memory."""
-    _, cache = required_bytes(config.model, config.limits, config.dtype)
-    buffers = _buffer_bytes(config)
-    free, total = cuda.memory_info()
-    if num_bytes + cache + buffers > free:
-        gib = 2.0**30
-        raise QwenModelError(
-            f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
-            f"({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) and "
-            f"{buffers / gib:.2f} GiB for prompts and logits are needed, {free / gib:.2f} of {total / gib:.2f} GiB are "
-            "free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
-        )
+    return loading.load_executor(compat.PACKAGE, engine_dir, config, device_index(device, NEEDS_GPU), check_here)

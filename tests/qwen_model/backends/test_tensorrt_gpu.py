@@ -177,6 +177,52 @@ def test_requests_that_fail_or_stop_leave_nothing_behind(engines, model, dtype):
     check_that_nothing_is_left_behind(engines(model, dtype), prompts[1:4])
 
 
+@pytest.mark.parametrize("model", ["Qwen2ForCausalLM", "packaged"])
+def test_hardware_compatible_engines(engines, model, tmp_path):
+    """For any GPU from Ampere on: here the tokens of the engine for this one."""
+    import tensorrt as trt
+
+    _, prompts = reference(model, "float16")
+    model_dir = None if model == "packaged" else Path(REFERENCE) / model
+    options = {"backend": "tensorrt", "dtype": "float16", "hardware_compatible": True, **LIMITS}
+    qwen_model.build_engine(model_dir, output_dir=tmp_path / "engine", **options)
+    session = qwen_model.load_engine(tmp_path / "engine")
+    assert session.executor.engine.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    expected = engines(model, "float16")
+    np.testing.assert_allclose(
+        session.logits(prompts[LOGITS_OF]), expected.logits(prompts[LOGITS_OF]), atol=TOLERANCES["float16"]
+    )
+    ours, theirs = (each.generate(prompts, max_new_tokens=16).outputs for each in (session, expected))
+    assert [output.output_ids for output in ours] == [output.output_ids for output in theirs]
+
+
+def test_inspect_a_plan_without_its_folder(engines, tmp_path, capsys):
+    """One of this package, and one that TensorRT built of layers of its own, and kept no details of."""
+    import tensorrt as trt
+
+    from qwen_model import inspect
+    from qwen_model.backends.tensorrt.compat import LOG, create_network
+
+    options = {"backend": "tensorrt", "dtype": "float16", **LIMITS}
+    engine = qwen_model.build_engine(output_dir=tmp_path / "engine", **options).engine_dir
+    inspect.main([str(engine / "model.plan")])
+    printed = capsys.readouterr().out
+    assert "layers.*.attention.qkv" in printed
+    assert "profile 1: smallest, usual and largest shapes" in printed
+    builder = trt.Builder(LOG)
+    network = create_network(builder)
+    x = network.add_input("x", trt.float32, (-1, 8))
+    network.mark_output(network.add_unary(x, trt.UnaryOperation.EXP).get_output(0))
+    config = builder.create_builder_config()
+    config.set_tactic_sources(0)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", (1, 8), (2, 8), (4, 8))
+    config.add_optimization_profile(profile)
+    (tmp_path / "other.plan").write_bytes(builder.build_serialized_network(network, config))
+    inspect.main([str(tmp_path / "other.plan"), "--all"])
+    assert "1x8  2x8  4x8" in capsys.readouterr().out
+
+
 def test_overflow_is_an_error(tmp_path):
     model = overflow_checks.save_overflowing_model(tmp_path / "model")
     for dtype, check in (
