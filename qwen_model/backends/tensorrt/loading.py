@@ -55,17 +55,21 @@ def deserialized(tensorrt: Package, path: Path) -> tuple[Any, str]:
         OutOfMemoryError: the GPU's memory ran out.
         OSError: the file cannot be read.
     """
+    if path.stat().st_size == 0:  # it cannot be mapped
+        return None, "the file is empty"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        return deserialized_plan(tensorrt, plan, str(path))
+
+
+def deserialized_plan(tensorrt: Package, plan: Any, name: str) -> tuple[Any, str]:
+    """Return the engine of a plan in memory, which is called `name` in errors; see `deserialized`."""
     tensorrt.log.take()
-    runtime = tensorrt.trt.Runtime(tensorrt.log)
-    engine = None
-    if path.stat().st_size > 0:  # an empty file cannot be mapped
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = runtime.deserialize_cuda_engine(plan)
+    engine = tensorrt.trt.Runtime(tensorrt.log).deserialize_cuda_engine(plan)
     if engine is not None:
         return engine, ""
     said = tensorrt.log.take()
     if ran_out_of_memory(said):
-        raise OutOfMemoryError(f"GPU memory ran out while {path} was loaded. TensorRT says:\n{said}")
+        raise OutOfMemoryError(f"GPU memory ran out while {name} was loaded. TensorRT says:\n{said}")
     return None, said
 
 

@@ -321,6 +321,8 @@ def test_hardware_compatible_engines_run_on_other_gpus(trt, model_dir, tmp_path,
     summary = build(model_dir, tmp_path / "engine", hardware_compatible=True)
     engine = summary.engine_dir
     assert "gpu" not in summary.config.versions
+    assert not summary.config.gemm_kernels  # measured on this GPU
+    assert build(model_dir, tmp_path / "other").config.gemm_kernels
     session = qwen_model.load_engine(engine)
     assert session.executor.engine.config.hardware_compatibility_level == "ampere plus"
     expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
