@@ -127,7 +127,7 @@ class EngineConfig:
         try:
             config = cls._from_dict(values)
         except (KeyError, TypeError, QwenModelError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
         readable = dataclasses.asdict(config.weight_format)
         if weight_format not in (None, readable):  # None: built before formats were recorded, when there was one layout
