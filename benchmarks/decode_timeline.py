@@ -33,7 +33,7 @@ from benchmarks.common import (
 
 STEPS = 9
 KINDS = {  # the first pattern that matches a kernel's name decides
-    "attention": "attention",
+    "attention": "attention|attend|prepare_tokens",
     "norms": "rms_norm",
     "sampling": "argmax|sample",
     "embedding": "gather_rows",
@@ -227,7 +227,7 @@ def draw_step(recording: dict[str, Any], panel: Any) -> None:
 
 def short_name(name: str) -> str:
     """Return a kernel's name without namespaces, template arguments and parameters."""
-    plain = re.sub(r"\(anonymous namespace\)::|^void ", "", name)
+    plain = re.sub(r"\(anonymous namespace\)::|<unnamed>::|^void ", "", name)
     return re.split(r"[<(]", plain)[0].split("::")[-1][:40]
 
 

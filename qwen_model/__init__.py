@@ -7,6 +7,7 @@ session.generate("What is RMSNorm?", chat=True).outputs[0].text
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ __all__ = [
     "export_onnx",
     "load_engine",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
 
 _MODULES = {
     "checkpoints.config": ("ModelConfig",),

@@ -7,7 +7,7 @@ import sys
 
 import shtab
 
-from . import benchmark, build, chat, evalscope, export, inspect, lm_eval, perplexity, run, summarize
+from . import benchmark, build, chat, doctor, evalscope, export, inspect, lm_eval, perplexity, run, summarize
 from .command_line import run_command
 from .common.version import package_version
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "benchmark": benchmark,
     "lm_eval": lm_eval,
     "evalscope": evalscope,
+    "doctor": doctor,
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command_line import (
     add_engine_arguments,
+    add_verbose_argument,
     check_output_file,
     non_negative_integer,
     number_above_zero,
@@ -22,6 +23,7 @@ from .command_line import (
 )
 from .common.errors import OutOfMemoryError, QwenModelError
 from .common.files import write_whole
+from .common.log import show_log
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print a Markdown table; write JSON and a plot if they are asked for."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    show_log(options.verbose)
     _check(parser, options)
     for path in (options.output, options.plot):
         check_output_file(path)
@@ -120,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, metavar="FILE.json", help="write the load and all rows")
     output.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the rows (.svg, .png or .pdf)")
+    add_verbose_argument(parser)
     return parser
 
 

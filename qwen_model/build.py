@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from typing import TYPE_CHECKING
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
     add_tuning_argument,
+    add_verbose_argument,
     parse_rotary_scaling,
     progress_bar,
     run_command,
 )
+from .common.log import show_log
 from .interface.engine_config import PLUGINS, RTX_COMPUTE_CAPABILITIES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
 
+LOG = logging.getLogger("qwen_model.build")  # also where this module runs as __main__
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
     from .engine import build_engine
@@ -45,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=progress,
         )
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        LOG.warning("%s", warning)
     print(_summary_text(summary))
 
 
@@ -108,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"tensorrt-rtx: of the GPUs that the engine is for: {', '.join(RTX_COMPUTE_CAPABILITIES)} (default: all)",
     )
     add_tuning_argument(parser)
+    add_verbose_argument(parser)
     return parser
 
 

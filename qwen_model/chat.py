@@ -10,6 +10,7 @@ from .command_line import (
     add_chat_arguments,
     add_engine_arguments,
     add_sampling_arguments,
+    add_verbose_argument,
     chat_settings,
     given_sampling,
     open_engine,
@@ -17,6 +18,7 @@ from .command_line import (
     sampling_options,
 )
 from .common.errors import QwenModelError
+from .common.log import show_log
 
 if TYPE_CHECKING:
     from .checkpoints.chat_template import ChatOptions
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """Read a line and stream the answer until the input ends. The prompt of each answer is the conversation so far."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     given_sampling(options)  # raises for wrong options before the engine is loaded
     template_settings = chat_settings(options)
 
@@ -89,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
     add_sampling_arguments(parser)
     add_chat_arguments(parser, sanitize=True)
+    add_verbose_argument(parser)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 from .common.files import parse_json_object, read_text
+from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters
     try:
+        show_log()
         main(arguments)
         sys.stdout.flush()
     except (QwenModelError, ModuleNotFoundError) as error:
@@ -51,6 +54,15 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
 
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
+
+
+def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --verbose, which `show_log` takes."""
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help=f"say on standard error what is done and how long it takes; {VARIABLE}=debug says more",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -256,8 +268,15 @@ def open_engine(options: argparse.Namespace) -> Session:
 
 
 @contextmanager
-def progress_bar(extra: str | None = None) -> Iterator[Progress]:
-    """Yield what draws a bar for each phase from its first report on, or nothing if standard error is no terminal."""
+def progress_bar(unit: str = "B", extra: str | None = None) -> Iterator[Progress]:
+    """Yield what draws a bar for each phase from its first report on.
+
+    It draws nothing if standard error is no terminal, or if a log is shown, whose lines would break it.
+
+    unit: of what is reported, except in the phase `GEMM_KERNELS`.
+    extra: the extra of this package that brings the progress bar's library; None: either back end's does.
+    """
+    disable = True if logging.getLogger(__package__).isEnabledFor(logging.INFO) else None  # None: unless a terminal
     bar: Any = None
     shown = ""
 
@@ -267,8 +286,8 @@ def progress_bar(extra: str | None = None) -> Iterator[Progress]:
             if bar is not None:
                 bar.close()
             tqdm = import_extra("tqdm", "the progress bar", extra).tqdm
-            unit = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": "B", "unit_scale": True}
-            bar, shown = tqdm(desc=phase, total=total or None, leave=False, disable=None, **unit), phase
+            units = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": unit, "unit_scale": unit == "B"}
+            bar, shown = tqdm(desc=phase, total=total or None, leave=False, disable=disable, **units), phase
         bar.update(done - bar.n)
 
     try:

@@ -7,14 +7,16 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import DEFAULT_ENGINE_DIR, run_command
+from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, run_command
 from .common.errors import QwenModelError
 from .common.files import is_file, write_whole
+from .common.log import show_log
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print tables or one JSON object; draw the time of each kind of layer on request."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     if options.engine is not None and options.engine_dir is not None:
         raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
 
@@ -65,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the time of each kind of layer")
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, ... (default: the first GPU)")
+    add_verbose_argument(parser)
     return parser
 
 

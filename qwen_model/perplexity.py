@@ -9,8 +9,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import add_engine_arguments, open_engine, run_command
+from .command_line import add_engine_arguments, add_verbose_argument, open_engine, run_command
 from .common.files import read_text
+from .common.log import show_log
 from .evaluation.perplexity import Perplexity, measure_perplexity, next_token_nats
 
 __all__ = ["Perplexity", "main", "measure_perplexity", "next_token_nats"]
@@ -19,6 +20,7 @@ __all__ = ["Perplexity", "main", "measure_perplexity", "next_token_nats"]
 def main(arguments: list[str] | None = None) -> None:
     """Print the perplexity of an engine."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     text = None if options.text_file is None else read_text(options.text_file)
 
     session = open_engine(options)
@@ -49,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="tokens that see one another (default: 1024 or the engine's limit)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_verbose_argument(parser)
     return parser
 
 

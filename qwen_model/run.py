@@ -12,6 +12,7 @@ from .command_line import (
     add_chat_arguments,
     add_engine_arguments,
     add_sampling_arguments,
+    add_verbose_argument,
     chat_settings,
     given_sampling,
     open_engine,
@@ -20,6 +21,7 @@ from .command_line import (
     sampling_options,
 )
 from .common.errors import QwenModelError
+from .common.log import show_log
 
 if TYPE_CHECKING:
     from .engine.results import GenerationResult
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--stream gives text as it comes: it cannot be combined with --json or --num-beams")
     if not options.chat and any(getattr(options, name) is not None for name in CHAT_ONLY):
         parser.error("--system, --tools, --chat-template and --chat-template-kwargs need --chat")
+    show_log(options.verbose)
     prompts = _prompts(parser, options)
     given_sampling(options)  # raises for wrong options before the engine is loaded
     settings: dict[str, Any] = {
@@ -89,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_chat_arguments(parser, sanitize=False)
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the tokens and the timing")
+    add_verbose_argument(parser)
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command_line import (
     add_engine_arguments,
+    add_verbose_argument,
     check_output_file,
     non_negative_integer,
     number_above_zero,
@@ -21,6 +22,7 @@ from .command_line import (
 )
 from .common.errors import QwenModelError
 from .common.files import write_whole
+from .common.log import show_log
 
 if TYPE_CHECKING:
     from .evaluation.articles import Article
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print a table of ROUGE, time and tokens; exit with status 1 if an accuracy that is to be checked is off."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    show_log(options.verbose)
     if options.check_accuracy and options.hf is None:
         parser.error("--check-accuracy compares with the original: give --hf")
     check_output_file(options.output)
@@ -100,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="by how much it may be lower, in percent points (default: 1)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores and all summaries")
+    add_verbose_argument(parser)
     return parser
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gemm, gemm_sweep, generate_report, rms_norm
+from benchmarks import attention, gemm, gemm_sweep, generate_report, nsys_report, rms_norm
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
 from qwen_model.common.files import write_whole
 
@@ -242,6 +242,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt_gemm": tensorrt_gemm,
     "sampling": sampling,
     "decode_step": decode_step,
+    "nsys": lambda: nsys_report.table(read("nsys")),
+    "nsys-layers": lambda: nsys_report.layer_table(read("nsys")),
     "measured": measured,
 }
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -21,6 +21,7 @@ kernels' launchers on device addresses, without checks and without a framework.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from qwen_plugins.registration import TENSORRT_PACKAGES, register_tensorrt_plugins, tensorrt_library_path
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 _TORCH_FUNCTIONS = ("cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant")
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
 for _package in TENSORRT_PACKAGES:
     register_tensorrt_plugins(_package)
 

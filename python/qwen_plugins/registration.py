@@ -6,6 +6,7 @@
 import ctypes
 import importlib
 import importlib.util
+import logging
 import sys
 import threading
 import warnings
@@ -28,6 +29,7 @@ _LIBRARIES = {
     11: "libqwen_plugins_trt11.so",
 }
 _RTX_NAME = "libqwen_plugins_tensorrt_rtx_name.so"
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
@@ -78,7 +80,9 @@ def register_tensorrt_plugins(package: str = "tensorrt") -> bool:
             if package == "tensorrt_rtx":
                 _provide_rtx_name()
             if not _is_registered(trt):
-                trt.get_plugin_registry().load_library(str(tensorrt_library_path(trt.__version__)))
+                library = tensorrt_library_path(trt.__version__)
+                trt.get_plugin_registry().load_library(str(library))
+                _log.info("%s %s loaded the plug-ins of %s", package, trt.__version__, library)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             message = f"the plug-ins are not registered in {package}: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)

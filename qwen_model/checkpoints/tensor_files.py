@@ -5,6 +5,7 @@ Files are memory-mapped if possible; a tensor is read when it is asked for.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import numpy.typing as npt
 
 from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable
+from ..common.log import Stopwatch
+
+LOG = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Framework = Literal["torch", "numpy"]
@@ -55,14 +59,18 @@ def open_tensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:
         QwenModelError: the file cannot be read, is damaged, or holds anything besides tensors.
     """
     check_readable(path)
+    watch = Stopwatch(LOG)
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, framework)
-    if framework == "torch":
-        return _open_bin(path)
-    raise QwenModelError(
-        f"{path} can only be read with PyTorch: use the torch back end, or save the checkpoint as safetensors "
-        "(save_pretrained does)"
-    )
+        tensors = _open_safetensors(path, framework)
+    elif framework == "torch":
+        tensors = _open_bin(path)
+    else:
+        raise QwenModelError(
+            f"{path} can only be read with PyTorch: use the torch back end, or save the checkpoint as safetensors "
+            "(save_pretrained does)"
+        )
+    watch.lap(f"{len(tensors)} tensors found in {path}", path.stat().st_size)
+    return tensors
 
 
 def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTensor]:

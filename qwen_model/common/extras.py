@@ -7,8 +7,14 @@ from typing import Any
 
 from .errors import QwenModelError
 
-ANY_BACK_END = ("torch", "tensorrt")
-"""The extras of the back ends: each brings all that loading checkpoints and generating need."""
+BACK_END_MODULES = {
+    "torch": ("torch", "safetensors"),
+    "tensorrt": ("tensorrt", "cuda.bindings", "safetensors", "ml_dtypes"),
+    "tensorrt-rtx": ("tensorrt_rtx", "safetensors", "ml_dtypes"),  # and onnx to build, cuda.bindings to run
+}
+"""The modules that each back end needs; the extra of its name brings them, and all that tokenizers and chats need."""
+
+OLDEST_DRIVER = "580, which CUDA 13 needs"
 
 PACKAGES = {
     "cuda": "cuda-bindings",
@@ -32,13 +38,17 @@ def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
         QwenModelError: the module is not installed, or cannot be imported.
     """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extras = " or ".join(f'pip install "qwen-plugins[{name}]"' for name in ([extra] if extra else ANY_BACK_END))
+        extras = " or ".join(f'pip install "qwen-plugins[{name}]"' for name in ([extra] if extra else BACK_END_MODULES))
         missing = PACKAGES.get(error.name or "", error.name)
         raise QwenModelError(f"{needed_for} needs {missing}, which is not installed: {extras}") from error
-    except ImportError as error:
+    except Exception as error:  # a library that does not fit the others raises anything: OSError, AttributeError, ...
         raise QwenModelError(f"{needed_for} needs {module}, which cannot be imported: {error}") from error
+    if getattr(found, "__file__", "") is None:  # a folder without __init__.py
+        folder = next(iter(found.__path__), "")
+        raise QwenModelError(f"{needed_for} needs {module}, of which only a part is installed, in {folder}")
+    return found
 
 
 def require_kernels() -> None:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from ..common.extras import import_extra, require_kernels
+from ..common.extras import BACK_END_MODULES, import_extra, require_kernels
 from ..interface.back_end import BackEnd
-
-MODULES = {
-    "torch": ("torch", "safetensors"),
-    "tensorrt": ("tensorrt", "cuda.bindings", "safetensors", "ml_dtypes"),
-    "tensorrt-rtx": ("tensorrt_rtx", "safetensors", "ml_dtypes"),  # and more to build, and to run
-}
-"""The modules that each back end needs; `pip install "qwen-plugins[NAME]"` brings them."""
 
 
 def back_end(name: str) -> BackEnd:
@@ -19,7 +12,7 @@ def back_end(name: str) -> BackEnd:
     Raises:
         QwenModelError: something that it needs is not installed, or cannot be imported.
     """
-    for module in MODULES[name]:
+    for module in BACK_END_MODULES[name]:
         import_extra(module, f"the {name} back end", extra=name)
     if name == "torch":
         from ..backends.torch import back_end as torch_back_end

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
 from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
+from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
 from ..common.version import package_version
 from ..interface.engine_config import (
@@ -41,6 +43,8 @@ from ..interface.sampling import SamplingDefaults
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def build_engine(
         QwenModelError: an argument is wrong, the checkpoint cannot be read or is not supported, or `output_dir` cannot
             be written. Nothing has changed then.
     """
-    start = time.perf_counter()
+    start, watch = time.perf_counter(), Stopwatch(LOG)
     check_choice("backend", backend, BACKENDS)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
@@ -119,13 +123,16 @@ def build_engine(
         model = model.with_rotary_scaling(rotary_scaling)
     limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
     engine_back_end = back_end(backend)
+    watch.lap(f"back end {backend} imported")
     checkpoint = Checkpoint(source, engine_back_end.FRAMEWORK)
     checkpoint.check(model)
+    watch.lap(f"checkpoint {source} ({model.architecture}) opened and checked")
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
+    watch.lap("tokenizer checked")
 
     config = EngineConfig(
         backend=backend,
@@ -157,6 +164,7 @@ def build_engine(
         warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
+    watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
     return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
 

@@ -33,6 +33,11 @@ class GrowingOutput:
         self._text = ""
         self._given = 0  # characters of the text that were returned in events
 
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens so far."""
+        return len(self._ids)
+
     def push(self, token: int) -> StreamEvent:
         """Take the next token; return the text that it adds."""
         self._ids.append(token)

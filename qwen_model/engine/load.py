@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from ..common.errors import QwenModelError
+from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
 from ..interface.engine_config import EngineConfig
 from .back_ends import back_end
 from .output_folder import ENGINE_FILES, WEIGHT_FILE, WEIGHTS
 from .session import Session
+
+LOG = logging.getLogger(__name__)
 
 
 def load_engine(
@@ -50,8 +54,15 @@ def load_engine(
 def _load(folder: Path, device: str | None, tuning: bool, progress: Progress) -> Session:
     config = EngineConfig.read(folder)
     _check_readable(folder)
-    executor = back_end(config.backend).load_executor(folder, config, device, tuning, progress)
-    return Session(config, executor, _load_tokenizer(folder))
+    watch = Stopwatch(LOG)
+    LOG.info("%s: %s in %s for the back end %s", folder, config.model.architecture, config.dtype, config.backend)
+    engine_back_end = back_end(config.backend)
+    watch.lap(f"back end {config.backend} imported")
+    executor = engine_back_end.load_executor(folder, config, device, tuning, progress)
+    watch.lap("engine loaded")
+    tokenizer = _load_tokenizer(folder)
+    watch.lap("tokenizer loaded")
+    return Session(config, executor, tokenizer)
 
 
 def _version(folder: Path) -> tuple[int, ...]:

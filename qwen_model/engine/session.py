@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,12 @@ from ..interface.sampling import SamplingOptions
 from .beam_search import beam_search
 from .growing_output import GrowingOutput, Timer
 from .overflow import not_finite
-from .results import BeamOutput, GenerationResult, Output, StreamEvent
+from .results import BeamOutput, GenerationResult, Output, StreamEvent, Timing
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
+
+LOG = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or (with chat=True) a conversation
@@ -284,6 +287,7 @@ class Session:
                         raise not_finite(self.config, len(request.sequences), sequence.index)
                     yield sequence.push(token)
             if all(sequence.finish_reason for sequence in request.sequences):
+                _log_timing(timer.timing(sum(sequence.num_tokens for sequence in request.sequences)))
                 return
 
     def _generate_beams(
@@ -313,13 +317,27 @@ class Session:
         error = partial(not_finite, self.config, len(token_ids))
         found = beam_search(self.executor, token_ids, num_beams, count, ends, error, on_step=timer.step)
         outputs = [self._beam_output([BeamOutput(beam.tokens, beam.score) for beam in beams], ends) for beams in found]
-        return GenerationResult(outputs, timer.timing(sum(len(output.output_ids) for output in outputs)))
+        timing = timer.timing(sum(len(output.output_ids) for output in outputs))
+        _log_timing(timing)
+        return GenerationResult(outputs, timing)
 
     def _beam_output(self, beams: list[BeamOutput], ends: frozenset[int]) -> Output:
         best = beams[0].output_ids
         ended = best[-1] in ends
         text = None if self.tokenizer is None else self.tokenizer.decode(best[:-1] if ended else best)
         return Output(best, text, "stop" if ended else "length", beams)
+
+
+def _log_timing(timing: Timing) -> None:
+    LOG.info(
+        "prefill: %d tokens in %.4f s, %.0f tokens/s; decode: %d tokens in all after %.4f s more, %.1f tokens/s",
+        timing.prompt_tokens,
+        timing.prefill_seconds,
+        timing.prefill_tokens_per_second,
+        timing.generated_tokens,
+        timing.decode_seconds,
+        timing.decode_tokens_per_second,
+    )
 
 
 def _plain(values: Any) -> Any:

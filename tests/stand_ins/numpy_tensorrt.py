@@ -417,7 +417,12 @@ class Engine:
         return self.tensors[name].known_type
 
     def get_tensor_shape(self, name: str) -> Shape:
-        return self.tensors[name].shape
+        """In TensorRT 8.6 a dimension that has one size in all profiles is static."""
+        shape = self.tensors[name].shape
+        profiles = [profile.shapes[name] for profile in self.config.profiles if name in profile.shapes]
+        if MAJOR >= 10 or not profiles or len({size for sizes in profiles for size in sizes}) > 1:
+            return shape
+        return tuple(profiles[0][0])
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[Shape, ...]:
         return self.config.profiles[profile].shapes.get(name, (self.tensors[name].shape,) * 3)

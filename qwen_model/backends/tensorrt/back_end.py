@@ -5,6 +5,7 @@ A plan has two optimization profiles: one for decode steps, one for prompts.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import qwen_plugins
 from ...checkpoints.tensor_files import Framework
 from ...checkpoints.weights import network_modules
 from ...common.errors import QwenModelError
+from ...common.log import Stopwatch
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels
@@ -34,6 +36,7 @@ from .package import PLAN
 from .profiles import add_profiles
 from .timing_cache import TimingCache
 
+LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "numpy"
 NEEDS_GPU = "the TensorRT back end needs an NVIDIA GPU, for building too"
 WRITE_BYTES = 64 << 20
@@ -86,11 +89,14 @@ def write_engine(
         OSError: `folder` cannot be written.
     """
     _check_dtype(config.dtype)
+    watch = Stopwatch(LOG)
     cache = TimingCache(timing_cache, timing_cache_name())
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
+    watch.lap(f"TensorRT {trt.__version__} started")
     total, _ = required_bytes(config.model, config.limits, config.dtype)
     _define(network, config, reporting_reader(read_weight, total, progress))
+    watch.lap(f"weights read, and a network of {network.num_layers} layers defined")
     builder_config = compat.create_config(builder, network, bool(config.compute_capabilities))
     add_profiles(builder, builder_config, _inputs(config))
     cache.load_into(builder_config)
@@ -99,9 +105,11 @@ def write_engine(
     plan = builder.build_serialized_network(network, builder_config)
     if plan is None:
         raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
+    watch.lap("plan built")
     cache.keep(builder_config)
     del network, builder_config, builder  # frees the weights
     _write_plan(folder / PLAN, memoryview(plan), progress)
+    watch.lap("plan written", memoryview(plan).nbytes)
     return cache.warnings
 
 

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from cuda.bindings import runtime as cudart
 
 from ...common.errors import OutOfMemoryError, QwenModelError
-
-OLDEST_DRIVER = "580, which CUDA 13 needs"
+from ...common.extras import OLDEST_DRIVER
 
 
 class CudaError(RuntimeError):

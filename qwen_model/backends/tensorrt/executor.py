@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -18,6 +20,8 @@ from ...network.rotary import rotary_table
 from . import cuda_runtime as cuda
 from .package import Package, activation_bytes, package
 from .sampling import DeviceSampler
+
+LOG = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 4
 """The number of steps whose tokens can wait to be read. A session starts at most two before it reads the first."""
@@ -147,6 +151,7 @@ class TensorRTExecutor:
         self._choice = Choice.of(sampling)
         if (num_sequences, self._choice) in self._graphs:
             return
+        start = time.perf_counter()
         if not self._graphs:
             self._warm_up()
         context = self._decode_context(num_sequences)
@@ -162,6 +167,7 @@ class TensorRTExecutor:
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
         self.tensorrt.keep_kernels()
         self._end_batch()
+        LOG.info("CUDA graph of %d sequences captured: %.3f s", num_sequences, time.perf_counter() - start)
 
     @_on_its_device
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions) -> _PendingTokens:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_plugins import launch
+
 from ...common.errors import OutOfMemoryError, QwenModelError
+from ...common.log import Stopwatch, format_bytes
 from ...interface.engine_config import EngineConfig
 from ...interface.memory import ITEM_SIZES, required_bytes
 from ...network.inputs import NetworkInput, logit_rows, network_inputs
@@ -16,6 +20,7 @@ from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
 from .package import PLAN, Package, activation_bytes, ran_out_of_memory
 
+LOG = logging.getLogger(__name__)
 DECODE, PREFILL = 0, 1  # optimization profiles
 
 
@@ -35,10 +40,27 @@ def load_executor(
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {PLAN} is missing; build the engine again")
         _check_memory(config, "the plan", path.stat().st_size)
+        LOG.info("runs on %s, compute capability %s", *cuda.device_name_and_capability())
+        watch = Stopwatch(LOG)
         engine = _read_plan(tensorrt, path)
+        watch.lap(f"{path} read", path.stat().st_size)
         _check_limits(tensorrt, config, engine, path)
         _check_memory(config, "activations", activation_bytes(engine))
+        _log_memory(config, engine)
         return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config.limits), tensorrt)
+
+
+def _log_memory(config: EngineConfig, engine: Any) -> None:
+    """Log what an engine is about to allocate, and which cuBLASLt its GEMMs find, which loads it."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return
+    _, cache = required_bytes(config.model, config.limits, config.dtype)
+    activations, free = activation_bytes(engine), cuda.memory_info()[0]
+    LOG.info(
+        "key-value cache: %s; activations: %s; free memory: %s; cuBLASLt: %s",
+        *map(format_bytes, (cache, activations, free)),
+        launch.cublas_lt_status(),
+    )
 
 
 def _read_plan(tensorrt: Package, path: Path) -> Any:
@@ -79,8 +101,8 @@ def _check_limits(tensorrt: Package, config: EngineConfig, engine: Any, path: Pa
     for name, expected in _inputs(config).items():
         if name not in names:  # TensorRT removes inputs that no layer uses
             continue
-        found = (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
-        wrong = found != (expected.shape, tensorrt.data_type(expected.dtype))
+        found, dtype = tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)
+        wrong = found not in (expected.shape, _fixed(expected)) or dtype != tensorrt.data_type(expected.dtype)
         for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
             if extent is not None and not wrong:
                 least, _, most = engine.get_tensor_profile_shape(name, profile)
@@ -89,6 +111,13 @@ def _check_limits(tensorrt: Package, config: EngineConfig, engine: Any, path: Pa
             raise QwenModelError(
                 f"{path} was not built for what config.json says ({name} differs): build the engine again"
             )
+
+
+def _fixed(given: NetworkInput) -> tuple[int, ...]:
+    """Return an input's shape as TensorRT 8.6 reports it: static if all profiles give it one size."""
+    extents = [extent for extent in (given.decode, given.prefill) if extent is not None]
+    sizes = {size for extent in extents for size in (extent.min, extent.max)}
+    return (*sizes, *given.shape[1:]) if len(sizes) == 1 else given.shape
 
 
 def _inputs(config: EngineConfig) -> dict[str, NetworkInput]:

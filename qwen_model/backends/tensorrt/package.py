@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import statistics
 from collections import deque
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 from ...common.errors import QwenModelError
 from ...common.files import cache_folder
+from ...common.log import TENSORRT
 from .kernel_cache import KernelCache
 
 PLAN = "model.plan"
@@ -127,15 +129,28 @@ class Package:
 
 
 def _new_log(trt: Any) -> Any:
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.CRITICAL,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+        trt.ILogger.INFO: logging.INFO,
+        trt.ILogger.VERBOSE: logging.DEBUG,
+    }
+
     class Log(trt.ILogger):
-        """Keep TensorRT's last errors and warnings."""
+        """Keep TensorRT's last errors and warnings, and pass all its messages on to Python's logging."""
 
         def __init__(self) -> None:
             super().__init__()
             self.messages: deque[str] = deque(maxlen=100)
+            self._logger = logging.getLogger(TENSORRT)
+            self._last = ""
 
         def log(self, severity: Any, message: str) -> None:
-            """Keep a message of severity WARNING or higher."""
+            """Pass a message on, and keep it if its severity is WARNING or higher."""
+            if message != self._last:  # 8.6 repeats some of its warnings for every tensor
+                self._logger.log(levels.get(severity, logging.DEBUG), "%s", message)
+            self._last = message
             if severity <= trt.ILogger.WARNING:
                 self.messages.append(message)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import QwenModelError
 from ...common.files import cache_folder, write_whole
 from . import compat
+
+LOG = logging.getLogger(__name__)
 
 
 class TimingCache:
@@ -38,6 +41,8 @@ class TimingCache:
     def load_into(self, builder_config: Any) -> None:
         """Give the builder the timings of earlier builds, unless they are of another GPU or TensorRT."""
         if compat.set_timing_cache(builder_config, self._content):
+            found = f"{len(self._content):,} bytes of timings are used" if self._content else "no timings yet"
+            LOG.info("timing cache %s: %s", self._path or "of this build alone", found)
             return
         what = f"the timing cache {self._path} is damaged, or of another GPU or TensorRT"
         if self._given and self._content:  # it may be a file of something else
@@ -52,7 +57,14 @@ class TimingCache:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, compat.timing_cache_bytes(builder_config))
+            content = compat.timing_cache_bytes(builder_config)
+            write_whole(self._path, content)
+            LOG.info("timing cache %s: %s", self._path, _change(len(self._content), len(content)))
         except OSError as error:
             if self._given:
                 self.warnings.append(f"the timing cache {self._path} cannot be written: {error.strerror}")
+
+
+def _change(before: int, after: int) -> str:
+    """Say whether the builder had to measure anything, for the log."""
+    return "the builder measured nothing new" if before == after else f"now {after:,} bytes, {before:,} before"

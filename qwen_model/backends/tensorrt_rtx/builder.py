@@ -5,11 +5,13 @@ The weights go one by one to a file that the builder maps, so that they are in m
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...common.errors import QwenModelError
+from ...common.log import Stopwatch
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig
@@ -17,6 +19,8 @@ from ...network.inputs import network_inputs
 from ..onnx.export import write_model
 from ..tensorrt.package import PLAN, Package
 from ..tensorrt.profiles import add_profiles
+
+LOG = logging.getLogger(__name__)
 
 
 def write_plan(rtx: Package, folder: Path, config: EngineConfig, read_weight: ReadWeight, progress: Progress) -> None:
@@ -26,11 +30,14 @@ def write_plan(rtx: Package, folder: Path, config: EngineConfig, read_weight: Re
         QwenModelError: TensorRT-RTX builds no plan.
         OSError: `folder` cannot be written.
     """
+    watch = Stopwatch(LOG)
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as work:
         model = Path(work, "model.onnx")
         write_model(model, config.model, config.limits, config.dtype, read_weight, progress)
+        watch.lap("weights read, and the ONNX model written")
         progress(rtx.title, 0, 0)
         _build(rtx, model, folder / PLAN, config, progress)
+        watch.lap("plan built and written", (folder / PLAN).stat().st_size)
 
 
 def _build(rtx: Package, model: Path, plan: Path, config: EngineConfig, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightGroup, too_large, weight_groups
 from ...common.errors import OutOfMemoryError, QwenModelError
+from ...common.log import Stopwatch, format_bytes
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels, Limits
@@ -19,6 +21,7 @@ from ...interface.memory import required_bytes
 from ...tuning.choice import choose_kernels as measure_kernels
 from .executor import TorchExecutor, memory_errors, uses_kernels
 
+LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "torch"
 
 
@@ -35,6 +38,7 @@ def write_engine(
     from safetensors.torch import save_file
 
     (folder / "weights").mkdir()
+    watch = Stopwatch(LOG)
     done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
     for group in weight_groups(config.model, config.dtype):
         tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
@@ -46,6 +50,7 @@ def write_engine(
             raise OSError(str(error)) from error
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress("weights", done, total)
+    watch.lap("weights read, converted and written", done)
     return []
 
 
@@ -79,17 +84,32 @@ def load_executor(
     """
     target = choose_device(device)
     check_memory(config.model, config.limits, config.dtype, target)
+    LOG.info("runs on %s: %s", target, _why(device, target))
     kernels: GemmKernels = {}
     if tuning and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
         with torch.cuda.device(target):  # before the weights take the memory that measuring needs
             kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
-    weights: dict[str, Tensor] = {}
+    watch, weights = Stopwatch(LOG), dict[str, Tensor]()
     for group in weight_groups(config.model, config.dtype):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, target))
+        LOG.debug("read %s: %s", path, format_bytes(path.stat().st_size))
+    watch.lap("weights read", sum(weight.nbytes for weight in weights.values()))
     return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins, gemm_kernels=kernels)
+
+
+def _why(asked: str | None, device: torch.device) -> str:
+    """Say what the device is, and why it was chosen, for the log."""
+    if asked is not None:
+        why = "as was asked for"
+    elif device.type == "cuda":
+        why = "the default where there is a GPU"
+    else:
+        built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
+        why = f"PyTorch {torch.__version__}, which {built}, finds no GPU"
+    return f"{torch.cuda.get_device_name(device)}, {why}" if device.type == "cuda" else why
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from ...checkpoints.module_weights import ModuleWeights
 from ...checkpoints.weights import network_modules
 from ...common.errors import OutOfMemoryError
 from ...common.extras import require_kernels
+from ...common.log import format_bytes
 from ...interface.engine_config import GemmKernels, KernelChoices, Limits
 from ...interface.executor import FloatArray, IntArray, last_rows
 from ...interface.sampling import Choice, SamplingOptions
@@ -24,6 +27,8 @@ from ...network.rotary import rotary_table
 from ...tuning.choice import by_module
 from .operations import Batch, TorchOperations
 from .sampling import KernelSampler, TorchSampler
+
+LOG = logging.getLogger(__name__)
 
 ONE_THREAD_WORK = 8e6
 """The most multiplications of a layer for which one CPU thread is faster than several, which wait for each other."""
@@ -113,6 +118,7 @@ class TorchExecutor:
         shape = (config.num_layers, limits.max_batch_size, 2, config.num_kv_heads, limits.max_positions)
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
         self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
+        LOG.info("key-value cache: %s; %s", format_bytes(self.cache.nbytes), _kernels_used(use_kernels, on_gpu))
         modules = _module_weights(config, self.dtype, weights)
         ours = use_kernels and "gemm" not in disabled_plugins
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
@@ -147,9 +153,11 @@ class TorchExecutor:
             return
         for state in (self._past, self._offsets, self._input_ids):
             state.zero_()
+        start = time.perf_counter()
         with torch.cuda.device(self.device):
             graph = _StepGraph(lambda: self._step(num_sequences), self._graph_pool)
         self._graphs[num_sequences, self._choice] = graph
+        LOG.info("CUDA graph of %d sequences captured: %.3f s", num_sequences, time.perf_counter() - start)
 
     @memory_errors()
     @torch.inference_mode()
@@ -305,6 +313,17 @@ class TorchExecutor:
             layer[: len(rows), :, :, :longest] = layer[rows, :, :, :longest]
         for state in (self._past, self._offsets):
             state[: len(rows)] = state[rows]
+
+
+def _kernels_used(use_kernels: bool, on_gpu: bool) -> str:
+    """Say whether our kernels compute the operations, for the log. It loads cuBLASLt, if the log is shown."""
+    if not use_kernels:
+        return "PyTorch's operations, " + ("since there are no kernels for this model" if on_gpu else "on a CPU")
+    if not LOG.isEnabledFor(logging.INFO):
+        return ""
+    from qwen_plugins import launch
+
+    return f"kernels of qwen_plugins, cuBLASLt: {launch.cublas_lt_status()}"
 
 
 def uses_kernels(config: ModelConfig, device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """The TensorRT back end on TensorRT, CUDA and kernels in NumPy, beside the torch back end: logits, tokens, errors."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,50 @@ def test_the_folder_and_the_progress(trt, model_dir, tmp_path):
     assert list(dict.fromkeys(step[0] for step in steps)) == ["GEMM kernels", "weights", "TensorRT", "plan"]
     assert summary.config.versions["tensorrt"] == trt.__version__
     assert summary.config.versions["gpu"] == "NumPy"
+
+
+@pytest.mark.parametrize("limits", [(1, 60, 30), (1, 1, 1)], ids=str)
+def test_engines_for_one_sequence(trt, model_dir, tmp_path, limits):
+    """With one size in all profiles an input is static in TensorRT 8.6."""
+    options = dict(zip(("max_batch_size", "max_input_len", "max_output_len"), limits, strict=True))
+    expected, session = both(model_dir, tmp_path, **options)
+    prompt, count = random_prompt(limits[1]), limits[2]
+    ours, theirs = (which.generate([prompt], max_new_tokens=count).outputs for which in (session, expected))
+    assert ours[0].output_ids == theirs[0].output_ids
+
+
+def test_the_log_tells_the_phases_of_building_and_running(trt, model_dir, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "qwen_model"):
+        build(model_dir, tmp_path / "engine")
+        build(model_dir, tmp_path / "engine")
+        qwen_model.load_engine(tmp_path / "engine").generate([random_prompt(5)], max_new_tokens=3)
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    for part in (
+        r"weights read, and a network of \d+ layers defined: [\d.]+ s, peak memory ",
+        r"timing cache .*/tensorrt-.*-NumPy.timing: no timings yet",
+        r"timing cache .*: now 8 bytes, 0 before",
+        r"timing cache .*: 8 bytes of timings are used",
+        r"timing cache .*: the builder measured nothing new",
+        r"plan written: [\d.]+ MiB in ",
+        r"runs on NumPy, compute capability ",
+        r"key-value cache: [\d.]+ MiB; activations: .*; cuBLASLt: ",
+        r"CUDA graph of 1 sequences captured: ",
+        r"prefill: 5 tokens in ",
+    ):
+        assert re.search(part, text), part
+
+
+def test_tensorrts_messages_are_passed_on(trt, caplog):
+    from qwen_model.backends.tensorrt.compat import LOG
+
+    LOG.take()
+    with caplog.at_level(logging.DEBUG, "qwen_model.tensorrt"):
+        for severity in (trt.ILogger.ERROR, trt.ILogger.INFO, trt.ILogger.VERBOSE):
+            LOG.log(severity, f"100 % of {severity}")
+    expected = [(logging.ERROR, "100 % of 1"), (logging.INFO, "100 % of 3"), (logging.DEBUG, "100 % of 4")]
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == expected
+    assert {record.name for record in caplog.records} == {"qwen_model.tensorrt"}
+    assert LOG.take() == "100 % of 1"
 
 
 def default_caches(tmp_path):
