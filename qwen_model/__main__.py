@@ -7,7 +7,7 @@ import sys
 
 import shtab
 
-from . import benchmark, build, chat, doctor, evalscope, export, inspect, lm_eval, perplexity, run, summarize
+from . import benchmark, build, chat, compare, doctor, evalscope, export, inspect, lm_eval, perplexity, run, summarize
 from .command_line import run_command
 from .common.version import package_version
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": chat,
     "export": export,
     "inspect": inspect,
+    "compare": compare,
     "perplexity": perplexity,
     "summarize": summarize,
     "benchmark": benchmark,

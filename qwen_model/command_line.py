@@ -179,6 +179,18 @@ def read_text_file(name: str) -> str:
         raise QwenModelError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
+def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
+    """Read token ids with commas or spaces between them; `option` is named in errors.
+
+    Raises:
+        QwenModelError: one is not an integer.
+    """
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
+
+
 def positive_integer(text: str) -> int:
     """Convert an option's value; argparse shows the error with the usage."""
     return _integer(text, least=1, expected="a positive integer")
@@ -286,7 +298,7 @@ def progress_bar(unit: str = "B", extra: str | None = None) -> Iterator[Progress
             if bar is not None:
                 bar.close()
             tqdm = import_extra("tqdm", "the progress bar", extra).tqdm
-            units = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": unit, "unit_scale": unit == "B"}
+            units = {"unit": " products"} if phase == GEMM_KERNELS else {"unit": unit, "unit_scale": True}
             bar, shown = tqdm(desc=phase, total=total or None, leave=False, disable=disable, **units), phase
         bar.update(done - bar.n)
 

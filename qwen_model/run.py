@@ -16,6 +16,7 @@ from .command_line import (
     chat_settings,
     given_sampling,
     open_engine,
+    parse_token_ids,
     read_text_file,
     run_command,
     sampling_options,
@@ -105,18 +106,6 @@ def _prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> li
     if not prompts:
         parser.error("give a prompt, --input-ids or --input-file")
     return prompts
-
-
-def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
-    """Read token ids with commas or spaces between them; `option` is named in errors.
-
-    Raises:
-        QwenModelError: one is not an integer.
-    """
-    try:
-        return [int(token) for token in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
 
 
 def _read_prompts(name: str) -> list[str]:

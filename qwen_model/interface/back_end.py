@@ -11,6 +11,7 @@ from ..checkpoints.weights import WeightSpec
 from ..common.progress import Progress, no_progress
 from .engine_config import EngineConfig, GemmKernels
 from .executor import Executor
+from .probe import Probe
 
 ReadWeight = Callable[[WeightSpec], Any]
 """Reads a weight of a checkpoint, of any floating-point type, as an array of the back end's `FRAMEWORK`."""
@@ -66,4 +67,21 @@ class BackEnd(Protocol):
 
         Raises:
             QwenModelError: the engine is damaged, or the device does not exist or has too little memory.
+        """
+
+    def load_probe(
+        self,
+        engine_dir: Path,
+        config: EngineConfig,
+        device: str | None = None,
+        read_weight: ReadWeight | None = None,
+        progress: Progress = lambda phase, done, total: None,
+    ) -> Probe:
+        """Load an engine to be run operation by operation.
+
+        read_weight: reads the checkpoint's weights, for a back end whose engine does not show its results.
+        progress: of building what shows them.
+
+        Raises:
+            QwenModelError: as `load_executor`; or `read_weight` is needed.
         """

@@ -127,7 +127,8 @@ class EngineConfig:
         try:
             config = cls._from_dict(values)
         except (KeyError, TypeError, QwenModelError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+            # A TypeError repeats an unknown key, which may have any characters.
+            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).splitlines())
             raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
         readable = dataclasses.asdict(config.weight_format)
         if weight_format not in (None, readable):  # None: built before formats were recorded, when there was one layout

@@ -75,6 +75,19 @@ def candidates(executor: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.
     return np.stack(tokens), np.stack(scores)
 
 
+def save_exact_results(model_dir: Path | None, path: Path, dtypes: list[str]) -> None:
+    """Write what `compare` compares engines with, for test_tensorrt_gpu.py of the comparison."""
+    from qwen_model.checkpoints.config import ModelConfig
+    from qwen_model.evaluation.comparison.make_reference import make_reference
+    from qwen_model.evaluation.comparison.reference_file import write_reference
+    from qwen_model.packaged_model import packaged_model_dir
+    from tests.qwen_model.model_files import random_prompt
+
+    source = model_dir or packaged_model_dir()
+    prompt = random_prompt(40, vocab_size=ModelConfig.from_model_dir(source).vocab_size)
+    write_reference(path, make_reference(source, prompt, 4, dtypes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -86,6 +99,7 @@ def main() -> None:
         model_dir = None if architecture == "packaged" else options.folder / architecture
         if model_dir is not None and not model_dir.exists():
             save_model(architecture, model_dir)
+        save_exact_results(model_dir, options.folder / f"{architecture}.safetensors", options.dtypes)
         for dtype in options.dtypes:
             with tempfile.TemporaryDirectory() as name:
                 engine = Path(name) / "engine"

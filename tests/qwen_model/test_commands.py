@@ -13,10 +13,9 @@ import qwen_model
 from qwen_model import build, chat, run
 from qwen_model.__main__ import COMMANDS, main
 from qwen_model.build import parse_rotary_scaling
-from qwen_model.command_line import run_command
+from qwen_model.command_line import parse_token_ids, run_command
 from qwen_model.common.errors import QwenModelError
 from qwen_model.packaged_model import packaged_model_dir
-from qwen_model.run import parse_token_ids
 from tests.qwen_model.model_files import random_prompt
 
 

@@ -5,10 +5,13 @@ A plan has two optimization profiles: one for decode steps, one for prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tensorrt as trt
 
 import qwen_plugins
@@ -19,11 +22,12 @@ from ...common.errors import QwenModelError
 from ...common.log import Stopwatch
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig, GemmKernels
+from ...interface.engine_config import EngineConfig, GemmKernels, Limits
 from ...interface.memory import required_bytes
 from ...interface.numpy_weights import reporting_reader
-from ...network.decoder import decoder
-from ...network.inputs import NetworkInput, network_inputs
+from ...network.decoder import Operations, decoder
+from ...network.inputs import LOGIT_ROWS, NetworkInput, Range, logit_rows, network_inputs
+from ...network.observed import ObservedOperations
 from ...tuning.choice import by_module
 from ...tuning.choice import choose_kernels as measure_kernels
 from . import compat, loading
@@ -31,8 +35,10 @@ from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
 from .loading import check_versions, device_count, device_index
 from .native_rotary import NativeRotaryOperations
+from .observed_network import Taps, given_tensor
 from .operations import TensorRTOperations
 from .package import PLAN
+from .probe import ObservedExecutor, TensorRTProbe
 from .profiles import add_profiles
 from .timing_cache import TimingCache
 
@@ -89,16 +95,29 @@ def write_engine(
         OSError: `folder` cannot be written.
     """
     _check_dtype(config.dtype)
-    watch = Stopwatch(LOG)
     cache = TimingCache(timing_cache, timing_cache_name())
+    plan = _build_plan(config, _reporting(read_weight, config, progress), progress, cache)
+    watch = Stopwatch(LOG)
+    _write_plan(folder / PLAN, memoryview(plan), progress)
+    watch.lap("plan written", memoryview(plan).nbytes)
+    return cache.warnings
+
+
+def _build_plan(
+    config: EngineConfig, read_weight: ReadWeight, progress: Progress, cache: TimingCache, taps: Taps | None = None
+) -> Any:
+    """Build the plan, in host memory. `taps`: None, or what shows the result of each operation."""
+    watch = Stopwatch(LOG)
     builder = trt.Builder(compat.LOG)
     network = compat.create_network(builder)
     watch.lap(f"TensorRT {trt.__version__} started")
-    total, _ = required_bytes(config.model, config.limits, config.dtype)
-    _define(network, config, reporting_reader(read_weight, total, progress))
+    _define(network, config, read_weight, taps)
+    inputs = _inputs(config)
+    if taps is not None:
+        inputs |= _given_inputs(config, taps)
     watch.lap(f"weights read, and a network of {network.num_layers} layers defined")
     builder_config = compat.create_config(builder, network, bool(config.compute_capabilities))
-    add_profiles(builder, builder_config, _inputs(config))
+    add_profiles(builder, builder_config, inputs)
     cache.load_into(builder_config)
     progress("TensorRT", 0, 0)
     compat.LOG.take()
@@ -107,13 +126,24 @@ def write_engine(
         raise QwenModelError(f"TensorRT built no engine. It says:\n{compat.LOG.take()}")
     watch.lap("plan built")
     cache.keep(builder_config)
-    del network, builder_config, builder  # frees the weights
-    _write_plan(folder / PLAN, memoryview(plan), progress)
-    watch.lap("plan written", memoryview(plan).nbytes)
-    return cache.warnings
+    return plan
 
 
-def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None:
+def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
+    total, _ = required_bytes(config.model, config.limits, config.dtype)
+    return reporting_reader(read_weight, total, progress)
+
+
+def _given_inputs(config: EngineConfig, taps: Taps) -> dict[str, NetworkInput]:
+    """Return the inputs that go on in place of results, for one sequence."""
+    tokens = config.limits.max_input_len
+    ranges = Range(1, 1, 1), Range(1, tokens, tokens)
+    return {
+        given_tensor(name): NetworkInput(config.dtype, (-1, columns), *ranges) for name, columns in taps.given.items()
+    }
+
+
+def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: Taps | None) -> None:
     inputs = {
         name: network.add_input(name, compat.PACKAGE.data_type(given.dtype), given.shape)
         for name, given in _inputs(config).items()
@@ -123,7 +153,11 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight) -> None
     modules = network_modules(config.model, config.dtype)
     kernels = by_module(config.model, config.dtype, config.gemm_kernels)
     ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins, kernels)
-    outputs = {"logits": decoder(ops, config.model, inputs["input_ids"])}
+    called: Operations[Any] = ops
+    if taps is not None:
+        taps.network = network
+        called = ObservedOperations(ops, taps)
+    outputs = {"logits": decoder(called, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
     for name, tensor in outputs.items():
         tensor.name = name
@@ -171,3 +205,49 @@ def load_executor(
             )
 
     return loading.load_executor(compat.PACKAGE, engine_dir, config, device_index(device, NEEDS_GPU), check_here)
+
+
+def load_probe(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    read_weight: ReadWeight | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> TensorRTProbe:
+    """Prepare an engine of the same options that shows its results, built when it runs; see `BackEnd`."""
+    if read_weight is None:
+        raise QwenModelError(
+            f"{engine_dir} shows no results but its logits: give --model-dir, so that an engine that shows them can be "
+            "built of the same checkpoint"
+        )
+    read, index = read_weight, device_index(device, NEEDS_GPU)
+
+    def build(prompt_length: int, isolated: bool) -> ObservedExecutor:
+        with cuda.on_device(index):
+            return _observed_executor(config, read, progress, prompt_length, isolated)
+
+    def read_module(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+        module = network_modules(config.model, config.dtype)[name].map(read)
+        return module.weight.astype(np.float32), None if module.bias is None else module.bias.astype(np.float32)
+
+    return TensorRTProbe(build, read_module)
+
+
+def _observed_executor(
+    config: EngineConfig, read_weight: ReadWeight, progress: Progress, prompt_length: int, isolated: bool
+) -> ObservedExecutor:
+    """Build and load an engine for one prompt of this length, whose positions are those of `config`."""
+    if prompt_length > LOGIT_ROWS:
+        raise QwenModelError(
+            f"a prompt of {prompt_length} tokens is too long for engines that show results: give at most {LOGIT_ROWS}"
+        )
+    limits = Limits(1, prompt_length, max(1, config.limits.max_positions - prompt_length))
+    observed = dataclasses.replace(config, limits=limits)
+    taps = Taps(observed, isolated)
+    cache = TimingCache(None, timing_cache_name())
+    plan = _build_plan(observed, _reporting(read_weight, observed, progress), progress, cache, taps)
+    name = "the engine that shows results"
+    engine, said = loading.deserialized_plan(compat.PACKAGE, memoryview(plan), name)
+    if engine is None:
+        raise QwenModelError(f"TensorRT does not load {name}. It says:\n{said}")
+    return ObservedExecutor(observed, engine, loading.DECODE, loading.PREFILL, logit_rows(observed.limits), taps)

@@ -15,6 +15,7 @@ from ...common.extras import import_extra
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import RTX_COMPUTE_CAPABILITIES, EngineConfig, GemmKernels
+from ...interface.probe import Probe
 from ..tensorrt.package import package
 
 if TYPE_CHECKING:
@@ -93,6 +94,17 @@ def load_executor(
 
     index = loading.device_index(device, NEEDS_GPU)
     return loading.load_executor(package("tensorrt_rtx"), engine_dir, config, index, check_here)
+
+
+def load_probe(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    read_weight: ReadWeight | None = None,
+    progress: Progress = no_progress,
+) -> Probe:
+    """Raise QwenModelError: no engine of TensorRT-RTX shows the results of its operations."""
+    raise QwenModelError(f"{engine_dir} is an engine of TensorRT-RTX: compare those of torch and tensorrt")
 
 
 def _way_out(engine_dir: Path, config: EngineConfig, capability: str) -> str:

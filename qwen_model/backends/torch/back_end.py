@@ -20,6 +20,7 @@ from ...interface.engine_config import EngineConfig, GemmKernels, Limits
 from ...interface.memory import required_bytes
 from ...tuning.choice import choose_kernels as measure_kernels
 from .executor import TorchExecutor, memory_errors, uses_kernels
+from .probe import TorchProbe
 
 LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "torch"
@@ -110,6 +111,17 @@ def _why(asked: str | None, device: torch.device) -> str:
         built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         why = f"PyTorch {torch.__version__}, which {built}, finds no GPU"
     return f"{torch.cuda.get_device_name(device)}, {why}" if device.type == "cuda" else why
+
+
+def load_probe(
+    engine_dir: Path,
+    config: EngineConfig,
+    device: str | None = None,
+    read_weight: ReadWeight | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> TorchProbe:
+    """Load an engine to be run operation by operation; see `BackEnd`. `read_weight` is not needed."""
+    return TorchProbe(load_executor(engine_dir, config, device))
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from ...interface.engine_config import GemmKernels, KernelChoices, Limits
 from ...interface.executor import FloatArray, IntArray, last_rows
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.decoder import decoder
+from ...network.observed import ObservedOperations
 from ...network.rotary import rotary_table
 from ...tuning.choice import by_module
 from .operations import Batch, TorchOperations
@@ -123,7 +124,7 @@ class TorchExecutor:
         ours = use_kernels and "gemm" not in disabled_plugins
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
         chosen = by_module(config, modules["lm_head"].format.kind, self.gemm_kernels or {})
-        self._ops = _operations(config, modules, self.cache, disabled_plugins, use_kernels, chosen)
+        self.operations = _operations(config, modules, self.cache, disabled_plugins, use_kernels, chosen)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = torch.from_numpy(self._table.values).to(self.device)
         scale = self._table.query_scale
@@ -169,7 +170,7 @@ class TorchExecutor:
         if self._kernel_sampler is None:
             self._sampler = TorchSampler(sampling, prompts, self.config.vocab_size, self.device)
         else:
-            self._kernel_sampler.begin(sampling, packed, self._ops.batch.cu_seqlens)
+            self._kernel_sampler.begin(sampling, packed, self.operations.batch.cu_seqlens)
         self._choose(logits)
         return _PendingTokens(self._tokens[: len(prompts)])
 
@@ -224,6 +225,23 @@ class TorchExecutor:
         self._input_ids[: len(tokens)] = torch.from_numpy(tokens).to(self.device)
         self._beam_logits = self._decode_logits()
 
+    @memory_errors()
+    @torch.inference_mode()
+    def run_observed(self, tokens: Sequence[int], past: int, observe: Callable[[str, Tensor], Tensor]) -> None:
+        """Run one sequence, its prompt after 0 tokens and then one after the other; end the current batch.
+
+        observe: sees each operation's result, and returns what goes on; see `qwen_model.network.observed`.
+        """
+        packed = self._packed([tokens])
+        self._host_past = []
+        if past == 0:
+            batch = self._prompt_batch([len(tokens)])
+        else:
+            batch = self._decode_batch([past], torch.tensor([past], dtype=torch.int32, device=self.device))
+        with self._running(len(tokens)):
+            self.operations.begin(batch)
+            decoder(ObservedOperations(self.operations, observe), self.config, packed, last_token_only=False)
+
     def _choose(self, logits: Tensor, past_lengths: Tensor | None = None) -> None:
         """Choose the next tokens, which stay on the device, and add 1 to the past lengths, if given."""
         tokens, input_ids = self._tokens[: len(logits)], self._input_ids[: len(logits)]
@@ -243,17 +261,20 @@ class TorchExecutor:
 
     def _prefill_logits(self, prompts: Sequence[Sequence[int]], packed: Tensor, last_token_only: bool = True) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
+        with self._running(len(packed)):
+            self.operations.begin(self._prompt_batch(lengths))
+            logits = decoder(self.operations, self.config, packed, last_token_only)
+        self._host_past = lengths
+        self._past[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
+        return logits
+
+    def _prompt_batch(self, lengths: list[int]) -> Batch:
+        """Describe prompts of these lengths, and keep where the rows of their decode steps begin in the table."""
         offsets = [self._table.offset(length) for length in lengths]
         table, scale, starts = self._prompt_rotary(lengths, offsets)
-        count = len(lengths)
-        past = torch.zeros(count, dtype=torch.int32, device=self.device)
-        with self._running(len(packed)):
-            self._ops.begin(Batch(lengths, [0] * count, table, starts, scale, past, decoding=False))
-            logits = decoder(self._ops, self.config, packed, last_token_only)
-        self._host_past = lengths
-        self._past[:count] = torch.tensor(lengths, dtype=torch.int32)
-        self._offsets[:count] = torch.tensor(offsets, dtype=torch.int32)
-        return logits
+        self._offsets[: len(lengths)] = torch.tensor(offsets, dtype=torch.int32)
+        past = torch.zeros(len(lengths), dtype=torch.int32, device=self.device)
+        return Batch(lengths, [0] * len(lengths), table, starts, scale, past, decoding=False)
 
     def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return rotary table, query scale and first row of each prompt: the engine's, or those of a prompt table."""
@@ -280,12 +301,17 @@ class TorchExecutor:
         With kernels this is captured in a CUDA graph, so it must not read host values that change between steps.
         """
         past = self._past[:count]
-        offsets, scale = self._offsets[:count], self._query_scale
         with self._running(count):
-            self._ops.begin(Batch([1] * count, self._host_past, self._rotary, offsets, scale, past, decoding=True))
-            logits = decoder(self._ops, self.config, self._input_ids[:count])
+            self.operations.begin(self._decode_batch(self._host_past, past))
+            logits = decoder(self.operations, self.config, self._input_ids[:count])
             self._choose(logits, past)
         return logits
+
+    def _decode_batch(self, host_past: list[int], past: Tensor) -> Batch:
+        """Describe a decode step of sequences that have `past` tokens, int32 [sequences], which the host knows, too."""
+        count = len(past)
+        offsets, scale = self._offsets[:count], self._query_scale
+        return Batch([1] * count, host_past, self._rotary, offsets, scale, past, decoding=True)
 
     @contextmanager
     def _running(self, num_tokens: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_model
+from qwen_model.engine.back_ends import back_end
 from qwen_model.interface.engine_config import RTX_COMPUTE_CAPABILITIES
 from tests import stand_ins
 from tests.qwen_model import model_files
@@ -126,6 +127,12 @@ def test_other_cards_and_versions(rtx, model_dir, tmp_path, monkeypatch):
     (engine / "config.json").write_text(json.dumps(config))
     with pytest.raises(qwen_model.QwenModelError, match=rf"built for tensorrt_rtx 1\.6, here {rtx.__version__}: build"):
         qwen_model.load_engine(engine)
+
+
+def test_no_engine_shows_the_results_of_its_operations(rtx, model_dir, tmp_path):
+    summary = build(model_dir, tmp_path / "engine")
+    with pytest.raises(qwen_model.QwenModelError, match="engine of TensorRT-RTX: compare those of torch and tensorrt"):
+        back_end("tensorrt-rtx").load_probe(summary.engine_dir, summary.config)
 
 
 def test_compiled_kernels_are_kept_in_a_file(rtx, model_dir, tmp_path):

@@ -52,7 +52,7 @@ def test_overflow_in_tensorrt(model_dir, tmp_path, monkeypatch, version):
 
 def test_damaged_weights_in_a_type_that_has_room(model_dir, tmp_path):
     session = load(model_dir, tmp_path / "engine", "float32", "torch")
-    session.executor._ops.modules["lm_head"].weight[7] = torch.nan
+    session.executor.operations.modules["lm_head"].weight[7] = torch.nan
     with pytest.raises(QwenModelError, match=r"logits of the prompt .*float32.*weights may be damaged"):
         session.generate([1, 2], max_new_tokens=3)
 

@@ -42,7 +42,7 @@ def test_nothing_of_a_request_is_left_for_the_next(endless):
 def test_numbers_that_are_not_finite_stay_in_their_request(endless):
     prompts = [random_prompt(5), random_prompt(40)]
     first = endless.generate(prompts, max_new_tokens=20).outputs
-    endless.executor._ops.cache.fill_(torch.nan)  # as a request leaves it whose activations overflow
+    endless.executor.operations.cache.fill_(torch.nan)  # as a request leaves it whose activations overflow
     assert endless.generate(prompts, max_new_tokens=20).outputs == first
 
 
