@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
-from qwen_model.backends.tensorrt import back_end, compat, cuda_runtime
+from qwen_model.backends.tensorrt import back_end, cuda_runtime
 from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import WeightSpec
@@ -23,6 +23,7 @@ from qwen_model.common.progress import no_progress
 from qwen_model.engine.session import Session
 from qwen_model.interface.back_end import ReadWeight
 from qwen_model.interface.engine_config import EngineConfig, Limits
+from qwen_model.interface.numpy_weights import numpy_dtype
 from qwen_model.packaged_model import packaged_model_dir
 
 DISABLED_PLUGINS = {
@@ -55,7 +56,7 @@ class RandomWeights:
 
     def __init__(self, dtype: str):
         numbers = np.random.default_rng(0).standard_normal(NUMBERS, np.float32) * 0.02
-        self._numbers = numbers.astype(compat.numpy_dtype(dtype))
+        self._numbers = numbers.astype(numpy_dtype(dtype))
         self._start = 0
 
     def read(self, spec: WeightSpec) -> npt.NDArray[Any]:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .checkpoints.config import ModelConfig
     from .common.errors import QwenModelError
     from .engine import BuildSummary, build_engine, load_engine
+    from .engine.export import ExportSummary, export_onnx
     from .engine.results import GenerationResult, Output, StreamEvent
     from .engine.session import Session
     from .interface.sampling import SamplingOptions
 
 __all__ = [
     "BuildSummary",
+    "ExportSummary",
     "GenerationResult",
     "ModelConfig",
     "Output",
@@ -29,6 +31,7 @@ __all__ = [
     "Session",
     "StreamEvent",
     "build_engine",
+    "export_onnx",
     "load_engine",
 ]
 
@@ -38,6 +41,7 @@ _MODULES = {
     "checkpoints.config": ("ModelConfig",),
     "common.errors": ("QwenModelError",),
     "engine": ("BuildSummary", "build_engine", "load_engine"),
+    "engine.export": ("ExportSummary", "export_onnx"),
     "engine.results": ("GenerationResult", "Output", "StreamEvent"),
     "engine.session": ("Session",),
     "interface.sampling": ("SamplingOptions",),

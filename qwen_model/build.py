@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
     add_tuning_argument,
     add_verbose_argument,
+    parse_rotary_scaling,
     progress_bar,
     run_command,
 )
-from .common.errors import QwenModelError
-from .common.files import parse_json_object
 from .common.log import show_log
-from .interface.engine_config import PLUGINS
+from .interface.engine_config import PLUGINS, RTX_COMPUTE_CAPABILITIES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
@@ -46,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
             tuning=options.tuning,
+            hardware_compatible=options.hardware_compatible,
+            compute_capabilities=options.compute_capability,
             progress=progress,
         )
     for warning in summary.warnings:
@@ -62,7 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="folder (default: %(default)s)"
     )
-    parser.add_argument("--backend", default="torch", help="what runs the engine: torch (default) or tensorrt")
+    parser.add_argument(
+        "--backend", default="torch", help="what runs the engine: torch (default), tensorrt or tensorrt-rtx"
+    )
     parser.add_argument(
         "--dtype",
         metavar="TYPE",
@@ -97,37 +100,34 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keeps the timings of TensorRT's builder for later builds (default: a file in the user's cache folder)",
     )
+    parser.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="tensorrt: for any GPU of compute capability 8.0 or later, not only for one like that of this machine",
+    )
+    parser.add_argument(
+        "--compute-capability",
+        nargs="+",
+        action="extend",
+        metavar="N.N",
+        help=f"tensorrt-rtx: of the GPUs that the engine is for: {', '.join(RTX_COMPUTE_CAPABILITIES)} (default: all)",
+    )
     add_tuning_argument(parser)
     add_verbose_argument(parser)
     return parser
-
-
-def parse_rotary_scaling(text: str) -> dict[str, Any]:
-    """Convert `linear:4`, `none` or a JSON object to what `rope_scaling` is in a `config.json`.
-
-    Raises:
-        QwenModelError: the text is none of these.
-    """
-    if text.lstrip().startswith("{"):
-        return parse_json_object(text, "--rotary-scaling")
-    kind, _, factor = text.partition(":")
-    if not factor:
-        return {"rope_type": kind}
-    try:
-        return {"rope_type": kind, "factor": float(factor)}
-    except ValueError as error:
-        raise QwenModelError(f"--rotary-scaling must be KIND:FACTOR, like linear:4, not {text!r}") from error
 
 
 def _summary_text(summary: BuildSummary) -> str:
     config = summary.config
     limits = config.limits
     without = f", without the plug-ins {', '.join(config.disabled_plugins)}" if config.disabled_plugins else ""
+    capabilities = ", ".join(config.compute_capabilities)
+    built_for = f"GPUs        of compute capability {capabilities}\n" if capabilities else ""
     return (
         f"engine      {summary.engine_dir}\n"
         f"model       {config.model.architecture}, {config.num_parameters / 1e6:,.1f} million parameters, "
         f"{config.model.num_layers} layers\n"
-        f"back end    {config.backend}, {config.dtype}{without}\n"
+        f"back end    {config.backend}, {config.dtype}{without}\n{built_for}"
         f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
         f"outputs of {limits.max_output_len} tokens\n"
         f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "

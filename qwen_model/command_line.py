@@ -1,4 +1,4 @@
-"""Hold what the commands share: errors in one line, options of generation and of chats, reading of text files."""
+"""Hold what the commands share: errors in one line, the progress bar, sampling and chat options, reading of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
 from .common.extras import import_extra
-from .common.files import read_text
+from .common.files import parse_json_object, read_text
 from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
 
@@ -234,6 +234,23 @@ def progress_line(heading: str) -> Callable[[int, int], None] | None:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     return show
+
+
+def parse_rotary_scaling(text: str) -> dict[str, Any]:
+    """Convert `linear:4`, `none` or a JSON object to what `rope_scaling` is in a `config.json`.
+
+    Raises:
+        QwenModelError: the text is none of these.
+    """
+    if text.lstrip().startswith("{"):
+        return parse_json_object(text, "--rotary-scaling")
+    kind, _, factor = text.partition(":")
+    if not factor:
+        return {"rope_type": kind}
+    try:
+        return {"rope_type": kind, "factor": float(factor)}
+    except ValueError as error:
+        raise QwenModelError(f"--rotary-scaling must be KIND:FACTOR, like linear:4, not {text!r}") from error
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, run_command
 from .common.errors import QwenModelError
-from .common.files import write_whole
+from .common.files import is_file, write_whole
 from .common.log import show_log
 
 
@@ -20,11 +20,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.engine is not None and options.engine_dir is not None:
         raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
 
+    engine_dir = options.engine or options.engine_dir or DEFAULT_ENGINE_DIR
+    if is_file(Path(engine_dir)):
+        _inspect_plan(engine_dir, options)
+        return
+
     from .evaluation.inspection import check_picture, inspect_engine, picture, text
 
     if options.picture is not None:
         check_picture(options.picture)
-    engine_dir = options.engine or options.engine_dir or DEFAULT_ENGINE_DIR
     found = inspect_engine(engine_dir, options.sequences, options.prompt_tokens, options.device)
     print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
     if options.picture is not None:
@@ -36,14 +40,26 @@ def main(arguments: list[str] | None = None) -> None:
             raise QwenModelError(f"{options.picture} cannot be written: {error.strerror}") from error
 
 
+def _inspect_plan(path: str, options: argparse.Namespace) -> None:
+    if options.picture is not None or options.prompt_tokens is not None or options.sequences != 1:
+        raise QwenModelError(
+            f"{path} is a plan, which is not run: --picture, --sequences and --prompt-tokens are for engine folders"
+        )
+
+    from .evaluation.plan_inspection import inspect_plan, text
+
+    found = inspect_plan(Path(path), options.device)
+    print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command's options."""
     description = (
         "Show the GEMM kernels of an engine; of a TensorRT engine also the profiles, inputs, outputs and layers, and "
-        "the time of each layer."
+        "the time of each layer; of the file of any plan, all but kernels and time."
     )
     parser = argparse.ArgumentParser(prog="qwen-model inspect", description=description)
-    parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine")
+    parser.add_argument("engine", nargs="?", metavar="ENGINE", help="folder of an engine, or file of a plan")
     parser.add_argument("--engine-dir", metavar="DIR", help=f"the same (default: {DEFAULT_ENGINE_DIR})")
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="sequences to run (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of each prompt (default: up to 128)")

@@ -15,7 +15,8 @@ from typing import Any
 
 PLUGIN_NAMESPACE = "qwen_plugins"
 # The versions of each plug-in in the libraries, the newest last: csrc/plugins/README.md.
-PLUGIN_VERSIONS = {"RmsNorm": ("1",), "RmsNormQuantization": ("1",), "Gemm": ("1",), "GptAttention": ("1",)}
+# QwenGemm is Gemm under a name that no operator of ONNX has.
+PLUGIN_VERSIONS = dict.fromkeys(("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention", "QwenGemm"), ("1",))
 
 # The packages whose registries take plug-ins: TensorRT, its runtimes without a builder, and TensorRT-RTX.
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_rtx")

@@ -10,6 +10,7 @@ from .errors import QwenModelError
 BACK_END_MODULES = {
     "torch": ("torch", "safetensors"),
     "tensorrt": ("tensorrt", "cuda.bindings", "safetensors", "ml_dtypes"),
+    "tensorrt-rtx": ("tensorrt_rtx", "safetensors", "ml_dtypes"),  # and onnx to build, cuda.bindings to run
 }
 """The modules that each back end needs; the extra of its name brings them, and all that tokenizers and chats need."""
 
@@ -20,6 +21,7 @@ PACKAGES = {
     "cuda.bindings": "cuda-bindings",
     "lm_eval": "lm-eval",
     "rouge_score": "rouge-score",
+    "tensorrt_rtx": "tensorrt-rtx-cu13",
 }
 """The names of packages whose modules are called something else."""
 

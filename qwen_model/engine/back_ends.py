@@ -19,6 +19,10 @@ def back_end(name: str) -> BackEnd:
 
         return torch_back_end
     require_kernels()
+    if name == "tensorrt-rtx":
+        from ..backends.tensorrt_rtx import back_end as tensorrt_rtx_back_end
+
+        return tensorrt_rtx_back_end
     from ..backends.tensorrt import back_end as tensorrt_back_end
 
     return tensorrt_back_end

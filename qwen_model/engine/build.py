@@ -30,7 +30,14 @@ from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
 from ..common.version import package_version
-from ..interface.engine_config import BACKENDS, PLUGINS, EngineConfig, Limits
+from ..interface.engine_config import (
+    AMPERE_PLUS,
+    BACKENDS,
+    PLUGINS,
+    RTX_COMPUTE_CAPABILITIES,
+    EngineConfig,
+    Limits,
+)
 from ..interface.memory import required_bytes
 from ..interface.sampling import SamplingDefaults
 from .back_ends import back_end
@@ -66,11 +73,14 @@ def build_engine(
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     tuning: bool = True,
+    hardware_compatible: bool = False,
+    compute_capabilities: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Make an engine in `output_dir` from a Hugging Face checkpoint (None: the model in this package).
 
-    backend: "torch" or "tensorrt". A TensorRT engine is built where it is to run: for that GPU and TensorRT.
+    backend: "torch", "tensorrt" or "tensorrt-rtx". A TensorRT engine is built where it is to run: for that GPU and
+        TensorRT. One of TensorRT-RTX is built on any machine and runs on RTX cards.
     dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's where there is a GPU, else "float32".
     disable_plugins: names of kernels of this project to replace by the back end's own operations, to compare them:
         "rms_norm", "gemm" (the linear layers), "rotary" (the rotary embedding, then applied before attention).
@@ -81,6 +91,10 @@ def build_engine(
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
         seconds; the times are kept in the user's cache folder. False: rules choose the kernels.
+    hardware_compatible: True: a TensorRT engine runs on any GPU of compute capability 8.0 or later, slower perhaps, and
+        not only on the builder's model.
+    compute_capabilities: of the GPUs that a TensorRT-RTX engine is for, such as ["8.6", "12.0"]; None: all of
+        `RTX_COMPUTE_CAPABILITIES`.
     progress: see `Progress`.
 
     An engine in `output_dir` is replaced, in one step if the file system can; a folder with anything else in it is an
@@ -91,13 +105,16 @@ def build_engine(
             be written. Nothing has changed then.
     """
     start, watch = time.perf_counter(), Stopwatch(LOG)
-    _check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, BACKENDS)
     if dtype is not None:
-        _check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, DTYPES)
     if timing_cache is not None and backend != "tensorrt":
         raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
+    capabilities = _compute_capabilities(backend, hardware_compatible, compute_capabilities)
     disabled = _disabled_plugins(disable_plugins, rmsnorm_plugin)
-    source = _model_dir(model_dir)
+    if disabled and backend == "tensorrt-rtx":
+        raise QwenModelError("plug-ins cannot be disabled in the tensorrt-rtx back end: use torch or tensorrt")
+    source = model_folder(model_dir)
     target = output_place(output_dir, source)
     if timing_cache is not None and Path(os.path.realpath(timing_cache)).is_relative_to(target):
         raise QwenModelError(f"the timing cache {timing_cache} would be in the engine's folder: give a file elsewhere")
@@ -124,9 +141,14 @@ def build_engine(
         model=model,
         end_token_ids=generation.end_token_ids,
         num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
-        versions={"qwen_model": package_version(), "python": platform.python_version(), **engine_back_end.versions()},
+        versions={
+            "qwen_model": package_version(),
+            "python": platform.python_version(),
+            **engine_back_end.versions(capabilities),
+        },
         disabled_plugins=disabled,
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
+        compute_capabilities=capabilities,
     )
     weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
     warnings = [
@@ -147,9 +169,29 @@ def build_engine(
     return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _compute_capabilities(backend: str, hardware_compatible: bool, chosen: Collection[str] | None) -> tuple[str, ...]:
+    """Return `EngineConfig.compute_capabilities`; those chosen in their order in `RTX_COMPUTE_CAPABILITIES`."""
+    if hardware_compatible and backend != "tensorrt":
+        raise QwenModelError(
+            f"hardware_compatible (--hardware-compatible) is for the tensorrt back end, not for {backend}"
+        )
+    if backend != "tensorrt-rtx":
+        if chosen is not None:
+            raise QwenModelError(
+                f"compute_capabilities (--compute-capability) is for the tensorrt-rtx back end, not for {backend}"
+            )
+        return AMPERE_PLUS if hardware_compatible else ()
+    if isinstance(chosen, str):
+        raise QwenModelError(f"compute_capabilities must be a collection of texts, not the text {chosen!r}")
+    for capability in chosen or ():
+        check_choice("a compute capability", capability, RTX_COMPUTE_CAPABILITIES)
+    return tuple(each for each in RTX_COMPUTE_CAPABILITIES if not chosen or each in chosen)
 
 
 def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tuple[str, ...]:
@@ -157,7 +199,7 @@ def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tu
     if isinstance(names, str):
         raise QwenModelError(f"disable_plugins must be a collection of names, not the text {names!r}")
     for name in names:
-        _check_choice("a plug-in to disable", name, PLUGINS)
+        check_choice("a plug-in to disable", name, PLUGINS)
     if rmsnorm_plugin not in (None, True, False):
         raise QwenModelError(f"rmsnorm_plugin must be True, False or None, not {rmsnorm_plugin!r}")
     if rmsnorm_plugin and "rms_norm" in names:
@@ -166,7 +208,8 @@ def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tu
     return tuple(name for name in PLUGINS if name in wanted)
 
 
-def _model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
+def model_folder(model_dir: str | os.PathLike[str] | None) -> Path:
+    """Return a checkpoint's folder, checked; None: that of the model in this package."""
     if model_dir is None:
         from ..packaged_model import packaged_model_dir
 

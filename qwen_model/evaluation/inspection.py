@@ -77,12 +77,13 @@ def inspect_engine(
             raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
     executor: Any = load_engine(engine_dir, device=device).executor
     tensors, layers = [], {}
-    if config.backend == "tensorrt":
+    if config.backend in ("tensorrt", "tensorrt-rtx"):
         # Imported here because load_engine checks first that TensorRT is installed.
         from ..backends.tensorrt import inspection as tensorrt_inspection
 
         prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
-        tensors, layers = tensorrt_inspection.tensors(executor.engine), tensorrt_inspection.layers(executor, prompts)
+        tensors = tensorrt_inspection.tensors(executor.tensorrt, executor.engine)
+        layers = tensorrt_inspection.layers(executor, prompts)
     kernels = _linear_kernels(config, executor.gemm_kernels)
     return Inspection(str(engine_dir), asdict(config), num_sequences, tokens, kernels, tensors, layers)
 
@@ -125,10 +126,10 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         f"{limits['max_output_len']} tokens",
     ]
     if found.linear_layers:
-        lines += ["", "GEMM kernels of the linear layers, by the rows of x", *_table(_kernel_rows(found.linear_layers))]
+        lines += ["", "GEMM kernels of the linear layers, by the rows of x", *table(_kernel_rows(found.linear_layers))]
     if found.tensors:
         lines += ["", "inputs and outputs (decode and prefill: smallest, usual, largest first dimension)"]
-        lines += _table([_tensor_row(tensor) for tensor in _without_repeats(found.tensors)])
+        lines += table([_tensor_row(tensor) for tensor in _without_repeats(found.tensors)])
     loads = {
         "prefill": f"prefill of {found.num_sequences} x {found.prompt_tokens} tokens",
         "decode": f"one step of decode, {found.num_sequences} sequences",
@@ -138,7 +139,7 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         total = sum(layer.milliseconds for layer in layers)
         lines += ["", f"{loads[phase]}: {total:.3f} ms in {len(layers)} layers, each timed on its own"]
         rows = [Share(layer.name, layer.kind, 1, layer.milliseconds) for layer in layers]
-        lines += _table([_share_row(share, total) for share in (rows if every_layer else shares(layers))])
+        lines += table([_share_row(share, total) for share in (rows if every_layer else shares(layers))])
     return "\n".join(lines)
 
 
@@ -172,7 +173,8 @@ def _share_row(share: Share, total: float) -> list[str]:
     ]
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def table(rows: list[list[str]]) -> list[str]:
+    """Return rows of cells as lines, their columns aligned."""
     columns = max(len(row) for row in rows)
     padded = [[*row, *[""] * (columns - len(row))] for row in rows]
     widths = [max(len(row[column]) for row in padded) for column in range(columns)]

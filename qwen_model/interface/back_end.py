@@ -27,8 +27,11 @@ class BackEnd(Protocol):
     def default_dtype(self, checkpoint_dtype: str) -> str:
         """Return the engine's type where the user names none, for a checkpoint of this type."""
 
-    def versions(self) -> dict[str, str]:
-        """Return names and versions of the software, and of the GPU where an engine depends on it."""
+    def versions(self, compute_capabilities: tuple[str, ...] = ()) -> dict[str, str]:
+        """Return names and versions of the software, and of the GPU where an engine depends on it.
+
+        compute_capabilities: see `EngineConfig`.
+        """
 
     def choose_kernels(self, config: EngineConfig, progress: Progress) -> GemmKernels:
         """Return the GEMM kernels to build into an engine, measured on this GPU; {}: the engine chooses as it loads."""

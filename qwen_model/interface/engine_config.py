@@ -20,7 +20,11 @@ from .sampling import SamplingDefaults
 FORMAT = "qwen_model.engine"
 FORMAT_VERSION = 2
 """Increased whenever this package can no longer run engines that were built before."""
-BACKENDS = ("torch", "tensorrt")
+BACKENDS = ("torch", "tensorrt", "tensorrt-rtx")
+RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""The compute capabilities of GPUs that both TensorRT-RTX and our kernels know."""
+AMPERE_PLUS = ("8.0+",)
+"""Stands in `EngineConfig.compute_capabilities` for every GPU of compute capability 8.0 or later."""
 PLUGINS = ("rms_norm", "gemm", "rotary")
 """The plug-ins that can be disabled, to compare with the back end's own operations.
 
@@ -71,6 +75,7 @@ class EngineConfig:
     disabled_plugins: tuple[str, ...] = ()  # of PLUGINS
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that give no options
     gemm_kernels: GemmKernels = field(default_factory=dict)  # that the engine was built with; {}: chosen when it runs
+    compute_capabilities: tuple[str, ...] = ()  # of the GPUs that a plan is for; (): it is for the GPU in `versions`
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
@@ -143,20 +148,27 @@ class EngineConfig:
             "disabled_plugins": tuple(values["disabled_plugins"]),
             "sampling_defaults": SamplingDefaults(**values["sampling_defaults"]),
             "gemm_kernels": _gemm_kernels(values.get("gemm_kernels", {})),
+            "compute_capabilities": tuple(values.get("compute_capabilities", ())),
         }
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:
             raise QwenModelError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
         if not all(is_integer(token, least=0) for token in config.end_token_ids):
             raise QwenModelError(f"end_token_ids must be token ids, not {shown(config.end_token_ids)}")
+        if not all(isinstance(each, str) for each in config.compute_capabilities):
+            raise QwenModelError(f"compute_capabilities must be texts, not {shown(config.compute_capabilities)}")
         if not isinstance(config.num_parameters, int) or not isinstance(config.versions, dict):
             raise QwenModelError("num_parameters must be a number and versions an object")
         return config
 
     def build_command(self, engine_dir: Path) -> str:
         """Return the command that builds such an engine, with a placeholder for the checkpoint's folder."""
-        disable = ["--disable-plugin", *self.disabled_plugins] if self.disabled_plugins else []
-        return _build_command(self.backend, self.dtype, self.limits, disable, engine_dir)
+        options = ["--disable-plugin", *self.disabled_plugins] if self.disabled_plugins else []
+        if self.compute_capabilities == AMPERE_PLUS:
+            options += ["--hardware-compatible"]
+        elif self.compute_capabilities:
+            options += ["--compute-capability", *self.compute_capabilities]
+        return _build_command(self.backend, self.dtype, self.limits, options, engine_dir)
 
 
 def _gemm_kernels(values: Any) -> GemmKernels:
@@ -175,11 +187,11 @@ def _kernel_choices(values: Any) -> KernelChoices:
     return choices
 
 
-def _build_command(backend: str, dtype: str, limits: Limits, disable: list[str], engine_dir: Path) -> str:
+def _build_command(backend: str, dtype: str, limits: Limits, options: list[str], engine_dir: Path) -> str:
     words = ["qwen-model", "build", "--backend", backend, "--model-dir", "CHECKPOINT", "--dtype", dtype]
     for name, value in dataclasses.asdict(limits).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join([*words, *disable, "--output-dir", str(engine_dir)])
+    return shlex.join([*words, *options, "--output-dir", str(engine_dir)])
 
 
 def _rebuild_hint(values: Mapping[str, Any], engine_dir: Path) -> str:

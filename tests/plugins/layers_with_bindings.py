@@ -29,6 +29,7 @@ PLUGINS: dict[str, dict[str, int | float]] = {
         "out_type_id": int(trt.fp8),
     },
     "Gemm": {"type_id": int(trt.bfloat16), "bias": 0, "activation": 1, "constant_weight": 1},
+    "QwenGemm": {"type_id": int(trt.float16), "bias": 1, "activation": 0, "constant_weight": 1},
     "GptAttention": {
         "type_id": int(trt.float16),
         "num_heads": 28,

@@ -137,7 +137,7 @@ def test_plugins_of_both_phases(trt: Any, name: str) -> None:
         plugin = creator.create_plugin("layer", field_collection(trt, fields), phase)
         core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
         assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (name, "1", "qwen_plugins")
-        outputs = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "GptAttention": 2}
+        outputs = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2}
         assert plugin.get_capability_interface(trt.PluginCapabilityType.BUILD).num_outputs == outputs[name]
 
 
@@ -227,5 +227,5 @@ def test_layers_that_the_python_functions_add() -> None:
     pytest.importorskip("tensorrt_lean", reason="tensorrt_lean is not installed: pip install tensorrt-lean-cu13")
     found = json.loads(run_checked([sys.executable, Path(__file__).with_name("layers_with_bindings.py")]))
     assert "could not create the plug-in Gemm" in found.pop("refused")
-    outputs = {"RmsNorm": 2, "RmsNormQuantization": 2, "Gemm": 1, "GptAttention": 2}
+    outputs = {"RmsNorm": 2, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2}
     assert found == {name: [name, "1", "qwen_plugins", count] for name, count in outputs.items()}

@@ -17,8 +17,8 @@ pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx")
 from compiling import CPP_TESTS, compile_command, run_checked
 from onnx import TensorProto
 
+from qwen_model.engine.export import export_onnx
 from qwen_model.packaged_model import packaged_model_dir
-from tests.support.onnx_decoder import decoder_inputs, decoder_model, decoder_profiles
 from tests.support.onnx_models import ONNX_TYPES, Value, model, plugin_node
 from tests.support.rtx_builder import Built, Tensor, build
 
@@ -83,11 +83,11 @@ def check_one_layer(built: Built, mode: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["dynamic", "known"])
-@pytest.mark.parametrize("plugin", ["RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention"])
+@pytest.mark.parametrize("plugin", ["RmsNorm", "RmsNormQuantization", "Gemm", "QwenGemm", "GptAttention"])
 def test_every_mode_becomes_one_layer(modes: list[dict[str, Any]], plugin: str, known: bool) -> None:
     """With the types and shapes that the README says, and nothing before or after it."""
     of_plugin = [mode for mode in modes if mode["plugin"] == plugin]
-    least = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "GptAttention": 72}
+    least = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1, "GptAttention": 72}
     assert len(of_plugin) >= least[plugin]
     for mode in of_plugin:
         if known:
@@ -166,21 +166,43 @@ def test_engines_for_each_compute_capability(capabilities: tuple[str, ...]) -> N
     assert len(built.plugins) == 5
 
 
-def check_decoder(model_dir: Path, onnx_type: int) -> None:
-    data, config = decoder_model(model_dir, onnx_type)
-    profiles = decoder_profiles(config, decoder_inputs(config, onnx_type))
-    built = build(data, profiles, ["SM80", "SM89", "SM120"])
+def check_decoder(model_dir: Path, dtype: str, folder: Path) -> None:
+    """Export a checkpoint's network as ONNX, with the plug-ins as nodes, and build it."""
+    sizes = {"max_batch_size": 4, "max_input_len": 32, "max_output_len": 32}
+    summary = export_onnx(model_dir, output=folder / "network.onnx", dtype=dtype, **sizes)
+    built = build(summary.path, summary.profiles, ["SM86", "SM89", "SM120"])
     assert built.plan is not None, built.errors
     # A layer has two norms, attention, and four products; after the last come a norm and a product. Each profile lists
     # all of them. What else there is gathers rows: of the embedding, and of the last tokens.
-    assert len(built.plugins) == len(profiles) * (7 * config.num_layers + 2)
+    assert len(built.plugins) == len(summary.profiles) * (7 * summary.model.num_layers + 2)
     others = [layer for layer in built.layers if layer.kind not in ("custom_layer", "shape_call")]
     assert all("Gath" in layer.name for layer in others), [layer.name for layer in others]
 
 
-@pytest.mark.parametrize("onnx_type", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
-def test_the_packaged_model(onnx_type: int) -> None:
-    check_decoder(packaged_model_dir(), onnx_type)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_packaged_model(dtype: str, tmp_path: Path) -> None:
+    check_decoder(packaged_model_dir(), dtype, tmp_path)
+
+
+def test_weights_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_model.backends.onnx.export.LARGEST_MODEL", 0)
+    check_decoder(packaged_model_dir(), "float16", tmp_path)
+    assert (tmp_path / "network.onnx.data").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_standard_operators(dtype: str, tmp_path: Path) -> None:
+    """TensorRT has all of them; Attention in 16-bit types only."""
+    model_dir = packaged_model_dir()
+    summary = export_onnx(model_dir, output=tmp_path / "network.onnx", operators="standard", dtype=dtype)
+    named = {"batch_size": (1, 1, 4), "sequence_length": (1, 16, 64)}
+    named |= {"total_sequence_length": (1, 64, 256), "past_sequence_length": (0, 48, 255)}
+    ranges = {
+        tensor.name: [named.get(str(size), (size,) * 3) for size in tensor.shape] for tensor in summary.written.inputs
+    }
+    profile = {name: tuple(zip(*sizes, strict=True)) for name, sizes in ranges.items()}
+    built = build(summary.path, [profile], ["SM86", "SM89", "SM120"])
+    assert built.plan is not None, built.errors
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -199,7 +221,7 @@ def test_a_random_checkpoint_of_every_architecture(architecture: str, tmp_path: 
         head = {"head_dim": 32} if architecture == "Qwen3ForCausalLM" else {}
         hugging_face = model_files.hugging_face_model(architecture, **sizes, **head)
         folder = model_files.save_hugging_face(hugging_face, tmp_path / "model")
-    check_decoder(folder, TensorProto.FLOAT16)
+    check_decoder(folder, "float16", tmp_path)
 
 
 # The inputs of each plug-in with everything that is optional, as messages call them, with their types and shapes.

@@ -123,6 +123,7 @@ def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
         ("RmsNormQuantization", {"dyn_act_scaling": np.int32(0), "out_type_id": np.int32(2)}, 1),
         ("RmsNormQuantization", {"residual": np.int32(1), "smoothing": np.int32(1)}, 3),
         ("Gemm", {}, 1),
+        ("QwenGemm", {}, 1),
         ("Gemm", {"bias": np.int32(1), "activation": np.int32(1), "constant_weight": np.int32(0)}, 1),
         ("GptAttention", {}, 2),
         ("GptAttention", {"rotary_embedding_dim": np.int32(0), "position_embedding_type": np.int32(0)}, 2),

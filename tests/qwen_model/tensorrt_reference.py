@@ -1,4 +1,4 @@
-"""Checkpoints of every architecture and what the torch back end makes of them, for test_tensorrt_gpu.py.
+"""Checkpoints of every architecture, exported networks, and the torch back end's results, for test_tensorrt_gpu.py.
 
     python -m tests.qwen_model.tensorrt_reference FOLDER [--device cuda] [--dtypes float32 float16]
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import qwen_model
+from qwen_model.engine.export import export_onnx
 
 ARCHITECTURES = [
     "QWenLMHeadModel",
@@ -104,6 +105,7 @@ def main() -> None:
                 engine = Path(name) / "engine"
                 qwen_model.build_engine(model_dir, output_dir=engine, dtype=dtype, **LIMITS)
                 session = qwen_model.load_engine(engine, device=options.device)
+            export_onnx(model_dir, output=options.folder / f"{architecture}-{dtype}.onnx", dtype=dtype, **LIMITS)
             np.savez_compressed(options.folder / f"{architecture}-{dtype}.npz", **expected(session))
             print(architecture, dtype, flush=True)
 

@@ -442,6 +442,7 @@ def test_shell_completion_knows_the_options(capsys):
         ("perplexity --text-file mo", "models moon.txt"),
         ("run --chat-template mo", "models moon.txt"),
         ("inspect --picture mo", "models moon.txt"),
+        ("export --output mo", "models moon.txt"),
     ],
 )
 def test_shell_completion_of_paths(words, completed, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """TensorRT, CUDA and the kernels in NumPy, so that the whole TensorRT back end runs without TensorRT and without a GPU.
 
-`installed(version)` puts them in the place of the modules of these names, for TensorRT 8.6, 10 or 11.
+`installed(version)` puts them in the place of the modules of these names, for TensorRT 8.6, 10 or 11, and
+`installed("rtx")` for TensorRT-RTX, without TensorRT.
 """
 
 import sys
@@ -13,7 +14,7 @@ from tests.stand_ins import numpy_cuda, numpy_kernels, numpy_tensorrt
 OURS = (
     "qwen_plugins.tensorrt",
     "qwen_plugins.registration",
-    "qwen_model.backends.tensorrt",
+    "qwen_model.backends.tensorrt",  # and tensorrt_rtx
     "benchmarks.generate_tensorrt",
 )
 
@@ -23,13 +24,14 @@ KERNELS = ("qwen_plugins._core", "qwen_plugins.launch", "qwen_plugins.tuning")
 
 @contextmanager
 def installed(version: str) -> Iterator[types.ModuleType]:
-    """Put the stand-ins in the place of tensorrt, cuda and the kernels, and yield the module `tensorrt`."""
+    """Put the stand-ins in the place of TensorRT, cuda and the kernels, and yield the module of TensorRT."""
     before = dict(sys.modules)
-    trt = numpy_tensorrt.make_module(version)
+    trt = _tensorrt_rtx() if version == "rtx" else numpy_tensorrt.make_module(version)
     bindings = types.ModuleType("cuda.bindings")
     bindings.runtime = numpy_cuda.runtime
     replaced = {
-        "tensorrt": trt,
+        "tensorrt": None,  # not installed
+        trt.__name__: trt,
         "cuda": types.ModuleType("cuda"),
         "cuda.bindings": bindings,
         "cuda.bindings.runtime": numpy_cuda.runtime,
@@ -53,6 +55,13 @@ def installed(version: str) -> Iterator[types.ModuleType]:
             for name in attributes:
                 vars(package).pop(name, None)
             vars(package).update(kernels)
+
+
+def _tensorrt_rtx() -> types.ModuleType:
+    import qwen_plugins  # noqa: F401 (registers with what is really installed)
+    from tests.stand_ins import numpy_rtx  # needs onnx
+
+    return numpy_rtx.make_module()
 
 
 def _is_ours(name: str) -> bool:

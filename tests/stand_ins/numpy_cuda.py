@@ -29,6 +29,7 @@ class Device:
     """The devices, which are all alike, and their memory."""
 
     name: str = "NumPy"
+    capability: tuple[int, int] = (9, 0)
     count: int = 1
     count_error: cudaError_t | None = None  # of cudaGetDeviceCount
     total_bytes: int = 8 << 30
@@ -152,7 +153,8 @@ def create_stream(flags: int) -> tuple[cudaError_t, int]:
 
 def properties(index: int) -> tuple[cudaError_t, types.SimpleNamespace]:
     name = device.name.encode().ljust(256, b"\0")
-    return OK, types.SimpleNamespace(name=name, major=9, minor=0)
+    major, minor = device.capability
+    return OK, types.SimpleNamespace(name=name, major=major, minor=minor)
 
 
 def succeed(*arguments: object) -> tuple[cudaError_t]:

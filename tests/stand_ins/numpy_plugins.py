@@ -91,6 +91,7 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.nd
 PLUGINS: dict[str, Callable[[dict[str, Any], Arrays], Arrays]] = {
     "RmsNorm": rms_norm,
     "Gemm": gemm,
+    "QwenGemm": gemm,
     "GptAttention": gpt_attention,
 }
 
@@ -117,5 +118,6 @@ PLUGIN_OUTPUTS: dict[str, Callable[[dict[str, Any], list[Shape]], Outputs]] = {
     "RmsNorm": norm_outputs,
     "RmsNormQuantization": norm_quant_outputs,
     "Gemm": gemm_outputs,
+    "QwenGemm": gemm_outputs,
     "GptAttention": attention_outputs,
 }

@@ -330,6 +330,7 @@ class BuilderConfig:
         self.flags: set[str] = set()
         self.cache = b""
         self.profiling_verbosity = ""
+        self.hardware_compatibility_level = "none"
 
     def add_optimization_profile(self, profile: Profile) -> None:
         self.profiles.append(profile)
@@ -510,7 +511,7 @@ def make_module(version: str) -> types.ModuleType:
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
-    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention")]
+    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention", "QwenGemm")]
     others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
     operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")
@@ -533,6 +534,7 @@ def make_module(version: str) -> types.ModuleType:
         PluginField=lambda name, array, kind: types.SimpleNamespace(name=name, array=array, kind=kind),
         PluginFieldCollection=list,
         BuilderFlag=flags,
+        HardwareCompatibilityLevel=types.SimpleNamespace(NONE="none", AMPERE_PLUS="ampere plus"),
         TensorFormat=types.SimpleNamespace(LINEAR=0),
         TensorIOMode=types.SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT"),
         ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"),

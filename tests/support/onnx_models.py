@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -23,12 +21,6 @@ TENSORRT_TYPES = {
     TensorProto.INT64: 8,
 }
 ONNX_TYPES = {number: onnx_type for onnx_type, number in TENSORRT_TYPES.items()}
-NUMPY_TYPES = {
-    TensorProto.FLOAT: np.float32,
-    TensorProto.FLOAT16: np.float16,
-    TensorProto.INT32: np.int32,
-    TensorProto.BFLOAT16: ml_dtypes.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -52,21 +44,14 @@ def plugin_node(
     return helper.make_node(plugin, inputs, outputs, name=name, domain=DOMAIN, **identity, **fields)
 
 
-def constant(name: str, array: np.ndarray, onnx_type: int) -> Any:
-    """Return an initializer with the numbers of an array."""
-    values = np.ascontiguousarray(array.astype(NUMPY_TYPES[onnx_type]))
-    return helper.make_tensor(name, onnx_type, values.shape, values.tobytes(), raw=True)
-
-
 def model(
     nodes: Sequence[Any],
     inputs: Mapping[str, Value],
     outputs: Mapping[str, Value],
-    constants: Sequence[Any] = (),
 ) -> bytes:
     """Return a serialised model."""
     values = [[_value_info(*item) for item in given.items()] for given in (inputs, outputs)]
-    graph = helper.make_graph(nodes, "test", *values, constants)
+    graph = helper.make_graph(nodes, "test", *values)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
     return onnx.ModelProto.SerializeToString(helper.make_model(graph, opset_imports=opsets))
 

@@ -11,18 +11,20 @@ FIELDS = {
         *("smoothing", "smoothing_type_id", "unit_offset"),
     },
     "Gemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
+    "QwenGemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
     "GptAttention": {
         *("type_id", "num_heads", "num_kv_heads", "head_size", "rotary_embedding_dim", "position_embedding_type"),
         *("q_scaling", "query_scale", "qk_norm", "norm_eps"),
     },
 }
 # Of the state in engines; earlier versions are read, too.
-SCHEMA_VERSIONS = {"RmsNorm": 1, "RmsNormQuantization": 1, "Gemm": 2, "GptAttention": 1}
+SCHEMA_VERSIONS = {"RmsNorm": 1, "RmsNormQuantization": 1, "Gemm": 2, "QwenGemm": 2, "GptAttention": 1}
 FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
 GOOD_FIELDS = {
     "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
     "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
     "Gemm": {"type_id": np.int32(1)},
+    "QwenGemm": {"type_id": np.int32(1)},
     "GptAttention": {
         **{"type_id": np.int32(1), "num_heads": np.int32(8), "num_kv_heads": np.int32(2), "head_size": np.int32(64)},
         **{"rotary_embedding_dim": np.int32(64), "position_embedding_type": np.int32(2)},

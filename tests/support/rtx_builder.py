@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tensorrt_rtx as trt
@@ -79,16 +80,17 @@ class Built:
         return [layer for layer in self.layers if layer.kind == "custom_layer"]
 
 
-def build(model: bytes, profiles: Sequence[Profile] = (), capabilities: Sequence[str] = ()) -> Built:
+def build(model: bytes | Path, profiles: Sequence[Profile] = (), capabilities: Sequence[str] = ()) -> Built:
     """Parse an ONNX model and build its engine.
 
+    model: serialised, or its file, beside which its weights may be.
     profiles: optimization profiles.
     capabilities: of the GPUs that the engine is for, such as "SM89"; none: the builder's own choice.
     """
     LOG.take()
     network = builder().create_network(0)
     parser = trt.OnnxParser(network, LOG)
-    if not parser.parse(model):
+    if not (parser.parse_from_file(str(model)) if isinstance(model, Path) else parser.parse(model)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         return Built(None, [], _errors(LOG.take()) + [f"{error.node_name()}: {error.desc()}" for error in errors])
     config = builder().create_builder_config()

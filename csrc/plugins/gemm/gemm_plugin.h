@@ -39,4 +39,12 @@ class GemmPlugin : public PluginBase<GemmAttributes> {
   std::vector<GemmChoiceUpTo> choices_;
 };
 
+// The same plug-in under a name that no operator of ONNX has, for networks from ONNX files: some parsers take a node
+// called Gemm for ONNX's operator, whatever its domain.
+class QwenGemmPlugin : public GemmPlugin {
+ public:
+  static constexpr char const* kName = "QwenGemm";
+  using GemmPlugin::GemmPlugin;
+};
+
 }  // namespace qwen_plugins

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-import mmap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +15,36 @@ import numpy.typing as npt
 import tensorrt as trt
 
 import qwen_plugins
-from qwen_plugins import launch
 
-from ...checkpoints.tensor_files import Framework, all_finite
-from ...checkpoints.weights import WeightSpec, network_modules, too_large
-from ...common.errors import OutOfMemoryError, QwenModelError
-from ...common.log import Stopwatch, format_bytes
+from ...checkpoints.tensor_files import Framework
+from ...checkpoints.weights import network_modules
+from ...common.errors import QwenModelError
+from ...common.log import Stopwatch
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels, Limits
-from ...interface.memory import ITEM_SIZES, required_bytes
+from ...interface.memory import required_bytes
+from ...interface.numpy_weights import reporting_reader
 from ...network.decoder import Operations, decoder
+from ...network.inputs import LOGIT_ROWS, NetworkInput, Range, logit_rows, network_inputs
 from ...network.observed import ObservedOperations
-from ...network.rotary import rotary_table
 from ...tuning.choice import by_module
 from ...tuning.choice import choose_kernels as measure_kernels
-from . import compat
+from . import compat, loading
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
+from .loading import check_versions, device_count, device_index
 from .native_rotary import NativeRotaryOperations
 from .observed_network import Taps, given_tensor
 from .operations import TensorRTOperations
+from .package import PLAN
 from .probe import ObservedExecutor, TensorRTProbe
+from .profiles import add_profiles
 from .timing_cache import TimingCache
 
 LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "numpy"
-PLAN = "model.plan"
-DECODE, PREFILL = 0, 1  # optimization profiles
-LOGIT_ROWS = 256
-"""The most tokens of a chunk in which `prompt_logits` runs a prompt."""
+NEEDS_GPU = "the TensorRT back end needs an NVIDIA GPU, for building too"
 WRITE_BYTES = 64 << 20
 
 
@@ -61,73 +58,22 @@ def _check_dtype(dtype: str) -> None:
         raise QwenModelError(f"TensorRT {trt.__version__} has no {dtype}: use --dtype {' or '.join(compat.dtypes())}")
 
 
-def versions() -> dict[str, str]:
-    """Return what a plan depends on: it runs only where all of these are the same as when it was built."""
-    _device_count()
+def versions(compute_capabilities: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return what a plan depends on: it runs only where all of these are the same as when it was built.
+
+    compute_capabilities: see `EngineConfig`; where it names any, the plan does not depend on the GPU's model.
+    """
+    device_count(NEEDS_GPU)
+    found = {"tensorrt": trt.__version__, "qwen_plugins": qwen_plugins.__version__}
+    if compute_capabilities:
+        return found
     name, capability = cuda.device_name_and_capability()
-    return {
-        "tensorrt": trt.__version__,
-        "qwen_plugins": qwen_plugins.__version__,
-        "gpu": name,
-        "compute_capability": capability,
-    }
-
-
-@dataclass(frozen=True)
-class Range:
-    """Hold the range of an input's first dimension in a profile, and the size that the profile is optimized for."""
-
-    min: int
-    opt: int
-    max: int
-
-
-@dataclass(frozen=True)
-class NetworkInput:
-    """Describe an input: its type, its shape (-1: dynamic), and the range of its first dimension in each profile."""
-
-    dtype: Any
-    shape: tuple[int, ...]
-    decode: Range | None = None
-    prefill: Range | None = None
-
-
-def network_inputs(config: EngineConfig) -> dict[str, NetworkInput]:
-    """Return every input of the network, by name."""
-    model, limits = config.model, config.limits
-    batch, tokens = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
-    rows = logit_rows(config)
-    sequences = NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, batch))
-    inputs = {
-        "input_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, limits.max_input_len, tokens)),
-        "cu_seqlens": NetworkInput(trt.int32, (-1,), Range(2, 2, batch + 1), Range(2, 2, batch + 1)),
-        "past_lengths": sequences,
-        "rotary_offsets": sequences,
-        "last_token_ids": NetworkInput(trt.int32, (-1,), Range(1, 1, batch), Range(1, 1, rows)),
-        "semaphores": NetworkInput(trt.int32, (batch, model.num_heads)),
-    }
-    table = rotary_table(model, limits.max_positions)
-    table_rows = len(table.values)
-    # A prompt table (see RotaryTable.prompt_table) has a row for each token of the prompts.
-    most = max(table_rows, tokens) if model.rotary.scaling == "dynamic" else table_rows
-    table_range = (Range(table_rows, table_rows, table_rows), Range(1, table_rows, most))
-    inputs["rotary_table"] = NetworkInput(trt.float32, (-1, model.rotary.dim), *table_range)
-    if table.query_scale is not None:
-        inputs["query_scale"] = NetworkInput(trt.float32, (-1,), *table_range)
-    cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
-    for layer in range(model.num_layers):
-        inputs[f"past_key_value_{layer}"] = NetworkInput(compat.dtypes()[config.dtype], cache)
-    return inputs
-
-
-def logit_rows(config: EngineConfig) -> int:
-    """Return the largest number of rows of logits that one pass through the network computes."""
-    return max(config.limits.max_batch_size, min(config.limits.max_input_len, LOGIT_ROWS))
+    return {**found, "gpu": name, "compute_capability": capability}
 
 
 def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
-    """Measure the GEMM kernels of the linear layers on the first GPU; see `BackEnd`."""
-    if "gemm" in config.disabled_plugins:
+    """Measure the GEMM kernels of the linear layers on the first GPU, unless the plan is for others; see `BackEnd`."""
+    if "gemm" in config.disabled_plugins or config.compute_capabilities:
         return {}
     return measure_kernels(config.model, config.limits, config.dtype, progress)
 
@@ -166,12 +112,12 @@ def _build_plan(
     network = compat.create_network(builder)
     watch.lap(f"TensorRT {trt.__version__} started")
     _define(network, config, read_weight, taps)
-    inputs = network_inputs(config)
+    inputs = _inputs(config)
     if taps is not None:
         inputs |= _given_inputs(config, taps)
     watch.lap(f"weights read, and a network of {network.num_layers} layers defined")
-    builder_config = compat.create_config(builder, network)
-    _add_profiles(builder, builder_config, inputs)
+    builder_config = compat.create_config(builder, network, bool(config.compute_capabilities))
+    add_profiles(builder, builder_config, inputs)
     cache.load_into(builder_config)
     progress("TensorRT", 0, 0)
     compat.LOG.take()
@@ -183,15 +129,25 @@ def _build_plan(
     return plan
 
 
+def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
+    total, _ = required_bytes(config.model, config.limits, config.dtype)
+    return reporting_reader(read_weight, total, progress)
+
+
 def _given_inputs(config: EngineConfig, taps: Taps) -> dict[str, NetworkInput]:
     """Return the inputs that go on in place of results, for one sequence."""
-    dtype, tokens = compat.dtypes()[config.dtype], config.limits.max_input_len
+    tokens = config.limits.max_input_len
     ranges = Range(1, 1, 1), Range(1, tokens, tokens)
-    return {given_tensor(name): NetworkInput(dtype, (-1, columns), *ranges) for name, columns in taps.given.items()}
+    return {
+        given_tensor(name): NetworkInput(config.dtype, (-1, columns), *ranges) for name, columns in taps.given.items()
+    }
 
 
 def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: Taps | None) -> None:
-    inputs = {name: network.add_input(name, given.dtype, given.shape) for name, given in network_inputs(config).items()}
+    inputs = {
+        name: network.add_input(name, compat.PACKAGE.data_type(given.dtype), given.shape)
+        for name, given in _inputs(config).items()
+    }
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
@@ -211,41 +167,8 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: T
         tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
-def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
-    """Wrap `read_weight`: convert to the weight's type in the engine, and report the bytes read."""
-    total, _ = required_bytes(config.model, config.limits, config.dtype)
-    done: dict[str, int] = {}
-
-    def read(spec: WeightSpec) -> npt.NDArray[Any]:
-        weight = as_dtype(read_weight(spec), compat.numpy_dtype(spec.dtype), spec.name)
-        done[spec.name] = weight.nbytes
-        progress("weights", sum(done.values()), total)
-        return weight
-
-    return read
-
-
-def as_dtype(weight: npt.NDArray[Any], dtype: npt.DTypeLike, name: str) -> npt.NDArray[Any]:
-    """Convert a weight to `dtype`.
-
-    Raises:
-        QwenModelError: a number is too large for the type.
-    """
-    with np.errstate(over="ignore"):
-        converted = weight.astype(dtype, copy=False)
-    if weight.dtype != converted.dtype and not all_finite(converted):
-        raise QwenModelError(too_large(name, converted.dtype.name, float(np.abs(weight.astype(np.float64)).max())))
-    return converted
-
-
-def _add_profiles(builder: Any, builder_config: Any, inputs: dict[str, NetworkInput]) -> None:
-    for kind in ("decode", "prefill"):  # DECODE, PREFILL
-        profile = builder.create_optimization_profile()
-        for name, given in inputs.items():
-            extent: Range | None = getattr(given, kind)
-            if extent is not None:
-                profile.set_shape(name, *((size, *given.shape[1:]) for size in (extent.min, extent.opt, extent.max)))
-        builder_config.add_optimization_profile(profile)
+def _inputs(config: EngineConfig) -> dict[str, NetworkInput]:
+    return network_inputs(config.model, config.limits, config.dtype)
 
 
 def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
@@ -272,20 +195,16 @@ def load_executor(
 
     `tuning` is not used: the plan holds the choice of GEMM kernels.
     """
-    with cuda.on_device(_device_index(device)):
-        _check_versions(engine_dir, config)
-        path = engine_dir / PLAN
-        if not path.is_file():
-            raise QwenModelError(f"{engine_dir} is incomplete: {PLAN} is missing; build the engine again")
-        _check_memory(config, "the plan", path.stat().st_size)
-        LOG.info("runs on %s, compute capability %s", *cuda.device_name_and_capability())
-        watch = Stopwatch(LOG)
-        engine = _read_plan(path)
-        watch.lap(f"{path} read", path.stat().st_size)
-        _check_limits(config, engine, path)
-        _check_memory(config, "activations", compat.activation_bytes(engine))
-        _log_memory(config, engine)
-        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config))
+
+    def check_here() -> None:
+        check_versions(engine_dir, config, versions(config.compute_capabilities))
+        _, capability = cuda.device_name_and_capability()
+        if config.compute_capabilities and int(capability.split(".")[0]) < 8:
+            raise QwenModelError(
+                f"{engine_dir} is for GPUs of compute capability 8.0 or later; this one has {capability}"
+            )
+
+    return loading.load_executor(compat.PACKAGE, engine_dir, config, device_index(device, NEEDS_GPU), check_here)
 
 
 def load_probe(
@@ -301,7 +220,7 @@ def load_probe(
             f"{engine_dir} shows no results but its logits: give --model-dir, so that an engine that shows them can be "
             "built of the same checkpoint"
         )
-    read, index = read_weight, _device_index(device)
+    read, index = read_weight, device_index(device, NEEDS_GPU)
 
     def build(prompt_length: int, isolated: bool) -> ObservedExecutor:
         with cuda.on_device(index):
@@ -327,116 +246,8 @@ def _observed_executor(
     taps = Taps(observed, isolated)
     cache = TimingCache(None, timing_cache_name())
     plan = _build_plan(observed, _reporting(read_weight, observed, progress), progress, cache, taps)
-    engine = _loaded(memoryview(plan), "the engine that shows results")
-    return ObservedExecutor(observed, engine, DECODE, PREFILL, logit_rows(observed), taps)
-
-
-def _log_memory(config: EngineConfig, engine: Any) -> None:
-    """Log what an engine is about to allocate, and which cuBLASLt its GEMMs find, which loads it."""
-    if not LOG.isEnabledFor(logging.INFO):
-        return
-    _, cache = required_bytes(config.model, config.limits, config.dtype)
-    activations, free = compat.activation_bytes(engine), cuda.memory_info()[0]
-    LOG.info(
-        "key-value cache: %s; activations: %s; free memory: %s; cuBLASLt: %s",
-        *map(format_bytes, (cache, activations, free)),
-        launch.cublas_lt_status(),
-    )
-
-
-def _read_plan(path: Path) -> Any:
-    if path.stat().st_size == 0:  # cannot be mapped
-        raise QwenModelError(f"{path} is damaged: build the engine again. It is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        return _loaded(plan, str(path))
-
-
-def _loaded(plan: Any, name: str) -> Any:
-    """Make an engine of a plan, which is called `name` in errors."""
-    compat.LOG.take()
-    engine = trt.Runtime(compat.LOG).deserialize_cuda_engine(plan)
+    name = "the engine that shows results"
+    engine, said = loading.deserialized_plan(compat.PACKAGE, memoryview(plan), name)
     if engine is None:
-        said = compat.LOG.take()
-        if compat.ran_out_of_memory(said):
-            raise OutOfMemoryError(f"GPU memory ran out while {name} was loaded. TensorRT says:\n{said}")
-        raise QwenModelError(f"{name} is damaged: build the engine again. TensorRT says:\n{said}")
-    return engine
-
-
-def _check_limits(config: EngineConfig, engine: Any, path: Path) -> None:
-    """Check that the plan was built for the limits in `config.json`, which buffers are sized by."""
-    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    for name, expected in network_inputs(config).items():
-        if name not in names:  # TensorRT removes inputs that no layer uses
-            continue
-        found = tuple(engine.get_tensor_shape(name))
-        wrong = found not in (expected.shape, _fixed(expected)) or engine.get_tensor_dtype(name) != expected.dtype
-        for profile, extent in ((DECODE, expected.decode), (PREFILL, expected.prefill)):
-            if extent is not None and not wrong:
-                least, _, most = engine.get_tensor_profile_shape(name, profile)
-                wrong = (least[0], most[0]) != (extent.min, extent.max)
-        if wrong:
-            raise QwenModelError(
-                f"{path} was not built for what config.json says ({name} differs): build the engine again"
-            )
-
-
-def _fixed(given: NetworkInput) -> tuple[int, ...]:
-    """Return an input's shape as TensorRT 8.6 reports it: static if all profiles give it one size."""
-    extents = [extent for extent in (given.decode, given.prefill) if extent is not None]
-    sizes = {size for extent in extents for size in (extent.min, extent.max)}
-    return (*sizes, *given.shape[1:]) if len(sizes) == 1 else given.shape
-
-
-def _device_index(device: str | None) -> int:
-    count = _device_count()
-    kind, _, index = (device or "cuda").partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
-        raise QwenModelError(f"a TensorRT engine runs on a GPU: device must be 'cuda' or 'cuda:N', not {device!r}")
-    if int(index or 0) >= count:
-        raise QwenModelError(f"device {device!r} does not exist: the driver finds {count} GPUs")
-    return int(index or 0)
-
-
-def _device_count() -> int:
-    try:
-        return cuda.device_count()
-    except cuda.NoDeviceError as error:
-        raise QwenModelError(f"the TensorRT back end needs an NVIDIA GPU, for building too: {error}") from error
-
-
-def _check_versions(engine_dir: Path, config: EngineConfig) -> None:
-    here = versions()
-    other = [
-        f"{name} {config.versions.get(name)}, here {now}"
-        for name, now in here.items()
-        if config.versions.get(name) != now
-    ]
-    if other:
-        raise QwenModelError(
-            f"{engine_dir} was built for {'; '.join(other)}: build it again here from its checkpoint, with the same "
-            f"options ({config.build_command(engine_dir)})"
-        )
-
-
-def _buffer_bytes(config: EngineConfig) -> int:
-    """Return the bytes of the logits and of all inputs except the key-value cache."""
-    logits = logit_rows(config) * config.model.vocab_size * ITEM_SIZES[config.dtype]
-    inputs = [given for name, given in network_inputs(config).items() if not name.startswith("past_key_value")]
-    rows = (given.shape[0] if given.prefill is None else given.prefill.max for given in inputs)
-    return logits + sum(4 * count * math.prod(given.shape[1:]) for count, given in zip(rows, inputs, strict=True))
-
-
-def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
-    """Raise QwenModelError with a list of what is needed if `num_bytes`, cache and buffers exceed the free memory."""
-    _, cache = required_bytes(config.model, config.limits, config.dtype)
-    buffers = _buffer_bytes(config)
-    free, total = cuda.memory_info()
-    if num_bytes + cache + buffers > free:
-        gib = 2.0**30
-        raise QwenModelError(
-            f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
-            f"({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) and "
-            f"{buffers / gib:.2f} GiB for prompts and logits are needed, {free / gib:.2f} of {total / gib:.2f} GiB are "
-            "free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
-        )
+        raise QwenModelError(f"TensorRT does not load {name}. It says:\n{said}")
+    return ObservedExecutor(observed, engine, loading.DECODE, loading.PREFILL, logit_rows(observed.limits), taps)

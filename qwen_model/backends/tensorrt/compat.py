@@ -1,73 +1,23 @@
-"""Hide what differs between TensorRT 8.6, 10 and 11 in building and running engines."""
+"""Hide what differs between TensorRT 8.6, 10 and 11 in building engines; package.py hides it in running them."""
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tensorrt as trt
 
 from qwen_plugins.tensorrt import configure_builder, is_strongly_typed
 
-from ...common.errors import QwenModelError
-from ...common.log import TENSORRT
+from .package import package
 
+PACKAGE = package("tensorrt")
+LOG = PACKAGE.log
 MAJOR = int(trt.__version__.split(".")[0])
-
-
-_LEVELS = {
-    trt.ILogger.INTERNAL_ERROR: logging.CRITICAL,
-    trt.ILogger.ERROR: logging.ERROR,
-    trt.ILogger.WARNING: logging.WARNING,
-    trt.ILogger.INFO: logging.INFO,
-    trt.ILogger.VERBOSE: logging.DEBUG,
-}
-
-
-class Log(trt.ILogger):
-    """Keep TensorRT's last errors and warnings, and pass all its messages on to Python's logging."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: deque[str] = deque(maxlen=100)
-        self._logger = logging.getLogger(TENSORRT)
-        self._last = ""
-
-    def log(self, severity: Any, message: str) -> None:
-        """Pass a message on, and keep it if its severity is WARNING or higher."""
-        if message != self._last:  # 8.6 repeats some of its warnings for every tensor
-            self._logger.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)
-        self._last = message
-        if severity <= trt.ILogger.WARNING:
-            self.messages.append(message)
-
-    def take(self) -> str:
-        """Return the last messages since the last call, at most 8, and clear them."""
-        text = "\n".join(list(self.messages)[-8:])
-        self.messages.clear()
-        return text or "TensorRT said nothing"
-
-
-# TensorRT keeps the first logger of a process for whatever has no logger of its own.
-LOG = Log()
 
 
 def dtypes() -> dict[str, Any]:
     """Return the floating-point types that this TensorRT has, by name."""
-    found = {"float32": trt.float32, "float16": trt.float16}
-    return {**found, "bfloat16": trt.bfloat16} if hasattr(trt, "bfloat16") else found
-
-
-def numpy_dtype(name: str) -> npt.DTypeLike:
-    """Return NumPy's type of that name; bfloat16 comes from ml_dtypes."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
+    return PACKAGE.dtypes()
 
 
 def create_network(builder: Any) -> Any:
@@ -80,8 +30,11 @@ def create_network(builder: Any) -> Any:
     return builder.create_network(flags)
 
 
-def create_config(builder: Any, network: Any) -> Any:
-    """Create the builder configuration, without profiles and timing cache."""
+def create_config(builder: Any, network: Any, hardware_compatible: bool = False) -> Any:
+    """Create the builder configuration, without profiles and timing cache.
+
+    hardware_compatible: for any GPU from Ampere on, not only for one like the builder's.
+    """
     config = builder.create_builder_config()
     configure_builder(config, network)
     if hasattr(config, "set_tactic_sources"):
@@ -92,6 +45,8 @@ def create_config(builder: Any, network: Any) -> Any:
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if MAJOR < 10:
         config.set_flag(trt.BuilderFlag.DIRECT_IO)  # no copies of inputs and outputs: the cache is both
+    if hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     return config
 
@@ -124,40 +79,3 @@ def set_timing_cache(config: Any, content: bytes) -> bool:
 def timing_cache_bytes(config: Any) -> bytes:
     """Return the serialised timing cache."""
     return bytes(config.get_timing_cache().serialize())
-
-
-def ran_out_of_memory(messages: str) -> bool:
-    """Tell whether TensorRT's messages say that memory ran out; nothing else does."""
-    said = messages.lower().replace(" ", "")
-    return any(words in said for words in ("outofmemory", "memoryallocation", "couldnotbeallocated"))
-
-
-def refusal(what: str) -> Exception:
-    """Return the exception to raise, with TensorRT's messages: QwenModelError if memory ran out, else RuntimeError."""
-    said = LOG.take()
-    if ran_out_of_memory(said):
-        return QwenModelError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")
-    return RuntimeError(f"{what}:\n{said}")
-
-
-def activation_bytes(engine: Any) -> int:
-    """Return the bytes of device memory that an execution context needs, for the profile that needs most."""
-    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
-
-
-def create_context(engine: Any, profile: int, address: int, num_bytes: int, stream: int) -> Any:
-    """Create an execution context of a profile in the caller's device memory.
-
-    Contexts that run on one stream may share that memory.
-    """
-    if hasattr(trt, "ExecutionContextAllocationStrategy"):
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    else:
-        context = engine.create_execution_context_without_device_memory()
-    if context is None or not context.set_optimization_profile_async(profile, stream):
-        raise refusal("TensorRT made no execution context")
-    if hasattr(context, "set_device_memory"):
-        context.set_device_memory(address, num_bytes)
-    else:
-        context.device_memory = address
-    return context

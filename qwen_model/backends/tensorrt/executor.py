@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import tensorrt as trt
 
 from ...interface.engine_config import EngineConfig
 from ...interface.executor import FloatArray, IntArray, last_rows
+from ...interface.numpy_weights import numpy_dtype
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.rotary import rotary_table
-from . import compat
 from . import cuda_runtime as cuda
+from .package import Package, activation_bytes, package
 from .sampling import DeviceSampler
 
 LOG = logging.getLogger(__name__)
@@ -74,22 +73,6 @@ class _Batch:
         return cls(*(cuda.DeviceArray((size,), np.int32) for size in sizes))
 
 
-class _LayerTimes(trt.IProfiler):
-    """Collect the times that a context reports for its layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._times: dict[str, list[float]] = {}
-
-    def report_layer_time(self, layer_name: str, ms: float) -> None:
-        """Record the milliseconds of a layer; TensorRT calls this for each layer of each run."""
-        self._times.setdefault(layer_name, []).append(ms)
-
-    def medians(self) -> dict[str, float]:
-        """Return the median milliseconds of each layer over all runs but the first."""
-        return {name: statistics.median(times[1:]) for name, times in self._times.items()}
-
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -112,18 +95,29 @@ class TensorRTExecutor:
 
     runs_ahead = True
 
-    def __init__(self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, logit_rows: int):
+    def __init__(
+        self,
+        config: EngineConfig,
+        engine: Any,
+        decode_profile: int,
+        prefill_profile: int,
+        logit_rows: int,
+        tensorrt: Package | None = None,
+    ):
         """Allocate every buffer. `engine` is an `ICudaEngine` on the current device, which the executor stays on.
 
         decode_profile, prefill_profile: indices of the engine's optimization profiles.
         logit_rows: the most rows of logits that the prefill profile gives.
+        tensorrt: the package that the engine is of; None: TensorRT.
         """
         model, limits = config.model, config.limits
         batch = limits.max_batch_size
-        dtype = compat.numpy_dtype(config.dtype)
+        dtype = numpy_dtype(config.dtype)
         self.config = config
         self.engine = engine
         self.gemm_kernels = None if "gemm" in config.disabled_plugins else config.gemm_kernels
+        self.tensorrt = tensorrt or package("tensorrt")
+        self._runtime_config = self.tensorrt.runtime_config(engine, cuda.device_name_and_capability()[0])
         self.device = cuda.current_device()
         self.stream = cuda.Stream()
         self._decode_profile, self._prefill_profile, self._logit_rows = decode_profile, prefill_profile, logit_rows
@@ -139,7 +133,7 @@ class TensorRTExecutor:
         self._query_scale = None if scale is None else self._on_device(scale)
         self._prompt_rotary: list[cuda.DeviceArray] = []  # the last prompts' own table and scale, if they needed them
         self._semaphores = cuda.DeviceArray((batch, model.num_heads), np.int32)
-        self._activations = cuda.DeviceMemory(compat.activation_bytes(engine))
+        self._activations = cuda.DeviceMemory(activation_bytes(engine))
         self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
         self._tokens = cuda.DeviceArray((batch,), np.int32)  # as chosen; the next step's input has 0 for NO_TOKEN
         self._ring = _TokenRing(batch)
@@ -171,6 +165,7 @@ class TensorRTExecutor:
         step()  # in its first run for a shape TensorRT does work that cannot be captured
         self.stream.synchronize()
         self._graphs[num_sequences, self._choice] = cuda.Graph(self.stream, step)
+        self.tensorrt.keep_kernels()
         self._end_batch()
         LOG.info("CUDA graph of %d sequences captured: %.3f s", num_sequences, time.perf_counter() - start)
 
@@ -259,7 +254,7 @@ class TensorRTExecutor:
         TensorRT times each layer on its own, so that a step takes less than their sum. This ends the current batch.
         """
         found = {}
-        prefill, decode = _LayerTimes(), _LayerTimes()
+        prefill, decode = self.tensorrt.layer_times(), self.tensorrt.layer_times()
         context = self._context(self._prefill_profile)
         context.profiler = prefill
         for _ in range(repeats + 1):  # the first is to warm up
@@ -280,7 +275,9 @@ class TensorRTExecutor:
     def _context(self, profile: int) -> Any:
         """Create an execution context with semaphores, logits and cache bound; `_bind` binds the rest."""
         memory = self._activations
-        context = compat.create_context(self.engine, profile, memory.address, memory.num_bytes, self.stream.handle)
+        context = self.tensorrt.create_context(
+            self.engine, profile, memory.address, memory.num_bytes, self.stream.handle, self._runtime_config
+        )
         fixed = {"semaphores": self._semaphores, "logits": self._logits}
         for layer, cache in enumerate(self._cache):
             fixed |= {f"past_key_value_{layer}": cache, f"present_key_value_{layer}": cache}
@@ -313,11 +310,11 @@ class TensorRTExecutor:
     def _bind_input(self, context: Any, name: str, array: cuda.DeviceArray, size: int) -> None:
         context.set_tensor_address(name, array.address)
         if not context.set_input_shape(name, (size, *array.shape[1:])):
-            raise compat.refusal(f"TensorRT refused {size} rows of {name}")
+            raise self.tensorrt.refusal(f"TensorRT refused {size} rows of {name}")
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self.stream.handle):
-            raise compat.refusal("TensorRT refused to run")
+            raise self.tensorrt.refusal("TensorRT refused to run")
 
     def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
         """Choose the next tokens, which stay on the device as the next step's input."""

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tensorrt as trt
-
 from .executor import TensorRTExecutor
+from .package import Package
 
 REPEATS = 9
 
@@ -35,12 +34,12 @@ class LayerInfo:
     milliseconds: float
 
 
-def tensors(engine: Any) -> list[TensorInfo]:
+def tensors(tensorrt: Package, engine: Any) -> list[TensorInfo]:
     """Return every input and output of the engine."""
     found = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
-        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        is_input = engine.get_tensor_mode(name) == tensorrt.trt.TensorIOMode.INPUT
         profiles = range(engine.num_optimization_profiles) if is_input else ()
         limits = tuple(
             tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, profile)) for profile in profiles
@@ -53,7 +52,7 @@ def tensors(engine: Any) -> list[TensorInfo]:
 
 def layers(executor: TensorRTExecutor, prompts: Sequence[Sequence[int]]) -> dict[str, list[LayerInfo]]:
     """Time the layers of the "prefill" of these prompts and of one "decode" step after it, in execution order."""
-    kinds = _kinds(executor.engine)
+    kinds = dict(plan_layers(executor.tensorrt, executor.engine))
     measured = executor.measure_layers(prompts, REPEATS)
     return {
         phase: [LayerInfo(_plain_name(name), kinds.get(name, ""), ms) for name, ms in times.items()]
@@ -61,11 +60,17 @@ def layers(executor: TensorRTExecutor, prompts: Sequence[Sequence[int]]) -> dict
     }
 
 
-def _kinds(engine: Any) -> dict[str, str]:
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = json.loads(text)["Layers"]
-    # Engines that this package built have details; in others a layer is just its name.
-    return {layer["Name"]: layer.get("PluginType", layer.get("LayerType", "")) for layer in layers if "Name" in layer}
+def plan_layers(tensorrt: Package, engine: Any) -> list[tuple[str, str]]:
+    """Return name and kind of each layer of an engine, of any builder; "" where it does not say the kind."""
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(tensorrt.trt.LayerInformationFormat.JSON)
+    # A layer is just its name where the builder kept no details, which those of this package do.
+    layers = [{"Name": layer} if isinstance(layer, str) else layer for layer in json.loads(text)["Layers"]]
+    return [(layer["Name"], _kind(layer)) for layer in layers if "Name" in layer]
+
+
+def _kind(layer: dict[str, Any]) -> str:
+    return str(layer.get("PluginType", layer.get("LayerType", "")))
 
 
 def _plain_name(name: str) -> str:

@@ -29,7 +29,7 @@ class TensorRTOperations:
         disabled: Collection[str] = (),
         gemm_kernels: Mapping[str, KernelChoices] | None = None,
     ):
-        """Take the network's inputs, by the names of `network_inputs` in back_end.py.
+        """Take the network's inputs, by the names of network/inputs.py.
 
         dtype: `tensorrt.DataType` of weights, activations and cache.
         modules: what weights each module has.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ...interface.engine_config import EngineConfig
+from ...interface.numpy_weights import numpy_dtype
 from ...interface.probe import Array
-from . import compat
 from . import cuda_runtime as cuda
 from .executor import TensorRTExecutor
 from .observed_network import Taps, given_tensor, result_tensor
@@ -22,7 +22,7 @@ class ObservedExecutor(TensorRTExecutor):
         self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, logit_rows: int, taps: Taps
     ):
         """Allocate buffers for every result and every input in place of one; see `TensorRTExecutor`."""
-        rows, dtype = config.limits.max_input_len, compat.numpy_dtype(config.dtype)
+        rows, dtype = config.limits.max_input_len, numpy_dtype(config.dtype)
         self._results = {name: cuda.DeviceArray((rows, columns), dtype) for name, columns in taps.results.items()}
         self._given = {name: cuda.DeviceArray((rows, columns), dtype) for name, columns in taps.given.items()}
         super().__init__(config, engine, decode_profile, prefill_profile, logit_rows)

@@ -167,7 +167,7 @@ def default_dtype(checkpoint_dtype: str) -> str:
     return checkpoint_dtype if torch.cuda.is_available() else "float32"
 
 
-def versions() -> dict[str, str]:
+def versions(compute_capabilities: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the versions of PyTorch and CUDA; an engine does not depend on them."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 

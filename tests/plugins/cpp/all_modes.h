@@ -16,7 +16,7 @@ struct ExpectedCreator {
   int32_t field_count;
 };
 
-inline int schema_version_of(std::string const& plugin) { return plugin == "Gemm" ? 2 : 1; }
+inline int schema_version_of(std::string const& plugin) { return plugin == "Gemm" || plugin == "QwenGemm" ? 2 : 1; }
 
 // How a library refuses the state of another schema version.
 inline std::string refused_version(char const* plugin, std::string const& found) {
@@ -26,7 +26,11 @@ inline std::string refused_version(char const* plugin, std::string const& found)
 }
 
 inline std::vector<ExpectedCreator> expected_creators() {
-  return {{"RmsNorm", "1", 6}, {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 5}, {"GptAttention", "1", 10}};
+  return {{"RmsNorm", "1", 6},
+          {"RmsNormQuantization", "1", 9},
+          {"Gemm", "1", 5},
+          {"GptAttention", "1", 10},
+          {"QwenGemm", "1", 5}};
 }
 
 inline std::vector<Mode> all_modes() {

@@ -68,5 +68,7 @@ inline std::vector<Mode> gemm_modes() {
        {std::vector<int32_t>{15, 7}, {14, 7}, {1, 1, 14, 2, 16, 3, 64, 4}, {2147483647, 2147483647}, most}) {
     modes.push_back(gemm_mode(nvinfer1::DataType::kHALF, true, false, true, kernels));
   }
+  modes.push_back(gemm_mode(nvinfer1::DataType::kHALF, true, true, true));
+  modes.back().plugin = "QwenGemm";
   return modes;
 }

@@ -3,14 +3,16 @@
     python -m tests.qwen_model.tensorrt_reference FOLDER                                 # where there is PyTorch
     QWEN_MODEL_REFERENCE=FOLDER pytest tests/qwen_model/backends/test_tensorrt_gpu.py    # where there is TensorRT
 
-The second needs no PyTorch.
+The second needs neither PyTorch nor onnx: FOLDER has the exported networks, too.
 """
 
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,21 +46,43 @@ def engines(tmp_path_factory):
     """Builds an engine when it is first asked for, and loads it each time."""
     folder = tmp_path_factory.mktemp("engines")
 
-    def load(model, dtype, rmsnorm_plugin=True):
-        engine = folder / f"{model}-{dtype}-{rmsnorm_plugin}"
+    def load(model, dtype, network="plugins"):
+        engine = folder / f"{model}-{dtype}-{network}"
         if not engine.exists():
-            qwen_model.build_engine(
-                None if model == "packaged" else Path(REFERENCE) / model,
-                output_dir=engine,
-                backend="tensorrt",
-                dtype=dtype,
-                rmsnorm_plugin=rmsnorm_plugin,
-                timing_cache=folder / "timing",
-                **LIMITS,
-            )
+            file = Path(REFERENCE) / f"{model}-{dtype}.onnx"
+            with parsing(file) if network == "onnx" else nullcontext():
+                qwen_model.build_engine(
+                    None if model == "packaged" else Path(REFERENCE) / model,
+                    output_dir=engine,
+                    backend="tensorrt",
+                    dtype=dtype,
+                    rmsnorm_plugin=network != "native norms",
+                    timing_cache=folder / "timing",
+                    **LIMITS,
+                )
         return qwen_model.load_engine(engine)
 
     return load
+
+
+@contextmanager
+def parsing(file):
+    """Let the back end take its network from an exported file, by TensorRT's own parser."""
+    import tensorrt as trt
+
+    from qwen_model.backends.tensorrt import back_end, compat
+
+    def parse(network, config, _):
+        parser = trt.OnnxParser(network, compat.LOG)
+        assert parser.parse_from_file(str(file)), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        for tensor in outputs:
+            compat.set_tensor_type(tensor, compat.dtypes()[config.dtype], network)
+        for tensor in (*outputs, *(network.get_input(i) for i in range(network.num_inputs))):
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
+
+    with mock.patch.object(back_end, "_define", parse):
+        yield
 
 
 def reference(model, dtype):
@@ -83,10 +107,10 @@ def assert_same_but_for_ties(tokens, expected, scores, tolerance):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-@pytest.mark.parametrize("rmsnorm_plugin", [True, False], ids=["plugin", "native"])
-def test_logits_and_greedy_tokens(engines, model, dtype, rmsnorm_plugin):
+@pytest.mark.parametrize("network", ["plugins", "native norms", "onnx"])
+def test_logits_and_greedy_tokens(engines, model, dtype, network):
     arrays, prompts = reference(model, dtype)
-    session = engines(model, dtype, rmsnorm_plugin)
+    session = engines(model, dtype, network)
     tolerance = TOLERANCES[dtype]
     logits, expected = session.logits(prompts[LOGITS_OF]), arrays["logits"]
     np.testing.assert_allclose(logits, expected, atol=tolerance * max(1.0, np.abs(expected).max() / 4))
@@ -151,6 +175,52 @@ def test_streams(engines, model, dtype):
 def test_requests_that_fail_or_stop_leave_nothing_behind(engines, model, dtype):
     _, prompts = reference(model, dtype)
     check_that_nothing_is_left_behind(engines(model, dtype), prompts[1:4])
+
+
+@pytest.mark.parametrize("model", ["Qwen2ForCausalLM", "packaged"])
+def test_hardware_compatible_engines(engines, model, tmp_path):
+    """For any GPU from Ampere on: here the tokens of the engine for this one."""
+    import tensorrt as trt
+
+    _, prompts = reference(model, "float16")
+    model_dir = None if model == "packaged" else Path(REFERENCE) / model
+    options = {"backend": "tensorrt", "dtype": "float16", "hardware_compatible": True, **LIMITS}
+    qwen_model.build_engine(model_dir, output_dir=tmp_path / "engine", **options)
+    session = qwen_model.load_engine(tmp_path / "engine")
+    assert session.executor.engine.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    expected = engines(model, "float16")
+    np.testing.assert_allclose(
+        session.logits(prompts[LOGITS_OF]), expected.logits(prompts[LOGITS_OF]), atol=TOLERANCES["float16"]
+    )
+    ours, theirs = (each.generate(prompts, max_new_tokens=16).outputs for each in (session, expected))
+    assert [output.output_ids for output in ours] == [output.output_ids for output in theirs]
+
+
+def test_inspect_a_plan_without_its_folder(engines, tmp_path, capsys):
+    """One of this package, and one that TensorRT built of layers of its own, and kept no details of."""
+    import tensorrt as trt
+
+    from qwen_model import inspect
+    from qwen_model.backends.tensorrt.compat import LOG, create_network
+
+    options = {"backend": "tensorrt", "dtype": "float16", **LIMITS}
+    engine = qwen_model.build_engine(output_dir=tmp_path / "engine", **options).engine_dir
+    inspect.main([str(engine / "model.plan")])
+    printed = capsys.readouterr().out
+    assert "layers.*.attention.qkv" in printed
+    assert "profile 1: smallest, usual and largest shapes" in printed
+    builder = trt.Builder(LOG)
+    network = create_network(builder)
+    x = network.add_input("x", trt.float32, (-1, 8))
+    network.mark_output(network.add_unary(x, trt.UnaryOperation.EXP).get_output(0))
+    config = builder.create_builder_config()
+    config.set_tactic_sources(0)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", (1, 8), (2, 8), (4, 8))
+    config.add_optimization_profile(profile)
+    (tmp_path / "other.plan").write_bytes(builder.build_serialized_network(network, config))
+    inspect.main([str(tmp_path / "other.plan"), "--all"])
+    assert "1x8  2x8  4x8" in capsys.readouterr().out
 
 
 def test_overflow_is_an_error(tmp_path):

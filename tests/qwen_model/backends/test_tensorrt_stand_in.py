@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.qwen_model.conftest import save_byte_tokenizer
 from tests.qwen_model.model_files import random_prompt
 from tests.qwen_model.session_checks import check_streams, check_that_nothing_is_left_behind
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
-from tests.stand_ins import numpy_cuda
+from tests.stand_ins import numpy_cuda, numpy_tensorrt
 
 VERSIONS = ["8.6.0", "10.14.1", "11.1.0"]
 LIMITS = {"max_batch_size": 6, "max_input_len": 60, "max_output_len": 30}
@@ -209,9 +210,7 @@ def test_memory_stays_as_it_is(sessions):
 
 
 def test_a_long_prompts_logits_come_in_parts(trt, model_dir, tmp_path, monkeypatch):
-    from qwen_model.backends.tensorrt import back_end as tensorrt
-
-    monkeypatch.setattr(tensorrt, "LOGIT_ROWS", 7)
+    monkeypatch.setattr("qwen_model.network.inputs.LOGIT_ROWS", 7)
     expected, session = both(model_dir, tmp_path)
     for length in (60, 50, 49, 1):
         prompt = random_prompt(length, seed=length)
@@ -361,6 +360,67 @@ def test_an_engine_for_something_else_says_so(trt, model_dir, tmp_path, name):
         f"--max-input-len 60 --max-output-len 30 --output-dir {engine})"
     )
     assert command in str(error.value)
+
+
+def test_hardware_compatible_engines_run_on_other_gpus(trt, model_dir, tmp_path, monkeypatch):
+    summary = build(model_dir, tmp_path / "engine", hardware_compatible=True)
+    engine = summary.engine_dir
+    assert "gpu" not in summary.config.versions
+    assert not summary.config.gemm_kernels  # measured on this GPU
+    assert build(model_dir, tmp_path / "other").config.gemm_kernels
+    session = qwen_model.load_engine(engine)
+    assert session.executor.engine.config.hardware_compatibility_level == "ampere plus"
+    expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
+    monkeypatch.setattr(numpy_cuda.device, "name", "another")
+    monkeypatch.setattr(numpy_cuda.device, "capability", (12, 0))
+    assert qwen_model.load_engine(engine).generate([1, 2, 3], max_new_tokens=5).outputs == expected
+    monkeypatch.setattr(numpy_cuda.device, "capability", (7, 5))
+    with pytest.raises(qwen_model.QwenModelError, match=r"compute capability 8\.0 or later; this one has 7\.5$"):
+        qwen_model.load_engine(engine)
+    config = json.loads((engine / "config.json").read_text())
+    assert config["compute_capabilities"] == ["8.0+"]
+    config["versions"]["tensorrt"] = "9.9"
+    (engine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(qwen_model.QwenModelError, match=r"built for tensorrt 9\.9.*--hardware-compatible --output-dir"):
+        qwen_model.load_engine(engine)
+
+
+def test_inspect_a_plan(trt, model_dir, tmp_path, capsys, monkeypatch):
+    """Without the engine's folder: also one that another program built, and kept no details of."""
+    from qwen_model import inspect
+
+    plan = build(model_dir, tmp_path / "engine").engine_dir / "model.plan"
+    plan.rename(tmp_path / "any.plan")
+    path = str(tmp_path / "any.plan")
+    inspect.main([path])
+    printed = capsys.readouterr().out
+    assert f"loaded by  TensorRT {trt.__version__} on NumPy\n" in printed
+    assert re.search(r"\ninput_ids +input +int32 +\[-1\]\n", printed)
+    assert re.search(r"profile 1: .*\n(.*\n)*?input_ids +1 +60 +360\n", printed)
+    assert re.search(r"\n +3 x +layers\.\*\.mlp\.down +Layer\n", printed)
+    inspect.main([path, "--all"])
+    assert re.search(r"\nlayers\.2\.mlp\.down +Layer\n", capsys.readouterr().out)
+    inspect.main([path, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {"name": "layers.2.mlp.down", "kind": "Layer"} in found["layers"]
+    assert found["num_profiles"] == 2
+    inspector = SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": ["only a name"]}))
+    with monkeypatch.context() as patched:
+        patched.setattr(numpy_tensorrt.Engine, "create_engine_inspector", lambda engine: inspector)
+        inspect.main([path])
+    assert "1 layers\n   1 x  only a name" in capsys.readouterr().out
+    for option in (["--picture", "x.svg"], ["--sequences", "2"], ["--prompt-tokens", "2"]):
+        with pytest.raises(qwen_model.QwenModelError, match=r"any\.plan is a plan, which is not run: --picture"):
+            inspect.main([path, *option])
+    (tmp_path / "text").write_text("no plan")
+    with pytest.raises(qwen_model.QwenModelError, match=rf"TensorRT {trt.__version__} does not load .*text\. It says:"):
+        inspect.main([str(tmp_path / "text")])
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(qwen_model.QwenModelError, match="does not load"):
+        inspect.main([str(tmp_path / "empty")])
+    monkeypatch.setattr(numpy_cuda.device, "count", 0)
+    with pytest.raises(qwen_model.QwenModelError, match="loads a plan on an NVIDIA GPU only: the driver finds none"):
+        inspect.main([path])
 
 
 def test_damaged_and_missing_plans(trt, model_dir, tmp_path):

@@ -140,7 +140,7 @@ def test_limits_follow_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "onnx"}, "backend must be one of torch, tensorrt, not 'onnx'"),
+        ({"backend": "onnx"}, "backend must be one of torch, tensorrt, tensorrt-rtx, not 'onnx'"),
         ({"dtype": "int3"}, "dtype must be one of float16, bfloat16, float32, not 'int3'"),
         ({"max_batch_size": 0}, "max_batch_size must be a positive integer, not 0"),
         ({"rotary_scaling": {"rope_type": "magic"}}, "'magic' is not supported"),

@@ -1,0 +1,165 @@
+"""Define the network with this project's plug-ins as nodes, for TensorRT's ONNX parser.
+
+Inputs and outputs are those of the TensorRT back end (see network/inputs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES
+
+from ...checkpoints.config import ModelConfig
+from ...checkpoints.weights import Modules, WeightSpec
+from ...common.errors import QwenModelError
+from ...interface.back_end import ReadWeight
+from ...interface.engine_config import Limits
+from ...network.decoder import decoder
+from ...network.inputs import network_inputs
+from .graph import Graph
+
+VERSIONS = 17, 8  # ONNX's opset and IR: the only ONNX operator is Gather: parsers since TensorRT 8.6 read this
+GEMM = "QwenGemm"
+"""The second name of the plug-in Gemm: some parsers take a node Gemm of any domain for ONNX's operator."""
+_TYPE_IDS = {"float32": 0, "float16": 1, "bfloat16": 7}  # nvinfer1::DataType
+_ROPE_GPT_NEOX = 2  # csrc/plugins/gpt_attention/README.md
+
+
+class PluginOperations:
+    """Implement `Operations`: each adds the node of a plug-in, named after its module, or a Gather.
+
+    Nodes have the fields that have defaults, too: TensorRT's parser warns of each that is missing.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        config: ModelConfig,
+        dtype: str,
+        inputs: Mapping[str, str],
+        modules: Modules,
+        read_weight: ReadWeight,
+    ):
+        """Take the network's inputs by the names of network/inputs.py.
+
+        read_weight: reads a weight as a NumPy array of its type in the graph; called once for each.
+
+        Raises:
+            QwenModelError: the plug-in has no kernel for the model's head size.
+        """
+        if config.head_size not in HEAD_SIZES:
+            raise QwenModelError(
+                f"the attention plug-in has heads of {', '.join(map(str, HEAD_SIZES))} elements, and this model has "
+                f"{config.head_size}: use --operators standard"
+            )
+        self._graph = graph
+        self._config = config
+        self._type_id = _TYPE_IDS[dtype]
+        self._inputs = inputs
+        self._modules = modules
+        self._read = read_weight
+        self.present_key_values: list[str] = []
+
+    def embedding(self, input_ids: str, module: str) -> str:
+        """See `qwen_model.network.decoder.Operations`."""
+        return self._gather(self._weight(self._modules[module].weight), input_ids, module)
+
+    def linear(
+        self, x: str, module: str, activation: str | None = None, into: tuple[str, ...] = (), reduce: bool = False
+    ) -> str:
+        """See `qwen_model.network.decoder.Operations`."""
+        weights = self._modules[module].map(self._weight)
+        fields = {
+            "type_id": self._type_id,
+            "bias": int(weights.bias is not None),
+            "activation": ACTIVATIONS[activation],
+            "constant_weight": 1,
+        }
+        return str(self._graph.plugin(GEMM, [x, *weights.tensors], module, fields))
+
+    def norm(self, x: str, module: str, residual: str | None = None, into: tuple[str, ...] = ()) -> tuple[str, str]:
+        """See `qwen_model.network.decoder.Operations`."""
+        fields = {
+            "type_id": self._type_id,
+            "weight_type_id": self._type_id,
+            "eps": self._config.norm_eps,
+            "residual": int(residual is not None),
+            "unit_offset": 0,
+            "round_before_weight": 0,
+        }
+        inputs = [x, self._weight(self._modules[module].weight)]
+        if residual is None:
+            return self._graph.plugin("RmsNorm", inputs, module, fields), x
+        y, h = self._graph.plugin("RmsNorm", [*inputs, residual], module, fields, outputs=2)
+        return y, h
+
+    def attention(self, qkv: str, layer: int, into: tuple[str, ...] = ()) -> str:
+        """See `qwen_model.network.decoder.Operations`."""
+        config, name = self._config, f"layers.{layer}.attention"
+        names = [
+            f"past_key_value_{layer}",
+            "cu_seqlens",
+            "past_lengths",
+            "rotary_offsets",
+            "rotary_table",
+            "semaphores",
+        ]
+        inputs = [qkv, *(self._inputs[name] for name in names)]
+        if "query_scale" in self._inputs:
+            inputs.append(self._inputs["query_scale"])
+        norms = [self._modules[f"{name}.{kind}"] for kind in ("q_norm", "k_norm") if f"{name}.{kind}" in self._modules]
+        inputs += [self._weight(norm.weight) for norm in norms]
+        fields = {
+            "type_id": self._type_id,
+            "num_heads": config.num_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "head_size": config.head_size,
+            "rotary_embedding_dim": config.rotary.dim,
+            "position_embedding_type": _ROPE_GPT_NEOX,
+            "q_scaling": 1.0,
+            "query_scale": int("query_scale" in self._inputs),
+            "qk_norm": int(bool(norms)),
+            "norm_eps": config.norm_eps,
+        }
+        context, present = self._graph.plugin("GptAttention", inputs, name, fields, outputs=2)
+        self.present_key_values.append(present)
+        return str(context)
+
+    def last_token(self, x: str, residual: str) -> tuple[str, str]:
+        """Gather the rows that the input `last_token_ids` names; see `Operations`."""
+        rows = self._inputs["last_token_ids"]
+        return self._gather(x, rows, "last_token"), self._gather(residual, rows, "last_token.residual")
+
+    def _weight(self, spec: WeightSpec) -> str:
+        """Return a weight's tensor; a tied head shares that of the embedding."""
+        return spec.name if self._graph.has_weight(spec.name) else self._graph.weight(spec.name, self._read(spec))
+
+    def _gather(self, table: str, rows: str, name: str) -> str:
+        return str(self._graph.op("Gather", [table, rows], name, axis=0))
+
+
+def define(
+    graph: Graph, config: ModelConfig, limits: Limits, dtype: str, modules: Modules, read_weight: ReadWeight
+) -> None:
+    """Add the network, with its inputs and outputs, to the graph."""
+    described = network_inputs(config, limits, dtype)
+    inputs = {}
+    for name, given in described.items():
+        shape = [_dimension(name) if extent < 0 else extent for extent in given.shape]
+        inputs[name] = graph.input(name, given.dtype, shape)
+    ops = PluginOperations(graph, config, dtype, inputs, modules, read_weight)
+    logits = decoder(ops, config, inputs["input_ids"])
+    graph.output(logits, "logits", dtype, [_dimension("last_token_ids"), config.vocab_size])
+    for layer, present in enumerate(ops.present_key_values):
+        graph.output(present, f"present_key_value_{layer}", dtype, described[f"past_key_value_{layer}"].shape)
+
+
+def _dimension(name: str) -> str:
+    """Return the name of an input's dynamic dimension."""
+    return {
+        "input_ids": "tokens",
+        "cu_seqlens": "sequences + 1",
+        "last_token_ids": "logit_rows",
+        "rotary_table": "rotary_rows",
+        "query_scale": "rotary_rows",
+    }.get(name, "sequences")

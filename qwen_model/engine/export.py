@@ -1,0 +1,118 @@
+"""Export the network of a checkpoint as an ONNX file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import DTYPES, ModelConfig
+from ..checkpoints.weights import weight_groups
+from ..common.errors import QwenModelError
+from ..common.extras import import_extra
+from ..common.progress import Progress
+from ..interface.engine_config import Limits
+from ..network.inputs import Profile, network_inputs, profile_shapes
+from .build import check_choice, model_folder
+from .limits import engine_limits
+
+if TYPE_CHECKING:
+    from ..backends.onnx.export import WrittenModel
+
+OPERATORS = ("plugins", "standard")
+MODULES = ("onnx", "safetensors", "ml_dtypes")
+"""What the export needs; `pip install "qwen-plugins[onnx]"` brings it."""
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """Describe the file that `export_onnx` wrote.
+
+    limits: the sizes of the cache and of the profiles; None with standard operators, which have none.
+    profiles: for TensorRT's builder, of decode steps and of prompts: the least, the typical and the largest shape of
+        each dynamic input; empty with standard operators.
+    """
+
+    path: Path
+    operators: str
+    dtype: str
+    model: ModelConfig
+    limits: Limits | None
+    num_parameters: int
+    profiles: tuple[Profile, ...]
+    written: WrittenModel
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def export_onnx(
+    model_dir: str | os.PathLike[str] | None = None,
+    *,
+    output: str | os.PathLike[str],
+    operators: str = "plugins",
+    dtype: str | None = None,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    max_output_len: int | None = None,
+    rotary_scaling: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write a Hugging Face checkpoint's network (None: that of the model in this package) as an ONNX file.
+
+    output: the file, whose name ends in .onnx. Weights of more than 256 MiB go to a second file beside it, with .data
+        added to the name. Files of an earlier export are replaced; any other file is an error.
+    operators: "plugins", this project's TensorRT plug-ins as nodes, or "standard", ONNX's own operators alone.
+    dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's with plug-ins, "float32" with standard operators.
+    max_batch_size, max_input_len, max_output_len: as in `build_engine`, with plug-ins only.
+    rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
+    progress: see `Progress`.
+
+    Raises:
+        QwenModelError: an argument is wrong, the checkpoint cannot be read or is not supported, or the file cannot be
+            written. Nothing has changed then.
+    """
+    start = time.perf_counter()
+    check_choice("operators", operators, OPERATORS)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
+    sizes = (max_batch_size, max_input_len, max_output_len)
+    if operators == "standard" and sizes != (None, None, None):
+        raise QwenModelError("standard operators take any sizes: give no max_batch_size, max_input_len, max_output_len")
+    for module in MODULES:
+        import_extra(module, "the ONNX export", extra="onnx")
+    from ..backends.onnx.export import write_model
+    from ..backends.onnx.output_files import output_place
+
+    source = model_folder(model_dir)
+    place = output_place(output)
+    model = ModelConfig.from_model_dir(source)
+    if rotary_scaling is not None:
+        model = model.with_rotary_scaling(rotary_scaling)
+    limits = engine_limits(model, *sizes) if operators == "plugins" else None
+    checkpoint = Checkpoint(source, "numpy")
+    checkpoint.check(model)
+    model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
+    chosen = dtype or (model.dtype if operators == "plugins" else "float32")
+    report = progress or (lambda phase, done, total: None)
+    written = write_model(place, model, limits, chosen, checkpoint.read, report)
+    specs = (spec for group in weight_groups(model, chosen) for spec in group.specs)
+    num_parameters = sum(math.prod(spec.shape) for spec in specs)
+    seconds = time.perf_counter() - start
+    profiles = () if limits is None else profile_shapes(network_inputs(model, limits, chosen))
+    warnings = tuple(_warnings(model)) if limits is None else ()
+    return ExportSummary(place, operators, chosen, model, limits, num_parameters, profiles, written, seconds, warnings)
+
+
+def _warnings(model: ModelConfig) -> Iterator[str]:
+    """Yield a warning about lengths, which a graph of standard operators does not limit."""
+    if model.full_attention_length:
+        yield (
+            f"the model attends to sequences of more than {model.full_attention_length} tokens through a sliding "
+            "window or chunks, which the graph does not: give it no longer ones"
+        )

@@ -1,0 +1,99 @@
+"""The command `qwen-model export`: its summary, the printed command of trtexec, its errors."""
+
+import re
+import shlex
+
+import pytest
+
+from qwen_model import export
+from qwen_model.command_line import run_command
+from qwen_model.network.inputs import network_inputs
+from tests.qwen_model import model_files
+from tests.qwen_model.test_commands import python
+
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture
+def command(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            run_command(export.main, [str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_summary_of_plugins(command, tmp_path):
+    code, out, err = command("--output", tmp_path / "model.onnx", "--max-batch-size", 2, "--max-input-len", 100)
+    assert (code, err) == (0, "")
+    for line in (
+        rf"file        {re.escape(str(tmp_path))}/model.onnx\n",
+        r"model       Qwen2ForCausalLM, 6\.6 million parameters, 6 layers\n",
+        r"operators   plugins, float16, opset 17, 47 nodes\n",
+        r"inputs      input_ids +int32 +\[tokens\]\n",
+        r" +past_key_value_0\.\.\.5 +float16 +\[2, 2, 2, 612, 64\]\n",
+        r"outputs     logits +float16 +\[logit_rows, 5120\]\n",
+        r"limits      2 sequences, prompts of 100 tokens, outputs of 512 tokens\n",
+    ):
+        assert re.search(line, out), line
+
+
+def test_trtexec_gets_a_shape_for_every_dynamic_input(command, tmp_path):
+    _, out, _ = command("--output", tmp_path / "my model.onnx")
+    words = shlex.split(out[out.index("trtexec") :])
+    assert f"--onnx={tmp_path / 'my model.onnx'}" in words
+    assert f"--saveEngine={tmp_path / 'my model.plan'}" in words
+    assert [word for word in words if word.startswith("--profile")] == ["--profile=0", "--profile=1"]
+    graph = onnx.load(tmp_path / "my model.onnx").graph
+    dynamic = {tensor.name for tensor in graph.input if any(d.dim_param for d in tensor.type.tensor_type.shape.dim)}
+    shapes = [word for word in words if "Shapes=" in word]
+    assert [shape.partition("=")[0] for shape in shapes] == ["--minShapes", "--optShapes", "--maxShapes"] * 2
+    for shape in shapes:
+        given = dict(part.split(":") for part in shape.partition("=")[2].split(","))
+        assert set(given) == dynamic
+    assert "input_ids:8192," in shapes[-1]
+    assert "rotary_table:1536x64" in shapes[-1]
+
+
+def test_inputs_are_those_of_the_tensorrt_back_end(tmp_path):
+    from qwen_model.engine.export import export_onnx
+
+    summary = export_onnx(output=tmp_path / "model.onnx", max_batch_size=3)
+    expected = network_inputs(summary.model, summary.limits, "float16")
+    found = {
+        tensor.name: (tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
+        for tensor in summary.written.inputs
+    }
+    assert found == {name: (given.dtype, given.shape) for name, given in expected.items()}
+
+
+def test_summary_of_standard_operators(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen_model.backends.onnx.export.LARGEST_MODEL", 0)
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    model = model_files.hugging_face_model("Qwen2ForCausalLM", **window)
+    folder = model_files.save_hugging_face(model, tmp_path / "checkpoint")
+    code, out, err = command("--model-dir", folder, "--output", tmp_path / "m.onnx", "--operators", "standard")
+    assert code == 0
+    assert "warning: the model attends to sequences of more than 64 tokens through a sliding window" in err
+    assert f"weights     {tmp_path}/m.onnx.data\n" in out
+    assert re.search(r" past_key_values\.0\.\.\.2\.key +float32 +\[batch_size, 2, past_sequence_length, 14\]\n", out)
+    assert "trtexec" not in out
+
+
+def test_errors_are_one_line(command, tmp_path):
+    (tmp_path / "model.onnx").write_text("mine")
+    code, out, err = command("--output", tmp_path / "model.onnx")
+    assert (code, out) == (1, "")
+    assert err == f"error: {tmp_path}/model.onnx already exists and no export wrote it: give another name\n"
+
+
+def test_neither_pytorch_nor_tensorrt_is_needed(tmp_path):
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['tensorrt'] = None\n"
+        f"from qwen_model.export import main; main(['--output', {str(tmp_path / 'model.onnx')!r}])"
+    )
+    done = python("-W", "ignore", "-c", script)
+    assert done.returncode == 0, done.stderr
+    onnx.checker.check_model(tmp_path / "model.onnx")
