@@ -71,7 +71,8 @@ class TensorRTLLMOperations:
 
     def norm(self, x: Any, module: str, residual: Any = None, into: tuple[str, ...] = ()) -> tuple[Any, Any]:
         """See `qwen_model.network.decoder.Operations`."""
-        found = plugins.rms_norm(x, self._weight(module), self._config.norm_eps, residual, name=module)
+        weight = self._weight(module)
+        found = plugins.rms_norm(x, weight, self._config.norm_eps, residual, dtype=weight.dtype, name=module)
         return (found, x) if residual is None else found
 
     def linear(
