@@ -24,7 +24,7 @@ else()
   if(NOT pip_cuda_root)
     message(FATAL_ERROR
       "No nvcc from pip in ${Python_EXECUTABLE}'s environment. `pip install .` brings it; with --no-build-isolation either "
-      "install the packages that pyproject.toml lists under build-system.requires, or use an installed CUDA toolkit: "
+      "install the packages that pyproject.toml lists under build.requires, or use an installed CUDA toolkit: "
       "pip install . --no-build-isolation -C cmake.define.QWEN_PLUGINS_SYSTEM_CUDA=ON")
   endif()
   set(CMAKE_CUDA_COMPILER ${pip_cuda_root}/bin/nvcc)
