@@ -1,4 +1,4 @@
-# Enables C++, and says what is wrong where there is no compiler, or one that CUDA 13.0 does not support.
+# Enables C++, and says what is wrong where there is no compiler, or one that the CUDA compiler does not support.
 include(CheckLanguage)
 check_language(CXX)
 if(NOT CMAKE_CXX_COMPILER)
@@ -7,20 +7,20 @@ if(NOT CMAKE_CXX_COMPILER)
 endif()
 enable_language(CXX)
 
-# The range that CUDA 13.0's crt/host_config.h accepts, but for GCC 6 and 7, which lack parts of C++17.
-set(wanted "GCC 8 to 15, or Clang 7 to 20")
-set(given "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} (${CMAKE_CXX_COMPILER})")
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  set(oldest 8)
-  set(newest 15)
-elseif(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
-  set(oldest 7)
-  set(newest 20)
-else()
-  message(FATAL_ERROR "qwen-plugins compiles with ${wanted}; found ${given}. Name another in the environment variable CXX.")
-endif()
-string(REGEX MATCH "^[0-9]+" major "${CMAKE_CXX_COMPILER_VERSION}")
-if(major LESS oldest OR major GREATER newest)
-  message(FATAL_ERROR "CUDA 13.0 compiles with ${wanted}; found ${given}. Name another in the environment variable CXX, "
-                      "for example CXX=g++-13.")
-endif()
+# The newest compilers stand in the CUDA toolkit's own header; the oldest are those that know C++17.
+function(check_host_compiler cuda_version host_config)
+  file(STRINGS ${host_config} limits REGEX "^#error.*(gcc versions later than|[^S] clang version must be less than)")
+  string(REGEX MATCH "gcc versions later than ([0-9]+)" _ "${limits}")
+  set(newest_gcc ${CMAKE_MATCH_1})
+  string(REGEX MATCH "clang version must be less than ([0-9]+)" _ "${limits}")
+  math(EXPR newest_clang "${CMAKE_MATCH_1} - 1")
+
+  set(wanted "CUDA ${cuda_version} compiles with GCC 8 to ${newest_gcc}, or Clang 7 to ${newest_clang}")
+  set(given "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} (${CMAKE_CXX_COMPILER})")
+  string(REGEX MATCH "^[0-9]+" major "${CMAKE_CXX_COMPILER_VERSION}")
+  if(NOT ((CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND major GREATER_EQUAL 8 AND major LESS_EQUAL newest_gcc) OR
+          (CMAKE_CXX_COMPILER_ID STREQUAL "Clang" AND major GREATER_EQUAL 7 AND major LESS_EQUAL newest_clang)))
+    message(FATAL_ERROR "${wanted}; found ${given}. Name another in the environment variable CXX, for example "
+                        "CXX=g++-${newest_gcc}.")
+  endif()
+endfunction()

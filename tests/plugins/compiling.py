@@ -50,7 +50,7 @@ def cuda_headers() -> Path:
         pass
     candidates.append(Path("/usr/local/cuda/include"))
     for folder in candidates:
-        if (folder / "cuda_runtime_api.h").is_file() and (folder / "nvtx3" / "nvtx3.hpp").is_file():
+        if (folder / "cuda_runtime_api.h").is_file() and (folder / "nvtx3" / "nvToolsExt.h").is_file():
             return folder
     pytest.skip(
         "no CUDA headers: install a CUDA toolkit, or pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvtx"

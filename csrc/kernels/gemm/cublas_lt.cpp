@@ -8,7 +8,12 @@
 namespace qwen_plugins {
 namespace {
 
+// The CUDA version of this build first: a driver for CUDA 12 cannot run what is for 13.
+#if CUDART_VERSION >= 13000
 constexpr const char* kNames[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+#else
+constexpr const char* kNames[] = {"libcublasLt.so.12", "libcublasLt.so.13"};
+#endif
 
 struct Candidate {
   std::string file;
@@ -36,9 +41,9 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> found;
   for (const char* name : kNames) found.push_back({name, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD});
   if (const std::string site = site_packages(); !site.empty()) {
-    found.push_back({site + "/nvidia/cu13/lib/" + kNames[0]});
-    found.push_back({site + "/nvidia/cublas/lib/" + kNames[0]});
-    found.push_back({site + "/nvidia/cublas/lib/" + kNames[1]});
+    for (const char* name : kNames) {
+      for (const char* folder : {"/nvidia/cu13/lib/", "/nvidia/cublas/lib/"}) found.push_back({site + folder + name});
+    }
   }
   for (const char* name : kNames) found.push_back({name});
   for (const char* name : kNames) found.push_back({std::string("/usr/local/cuda/lib64/") + name});
