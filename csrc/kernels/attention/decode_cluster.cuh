@@ -39,9 +39,9 @@ class Inbox {
   // Sends elements d ... d + 3 of head h to the block that combines it, and with the first ones the maximum and sum.
   __device__ __forceinline__ void send(int h, int d, const Elements<4>& values, const Partial& total, int rank,
                                        unsigned size) const {
-    const unsigned owner = static_cast<unsigned>(h) % size;
-    const int place = row(static_cast<int>(static_cast<unsigned>(h) / size), rank, static_cast<int>(size));
     if constexpr (kHasHopperInstructions) {
+      const unsigned owner = static_cast<unsigned>(h) % size;
+      const int place = row(static_cast<int>(static_cast<unsigned>(h) / size), rank, static_cast<int>(size));
       const auto in_owner = [&](const void* own) { return map_to_block(shared_address(own), static_cast<int>(owner)); };
       const uint32_t barrier = in_owner(&barrier_);
       store_async(in_owner(&values_[place][d]), barrier, values.at);
