@@ -344,7 +344,7 @@ def test_wrong_inputs_fail_the_build_with_the_reason_in_the_log() -> None:
     LOG.messages.clear()
     with pytest.raises((RuntimeError, ValueError)):
         build_plan({"x": rows_input("float16", 64)}, describe)
-    expected = "RmsNorm: got 2 inputs; expected 3 with these fields: x, weight, residual"
+    expected = "RmsNorm 'layer': got 2 inputs; expected 3 with these fields: x, weight, residual"
     assert any(expected in message for message in LOG.messages)
 
 

@@ -72,7 +72,7 @@ def parsing(file):
 
     from qwen_model.backends.tensorrt import back_end, compat
 
-    def parse(network, config, _):
+    def parse(network, config, *_):
         parser = trt.OnnxParser(network, compat.LOG)
         assert parser.parse_from_file(str(file)), [parser.get_error(i).desc() for i in range(parser.num_errors)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
