@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoints.config import DTYPES, ModelConfig
-from .command_line import DEFAULT_ENGINE_DIR, add_verbose_argument, parse_token_ids, progress_bar, run_command
+from .command_line import (
+    DEFAULT_ENGINE_DIR,
+    add_verbose_argument,
+    check_output_file,
+    parse_token_ids,
+    progress_bar,
+    run_command,
+)
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 from .common.files import write_whole
@@ -74,8 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> bool:
     """Do what was asked; return whether nothing is off."""
     for path in (options.save_reference, options.output, options.picture):
-        if path is not None and not path.parent.is_dir():  # known before minutes of work, not after
-            raise QwenModelError(f"{path} cannot be written: there is no folder {path.parent}")
+        check_output_file(path)
     if options.picture is not None:
         from .evaluation.comparison.picture import check_picture
 

@@ -149,7 +149,7 @@ def tensorrt(kind: str) -> Found:
     if module is None:
         return {"installed": False}
     found: Found = {"installed": True, "module": module}
-    package = f"{REINSTALL} {kind.replace('_', '-')}"
+    package = f"{REINSTALL} {PACKAGES.get(kind, kind.replace('_', '-'))}"
     try:
         trt = importlib.import_module(module)
         found["version"] = str(trt.__version__)

@@ -16,7 +16,7 @@ from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
-from ..common.progress import Progress
+from ..common.progress import Progress, no_progress
 from ..interface.engine_config import Limits
 from ..network.inputs import Profile, network_inputs, profile_shapes
 from .build import check_choice, model_folder
@@ -99,7 +99,7 @@ def export_onnx(
     checkpoint.check(model)
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     chosen = dtype or (model.dtype if operators == "plugins" else "float32")
-    report = progress or (lambda phase, done, total: None)
+    report = progress or no_progress
     written = write_model(place, model, limits, chosen, checkpoint.read, report)
     specs = (spec for group in weight_groups(model, chosen) for spec in group.specs)
     num_parameters = sum(math.prod(spec.shape) for spec in specs)

@@ -150,14 +150,20 @@ class _Stream:
             raise _ServerError(_error_text(json.dumps(event).encode()))
         if isinstance(event.get("usage"), dict):
             self._usage = event["usage"]
-        for choice in event.get("choices") or ():
-            delta = choice.get("delta") or {}
-            texts = (choice.get("text"), *(delta.get(key) for key in ("content", "reasoning_content", "reasoning")))
-            text = next((text for text in texts if text), "")
-            if text:
-                self.arrivals.append(now)
-                self.text += text
-            self._finished = self._finished or choice.get("finish_reason") is not None
+        try:
+            for choice in event.get("choices") or ():
+                self._take_choice(choice, now)
+        except (AttributeError, TypeError) as error:
+            raise _ServerError(f"the server sent an event that is not one of the API: {event!r}"[:200]) from error
+
+    def _take_choice(self, choice: dict[str, Any], now: float) -> None:
+        delta = choice.get("delta") or {}
+        texts = (choice.get("text"), *(delta.get(key) for key in ("content", "reasoning_content", "reasoning")))
+        text = next((text for text in texts if text), "")
+        if text:
+            self.text += text
+            self.arrivals.append(now)
+        self._finished = self._finished or choice.get("finish_reason") is not None
 
     def check_end(self) -> None:
         """Raise _ServerError if the stream ended before the answer did, or there was no answer."""

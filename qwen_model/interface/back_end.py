@@ -75,7 +75,7 @@ class BackEnd(Protocol):
         config: EngineConfig,
         device: str | None = None,
         read_weight: ReadWeight | None = None,
-        progress: Progress = lambda phase, done, total: None,
+        progress: Progress = no_progress,
     ) -> Probe:
         """Load an engine to be run operation by operation.
 

@@ -21,8 +21,6 @@ RULES = "rules"
 """The name by which the kernels' own rules are chosen."""
 HEAD_ROWS = 256
 """The most rows of a `lm_head` worth measuring: it computes the logits of sequences, and of prompts in parts."""
-RULES_MARGIN = 0.01
-"""How much faster than the rules' kernel another must be to be chosen: below it is noise."""
 BUDGET_SECONDS = 20.0
 LOG = logging.getLogger(__name__)
 
@@ -32,11 +30,6 @@ class Measurement(Protocol):
 
     def environment(self) -> dict[str, str | int]:
         """Return what times depend on: GPU, driver, and versions of cuBLASLt and of the kernels."""
-
-    def choice_by_rules(
-        self, *, rows: int, in_features: int, out_features: int, activation: str | None, dtype: str
-    ) -> str:
-        """Return the kernel that is used where nothing was measured."""
 
     def measure(
         self, *, rows: int, in_features: int, out_features: int, activation: str | None, dtype: str, bias: bool
@@ -59,7 +52,7 @@ def choose_kernels(
     wanted = [(shape, rows) for shape, most in most_rows.items() for rows in buckets(most)]
     _measure_missing(gpu, timings, wanted, progress)
     timings.keep()
-    chosen = {shape.text: _choices(gpu, timings, shape, most) for shape, most in most_rows.items()}
+    chosen = {shape.text: _choices(timings, shape, most) for shape, most in most_rows.items()}
     return {text: choices for text, choices in chosen.items() if choices}
 
 
@@ -106,7 +99,14 @@ def _measure_missing(
             LOG.warning("%d of %d products were not measured in %.0f s", left, len(missing), BUDGET_SECONDS)
             break
         try:
-            times = gpu.measure(rows=rows, bias=shape.bias, **_arguments(shape))
+            times = gpu.measure(
+                rows=rows,
+                in_features=shape.in_features,
+                out_features=shape.out_features,
+                activation=shape.activation,
+                dtype=shape.dtype,
+                bias=shape.bias,
+            )
         except (RuntimeError, MemoryError) as error:  # mostly: too little memory is free
             LOG.warning("%s, %d rows: not measured: %s", shape.text, rows, error)
             continue
@@ -115,35 +115,18 @@ def _measure_missing(
     LOG.info("timed the GEMM kernels of %d shapes in %.1f s", len(missing), time.perf_counter() - start)
 
 
-def _arguments(shape: LinearShape) -> dict[str, Any]:
-    return {
-        "in_features": shape.in_features,
-        "out_features": shape.out_features,
-        "activation": shape.activation,
-        "dtype": shape.dtype,
-    }
-
-
-def _choices(gpu: Measurement, timings: GemmTimings, shape: LinearShape, most_rows: int) -> KernelChoices:
+def _choices(timings: GemmTimings, shape: LinearShape, most_rows: int) -> KernelChoices:
     found: list[tuple[int, str]] = []
     for rows in buckets(most_rows):
         times = timings.get(shape, rows)
         # "rules" keeps a later bucket's kernel from serving rows that were not measured.
-        chosen = fastest(times, gpu.choice_by_rules(rows=rows, **_arguments(shape))) if times else RULES
+        chosen = min(times, key=lambda name: times[name]) if times else RULES
         if found and found[-1][1] == chosen:
             found.pop()
         found.append((rows, chosen))
     if found[-1][0] == ROWS[-1]:
         found[-1] = (MANY_ROWS, found[-1][1])
     return () if all(name == RULES for _, name in found) else tuple(found)
-
-
-def fastest(times: Microseconds, by_rules: str) -> str:
-    """Return the fastest kernel; the rules' own, if it is at most `RULES_MARGIN` slower."""
-    best = min(times, key=lambda name: times[name])
-    if by_rules in times and times[by_rules] <= times[best] * (1 + RULES_MARGIN):
-        return by_rules
-    return best
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def test_a_saved_reference(engine_dir, tmp_path, capsys):
         (["--model-dir", "nothing"], "nothing"),
         (["--input-ids", ""], "there is none"),
         (["--output", "no/folder.json"], "there is no folder no"),
+        (["--save-reference", "."], "it is a folder"),
     ],
 )
 def test_wrong_use(engine_dir, arguments, message, capsys):

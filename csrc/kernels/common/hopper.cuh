@@ -60,11 +60,6 @@ __device__ __forceinline__ int cluster_block_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ int cluster_num_blocks() {
-  int blocks;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
-  return blocks;
-}
 
 // Which of the grid's clusters this is, and how many there are; clusters and grids extend along x.
 __device__ __forceinline__ int cluster_index() {

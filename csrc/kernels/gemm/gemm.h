@@ -4,10 +4,10 @@
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
 // Several kernels can compute it; GemmParams::choice names one, and rules decide where it does not. By the rules few
-// rows (decoding; up to 16, on Hopper up to 96) run in kernels of this library that read the weight at the memory's
-// bandwidth. Many rows (prompts) run on Hopper in a kernel of this library where it is faster than cuBLASLt, mostly
-// with SwiGLU; else in cuBLASLt where it can be loaded, otherwise in the kernel for few rows, 16 rows at a time.
-// docs/gemm.md has the exact rules.
+// rows (decoding; up to 16, on Hopper up to 96, with SwiGLU up to 128) run in kernels of this library that read the
+// weight at the memory's bandwidth. Many rows (prompts) run on Hopper in a kernel of this library where it is faster
+// than cuBLASLt, mostly with SwiGLU; else in cuBLASLt where it can be loaded, otherwise in the kernel for few rows, 16
+// rows at a time. docs/gemm.md has the exact rules.
 #pragma once
 
 #include <cuda_runtime_api.h>

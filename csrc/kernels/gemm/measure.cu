@@ -80,7 +80,7 @@ struct Layout {
     const int64_t size = size_of(shape.dtype);
     weight_stride = round_up(shape.out_features * shape.in_features * size);
     const int64_t rotated = std::min(kMaxRotatedBytes, kCachesFull * cache_bytes);
-    weights = std::min(divide_up(rotated, weight_stride), kMaxCalls);
+    weights = std::clamp<int64_t>(divide_up(rotated, weight_stride), 1, kMaxCalls);  // 1: a GPU may report no L2 cache
     bias = weights * weight_stride;
     x = bias + (has_bias ? round_up(shape.out_features * size) : 0);
     y = x + round_up(shape.rows * shape.in_features * size);

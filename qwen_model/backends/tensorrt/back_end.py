@@ -212,7 +212,7 @@ def load_probe(
     config: EngineConfig,
     device: str | None = None,
     read_weight: ReadWeight | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> TensorRTProbe:
     """Prepare an engine of the same options that shows its results, built when it runs; see `BackEnd`."""
     if read_weight is None:

@@ -172,13 +172,13 @@ def _buffer_bytes(config: EngineConfig) -> int:
 
 
 def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
-    """Raise QwenModelError with a list of what is needed if `num_bytes`, cache and buffers exceed the free memory."""
+    """Raise OutOfMemoryError with a list of what is needed if `num_bytes`, cache and buffers exceed the free memory."""
     _, cache = required_bytes(config.model, config.limits, config.dtype)
     buffers = _buffer_bytes(config)
     free, total = cuda.memory_info()
     if num_bytes + cache + buffers > free:
         gib = 2.0**30
-        raise QwenModelError(
+        raise OutOfMemoryError(
             f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
             f"({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) and "
             f"{buffers / gib:.2f} GiB for prompts and logits are needed, {free / gib:.2f} of {total / gib:.2f} GiB are "

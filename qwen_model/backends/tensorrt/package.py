@@ -9,7 +9,7 @@ from collections import deque
 from functools import cache
 from typing import Any
 
-from ...common.errors import QwenModelError
+from ...common.errors import OutOfMemoryError
 from ...common.files import cache_folder
 from ...common.log import TENSORRT
 from .kernel_cache import KernelCache
@@ -57,10 +57,10 @@ class Package:
             self.trt.init_libnvinfer_plugins(self.log, "")
 
     def refusal(self, what: str) -> Exception:
-        """Return the exception to raise, with the log: QwenModelError if memory ran out, else RuntimeError."""
+        """Return the exception to raise, with the log: OutOfMemoryError if memory ran out, else RuntimeError."""
         said = self.log.take()
         if ran_out_of_memory(said):
-            return QwenModelError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")
+            return OutOfMemoryError(f"the GPU's memory ran out; use a smaller batch or engine. {what}:\n{said}")
         return RuntimeError(f"{what}:\n{said}")
 
     def runtime_config(self, engine: Any, gpu: str) -> Any:

@@ -118,10 +118,10 @@ def load_probe(
     config: EngineConfig,
     device: str | None = None,
     read_weight: ReadWeight | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> TorchProbe:
     """Load an engine to be run operation by operation; see `BackEnd`. `read_weight` is not needed."""
-    return TorchProbe(load_executor(engine_dir, config, device))
+    return TorchProbe(load_executor(engine_dir, config, device, progress=progress))
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...checkpoints.config import ModelConfig
 from ...common.errors import QwenModelError
-from ...common.progress import Progress
+from ...common.progress import Progress, no_progress
 from ...engine.back_ends import back_end
 from ...interface.engine_config import EngineConfig
 from ...interface.probe import Array, Probe
@@ -68,7 +68,7 @@ def compare_engine(
     reference: Reference,
     model_dir: Path | None = None,
     device: str | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> Comparison:
     """Run an engine beside a reference.
 
@@ -86,7 +86,7 @@ def compare_engine(
     loaded = back_end(config.backend)
     checkpoint = None if model_dir is None else CheckpointModules(model_dir, config.model, loaded.FRAMEWORK)
     progress("the engine's logits", 0, 0)
-    logits = loaded.load_executor(engine_dir, config, device).prompt_logits(reference.prompt)
+    logits = loaded.load_executor(engine_dir, config, device, progress=progress).prompt_logits(reference.prompt)
     read_weight, read_module = (None, None) if checkpoint is None else (checkpoint.read, checkpoint.arrays)
     probe = loaded.load_probe(engine_dir, config, device, read_weight, progress)
     passes, finding = compare_probe(probe, reference, config.dtype, read_module, progress)
@@ -99,7 +99,7 @@ def compare_probe(
     reference: Reference,
     dtype: str,
     read: ReadArrays | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> tuple[Passes, Finding | None]:
     """Run both passes of a network of this type; return the errors, and the first operation that is off.
 

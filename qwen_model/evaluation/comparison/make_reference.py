@@ -10,7 +10,7 @@ import numpy as np
 
 from ...checkpoints.config import ModelConfig
 from ...common.errors import QwenModelError
-from ...common.progress import Progress
+from ...common.progress import Progress, no_progress
 from ...interface.probe import Array
 from .case import kind_of
 from .diagnosis import likely_reason
@@ -43,7 +43,7 @@ def make_reference(
     prompt: Sequence[int],
     num_steps: int,
     dtypes: Collection[str],
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> Reference:
     """Compute the reference of a checkpoint for a prompt and the `num_steps` likeliest tokens after it.
 

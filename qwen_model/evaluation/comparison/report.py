@@ -24,7 +24,6 @@ COLUMNS = {
     "down": ("mlp.down",),
 }
 """The columns of the table, and the results that each shows the worst of."""
-OUTSIDE = ("embedding", "final_norm", "lm_head")
 
 
 def text(found: Comparison) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import qwen_model
+from qwen_model.common.errors import OutOfMemoryError
 from qwen_model.interface.engine_config import PLUGINS
 from tests import stand_ins
 from tests.qwen_model import model_files
@@ -462,17 +463,15 @@ def test_memory_that_is_not_enough(trt, model_dir, tmp_path, monkeypatch):
     message = r"not enough GPU memory: 0.00 GiB for the plan, .* key-value cache .* for prompts and logits are needed"
     for total in (1 << 10, 6 * 2 * 3 * 2 * 90 * 32 * 4 + 1000):  # the latter is room for the cache
         monkeypatch.setattr(numpy_cuda.device, "total_bytes", total)
-        with pytest.raises(qwen_model.QwenModelError, match=message):
+        with pytest.raises(OutOfMemoryError, match=message):
             qwen_model.load_engine(engine)
     monkeypatch.undo()
     monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", with_activations(trt, 8 << 30))
-    with pytest.raises(qwen_model.QwenModelError, match=r"not enough GPU memory: 8.00 GiB for activations"):
+    with pytest.raises(OutOfMemoryError, match=r"not enough GPU memory: 8.00 GiB for activations"):
         qwen_model.load_engine(engine)
     monkeypatch.undo()
     _, taken = numpy_cuda.allocate(numpy_cuda.device.total_bytes // 2 + 1)
-    with pytest.raises(
-        qwen_model.QwenModelError, match=r"memory ran out while .*model.plan was loaded(.|\n)*OutOfMemory"
-    ):
+    with pytest.raises(OutOfMemoryError, match=r"memory ran out while .*model.plan was loaded(.|\n)*OutOfMemory"):
         qwen_model.load_engine(engine)
     numpy_cuda.free(taken)
 
@@ -484,7 +483,7 @@ def test_what_tensorrt_refuses(sessions, trt, monkeypatch):
     _, session = sessions
     expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
     context = type(session.executor._prefill_context)
-    for said, kind in (("Error Code 1: Cuda Runtime (out of memory)", qwen_model.QwenModelError), ("x", RuntimeError)):
+    for said, kind in (("Error Code 1: Cuda Runtime (out of memory)", OutOfMemoryError), ("x", RuntimeError)):
 
         def refuse(self, stream, said=said):
             LOG.log(trt.ILogger.ERROR, said)

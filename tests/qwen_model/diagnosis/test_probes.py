@@ -194,6 +194,12 @@ def needs_libraries():
         pytest.skip("the package's libraries are not built")
 
 
+def test_the_package_of_tensorrt_rtx(fake):
+    fake("tensorrt_rtx", "raise ImportError('damaged')")
+    found = run_probe("tensorrt", "tensorrt_rtx")
+    assert only_lack(found)[1] == "pip install --force-reinstall tensorrt-rtx-cu13"
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

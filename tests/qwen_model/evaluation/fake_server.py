@@ -53,6 +53,9 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "not JSON":
                 self.chunk(b"data: <html>\n\n")
                 break
+            if fault == "other events":
+                self.event({"choices": ["ab"]})
+                break
             words = {"delta": {"content": "ab"}} if chat else {"text": "ab"}
             self.event({"choices": [{**words, "finish_reason": "length" if last else None}]})
         if self.server.usage:

@@ -60,6 +60,7 @@ def test_without_usage_the_tokenizer_counts(tokenizer):
         ("hang up at once", "Remote end closed connection without response"),
         ("hang up", "the server closed the connection before the end of the answer (after 2 events)"),
         ("error in the stream", "no memory (after 2 events)"),
+        ("other events", "the server sent an event that is not one of the API: {'choices': ['ab']}"),
         ("not JSON", "the server sent b'<html>' where a JSON object is expected"),
     ],
 )

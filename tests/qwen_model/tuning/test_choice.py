@@ -7,7 +7,7 @@ import pytest
 from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.interface.engine_config import Limits
 from qwen_model.tuning import choice
-from qwen_model.tuning.choice import MANY_ROWS, ROWS, KernelRange, buckets, by_module, choose_kernels, fastest, ranges
+from qwen_model.tuning.choice import MANY_ROWS, ROWS, KernelRange, buckets, by_module, choose_kernels, ranges
 from qwen_model.tuning.linear_layers import LinearShape, linear_layers
 from qwen_model.tuning.timings import GemmTimings
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
@@ -24,9 +24,6 @@ class FakeGpu:
 
     def environment(self):
         return self.environment_values
-
-    def choice_by_rules(self, *, rows, in_features, out_features, activation, dtype):
-        return "cublas_lt"
 
     def measure(self, *, rows, in_features, out_features, activation, dtype, bias):
         self.measured.append((rows, in_features, out_features, activation, dtype, bias))
@@ -71,12 +68,6 @@ def test_buckets_reach_the_most_rows():
     assert buckets(3) == [1, 2, 4]
     assert buckets(64)[-2:] == [48, 64]
     assert buckets(10**6) == list(ROWS)
-
-
-def test_the_rules_kernel_stays_unless_another_is_clearly_faster():
-    assert fastest({"a": 1.0, "b": 1.005}, "b") == "b"
-    assert fastest({"a": 1.0, "b": 1.02}, "b") == "a"
-    assert fastest({"a": 1.0, "b": 2.0}, "c") == "a"
 
 
 def test_the_fastest_kernel_serves_each_bucket_of_rows(model):
