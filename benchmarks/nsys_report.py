@@ -31,8 +31,8 @@ from benchmarks.decode_timeline import COLORS, Kernel, attribute, short_name
 from qwen_model.common.files import write_whole
 
 PHASES = ("prompt", "decode step")
-LAYER_KINDS = {"norms": r"[Nn]orm", "attention": r"[Aa]ttention|rotary"}
-"""Patterns of the names of NVTX ranges: of TensorRT's layers, of plug-ins."""
+LAYER_KINDS = {"norms": r"[Nn]orm", "attention": r"\.attention(?!\.)|GptAttention|rotary|\[(Concatenation|Slice)\]"}
+"""Patterns of the names of NVTX ranges: of TensorRT's layers, of plug-ins. layers.0.attention.qkv is a linear layer."""
 RANGE_TYPE = 59  # NvtxPushPopRange
 CORE = {"norms": "", "attention": "atten"}
 """What the name of a layer's main kernel contains, beside kernels of the same kind that all layers share."""
@@ -47,6 +47,7 @@ class Comparison:
     native: str
     labels: tuple[str, str]
     published: dict[str, tuple[float, float]]  # microseconds: native, plug-in
+    phases: tuple[str, ...]  # that are drawn, the last one with its kernels
 
 
 COMPARISONS = {
@@ -56,6 +57,7 @@ COMPARISONS = {
         "native_norms",
         ("native layers", "plug-in"),
         {"published, first": (22.0, 5.7), "published, second": (9.5, 4.2)},
+        PHASES,
     ),
     "nsys_attention": Comparison(
         "Attention with rotary embedding",
@@ -63,6 +65,8 @@ COMPARISONS = {
         "native_rotary",
         ("rotary outside", "rotary inside"),
         {"published": (110.0, 17.0)},
+        # In a decode step TensorRT's first kernel begins while the product before it runs, and has that one's time.
+        ("prompt",),
     ),
 }
 
@@ -231,7 +235,7 @@ def draw(comparison: Comparison, recordings: list[dict[str, Any]], path: Path) -
     """Draw bars of native layers and plug-in, published and here, and when the kernels of a layer run in a step."""
     by_name = {recording["name"]: recording for recording in recordings}
     pair = (by_name[comparison.native], by_name["plugins"])
-    found = {name: tuple(each["phases"][name]["layers"][comparison.kind] for each in pair) for name in PHASES}
+    found = {name: tuple(each["phases"][name]["layers"][comparison.kind] for each in pair) for name in comparison.phases}
     bars = {
         **comparison.published,
         **{f"here, {name}": tuple(layer["microseconds"] for layer in layers) for name, layers in found.items()},
@@ -242,7 +246,7 @@ def draw(comparison: Comparison, recordings: list[dict[str, Any]], path: Path) -
         places = [place + (side - 0.5) * 0.4 for place in range(len(bars))]
         drawn = left.bar(places, [times[side] for times in bars.values()], width=0.38, color=color, label=label)
         left.bar_label(drawn, fmt="%.3g", fontsize=8)
-        for kernel in found["decode step"][side]["timeline"]:
+        for kernel in found[comparison.phases[-1]][side]["timeline"]:
             span = (kernel["start"] / 1e3, (kernel["end"] - kernel["start"]) / 1e3)
             right.broken_barh([span], (0.65 - side, 0.7), facecolor=color, edgecolor="white", linewidth=0.8)
     left.set_xticks(range(len(bars)), [name.replace(", ", ",\n") for name in bars], fontsize=8)
@@ -250,7 +254,7 @@ def draw(comparison: Comparison, recordings: list[dict[str, Any]], path: Path) -
     left.margins(y=0.15)
     left.legend(frameon=False, fontsize=8)
     right.set_yticks([1, 0], comparison.labels)
-    right.set(title="one layer's kernels in a decode step", xlabel="µs", xlim=(0, None))
+    right.set(title=f"one layer's kernels in a {comparison.phases[-1]}", xlabel="µs", xlim=(0, None))
     right.title.set_fontsize(9)
     save_figure(
         figure, f"{comparison.title} in TensorRT engines, shape of Qwen-7B, float16, {pair[0]['gpu']}, nsys", path
