@@ -134,6 +134,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--hf is measured beside an engine, not beside a server")
     if options.url is None and (options.request_rate is not None or options.max_concurrency is not None):
         parser.error("--request-rate and --max-concurrency need --url: an engine runs one batch at a time")
+    if options.url is None and (options.model is not None or options.tokenizer is not None):
+        parser.error("--model and --tokenizer need --url: an engine has its own")
+    if options.batch_sizes is not None and (options.request_rate is not None or options.max_concurrency is not None):
+        parser.error("--batch-sizes makes a row for each number; --request-rate and --max-concurrency make one row")
     if options.plot is not None and options.plot.suffix not in (".svg", ".png", ".pdf"):
         parser.error(f"--plot takes a name that ends in .svg, .png or .pdf, not {options.plot}")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
 from .common.extras import import_extra
-from .common.files import parse_json_object, read_text
+from .common.files import is_folder, parse_json_object, read_text
 from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
 
@@ -38,6 +38,9 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
         sys.stdout.flush()
     except (QwenModelError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError as error:
+        print(f"error: there is not enough memory on the host: {str(error) or 'an allocation failed'}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -208,20 +211,31 @@ def _integer(text: str, least: int, expected: str) -> int:
 
 
 def number_above_zero(text: str) -> float:
-    """Convert an option's value; argparse shows the error with the usage."""
+    """Convert an option's value; argparse shows the error with the usage. Beyond its limits, system calls fail."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    if not 1e-6 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number from 0.000001 to 1000000, not {text!r}")
     return value
 
 
 def check_output_file(path: Path | None) -> None:
     """Raise QwenModelError if no file can be written there: found out before the work, not after it."""
-    if path is not None and (path.is_dir() or not Path(os.path.realpath(path)).parent.is_dir()):
-        raise QwenModelError(f"{path} cannot be written: it is a folder, or there is no folder {path.parent}")
+    if path is None:
+        return
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if is_folder(target):
+        raise QwenModelError(f"{path} cannot be written: it is a folder")
+    if not is_folder(target.parent):
+        raise QwenModelError(f"{path} cannot be written: there is no folder {target.parent}")
+    there = target.exists()
+    # What is not a regular file, such as /dev/null, is written to directly: see write_whole.
+    if (there and not os.access(target, os.W_OK)) or (
+        (not there or target.is_file()) and not os.access(target.parent, os.W_OK | os.X_OK)
+    ):
+        raise QwenModelError(f"{path} cannot be written: permission denied")
 
 
 def progress_line(heading: str) -> Callable[[int, int], None] | None:

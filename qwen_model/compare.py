@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     show_log(options.verbose)
     if options.save_reference is not None and (options.reference is not None or options.engine_dir is not None):
         parser.error("--save-reference takes neither --reference nor --engine-dir: it needs no engine")
+    if options.save_reference is not None and (options.output is not None or options.picture is not None):
+        parser.error("--save-reference takes neither --output nor --picture: it compares nothing")
     if options.prompt is not None and options.input_ids is not None:
         parser.error("give PROMPT or --input-ids, not both")
     try:

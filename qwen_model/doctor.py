@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from .command_line import run_command
+from .command_line import number_above_zero, run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number_above_zero,
         default=90.0,
         metavar="SECONDS",
         help="give up what takes longer, such as an import that never ends (default: %(default)g)",

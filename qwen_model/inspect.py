@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.engine is not None and options.engine_dir is not None:
         raise QwenModelError("give the engine once, as ENGINE or as --engine-dir DIR")
 
-    engine_dir = options.engine or options.engine_dir or DEFAULT_ENGINE_DIR
+    given = options.engine if options.engine is not None else options.engine_dir
+    engine_dir = DEFAULT_ENGINE_DIR if given is None else given
     if is_file(Path(engine_dir)):
         _inspect_plan(engine_dir, options)
         return
@@ -30,10 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.picture is not None:
         check_picture(options.picture)
     found = inspect_engine(engine_dir, options.sequences, options.prompt_tokens, options.device)
+    if options.picture is not None and not found.layers:
+        raise QwenModelError("--picture draws the layers of a TensorRT engine; this is one of the torch back end")
     print(json.dumps(asdict(found), indent=1) if options.json else text(found, options.all))
     if options.picture is not None:
-        if not found.layers:
-            raise QwenModelError("--picture draws the layers of a TensorRT engine; this is one of the torch back end")
         try:
             write_whole(options.picture, picture(found).encode())
         except OSError as error:

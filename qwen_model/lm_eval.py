@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from .command_line import add_engine_arguments, run_command
+from .common.errors import QwenModelError
 from .common.extras import import_extra
 
 TASKS = Path(__file__).parent / "evaluation" / "lm_eval_tasks"
@@ -21,14 +23,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = [] if options.device is None else ["--device", options.device]
     sys.argv = ["lm-eval", *_arguments(options.engine_dir, others), *device]
-    harness.cli_evaluate()
+    try:
+        harness.cli_evaluate()
+    except QwenModelError:
+        raise
+    except ValueError as error:  # so it says that there is no such task, for example
+        raise QwenModelError(f"lm-eval: {' '.join(str(error).split())}") from error
 
 
 def _arguments(engine_dir: str, others: list[str]) -> list[str]:
     """Return lm-eval's arguments, with batches and tasks of our own where the user names none."""
     batch = [] if {"--batch_size", "-b"} & set(others) else ["--batch_size", "auto"]
     tasks = [] if "--include_path" in others else ["--include_path", str(TASKS)]
-    return ["run", "--model", "qwen_model", "--model_args", f"engine_dir={engine_dir}", *batch, *tasks, *others]
+    model = json.dumps({"engine_dir": engine_dir})  # as KEY=VALUE, a comma or a number would be something else
+    return ["run", "--model", "qwen_model", "--model_args", model, *batch, *tasks, *others]
 
 
 def make_parser() -> argparse.ArgumentParser:

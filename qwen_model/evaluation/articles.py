@@ -12,7 +12,7 @@ from ..checkpoints.chat_template import ChatOptions
 from ..checkpoints.tokenizer import Tokenizer
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
-from .records import read_records
+from .records import is_unicode, read_records
 
 PACKAGED = Path(__file__).parent / "data" / "articles.jsonl"
 CNN_DAILYMAIL_VERSION = "3.0.0"  # the configuration that published results are of
@@ -65,6 +65,8 @@ def _from_hub(name: str) -> tuple[list[Any], int]:
 def _article(entry: dict[str, Any]) -> Article | None:
     text, summary = entry.get("article"), entry.get("highlights")
     if not isinstance(text, str) or not isinstance(summary, str) or not text.strip() or not summary.strip():
+        return None
+    if not is_unicode(text) or not is_unicode(summary):
         return None
     return Article(text.strip(), summary.strip())
 

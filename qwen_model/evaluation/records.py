@@ -41,3 +41,12 @@ def _lines(file: Iterator[str]) -> Iterator[Any]:
                 yield json.loads(line)
             except (ValueError, RecursionError):
                 yield None
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a string of a JSON file is valid Unicode: escapes can make half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

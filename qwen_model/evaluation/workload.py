@@ -14,7 +14,7 @@ import numpy as np
 
 from ..common.errors import QwenModelError
 from ..interface.engine_config import Limits
-from .records import read_records
+from .records import is_unicode, read_records
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -110,8 +110,4 @@ def _said(turn: Any, speakers: Sequence[str]) -> str:
     """Return what a turn says; "" if it is not by one of these speakers, or malformed."""
     if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
         return ""
-    try:
-        turn["value"].encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return ""
-    return str(turn["value"])
+    return str(turn["value"]) if is_unicode(turn["value"]) else ""

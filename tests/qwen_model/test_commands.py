@@ -6,14 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import qwen_model
-from qwen_model import build, chat, run
+from qwen_model import build, chat, inspect, run
 from qwen_model.__main__ import COMMANDS, main
 from qwen_model.build import parse_rotary_scaling
-from qwen_model.command_line import parse_token_ids, run_command
+from qwen_model.command_line import check_output_file, parse_token_ids, run_command
 from qwen_model.common.errors import QwenModelError
 from qwen_model.packaged_model import packaged_model_dir
 from tests.qwen_model.model_files import random_prompt
@@ -83,6 +84,25 @@ def test_a_full_disk_under_standard_output():
     )
     result = python("-c", program)
     assert (result.returncode, result.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_memory_that_does_not_suffice():
+    program = "import qwen_model.command_line as c\nc.run_command(lambda arguments: bytearray(1 << 62))"
+    result = python("-c", program)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: there is not enough memory on the host")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_in_a_folder_that_is_read_only(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(QwenModelError, match="permission denied"):
+        check_output_file(tmp_path / "rows.json")
+
+
+def test_an_output_that_is_no_regular_file():
+    check_output_file(Path("/dev/null"))
 
 
 def test_run_imports_no_transformers(engine_dir):
@@ -381,6 +401,17 @@ def test_usage_errors(command, arguments):
     status, out, err = command(run.main, *arguments)
     assert (status, out) == (2, "")
     assert "usage:" in err
+
+
+def test_inspect_says_what_is_wrong_before_it_prints(command, engine_dir, tmp_path):
+    for arguments, message in (
+        ([engine_dir, "--picture", tmp_path / "picture.svg"], "error: --picture draws the layers of a TensorRT engine"),
+        ([engine_dir, "--engine-dir", engine_dir], "error: give the engine once"),
+        (["", "--device", "cpu"], "error: . is not an engine"),
+    ):
+        status, out, err = command(inspect.main, *arguments)
+        assert (status, out) == (1, "")
+        assert err.startswith(message)
 
 
 def test_build_says_what_is_wrong(command, tmp_path):

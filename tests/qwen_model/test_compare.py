@@ -100,7 +100,9 @@ def test_a_saved_reference(engine_dir, tmp_path, capsys):
         (["--model-dir", "nothing"], "nothing"),
         (["--input-ids", ""], "there is none"),
         (["--output", "no/folder.json"], "there is no folder no"),
-        (["--save-reference", "."], "it is a folder"),
+        (["--output", "."], ". cannot be written: it is a folder"),
+        (["--save-reference", "."], ". cannot be written: it is a folder"),
+        (["--save-reference", "a", "--output", "b.json"], "neither --output nor --picture"),
     ],
 )
 def test_wrong_use(engine_dir, arguments, message, capsys):

@@ -135,6 +135,14 @@ def test_the_exit_status_and_json(found, capsys):
     assert "cannot run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e300"])
+def test_a_timeout_that_is_none(seconds, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        doctor.main(["--timeout", seconds])
+    assert exit_.value.code == 2
+    assert "expected a number from" in capsys.readouterr().err
+
+
 def test_nothing_that_is_broken_stops_it(tmp_path):
     """All of these at once: an ABI mismatch, an abort, an import that never ends, no NumPy."""
     for name, content in {

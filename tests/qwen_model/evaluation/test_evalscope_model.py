@@ -71,3 +71,23 @@ def test_the_command(engine_dir, tmp_path, restored_logging):
     main([*options, "--generation-config", '{"max_tokens": 4}'])
     report = json.loads((tmp_path / "out" / "reports" / engine_dir.name / "general_qa.json").read_text())
     assert report["dataset_name"] == "general_qa"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--datasets", "nonsense"], "EvalScope: .*nonsense"), (["--engine-dir", "nowhere"], "nowhere is not an engine")],
+)
+def test_wrong_use(engine_dir, tmp_path, restored_logging, options, message):
+    from qwen_model.evalscope import main
+
+    with pytest.raises(QwenModelError, match=message):
+        main(["--engine-dir", str(engine_dir), "--work-dir", str(tmp_path), *options])
+
+
+def test_a_data_set_is_required(engine_dir, capsys):
+    from qwen_model.evalscope import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["--engine-dir", str(engine_dir)])
+    assert exit_.value.code == 2
+    assert "required: --datasets" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """lm-eval on an engine: the numbers and texts are those of lm-eval's own class for transformers."""
 
+import json
 import logging
 import sys
 
@@ -139,3 +140,18 @@ def test_the_command(engine_dir, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for task in ("packaged_python_choice", "packaged_python_word", "packaged_python_text"):
         assert f"|{task}" in printed
+
+
+def test_a_task_that_does_not_exist(engine_dir, monkeypatch):
+    from qwen_model.lm_eval import main
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(QwenModelError, match=r"lm-eval: .*nonsense"):
+        main(["--engine-dir", str(engine_dir), "--tasks", "nonsense"])
+
+
+def test_the_name_of_an_engine_may_have_commas():
+    from qwen_model.lm_eval import _arguments
+
+    arguments = _arguments("a,b=c", [])
+    assert json.loads(arguments[arguments.index("--model_args") + 1]) == {"engine_dir": "a,b=c"}

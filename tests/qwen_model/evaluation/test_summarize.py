@@ -40,8 +40,9 @@ def test_the_articles_of_the_package():
 def test_entries_without_article_or_summary_are_counted(tmp_path):
     path = tmp_path / "articles.jsonl"
     lines = [{"article": "A", "highlights": "a"}, {"article": "B"}, {"article": "C", "highlights": " "}, 5]
+    lines.append({"article": "half a surrogate pair: \ud83d", "highlights": "D"})
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    assert load_articles(str(path)) == ([Article("A", "a")], 3)
+    assert load_articles(str(path)) == ([Article("A", "a")], 4)
     path.write_text('{"text": "other columns"}')
     with pytest.raises(QwenModelError, match='expected objects with "article" and "highlights"'):
         load_articles(str(path))
