@@ -235,7 +235,9 @@ def draw(comparison: Comparison, recordings: list[dict[str, Any]], path: Path) -
     """Draw bars of native layers and plug-in, published and here, and when the kernels of a layer run in a step."""
     by_name = {recording["name"]: recording for recording in recordings}
     pair = (by_name[comparison.native], by_name["plugins"])
-    found = {name: tuple(each["phases"][name]["layers"][comparison.kind] for each in pair) for name in comparison.phases}
+    found = {
+        name: tuple(each["phases"][name]["layers"][comparison.kind] for each in pair) for name in comparison.phases
+    }
     bars = {
         **comparison.published,
         **{f"here, {name}": tuple(layer["microseconds"] for layer in layers) for name, layers in found.items()},
