@@ -11,7 +11,7 @@ from .command_line import number_above_zero, run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the installation as text or as one JSON object; exit with status 1 if no back end can run."""
+    """Print the installation as text or as one JSON object; exit with 1 if no back end can run or build."""
     options = make_parser().parse_args(arguments)
 
     from .diagnosis.installation import examine
@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-model doctor",
         description=description,
-        epilog="The exit status is 0 if any back end can run, else 1.",
+        epilog="The exit status is 0 if any back end can run or build engines, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..common.extras import BACK_END_MODULES, PACKAGES
 from ..common.version import package_version
+from ..interface.engine_config import RTX_COMPUTE_CAPABILITIES
 from .probes import REINSTALL, TENSORRTS
 
 Found = dict[str, Any]  # what a probe found: see probes.py
@@ -47,10 +48,14 @@ class Lack:
 
 @dataclass(frozen=True)
 class BackEndStatus:
-    """Say where a back end can run ("GPU", "CPU" or nowhere), and what keeps it from running, or from the GPU."""
+    """Say where a back end can run ("GPU", "CPU" or nowhere), and what keeps it from running, or from the GPU.
+
+    builds: whether it can build engines here without running them.
+    """
 
     runs_on: list[str]
     lacks: list[Lack]
+    builds: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Installation:
 
     @property
     def can_run(self) -> bool:
-        """Tell whether any back end can run."""
-        return any(status.runs_on for status in self.back_ends.values())
+        """Tell whether any back end can run, or build engines for another machine."""
+        return any(status.runs_on or status.builds for status in self.back_ends.values())
 
 
 def examine(timeout: float = TIMEOUT) -> Installation:
@@ -92,6 +97,9 @@ def examine(timeout: float = TIMEOUT) -> Installation:
         for name in BACK_END_MODULES:
             if not any(found[probe].get("lacks") for probe in modules if probe[2] == name):
                 found["back_end", name] = run_probe("back_end", name, timeout=timeout)
+    back_ends = {"torch": _torch_status(found), "tensorrt": _tensorrt_status(found)}
+    if found["tensorrt", "tensorrt_rtx"].get("installed"):
+        back_ends["tensorrt-rtx"] = _rtx_status(found)
     return Installation(
         version=package_version(),
         python=f"{platform.python_version()} ({sys.executable})",
@@ -102,7 +110,7 @@ def examine(timeout: float = TIMEOUT) -> Installation:
         torch=found["torch",],
         tensorrt={kind: found["tensorrt", kind] for kind in TENSORRTS},
         packages={name: _installed_version(name) for name in PURPOSES},
-        back_ends={"torch": _torch_status(found), "tensorrt": _tensorrt_status(found)},
+        back_ends=back_ends,
     )
 
 
@@ -177,6 +185,20 @@ def _tensorrt_status(found: dict[tuple[str, ...], Found]) -> BackEndStatus:
     keeps = [*modules, *_lacks(kernels, plugins, driver), *_wrong_architectures(driver, kernels)]
     keeps = keeps or _lacks(found.get(("back_end", "tensorrt")))
     return BackEndStatus([] if keeps else ["GPU"], keeps)
+
+
+def _rtx_status(found: dict[tuple[str, ...], Found]) -> BackEndStatus:
+    """Judge the TensorRT-RTX back end, which builds without a GPU and runs on RTX cards."""
+    keeps = _lacks(*_modules(found, "tensorrt-rtx"), found["kernels",], found["tensorrt", "tensorrt_rtx"])
+    keeps = keeps or _lacks(found.get(("back_end", "tensorrt-rtx")))
+    if keeps:
+        return BackEndStatus([], keeps)
+    limits = _lacks(found["driver",], found["runtime",])
+    gpus = [".".join(map(str, gpu["compute_capability"])) for gpu in found["driver",].get("gpus", ())]
+    if not limits and not set(gpus) & set(RTX_COMPUTE_CAPABILITIES):
+        wanted = ", ".join(RTX_COMPUTE_CAPABILITIES)
+        limits = [Lack(f"it runs on compute capability {wanted}; the GPUs here have {', '.join(gpus)}", "")]
+    return BackEndStatus([] if limits else ["GPU"], limits, builds=True)
 
 
 def _wrong_architectures(driver: Found, kernels: Found) -> list[Lack]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .installation import PURPOSES, Found, Installation, Lack
+from .installation import PURPOSES, BackEndStatus, Found, Installation
 
 
 def text(installation: Installation) -> str:
@@ -14,18 +14,23 @@ def text(installation: Installation) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
     for name, status in installation.back_ends.items():
-        place = f"can run on the {' and the '.join(status.runs_on)}" if status.runs_on else "cannot run"
-        lines += ["", f"The {name} back end {place}{_reason(status.runs_on, status.lacks)}"]
+        lines += ["", f"The {name} back end {_abilities(status)}{_reason(status)}"]
         for lack in status.lacks:
             lines.append(f"  - {lack.what}")
             lines += [f"    mend it: {lack.command}"] if lack.command else []
     return "\n".join(lines)
 
 
-def _reason(runs_on: list[str], lacks: list[Lack]) -> str:
-    if not lacks:
+def _abilities(status: BackEndStatus) -> str:
+    can = ["build engines here"] if status.builds else []
+    can += [f"run on the {' and the '.join(status.runs_on)}"] if status.runs_on else []
+    return f"can {' and '.join(can)}" if can else "cannot run"
+
+
+def _reason(status: BackEndStatus) -> str:
+    if not status.lacks:
         return "."
-    return ". What keeps it from the GPU:" if runs_on else ":"
+    return ". What keeps it from the GPU:" if status.runs_on or status.builds else ":"
 
 
 def _machine_rows(found: Installation) -> Iterator[tuple[str, str]]:

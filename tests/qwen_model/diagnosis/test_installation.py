@@ -69,6 +69,24 @@ def test_where_all_is_well(found):
         assert line in lines
 
 
+def test_tensorrt_rtx_builds_without_a_gpu_and_runs_on_rtx_cards(found):
+    found["tensorrt", "tensorrt_rtx"] = {"installed": True, "module": "tensorrt_rtx", "registered": True}
+    status = examine().back_ends["tensorrt-rtx"]
+    assert (status.runs_on, status.builds) == ([], True)
+    assert "the GPUs here have 9.0" in status.lacks[0].what
+    found["driver",] = {**found["driver",], "gpus": [{**found["driver",]["gpus"][0], "compute_capability": [8, 9]}]}
+    assert "The tensorrt-rtx back end can build engines here and run on the GPU." in text(examine())
+    found["driver",] = lack("no driver")
+    found["torch",] = lack("no torch")
+    found["module", "torch", "torch"] = lack("no torch")
+    found["module", "tensorrt", "tensorrt"] = lack("no tensorrt")
+    result = examine()
+    assert result.can_run
+    assert "The tensorrt-rtx back end can build engines here. What keeps it from the GPU:" in text(result)
+    found["tensorrt", "tensorrt_rtx"] = {"installed": True, **lack("it does not register")}
+    assert not examine().can_run
+
+
 @pytest.mark.parametrize(
     ("changes", "torch", "tensorrt"),
     [
@@ -126,7 +144,7 @@ def test_the_exit_status_and_json(found, capsys):
     doctor.main(["--json"])
     printed = json.loads(capsys.readouterr().out)
     assert set(printed["tensorrt"]) == set(TENSORRTS)
-    assert printed["back_ends"]["torch"] == {"runs_on": ["GPU", "CPU"], "lacks": []}
+    assert printed["back_ends"]["torch"] == {"runs_on": ["GPU", "CPU"], "lacks": [], "builds": False}
     assert printed["driver"]["gpus"] == [GPU]
     found["module", "torch", "torch"] = found["module", "tensorrt", "tensorrt"] = lack("none")
     with pytest.raises(SystemExit) as exit_:
