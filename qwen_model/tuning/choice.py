@@ -31,6 +31,11 @@ class Measurement(Protocol):
     def environment(self) -> dict[str, str | int]:
         """Return what times depend on: GPU, driver, and versions of cuBLASLt and of the kernels."""
 
+    def candidates(
+        self, *, rows: int, in_features: int, out_features: int, activation: str | None, dtype: str
+    ) -> list[str]:
+        """Return the kernels that can compute this GEMM."""
+
     def measure(
         self, *, rows: int, in_features: int, out_features: int, activation: str | None, dtype: str, bias: bool
     ) -> Microseconds:
@@ -52,7 +57,7 @@ def choose_kernels(
     wanted = [(shape, rows) for shape, most in most_rows.items() for rows in buckets(most)]
     _measure_missing(gpu, timings, wanted, progress)
     timings.keep()
-    chosen = {shape.text: _choices(timings, shape, most) for shape, most in most_rows.items()}
+    chosen = {shape.text: _choices(gpu, timings, shape, most) for shape, most in most_rows.items()}
     return {text: choices for text, choices in chosen.items() if choices}
 
 
@@ -99,14 +104,7 @@ def _measure_missing(
             LOG.warning("%d of %d products were not measured in %.0f s", left, len(missing), BUDGET_SECONDS)
             break
         try:
-            times = gpu.measure(
-                rows=rows,
-                in_features=shape.in_features,
-                out_features=shape.out_features,
-                activation=shape.activation,
-                dtype=shape.dtype,
-                bias=shape.bias,
-            )
+            times = gpu.measure(rows=rows, bias=shape.bias, **_arguments(shape))
         except (RuntimeError, MemoryError) as error:  # mostly: too little memory is free
             LOG.warning("%s, %d rows: not measured: %s", shape.text, rows, error)
             continue
@@ -115,10 +113,20 @@ def _measure_missing(
     LOG.info("timed the GEMM kernels of %d shapes in %.1f s", len(missing), time.perf_counter() - start)
 
 
-def _choices(timings: GemmTimings, shape: LinearShape, most_rows: int) -> KernelChoices:
+def _arguments(shape: LinearShape) -> dict[str, Any]:
+    return {
+        "in_features": shape.in_features,
+        "out_features": shape.out_features,
+        "activation": shape.activation,
+        "dtype": shape.dtype,
+    }
+
+
+def _choices(gpu: Measurement, timings: GemmTimings, shape: LinearShape, most_rows: int) -> KernelChoices:
     found: list[tuple[int, str]] = []
     for rows in buckets(most_rows):
-        times = timings.get(shape, rows)
+        known = gpu.candidates(rows=rows, **_arguments(shape))  # a file may name others
+        times = {name: time for name, time in (timings.get(shape, rows) or {}).items() if name in known}
         # "rules" keeps a later bucket's kernel from serving rows that were not measured.
         chosen = min(times, key=lambda name: times[name]) if times else RULES
         if found and found[-1][1] == chosen:

@@ -25,6 +25,9 @@ class FakeGpu:
     def environment(self):
         return self.environment_values
 
+    def candidates(self, *, rows, in_features, out_features, activation, dtype):
+        return ["stream", "cublas_lt"]
+
     def measure(self, *, rows, in_features, out_features, activation, dtype, bias):
         self.measured.append((rows, in_features, out_features, activation, dtype, bias))
         return {"stream": 2.0 if rows <= 16 else 9.0, "cublas_lt": 3.0}
@@ -133,6 +136,17 @@ def test_a_damaged_file_costs_a_measurement(model, cache, caplog):
         assert gpu.measured
         assert "is damaged and will be replaced" in caplog.text
         assert json.loads(path.read_text()) == good
+
+
+def test_a_kernel_that_does_not_exist_is_not_chosen(model, cache):
+    expected = choose_kernels(model, LIMITS, "float16", nothing, FakeGpu())
+    (path,) = cache.iterdir()
+    edited = json.loads(path.read_text())
+    for by_rows in edited["microseconds"].values():
+        for times in by_rows.values():
+            times["no_such_kernel"] = 0.001
+    path.write_text(json.dumps(edited))
+    assert choose_kernels(model, LIMITS, "float16", nothing, FakeGpu()) == expected
 
 
 def test_without_a_folder_that_can_be_written_nothing_is_lost_but_time(model, cache, tmp_path, monkeypatch, caplog):
