@@ -22,7 +22,7 @@ def check_loadable(model: str) -> None:
     """
     import_extra("torch", NEEDED_FOR, "torch")
     transformers = import_extra("transformers", NEEDED_FOR, "eval")
-    with _one_line_errors(model):
+    with one_line_errors(model):
         transformers.AutoConfig.from_pretrained(model)
 
 
@@ -46,7 +46,7 @@ class Original:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with self._memory_errors(), _one_line_errors(model):
+        with one_line_errors(model), self._memory_errors():
             loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
             self._model = loaded.to(device).eval()
         self._generation_config = transformers.GenerationConfig
@@ -123,11 +123,13 @@ class _StepCounter:
 
 
 @contextmanager
-def _one_line_errors(model: str) -> Iterator[None]:
+def one_line_errors(model: str) -> Iterator[None]:
     """Turn what transformers raises for a model that it cannot load into a QwenModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except QwenModelError:  # one line already, such as that memory ran out
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         short = reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 3] + "..."
         raise QwenModelError(f"transformers cannot load {model}: {short}") from error

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ..checkpoints.config import ModelConfig
 from ..common.progress import GEMM_KERNELS, Progress
 from ..interface.engine_config import GemmKernels, KernelChoices, Limits
+from ..network.inputs import logit_rows
 from .linear_layers import LinearShape, linear_layers
 from .timings import GemmTimings, Microseconds, user_timings
 
@@ -19,8 +20,6 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2
 MANY_ROWS = 2**31 - 1
 RULES = "rules"
 """The name by which the kernels' own rules are chosen."""
-HEAD_ROWS = 256
-"""The most rows of a `lm_head` worth measuring: it computes the logits of sequences, and of prompts in parts."""
 BUDGET_SECONDS = 20.0
 LOG = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def rows_of_shapes(model: ModelConfig, limits: Limits, dtype: str) -> dict[Linea
     prompt_rows = limits.max_batch_size * limits.max_input_len
     most: dict[LinearShape, int] = {}
     for name, shape in linear_layers(model, dtype).items():
-        rows = min(prompt_rows, max(limits.max_batch_size, HEAD_ROWS)) if name == "lm_head" else prompt_rows
+        rows = logit_rows(limits) if name == "lm_head" else prompt_rows
         most[shape] = max(rows, most.get(shape, 0))
     return most
 

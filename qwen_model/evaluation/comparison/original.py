@@ -18,6 +18,7 @@ from ...checkpoints.architectures import ARCHITECTURES
 from ...checkpoints.config import ModelConfig
 from ...common.errors import QwenModelError
 from ...interface.probe import Array
+from ..original import one_line_errors
 
 ATTENTION = "qwen_model_compare"
 """The name under which our attention function is registered with transformers."""
@@ -49,14 +50,10 @@ class OriginalNetwork:
         self._values: dict[str, Tensor] = {}
         self._cache: Any = None
         self._register()
-        try:
-            with _quiet():
-                self._model = getattr(transformers, config.architecture).from_pretrained(
-                    model_dir, dtype="auto", attn_implementation=ATTENTION, local_files_only=True
-                )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            first = str(error).strip().splitlines()[:1]
-            raise QwenModelError(f"transformers cannot load {model_dir}: {''.join(first)}") from error
+        with one_line_errors(str(model_dir)), _quiet():
+            self._model = getattr(transformers, config.architecture).from_pretrained(
+                model_dir, dtype="auto", attn_implementation=ATTENTION, local_files_only=True
+            )
         self._model.eval()
         for module in self._model.modules():
             if any(True for _ in module.parameters(recurse=False)):

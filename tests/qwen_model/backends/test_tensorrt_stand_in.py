@@ -574,7 +574,7 @@ def test_the_fastest_kernels_are_built_into_the_engine(trt, model_dir, tmp_path,
 
     engine = build(model_dir, tmp_path / "engine")
     kernels = engine.config.gemm_kernels.values()
-    assert set(kernels) == {((12, "stream"), (384, "cublas_lt:2")), ((12, "stream"), (256, "cublas_lt:2"))}  # the head
+    assert set(kernels) == {((12, "stream"), (384, "cublas_lt:2")), ((12, "stream"), (64, "cublas_lt:2"))}  # the head
     loaded = qwen_model.load_engine(engine.engine_dir)
     gemms = [plugin for plugin in loaded.executor.engine.network.plugins if plugin.name == "Gemm"]
     assert [list(plugin.fields["kernels"]) for plugin in gemms[:4]] == [[12, 0x10000, 384, 0x40002]] * 4

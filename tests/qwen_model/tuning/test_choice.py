@@ -78,11 +78,11 @@ def test_the_fastest_kernel_serves_each_bucket_of_rows(model):
     modules = by_module(model, "float16", kernels)
     assert set(modules) == set(linear_layers(model, "float16"))
     assert modules["layers.0.attention.qkv"] == ((16, "stream"), (512, "cublas_lt"))
-    assert modules["lm_head"] == ((16, "stream"), (256, "cublas_lt"))
+    assert modules["lm_head"] == ((16, "stream"), (128, "cublas_lt"))
     assert ranges(modules["lm_head"]) == [
         KernelRange(1, 16, "stream"),
-        KernelRange(17, 256, "cublas_lt"),
-        KernelRange(257, None, "rules"),
+        KernelRange(17, 128, "cublas_lt"),
+        KernelRange(129, None, "rules"),
     ]
 
 
@@ -109,7 +109,7 @@ def test_times_are_kept_for_the_same_gpu_and_libraries(model, cache):
     assert len(list(cache.iterdir())) == 2
     more = FakeGpu()
     choose_kernels(model, Limits(4, 200, 10), "float16", nothing, more)
-    assert {rows for rows, *_ in more.measured} == {1024}  # what larger limits add
+    assert {rows for rows, *_ in more.measured} == {192, 256, 1024}  # what larger limits add
 
 
 def test_a_damaged_file_costs_a_measurement(model, cache, caplog):
@@ -175,7 +175,7 @@ def test_what_cannot_be_measured_is_left_to_the_rules(model, caplog):
 
     kernels = by_module(model, "float16", choose_kernels(model, LIMITS, "float16", nothing, Full()))
     assert "layers.0.mlp.gate_up" not in kernels
-    assert kernels["lm_head"] == ((4, "stream"), (8, "rules"), (16, "stream"), (256, "cublas_lt"))
+    assert kernels["lm_head"] == ((4, "stream"), (8, "rules"), (16, "stream"), (128, "cublas_lt"))
     assert "0.1 GB are free" in caplog.text
 
 
