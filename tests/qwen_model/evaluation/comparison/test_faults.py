@@ -11,7 +11,7 @@ from qwen_model.backends.torch.probe import TorchProbe
 from qwen_model.evaluation.comparison.compare import compare_probe
 from qwen_model.evaluation.comparison.make_reference import make_reference
 from qwen_model.evaluation.comparison.reference import CheckpointModules
-from tests.qwen_model.evaluation.comparison.models import executor_with, save_engine, save_model
+from tests.qwen_model.evaluation.comparison.models import device_with, save_engine, save_model
 from tests.qwen_model.model_files import random_prompt
 
 LAYER = 1  # of three
@@ -366,10 +366,10 @@ def made(tmp_path_factory):
 def test_a_fault_is_found(made, fault, dtype):
     architecture, inject, name, reason = FAULTS[fault]
     model_dir, engines, reference = made(architecture)
-    executor = executor_with(engines[dtype], Faulty)
-    inject(executor.operations)
+    device = device_with(engines[dtype], Faulty)
+    inject(device.operations)
     read = CheckpointModules(model_dir, reference.model, "torch").arrays
-    passes, finding = compare_probe(TorchProbe(executor), reference, dtype, read)
+    passes, finding = compare_probe(TorchProbe(device), reference, dtype, read)
     assert finding is not None
     assert (finding.name, finding.step) == (name, 1 if fault in IN_A_DECODE_STEP else 0)
     assert reason in finding.reason
@@ -381,5 +381,5 @@ def test_a_fault_is_found(made, fault, dtype):
 def test_without_a_fault_nothing_is_found(made, architecture, dtype):
     _, engines, reference = made(architecture)
     assert reference.difference is None
-    probe = TorchProbe(executor_with(engines[dtype], Faulty))
+    probe = TorchProbe(device_with(engines[dtype], Faulty))
     assert compare_probe(probe, reference, dtype)[1] is None
