@@ -166,8 +166,8 @@ def split(function):
 
 
 def rotate(ops, x, table=None, shift=0, interleaved=False, backwards=False):
-    table = ops.batch.rotary_table if table is None else table
-    cos, sin = table[ops.batch.rotary_rows + shift].unsqueeze(1).chunk(2, dim=-1)
+    table = ops.step.rotary_table if table is None else table
+    cos, sin = table[ops.step.rotary_rows + shift].unsqueeze(1).chunk(2, dim=-1)
     sin = -sin if backwards else sin
     first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
@@ -183,9 +183,9 @@ def with_base(ops, base):
 
 def restarted(ops, x):
     """Rotate by the positions of a sequence that has no past."""
-    if not ops.batch.decoding:
+    if not ops.step.decoding:
         return rotate(ops, x)
-    return rotate(ops, x, shift=-int(ops.batch.past_lengths[0]))
+    return rotate(ops, x, shift=-int(ops.step.past_lengths[0]))
 
 
 def attention(function):
@@ -200,8 +200,8 @@ def attention(function):
             right(qkv, layer, into)  # writes the cache
             q, k, v = ops.split_heads(qkv)
             q, _ = ops.norm_and_rotate(q, k, layer)
-            length = ops.batch.past_lengths[0] + len(q)
-            k, v = (cached[:, :length].transpose(0, 1) for cached in ops.cache[layer, 0])
+            length = ops.step.past_lengths[0] + len(q)
+            k, v = (cached[:, :length].transpose(0, 1) for cached in ops.cache.read(layer, ops.step.pages)[0])
             return function(ops, q, k, v)
 
         ops.attention = attend
