@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorrt as trt
 
-from .._numbers import HEAD_SIZES
+from .._numbers import HEAD_SIZES, KV_CACHE_TYPES
 from .layers import (
     add_plugin,
     check_network,
@@ -21,7 +21,6 @@ from .native import NativeLayers
 
 # TensorRT-LLM's names and numbers.
 _POSITION_EMBEDDING_TYPES = {"learned_absolute": 0, "rope_gptj": 1, "rope_gpt_neox": 2}
-_KV_CACHE_TYPES = {"auto": 0, "int8": 1, "fp8": 2}
 _PAGE_SIZE = 64
 
 
@@ -159,7 +158,7 @@ def gpt_attention(
         "norm_eps": float(norm_eps),
     }
     if pages is not None:
-        fields |= {"tokens_per_block": tokens_per_block, "kv_cache_type": _KV_CACHE_TYPES[kv_cache_dtype]}
+        fields |= {"tokens_per_block": tokens_per_block, "kv_cache_type": KV_CACHE_TYPES[kv_cache_dtype]}
     version = "1" if pages is None else "2"
     types = [dtype, cache_type]
     context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, name, types, version)
@@ -199,8 +198,8 @@ def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:
 def _check_pages(pages: Any, tokens_per_block: int, kv_cache_dtype: str) -> None:
     if tokens_per_block != _PAGE_SIZE:
         raise ValueError(f"tokens_per_block is {tokens_per_block!r}; expected {_PAGE_SIZE}")
-    if kv_cache_dtype not in _KV_CACHE_TYPES:
-        names = ", ".join(_KV_CACHE_TYPES)
+    if kv_cache_dtype not in KV_CACHE_TYPES:
+        names = ", ".join(KV_CACHE_TYPES)
         raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected one of {names}")
     if pages is None and kv_cache_dtype != "auto":
         raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected pages with it")
