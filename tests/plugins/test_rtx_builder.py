@@ -20,6 +20,7 @@ from onnx import TensorProto
 from qwen_model.engine.export import export_onnx
 from qwen_model.packaged_model import packaged_model_dir
 from tests.support.onnx_models import ONNX_TYPES, Value, model, plugin_node
+from tests.support.plugin_fields import name_and_version
 from tests.support.rtx_builder import Built, Tensor, build
 
 pytestmark = pytest.mark.tensorrt_registry
@@ -404,7 +405,8 @@ def said() -> dict[str, dict[str, Any]]:
 def test_wrong_use_is_an_error_that_names_layer_and_input(said: dict[str, dict[str, Any]], case: str) -> None:
     mode, *_, says = WRONG_USES[case]
     assert not said[case]["built"]
-    ours = [error for error in said[case]["errors"] if error.startswith(f"[qwen_plugins] {mode['plugin']} '{LAYER}': ")]
+    start = f"[qwen_plugins] {name_and_version(mode['plugin'])[0]} '{LAYER}': "
+    ours = [error for error in said[case]["errors"] if error.startswith(start)]
     assert ours, said[case]["errors"]
     assert says in ours[0]
 

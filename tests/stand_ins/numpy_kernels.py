@@ -74,6 +74,20 @@ def draw(row: np.ndarray, values: tuple, index: int) -> int:
     return int(np.random.default_rng([seed, step, index]).choice(order[kept], p=probabilities))
 
 
+def gather_rows(
+    *, table: int, ids: int, y: int, table_rows: int, row_size: int, rows: int, dtype: int, stream: int
+) -> None:
+    kind = np.dtype(f"V{DTYPES[dtype].itemsize}")
+
+    def run() -> None:
+        found = view(ids, (rows,), np.dtype(np.int32))
+        assert found.min() >= 0
+        assert found.max() < table_rows
+        view(y, (rows, row_size), kind)[:] = view(table, (table_rows, row_size), kind)[found]
+
+    enqueue(run, stream)
+
+
 GEMM_KERNELS = {"rules": 0, "stream": 0x10000, "cublas_lt:2": 0x40002}
 
 
@@ -92,6 +106,7 @@ core.__dict__.update(
     DataType=types.SimpleNamespace(**{dtype.name: number for number, dtype in DTYPES.items()}),
     cublas_lt_status=lambda: "NumPy in its place",
     sample=sample,
+    gather_rows=gather_rows,
     environment=lambda: {"gpu": "NumPy", "kernels": 1},
     candidates=lambda **shape: ["stream", "cublas_lt:2"],
     measure=measure,

@@ -41,29 +41,6 @@ SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | {"Gemm": 2, "QwenGemm": 2}
 NUM_OUTPUTS = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2, "GptAttention:2": 2}
 FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
 GOOD_FIELDS = {
-    "RmsNorm": {"eps", "type_id", "weight_type_id", "residual", "unit_offset", "round_before_weight"},
-    "RmsNormQuantization": {
-        *("eps", "type_id", "weight_type_id", "dyn_act_scaling", "out_type_id", "residual"),
-        *("smoothing", "smoothing_type_id", "unit_offset"),
-    },
-    "Gemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
-    "QwenGemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
-    "GptAttention": ATTENTION_FIELDS,
-    "GptAttention:2": ATTENTION_FIELDS | {"tokens_per_block", "kv_cache_type"},
-}
-# Of the state in engines; earlier versions are read, too.
-SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | {"Gemm": 2, "QwenGemm": 2}
-NUM_OUTPUTS = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2, "GptAttention:2": 2}
-FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
-GOOD_FIELDS = {
-    *("type_id", "num_heads", "num_kv_heads", "head_size", "rotary_embedding_dim", "position_embedding_type"),
-    *("q_scaling", "query_scale", "qk_norm", "norm_eps"),
-}
-ATTENTION = {
-    **{"type_id": np.int32(1), "num_heads": np.int32(8), "num_kv_heads": np.int32(2), "head_size": np.int32(64)},
-    **{"rotary_embedding_dim": np.int32(64), "position_embedding_type": np.int32(2)},
-}
-FIELDS = {
     "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
     "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
     "Gemm": {"type_id": np.int32(1)},
