@@ -125,6 +125,7 @@ def gpt_attention(
     tensors = _Tensors(network, name)
     packed = (num_heads + 2 * num_kv_heads) * head_size
     tensors.add("qkv", qkv, (-1, packed), "[tokens, (num_heads + 2 * num_kv_heads) * head_size]")
+    cache: tuple[int, ...]
     if pages is None:
         cache, cache_type = (-1, 2, num_kv_heads, -1, head_size), dtype
         meaning = "[max_batch, 2, num_kv_heads, max_positions, head_size]"

@@ -250,8 +250,8 @@ class TensorRTDevice:
     def measure_layers(self, prompts: Sequence[Sequence[int]], repeats: int) -> dict[str, dict[str, float]]:
         """Return the median milliseconds of each layer in the "prefill" of the prompts and in a "decode" step after it.
 
-        TensorRT times each layer on its own, so that a step takes less than their sum. The prompts are one step. Nothing
-        that was in the cache is kept.
+        TensorRT times each layer on its own, so that a step takes less than their sum. The prompts are one step.
+        Nothing that was in the cache is kept.
         """
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         each = int(lengths.max()) // PAGE_SIZE + 1
@@ -317,8 +317,9 @@ class TensorRTDevice:
         layout = self._decode_layout(size)
         context = self._contexts[size] = self._context(self._decode_profile)
         self._bind(context, layout, self._rotary)
-        nothing = _batch(*np.zeros((3, 0), np.int32), np.zeros((0, 1), np.int32))
-        self._upload(nothing, layout, np.zeros(0, np.int32))
+        none = np.zeros(0, np.int32)
+        nothing = _batch(none, none, none, none.reshape(0, 1))
+        self._upload(nothing, layout, none)
         self._enqueue(context, layout)  # in its first run for a shape TensorRT does work that cannot be captured
         self.stream.synchronize()
         self._graphs[size] = cuda.Graph(self.stream, lambda: self._enqueue(context, layout))
@@ -329,8 +330,8 @@ class TensorRTDevice:
     def _warm_up(self) -> None:
         """Let libraries initialise themselves before the first prompts; keys and values go to UNUSED_PAGE."""
         length = min(self.max_tokens, self.config.limits.max_positions, WARM_UP_TOKENS)
-        numbers = np.array([[length], [0]], np.int32)
-        batch = _batch(np.zeros(length, np.int32), *numbers, np.zeros((1, 1), np.int32))
+        zero = np.zeros(1, np.int32)
+        batch = _batch(np.zeros(length, np.int32), zero + length, zero, zero.reshape(1, 1))
         self._run_now(batch, chosen_rows(batch), self._prefill_context)
         self.stream.synchronize()
 

@@ -199,7 +199,7 @@ def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
         gib = 2.0**30
         raise OutOfMemoryError(
             f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
-            f"(one sequence of {config.limits.max_positions} tokens) and {buffers / gib:.2f} GiB for steps and logits are "
-            f"needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller --max-num-tokens, "
+            f"(one sequence of {config.limits.max_positions} tokens) and {buffers / gib:.2f} GiB for steps and logits "
+            f"are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller --max-num-tokens, "
             "--max-batch-size, --max-input-len or --max-output-len"
         )

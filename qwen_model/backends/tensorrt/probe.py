@@ -19,7 +19,6 @@ from . import cuda_runtime as cuda
 from .device import Rotary, TensorRTDevice
 from .observed_network import Taps, given_tensor, result_tensor
 
-
 CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
