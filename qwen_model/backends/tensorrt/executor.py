@@ -18,8 +18,8 @@ from ...interface.numpy_weights import numpy_dtype
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.rotary import rotary_table
 from . import cuda_runtime as cuda
+from .batch_sampling import DeviceSampler
 from .package import Package, activation_bytes, package
-from .sampling import DeviceSampler
 
 LOG = logging.getLogger(__name__)
 

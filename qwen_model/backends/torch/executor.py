@@ -26,8 +26,8 @@ from ...network.decoder import decoder
 from ...network.observed import ObservedOperations
 from ...network.rotary import rotary_table
 from ...tuning.choice import by_module
+from .batch_sampling import KernelSampler, TorchSampler
 from .operations import Batch, TorchOperations
-from .sampling import KernelSampler, TorchSampler
 
 LOG = logging.getLogger(__name__)
 
