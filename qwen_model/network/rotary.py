@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..checkpoints.config import ModelConfig
 from ..checkpoints.rotary_config import RotaryConfig
 
 FloatArray = npt.NDArray[np.float32]
+Lengths = Sequence[int] | npt.NDArray[np.int32]
 
 
 def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
@@ -117,23 +119,23 @@ class RotaryTable:
 
     def offsets(self, prompt_lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Return `offset` of each length."""
-        if self.config.rotary.scaling != "qwen_dynamic":
-            return np.zeros_like(prompt_lengths)
-        return np.array([self.offset(int(length)) for length in prompt_lengths], prompt_lengths.dtype)
+        return self._offsets[prompt_lengths]
 
-    def prompt_table(
-        self, lengths: Sequence[int], past_lengths: Sequence[int], prompt_lengths: Sequence[int]
-    ) -> PromptTable | None:
-        """Return a table for the tokens of one step alone if one of them needs another row than `values` has, else None.
+    @cached_property
+    def _offsets(self) -> npt.NDArray[np.int32]:
+        return np.array([self.offset(length) for length in range(self.max_positions + 1)], np.int32)
+
+    def prompt_table(self, lengths: Lengths, past_lengths: Lengths, prompt_lengths: Lengths) -> PromptTable | None:
+        """Return a table for one step alone if a token of it needs another row than `values` has, else None.
 
         lengths: new tokens of each sequence.
         past_lengths: tokens of each before these.
         prompt_lengths: of the whole prompts, whose tokens need other rows than tokens generated at their positions.
         """
         rotary = self.config.rotary
-        if rotary.scaling != "dynamic" or not any(
-            prompt > max(rotary.original_max_positions, past)
-            for prompt, past in zip(prompt_lengths, past_lengths, strict=True)
+        if (
+            rotary.scaling != "dynamic"
+            or not (np.asarray(prompt_lengths) > np.maximum(past_lengths, rotary.original_max_positions)).any()
         ):
             return None
         spans = [

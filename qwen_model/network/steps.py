@@ -17,16 +17,8 @@ ALIGNMENT = 64
 
 
 def decode_sizes(max_sequences: int) -> tuple[int, ...]:
-    """Return the numbers of sequences that decode steps are captured for: at most a third more than are needed.
-
-    Below 8 each power of two is one, as a row more costs as good as nothing there.
-    """
-    sizes = [1, 2, 4, 8, 16, 24]
-    step = 8
-    while sizes[-1] < max_sequences:
-        if sizes[-1] >= 4 * step:
-            step *= 2
-        sizes.append(sizes[-1] + step)
+    """Return the numbers of sequences that decode steps are captured for, up to and with `max_sequences`."""
+    sizes = (1, 2, 4, 8, 16, 24, 32, *range(48, 256, 16), *range(256, max_sequences, 64))
     return (*(size for size in sizes if size < max_sequences), max_sequences)
 
 

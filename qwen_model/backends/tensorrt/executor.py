@@ -363,7 +363,7 @@ class TensorRTExecutor:
 
     def _bind_own_rotary(self, context: Any, lengths: list[int]) -> list[int] | None:
         """Bind a table of the prompts' own if they need one; return where each prompt begins in it, else None."""
-        own = self._table.prompt_table(lengths)
+        own = self._table.prompt_table(lengths, [0] * len(lengths), lengths)
         if own is None:
             return None
         table = self._on_device(own.values)

@@ -65,6 +65,6 @@ def test_sizes_of_decode_steps(most):
     sizes = decode_sizes(most)
     assert sizes[-1] == most
     assert list(sizes) == sorted(set(sizes))
-    assert len(sizes) <= 20
+    assert len(sizes) <= 33
     for count in range(1, most + 1):
-        assert count <= padded(count, sizes) <= max(8, 1.5 * count, count + 8)
+        assert count <= padded(count, sizes) <= max(2 * count, 8) if count < 16 else count + max(16, count // 4)
