@@ -25,7 +25,7 @@ from ..checkpoints.generation_config import GenerationConfig
 from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
 from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
-from ..checkpoints.weights import weight_groups
+from ..checkpoints.weights import network_modules, weight_groups
 from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
@@ -40,6 +40,9 @@ from ..interface.engine_config import (
 )
 from ..interface.memory import required_bytes
 from ..interface.sampling import SamplingDefaults
+from ..quantization.engine_weights import EngineWeights
+from ..quantization.formats import chosen_formats
+from ..quantization.summary import WeightSummary, weight_summary
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
@@ -57,6 +60,7 @@ class BuildSummary:
     cache_bytes: int
     seconds: float
     warnings: tuple[str, ...]
+    weights: WeightSummary
 
 
 def build_engine(
@@ -70,6 +74,10 @@ def build_engine(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
+    quantization: str = "auto",
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    head_quantization: str | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     tuning: bool = True,
@@ -87,6 +95,12 @@ def build_engine(
     rmsnorm_plugin: False is the same as "rms_norm" in `disable_plugins`.
     max_batch_size: sequences at a time; a beam is a sequence. None: 8.
     max_input_len, max_output_len: tokens of a prompt, and tokens generated for it. None: up to 1024 and 512.
+    quantization: of the weights of linear layers: "int8" or "int4"; "auto": as the checkpoint is; "none": in the
+        engine's type, also if the checkpoint is quantized.
+    group_size: with "int4", the inputs that share a scale: 32, 64, 128, or -1 for all. None: 128.
+    symmetric: with "int4", whether there are no zero points. None: True.
+    head_quantization: of the output projection: "int8", "int4" or "none". None: "int8" if linear layers are quantized
+        here, else as the checkpoint is.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
@@ -130,6 +144,8 @@ def build_engine(
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
+    formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
+    read_weight = EngineWeights(checkpoint, network_modules(model, engine_dtype, formats))
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
     watch.lap("tokenizer checked")
@@ -149,8 +165,9 @@ def build_engine(
         disabled_plugins=disabled,
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
         compute_capabilities=capabilities,
+        weight_formats=formats,
     )
-    weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
+    weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype, formats)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
@@ -161,12 +178,13 @@ def build_engine(
     if tuning:
         config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
     with written_whole(target) as folder:
-        warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
+        warnings += engine_back_end.write_engine(folder, config, read_weight, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
-    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
+    weights = weight_summary(model, config.dtype, formats, read_weight.relative_errors)
+    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings), weights)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

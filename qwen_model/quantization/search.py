@@ -1,6 +1,6 @@
 """Round a weight to codes, with the scales that give the least squared error.
 
-A scale from a group's largest number wastes codes on outliers: a smaller one, which clips them, is nearer for all others.
+A scale from a group's largest number wastes codes on outliers: a smaller one, which clips them, is nearer for the rest.
 So several are tried for each group, and the best is refined by least squares: the scale that fits its own codes.
 """
 

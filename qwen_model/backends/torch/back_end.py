@@ -40,8 +40,8 @@ def write_engine(
 
     (folder / "weights").mkdir()
     watch = Stopwatch(LOG)
-    done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
-    for group in weight_groups(config.model, config.dtype):
+    done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype, config.weight_formats)
+    for group in weight_groups(config.model, config.dtype, config.weight_formats):
         tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
         if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
@@ -66,6 +66,8 @@ def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
         QwenModelError: a number is too large for the type.
     """
     converted = weight.to(getattr(torch, dtype))
+    if not converted.is_floating_point():  # codes
+        return converted
     if torch.finfo(converted.dtype).max < torch.finfo(weight.dtype).max and not all_finite(converted):
         raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
     return converted
@@ -84,21 +86,28 @@ def load_executor(
     See `BackEnd` for `tuning` and for errors.
     """
     target = choose_device(device)
-    check_memory(config.model, config.limits, config.dtype, target)
+    check_memory(config, target)
     LOG.info("runs on %s: %s", target, _why(device, target))
     kernels: GemmKernels = {}
     if tuning and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
         with torch.cuda.device(target):  # before the weights take the memory that measuring needs
             kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
     watch, weights = Stopwatch(LOG), dict[str, Tensor]()
-    for group in weight_groups(config.model, config.dtype):
+    for group in weight_groups(config.model, config.dtype, config.weight_formats):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
         weights.update(_read_weights(path, group, target))
         LOG.debug("read %s: %s", path, format_bytes(path.stat().st_size))
     watch.lap("weights read", sum(weight.nbytes for weight in weights.values()))
-    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins, gemm_kernels=kernels)
+    return TorchExecutor(
+        config.model,
+        config.limits,
+        weights,
+        config.disabled_plugins,
+        gemm_kernels=kernels,
+        weight_formats=config.weight_formats,
+    )
 
 
 def _why(asked: str | None, device: torch.device) -> str:
@@ -178,10 +187,11 @@ def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
     return limits.max_batch_size * limits.max_input_len * columns * getattr(torch, dtype).itemsize
 
 
-def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
+def check_memory(config: EngineConfig, device: torch.device) -> None:
     """Raise OutOfMemoryError with a list of what is needed if weights, cache and activations exceed the free memory."""
-    weights, cache = required_bytes(config, limits, dtype)
-    activations = activation_bytes(config, limits, dtype)
+    limits = config.limits
+    weights, cache = required_bytes(config.model, limits, config.dtype, config.weight_formats)
+    activations = activation_bytes(config.model, limits, config.dtype)
     free, total = _memory(device)
     if weights + cache + activations > free:
         gib = 2.0**30

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.module_weights import ModuleWeights
+from ...checkpoints.module_weights import NOT_QUANTIZED, Formats, ModuleWeights
 from ...checkpoints.weights import network_modules
 from ...common.errors import OutOfMemoryError
 from ...common.extras import require_kernels
@@ -28,6 +28,7 @@ from ...network.rotary import rotary_table
 from ...tuning.choice import by_module
 from .batch_sampling import KernelSampler, TorchSampler
 from .operations import Batch, TorchOperations
+from .quantized import unpacked_modules
 
 LOG = logging.getLogger(__name__)
 
@@ -100,12 +101,14 @@ class TorchExecutor:
         disabled_plugins: Collection[str] = (),
         use_kernels: bool | None = None,
         gemm_kernels: GemmKernels | None = None,
+        weight_formats: Formats = NOT_QUANTIZED,
     ):
-        """Take the weights by the names of checkpoints/weights.py, all on one device and of one type.
+        """Take the weights by the names of checkpoints/weights.py, all on one device; unless quantized, of one type.
 
         use_kernels: compute the operations with our CUDA kernels, and decode steps as CUDA graphs. None: on a GPU, if
             there are kernels for the model.
         gemm_kernels: those of the linear layers, see tuning/choice.py; None: rules choose them.
+        weight_formats: of the quantized modules.
         """
         self.config = config
         self.limits = limits
@@ -120,10 +123,12 @@ class TorchExecutor:
         # Zeros, not empty: attention over rows that nothing was written to must not meet NaN.
         self.cache = torch.zeros(*shape, config.head_size, dtype=self.dtype, device=self.device)
         LOG.info("key-value cache: %s; %s", format_bytes(self.cache.nbytes), _kernels_used(use_kernels, on_gpu))
-        modules = _module_weights(config, self.dtype, weights)
+        modules = _module_weights(config, self.dtype, weights, weight_formats)
         ours = use_kernels and "gemm" not in disabled_plugins
+        if not ours:
+            modules = unpacked_modules(modules)
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
-        chosen = by_module(config, modules["lm_head"].format.kind, self.gemm_kernels or {})
+        chosen = by_module(config, str(self.dtype).removeprefix("torch."), self.gemm_kernels or {})
         self.operations = _operations(config, modules, self.cache, disabled_plugins, use_kernels, chosen)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = torch.from_numpy(self._table.values).to(self.device)
@@ -367,10 +372,10 @@ def uses_kernels(config: ModelConfig, device: torch.device) -> bool:
 
 
 def _module_weights(
-    config: ModelConfig, dtype: torch.dtype, weights: Mapping[str, Tensor]
+    config: ModelConfig, dtype: torch.dtype, weights: Mapping[str, Tensor], formats: Formats
 ) -> dict[str, ModuleWeights[Tensor]]:
     """Return the tensors of every module that the network calls, by its name."""
-    modules = network_modules(config, str(dtype).removeprefix("torch."))
+    modules = network_modules(config, str(dtype).removeprefix("torch."), formats)
     return {name: module.map(lambda spec: weights[spec.name]) for name, module in modules.items()}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
+from .quantized import linear as quantized_linear
 
 
 @dataclass
@@ -59,7 +60,7 @@ class TorchOperations:
         cache: Tensor,
         disabled: Collection[str] = (),
     ):
-        """Take the weights of each module, and the cache.
+        """Take the weights of each module, quantized ones in layout 1 (see `unpacked_modules`), and the cache.
 
         cache: [layers, max_batch_size, 2, kv_heads, max_positions, head_size]; the dimension of 2 is keys, then values.
         disabled: names of `PLUGINS` whose operations PyTorch's own functions compute.
@@ -96,7 +97,7 @@ class TorchOperations:
     ) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         weights = self.modules[module]
-        y = F.linear(x, weights.weight, weights.bias)
+        y = quantized_linear(x, weights) if weights.format.bits else F.linear(x, weights.weight, weights.bias)
         if activation is None:
             return y
         gate, up = y.chunk(2, dim=-1)
