@@ -29,6 +29,8 @@ from qwen_plugins._core import (
     RmsNormLayer,
     RotaryStyle,
     RowLayout,
+    WeightFormat,
+    WeightKind,
     cublas_lt_status,
     cublas_lt_version,
     decode_attention,
@@ -43,6 +45,7 @@ from qwen_plugins._core import (
     has_hopper_kernels,
     mark_seen,
     measure_gemm,
+    pack_weight,
     prefill_attention,
     rms_norm,
     rms_norm_quant,
@@ -50,6 +53,7 @@ from qwen_plugins._core import (
     sampling_settings_bytes,
     sampling_workspace_bytes,
     swiglu,
+    unpack_weight,
 )
 
 __all__ = [
@@ -62,6 +66,8 @@ __all__ = [
     "RmsNormLayer",
     "RotaryStyle",
     "RowLayout",
+    "WeightFormat",
+    "WeightKind",
     "cublas_lt_status",
     "cublas_lt_version",
     "decode_attention",
@@ -76,6 +82,7 @@ __all__ = [
     "has_hopper_kernels",
     "mark_seen",
     "measure_gemm",
+    "pack_weight",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quant",
@@ -83,4 +90,5 @@ __all__ = [
     "sampling_settings_bytes",
     "sampling_workspace_bytes",
     "swiglu",
+    "unpack_weight",
 ]
