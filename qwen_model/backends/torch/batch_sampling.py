@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...interface.executor import NO_TOKEN
-from ...interface.sampling import Choice, SamplingOptions, kernel_settings
+from ...interface.device import NO_TOKEN, Start
+from ...interface.sampling import Choice, SamplingOptions, seed_of
+from . import sampling
 
 
 class KernelSampler:
-    """Choose tokens with our kernel, on an NVIDIA GPU, for one batch after the other."""
+    """Choose tokens with our kernels, on an NVIDIA GPU, for one batch after the other: row i is in slot i."""
 
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device):
-        """Allocate what the kernel needs for logits [up to max_sequences, vocab_size]."""
-        from qwen_plugins.sampling import sampling_state
-
-        self._state = sampling_state(max_sequences, vocab_size, device)
+        """Allocate what the kernels need for logits [up to max_sequences, vocab_size]."""
+        self._sampler = sampling.KernelSampler(max_sequences, vocab_size, device)
+        self._slots = torch.arange(max_sequences, dtype=torch.int32, device=device)
 
     def begin(self, options: SamplingOptions, tokens: Tensor, cu_seqlens: Tensor) -> None:
         """Begin a batch; the prompts' tokens, packed, count as seen."""
-        from qwen_plugins.sampling import mark_seen
-
-        if not options.changes_logits:
-            return
-        self._state.set(**kernel_settings(options, self._state.vocab_size))
-        if options.repetition_penalty != 1.0:
-            mark_seen(tokens, cu_seqlens, self._state)
+        options = dataclasses.replace(options, seed=seed_of(options))  # one for all sequences
+        prompts = np.split(tokens.cpu().numpy(), cu_seqlens.cpu().numpy()[1:-1])
+        self._sampler.start([Start(i, options, i, prompt.tolist()) for i, prompt in enumerate(prompts)])
 
     def __call__(
         self, logits: Tensor, choice: Choice, tokens: Tensor, input_ids: Tensor, past_lengths: Tensor | None
@@ -38,17 +36,11 @@ class KernelSampler:
         tokens: gets the tokens [sequences], NO_TOKEN where the logits are not finite.
         input_ids: gets the same, with 0 for NO_TOKEN.
         """
-        from qwen_plugins.sampling import sample
-
-        sample(
-            logits,
-            self._state,
-            greedy=choice.greedy,
-            penalty=choice.penalty,
-            past_lengths=past_lengths,
-            input_ids=input_ids,
-            out=tokens,
-        )
+        slots = self._slots[: len(logits)]
+        tokens.copy_(self._sampler.choose(logits, slots, choice != Choice(greedy=True, penalty=False)))
+        input_ids.copy_(self._sampler.last_tokens[: len(logits)])
+        if past_lengths is not None:
+            past_lengths += 1
 
 
 class TorchSampler:
