@@ -134,7 +134,7 @@ class TensorRTExecutor:
         self._prompt_rotary: list[cuda.DeviceArray] = []  # the last prompts' own table and scale, if they needed them
         self._semaphores = cuda.DeviceArray((batch, model.num_heads), np.int32)
         self._activations = cuda.DeviceMemory(activation_bytes(engine))
-        self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream)
+        self._sampler = DeviceSampler(batch, model.vocab_size, config.dtype, self.stream, self._decode.input_ids)
         self._tokens = cuda.DeviceArray((batch,), np.int32)  # as chosen; the next step's input has 0 for NO_TOKEN
         self._ring = _TokenRing(batch)
         self._prefill_context = self._context(prefill_profile)
@@ -318,7 +318,7 @@ class TensorRTExecutor:
 
     def _choose(self, count: int, past_lengths: cuda.DeviceArray | None) -> None:
         """Choose the next tokens, which stay on the device as the next step's input."""
-        self._sampler.choose(self._logits, self._choice, count, self._tokens, self._decode.input_ids, past_lengths)
+        self._sampler.choose(self._logits, self._choice, count, self._tokens, past_lengths)
 
     def _chosen(self) -> _PendingTokens:
         """Start copying the tokens of the last step to the host."""
