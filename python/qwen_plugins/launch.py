@@ -22,8 +22,10 @@ What stays the same from launch to launch is an object, made once for each layer
 from qwen_plugins._core import (
     GEMM_KERNELS_VERSION,
     MAX_VOCAB_SIZE,
+    PAGE_SIZE,
     Activation,
     AttentionHeads,
+    CacheDataType,
     DataType,
     LinearLayer,
     RmsNormLayer,
@@ -55,8 +57,10 @@ from qwen_plugins._core import (
 __all__ = [
     "GEMM_KERNELS_VERSION",
     "MAX_VOCAB_SIZE",
+    "PAGE_SIZE",
     "Activation",
     "AttentionHeads",
+    "CacheDataType",
     "DataType",
     "LinearLayer",
     "RmsNormLayer",
