@@ -352,9 +352,9 @@ def cache_table(records: list[dict[str, Any]], phase: str) -> str:
     """Return a Markdown table of what pages cost and what 8 bits save."""
     lines = ["| heads, sequences x tokens | pages / rows | 16 bits / int8 | 16 bits / fp8 |", "|---" * 4 + "|"]
     for problem in dict.fromkeys(_problem(r) for r in records if r["phase"] == phase):
-        times = {r["provider"]: r.get("microseconds") for r in records if _problem(r) == problem}
+        times = {r["provider"]: r["microseconds"] for r in records if _problem(r) == problem and "microseconds" in r}
         ratios = [(PAGED, OURS), (PAGED, INT8), (PAGED, FP8)]
-        if not all(times.get(provider) for provider in (OURS, PAGED, INT8, FP8)):
+        if not times.keys() >= {OURS, PAGED, INT8, FP8}:
             continue
         cells = [f"{times[a] / times[b]:.2f}" for a, b in ratios]
         heads = "/".join(map(str, MODELS[problem.model]))
