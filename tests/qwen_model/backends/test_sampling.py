@@ -1,8 +1,9 @@
-"""PyTorch's choice of tokens beside exact distributions in float64 and transformers', and that a seed repeats it."""
+"""The choice of tokens, with PyTorch and with our kernels, beside exact distributions and transformers'."""
 
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,13 +19,17 @@ from transformers.generation import (
 )
 
 from qwen_model import QwenModelError, SamplingOptions
-from qwen_model.backends.torch.sampling import TorchSampler
+from qwen_model.backends.torch.sampling import KernelSampler, TorchSampler
 from qwen_model.interface.device import NO_TOKEN, Start
 from qwen_model.interface.kernel_sampling import sequence_starts
 from tests.qwen_model.model_files import random_prompt
 from tests.qwen_plugins import sampling_reference as reference
 
-CPU = torch.device("cpu")
+Sampler = TorchSampler | KernelSampler
+SAMPLERS = [
+    pytest.param((TorchSampler, torch.device("cpu")), id="torch"),
+    pytest.param((KernelSampler, torch.device("cuda")), id="kernels", marks=pytest.mark.gpu),
+]
 DRAWS = 4000
 VOCABULARY = 41
 PROMPT, OUTPUT = [1, 5, 5, 30], [2, 5, 40, 40, 40]
@@ -57,11 +62,20 @@ def probabilities(logits: torch.Tensor, start: Start, mask: np.ndarray | None = 
     return reference.probabilities(logits.numpy(), described, mask)
 
 
-def choose(sampler: TorchSampler, logits: torch.Tensor, slots: list[int]) -> list[int]:
-    numbers = np.array(slots, np.int32)
-    tokens = sampler.choose(logits, torch.from_numpy(numbers), sampler.variant(numbers))
+@pytest.fixture(params=SAMPLERS)
+def make(request):
+    """Make a sampler of some slots."""
+    sampler, device = request.param
+    return lambda slots, vocab_size=VOCABULARY: sampler(slots, vocab_size, device)
+
+
+def choose(sampler: Sampler, logits: torch.Tensor, slots: Sequence[int], masks=None) -> list[int]:
+    numbers, device = np.array(slots, np.int32), sampler.last_tokens.device
+    sampler.set_masks(masks or {})
+    variant = sampler.variant(numbers, masked=bool(masks))
+    tokens = sampler.choose(logits.to(device), torch.from_numpy(numbers).to(device), variant)
     assert tokens.dtype == sampler.last_tokens.dtype == torch.int32
-    assert torch.equal(sampler.last_tokens[slots], tokens.clamp(min=0))
+    assert torch.equal(sampler.last_tokens[list(slots)], tokens.clamp(min=0))
     return tokens.tolist()
 
 
@@ -89,10 +103,10 @@ def test_the_float64_reference_is_transformers(options):
 
 
 @pytest.mark.parametrize("options", [*CASES, *CASES_OF_VLLM], ids=str)
-def test_distribution(options):
+def test_distribution(make, options):
     """Pearson's chi-squared test over sequences of one seed; at this threshold a right sampler fails once in 10^6."""
     (logits,) = some_logits()
-    sampler = TorchSampler(DRAWS, VOCABULARY, CPU)
+    sampler = make(DRAWS)
     starts = [Start(i, SamplingOptions(seed=1, **options), i, PROMPT, OUTPUT) for i in range(DRAWS)]
     sampler.start(starts)
     expected = probabilities(logits, starts[0])
@@ -123,13 +137,13 @@ def random_options(rng: random.Random, size: int) -> SamplingOptions:
     )
 
 
-def test_mixtures_of_options_in_any_company():
+def test_mixtures_of_options_in_any_company(make):
     """Every row gets a token that its own settings allow, and the same as alone, in whichever row and slot it is.
 
     Half of the sequences move to another slot in each step, as after preemption.
     """
     rng = random.Random(3)
-    sampler = TorchSampler(30, VOCABULARY, CPU)
+    sampler = make(30)
     starts: dict[int, Start] = {}
     for slot in range(30):
         starts[slot] = Start(slot, random_options(rng, VOCABULARY), slot, PROMPT)
@@ -138,13 +152,11 @@ def test_mixtures_of_options_in_any_company():
         slots = rng.sample(range(30), 20)
         logits = some_logits(20, seed=step)
         masks = {slot: reference.mask_of(rng.sample(range(VOCABULARY), 5), VOCABULARY) for slot in slots[:6]}
-        sampler.set_masks(masks)
-        for slot, row, token in zip(slots, logits, choose(sampler, logits, slots), strict=True):
+        for slot, row, token in zip(slots, logits, choose(sampler, logits, slots, masks), strict=True):
             assert probabilities(row, starts[slot], masks.get(slot))[token] > 0
-            alone = TorchSampler(1, VOCABULARY, CPU)
+            alone = make(1)
             alone.start([dataclasses.replace(starts[slot], slot=0)])
-            alone.set_masks({0: masks[slot]} if slot in masks else {})
-            assert choose(alone, row[None], [0]) == [token]
+            assert choose(alone, row[None], [0], {0: masks[slot]} if slot in masks else {}) == [token]
             starts[slot] = dataclasses.replace(starts[slot], output=[*starts[slot].output, token])
         moved = rng.sample(range(30), 15)
         places = rng.sample(moved, 15)
@@ -155,47 +167,45 @@ def test_mixtures_of_options_in_any_company():
         sampler.start(list(found.values()))
 
 
-def test_the_lowest_temperature_is_greedy():
+def test_the_lowest_temperature_is_greedy(make):
     logits = some_logits(50) * 5
-    sampler = TorchSampler(50, VOCABULARY, CPU)
+    sampler = make(50)
     sampler.start([Start(i, SamplingOptions(temperature=1e-38), 0, [1]) for i in range(50)])
     assert choose(sampler, logits, range(50)) == logits.argmax(-1).tolist()
 
 
-def test_rows_without_a_token():
+def test_rows_without_a_token(make):
     """Those that are not finite, and those whose mask allows nothing: they affect no other row."""
     options = [{}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1, "presence_penalty": 1.0}]
     clean = some_logits(2 * len(options))
     for value in (math.nan, math.inf, -math.inf, "mask"):
-        sampler = TorchSampler(len(clean), VOCABULARY, CPU)
+        sampler, masks = make(len(clean)), {}
         sampler.start([Start(i, SamplingOptions(seed=1, **options[i // 2]), i, PROMPT) for i in range(len(clean))])
         logits = clean.clone()
         if value == "mask":
-            sampler.set_masks({i: reference.mask_of([], VOCABULARY) for i in range(0, len(clean), 2)})
+            masks = {i: reference.mask_of([], VOCABULARY) for i in range(0, len(clean), 2)}
         else:
             logits[::2, slice(None) if value == -math.inf else 7] = value
-        tokens = choose(sampler, logits, range(len(clean)))
+        tokens = choose(sampler, logits, range(len(clean)), masks)
         assert [token == NO_TOKEN for token in tokens] == [True, False] * len(options)
-        sampler.set_masks({})
         assert NO_TOKEN not in choose(sampler, clean, range(len(clean)))
 
 
-def test_a_forbidden_token_does_not_hide_logits_that_are_not_finite():
+def test_a_forbidden_token_does_not_hide_logits_that_are_not_finite(make):
     logits = some_logits(2)
     logits[0, 3] = math.nan
-    sampler = TorchSampler(2, VOCABULARY, CPU)
-    sampler.set_masks({slot: reference.mask_of([8], VOCABULARY) for slot in (0, 1)})
-    assert choose(sampler, logits, [0, 1]) == [NO_TOKEN, 8]
+    masks = {slot: reference.mask_of([8], VOCABULARY) for slot in (0, 1)}
+    assert choose(make(2), logits, [0, 1], masks) == [NO_TOKEN, 8]
 
 
 @pytest.mark.parametrize("mask", [np.zeros(2, np.int64), np.zeros(3, np.uint32), [1, 2]])
-def test_masks_of_another_form(mask):
+def test_masks_of_another_form(make, mask):
     with pytest.raises(QwenModelError, match=r"a mask of allowed tokens must be uint32 \[2\], not"):
-        TorchSampler(2, VOCABULARY, CPU).set_masks({0: mask})
+        make(2).set_masks({0: mask})
 
 
-def test_a_bias_outside_of_the_vocabulary_changes_nothing():
-    sampler = TorchSampler(2, VOCABULARY, CPU)
+def test_a_bias_outside_of_the_vocabulary_changes_nothing(make):
+    sampler = make(2)
     wrong = SamplingOptions(logit_bias={VOCABULARY: 1.0})
     with pytest.raises(QwenModelError, match="logit_bias: token 41 is not in the vocabulary of 41 tokens"):
         sampler.start([Start(0, SamplingOptions(logit_bias={3: 100.0}), 0, []), Start(1, wrong, 0, [])])
@@ -203,13 +213,16 @@ def test_a_bias_outside_of_the_vocabulary_changes_nothing():
 
 
 @pytest.mark.parametrize("num_best", [0, 5, 128])
-def test_logprobs(num_best):
+def test_logprobs(make, num_best):
     """Of equal logits the lower token comes first; beyond the vocabulary there is none."""
     logits = some_logits(6).round()
     logits[4, ::2] = -math.inf
     logits[5, 3] = math.nan
     tokens = torch.tensor([0, 40, NO_TOKEN, 3, 1, 1], dtype=torch.int32)
-    own, best_tokens, best = TorchSampler(6, VOCABULARY, CPU).logprobs(logits, tokens, num_best)
+    sampler = make(6)
+    device = sampler.last_tokens.device
+    found = sampler.logprobs(logits.to(device), tokens.to(device), num_best)
+    own, best_tokens, best = (tensor.cpu() for tensor in found)
     assert own.isnan().tolist() == [False, False, True, False, False, True]
     for i in range(5):
         exact, count = reference.logprobs(logits[i].numpy()), min(num_best, VOCABULARY)
