@@ -156,8 +156,9 @@ class TileAttention {
       float scores[kStep / 16][4];
       const uint32_t keys = stream_.wait_for(Cached::kKeys);
 #pragma unroll
-      for (int first = 0; first < kStep; first += 16)
+      for (int first = 0; first < kStep; first += 16) {
         compute_scores<kType>(scores[first / 16], keys, first, scale, shared);
+      }
       stream_.release(Cached::kKeys);
       const uint32_t values = stream_.wait_for(Cached::kValues);
 #pragma unroll
@@ -238,7 +239,9 @@ class TileAttention {
     if constexpr (kQuantized && !std::is_same_v<T, __half>) {
       constexpr float kLargest = 65504.0F;  // of float16
 #pragma unroll
-      for (float& element : elements) element = fminf(fmaxf(element, -kLargest), kLargest);
+      for (float& element : elements) {
+        if (fabsf(element) > kLargest) element = copysignf(kLargest, element);  // and NaN stays NaN
+      }
     }
     vector = pack<Operand>(elements);
   }
