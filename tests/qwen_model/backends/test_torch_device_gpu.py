@@ -63,7 +63,7 @@ def device_on(model, place, dtype=torch.float32, **options):
     return TorchDevice(config, LIMITS, weights, num_pages=90, **options)
 
 
-def sequences(count=len(PROMPTS), first_page=1, sampling=None):
+def sequences(count=7, first_page=1, sampling=None):
     found, page = [], first_page
     for index, prompt in enumerate(PROMPTS[:count]):
         pages = list(range(page, page + -(-(len(prompt) + NEW_TOKENS) // 64)))
