@@ -164,6 +164,20 @@ def logprobs(
     enqueue(run, stream)
 
 
+def gather_rows(
+    *, table: int, ids: int, y: int, table_rows: int, row_size: int, rows: int, dtype: int, stream: int
+) -> None:
+    kind = np.dtype(f"V{DTYPES[dtype].itemsize}")
+
+    def run() -> None:
+        found = view(ids, (rows,), np.dtype(np.int32))
+        assert found.min() >= 0
+        assert found.max() < table_rows
+        view(y, (rows, row_size), kind)[:] = view(table, (table_rows, row_size), kind)[found]
+
+    enqueue(run, stream)
+
+
 GEMM_KERNELS = {"rules": 0, "stream": 0x10000, "cublas_lt:2": 0x40002}
 
 
@@ -186,6 +200,7 @@ core.__dict__.update(
     sample=sample,
     start_sampling=start_sampling,
     logprobs=logprobs,
+    gather_rows=gather_rows,
     environment=lambda: {"gpu": "NumPy", "kernels": 1},
     candidates=lambda **shape: ["stream", "cublas_lt:2"],
     measure=measure,
