@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
+    add_int4_arguments,
     add_tuning_argument,
     add_verbose_argument,
     parse_rotary_scaling,
     progress_bar,
     run_command,
+    weights_text,
 )
 from .common.log import show_log
 from .interface.engine_config import KV_CACHE_DTYPES, PLUGINS, RTX_COMPUTE_CAPABILITIES
-from .quantization.options import DEFAULT_GROUP_SIZE, GROUP_SIZES, HEADS, MODES
+from .quantization.options import HEADS, MODES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
-    from .quantization.summary import WeightSummary
 
-WORST_LAYERS = 3
-"""The layers whose errors are shown."""
 LOG = logging.getLogger("qwen_model.build")  # also where this module runs as __main__
 
 
@@ -150,16 +149,7 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         help="of linear layers: int8, with a scale for each output, or int4, with one for each group of inputs; auto "
         "(default): as the checkpoint is; none: in the engine's type, also if the checkpoint is quantized",
     )
-    group.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help=f"with int4, the inputs that share a scale: {', '.join(map(str, GROUP_SIZES))} (all); default: "
-        f"{DEFAULT_GROUP_SIZE}",
-    )
-    group.add_argument(
-        "--asymmetric", action="store_true", help="with int4: zero points, a little more memory and less error"
-    )
+    add_int4_arguments(group)
     group.add_argument(
         "--head-quantization",
         choices=HEADS,
@@ -182,22 +172,11 @@ def _summary_text(summary: BuildSummary) -> str:
         f"back end    {config.backend}, {config.dtype}{without}\n{built_for}"
         f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
         f"outputs of {limits.max_output_len} tokens, steps of {limits.max_num_tokens} tokens\n"
-        f"{_weights_text(summary.weights)}"
+        f"{weights_text(summary.weights)}"
         f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "
         f"{summary.sequence_bytes / 2**20:,.1f} MiB of key-value cache{cached} for each sequence\n"
         f"time        {summary.seconds:.1f} s"
     )
-
-
-def _weights_text(weights: WeightSummary) -> str:
-    """Return the lines about quantization; "" without any."""
-    if not weights.bits:
-        return ""
-    formats = "; ".join(f"{count} x {text}" for text, count in weights.formats.items())
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in weights.part_bytes.items())
-    lines = f"weights     {formats}\n            {weights.bits:.2f} bits a quantized weight; MiB: {parts}\n"
-    worst = [f"{name} {error:.2%}" for name, error in weights.relative_errors.items()][:WORST_LAYERS]
-    return lines + (f"error       of the weights, largest: {', '.join(worst)}\n" if worst else "")
 
 
 if __name__ == "__main__":

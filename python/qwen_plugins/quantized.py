@@ -1,7 +1,7 @@
 """Pack quantized weights for the GEMM kernels, and unpack them: on the host, with NumPy arrays.
 
 A weight of out_features rows and in_features columns is ``scales * (codes - zeros)``, with a scale and a zero point for
-each row and group of columns. The packed layout, the same for all GPUs, is that of ``csrc/kernels/gemm/packed_weight.h``.
+each row and group of columns. The packed layout, the same on all GPUs, is in ``csrc/kernels/gemm/packed_weight.h``.
 
     packed = quantized.pack(codes, scales, bits=4, group_size=128)
     codes, scales, zeros = quantized.unpack(packed)
@@ -105,7 +105,7 @@ def pack(
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or a multiple of 128, which divides in_features; 0: all columns.
             Groups of more than 128 columns become several of 128 with the same scale.
-        scale_dtype: "float16" or "bfloat16", where scales are uint16: the packed ones are, too, and what `unpack` gives.
+        scale_dtype: "float16" or "bfloat16", where scales are uint16: then packed and unpacked ones are, too.
 
     Raises:
         TypeError: an array has another type.

@@ -23,6 +23,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.generation_config import GenerationConfig
 from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
+from ..checkpoints.module_weights import Formats
 from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
 from ..checkpoints.weights import network_modules, weight_groups
@@ -181,6 +182,7 @@ def build_engine(
         *tokenizer_warnings,
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
+        *_scale_warnings(formats, config.dtype),
     ]
     report = progress or no_progress
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
@@ -258,6 +260,16 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
         yield (
             f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "
             "model was made for; consider --rotary-scaling"
+        )
+
+
+def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
+    scales = {each.scale_dtype for each in formats.values()}
+    if dtype != "float32" and scales - {dtype}:
+        other = (scales - {dtype}).pop()
+        yield (
+            f"the checkpoint's scales are {other} and the engine is {dtype}: they are kept as they are, but slower "
+            f"kernels compute prompts; --dtype {other} has the faster ones"
         )
 
 
