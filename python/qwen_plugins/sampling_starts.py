@@ -46,6 +46,13 @@ BIAS = np.dtype([("token", "<i4"), ("value", "<f4")])
 """SamplingBias of csrc/kernels/sampling/sampling.h."""
 
 
+_COPIED = (
+    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("top_k", "greedy", "seed", "draw_stream"),
+)
+"""The settings that are as a `SequenceStart` has them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SequenceStart:
     """Describe how the tokens of a sequence are chosen that begins in a slot, or comes back to one.
@@ -140,25 +147,21 @@ def pack_starts(starts: Sequence[SequenceStart], counts: int = 0, counts_row_byt
         counts_row_bytes: from the counts of one slot to those of the next, see `counts_row_size`.
     """
     records = np.zeros(len(starts), START)
-    biases: list[tuple[int, float]] = []
-    tokens: list[npt.NDArray[np.int32]] = []
-    num_tokens = 0
-    for record, start in zip(records, starts, strict=True):
-        settings = record["settings"]
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            settings[name] = getattr(start, name)
-        for name in ("top_k", "greedy", "seed", "draw_stream"):
-            settings[name] = getattr(start, name)
-        settings["step"] = len(start.output)
-        settings["num_biases"] = len(start.logit_bias)
-        record["slot"] = start.slot
-        record["first_bias"], record["first_token"] = len(biases), num_tokens
-        biases += sorted(start.logit_bias.items())
-        if start.penalizes:
-            settings["counts"] = counts + start.slot * counts_row_bytes
-            record["prompt_length"], record["output_length"] = len(start.prompt), len(start.output)
-            tokens += [np.asarray(part, np.int32) for part in (start.prompt, start.output)]
-            num_tokens += len(start.prompt) + len(start.output)
+    settings = records["settings"]
+    for name in _COPIED:
+        settings[name] = [getattr(start, name) for start in starts]
+    settings["step"] = [len(start.output) for start in starts]
+    settings["num_biases"] = [len(start.logit_bias) for start in starts]
+    records["slot"] = [start.slot for start in starts]
+    records["first_bias"] = np.cumsum(settings["num_biases"]) - settings["num_biases"]
+    counted = np.array([start.penalizes for start in starts], bool)
+    settings["counts"] = np.where(counted, counts + records["slot"].astype(np.int64) * counts_row_bytes, 0)
+    records["prompt_length"] = np.where(counted, [len(start.prompt) for start in starts], 0)
+    records["output_length"] = np.where(counted, settings["step"], 0)
+    num_tokens = records["prompt_length"] + records["output_length"]
+    records["first_token"] = np.cumsum(num_tokens) - num_tokens
+    biases = [bias for start in starts for bias in sorted(start.logit_bias.items())]
+    tokens = [np.asarray(part, np.int32) for s in starts if s.penalizes for part in (s.prompt, s.output)]
     parts = [records, np.array(biases, BIAS), np.concatenate([*tokens, np.zeros(0, np.int32)])]
     data = np.concatenate([part.view(np.uint8) for part in parts])
     return PackedStarts(data, records.nbytes, records.nbytes + parts[1].nbytes)

@@ -63,8 +63,8 @@ struct SamplingParams {
   int32_t sequences = 0;                // 0 launches nothing
   int32_t vocab_size = 0;               // at most kMaxVocabSize
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16
-  const int32_t* slots = nullptr;       // [sequences]: each row's; two rows may only share one without penalties.
-                                        // Null: row i has slot i
+  const int32_t* slots = nullptr;       // [sequences]: each row's; rows may only share one that takes the largest
+                                        // logit. Null: row i has slot i
   bool largest = false;                 // the largest logit of every row, the first of equal ones: `state`, `mask_rows`
                                         // and `masks` are not used
   SamplingSlots state;
@@ -118,8 +118,8 @@ struct LogprobsParams {
   const int32_t* tokens = nullptr;  // [sequences]
   float* logprobs = nullptr;        // [sequences]: of `tokens`; NaN for kNoToken
   int32_t* best_tokens = nullptr;   // [sequences, num_best]: the most likely, best first, of equal ones the lowest
-                                   // first; kNoToken beyond the vocabulary
-  float* best_logprobs = nullptr;  // [sequences, num_best]: theirs; -infinity beyond the vocabulary
+                                    // first; kNoToken beyond the vocabulary
+  float* best_logprobs = nullptr;   // [sequences, num_best]: theirs; -infinity beyond the vocabulary
 };
 
 // Computes log-probabilities of the softmax of the logits as they are. They do not depend on the number of sequences. A

@@ -187,7 +187,8 @@ class _Sequence:
         logits = _masked(self._processed(logits.float()), mask)
         token = _largest(logits)
         if not self.options.greedy:
-            token = torch.where(token == NO_TOKEN, NO_TOKEN, self._draw(logits))
+            drawn = self._draw(torch.where(token == NO_TOKEN, 0.0, logits))  # which fails for NaN
+            token = torch.where(token == NO_TOKEN, NO_TOKEN, drawn)
         if self.in_output is not None:
             self.in_output.index_add_(0, token.clamp(min=0)[None], (token != NO_TOKEN).int()[None])
         self.step += 1
