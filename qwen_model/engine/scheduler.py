@@ -320,11 +320,10 @@ class Scheduler:
         slots = self._decode_slots(events)
         if not len(slots):
             return False
-        sequences = [self._slots.sequences[slot] for slot in slots.tolist()]
         batch = self._slots.decode_batch(slots)
         self._start_slots()
         self.device.forward(batch)
-        self._choose(batch, [each for each in sequences if each is not None], False, events)
+        self._choose(batch, self._slots.at(slots), False, events)
         return True
 
     def _decode_slots(self, events: list[Event]) -> Int32Array:
@@ -338,10 +337,9 @@ class Scheduler:
                 self._read_all(events)
             else:
                 self._preempt_youngest()
-        for sequence in [self._slots.sequences[slot] for slot in full.tolist()]:
-            if sequence is not None:
-                self._name_pages(sequence)
-                self._slots.add_pages(sequence, self.pool.allocate(1))
+        for sequence in self._slots.at(full):
+            self._name_pages(sequence)
+            self._slots.add_pages(sequence, self.pool.allocate(1))
         return slots
 
     def _launch_prompts(self, events: list[Event]) -> bool:
