@@ -22,12 +22,14 @@ from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from benchmarks.timing import capture
 from benchmarks.vllm_weights import WEIGHT_SCALE
 from qwen_model import build_engine, load_engine
-from qwen_model.backends.torch.executor import TorchExecutor
+from qwen_model.backends.torch.device import TorchDevice
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.common.progress import no_progress
+from qwen_model.engine.scheduler import Scheduler
 from qwen_model.engine.session import Session
 from qwen_model.interface.engine_config import EngineConfig, Limits
+from qwen_model.interface.memory import most_pages
 from qwen_model.tuning.choice import choose_kernels
 
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
@@ -155,7 +157,8 @@ def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Loa
     engine = EngineConfig("torch", "", limits, config, (), 0, {})
     dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
     kernels = choose_kernels(config, limits, dtype, no_progress)
-    return Session(engine, TorchExecutor(config, limits, weights, gemm_kernels=kernels))
+    device = TorchDevice(config, limits, weights, num_pages=most_pages(limits), gemm_kernels=kernels)
+    return Session(engine, Scheduler(device))
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:
