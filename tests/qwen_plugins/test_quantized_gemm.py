@@ -44,14 +44,18 @@ def _per_column(values, in_features):
     return values.repeat_interleave(in_features // values.shape[1], dim=1)
 
 
-def check(y, x, weight, bias, activation):
-    """Check for one rounding, of weights that are exact or rounded once to the type of x."""
+def check(y, x, weight, bias, activation, *, may_round_sums=False):
+    """Check for one rounding, of weights that are exact or rounded once to the type of x.
+
+    cuBLASLt's sums may be rounded before the bias, and are before the activation.
+    """
     wrong = []
     precision = torch.finfo(x.dtype).eps
+    intermediate = precision if may_round_sums else 2.0**-17
     for multiplied in (weight, weight.to(x.dtype)):
         expected, size = reference(x, multiplied, bias, activation)
         assert y.shape == expected.shape
-        tolerance = 0.51 * precision * expected.abs() + 2.0**-17 * size + torch.finfo(x.dtype).tiny
+        tolerance = 0.51 * precision * expected.abs() + intermediate * size + torch.finfo(x.dtype).tiny
         wrong.append(~((y.double() - expected).abs() <= tolerance))
     assert y.dtype == x.dtype
     assert y.is_contiguous()
@@ -92,7 +96,8 @@ def test_any_number_of_columns_in_one_group(device):
         layer = Layer(in_features, 40, bits=4, group_size=0, zeros=True, dtype=torch.float16, device=device)
         for rows in (1, 5, 40, 100):
             x, bias = operands(rows, layer, torch.float16, None)
-            check(qwen_plugins.gemm(x, layer.packed, bias), x, layer.weight, bias, None)
+            y = qwen_plugins.gemm(x, layer.packed, bias)
+            check(y, x, layer.weight, bias, None, may_round_sums=rows > 16 and device == "cuda")
 
 
 def launch_kernel(name, layer, x, bias, activation, y, scale_dtype=None):
@@ -155,7 +160,7 @@ def test_each_kernel_of_many_rows(dtype, activation, kernel, bits):
             buffer = torch.full((rows * columns + 64,), torch.nan, dtype=dtype, device="cuda")
             y = buffer[:-64].view(rows, columns)
             launch_kernel(kernel, layer, strided, bias, activation, y)
-            check(y, x, layer.weight, bias, activation)
+            check(y, x, layer.weight, bias, activation, may_round_sums=kernel == "dequantized")
             assert buffer[-64:].isnan().all()
 
 
@@ -179,7 +184,8 @@ def test_scales_of_another_type(dtype, rows):
     layer = Layer(512, 256, bits=4, group_size=64, zeros=True, dtype=other)
     for activation in ACTIVATIONS:
         x, bias = operands(rows, layer, dtype, activation)
-        check(qwen_plugins.gemm(x, layer.packed, bias, activation=activation), x, layer.weight, bias, activation)
+        y = qwen_plugins.gemm(x, layer.packed, bias, activation=activation)
+        check(y, x, layer.weight, bias, activation, may_round_sums=rows > 16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -206,7 +212,7 @@ def test_misaligned_views(rows, offset):
             buffer = x.new_full((offset + rows * columns,), torch.nan)
             out = buffer[offset:].view(rows, columns)
             y = qwen_plugins.gemm(view, layer.packed, b, activation=activation, out=out)
-            check(y, x, layer.weight, bias, activation)
+            check(y, x, layer.weight, bias, activation, may_round_sums=rows > 16)
             assert buffer[:offset].isnan().all()
 
 

@@ -128,7 +128,7 @@ struct QuantizedBlock {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
-      mbarrier_init(full(stage), 1);
+      mbarrier_init(full(stage), 2);
       mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
@@ -141,90 +141,102 @@ struct QuantizedBlock {
   }
 };
 
-// The producer thread: loads all chunks of the block's tiles, as many stages ahead as the ring buffer has.
+// A producer thread: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. One
+// thread has the weights, another x: the instructions of both would take one thread longer than wgmma takes.
+template <WeightKind kKind, int kRows, typename Load>
+__device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& block, Load load) {
+  using Layout = QuantizedLayout<kKind, kRows>;
+  PipelineState state;
+  int free_stages = Layout::kStages;  // at first
+  for (QuantizedTileOrder order(block.p); !order.done(); order.advance()) {
+    const QuantizedTile tile = order.tile(block.rank);
+    const int end = order.first_chunk(tile.split + 1);
+    int chunk = order.first_chunk(tile.split);
+    load.begin(tile, chunk);
+    for (; chunk < end; ++chunk) {
+      if (free_stages > 0) {
+        --free_stages;
+      } else {
+        mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
+      }
+      load(state.stage, chunk);
+      state.advance(Layout::kStages);
+    }
+  }
+}
+
+// Loads x: half of a stage's rows, for both blocks of the cluster.
 template <WeightKind kKind, int kRows>
-class QuantizedProducer {
+class LoadX {
  public:
-  __device__ __forceinline__ explicit QuantizedProducer(const QuantizedBlock<kKind, kRows>& block)
-      : block_(block), p_(block.p), order_(block.p) {
-    find();
+  __device__ __forceinline__ explicit LoadX(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+
+  __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
+    row_ = tile.row_tile * kRows + block_.rank * kHalf;
+  }
+  __device__ __forceinline__ void operator()(int stage, int chunk) const {
+    mbarrier_arrive_expect_tx(block_.full(stage), 2 * kHalf * kSwizzleBytes);  // the other block's half, too
+    tma_load_2d_multicast<kQuantizedCluster>(block_.x(stage) + block_.rank * kHalf * kSwizzleBytes, block_.p.x,
+                                             block_.full(stage), chunk * kBlockK, row_);
   }
 
-  // Load the weights of the first stages, and, after wait_for_previous_kernel(), their x.
-  __device__ __forceinline__ void load_first_weights() {
-    for (int stage = 0; stage < Layout::kStages && !order_.done(); ++stage, advance()) load_weight(stage);
+ private:
+  static constexpr int kHalf = kRows / kQuantizedCluster;
+  const QuantizedBlock<kKind, kRows>& block_;
+  int row_ = 0;
+};
+
+// Loads codes, scales and zero points.
+template <WeightKind kKind, int kRows>
+class LoadWeights {
+ public:
+  __device__ __forceinline__ explicit LoadWeights(const QuantizedBlock<kKind, kRows>& block)
+      : block_(block), p_(block.p) {}
+
+  __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
+    row_ = tile.weight_tile * (p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights);
+    // Rows with scales: a multiple of 16. With SwiGLU there are gate rows and up rows.
+    const int most = p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights;
+    count_ = max(0, min(p_.scale_rows - row_, most));
+    up_count_ = p_.swiglu ? max(0, min(p_.scale_rows - p_.columns - row_, most)) : 0;
+    const int scale_bytes = p_.zeros == nullptr ? 2 : 3;
+    bytes_ = Layout::kCodeBytes + p_.groups * (count_ + up_count_) * scale_bytes;
+    const int group = chunk / p_.group_chunks;
+    chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
+    scales_ = static_cast<int64_t>(group) * p_.groups * p_.scale_rows + row_;
   }
-  __device__ __forceinline__ void load_first_x() const {
-    QuantizedProducer first(block_);
-    for (int stage = 0; stage < Layout::kStages && !first.order_.done(); ++stage, first.advance()) first.load_x(stage);
-  }
-  __device__ __forceinline__ void load_the_rest() {
-    for (PipelineState state; !order_.done(); state.advance(Layout::kStages), advance()) {
-      mbarrier_wait(block_.empty(state.stage), state.parity);
-      load_weight(state.stage);
-      load_x(state.stage);
+  __device__ __forceinline__ void operator()(int stage, int chunk) {
+    const uint32_t full = block_.full(stage);
+    mbarrier_arrive_expect_tx(full, bytes_);
+    // Coordinates: encode_codes_tensor_map.
+    tma_load_4d_multicast<1>(block_.codes(stage), p_.codes, full, chunk % 2 * (Layout::kBlockBytes / 4),
+                             row_ / kPackedRows, 0, chunk / 2);
+    for (int group = 0; group < p_.groups; ++group) {
+      const int64_t from = scales_ + group * p_.scale_rows;
+      const int to = group * kQuantizedTileWeights;
+      load_scales(stage, from, to, count_);
+      load_scales(stage, from + p_.columns, to + kQuantizedHalf, up_count_);
     }
+    if (--chunks_left_ > 0) return;
+    chunks_left_ = p_.group_chunks;
+    scales_ += static_cast<int64_t>(p_.groups) * p_.scale_rows;
   }
 
  private:
   using Layout = QuantizedLayout<kKind, kRows>;
 
-  __device__ __forceinline__ void find() {
-    if (order_.done()) return;
-    tile_ = order_.tile(block_.rank);
-    chunk_ = order_.first_chunk(tile_.split);
-    end_ = order_.first_chunk(tile_.split + 1);
-  }
-  __device__ __forceinline__ void advance() {
-    if (++chunk_ < end_) return;
-    order_.advance();
-    find();
-  }
-  // Also expects the bytes of x, half of which the other block of the cluster loads.
-  __device__ __forceinline__ void load_weight(int stage) const {
-    const uint32_t full = block_.full(stage);
-    const int scale_bytes = p_.zeros == nullptr ? 2 : 3;
-    const int scales = p_.groups * (scale_rows(0) + scale_rows(1));
-    mbarrier_arrive_expect_tx(full, Layout::kXBytes + Layout::kCodeBytes + scales * scale_bytes);
-    // Coordinates: encode_codes_tensor_map.
-    tma_load_4d_multicast<1>(block_.codes(stage), p_.codes, full, chunk_ % 2 * (Layout::kBlockBytes / 4),
-                             first_row(0) / kPackedRows, 0, chunk_ / 2);
-    for (int group = 0; group < p_.groups; ++group) {
-      load_scales(stage, group, 0);
-      load_scales(stage, group, 1);
-    }
-  }
-  // The first weight row of a half of the tile, and how many there are with scales, a multiple of 16.
-  __device__ __forceinline__ int first_row(int half) const {
-    return p_.swiglu ? tile_.weight_tile * kQuantizedHalf + half * p_.columns
-                     : tile_.weight_tile * kQuantizedTileWeights + half * kQuantizedHalf;
-  }
-  __device__ __forceinline__ int scale_rows(int half) const {
-    return max(0, min(p_.scale_rows - first_row(half), kQuantizedHalf));
-  }
-  __device__ __forceinline__ void load_scales(int stage, int group, int half) const {
-    const int count = scale_rows(half);
+  __device__ __forceinline__ void load_scales(int stage, int64_t from, int to, int count) const {
     if (count == 0) return;
-    const int64_t from =
-        static_cast<int64_t>(chunk_ / p_.group_chunks * p_.groups + group) * p_.scale_rows + first_row(half);
-    const int to = group * kQuantizedTileWeights + half * kQuantizedHalf;
-    const uint64_t policy = evict_normal_policy();
-    bulk_load(block_.scales(stage) + 2 * to, p_.scales + from, 2 * count, block_.full(stage), policy);
+    bulk_load(block_.scales(stage) + 2 * to, p_.scales + from, 2 * count, block_.full(stage), policy_);
     if (p_.zeros == nullptr) return;
-    bulk_load(block_.zeros(stage) + to, p_.zeros + from, count, block_.full(stage), policy);
-  }
-  __device__ __forceinline__ void load_x(int stage) const {
-    constexpr int kHalf = kRows / kQuantizedCluster;
-    tma_load_2d_multicast<kQuantizedCluster>(block_.x(stage) + block_.rank * kHalf * kSwizzleBytes, p_.x,
-                                             block_.full(stage), chunk_ * kBlockK,
-                                             tile_.row_tile * kRows + block_.rank * kHalf);
+    bulk_load(block_.zeros(stage) + to, p_.zeros + from, count, block_.full(stage), policy_);
   }
 
   const QuantizedBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
-  QuantizedTileOrder order_;
-  QuantizedTile tile_{};
-  int chunk_ = 0, end_ = 0;
+  const uint64_t policy_ = evict_normal_policy();
+  int row_ = 0, count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
+  int64_t scales_ = 0;
 };
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
@@ -457,27 +469,26 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const QuantizedBlock<kKind, kRows> block(p, shared_address(shared));
   constexpr int kFirstProducerThread = kWarpgroupThreads * kQuantizedGroups;
-  const bool is_producer = static_cast<int>(threadIdx.x) == kFirstProducerThread;
-  if (is_producer) {
+  const int producer = static_cast<int>(threadIdx.x) - kFirstProducerThread;
+  if (producer == 0) {
     prefetch_tensor_map(p.codes);
     prefetch_tensor_map(p.x);
     block.init_barriers();
   }
   block.sync_cluster();
   // Sums and fragments do not fit into a third of the registers.
-  if (static_cast<int>(threadIdx.x) >= kFirstProducerThread) {
-    release_registers<24>();
-    if (is_producer) {
-      QuantizedProducer<kKind, kRows> producer(block);
+  if (producer >= 0) {
+    release_registers<40>();
+    if (producer == 0) {
       if (!p.constant_weight) wait_for_previous_kernel();
-      producer.load_first_weights();
+      produce(block, LoadWeights<kKind, kRows>(block));
+    } else if (producer == 32) {
       wait_for_previous_kernel();
-      producer.load_first_x();
-      producer.load_the_rest();
+      produce(block, LoadX<kKind, kRows>(block));
     }
     __syncwarp();
   } else {
-    take_registers<240>();
+    take_registers<232>();
     wait_for_previous_kernel();
     // The shuffle tells the compiler that the value is the same in all lanes.
     const int group = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
