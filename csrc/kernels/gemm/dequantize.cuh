@@ -31,16 +31,16 @@ class Dequantizer {
   // `scale`: the bits of one T.
   __device__ __forceinline__ Dequantizer(uint32_t scale, uint32_t zero) : scale_(twice(scale)), zero_(offset(zero)) {}
 
-  // The codes of 32 columns of k: int4 in one word, int8 in two.
-  __device__ __forceinline__ void dequantize(uint32_t (&pairs)[4], uint2 words) const {
+  // The weights of 16 columns of k. The codes of 32 columns are in one word of int4 (x) or two of int8; `step` is 0 for
+  // the first 16, or 1.
+  __device__ __forceinline__ void dequantize(uint32_t (&pairs)[2], uint2 words, int step) const {
     if constexpr (kKind == WeightKind::kInt4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = weights(masked_onto(words.x >> (4 * i), 0x000f000f, kBase));
+      pairs[0] = weights(masked_onto(words.x >> (8 * step), 0x000f000f, kBase));
+      pairs[1] = weights(masked_onto(words.x >> (8 * step + 4), 0x000f000f, kBase));
     } else {
-      pairs[0] = even_bytes(words.x);
-      pairs[1] = odd_bytes(words.x);
-      pairs[2] = even_bytes(words.y);
-      pairs[3] = odd_bytes(words.y);
+      const uint32_t word = step == 0 ? words.x : words.y;
+      pairs[0] = even_bytes(word);
+      pairs[1] = odd_bytes(word);
     }
   }
 

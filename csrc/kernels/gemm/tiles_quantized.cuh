@@ -362,20 +362,29 @@ class QuantizedConsumer {
     }
   }
 
-  // Multiplies `chunks` chunks, at least one.
+  // Multiplies `chunks` chunks, at least one. Three wgmmas are in flight while the operand of the next is dequantized.
   __device__ __forceinline__ void multiply(int chunks) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = 0.0F;
-    uint32_t a[2][4][4];  // the fragments of a chunk, while those of the chunk before are in use
-    start_chunk(a[0]);
-    for (chunks -= 1; chunks >= 2; chunks -= 2) {
-      next_chunk(a[1]);
-      next_chunk(a[0]);
+    uint32_t a[kSteps][4];
+    int previous_stage = -1;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      mbarrier_wait(block_.full(state_.stage), state_.parity);
+      const PackedChunk packed = load();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma_wait_group<kSteps - 1>();  // that of this step of the previous chunk has read a[step]
+        if (step == kSteps - 1 && previous_stage >= 0) release(previous_stage);
+        dequantize(a[step], packed, step);
+        wgmma_fence();
+        wgmma_transposed<T>(sums_, a[step], matrix_descriptor(block_.x(state_.stage) + 32 * step, 16));
+        wgmma_commit_group();
+      }
+      previous_stage = state_.stage;
+      state_.advance(Layout::kStages);
     }
-    if (chunks > 0) next_chunk(a[1]);
     wgmma_wait_group<0>();
-    release(state_.stage);
-    state_.advance(Layout::kStages);
+    release(previous_stage);
   }
 
   __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedResults<T>& results) const {
@@ -393,56 +402,51 @@ class QuantizedConsumer {
  private:
   using Layout = QuantizedLayout<kKind, kRows>;
   static constexpr int kTiles = kRows / 8;
+  static constexpr int kSteps = kBlockK / 16;  // wgmmas of a chunk
 
-  __device__ __forceinline__ void next_chunk(uint32_t (&a)[4][4]) {
-    const int previous_stage = state_.stage;
-    state_.advance(Layout::kStages);
-    start_chunk(a);
-    wgmma_wait_group<1>();
-    release(previous_stage);
-  }
-  // Dequantizes a chunk's weights, and issues its wgmmas as one group.
-  __device__ __forceinline__ void start_chunk(uint32_t (&a)[4][4]) {
-    mbarrier_wait(block_.full(state_.stage), state_.parity);
-    dequantize(a);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      wgmma_transposed<T>(sums_, a[k], matrix_descriptor(block_.x(state_.stage) + 32 * k, 16));
-    }
-    wgmma_commit_group();
-  }
-  __device__ __forceinline__ void dequantize(uint32_t (&a)[4][4]) const {
+  // What a thread dequantizes of a chunk: for each of its rows and for both halves of the columns of k.
+  struct PackedChunk {
+    uint2 words[2][2];
+    uint32_t scales[2][2], zeros[2][2];
+  };
+
+  __device__ __forceinline__ PackedChunk load() const {
+    PackedChunk packed;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      uint2 words[2];
-      load_words(words, block_.codes(state_.stage) + words_[row]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // 32 columns of k, which have one scale
-        uint32_t pairs[4];
-        scale_of(row, half).dequantize(pairs, words[half]);
-        a[2 * half][row] = pairs[0];
-        a[2 * half][2 + row] = pairs[1];
-        a[2 * half + 1][row] = pairs[2];
-        a[2 * half + 1][2 + row] = pairs[3];
+      const uint32_t codes = block_.codes(state_.stage) + words_[row];
+      packed.words[row][0] = load_shared_64(codes);
+      if constexpr (kKind == WeightKind::kInt4) {
+        packed.words[row][1].x = packed.words[row][0].y;
+      } else {
+        packed.words[row][1] = load_shared_64(codes + kPackedBlockBytes);
+      }
+      load_scale(packed, row, 0);
+      if (p_.groups == 2) {
+        load_scale(packed, row, 1);
+      } else {
+        packed.scales[row][1] = packed.scales[row][0];
+        packed.zeros[row][1] = packed.zeros[row][0];
       }
     }
+    return packed;
   }
-  // The words of the halves of a chunk: of int4 only x.
-  static __device__ __forceinline__ void load_words(uint2 (&words)[2], uint32_t from) {
-    words[0] = load_shared_64(from);
-    if constexpr (kKind == WeightKind::kInt4) {
-      words[1].x = words[0].y;
-    } else {
-      words[1] = load_shared_64(from + kPackedBlockBytes);
+  __device__ __forceinline__ void load_scale(PackedChunk& packed, int row, int half) const {
+    const int index = half * kQuantizedTileWeights + rows_[row];
+    packed.scales[row][half] = load_shared_16(block_.scales(state_.stage) + 2 * index);
+    packed.zeros[row][half] = middle_code_of(kKind);
+    if (p_.zeros != nullptr) packed.zeros[row][half] = load_shared_8(block_.zeros(state_.stage) + index);
+  }
+  static __device__ __forceinline__ void dequantize(uint32_t (&a)[4], const PackedChunk& packed, int step) {
+    const int half = step / 2;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const Dequantizer<T, kKind> weights(packed.scales[row][half], packed.zeros[row][half]);
+      uint32_t pairs[2];
+      weights.dequantize(pairs, packed.words[row][half], step % 2);
+      a[row] = pairs[0];
+      a[2 + row] = pairs[1];
     }
-  }
-  __device__ __forceinline__ Dequantizer<T, kKind> scale_of(int row, int half) const {
-    const int index = half * (p_.groups - 1) * kQuantizedTileWeights + rows_[row];
-    const uint32_t scale = load_shared_16(block_.scales(state_.stage) + 2 * index);
-    const uint32_t zero =
-        p_.zeros == nullptr ? middle_code_of(kKind) : load_shared_8(block_.zeros(state_.stage) + index);
-    return {scale, zero};
   }
   // Releases a stage to the producers of both blocks, which write to it.
   __device__ __forceinline__ void release(int stage) const {
