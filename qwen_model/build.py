@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
             group_size=options.group_size,
             symmetric=False if options.asymmetric else None,
             head_quantization=options.head_quantization,
+            activation_aware=options.activation_aware,
+            calibration=options.calibration,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
             tuning=options.tuning,
@@ -156,6 +158,13 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the output projection (default: int8 with --quantization int8 or int4, else as the checkpoint is); "
         "the embedding stays as it is",
     )
+    group.add_argument(
+        "--activation-aware",
+        action="store_true",
+        help="with int4 or int8: scale the inputs of layers first, as AWQ does, by what the network does with a text; "
+        "less error, and it needs PyTorch",
+    )
+    group.add_argument("--calibration", metavar="FILE", help="that text (default: the packaged model's held-out text)")
 
 
 def _summary_text(summary: BuildSummary) -> str:

@@ -44,8 +44,10 @@ from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
 from ..quantization.engine_weights import EngineWeights
 from ..quantization.formats import chosen_formats
+from ..quantization.options import KINDS
 from ..quantization.summary import WeightSummary, weight_summary
 from .back_ends import back_end
+from .calibration import calibrated_weights
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
@@ -82,6 +84,8 @@ def build_engine(
     group_size: int | None = None,
     symmetric: bool | None = None,
     head_quantization: str | None = None,
+    activation_aware: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     tuning: bool = True,
@@ -109,6 +113,9 @@ def build_engine(
     symmetric: with "int4", whether there are no zero points. None: True.
     head_quantization: of the output projection: "int8", "int4" or "none". None: "int8" if linear layers are quantized
         here, else as the checkpoint is.
+    activation_aware: scale the inputs of layers before they are quantized here, as AWQ does, by what the network does
+        with a text; it needs PyTorch.
+    calibration: the file of that text; None: the packaged model's held-out text.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
@@ -154,7 +161,7 @@ def build_engine(
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
     formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
-    read_weight = EngineWeights(checkpoint, network_modules(model, engine_dtype, formats))
+    _check_calibration(activation_aware, calibration, quantization)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
     watch.lap("tokenizer checked")
@@ -185,6 +192,8 @@ def build_engine(
         *_scale_warnings(formats, config.dtype),
     ]
     report = progress or no_progress
+    calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
+    read_weight = EngineWeights(checkpoint, network_modules(model, engine_dtype, formats), calibrated)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     if tuning:
         config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
@@ -203,6 +212,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_calibration(activation_aware: bool, calibration: object, quantization: str) -> None:
+    if activation_aware and quantization not in KINDS:
+        raise QwenModelError(
+            f"activation_aware (--activation-aware) is for quantization {' or '.join(KINDS)}, not {quantization!r}"
+        )
+    if calibration is not None and not activation_aware:
+        raise QwenModelError("calibration (--calibration) is for activation_aware (--activation-aware)")
 
 
 def _compute_capabilities(backend: str, hardware_compatible: bool, chosen: Collection[str] | None) -> tuple[str, ...]:

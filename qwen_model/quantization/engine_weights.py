@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from ..checkpoints.module_weights import ModuleWeights
 from ..checkpoints.quantized_weight import QuantizedWeight
 from ..checkpoints.tensor_files import Framework, Weight
 from ..checkpoints.weights import Modules, WeightSpec
-from .search import round_weight
+from .activation_aware import CalibratedWeights
+from .search import Floats, round_weight
 
 Array = npt.NDArray[Any]
 
@@ -27,10 +28,15 @@ class EngineWeights:
     relative_errors: of the modules that were quantized here, by name: see `Rounded`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, modules: Modules):
-        """Take the engine's modules; quantized ones that the checkpoint does not have quantized are quantized here."""
+    def __init__(self, checkpoint: Checkpoint, modules: Modules, calibrated: CalibratedWeights | None = None):
+        """Take the engine's modules; quantized ones that the checkpoint does not have quantized are quantized here.
+
+        calibrated: what activation-aware quantization found.
+        """
         self._checkpoint = checkpoint
         self._modules = modules
+        self._read: Callable[[WeightSpec], Weight] = checkpoint.read if calibrated is None else calibrated
+        self._importance: Mapping[str, Floats] = {} if calibrated is None else calibrated.importance
         self._made: tuple[str, dict[str, Weight]] = ("", {})
         self.relative_errors: dict[str, float] = {}
 
@@ -43,7 +49,7 @@ class EngineWeights:
         name, _, field = spec.name.rpartition(".")
         module = self._modules[name]
         if not module.format.bits or field == "bias":
-            return self._checkpoint.read(spec)
+            return self._read(spec)
         if self._made[0] != name:
             self._made = ("", {})  # the memory of the last one, before that of this one is taken
             self._made = (name, self._packed(name, module))
@@ -56,7 +62,7 @@ class EngineWeights:
     def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight:
         if self._checkpoint.is_quantized(module.weight):
             return self._checkpoint.read_quantized(module.weight)
-        rounded = round_weight(self._checkpoint.read(module.weight), module.format)
+        rounded = round_weight(self._read(module.weight), module.format, self._importance.get(name))
         self.relative_errors[name] = rounded.relative_error
         return rounded.weight
 

@@ -444,7 +444,7 @@ def test_logprobs(vocab_size, dtype):
         if count * vocab_size > 2e7:
             continue
         logits = (torch.randn(count, vocab_size, device="cuda") * 4).to(dtype)
-        logits[0, ::5] = logits[0, 0]  # equal ones
+        logits[0, ::5] = logits[0, 0].clone()  # equal ones
         logits[-1, 1::2] = -math.inf
         tokens = torch.randint(vocab_size, (count,), device="cuda").int()
         tokens[-1] = NO_TOKEN

@@ -43,25 +43,44 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 constexpr uint32_t kInPrompt = 1U << 15;  // of a count
 constexpr uint32_t kMostCounted = kInPrompt - 1;
 
-// A logit after the biases and penalties of its sequence: that of one of the few tokens with a mark.
-inline __device__ __noinline__ float processed(float value, int32_t token, const SamplingSettings* settings,
-                                               const SamplingBias* biases) {
-  int32_t place = 0;
-  for (int32_t left = settings->num_biases; left > 1; left -= left / 2) {
-    if (biases[place + left / 2].token <= token) place += left / 2;
-  }
-  if (settings->num_biases > 0 && biases[place].token == token) value += biases[place].value;
-  const uint32_t count = settings->counts == nullptr ? 0 : settings->counts[token];
-  if (count == 0) return value;
-  const float penalty = settings->repetition_penalty;
-  value = value > 0.0F ? value / penalty : value * penalty;
-  const uint32_t in_output = count & kMostCounted;
-  value -= settings->frequency_penalty * static_cast<float>(in_output);
-  return in_output > 0 ? value - settings->presence_penalty : value;
-}
-
 // The words of a bit for each token.
 __host__ __device__ __forceinline__ int32_t words_of(int32_t vocab_size) { return (vocab_size + 31) / 32; }
+
+// What biases and penalties make of the logits of the few tokens with a mark.
+struct Processing {
+  const uint16_t* counts;  // null: no penalties
+  const SamplingBias* biases;
+  int32_t num_biases;
+  float repetition_penalty, presence_penalty, frequency_penalty;
+
+  __device__ __forceinline__ Processing(const SamplingSettings& settings, const SamplingBias* biases_of_slot)
+      : counts(settings.counts),
+        biases(biases_of_slot),
+        num_biases(settings.num_biases),
+        repetition_penalty(settings.repetition_penalty),
+        presence_penalty(settings.presence_penalty),
+        frequency_penalty(settings.frequency_penalty) {}
+
+  __device__ __forceinline__ float operator()(float value, int32_t token) const {
+    const uint32_t count = counts == nullptr ? 0 : counts[token];
+    value += bias_of(token);
+    if (count == 0) return value;
+    value = value > 0.0F ? value / repetition_penalty : value * repetition_penalty;
+    const uint32_t in_output = count & kMostCounted;
+    value -= frequency_penalty * static_cast<float>(in_output);
+    return in_output > 0 ? value - presence_penalty : value;
+  }
+
+ private:
+  __device__ __forceinline__ float bias_of(int32_t token) const {
+    if (num_biases == 0) return 0.0F;
+    int32_t place = 0;
+    for (int32_t left = num_biases; left > 1; left -= left / 2) {
+      if (biases[place + left / 2].token <= token) place += left / 2;
+    }
+    return biases[place].token == token ? biases[place].value : 0.0F;
+  }
+};
 
 // The logits of a sequence, in groups of kWidth: full packs or single ones.
 template <typename T, int kWidth>
@@ -80,9 +99,9 @@ struct Row {
   // With what the state of a slot makes of them.
   __device__ __forceinline__ void process(const SamplingParams& p, int32_t slot) {
     settings = p.state.settings + slot;
+    biases = p.state.biases + static_cast<int64_t>(slot) * kMaxBiases;
     if (settings->num_biases > 0 || settings->counts != nullptr) {
       marks = p.state.marks + static_cast<int64_t>(slot) * words_of(vocab_size);
-      biases = p.state.biases + static_cast<int64_t>(slot) * kMaxBiases;
     }
     const int32_t mask_row = p.mask_rows == nullptr ? -1 : p.mask_rows[slot];
     if (mask_row >= 0) mask = p.masks + static_cast<int64_t>(mask_row) * words_of(vocab_size);
@@ -96,18 +115,18 @@ struct Row {
     return std::is_same_v<T, __half> ? 13 : 16;
   }
 
-  // Calls visit(values, first token) for this thread's groups of those from `begin` to `end`: logits after biases,
-  // penalties and mask. A few groups are loaded before the first is used.
+  // Calls visit(values, first token) for this thread's part of the groups from `begin` to `end`: logits after biases,
+  // penalties and mask, kWidth or one at a time. Tokens with a mark come after the groups, in which they are -infinity
+  // like those that are not allowed. A few groups are loaded before the first is used.
   template <int kAtOnce, typename Visit>
   __device__ __forceinline__ void for_each(int32_t begin, int32_t end, Visit visit) const {
     const auto step = static_cast<int32_t>(blockDim.x);
     for (int32_t group = begin + static_cast<int32_t>(threadIdx.x); group < end; group += kAtOnce * step) {
       Group groups[kAtOnce];
-      uint32_t marked[kAtOnce] = {}, allowed[kAtOnce];
+      uint32_t left_out[kAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         groups[i] = reinterpret_cast<const Group*>(logits)[min(group + i * step, end - 1)];
-        allowed[i] = ~0U;
       }
       const auto bits_of = [&](const uint32_t* words, int i) {
         const int32_t first = min(group + i * step, end - 1) * kWidth;  // a group lies within one word
@@ -115,22 +134,22 @@ struct Row {
       };
       if (marks != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) marked[i] = bits_of(marks, i);
+        for (int i = 0; i < kAtOnce; ++i) left_out[i] = bits_of(marks, i);
       }
       if (mask != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) allowed[i] = bits_of(mask, i);
+        for (int i = 0; i < kAtOnce; ++i) left_out[i] |= ~bits_of(mask, i);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (group + i * step >= end) break;
-        const int32_t first = (group + i * step) * kWidth;
         float values[kWidth];
         to_values(values, groups[i]);
-        process(values, first, marked[i], allowed[i]);
-        visit(values, first);
+        leave_out(values, left_out[i]);
+        visit(values, (group + i * step) * kWidth);
       }
     }
+    if (marks != nullptr) for_each_marked(begin * kWidth, end * kWidth, visit);
   }
 
  private:
@@ -144,20 +163,28 @@ struct Row {
     }
   }
 
-  __device__ __forceinline__ void process(float (&values)[kWidth], int32_t first, uint32_t marked,
-                                          uint32_t allowed) const {
-    constexpr uint32_t kAll = (1U << kWidth) - 1;
-    if ((marked & kAll) != 0) {
+  // NaN and +infinity stay, for which the row gets no token.
+  static __device__ __forceinline__ void leave_out(float (&values)[kWidth], uint32_t bits) {
+    if ((bits & ((1U << kWidth) - 1)) == 0) return;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        if ((marked >> i & 1) != 0) values[i] = processed(values[i], first + i, settings, biases);
-      }
+    for (int i = 0; i < kWidth; ++i) {
+      if ((bits >> i & 1) != 0 && values[i] < INFINITY) values[i] = -INFINITY;
     }
-    if ((allowed & kAll) != kAll) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        // Not NaN and +infinity, for which the row gets no token.
-        if ((allowed >> i & 1) == 0 && values[i] < INFINITY) values[i] = -INFINITY;
+  }
+
+  // Visits this thread's part of the tokens from `begin` to `end` that have a mark and are allowed.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_marked(int32_t begin, int32_t end, Visit visit) const {
+    const Processing process(*settings, biases);
+    for (int32_t word = begin / 32 + static_cast<int32_t>(threadIdx.x); word * 32 < end; word += blockDim.x) {
+      uint32_t bits = marks[word];
+      if (mask != nullptr) bits &= mask[word];
+      while (bits != 0) {
+        const int32_t token = word * 32 + __ffs(static_cast<int>(bits)) - 1;
+        bits &= bits - 1;
+        if (token < begin || token >= end) continue;
+        float values[1] = {process(to_float(logits[token]), token)};
+        visit(values, token);
       }
     }
   }
@@ -243,18 +270,23 @@ __device__ __forceinline__ Choice block_largest(Choice choice) {
   return choice;
 }
 
+// How many logits a visitor of Row::for_each is given.
+template <typename Values>
+constexpr int kCountOf = std::extent_v<std::remove_reference_t<Values>>;
+
 // The best choice among this thread's groups, NaN before all others; `score(values, first)` turns logits into scores.
 template <typename T, int kWidth, typename Score>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range, Score score) {
   Choice best = 0;
-  row.template for_each<4>(range.begin, range.end, [&](float (&values)[kWidth], int32_t first) {
+  row.template for_each<4>(range.begin, range.end, [&](auto& values, int32_t first) {
+    constexpr int kCount = kCountOf<decltype(values)>;
     score(values, first);
     float largest = values[0];
 #pragma unroll
-    for (int i = 1; i < kWidth; ++i) largest = max_or_nan(largest, values[i]);
-    int32_t place = kWidth - 1;
+    for (int i = 1; i < kCount; ++i) largest = max_or_nan(largest, values[i]);
+    int32_t place = kCount - 1;
 #pragma unroll
-    for (int i = kWidth - 2; i >= 0; --i) {
+    for (int i = kCount - 2; i >= 0; --i) {
       if (values[i] == largest) place = i;
     }
     best = larger(best, make_choice(largest, first + place));
@@ -263,7 +295,7 @@ __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range
 }
 template <typename T, int kWidth>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range) {
-  return best_of(row, range, [](float (&)[kWidth], int32_t) {});
+  return best_of(row, range, [](auto&, int32_t) {});
 }
 
 __device__ __forceinline__ int32_t slot_of(const SamplingParams& p, int32_t sequence) {

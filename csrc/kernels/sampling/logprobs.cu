@@ -26,9 +26,9 @@ __device__ __forceinline__ void collect_best(const Row<T, kWidth>& row, Range ra
   __shared__ CutMemory memory;
   const Choice floor = find_cut(row, range.begin, range.end, 0, CountWeights{static_cast<Weight>(count)}, memory);
   BestMemory& first = *Cluster::of(&best, 0);
-  row.template for_each<2>(range.begin, range.end, [&](float (&values)[kWidth], int32_t token) {
+  row.template for_each<2>(range.begin, range.end, [&](auto& values, int32_t token) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < kCountOf<decltype(values)>; ++i) {
       if (ordered_bits(values[i]) < static_cast<uint32_t>(floor >> 32)) continue;
       const Choice choice = make_choice(values[i], token + i);
       if (choice >= floor) first.choices[atomicAdd(&first.count, 1)] = choice;
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kCutThreads, 1) logprobs(const __grid_constant
   }
   const float largest = score_of(likeliest);
   Weight sum = 0;
-  row.template for_each<4>(range.begin, range.end, [&](float (&values)[kWidth], int32_t) {
+  row.template for_each<4>(range.begin, range.end, [&](auto& values, int32_t) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += __float2ull_rn(expf(values[i] - largest) * kUnits);
+    for (int i = 0; i < kCountOf<decltype(values)>; ++i) sum += __float2ull_rn(expf(values[i] - largest) * kUnits);
   });
   const float log_sum = logf(static_cast<float>(Cluster::sum(sum)) / kUnits);
   if (is_first && thread == 0) {

@@ -51,19 +51,20 @@ __device__ __forceinline__ void draw_filtered(const SamplingParams& p, const Sam
   const float least = logf(settings.min_p);  // of a logit relative to the largest; -infinity for 0
   const Noise noise(settings);
   Choice best = 0;
-  row.template for_each<2>(range.begin, range.end, [&](float (&values)[kWidth], int32_t first) {
+  row.template for_each<2>(range.begin, range.end, [&](auto& values, int32_t first) {
+    constexpr int kCount = kCountOf<decltype(values)>;
     uint32_t allowed = 0;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (ordered_bits(values[i]) < static_cast<uint32_t>(floor >> 32)) continue;
       if ((values[i] - largest) * inverse_temperature < least) continue;
       allowed |= make_choice(values[i], first + i) >= floor ? 1U << i : 0;
     }
     if (allowed == 0) return;
-    float added[kWidth];
+    float added[kCount];
     noise.get(added, first);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const float score = fmaf(values[i] - largest, inverse_temperature, added[i]);
       if ((allowed >> i & 1) != 0) best = larger(best, make_choice(score, first + i));
     }
@@ -96,11 +97,12 @@ __global__ void __launch_bounds__(kCutThreads, 1) sample(const __grid_constant__
     return;
   }
   const Noise noise(settings);
-  const auto add_noise = [&](float (&values)[kWidth], int32_t first) {
-    float added[kWidth];
+  const auto add_noise = [&](auto& values, int32_t first) {
+    constexpr int kCount = kCountOf<decltype(values)>;
+    float added[kCount];
     noise.get(added, first);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] = values[i] * inverse_temperature + added[i];
+    for (int i = 0; i < kCount; ++i) values[i] = values[i] * inverse_temperature + added[i];
   };
   finish_together(p, sequence, block, blocks, best_of(row, range, add_noise));
 }
