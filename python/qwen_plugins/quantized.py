@@ -1,7 +1,7 @@
 """Pack quantized weights for the GEMM kernels, and unpack them: on the host, with NumPy arrays.
 
 A weight of out_features rows and in_features columns is ``scales * (codes - zeros)``, with a scale and a zero point for
-each row and group of columns. The packed layout, the same for all GPUs, is that of ``csrc/kernels/gemm/packed_weight.h``.
+each row and group of columns. The packed layout, one for all GPUs, is that of ``csrc/kernels/gemm/packed_weight.h``.
 
     packed = quantized.pack(codes, scales, bits=4, group_size=128)
     codes, scales, zeros = quantized.unpack(packed)

@@ -6,6 +6,7 @@
 #include "plain.h"
 #include "stream.h"
 #include "stream_hopper.h"
+#include "stream_quantized.h"
 #include "tiles_hopper.h"
 
 namespace qwen_plugins {
@@ -18,6 +19,7 @@ constexpr int64_t kPackBytes = 16;
 const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
 #ifdef QWEN_PLUGINS_HOPPER
+      stream_quantized_kernel(),
       stream_hopper_kernel(),
 #endif
       stream_kernel(),

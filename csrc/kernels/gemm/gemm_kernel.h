@@ -21,6 +21,7 @@ enum class GemmKernelId : int32_t {
   kCublasLt = 4,
   kStreamInParts = 5,
   kPlain = 6,
+  kStreamQuantized = 7,
 };
 
 // One of the configurations (tile sizes, splits, ...) in which a kernel can run.
