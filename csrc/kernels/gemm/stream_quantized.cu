@@ -13,31 +13,34 @@ namespace {
 
 constexpr int kMaxSplits = kMaxClusterBlocks;
 constexpr int64_t kMaxRows = 64;
-constexpr int kUsualWarps = 8;  // that multiply: enough to hide latencies
 constexpr std::array<int, 8> kWaves{1, 2, 3, 4, 6, 8, 12, 16};
 
 // How a GEMM is divided among blocks, whatever its size.
 struct Variant {
   int splits;  // blocks of a cluster, which split k
   int waves;   // tiles of a block: one of kWaves, and 1 where k is split
+  bool half;   // a block takes less than half of a multiprocessor
 };
 
 const std::vector<Variant>& all_variants() {
   static const std::vector<Variant> all = [] {
     std::vector<Variant> variants;
-    for (const int waves : kWaves) variants.push_back({1, waves});
-    for (int splits = 2; splits <= kMaxSplits; ++splits) variants.push_back({splits, 1});
+    for (const bool half : {false, true}) {
+      for (const int waves : kWaves) variants.push_back({1, waves, half});
+      for (int splits = 2; splits <= kMaxSplits; ++splits) variants.push_back({splits, 1, half});
+    }
     return variants;
   }();
   return all;
 }
 // The number of the kernel's variant.
-int32_t number_of(const Variant& variant) { return variant.splits * 32 + variant.waves; }
-constexpr Variant variant_of(int32_t number) { return {number / 32, number % 32}; }
+int32_t number_of(const Variant& variant) { return variant.half * 1024 + variant.splits * 32 + variant.waves; }
+constexpr Variant variant_of(int32_t number) { return {number / 32 % 32, number % 32, number >= 1024}; }
 
 std::string name_of(const Variant& variant) {
   const std::string name = "s" + std::to_string(variant.splits);
-  return variant.waves == 1 ? name : name + "w" + std::to_string(variant.waves);
+  const std::string waves = variant.waves == 1 ? "" : "w" + std::to_string(variant.waves);
+  return name + waves + (variant.half ? "h" : "");
 }
 
 // Tiles of 8 rows of x that a kernel multiplies by: 1, 2, 4 or 8.
@@ -65,31 +68,35 @@ struct Partition {
     const int64_t all_tiles = int64_t{clusters[variant.splits]} * variant.waves;
     if (all_tiles == 0 || chunks < variant.splits) return;
     const int64_t blocks = divide_up(int64_t{used_blocks}, all_tiles);
-    const int most_warps = quantized_max_consumers(x_tiles);
-    if (blocks > kWarpBlocks * most_warps) return;
+    const int most_warps = variant.half ? quantized_max_consumers_of_half(x_tiles) : quantized_max_consumers(x_tiles);
+    const int warp_blocks = quantized_warp_blocks(x_tiles);
+    if (blocks > warp_blocks * most_warps) return;
     tile_blocks = static_cast<int>(blocks);
     tiles = divide_up(used_blocks, tile_blocks);
-    row_warps = swiglu ? tile_blocks : divide_up(tile_blocks, kWarpBlocks);
+    row_warps = divide_up(swiglu ? 2 * tile_blocks : tile_blocks, warp_blocks);
     if (row_warps > most_warps) return;
-    k_warps = std::clamp(kUsualWarps / row_warps, 1, chunks / variant.splits);
+    k_warps = std::clamp(most_warps / row_warps, 1, chunks / variant.splits);
     const int64_t loads = int64_t{variant.waves} * divide_up(chunks, variant.splits);
     const WeightFormat& format = shape.weight_format;
     const int groups_of_chunk = format.group_size == 0 ? 0 : kPackedK / format.group_size;
-    const QuantizedStage stage = quantized_stage(x_tiles, bits_of(format.kind), (swiglu ? 2 : 1) * tile_blocks,
-                                                 groups_of_chunk, format.has_zeros);
-    loaded = loads * stage.total();
+    const QuantizedStage stage(x_tiles, bits_of(format.kind), (swiglu ? 2 : 1) * tile_blocks, groups_of_chunk,
+                               format.has_zeros);
+    loaded = loads * stage.stride;
     const int received = quantized_received_bytes(x_tiles, row_warps, k_warps, variant.splits);
     // A last warp with one block reads a block behind the last stage.
-    const int others = kQuantizedBarrierBytes + 128 + superblock_bytes_of(format.kind) +
+    const int others = kQuantizedBarrierBytes + superblock_bytes_of(format.kind) +
                        (variant.waves > 1 ? 2 : 1) * received;
     // The runtime keeps 1 KB for each block.
-    const int most_bytes = quantized_blocks_per_multiprocessor(x_tiles) == 2
-                               ? (device.max_shared_memory_per_block + 1024) / 2 - 1024
-                               : device.max_shared_memory_per_block;
-    const int64_t room = (most_bytes - others) / stage.total();
-    stages = static_cast<int>(std::min<int64_t>({room, loads, kQuantizedMaxStages}));
-    shared_bytes = others + stages * stage.total();
-    fits = stages >= std::min<int64_t>(std::max(3, k_warps), loads) && stages >= k_warps;
+    const int half_bytes = (device.max_shared_memory_per_block + 1024) / 2 - 1024;
+    const int most_bytes = variant.half ? half_bytes : device.max_shared_memory_per_block;
+    const int64_t room = (most_bytes - others) / stage.stride;
+    // A multiple of k_warps: a stage is always multiplied by the same k warp.
+    stages = static_cast<int>(std::min<int64_t>({room, divide_up(loads, k_warps) * k_warps, kQuantizedMaxStages}));
+    stages = stages / k_warps * k_warps;
+    shared_bytes = others + stages * stage.stride;
+    // Two blocks of a launch must not share a multiprocessor while another has none.
+    if (!variant.half) shared_bytes = std::max(shared_bytes, half_bytes + 1024);
+    fits = stages >= std::min<int64_t>(3, loads);
   }
 };
 
@@ -153,11 +160,11 @@ StreamQuantizedArguments arguments_of(const GemmParams& params, const Variant& v
   return arguments;
 }
 
-template <typename T, int kBits, int kXTiles, int kFoldK>
+template <typename T, int kBits, int kXTiles>
 cudaError_t launch_kernel_of(const GemmParams& params, const Variant& variant, const DeviceProperties& device,
                              cudaStream_t stream) {
   // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
-  auto* const kernel = gemm_quantized<T, kBits, kXTiles, kFoldK>;
+  auto* const kernel = gemm_quantized<T, kBits, kXTiles>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
       error != cudaSuccess) {
@@ -174,27 +181,18 @@ cudaError_t launch_kernel_of(const GemmParams& params, const Variant& variant, c
                          static_cast<size_t>(partition.shared_bytes), variant.splits, device, stream, arguments);
 }
 
-template <typename T, int kBits, int kXTiles>
-cudaError_t launch_x_tiles(const GemmParams& params, const Variant& variant, const DeviceProperties& device,
-                           cudaStream_t stream) {
-  const int group_size = params.shape.weight_format.group_size;
-  return group_size == 0 || group_size == kPackedK
-             ? launch_kernel_of<T, kBits, kXTiles, kPackedK>(params, variant, device, stream)
-             : launch_kernel_of<T, kBits, kXTiles, 32>(params, variant, device, stream);
-}
-
 template <typename T, int kBits>
 cudaError_t launch_bits(const GemmParams& params, const Variant& variant, const DeviceProperties& device,
                         cudaStream_t stream) {
   switch (x_tiles_of(params.shape)) {
     case 1:
-      return launch_x_tiles<T, kBits, 1>(params, variant, device, stream);
+      return launch_kernel_of<T, kBits, 1>(params, variant, device, stream);
     case 2:
-      return launch_x_tiles<T, kBits, 2>(params, variant, device, stream);
+      return launch_kernel_of<T, kBits, 2>(params, variant, device, stream);
     case 4:
-      return launch_x_tiles<T, kBits, 4>(params, variant, device, stream);
+      return launch_kernel_of<T, kBits, 4>(params, variant, device, stream);
     default:
-      return launch_x_tiles<T, kBits, 8>(params, variant, device, stream);
+      return launch_kernel_of<T, kBits, 8>(params, variant, device, stream);
   }
 }
 
