@@ -7,6 +7,7 @@
 #include "plain.h"
 #include "stream.h"
 #include "stream_hopper.h"
+#include "stream_quantized.h"
 #include "tiles_hopper.h"
 #include "tiles_quantized.h"
 
@@ -20,6 +21,7 @@ constexpr int64_t kPackBytes = 16;
 const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
 #ifdef QWEN_PLUGINS_HOPPER
+      stream_quantized_kernel(),
       stream_hopper_kernel(),
 #endif
       stream_kernel(),

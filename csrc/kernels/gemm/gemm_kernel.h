@@ -21,6 +21,7 @@ enum class GemmKernelId : int32_t {
   kCublasLt = 4,
   kStreamInParts = 5,
   kPlain = 6,
+  kStreamQuantized = 7,
   kTilesQuantized = 8,
   kDequantized = 9,
 };
