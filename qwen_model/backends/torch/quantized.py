@@ -50,6 +50,18 @@ def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
     )
 
 
+def dequantized(module: ModuleWeights[Tensor]) -> Tensor:
+    """Return the weight that a quantized module of either layout stands for, float32 [out, in]."""
+    if module.format.layout != 1:
+        module = _unpacked(module)
+    w = torch.cat(list(_dequantized(module, torch.float32)))
+    if module.permutation is None:
+        return w
+    natural = torch.empty_like(w)
+    natural[:, module.permutation.long()] = w
+    return natural
+
+
 def linear(x: Tensor, module: ModuleWeights[Tensor]) -> Tensor:
     """Compute x · Wᵀ + bias for a module of `unpacked_modules`; W is rounded to the type of x."""
     if module.permutation is not None:
