@@ -1,11 +1,12 @@
-"""Measure the perplexity of the packaged model in every quantization, also with outliers put into it.
+"""Measure what each quantization does to the packaged model, also with outliers put into it.
 
-    python -m benchmarks.quantization [--characters 40000] [--device cpu]
+    python -m benchmarks.quantization [--tokens 8192] [--device cpu]
 
 Large models have channels whose activations are a hundred times larger than others. The packaged model is too small for
 that, so it is also measured with some put in that change nothing of its function: norm weights are multiplied by up to
-100, and the columns behind them divided by as much. Calibration is on the first quarter of the held-out text, the
-perplexity on tokens of the rest.
+100, and the columns behind them divided by as much. Calibration is on the first quarter of the held-out text. On tokens
+of its second half the perplexity is measured, and the Kullback-Leibler divergence of the next token from the model that
+is not quantized.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from benchmarks.common import RESULTS, require_torch, write_results
 
+if TYPE_CHECKING:
+    from qwen_model.engine.session import Session
+
+Floats = npt.NDArray[np.float32]
+
+WINDOW = 512
 METHODS: dict[str, dict[str, Any]] = {
     "not quantized": {},
     "int8": {"quantization": "int8"},
@@ -39,7 +49,6 @@ OUTLIER_CHANNELS, LARGEST_OUTLIER = 8, 100.0
 
 def with_outliers(source: Path, folder: Path, seed: int = 0) -> Path:
     """Write the packaged model with outlier channels behind every norm of its layers; its function is the same."""
-    import numpy as np
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -63,48 +72,60 @@ def with_outliers(source: Path, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def measure(model_dir: Path, work: Path, options: Mapping[str, Any], text: str, device: str) -> dict[str, float]:
-    """Return perplexity, bits of a quantized weight, and megabytes of an engine of the model."""
-    import qwen_model
-    from qwen_model.evaluation.perplexity import measure_perplexity
+def next_token_logits(session: Session, tokens: Sequence[int]) -> Floats:
+    """Return the log-probabilities after each token but the last, in windows that do not see one another."""
+    windows = [tokens[start : start + WINDOW + 1] for start in range(0, len(tokens) - 1, WINDOW)]
+    logits = np.concatenate([session.logits(window[:-1]) for window in windows]).astype(np.float32)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
-    calibration: dict[str, Any] = {"calibration": work / "calibration.txt"} if "activation_aware" in options else {}
+
+def measure(
+    model_dir: Path, work: Path, method: Mapping[str, Any], tokens: int, device: str, reference: Floats | None
+) -> tuple[dict[str, float], Floats]:
+    """Return what an engine of the model has, and its log-probabilities; reference: those of one not quantized."""
+    import qwen_model
+    from qwen_model.packaged_model import held_out_text
+
+    text = held_out_text()
+    (work / "calibration.txt").write_text(text[: len(text) // 4], encoding="utf-8")
+    calibration: dict[str, Any] = {"calibration": work / "calibration.txt"} if "activation_aware" in method else {}
     summary = qwen_model.build_engine(
-        model_dir, output_dir=work / "engine", dtype="float32", max_batch_size=1, **options, **calibration
+        model_dir, output_dir=work / "engine", dtype="float32", max_batch_size=1, **method, **calibration
     )
-    found = measure_perplexity(qwen_model.load_engine(work / "engine", device=device), text)
-    return {
-        "perplexity": found.per_token,
-        "tokens": found.tokens,
-        "bits": summary.weights.bits or 32.0,
-        "megabytes": summary.weight_bytes / 1e6,
-    }
+    session = qwen_model.load_engine(work / "engine", device=device)
+    assert session.tokenizer is not None
+    ids = session.tokenizer.encode(text[len(text) // 2 :])[: tokens + 1]
+    found = next_token_logits(session, ids)
+    nats = -found[np.arange(len(found)), ids[1:]].mean(dtype=np.float64)
+    record = {"perplexity": float(np.exp(nats)), "tokens": len(found), "bits": summary.weights.bits or 32.0}
+    record["megabytes"] = summary.weight_bytes / 1e6
+    if reference is not None:
+        record["divergence"] = float((np.exp(reference) * (reference - found)).sum(axis=1).mean(dtype=np.float64))
+    return record, found
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--characters", type=int, default=40_000, help="of the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="that are predicted (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "quantization.json")
     options = parser.parse_args()
     require_torch()
-    from qwen_model.packaged_model import held_out_text, packaged_model_dir
+    from qwen_model.packaged_model import packaged_model_dir
 
-    text = held_out_text()
-    quarter = len(text) // 4
-    evaluated = text[2 * quarter : 2 * quarter + options.characters]
     records = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "calibration.txt").write_text(text[:quarter], encoding="utf-8")
         outliers = with_outliers(packaged_model_dir(), work / "outliers")
-        models = {"as packaged": packaged_model_dir(), "with outliers": outliers}
-        for name, method in METHODS.items():
-            for model, model_dir in models.items():
-                found = measure(model_dir, work, method, evaluated, options.device)
-                records.append({"method": name, "model": model, **found})
-                print(f"{name}, {model}: {found['perplexity']:.4f}, {found['bits']:.2f} bits", flush=True)
+        for model, model_dir in {"as packaged": packaged_model_dir(), "with outliers": outliers}.items():
+            reference = None
+            for name, method in METHODS.items():
+                record, found = measure(model_dir, work, method, options.tokens, options.device, reference)
+                reference = found if reference is None else reference
+                records.append({"method": name, "model": model, **record})
+                print(name, model, {key: round(value, 5) for key, value in record.items()}, sep=", ", flush=True)
     write_results(options.output, records)
 
 

@@ -214,18 +214,20 @@ def decode_step() -> str:
 
 
 def quantization_quality() -> str:
-    """Return the perplexity of the packaged model in every quantization, without and with outliers."""
+    """Return what each quantization does to the packaged model, without and with outliers."""
     records = read("quantization")
     models = sorted({r["model"] for r in records})
     found = {(r["method"], r["model"]): r for r in records}
-    reference = {model: found["not quantized", model]["perplexity"] for model in models}
     rows = []
     for method in dict.fromkeys(r["method"] for r in records):
-        values = [found[method, model]["perplexity"] for model in models]
-        lost = [f"{v:.3f} ({v / reference[m] - 1:+.2%})" for v, m in zip(values, models, strict=True)]
-        bits = f"{found[method, models[0]]['bits']:.2f}" if method != "not quantized" else ""
-        rows.append([method, bits, *(lost if bits else [f"{value:.3f}" for value in values])])
-    return markdown(["weights", "bits", *models], rows)
+        cells = [f"{found[method, models[0]]['bits']:.2f}"] if method != "not quantized" else [""]
+        for model in models:
+            record, plain = found[method, model], found["not quantized", model]
+            cells.append(f"{record['perplexity']:.3f} ({record['perplexity'] / plain['perplexity'] - 1:+.2%})")
+            cells.append(f"{1000 * record['divergence']:.2f}" if "divergence" in record else "")
+        rows.append([method, *cells])
+    heads = [head for model in models for head in (f"perplexity, {model}", "divergence")]
+    return markdown(["weights", "bits", *heads], rows)
 
 
 MEMORY_FORMATS = {"16 bit": None, "int8": QuantizationOptions("int8"), "int4": QuantizationOptions("int4")}
