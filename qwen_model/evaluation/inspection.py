@@ -95,7 +95,7 @@ def _linear_kernels(config: EngineConfig, chosen: GemmKernels | None) -> list[Li
     if chosen is None:
         return []
     kernels: dict[tuple[str, LinearShape], int] = {}
-    for module, shape in linear_layers(config.model, config.dtype).items():
+    for module, shape in linear_layers(config.model, config.dtype, config.weight_formats).items():
         kind = re.sub(r"\d+", "*", module), shape
         kernels[kind] = kernels.get(kind, 0) + 1
     return [

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checkpoints.module_weights import ModuleWeights
+from ...interface.weight_formats import kernel_format
 
 BLOCK_NUMBERS = 1 << 24
 """The numbers of a weight that are dequantized at a time."""
@@ -34,9 +35,7 @@ def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
         codes=module.weight.cpu().numpy(),
         scales=module.scales.cpu().view(torch.int16).numpy().view(np.uint16),
         zeros=None if module.zeros is None else module.zeros.cpu().numpy(),
-        format=quantized.WeightFormat(
-            module.format.bits, module.format.group_size, module.zeros is not None, module.format.scale_dtype
-        ),
+        format=kernel_format(module.format),
         out_features=out_features,
         in_features=in_features,
     )
