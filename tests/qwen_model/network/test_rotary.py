@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qwen_model.checkpoints.config import read_config
-from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
+from qwen_model.checkpoints.rotary_config import RotaryConfig
+from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_stretch, rotary_table
 from tests.qwen_model.model_files import QWEN_V1
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -127,3 +128,18 @@ def test_prompts_longer_than_the_trained_length_bring_a_table_of_their_own():
         np.testing.assert_array_equal(chunks.query_scale[start + first : start + end], whole.query_scale[first:end])
     after = slice(-140 + 200, -140 + 240)  # of tokens that were generated before the sequence lost its pages
     np.testing.assert_array_equal(chunks.values[after], table.values[200:240])
+
+
+def test_prompts_of_equal_stretch_have_equal_rotations():
+    """Prefixes of the cache are shared where it is equal."""
+    lengths = range(1, 300)
+    for scaling in ("none", "linear", "dynamic", "qwen_dynamic", "llama3", "yarn"):
+        rotary = RotaryConfig(dim=16, base=1e4, scaling=scaling, factor=2.0, original_max_positions=64)
+        rotations: dict[int, set[bytes]] = {}
+        for length in lengths:
+            rotations.setdefault(rotary_stretch(rotary, length), set()).add(
+                inverse_frequencies(rotary, length).tobytes()
+            )
+        assert all(len(found) == 1 for found in rotations.values()), scaling
+        if scaling not in ("dynamic", "qwen_dynamic"):
+            assert len(rotations) == 1
