@@ -308,7 +308,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -
         parser.add_argument(
             "--deterministic",
             action="store_true",
-            help="give the same tokens for a prompt whatever is generated beside it; that costs speed",
+            help="torch on a GPU: what a prompt gives is the same, to the bit, whatever is computed beside it; slower",
         )
 
 

@@ -58,18 +58,22 @@ def memory_errors() -> Iterator[None]:
 class _PendingChoice:
     """Hold a choice that is being copied to the host."""
 
-    def __init__(self, tokens: Tensor, best: Sequence[Tensor] = ()):
-        """Take tokens, and their log-probabilities and the best tokens with theirs, if they are wanted."""
+    def __init__(self, found: Sequence[Tensor], copies: torch.cuda.Stream | None):
+        """Take tokens, and their log-probabilities and the best tokens with theirs, if they are wanted.
+
+        copies: the stream to copy them on, so that the next step does not wait; None: they are on the CPU.
+        """
         self._event: torch.cuda.Event | None = None
-        found = (tokens, *best)
-        if tokens.device.type != "cuda":
+        if copies is None:
             self._host = [tensor.clone() for tensor in found]
             return
         self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in found]
-        for host, tensor in zip(self._host, found, strict=True):
-            host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tokens.device))
+        copies.wait_stream(torch.cuda.current_stream(copies.device))
+        with torch.cuda.stream(copies):
+            for host, tensor in zip(self._host, found, strict=True):
+                host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(copies)
+        self._event = copies.record_event()
 
     def wait(self) -> Chosen:
         """See `PendingChoice`."""
@@ -88,9 +92,12 @@ class _Uploads:
     On a GPU the host writes into a ring of pinned buffers, so that it need not wait for the copy before.
     """
 
-    def __init__(self, target: Tensor):
-        """Take where steps are copied to: int32 [elements]."""
+    def __init__(self, target: Tensor, use_kernels: bool):
+        """Take where steps are copied to, int32 [elements], and whether our kernels may be used."""
         self._target = target
+        self._use_kernels = use_kernels
+        if use_kernels:
+            self._row_numbers = torch.arange(len(target), dtype=torch.int32, device=target.device)
         self._next = 0
         on_gpu = target.device.type == "cuda"
         places = range(STEPS_IN_FLIGHT if on_gpu else 0)
@@ -109,8 +116,14 @@ class _Uploads:
         """Copy the first `count` elements that were written, on the current stream."""
         if not self._copied:
             return
-        self._target[:count].copy_(self._hosts[self._next][:count], non_blocking=True)
-        self._copied[self._next].record()
+        host, target = self._hosts[self._next][:count], self._target[:count]
+        if self._use_kernels:
+            from .kernel_operations import copy_from_host
+
+            copy_from_host(host, target, self._row_numbers)
+        else:
+            target.copy_(host, non_blocking=True)
+        self._copied[self._next].record(torch.cuda.current_stream(target.device))
         self._next = (self._next + 1) % len(self._hosts)
 
 
@@ -151,6 +164,7 @@ class TorchDevice:
         use_kernels: bool | None = None,
         gemm_kernels: GemmKernels | None = None,
         weight_formats: Formats = NOT_QUANTIZED,
+        deterministic: bool = False,
     ):
         """Take the weights by the names of checkpoints/weights.py, all on one device; unless quantized, of one type.
 
@@ -159,6 +173,7 @@ class TorchDevice:
             there are kernels for the model.
         gemm_kernels: those of the linear layers, see tuning/choice.py; None: rules choose them.
         weight_formats: of the quantized modules.
+        deterministic: see `BackEnd.load_device`; only with kernels.
         """
         self.config = config
         embedding = weights["embedding.weight"]
@@ -185,11 +200,14 @@ class TorchDevice:
         if not ours:
             modules = unpacked_modules(modules)
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
-        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {})
+        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {}, weight_formats)
         self._sizes = decode_sizes(self.max_sequences)
-        self.operations = _operations(
-            config, modules, self.cache, disabled_plugins, use_kernels, chosen, self.max_sequences
-        )
+        self._deterministic = deterministic
+        if use_kernels:
+            options = {"max_sequences": self.max_sequences, "deterministic": deterministic}
+            self.operations = _kernel_operations(config, modules, self.cache, disabled_plugins, chosen, **options)
+        else:
+            self.operations = TorchOperations(config, modules, self.cache, disabled_plugins)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = self._on_device(self._table.values, self._table.query_scale)
 
@@ -198,7 +216,8 @@ class TorchDevice:
         self._token_table = torch.zeros(self._first_row + self._largest_step(), dtype=torch.int32, device=self.device)
         last_tokens = self._token_table[: self.max_sequences + 1]
         self._step_inputs = self._token_table[self._first_row :]
-        self._uploads = _Uploads(self._step_inputs)
+        self._uploads = _Uploads(self._step_inputs, use_kernels)
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
         make_sampler = KernelSampler if use_kernels else TorchSampler
         self.sampler = make_sampler(self.max_sequences, config.vocab_size, self.device, last_tokens)
         self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None
@@ -241,7 +260,7 @@ class TorchDevice:
         self.sampler.set_masks(masks or {})
         tokens = self.sampler.choose(logits, device_slots, self.sampler.variant(slots, bool(masks)))
         best = () if num_best is None else self.sampler.logprobs(logits, tokens, num_best)
-        return _PendingChoice(tokens, best)
+        return _PendingChoice((tokens, *best), self._copies)
 
     @memory_errors()
     @torch.inference_mode()
@@ -272,8 +291,8 @@ class TorchDevice:
         pages, chooses = self.probe_pages[None], np.array([past > 0])
         batch = Batch(np.array(tokens, np.int32), slot, length, before, whole, pages, chooses)
         rows = np.arange(len(tokens), dtype=np.int32)
-        layout, own = self._packed(batch, rows, len(batch.lengths))
         with self._running(len(tokens)):
+            layout, own = self._packed(batch, rows, len(batch.lengths))
             observed = ObservedOperations(self.operations, observe)
             self._begin(batch.lengths.tolist(), [past], layout, own, decoding=past > 0)
             decoder(observed, self.config, self._token_ids(layout), last_token_only=False)
@@ -285,18 +304,25 @@ class TorchDevice:
 
     def _run(self, batch: Batch, rows: Int32Array) -> tuple[Tensor, StepLayout]:
         """Run the network; return the logits of these rows, and of padding behind them, and the step's layout."""
-        decoding = batch.is_decode and len(rows) == len(batch.lengths)
+        decoding = self._decodes(batch) and len(rows) == len(batch.lengths)
         count = len(batch.lengths)
         graph = None
         if decoding and self._graphs is not None:
             count = padded(count, self._sizes)
             graph = self._graph(count)
-        layout, own = self._packed(batch, rows, count)
         with self._running(len(batch.tokens)):
+            layout, own = self._packed(batch, rows, count)
             if graph is not None and own is None:
                 return graph.replay(), layout
             self._begin(batch.lengths.tolist(), batch.past_lengths.tolist(), layout, own, decoding)
             return decoder(self.operations, self.config, self._token_ids(layout)), layout
+
+    def _decodes(self, batch: Batch) -> bool:
+        """Tell whether a batch runs as a decode step, in other kernels than prompts do."""
+        if not batch.is_decode:
+            return False
+        # What runs a prompt's last token must not depend on whether the other sequences are prompts, too.
+        return not self._deterministic or bool((batch.past_lengths >= batch.prompt_lengths).all())
 
     def _packed(self, batch: Batch, rows: Int32Array, sequences: int) -> tuple[StepLayout, PromptTable | None]:
         """Send a step to the device; return its layout, and the rotary table of its prompts if they have their own.
@@ -305,7 +331,7 @@ class TorchDevice:
         """
         padding = sequences - len(batch.lengths)
         rows = rows if len(rows) else np.zeros(1, np.int32)  # the network computes at least one row of logits
-        max_pages = self._max_pages if self._graphs is not None and batch.is_decode else batch.pages.shape[1]
+        max_pages = self._max_pages if self._graphs is not None and self._decodes(batch) else batch.pages.shape[1]
         layout = StepLayout(len(batch.tokens) + padding, sequences, len(rows) + padding, max_pages)
         spare = {"spare_slot": self.max_sequences, "first_row": self._first_row}
         own = pack(batch, layout, self._table, self._uploads.begin(), rows=rows, **spare)
@@ -338,7 +364,7 @@ class TorchDevice:
 
     def _token_ids(self, layout: StepLayout) -> Tensor:
         """Gather the ids of a step's tokens, some of which only the device knows: int32 [tokens]."""
-        return torch.index_select(self._token_table, 0, self._part(layout, "token_rows"))
+        return self.operations.token_ids(self._token_table, self._part(layout, "token_rows"))
 
     def _part(self, layout: StepLayout, name: str) -> Tensor:
         """Return a part of the step on the device, as `StepLayout.part` does of an array."""
@@ -424,17 +450,15 @@ def _module_weights(
     return {name: module.map(lambda spec: weights[spec.name]) for name, module in modules.items()}
 
 
-def _operations(
+def _kernel_operations(
     config: ModelConfig,
     modules: Mapping[str, ModuleWeights[Tensor]],
     cache: PagedCache,
     disabled: Collection[str],
-    use_kernels: bool,
     gemm_kernels: Mapping[str, KernelChoices],
-    max_sequences: int,
+    **options: Any,
 ) -> TorchOperations:
-    if not use_kernels:
-        return TorchOperations(config, modules, cache, disabled)
+    """Return the operations of our kernels; options: their other keywords."""
     from .kernel_operations import KernelOperations
 
-    return KernelOperations(config, modules, cache, disabled, gemm_kernels, max_sequences=max_sequences)
+    return KernelOperations(config, modules, cache, disabled, gemm_kernels, **options)

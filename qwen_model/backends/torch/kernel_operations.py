@@ -11,16 +11,20 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from qwen_plugins import launch, quantized
+from qwen_plugins import launch
 from qwen_plugins.attention import HEAD_SIZES
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.module_weights import ModuleWeights, WeightFormat
+from ...checkpoints.module_weights import ModuleWeights
 from ...interface.engine_config import KernelChoices
 from ...interface.memory import PAGE_SIZE
+from ...interface.weight_formats import kernel_format
+from . import fixed_kernels
 from .operations import Step, TorchOperations
 from .paged_cache import PagedCache
 
+COPIED_WORDS = 64
+"""Numbers of 4 bytes that a block of `copy_from_host` copies."""
 CACHE_TYPES = {"auto": "same", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 
@@ -41,17 +45,21 @@ class KernelOperations(TorchOperations):
         gemm_kernels: Mapping[str, KernelChoices] | None = None,
         *,
         max_sequences: int,
+        deterministic: bool = False,
     ):
         """See `TorchOperations`.
 
-        max_sequences: the most of a decode step.
         gemm_kernels: those of the linear layers, by module; rules choose the others.
+        max_sequences: the most of a decode step.
+        deterministic: a row's results have the same bits, however many rows are computed with it. `gemm_kernels` are
+            not used then.
         """
         super().__init__(config, modules, cache, disabled)
         self._disabled = frozenset(disabled)
         self._dtype = launch.DataType.__members__[str(cache.dtype).removeprefix("torch.")]
         self._cache_dtype = launch.CacheDataType.__members__[CACHE_TYPES[cache.kind]]
         self._gemm_kernels = gemm_kernels or {}
+        self._deterministic = deterministic
         # What all launches of a module have in common, by its name.
         self._linear_layers: dict[str, launch.LinearLayer] = {}
         self._norm_layers: dict[str, launch.RmsNormLayer] = {}
@@ -67,6 +75,12 @@ class KernelOperations(TorchOperations):
         super().begin(step)
         self._heads.clear()
         self._stream = torch.cuda.current_stream(self.cache.data.device).cuda_stream
+
+    def token_ids(self, table: Tensor, rows: Tensor) -> Tensor:
+        """See `TorchOperations`."""
+        y = torch.empty_like(rows)
+        _gather_words(table, rows, y, 1, self._stream)
+        return y
 
     def embedding(self, input_ids: Tensor, module: str) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
@@ -110,8 +124,17 @@ class KernelOperations(TorchOperations):
         permutation = self.modules[module].permutation
         if permutation is not None:
             x = x.index_select(1, permutation)
+        y = x.new_empty(len(x), layer.columns)
+        if not self._deterministic:
+            self._multiply(layer, x, y)
+            return y
+        most_rows, _ = self._fixed_kernels(module)[-1]
+        for part, of_part in zip(x.split(most_rows), y.split(most_rows), strict=True):
+            self._multiply(layer, part, of_part)
+        return y
+
+    def _multiply(self, layer: launch.LinearLayer, x: Tensor, y: Tensor) -> None:
         rows, in_features = x.shape
-        y = x.new_empty(rows, layer.columns)
         workspace_bytes = layer.workspace_bytes(rows)
         workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
         launch.gemm(
@@ -123,14 +146,24 @@ class KernelOperations(TorchOperations):
             workspace=0 if workspace is None else workspace.data_ptr(),
             stream=self._stream,
         )
-        return y
+
+    def _fixed_kernels(self, module: str) -> KernelChoices:
+        """Return the kernels of a linear layer with which results do not depend on the number of rows."""
+        weights = self.modules[module]
+        out_features, in_features = weights.shape
+        gpu = torch.cuda.get_device_properties(self.cache.data.device)
+        tiled = gpu.major == 9 and launch.has_hopper_kernels() and not weights.format.bits and in_features % 8 == 0
+        swiglu = module.endswith(".gate_up")
+        if not tiled or self.cache.dtype == torch.float32 or (swiglu and out_features % 16):
+            return fixed_kernels.PLAIN
+        return fixed_kernels.tiled_kernels(out_features, swiglu, gpu.multi_processor_count)
 
     def _linear_layer(self, module: str, activation: str | None) -> launch.LinearLayer:
         weights = self.modules[module]
         out_features, in_features = weights.shape
         return launch.LinearLayer(
             weight=_address(weights.weight),
-            weight_format=_launch_format(weights.format),
+            weight_format=kernel_format(weights.format).for_launch(),
             scales=_address(weights.scales),
             zeros=_address(weights.zeros),
             bias=_address(weights.bias),
@@ -139,7 +172,7 @@ class KernelOperations(TorchOperations):
             activation=launch.Activation.none if activation is None else launch.Activation.swiglu,
             dtype=self._dtype,
             constant_weight=True,
-            kernels=self._gemm_kernels.get(module, ()),
+            kernels=self._fixed_kernels(module) if self._deterministic else self._gemm_kernels.get(module, ()),
         )
 
     def norm(
@@ -172,6 +205,7 @@ class KernelOperations(TorchOperations):
             weight_dtype=self._dtype,
             eps=self.config.norm_eps,
             unit_offset=False,
+            batch_invariant=self._deterministic,
         )
 
     def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
@@ -203,7 +237,8 @@ class KernelOperations(TorchOperations):
         }
         if step.decoding:
             partial, semaphores = self._partial_results.data_ptr(), self._semaphores.data_ptr()
-            launch.decode_attention(**operands, workspace=partial, semaphores=semaphores)
+            invariant = self._deterministic
+            launch.decode_attention(**operands, workspace=partial, semaphores=semaphores, batch_invariant=invariant)
         else:
             launch.prefill_attention(**operands, cu_seqlens=step.cu_seqlens.data_ptr(), tokens=tokens)
         return context
@@ -251,12 +286,30 @@ class KernelOperations(TorchOperations):
         self._semaphores = torch.zeros(sequences, config.num_heads, dtype=torch.int32, device=device)
 
 
-def _launch_format(weight_format: WeightFormat) -> launch.WeightFormat:
-    if not weight_format.bits:
-        return launch.WeightFormat()
-    return quantized.WeightFormat(
-        weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
-    ).for_launch()
+def copy_from_host(host: Tensor, target: Tensor, row_numbers: Tensor) -> None:
+    """Copy pinned memory to the GPU with a kernel, on the current stream.
+
+    Between the kernels of two steps this takes a third of the time of a copy by the driver, for which another part of
+    the GPU must begin and end.
+
+    host: int32 [elements], pinned. target: the same on the GPU. row_numbers: int32 on the GPU, 0, 1, 2, ...
+    """
+    rows = row_numbers[: len(host) // COPIED_WORDS]
+    _gather_words(host, rows, target, COPIED_WORDS, torch.cuda.current_stream(target.device).cuda_stream)
+
+
+def _gather_words(table: Tensor, rows: Tensor, y: Tensor, row_size: int, stream: int) -> None:
+    """Gather rows of `row_size` numbers of 4 bytes each."""
+    launch.gather_rows(
+        table=table.data_ptr(),
+        ids=rows.data_ptr(),
+        y=y.data_ptr(),
+        table_rows=len(table) // row_size,
+        row_size=row_size,
+        rows=len(rows),
+        dtype=launch.DataType.__members__["float32"],
+        stream=stream,
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
