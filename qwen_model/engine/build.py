@@ -163,6 +163,11 @@ def build_engine(
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
     formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
+    if formats and backend != "torch":
+        raise QwenModelError(
+            f"the {backend} back end does not run quantized weights in this version: use the torch back end, or give "
+            "quantization none (--quantization none)"
+        )
     _check_calibration(activation_aware, calibration, quantization)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
@@ -185,6 +190,9 @@ def build_engine(
         compute_capabilities=capabilities,
         kv_cache_dtype=kv_cache_dtype,
         weight_formats=formats,
+        quantization_options=_quantization_options(
+            quantization, group_size, symmetric, head_quantization, activation_aware, calibration
+        ),
     )
     sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
     warnings = [
@@ -215,6 +223,24 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _quantization_options(
+    quantization: str,
+    group_size: int | None,
+    symmetric: bool | None,
+    head_quantization: str | None,
+    activation_aware: bool,
+    calibration: str | os.PathLike[str] | None,
+) -> tuple[str, ...]:
+    """Return the words of a build command that ask for the same quantization."""
+    words = [] if quantization == "auto" else ["--quantization", quantization]
+    words += [] if group_size is None else ["--group-size", str(group_size)]
+    words += ["--asymmetric"] if symmetric is False else []
+    words += [] if head_quantization is None else ["--head-quantization", head_quantization]
+    words += ["--activation-aware"] if activation_aware else []
+    words += [] if calibration is None else ["--calibration", os.fsdecode(calibration)]
+    return tuple(words)
 
 
 def _check_calibration(activation_aware: bool, calibration: object, quantization: str) -> None:

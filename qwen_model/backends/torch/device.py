@@ -200,7 +200,7 @@ class TorchDevice:
         if not ours:
             modules = unpacked_modules(modules)
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
-        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {})
+        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {}, weight_formats)
         self._sizes = decode_sizes(self.max_sequences)
         self._deterministic = deterministic
         if use_kernels:

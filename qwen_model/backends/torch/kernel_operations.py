@@ -11,13 +11,14 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from qwen_plugins import launch, quantized
+from qwen_plugins import launch
 from qwen_plugins.attention import HEAD_SIZES
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.module_weights import ModuleWeights, WeightFormat
+from ...checkpoints.module_weights import ModuleWeights
 from ...interface.engine_config import KernelChoices
 from ...interface.memory import PAGE_SIZE
+from ...interface.weight_formats import kernel_format
 from . import fixed_kernels
 from .operations import Step, TorchOperations
 from .paged_cache import PagedCache
@@ -162,7 +163,7 @@ class KernelOperations(TorchOperations):
         out_features, in_features = weights.shape
         return launch.LinearLayer(
             weight=_address(weights.weight),
-            weight_format=_launch_format(weights.format),
+            weight_format=kernel_format(weights.format).for_launch(),
             scales=_address(weights.scales),
             zeros=_address(weights.zeros),
             bias=_address(weights.bias),
@@ -309,14 +310,6 @@ def _gather_words(table: Tensor, rows: Tensor, y: Tensor, row_size: int, stream:
         dtype=launch.DataType.__members__["float32"],
         stream=stream,
     )
-
-
-def _launch_format(weight_format: WeightFormat) -> launch.WeightFormat:
-    if not weight_format.bits:
-        return launch.WeightFormat()
-    return quantized.WeightFormat(
-        weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
-    ).for_launch()
 
 
 def _address(tensor: Tensor | None) -> int:
