@@ -7,7 +7,21 @@ import sys
 
 import shtab
 
-from . import benchmark, build, chat, compare, doctor, evalscope, export, inspect, lm_eval, perplexity, run, summarize
+from . import (
+    benchmark,
+    build,
+    chat,
+    compare,
+    doctor,
+    evalscope,
+    export,
+    inspect,
+    lm_eval,
+    perplexity,
+    quantize,
+    run,
+    summarize,
+)
 from .command_line import run_command
 from .common.version import package_version
 
@@ -15,6 +29,7 @@ COMMANDS = {
     "build": build,
     "run": run,
     "chat": chat,
+    "quantize": quantize,
     "export": export,
     "inspect": inspect,
     "compare": compare,

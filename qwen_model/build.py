@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
+    add_int4_arguments,
     add_tuning_argument,
     add_verbose_argument,
     parse_rotary_scaling,
     progress_bar,
     run_command,
+    weights_text,
 )
 from .common.log import show_log
-from .interface.engine_config import PLUGINS, RTX_COMPUTE_CAPABILITIES
+from .interface.engine_config import KV_CACHE_DTYPES, PLUGINS, RTX_COMPUTE_CAPABILITIES
+from .quantization.options import HEADS, MODES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
@@ -29,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     show_log(options.verbose)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
+    if options.plan:
+        print(_plan_text(options))
+        return
     from .engine import build_engine
 
     with progress_bar() as progress:
@@ -42,6 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
             max_batch_size=options.max_batch_size,
             max_input_len=options.max_input_len,
             max_output_len=options.max_output_len,
+            max_num_tokens=options.max_num_tokens,
+            kv_cache_dtype=options.kv_cache_dtype,
+            quantization=options.quantization,
+            group_size=options.group_size,
+            symmetric=False if options.asymmetric else None,
+            head_quantization=options.head_quantization,
+            activation_aware=options.activation_aware,
+            calibration=options.calibration,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
             tuning=options.tuning,
@@ -86,9 +100,23 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="--rmsnorm-plugin is the default, --no-rmsnorm-plugin the same as --disable-plugin rms_norm",
     )
-    parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 8)")
+    parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 256)")
     parser.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
     parser.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
+    _add_quantization_arguments(parser)
+    parser.add_argument(
+        "--max-num-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of prompts that are computed in one step; longer ones take several (default: up to 8192)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=KV_CACHE_DTYPES,
+        help="how the key-value cache keeps a number: auto: in the engine's type (default); int8 or fp8: in 8 bits, "
+        "with a scale for each token and head, so that twice the tokens have room",
+    )
     parser.add_argument(
         "--rotary-scaling",
         metavar="KIND:FACTOR",
@@ -112,15 +140,75 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N.N",
         help=f"tensorrt-rtx: of the GPUs that the engine is for: {', '.join(RTX_COMPUTE_CAPABILITIES)} (default: all)",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory that such an engine needs, for --max-batch-size sequences of --max-input-len and "
+        "--max-output-len tokens, and which cards have it; build nothing",
+    )
     add_tuning_argument(parser)
     add_verbose_argument(parser)
     return parser
+
+
+def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization of weights", "see docs/quantization.md")
+    group.add_argument(
+        "--quantization",
+        default="auto",
+        choices=MODES,
+        help="of linear layers: int8, with a scale for each output, or int4, with one for each group of inputs; auto "
+        "(default): as the checkpoint is; none: in the engine's type, also if the checkpoint is quantized",
+    )
+    add_int4_arguments(group)
+    group.add_argument(
+        "--head-quantization",
+        choices=HEADS,
+        help="of the output projection (default: int8 with --quantization int8 or int4, else as the checkpoint is); "
+        "the embedding stays as it is",
+    )
+    group.add_argument(
+        "--activation-aware",
+        action="store_true",
+        help="with int4 or int8: scale the inputs of layers first, as AWQ does, by what the network does with a text; "
+        "less error, and it needs PyTorch",
+    )
+    group.add_argument("--calibration", metavar="FILE", help="that text (default: the packaged model's held-out text)")
+
+
+def _plan_text(options: argparse.Namespace) -> str:
+    from .engine.plan import fitting_cards, plan_engine
+
+    plan = plan_engine(
+        options.model_dir,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+        max_input_len=options.max_input_len,
+        max_output_len=options.max_output_len,
+        max_num_tokens=options.max_num_tokens,
+        kv_cache_dtype=options.kv_cache_dtype,
+        quantization=options.quantization,
+        group_size=options.group_size,
+        symmetric=False if options.asymmetric else None,
+        head_quantization=options.head_quantization,
+    )
+    mib = 2.0**20
+    cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
+    return (
+        f"{weights_text(plan.weights)}"
+        f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequences of {plan.positions} tokens\n"
+        f"weights     {plan.weight_bytes / mib:,.1f} MiB\n"
+        f"activations {plan.activation_bytes / mib:,.1f} MiB in the largest step\n"
+        f"cache       {plan.token_bytes / 1024:,.1f} KiB a token, {plan.sequence_bytes / mib:,.1f} MiB a sequence\n"
+        f"cards       sequences of {plan.positions} tokens that have room: {cards}"
+    )
 
 
 def _summary_text(summary: BuildSummary) -> str:
     config = summary.config
     limits = config.limits
     without = f", without the plug-ins {', '.join(config.disabled_plugins)}" if config.disabled_plugins else ""
+    cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     capabilities = ", ".join(config.compute_capabilities)
     built_for = f"GPUs        of compute capability {capabilities}\n" if capabilities else ""
     return (
@@ -129,9 +217,10 @@ def _summary_text(summary: BuildSummary) -> str:
         f"{config.model.num_layers} layers\n"
         f"back end    {config.backend}, {config.dtype}{without}\n{built_for}"
         f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
-        f"outputs of {limits.max_output_len} tokens\n"
+        f"outputs of {limits.max_output_len} tokens, steps of {limits.max_num_tokens} tokens\n"
+        f"{weights_text(summary.weights)}"
         f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "
-        f"{summary.cache_bytes / 2**20:,.1f} MiB of key-value cache\n"
+        f"{summary.sequence_bytes / 2**20:,.1f} MiB of key-value cache{cached} for each sequence\n"
         f"time        {summary.seconds:.1f} s"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import logging
@@ -19,10 +20,15 @@ from .common.extras import import_extra
 from .common.files import is_folder, parse_json_object, read_text
 from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
+from .quantization.options import DEFAULT_GROUP_SIZE, GROUP_SIZES
 
 if TYPE_CHECKING:
     from .engine.session import Session
     from .interface.sampling import SamplingDefaults, SamplingOptions
+    from .quantization.summary import WeightSummary
+
+WORST_LAYERS = 3
+"""The layers whose errors summaries show."""
 
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
@@ -74,7 +80,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "choice of tokens",
         "Options that are not given are as the checkpoint's generation_config.json says; temperature 0 is greedy. If "
         "that file does not sample, or with --generation-config none, tokens are chosen greedily unless temperature, "
-        "top-k or top-p is given.",
+        "top-k, top-p or min-p is given.",
     )
     group.add_argument("--temperature", type=float, metavar="T", help="divide the logits by T; 0 is greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens; 0: from all")
@@ -84,7 +90,25 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="draw from the likeliest tokens that together have P; 1: from all",
     )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="draw from the tokens with at least P times the probability of the likeliest; 0: from all",
+    )
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less; 1: none")
+    group.add_argument(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help="subtract X, from -2 to 2, from the logits of tokens that the output has",
+    )
+    group.add_argument(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help="subtract X, from -2 to 2, for each time that the output has a token",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
     group.add_argument(
         "--generation-config",
@@ -103,7 +127,7 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from .interface.sampling import SamplingOptions
 
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    names = [field.name for field in dataclasses.fields(SamplingOptions) if field.name != "logit_bias"]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     SamplingOptions(**given)
     return given
@@ -268,11 +292,24 @@ def parse_rotary_scaling(text: str) -> dict[str, Any]:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
-    """Add --engine-dir and --device, and --tuning for commands that call `open_engine`."""
+    """Add --engine-dir and --device, and the other options of `open_engine` for commands that call it."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     if tuning:
         add_tuning_argument(parser)
+        parser.add_argument(
+            "--gpu-memory-utilization",
+            type=float,
+            default=0.9,
+            metavar="PART",
+            help="the part of the GPU's memory that may be in use when the engine is loaded; the key-value cache gets "
+            "what is left of it (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="torch on a GPU: what a prompt gives is the same, to the bit, whatever is computed beside it; slower",
+        )
 
 
 def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
@@ -285,12 +322,44 @@ def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_int4_arguments(group: argparse._ActionsContainer) -> None:
+    """Add --group-size and --asymmetric."""
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help=f"with int4, the inputs that share a scale: {', '.join(map(str, GROUP_SIZES))} (all); default: "
+        f"{DEFAULT_GROUP_SIZE}",
+    )
+    group.add_argument(
+        "--asymmetric", action="store_true", help="with int4: zero points, a little more memory and less error"
+    )
+
+
+def weights_text(weights: WeightSummary) -> str:
+    """Return the lines of a summary about quantization, each with a line break; "" if there is none."""
+    if not weights.bits:
+        return ""
+    formats = "; ".join(f"{count} x {text}" for text, count in weights.formats.items())
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in weights.part_bytes.items())
+    lines = f"weights     {formats}\n            {weights.bits:.2f} bits a quantized weight; MiB: {parts}\n"
+    worst = [f"{name} {error:.2%}" for name, error in weights.relative_errors.items()][:WORST_LAYERS]
+    return lines + (f"error       of the weights, largest: {', '.join(worst)}\n" if worst else "")
+
+
 def open_engine(options: argparse.Namespace) -> Session:
     """Load the engine that the options of `add_engine_arguments` name, with a progress bar on standard error."""
     from .engine import load_engine
 
     with progress_bar() as progress:
-        return load_engine(options.engine_dir, device=options.device, tuning=options.tuning, progress=progress)
+        return load_engine(
+            options.engine_dir,
+            device=options.device,
+            tuning=options.tuning,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            deterministic=options.deterministic,
+            progress=progress,
+        )
 
 
 @contextmanager

@@ -16,6 +16,10 @@ void bind_types(py::module_& module) {
       .value("bfloat16", DataType::kBFloat16)
       .value("int8", DataType::kInt8)
       .value("float8_e4m3fn", DataType::kFloat8E4M3);
+  py::enum_<CacheDataType>(module, "CacheDataType")
+      .value("same", CacheDataType::kSame)
+      .value("int8", CacheDataType::kInt8)
+      .value("float8_e4m3fn", CacheDataType::kFloat8E4M3);
   py::enum_<Activation>(module, "Activation").value("none", Activation::kNone).value("swiglu", Activation::kSwiglu);
   py::enum_<WeightKind>(module, "WeightKind")
       .value("same", WeightKind::kSame)

@@ -10,7 +10,8 @@ stream, which belongs to the current device, and returns; it can be captured in 
 error, such as for parameters that the header does not allow, it raises RuntimeError.
 
 What stays the same from launch to launch is an object, made once for each layer of a network: `LinearLayer`,
-`RmsNormLayer` and, for all layers that share a rotary table, `AttentionHeads`. All other arguments are keywords.
+`RmsNormLayer`, `SamplingSlots` and, for all layers that share a rotary table, `AttentionHeads`. All other arguments are
+keywords.
 
     layer = launch.LinearLayer(
         weight=weight.data_ptr(), bias=0, in_features=4096, out_features=1024, activation=launch.Activation.none,
@@ -21,14 +22,20 @@ What stays the same from launch to launch is an object, made once for each layer
 
 from qwen_plugins._core import (
     GEMM_KERNELS_VERSION,
+    MAX_BEST,
+    MAX_BIASES,
     MAX_VOCAB_SIZE,
+    PAGE_SIZE,
+    SAMPLING_START_BYTES,
     Activation,
     AttentionHeads,
+    CacheDataType,
     DataType,
     LinearLayer,
     RmsNormLayer,
     RotaryStyle,
     RowLayout,
+    SamplingSlots,
     WeightFormat,
     WeightKind,
     cublas_lt_status,
@@ -43,29 +50,35 @@ from qwen_plugins._core import (
     gemm_choice_name,
     gemm_choice_number,
     has_hopper_kernels,
-    mark_seen,
+    logprobs,
     measure_gemm,
     pack_weight,
     prefill_attention,
     rms_norm,
     rms_norm_quant,
     sample,
-    sampling_settings_bytes,
     sampling_workspace_bytes,
+    start_sampling,
     swiglu,
     unpack_weight,
 )
 
 __all__ = [
     "GEMM_KERNELS_VERSION",
+    "MAX_BEST",
+    "MAX_BIASES",
     "MAX_VOCAB_SIZE",
+    "PAGE_SIZE",
+    "SAMPLING_START_BYTES",
     "Activation",
     "AttentionHeads",
+    "CacheDataType",
     "DataType",
     "LinearLayer",
     "RmsNormLayer",
     "RotaryStyle",
     "RowLayout",
+    "SamplingSlots",
     "WeightFormat",
     "WeightKind",
     "cublas_lt_status",
@@ -80,15 +93,15 @@ __all__ = [
     "gemm_choice_name",
     "gemm_choice_number",
     "has_hopper_kernels",
-    "mark_seen",
+    "logprobs",
     "measure_gemm",
     "pack_weight",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quant",
     "sample",
-    "sampling_settings_bytes",
     "sampling_workspace_bytes",
+    "start_sampling",
     "swiglu",
     "unpack_weight",
 ]

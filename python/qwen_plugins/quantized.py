@@ -1,7 +1,7 @@
 """Pack quantized weights for the GEMM kernels, and unpack them: on the host, with NumPy arrays.
 
 A weight of out_features rows and in_features columns is ``scales * (codes - zeros)``, with a scale and a zero point for
-each row and group of columns. The packed layout, one for all GPUs, is that of ``csrc/kernels/gemm/packed_weight.h``.
+each row and group of columns. The packed layout, the same on all GPUs, is in ``csrc/kernels/gemm/packed_weight.h``.
 
     packed = quantized.pack(codes, scales, bits=4, group_size=128)
     codes, scales, zeros = quantized.unpack(packed)
@@ -87,16 +87,25 @@ class PackedWeight:
     in_features: int
 
 
-def pack(codes: Array, scales: Array, zeros: Array | None = None, *, bits: int, group_size: int) -> PackedWeight:
+def pack(
+    codes: Array,
+    scales: Array,
+    zeros: Array | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    scale_dtype: str | None = None,
+) -> PackedWeight:
     """Return the packed form of a quantized weight.
 
     Args:
         codes: uint8 [out_features, in_features], below 2 ** bits.
-        scales: float16 or bfloat16 (of ml_dtypes) [out_features, groups].
+        scales: float16 or bfloat16 (of ml_dtypes) [out_features, groups]; or uint16, the bits of `scale_dtype`.
         zeros: uint8 [out_features, groups], below 2 ** bits; None: all 2 ** (bits - 1).
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or a multiple of 128, which divides in_features; 0: all columns.
             Groups of more than 128 columns become several of 128 with the same scale.
+        scale_dtype: "float16" or "bfloat16", where scales are uint16: then packed and unpacked ones are, too.
 
     Raises:
         TypeError: an array has another type.
@@ -109,8 +118,10 @@ def pack(codes: Array, scales: Array, zeros: Array | None = None, *, bits: int, 
     repeats = group_size // 128 if group_size > 128 and group_size % 128 == 0 else 1
     if group_size and in_features % group_size:
         raise ValueError(f"group_size must divide in_features, but {in_features} columns are no groups of {group_size}")
-    _check_matrix("scales", scales, _SCALE_DTYPES)
-    weight_format = WeightFormat(bits, group_size // repeats, zeros is not None, scales.dtype.name)
+    _check_matrix("scales", scales, _SCALE_DTYPES if scale_dtype is None else ("uint16",))
+    weight_format = WeightFormat(
+        bits, group_size // repeats, zeros is not None, scales.dtype.name if scale_dtype is None else scale_dtype
+    )
     groups = (out_features, in_features // group_size if group_size else 1)
     _check_shape("scales", scales, groups)
     _check_codes("codes", codes, bits)

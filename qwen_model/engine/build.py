@@ -23,9 +23,10 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.generation_config import GenerationConfig
 from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
+from ..checkpoints.module_weights import Formats
 from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
-from ..checkpoints.weights import weight_groups
+from ..checkpoints.weights import network_modules, weight_groups
 from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
@@ -33,18 +34,26 @@ from ..common.version import package_version
 from ..interface.engine_config import (
     AMPERE_PLUS,
     BACKENDS,
+    KV_CACHE_DTYPES,
     PLUGINS,
     RTX_COMPUTE_CAPABILITIES,
     EngineConfig,
     Limits,
 )
-from ..interface.memory import required_bytes
+from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
+from ..quantization.engine_weights import EngineWeights
+from ..quantization.formats import chosen_formats
+from ..quantization.options import KINDS
+from ..quantization.summary import WeightSummary, weight_summary
 from .back_ends import back_end
+from .calibration import calibrated_weights
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
 LOG = logging.getLogger(__name__)
+LARGE_KEY_BIAS = 50.0
+"""Keys without a bias are a few units: beside this one, a code of int8 is nearly half a unit."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,10 @@ class BuildSummary:
     engine_dir: Path
     config: EngineConfig
     weight_bytes: int
-    cache_bytes: int
+    sequence_bytes: int  # of the longest sequence in the key-value cache
     seconds: float
     warnings: tuple[str, ...]
+    weights: WeightSummary
 
 
 def build_engine(
@@ -70,6 +80,14 @@ def build_engine(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
+    max_num_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
+    quantization: str = "auto",
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    head_quantization: str | None = None,
+    activation_aware: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     tuning: bool = True,
@@ -85,8 +103,21 @@ def build_engine(
     disable_plugins: names of kernels of this project to replace by the back end's own operations, to compare them:
         "rms_norm", "gemm" (the linear layers), "rotary" (the rotary embedding, then applied before attention).
     rmsnorm_plugin: False is the same as "rms_norm" in `disable_plugins`.
-    max_batch_size: sequences at a time; a beam is a sequence. None: 8.
+    max_batch_size: sequences at a time; a beam is a sequence. None: 256. They share the memory of the key-value cache,
+        which is as large as there is room for when the engine is loaded.
     max_input_len, max_output_len: tokens of a prompt, and tokens generated for it. None: up to 1024 and 512.
+    max_num_tokens: tokens of prompts, or parts of them, that are computed in one step. None: up to 8192.
+    kv_cache_dtype: how the key-value cache keeps a number: "auto": in the engine's type; "int8" or "fp8": in 8 bits,
+        with a scale for each token and head.
+    quantization: of the weights of linear layers: "int8" or "int4"; "auto": as the checkpoint is; "none": in the
+        engine's type, also if the checkpoint is quantized.
+    group_size: with "int4", the inputs that share a scale: 32, 64, 128, or -1 for all. None: 128.
+    symmetric: with "int4", whether there are no zero points. None: True.
+    head_quantization: of the output projection: "int8", "int4" or "none". None: "int8" if linear layers are quantized
+        here, else as the checkpoint is.
+    activation_aware: scale the inputs of layers before they are quantized here, as AWQ does, by what the network does
+        with a text; it needs PyTorch.
+    calibration: the file of that text; None: the packaged model's held-out text.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
@@ -108,6 +139,7 @@ def build_engine(
     check_choice("backend", backend, BACKENDS)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
+    check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     if timing_cache is not None and backend != "tensorrt":
         raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
     capabilities = _compute_capabilities(backend, hardware_compatible, compute_capabilities)
@@ -121,7 +153,7 @@ def build_engine(
     model = ModelConfig.from_model_dir(source)
     if rotary_scaling is not None:
         model = model.with_rotary_scaling(rotary_scaling)
-    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
+    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len, max_num_tokens)
     engine_back_end = back_end(backend)
     watch.lap(f"back end {backend} imported")
     checkpoint = Checkpoint(source, engine_back_end.FRAMEWORK)
@@ -130,6 +162,13 @@ def build_engine(
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
+    formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
+    if formats and backend != "torch":
+        raise QwenModelError(
+            f"the {backend} back end does not run quantized weights in this version: use the torch back end, or give "
+            "quantization none (--quantization none)"
+        )
+    _check_calibration(activation_aware, calibration, quantization)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
     watch.lap("tokenizer checked")
@@ -149,30 +188,68 @@ def build_engine(
         disabled_plugins=disabled,
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
         compute_capabilities=capabilities,
+        kv_cache_dtype=kv_cache_dtype,
+        weight_formats=formats,
+        quantization_options=_quantization_options(
+            quantization, group_size, symmetric, head_quantization, activation_aware, calibration
+        ),
     )
-    weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
+    sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
+        *_scale_warnings(formats, config.dtype),
+        *_key_bias_warnings(checkpoint, model, kv_cache_dtype),
     ]
     report = progress or no_progress
+    calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
+    read_weight = EngineWeights(checkpoint, network_modules(model, engine_dtype, formats), calibrated)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     if tuning:
         config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
     with written_whole(target) as folder:
-        warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
+        warnings += engine_back_end.write_engine(folder, config, read_weight, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
-    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
+    weights = weight_summary(model, config.dtype, formats, read_weight.relative_errors)
+    size = weight_bytes(model, config.dtype, formats)
+    return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings), weights)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _quantization_options(
+    quantization: str,
+    group_size: int | None,
+    symmetric: bool | None,
+    head_quantization: str | None,
+    activation_aware: bool,
+    calibration: str | os.PathLike[str] | None,
+) -> tuple[str, ...]:
+    """Return the words of a build command that ask for the same quantization."""
+    words = [] if quantization == "auto" else ["--quantization", quantization]
+    words += [] if group_size is None else ["--group-size", str(group_size)]
+    words += ["--asymmetric"] if symmetric is False else []
+    words += [] if head_quantization is None else ["--head-quantization", head_quantization]
+    words += ["--activation-aware"] if activation_aware else []
+    words += [] if calibration is None else ["--calibration", os.fsdecode(calibration)]
+    return tuple(words)
+
+
+def _check_calibration(activation_aware: bool, calibration: object, quantization: str) -> None:
+    if activation_aware and quantization not in KINDS:
+        raise QwenModelError(
+            f"activation_aware (--activation-aware) is for quantization {' or '.join(KINDS)}, not {quantization!r}"
+        )
+    if calibration is not None and not activation_aware:
+        raise QwenModelError("calibration (--calibration) is for activation_aware (--activation-aware)")
 
 
 def _compute_capabilities(backend: str, hardware_compatible: bool, chosen: Collection[str] | None) -> tuple[str, ...]:
@@ -230,6 +307,31 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
         yield (
             f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "
             "model was made for; consider --rotary-scaling"
+        )
+
+
+def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
+    scales = {each.scale_dtype for each in formats.values()}
+    if dtype != "float32" and scales - {dtype}:
+        other = (scales - {dtype}).pop()
+        yield (
+            f"the checkpoint's scales are {other} and the engine is {dtype}: they are kept as they are, but slower "
+            f"kernels compute prompts; --dtype {other} has the faster ones"
+        )
+
+
+def _key_bias_warnings(checkpoint: Checkpoint, model: ModelConfig, kv_cache_dtype: str) -> Iterator[str]:
+    """Warn of biases that take the room in int8 codes of keys: one of them makes the scale of all numbers of a head."""
+    if kv_cache_dtype != "int8" or not model.qkv_bias:
+        return
+    heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    specs = (spec for group in weight_groups(model, "float32") for spec in group.specs)
+    biases = (checkpoint.read(spec) for spec in specs if spec.name.endswith(".attention.qkv.bias"))
+    largest = max(float(abs(bias[heads : heads + kv_heads]).max()) for bias in biases)
+    if largest > LARGE_KEY_BIAS:
+        yield (
+            f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
+            "coarsely: --kv-cache-dtype fp8 is more exact"
         )
 
 

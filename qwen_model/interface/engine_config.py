@@ -16,6 +16,7 @@ from ..checkpoints.module_weights import WeightFormat
 from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
+from .weight_formats import Formats, formats_as_json, formats_from_json
 
 FORMAT = "qwen_model.engine"
 FORMAT_VERSION = 2
@@ -31,6 +32,8 @@ PLUGINS = ("rms_norm", "gemm", "rotary")
 rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention; it is applied before instead.
 """
 
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+"""How the cache keeps a number: auto: in the engine's type; else in 8 bits, with a scale for each token and head."""
 
 KernelChoices = tuple[tuple[int, str], ...]
 """GEMM kernels by the number of rows: up to so many rows, the kernel of that name. Rules choose for more rows."""
@@ -46,9 +49,10 @@ class Limits:
         QwenModelError: one is not a positive integer.
     """
 
-    max_batch_size: int = 8  # sequences at a time; a beam is a sequence
+    max_batch_size: int = 256  # sequences at a time; a beam is a sequence
     max_input_len: int = 1024  # tokens of a prompt
     max_output_len: int = 512  # tokens generated for a prompt
+    max_num_tokens: int = 8192  # tokens of prompts, or parts of them, that are computed in one step
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -59,6 +63,11 @@ class Limits:
     def max_positions(self) -> int:
         """Return the longest sequence in the cache, in tokens."""
         return self.max_input_len + self.max_output_len
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the most tokens of a step: those of prompts, or one of each sequence."""
+        return max(self.max_num_tokens, self.max_batch_size)
 
 
 @dataclass(frozen=True)
@@ -76,21 +85,29 @@ class EngineConfig:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that give no options
     gemm_kernels: GemmKernels = field(default_factory=dict)  # that the engine was built with; {}: chosen when it runs
     compute_capabilities: tuple[str, ...] = ()  # of the GPUs that a plan is for; (): it is for the GPU in `versions`
+    kv_cache_dtype: str = "auto"  # of KV_CACHE_DTYPES
+    weight_formats: Formats = field(default_factory=dict)  # of the quantized modules; the others have `weight_format`
+    quantization_options: tuple[str, ...] = ()  # of the build, as words of its command
 
     def __post_init__(self) -> None:
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise QwenModelError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not {shown(self.kv_cache_dtype)}"
+            )
         unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
         if unknown:
             raise QwenModelError(f"plug-ins to disable must be of {', '.join(PLUGINS)}, not {unknown[0]!r}")
 
     @property
     def weight_format(self) -> WeightFormat:
-        """Return the format of the weights."""
+        """Return the format of the weights that are not quantized."""
         return WeightFormat(self.dtype)
 
     def write(self, engine_dir: Path) -> None:
         """Write `config.json` into the engine's folder."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         values["weight_format"] = dataclasses.asdict(self.weight_format)
+        values["weight_formats"] = formats_as_json(self.weight_formats)
         (engine_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -131,6 +148,8 @@ class EngineConfig:
             what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).splitlines())
             raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
         readable = dataclasses.asdict(config.weight_format)
+        if isinstance(weight_format, dict):
+            weight_format = {**readable, **weight_format}  # fields that later versions added have their defaults
         if weight_format not in (None, readable):  # None: built before formats were recorded, when there was one layout
             raise QwenModelError(
                 f"{engine_dir} has weights in the format {shown(weight_format)}, this version of qwen_model reads "
@@ -149,6 +168,8 @@ class EngineConfig:
             "sampling_defaults": SamplingDefaults(**values["sampling_defaults"]),
             "gemm_kernels": _gemm_kernels(values.get("gemm_kernels", {})),
             "compute_capabilities": tuple(values.get("compute_capabilities", ())),
+            "quantization_options": tuple(map(str, values.get("quantization_options", ()))),
+            "weight_formats": formats_from_json(values.get("weight_formats", [])),
         }
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:
@@ -168,6 +189,9 @@ class EngineConfig:
             options += ["--hardware-compatible"]
         elif self.compute_capabilities:
             options += ["--compute-capability", *self.compute_capabilities]
+        if self.kv_cache_dtype != "auto":
+            options += ["--kv-cache-dtype", self.kv_cache_dtype]
+        options += self.quantization_options
         return _build_command(self.backend, self.dtype, self.limits, options, engine_dir)
 
 

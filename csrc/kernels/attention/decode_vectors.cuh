@@ -2,6 +2,8 @@
 // lane eight elements of it.
 #pragma once
 
+#include <climits>
+
 #include "decode_work.cuh"
 
 namespace qwen_plugins::decoding {
@@ -26,6 +28,7 @@ class VectorAttention {
   static constexpr int kHeads = 1;
   static constexpr int kWarps = 16;
   static constexpr bool kInClusters = false;
+  static constexpr bool kQuantized = false;
   struct SharedMemory : SharedInputs<kHeadSize, kHeads> {
     alignas(16) float warp_values[kWarps][kHeadSize];
     float2 warp_partials[kWarps];  // maximum and sum
@@ -42,16 +45,21 @@ class VectorAttention {
   static __device__ __forceinline__ void pack_query(SharedMemory&, int) {}  // float32 queries are used as they are
   static __device__ __forceinline__ void clear_other_queries(SharedMemory&, int) {}
 
-  __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work, SharedMemory&)
-      : begin_(work.begin + warp() * kStep), end_(work.end), stride_(num_warps() * kStep) {
-    const T* const cache = static_cast<const T*>(p.cache.data) + element();
-    keys_ = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head);
-    values_ = cache + cache_offset(p.heads, p.cache, work.sequence, 1, work.kv_head);
-    load(key_vectors_, keys_, begin_);
-    load(value_vectors_, values_, begin_);
+  __device__ __forceinline__ VectorAttention(const Arguments& a, const Work& work, SharedMemory&)
+      : begin_(work.begin + warp() * kStep),
+        end_(work.end),
+        stride_(num_warps() * kStep),
+        cache_(a.params.cache, a.layout, work.sequence, work.kv_head),
+        rows_{cache_.first_row(), cache_.first_row()},
+        page_end_(cache_.is_paged() ? 0 : INT_MAX) {
+    find_pages(begin_);
+    load(key_vectors_, 0, begin_);
+    load(value_vectors_, cache_.value_bytes(), begin_);
+    find_pages(begin_ + stride_);
   }
 
-  __device__ __forceinline__ void attend(const Work& work, float scale, const SharedMemory& shared) {
+  __device__ __forceinline__ void attend(const DecodeAttentionParams&, const Work& work, float scale,
+                                         const SharedMemory& shared) {
     read_shared(work, scale, shared);
     for (int start = begin_; start < end_; start += stride_) {
       float scores[kUnroll];
@@ -65,7 +73,7 @@ class VectorAttention {
         maximum = fmaxf(maximum, scores[u]);
       }
       const int next = start + stride_;
-      if (next < end_) load_once(key_vectors_, keys_, next);
+      if (next < end_) load_once(key_vectors_, 0, next);
       state_.rescale(maximum);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -76,7 +84,8 @@ class VectorAttention {
 #pragma unroll
         for (int j = 0; j < kVecSize; ++j) state_.values[j] += weight * value[j];
       }
-      if (next < end_) load_once(value_vectors_, values_, next);
+      if (next < end_) load_once(value_vectors_, cache_.value_bytes(), next);
+      find_pages(next + stride_);
     }
   }
 
@@ -123,26 +132,46 @@ class VectorAttention {
     return score;
   }
 
-  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], const T* from, int start) const {
+  // Finds where a step's positions are: a step is shorter than a page, and most are in one. What is in the next page
+  // has an address of its own.
+  __device__ __forceinline__ void find_pages(int start) {
+    static_assert(kStep <= kPageSize);
+    if (!cache_.is_paged() || start >= end_) return;
+    rows_[0] = cache_.row_of_page(start);
+    page_end_ = (static_cast<unsigned>(start) / kPageSize + 1) * kPageSize;
+    if (page_end_ < min(start + kStep, end_)) rows_[1] = cache_.row_of_page(page_end_);
+  }
+  // Calls `load(u, vectors)` with the address of each of a group's positions in a step: keys, or values with `offset`.
+  template <typename Load>
+  __device__ __forceinline__ void for_positions(int start, int64_t offset, const Load& load) const {
+    constexpr int kTokenBytes = kHeadSize * static_cast<int>(sizeof(T));
+    const int64_t first = (start + group()) * int64_t{kTokenBytes} + element() * static_cast<int>(sizeof(T)) + offset;
+    if (start + kStep <= page_end_) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int position = start + u * kGroups + group();
-      vectors[u] = {};
-      if (in_head() && position < end_) {
-        vectors[u] = *reinterpret_cast<const Vector<T>*>(from + position * int64_t{kHeadSize});
+      for (int u = 0; u < kUnroll; ++u) load(u, rows_[0] + first + u * kGroups * kTokenBytes);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const char* const row = start + u * kGroups + group() < page_end_ ? rows_[0] : rows_[1];
+        load(u, row + first + u * kGroups * kTokenBytes);
       }
     }
+  }
+
+  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
+    for_positions(start, offset, [&](int u, const char* from) {
+      vectors[u] = {};
+      if (in_head() && start + u * kGroups + group() < end_) vectors[u] = *reinterpret_cast<const Vector<T>*>(from);
+    });
   }
 
   // As load(), for the loop: with the streaming cache hint (.cs), since the cache is read once, and as single
   // predicated instructions. With the code that the compiler generates for load(), short sequences, which need no
   // second step, take 0.5 us longer (measured).
-  __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], const T* from, int start) const {
+  __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
     const int end = in_head() ? end_ : 0;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int position = start + u * kGroups + group();
-      const auto* const packs = reinterpret_cast<const FullPack*>(from + position * int64_t{kHeadSize});
+    for_positions(start, offset, [&](int u, const char* from) {
+      const auto* const packs = reinterpret_cast<const FullPack*>(from);
 #pragma unroll
       for (int i = 0; i < kVecSize / kVec<T>; ++i) {
         uint32_t (&words)[4] = vectors[u].packs[i].words;
@@ -151,9 +180,9 @@ class VectorAttention {
             "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
             "@exists ld.global.cs.v4.b32 {%0,%1,%2,%3}, [%4];\n}"
             : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
-            : "l"(packs + i), "r"(position), "r"(end));
+            : "l"(packs + i), "r"(start + u * kGroups + group()), "r"(end));
       }
-    }
+    });
   }
 
   // Reads q, and in the last warp's first group begins the softmax with the new token.
@@ -179,8 +208,10 @@ class VectorAttention {
   int begin_;
   int end_;
   int stride_;
-  const T* keys_;
-  const T* values_;
+  HeadCacheOf<T, kHeadSize, false> cache_;
+  // What a position's bytes are added to, for the next step's positions below page_end_ and for the others.
+  const char* rows_[2];
+  int page_end_;
   Vector<T> key_vectors_[kUnroll];
   Vector<T> value_vectors_[kUnroll];
   float q_[kVecSize] = {};

@@ -12,14 +12,15 @@ namespace qwen_plugins {
 namespace {
 
 // The shape of a block's tile, with the members of TileShape that TileSoftmax uses.
-template <int kHeadSize_>
+template <int kHeadSize_, bool kQuantized_>
 struct HopperShape {
   static constexpr int kHeadSize = kHeadSize_;
+  static constexpr bool kQuantized = kQuantized_;  // the cache is of 8 bits
   static constexpr int kRowTiles = 1;
   static constexpr int kThreads = 256;
   static constexpr int kRows = 128;
   static constexpr int kHalfRows = kRows / 2;  // queries of a warpgroup
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = kPageSize;
   static constexpr int kRowBytes = kHeadSize * 2;
   static constexpr int kKeyStages = 2;
   static constexpr int kValueStages = 3;  // one more: a tile's values are in use until the next tile has been loaded
@@ -41,18 +42,22 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* from, int64_t st
   }
 }
 
+__device__ __forceinline__ void store_shared(uint32_t to, const FullPack& pack) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pack.words[0]), "r"(pack.words[1]),
+               "r"(pack.words[2]), "r"(pack.words[3])
+               : "memory");
+}
+
 // The pipeline stages of a block's keys and values in shared memory, and the loads that fill them from the cache.
 template <typename T, typename Shape>
 class KeysAndValues {
  public:
-  __device__ __forceinline__ KeysAndValues(const PrefillAttentionParams& p, const QueryTile& tile, int head,
-                                           uint32_t shared)
-      : shared_(shared), num_keys_(tile.first_position + tile.num_rows) {
-    const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-    const T* const cache = static_cast<const T*>(p.cache.data);
-    keys_ = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
-    values_ = cache + cache_offset(p.heads, p.cache, tile.sequence, 1, kv_head);
-  }
+  __device__ __forceinline__ KeysAndValues(const PrefillArguments& a, const QueryTile& tile, int head, uint32_t shared)
+      : shared_(shared),
+        num_keys_(tile.first_position + tile.num_rows),
+        dtype_(a.params.cache.dtype),
+        cache_(a.params.cache, a.layout, tile.sequence,
+               head / (a.params.heads.num_heads / a.params.heads.num_kv_heads)) {}
 
   __device__ __forceinline__ int num_tiles() const { return divide_up(num_keys_, Shape::kKeys); }
   __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % Shape::kKeyStages * kTileBytes; }
@@ -60,13 +65,23 @@ class KeysAndValues {
     return shared_ + (Shape::kKeyStages + tile % Shape::kValueStages) * kTileBytes;
   }
 
-  // Issues the loads of a tile, if there is one.
+  // Issues the loads of a tile, one page, if there is one. Codes are converted here, after the loads.
   __device__ __forceinline__ void load(int tile) const {
     const int first = tile * Shape::kKeys;
     if (first >= num_keys_) return;
-    const int64_t offset = first * int64_t{Shape::kHeadSize};
-    load_tile<T, Shape, Shape::kKeys>(keys(tile), keys_ + offset, Shape::kHeadSize, num_keys_ - first);
-    load_tile<T, Shape, Shape::kKeys>(values(tile), values_ + offset, Shape::kHeadSize, num_keys_ - first);
+    const int page = cache_.page_of(first);
+    const char* const key = cache_.key(page, first);
+    const char* const value = key + cache_.value_bytes();
+    if constexpr (Shape::kQuantized) {
+      convert(keys(tile), key, cache_.key_scale(page, first), num_keys_ - first);
+      convert(values(tile), value, cache_.value_scale(page, first), num_keys_ - first);
+    } else {
+      const auto load = [&](uint32_t to, const char* from) {
+        load_tile<T, Shape, Shape::kKeys>(to, reinterpret_cast<const T*>(from), Shape::kHeadSize, num_keys_ - first);
+      };
+      load(keys(tile), key);
+      load(values(tile), value);
+    }
   }
 
   // Waits for a tile, and issues the loads of the next one into stages that all warps have finished with.
@@ -81,10 +96,17 @@ class KeysAndValues {
  private:
   static constexpr int kTileBytes = Shape::kKeys * Shape::kRowBytes;
 
+  __device__ __forceinline__ void convert(uint32_t to, const char* codes, const float* scales, int num_rows) const {
+    load_codes<T, Shape::kHeadSize, Shape::kKeys, Shape::kThreads>(
+        codes, scales, num_rows, dtype_, [&](int row, int chunk, const FullPack& values) {
+          store_shared(to + swizzled_offset(Shape::kKeys, row, chunk), values);
+        });
+  }
+
   uint32_t shared_;
   int num_keys_;
-  const T* keys_;
-  const T* values_;
+  CacheDataType dtype_;
+  HeadCacheOf<T, Shape::kHeadSize, Shape::kQuantized> cache_;
 };
 
 template <typename T, typename Shape>
@@ -149,8 +171,8 @@ class HopperAttention : public TileSoftmax<T, Shape> {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
-    attend_on_hopper(const __grid_constant__ PrefillAttentionParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) attend_on_hopper(const __grid_constant__ PrefillArguments a) {
+  const PrefillAttentionParams& p = a.params;
   extern __shared__ __align__(1024) char shared[];
   trigger_dependent_launch();
   wait_for_previous_kernel();
@@ -158,7 +180,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const int head = static_cast<int>(blockIdx.x);
   if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
   const uint32_t queries = shared_address(shared);
-  const KeysAndValues<T, Shape> cache(p, tile, head, queries + Shape::kRows * Shape::kRowBytes);
+  const KeysAndValues<T, Shape> cache(a, tile, head, queries + Shape::kRows * Shape::kRowBytes);
   const int64_t stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
   T* const context = static_cast<T*>(p.context) + tile.first_token * stride + head * Shape::kHeadSize;
   // The shuffle tells the compiler that the value is the same in all lanes.
@@ -191,18 +213,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   attention.write(shared, 16 * warp, context, stride, tile.num_rows);
 }
 
-template <typename T, int kHeadSize>
-cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
-  using Shape = HopperShape<kHeadSize>;
+template <typename T, typename Shape>
+cudaError_t launch(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
   auto* const kernel = attend_on_hopper<T, Shape>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
+  const PrefillAttentionParams& p = a.params;
   // The most tiles that so many tokens of so many sequences can have.
   const auto tiles = static_cast<unsigned>((p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows);
   const auto heads = static_cast<unsigned>(p.heads.num_heads);
   const dim3 blocks(heads, tiles);  // the longest tiles of all heads come first
-  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, p);
+  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, a);
+}
+
+template <int kHeadSize, bool kQuantized>
+cudaError_t launch_for_type(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
+  using Shape = HopperShape<kHeadSize, kQuantized>;
+  if (a.params.heads.dtype == DataType::kFloat16) return launch<__half, Shape>(a, device, stream);
+  return launch<__nv_bfloat16, Shape>(a, device, stream);
 }
 
 }  // namespace
@@ -211,13 +240,12 @@ bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& d
   return device.major == 9 && heads.dtype != DataType::kFloat32 && (heads.head_size == 64 || heads.head_size == 128);
 }
 
-cudaError_t launch_prefill_hopper(const PrefillAttentionParams& p, const DeviceProperties& device,
-                                  cudaStream_t stream) {
-  const bool half = p.heads.dtype == DataType::kFloat16;
-  if (p.heads.head_size == 64) {
-    return half ? launch<__half, 64>(p, device, stream) : launch<__nv_bfloat16, 64>(p, device, stream);
+cudaError_t launch_prefill_hopper(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
+  const bool quantized = a.params.cache.dtype != CacheDataType::kSame;
+  if (a.params.heads.head_size == 64) {
+    return quantized ? launch_for_type<64, true>(a, device, stream) : launch_for_type<64, false>(a, device, stream);
   }
-  return half ? launch<__half, 128>(p, device, stream) : launch<__nv_bfloat16, 128>(p, device, stream);
+  return quantized ? launch_for_type<128, true>(a, device, stream) : launch_for_type<128, false>(a, device, stream);
 }
 
 }  // namespace qwen_plugins

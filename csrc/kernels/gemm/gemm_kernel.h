@@ -22,6 +22,8 @@ enum class GemmKernelId : int32_t {
   kStreamInParts = 5,
   kPlain = 6,
   kStreamQuantized = 7,
+  kTilesQuantized = 8,
+  kDequantized = 9,
 };
 
 // One of the configurations (tile sizes, splits, ...) in which a kernel can run.
