@@ -52,6 +52,8 @@ from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
 LOG = logging.getLogger(__name__)
+LARGE_KEY_BIAS = 50.0
+"""Keys without a bias are a few units: beside this one, a code of int8 is nearly half a unit."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def build_engine(
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
+        *_key_bias_warnings(checkpoint, model, kv_cache_dtype),
     ]
     report = progress or no_progress
     calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
@@ -314,6 +317,21 @@ def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
         yield (
             f"the checkpoint's scales are {other} and the engine is {dtype}: they are kept as they are, but slower "
             f"kernels compute prompts; --dtype {other} has the faster ones"
+        )
+
+
+def _key_bias_warnings(checkpoint: Checkpoint, model: ModelConfig, kv_cache_dtype: str) -> Iterator[str]:
+    """Warn of biases that take the room in int8 codes of keys: one of them makes the scale of all numbers of a head."""
+    if kv_cache_dtype != "int8" or not model.qkv_bias:
+        return
+    heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    specs = (spec for group in weight_groups(model, "float32") for spec in group.specs)
+    biases = (checkpoint.read(spec) for spec in specs if spec.name.endswith(".attention.qkv.bias"))
+    largest = max(float(abs(bias[heads : heads + kv_heads]).max()) for bias in biases)
+    if largest > LARGE_KEY_BIAS:
+        yield (
+            f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
+            "coarsely: --kv-cache-dtype fp8 is more exact"
         )
 
 
