@@ -7,7 +7,7 @@ import sys
 
 import shtab
 
-from . import benchmark, build, chat, compare, doctor, evalscope, export, inspect, lm_eval, perplexity, run, summarize
+from . import benchmark, build, chat, compare, doctor, evalscope, export, inspect, lm_eval, perplexity, run, serve, summarize
 from .command_line import run_command
 from .common.version import package_version
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "build": build,
     "run": run,
     "chat": chat,
+    "serve": serve,
     "export": export,
     "inspect": inspect,
     "compare": compare,
