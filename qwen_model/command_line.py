@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import logging
@@ -74,7 +75,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "choice of tokens",
         "Options that are not given are as the checkpoint's generation_config.json says; temperature 0 is greedy. If "
         "that file does not sample, or with --generation-config none, tokens are chosen greedily unless temperature, "
-        "top-k or top-p is given.",
+        "top-k, top-p or min-p is given.",
     )
     group.add_argument("--temperature", type=float, metavar="T", help="divide the logits by T; 0 is greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens; 0: from all")
@@ -84,7 +85,25 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="draw from the likeliest tokens that together have P; 1: from all",
     )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="draw from the tokens with at least P times the probability of the likeliest; 0: from all",
+    )
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less; 1: none")
+    group.add_argument(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help="subtract X, from -2 to 2, from the logits of tokens that the output has",
+    )
+    group.add_argument(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help="subtract X, from -2 to 2, for each time that the output has a token",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
     group.add_argument(
         "--generation-config",
@@ -103,7 +122,7 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from .interface.sampling import SamplingOptions
 
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    names = [field.name for field in dataclasses.fields(SamplingOptions) if field.name != "logit_bias"]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     SamplingOptions(**given)
     return given

@@ -12,7 +12,7 @@ from ..common.files import is_file, read_json_object
 from .json_values import is_integer
 
 GENERATION_CONFIG = "generation_config.json"
-SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
@@ -25,7 +25,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "min_length": (0,),
     "min_new_tokens": (0,),
-    "min_p": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "penalty_alpha": (0,),

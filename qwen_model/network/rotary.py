@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..checkpoints.config import ModelConfig
 from ..checkpoints.rotary_config import RotaryConfig
 
 FloatArray = npt.NDArray[np.float32]
+Lengths = Sequence[int] | npt.NDArray[np.int32]
 
 
 def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
@@ -85,11 +87,11 @@ def cos_sin(positions: npt.NDArray[np.integer], frequencies: FloatArray, attenti
 
 @dataclass(frozen=True)
 class PromptTable:
-    """Hold the rows of one batch of prompts: position p of prompt i has row `starts[i] + p`."""
+    """Hold the rows of one step's tokens: position p of sequence i has row `starts[i] + p`."""
 
     values: FloatArray  # [tokens, dim]: cosines, then sines
     query_scale: FloatArray | None  # [tokens]
-    starts: list[int]
+    starts: list[int]  # negative where the step begins late in a sequence
 
 
 @dataclass(frozen=True)
@@ -115,22 +117,46 @@ class RotaryTable:
         alpha = qwen_ntk_alpha(prompt_length, rotary.original_max_positions)
         return (alpha.bit_length() - 1) * self.max_positions
 
-    def prompt_table(self, prompt_lengths: Sequence[int]) -> PromptTable | None:
-        """Return a table for these prompts alone if one of them needs other rows than `values` has, else None."""
-        rotary = self.config.rotary
-        if rotary.scaling != "dynamic" or max(prompt_lengths) <= rotary.original_max_positions:
-            return None
-        values = np.concatenate([self._prompt_rows(length) for length in prompt_lengths])
-        scale = self.query_scale
-        scales = None if scale is None else np.concatenate([scale[:length] for length in prompt_lengths])
-        return PromptTable(values, scales, [0, *accumulate(prompt_lengths[:-1])])
+    def offsets(self, prompt_lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Return `offset` of each length."""
+        return self._offsets[prompt_lengths]
 
-    def _prompt_rows(self, prompt_length: int) -> FloatArray:
-        """Return the rows of one prompt under dynamic NTK: [prompt_length, dim]."""
+    @cached_property
+    def _offsets(self) -> npt.NDArray[np.int32]:
+        return np.array([self.offset(length) for length in range(self.max_positions + 1)], np.int32)
+
+    def prompt_table(self, lengths: Lengths, past_lengths: Lengths, prompt_lengths: Lengths) -> PromptTable | None:
+        """Return a table for one step alone if a token of it needs another row than `values` has, else None.
+
+        lengths: new tokens of each sequence.
+        past_lengths: tokens of each before these.
+        prompt_lengths: of the whole prompts, whose tokens need other rows than tokens generated at their positions.
+        """
         rotary = self.config.rotary
+        if (
+            rotary.scaling != "dynamic"
+            or not (np.asarray(prompt_lengths) > np.maximum(past_lengths, rotary.original_max_positions)).any()
+        ):
+            return None
+        spans = [
+            (int(past), int(past + length), int(prompt))
+            for length, past, prompt in zip(lengths, past_lengths, prompt_lengths, strict=True)
+        ]
+        values = np.concatenate([self._prompt_rows(*span) for span in spans])
+        scale = self.query_scale
+        scales = None if scale is None else np.concatenate([scale[first:end] for first, end, _ in spans])
+        begins = accumulate((end - first for first, end, _ in spans), initial=0)
+        return PromptTable(values, scales, [begin - first for begin, (first, _, _) in zip(begins, spans, strict=False)])
+
+    def _prompt_rows(self, first: int, end: int, prompt_length: int) -> FloatArray:
+        """Return the rows of positions from `first` up to `end` of one sequence under dynamic NTK: [positions, dim]."""
+        rotary = self.config.rotary
+        rows = self.values[first:end]
         if prompt_length <= rotary.original_max_positions:
-            return self.values[:prompt_length]
-        return cos_sin(np.arange(prompt_length), inverse_frequencies(rotary, prompt_length))
+            return rows
+        of_prompt = np.arange(first, min(end, prompt_length))
+        frequencies = inverse_frequencies(rotary, prompt_length)
+        return np.concatenate([cos_sin(of_prompt, frequencies), rows[len(of_prompt) :]])
 
 
 def rotary_table(config: ModelConfig, max_positions: int) -> RotaryTable:

@@ -18,8 +18,8 @@ from ...interface.numpy_weights import numpy_dtype
 from ...interface.sampling import Choice, SamplingOptions
 from ...network.rotary import rotary_table
 from . import cuda_runtime as cuda
+from .batch_sampling import DeviceSampler
 from .package import Package, activation_bytes, package
-from .sampling import DeviceSampler
 
 LOG = logging.getLogger(__name__)
 
@@ -363,7 +363,7 @@ class TensorRTExecutor:
 
     def _bind_own_rotary(self, context: Any, lengths: list[int]) -> list[int] | None:
         """Bind a table of the prompts' own if they need one; return where each prompt begins in it, else None."""
-        own = self._table.prompt_table(lengths)
+        own = self._table.prompt_table(lengths, [0] * len(lengths), lengths)
         if own is None:
             return None
         table = self._on_device(own.values)

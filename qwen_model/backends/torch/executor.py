@@ -26,8 +26,8 @@ from ...network.decoder import decoder
 from ...network.observed import ObservedOperations
 from ...network.rotary import rotary_table
 from ...tuning.choice import by_module
+from .batch_sampling import KernelSampler, TorchSampler
 from .operations import Batch, TorchOperations
-from .sampling import KernelSampler, TorchSampler
 
 LOG = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ class TorchExecutor:
     def _prompt_rotary(self, lengths: list[int], offsets: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return rotary table, query scale and first row of each prompt: the engine's, or those of a prompt table."""
         table, scale, starts = self._rotary, self._query_scale, offsets
-        if (own := self._table.prompt_table(lengths)) is not None:
+        if (own := self._table.prompt_table(lengths, [0] * len(lengths), lengths)) is not None:
             table = torch.from_numpy(own.values).to(self.device)
             scale = None if own.query_scale is None else torch.from_numpy(own.query_scale).to(self.device)
             starts = own.starts

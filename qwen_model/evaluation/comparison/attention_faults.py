@@ -167,7 +167,7 @@ def _rotary_rows(case: Case, config: ModelConfig, how: Heads) -> tuple[Array, Ar
     """Return cosines and sines [tokens, dim] and the factors of q [tokens]."""
     count = len(case.tokens)
     table = rotary_table(config, case.past + count + 1)
-    own = table.prompt_table([count]) if case.past == 0 else None
+    own = table.prompt_table([count], [0], [count]) if case.past == 0 else None
     start = 0 if own is not None else table.offset(case.prompt_length) + (0 if how.restart else case.past)
     rows = start + np.maximum(np.arange(count) + how.shift, -start)
     source = table if own is None else own

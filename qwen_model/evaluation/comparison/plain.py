@@ -153,7 +153,7 @@ class PlainOperations:
 
     def _rotary(self, past: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Return cosines and sines [count, dim] of the positions from `past` on, and the factors of q [count]."""
-        own = self._table.prompt_table([count]) if past == 0 else None
+        own = self._table.prompt_table([count], [0], [count]) if past == 0 else None
         start = 0 if own is not None else self._table.offset(self._prompt_length) + past
         table = self._table if own is None else own
         rows = np.arange(start, start + count)

@@ -97,6 +97,18 @@ def test_greedy_in_several_words(session, options):
         ({"top_k": True}, "top_k must be an integer, not True"),
         ({"top_p": None}, "top_p must be a number, not None"),
         ({"seed": 1.5}, "seed must be an integer"),
+        ({"min_p": -0.1}, "min_p must be from 0 to 1, not -0.1"),
+        ({"min_p": float("nan")}, "min_p must be from 0 to 1, not nan"),
+        ({"presence_penalty": 2.5}, "presence_penalty must be from -2 to 2, not 2.5"),
+        ({"frequency_penalty": "much"}, "frequency_penalty must be a number, not 'much'"),
+        ({"logit_bias": None}, "logit_bias must map token ids to numbers, not None"),
+        ({"logit_bias": [3, 4]}, r"logit_bias must map token ids to numbers, not \[3, 4\]"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias: a token id must be an integer of at least 0, not -1"),
+        ({"logit_bias": {"the": 1.0}}, "logit_bias: a token id must be an integer of at least 0, not 'the'"),
+        ({"logit_bias": {3: 101}}, "logit_bias: token 3 must have a number from -100 to 100, not 101"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias: token 3 must have a number from -100 to 100, not nan"),
+        ({"logit_bias": {3: None}}, "logit_bias: token 3 must have a number from -100 to 100, not None"),
+        ({"logit_bias": dict.fromkeys(range(513), 1)}, "logit_bias may have at most 512 tokens, not 513"),
     ],
 )
 def test_errors(options, message):

@@ -37,6 +37,11 @@ def build(model_dir, folder, config):
         ({"temperature": 0.6, "top_p": 0.9}, {}, SamplingOptions()),
         ({}, {}, SamplingOptions()),
         ({}, {"top_k": 5}, SamplingOptions(1.0, 5)),
+        ({}, {"min_p": 0.1}, SamplingOptions(1.0, min_p=0.1)),
+        ({**QWEN_2_5, "min_p": 0.2}, {}, SamplingOptions(0.7, 20, 0.8, 1.05, min_p=0.2)),
+        ({**QWEN_2_5, "min_p": 0.2}, {"min_p": 0.0}, SamplingOptions(0.7, 20, 0.8, 1.05)),
+        ({}, {"presence_penalty": 1, "logit_bias": {3: 2}}, SamplingOptions(presence_penalty=1, logit_bias={3: 2})),
+        (QWEN_2_5, {"frequency_penalty": -1}, SamplingOptions(0.7, 20, 0.8, 1.05, frequency_penalty=-1)),
     ],
 )
 def test_what_is_given_wins_and_the_rest_is_the_checkpoint_s(model_dir, tmp_path, config, given, expected):
@@ -98,6 +103,7 @@ def test_run_with_and_without_the_defaults(model_dir, tmp_path, session, capsys)
         ({"top_p": 0}, "top_p must be above 0"),
         ({"top_p": [0.8]}, "top_p must be a number"),
         ({"repetition_penalty": 0}, "repetition_penalty must be a number from 1e-12"),
+        ({"min_p": 1.5}, "min_p must be from 0 to 1, not 1.5"),
         ({"do_sample": "yes"}, "do_sample must be true or false, not 'yes'"),
     ],
 )
@@ -107,13 +113,13 @@ def test_defaults_that_are_wrong(model_dir, tmp_path, config, message):
 
 
 def test_what_is_left_out_is_said(model_dir, tmp_path):
-    neutral = {"min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "bad_words_ids": []}
+    neutral = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "bad_words_ids": []}
     neutral |= {"min_new_tokens": 0, "min_length": 0, "guidance_scale": 1.0, "stop_strings": None}
     assert not build(model_dir, tmp_path, neutral).warnings
-    given = {**neutral, "min_p": 0.1, "suppress_tokens": [1], "stop_strings": "\n"}
+    given = {**neutral, "typical_p": 0.5, "suppress_tokens": [1], "stop_strings": "\n"}
     (warning,) = build(model_dir, tmp_path, given).warnings
     assert warning.startswith("ignored settings of generation_config.json")
-    assert warning.endswith("min_p, stop_strings, suppress_tokens")
+    assert warning.endswith("stop_strings, suppress_tokens, typical_p")
 
 
 @pytest.mark.parametrize("value", [3, {"top_p": 2}, {"warmth": 1}, {"temperature": None}])

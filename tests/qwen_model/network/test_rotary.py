@@ -89,7 +89,7 @@ def test_qwens_table_has_a_block_for_each_stretch():
         angles = np.arange(300)[:, None] * frequencies
         rows = table.values[table.offset(length) : table.offset(length) + 300]
         np.testing.assert_allclose(rows, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-5)
-        assert table.prompt_table([length]) is None
+        assert table.prompt_table([length], [0], [length]) is None
 
 
 def test_logn_begins_after_the_trained_length():
@@ -105,9 +105,10 @@ def test_prompts_longer_than_the_trained_length_bring_a_table_of_their_own():
         {"rope_type": "dynamic", "factor": 2.0}
     )
     table = rotary_table(config, 300)
-    assert table.prompt_table([64, 3]) is None
+    assert table.prompt_table([64, 3], [0, 0], [64, 3]) is None
+    assert table.prompt_table([1, 1], [200, 3], [200, 3]) is None  # generated
     lengths = [40, 200, 65, 1]
-    own = table.prompt_table(lengths)
+    own = table.prompt_table(lengths, [0] * 4, lengths)
     assert own.starts == [0, 40, 240, 305]
     assert len(own.values) == len(own.query_scale) == sum(lengths)
     for start, length in zip(own.starts, lengths, strict=True):
@@ -118,3 +119,11 @@ def test_prompts_longer_than_the_trained_length_bring_a_table_of_their_own():
         np.testing.assert_allclose(own.values[rows], np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=2e-5)
         logn = [math.log(i, 64) if i > 64 else 1.0 for i in range(1, length + 1)]
         np.testing.assert_allclose(own.query_scale[rows], logn, rtol=1e-6)
+    chunks = table.prompt_table([30, 70, 1], [100, 170, 150], [200, 200, 200])
+    assert chunks.starts == [-100, -140, -50]
+    whole = table.prompt_table([200], [0], [200])
+    for start, first, end in ((-100, 100, 130), (-140, 170, 200), (-50, 150, 151)):
+        np.testing.assert_array_equal(chunks.values[start + first : start + end], whole.values[first:end])
+        np.testing.assert_array_equal(chunks.query_scale[start + first : start + end], whole.query_scale[first:end])
+    after = slice(-140 + 200, -140 + 240)  # of tokens that were generated before the sequence lost its pages
+    np.testing.assert_array_equal(chunks.values[after], table.values[200:240])
