@@ -7,7 +7,21 @@ import sys
 
 import shtab
 
-from . import benchmark, build, chat, compare, doctor, evalscope, export, inspect, lm_eval, perplexity, run, serve, summarize
+from . import (
+    benchmark,
+    build,
+    chat,
+    compare,
+    doctor,
+    evalscope,
+    export,
+    inspect,
+    lm_eval,
+    perplexity,
+    run,
+    serve,
+    summarize,
+)
 from .command_line import run_command
 from .common.version import package_version
 

@@ -209,17 +209,24 @@ class _Guard:
         if not length.isdigit() or int(length) > self._max_body_bytes:
             await error_response(too_large)(scope, receive, send)
             return
-        received = 0
+        received, exceeded = 0, False
 
         async def limited() -> Message:
-            nonlocal received
+            nonlocal received, exceeded
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            exceeded = received > self._max_body_bytes
+            if exceeded:
                 raise too_large
             return message
 
-        await self._app(scope, limited, send)
+        async def answer(message: Message) -> None:
+            if not exceeded:  # else the application says that it cannot read the body
+                await send(message)
+
+        await self._app(scope, limited, answer)
+        if exceeded:
+            await error_response(too_large)(scope, receive, send)
 
     def _is_allowed(self, header: bytes) -> bool:
         """Tell whether a header has one of the keys, as Bearer's token or Basic's password, in constant time."""

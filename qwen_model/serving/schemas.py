@@ -6,12 +6,20 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 LOG = logging.getLogger(__name__)
 
-Number = Annotated[float, Field(allow_inf_nan=False, strict=False)]
-LogitBias = dict[StrictStr, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]]
+
+def _number(value: Any) -> Any:
+    """Refuse true, false and text, which pydantic takes for numbers."""
+    if isinstance(value, (bool, str)):
+        raise ValueError("a number is expected")
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+LogitBias = dict[StrictStr, Annotated[Number, Field(ge=-100, le=100)]]
 Stop = StrictStr | list[StrictStr]
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20
