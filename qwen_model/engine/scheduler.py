@@ -62,6 +62,7 @@ class Scheduler:
         self._slots = Slots(device.max_sequences)
         self._numbers, self._steps = count(), count(1)
         self._waiting: list[tuple[tuple[int, ...], Sequence]] = []  # a heap; what has ended is dropped when it is met
+        self._patient = False
         self._filling = False  # free slots are being given to those that wait
         self._prefilling: list[Sequence] = []  # have slot and pages; a part of their tokens is not in the cache
         self._starts: list[Start] = []  # of slots, before the next step
@@ -109,11 +110,14 @@ class Scheduler:
         if sequence.finish_reason is None:
             self._end(sequence, "cancelled")
 
-    def step(self) -> list[Event]:
+    def step(self, patient: bool = False) -> list[Event]:
         """Launch the next step, or two if the device runs ahead; wait for the oldest and return its tokens.
 
         There are none after a step of prompts that are not complete. If the device fails, all sequences are cancelled.
+
+        patient: nobody looks at a token before all are there, so that steps of prompts may be long.
         """
+        self._patient = patient
         events: list[Event] = []
         try:
             while len(self._in_flight) <= int(self.device.runs_ahead) and self._launch(events):
@@ -183,7 +187,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, pages: list[int], past: int) -> None:
         """Give pages and a free slot to the first sequence that waits."""
         heapq.heappop(self._waiting)
-        slot = self._slots.free.pop()
+        slot = heapq.heappop(self._slots.free)
         self._slots.place(sequence, slot, pages, past)
         if not sequence.logit_rows:
             self._starts.append(Start(slot, sequence.sampling, sequence.draws, sequence.prompt, sequence.output))
@@ -298,6 +302,8 @@ class Scheduler:
 
     def _launch(self, events: list[Event]) -> bool:
         """Launch a step, of prompts and of decoding in turns; return whether there was any."""
+        if self._ended and not self._prefilling and not self._slots.decoding.any():
+            self._read_all(events)  # what is in flight serves nobody, and keeps slots from those that wait
         self._free_ended()
         self._fork()
         if self._launched_prompts:
@@ -364,7 +370,7 @@ class Scheduler:
     def _prompt_parts(self) -> list[tuple[Sequence, int]]:
         """Return sequences with the number of their tokens that a step of prompts processes next."""
         decoding = self._slots.decoding.any()
-        budget = self.chunk_tokens if decoding else self.device.max_tokens
+        budget = self.chunk_tokens if decoding and not self._patient else self.device.max_tokens
         rows = self.device.max_logit_rows
         # A step of a few prompts takes as long as one of many: while others decode, wait for a few free slots.
         enough = min(len(self._waiting), max(1, self.device.max_sequences // 16))

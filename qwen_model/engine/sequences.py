@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -35,7 +36,8 @@ class Sequence:
     salt: pages of the cache are shared with sequences of the same salt only.
     logit_rows: return the logits after so many last tokens of the prompt, in `logits`, instead of new tokens.
     hold: wait for `Scheduler.advance` after each choice; the tokens that are chosen are not appended.
-    parent: wait for its prompt, and share what it computed; this one's tokens but the last begin the parent's.
+    parent: wait for its prompt, and share what it computed.
+    on_event: for the client, to be called with each event; the scheduler does not call it.
     tokens: the prompt, then the new tokens. finish_reason: None while it is not finished.
     """
 
@@ -50,6 +52,7 @@ class Sequence:
     logit_rows: int = 0
     hold: bool = False
     parent: Sequence | None = None
+    on_event: Callable[[Event], None] | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: EndReason | None = None
     error: Exception | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from itertools import chain
 
 import numpy as np
@@ -16,7 +17,7 @@ class Slots:
     def __init__(self, count: int):
         """Begin with all slots free."""
         self.sequences: list[Sequence | None] = [None] * count
-        self.free = list(range(count - 1, -1, -1))
+        self.free = list(range(count))  # a heap: the lowest is taken first
         self.decoding = np.zeros(count, np.bool_)  # has a next token to process, and more to choose
         self.next = np.full(count, LAST_TOKEN, np.int32)  # token that the next decode step processes
         self.past = np.zeros(count, np.int32)  # positions that launched steps write
@@ -69,7 +70,7 @@ class Slots:
         """Free the slot of a sequence."""
         if (slot := sequence.slot) is not None:
             self.sequences[slot], self.decoding[slot], sequence.slot = None, False, None
-            self.free.append(slot)
+            heapq.heappush(self.free, slot)
 
     def decode_batch(self, slots: Int32Array) -> Batch:
         """Describe a step of one token of each slot."""
