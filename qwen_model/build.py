@@ -15,7 +15,7 @@ from .command_line import (
     run_command,
 )
 from .common.log import show_log
-from .interface.engine_config import PLUGINS, RTX_COMPUTE_CAPABILITIES
+from .interface.engine_config import KV_CACHE_DTYPES, PLUGINS, RTX_COMPUTE_CAPABILITIES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
             max_batch_size=options.max_batch_size,
             max_input_len=options.max_input_len,
             max_output_len=options.max_output_len,
+            max_num_tokens=options.max_num_tokens,
+            kv_cache_dtype=options.kv_cache_dtype,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
             tuning=options.tuning,
@@ -86,9 +88,22 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="--rmsnorm-plugin is the default, --no-rmsnorm-plugin the same as --disable-plugin rms_norm",
     )
-    parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 8)")
+    parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 256)")
     parser.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
     parser.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
+    parser.add_argument(
+        "--max-num-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of prompts that are computed in one step; longer ones take several (default: up to 8192)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=KV_CACHE_DTYPES,
+        help="how the key-value cache keeps a number: auto: in the engine's type (default); int8 or fp8: in 8 bits, "
+        "with a scale for each token and head, so that twice the tokens have room",
+    )
     parser.add_argument(
         "--rotary-scaling",
         metavar="KIND:FACTOR",
@@ -121,6 +136,7 @@ def _summary_text(summary: BuildSummary) -> str:
     config = summary.config
     limits = config.limits
     without = f", without the plug-ins {', '.join(config.disabled_plugins)}" if config.disabled_plugins else ""
+    cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     capabilities = ", ".join(config.compute_capabilities)
     built_for = f"GPUs        of compute capability {capabilities}\n" if capabilities else ""
     return (
@@ -129,9 +145,9 @@ def _summary_text(summary: BuildSummary) -> str:
         f"{config.model.num_layers} layers\n"
         f"back end    {config.backend}, {config.dtype}{without}\n{built_for}"
         f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
-        f"outputs of {limits.max_output_len} tokens\n"
+        f"outputs of {limits.max_output_len} tokens, steps of {limits.max_num_tokens} tokens\n"
         f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "
-        f"{summary.cache_bytes / 2**20:,.1f} MiB of key-value cache\n"
+        f"{summary.sequence_bytes / 2**20:,.1f} MiB of key-value cache{cached} for each sequence\n"
         f"time        {summary.seconds:.1f} s"
     )
 

@@ -287,11 +287,19 @@ def parse_rotary_scaling(text: str) -> dict[str, Any]:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
-    """Add --engine-dir and --device, and --tuning for commands that call `open_engine`."""
+    """Add --engine-dir and --device, and the other options of `open_engine` for commands that call it."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     if tuning:
         add_tuning_argument(parser)
+        parser.add_argument(
+            "--gpu-memory-utilization",
+            type=float,
+            default=0.9,
+            metavar="PART",
+            help="the part of the GPU's memory that may be in use when the engine is loaded; the key-value cache gets "
+            "what is left of it (default: %(default)s)",
+        )
 
 
 def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
@@ -309,7 +317,13 @@ def open_engine(options: argparse.Namespace) -> Session:
     from .engine import load_engine
 
     with progress_bar() as progress:
-        return load_engine(options.engine_dir, device=options.device, tuning=options.tuning, progress=progress)
+        return load_engine(
+            options.engine_dir,
+            device=options.device,
+            tuning=options.tuning,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            progress=progress,
+        )
 
 
 @contextmanager

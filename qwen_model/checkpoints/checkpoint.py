@@ -1,4 +1,7 @@
-"""Find a checkpoint's tensors, compare them with what the network needs, and read one weight at a time."""
+"""Find a checkpoint's tensors, compare them with what the network needs, and read one weight at a time.
+
+A quantized weight is read as its codes and scales, or as the numbers that they stand for.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,22 @@ from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
+from .module_weights import WeightFormat
 from .other_formats import WEIGHT_FILES, reject_quantized_tensors
-from .tensor_files import WEIGHT_DTYPES, Framework, Shape, StoredTensor, Weight, all_finite, open_tensors
+from .quantization_config import read_quantization
+from .quantized_layers import QuantizedLayer, find_layer, fused_format
+from .quantized_weight import QuantizedWeight, joined
+from .tensor_files import (
+    WEIGHT_DTYPES,
+    Framework,
+    Shape,
+    StoredTensor,
+    Weight,
+    all_finite,
+    as_framework,
+    as_numpy,
+    open_tensors,
+)
 from .weights import WeightSpec, layer_modules, weight_groups
 
 
@@ -28,11 +45,14 @@ class Checkpoint:
         """Find the files and read the names and shapes of their tensors, which are read as arrays of `framework`.
 
         Raises:
-            QwenModelError: files are missing or damaged.
+            QwenModelError: files are missing or damaged, or the checkpoint is quantized in a way that is not read.
         """
         self.model_dir = Path(model_dir)
         self.framework = framework
+        config = self.model_dir / "config.json"
+        self.quantization = read_quantization(self.model_dir, read_json_object(config) if is_file(config) else {})
         self._tensors = _find_tensors(self.model_dir, framework)
+        self._layers: dict[str, QuantizedLayer] = {}  # the quantized ones, by name; `check` finds them
 
     @property
     def dtype(self) -> str:
@@ -65,15 +85,91 @@ class Checkpoint:
         embedding, head = f"{names.embedding}.weight", f"{names.lm_head}.weight"
         if config.tied_embedding and embedding not in self._tensors and head in self._tensors:
             self._tensors[embedding] = self._tensors[head]  # only the head of the tied pair was saved
-        reject_quantized_tensors(self.model_dir, self._tensors)
+        if self.quantization is None:
+            reject_quantized_tensors(self.model_dir, self._tensors)
         self._check_last_layer(config)
         specs = (spec for group in weight_groups(config, self.dtype) for spec in group.specs)
         sources = (source for spec in specs for source, _ in spec.parts(0, num_ranks))
         expected = {source.name: source.shape for source in sources}
-        extra = [name for name in self._tensors if name not in expected and not _is_derived(name)]
-        self._check_tensors(expected, [name for name in extra if not (config.tied_embedding and name == head)])
+        self._find_quantized_layers(expected)
+        of_layers = {f"{layer.name}.{suffix}" for layer in self._layers.values() for suffix in layer.tensors}
+        of_layers |= self._zero_biases(expected)
+        expected = {name: shape for name, shape in expected.items() if _layer(name) not in self._layers}
+        known = {*expected, *of_layers, *([head] if config.tied_embedding else [])}
+        self._check_tensors(expected, [name for name in self._tensors if name not in known and not _is_derived(name)])
         if config.tied_embedding and head in self._tensors:
             self._check_tied(embedding, head)
+
+    def _find_quantized_layers(self, expected: Mapping[str, Shape]) -> None:
+        """Find the layers whose weight is quantized, among these tensors of a checkpoint that is not."""
+        if self.quantization is None:
+            return
+        try:
+            for name, shape in expected.items():
+                layer = None
+                if len(shape) == 2 and name not in self._tensors:
+                    layer = find_layer(_layer(name), shape, self.quantization, self._tensors)
+                if layer is not None:
+                    self._layers[layer.name] = layer
+        except QwenModelError as error:
+            raise QwenModelError(f"{self.model_dir}: {error}") from error
+        if not self._layers:
+            raise QwenModelError(
+                f"{self.model_dir} has no layers that are quantized with {self.quantization.method}, as "
+                f"{self.quantization.where} says"
+            )
+
+    def _zero_biases(self, expected: Mapping[str, Shape]) -> set[str]:
+        """Return the biases of quantized layers that the architecture does not have; raise if one is not zero."""
+        names = {f"{name}.bias" for name in self._layers}
+        extra = {name for name in names if name in self._tensors and name not in expected}
+        for name in extra:
+            if as_numpy(self.tensor(name)).any():
+                raise QwenModelError(f"{self.model_dir}: {name} is not zero, and this architecture has no such bias")
+        return extra
+
+    def formats(self, config: ModelConfig) -> dict[str, WeightFormat]:
+        """Return the formats of the quantized modules of the network, by name, after `check`.
+
+        Raises:
+            QwenModelError: layers that the network computes as one are quantized differently.
+        """
+        found: dict[str, WeightFormat] = {}
+        if not self._layers:
+            return found
+        for group in weight_groups(config, self.dtype):
+            for name, module in group.modules.items():
+                names = [_layer(source.name) for source in module.weight.sources]
+                layers = [self._layers[layer] for layer in names if layer in self._layers]
+                if layers and len(layers) < len(names):
+                    plain = next(layer for layer in names if layer not in self._layers)
+                    raise QwenModelError(
+                        f"{self.model_dir}: {layers[0].name} is quantized and {plain} is not, which is not supported: "
+                        "they are computed as one layer"
+                    )
+                if layers:
+                    found[name] = self._read_format(layers)
+        return found
+
+    def _read_format(self, layers: list[QuantizedLayer]) -> WeightFormat:
+        try:
+            return fused_format(layers)
+        except QwenModelError as error:
+            raise QwenModelError(f"{self.model_dir}: {error}") from error
+
+    def read_quantized(self, spec: WeightSpec) -> QuantizedWeight:
+        """Read a weight whose module `formats` names, as its codes and scales.
+
+        Raises:
+            QwenModelError: scales are not finite, or 0 where they must not be.
+        """
+        return joined([self._read_layer(_layer(source.name)) for source in spec.sources])
+
+    def _read_layer(self, name: str) -> QuantizedWeight:
+        try:
+            return self._layers[name].read()
+        except QwenModelError as error:
+            raise QwenModelError(f"{self.model_dir}: {error}") from error
 
     def _check_last_layer(self, config: ModelConfig) -> None:
         """Check that the last layer exists, before a wrong number of layers makes a list of that length."""
@@ -121,14 +217,15 @@ class Checkpoint:
     def read(self, spec: WeightSpec, rank: int = 0, num_ranks: int = 1) -> Weight:
         """Read a weight of the network, or the part of it that one of `num_ranks` devices has.
 
-        It has the checkpoint's type. Of files that can be memory-mapped only the part is read.
+        It has the checkpoint's type, or float32 if it is quantized there. Of files that can be memory-mapped only the
+        part is read.
 
         Raises:
             QwenModelError: there is no such rank, the devices cannot have equal parts, or numbers are not finite.
         """
         before = (slice(None),) * spec.axis
         parts = [
-            self.tensor(source.name, () if num_ranks == 1 else (*before, part))
+            self._part(source.name, () if num_ranks == 1 else (*before, part))
             for source, part in list(spec.parts(rank, num_ranks))  # all of them before the first is read
         ]
         if len(parts) == 1:
@@ -138,6 +235,13 @@ class Checkpoint:
 
             return torch.cat(parts, spec.axis)
         return np.concatenate(parts, spec.axis)
+
+    def _part(self, name: str, part: tuple[slice, ...]) -> Weight:
+        """Read a tensor of a checkpoint that is not quantized, or the numbers that its codes stand for."""
+        layer = _layer(name)
+        if layer not in self._layers or not name.endswith(".weight"):
+            return self.tensor(name, part)
+        return as_framework(self._read_layer(layer).dequantized()[part or ...], self.framework)
 
 
 def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTensor]:
@@ -194,6 +298,11 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 def _printable(name: str) -> str:
     """Return a name from a file in a form that is safe to print in one line."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)
+
+
+def _layer(name: str) -> str:
+    """Return the layer of a weight; "" for another tensor."""
+    return name.removesuffix(".weight") if name.endswith(".weight") else ""
 
 
 def _is_derived(name: str) -> bool:

@@ -12,7 +12,8 @@ from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
 from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .json_values import JsonValues, is_integer, is_number
-from .other_formats import reject_other_formats, reject_quantized
+from .other_formats import reject_other_formats
+from .quantization_config import read_quantization
 from .rotary_config import RotaryConfig, check_rotary, check_scaling_keys, read_rotary, scaled_rotary
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -71,7 +72,7 @@ class ModelConfig:
         if not is_file(path):
             raise QwenModelError(f"{model_dir} is not a Hugging Face checkpoint: it has no config.json")
         values = read_json_object(path)
-        reject_quantized(model_dir, values)
+        read_quantization(model_dir, values)  # what is not read is an error, before weights are looked for
         return read_config(values)
 
     def with_rotary_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:

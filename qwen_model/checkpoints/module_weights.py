@@ -14,11 +14,16 @@ U = TypeVar("U")
 class WeightFormat:
     """Say how the numbers of a weight are stored, and what a linear layer computes with.
 
-    kind: of a number of the weight: "float16", "bfloat16" or "float32".
-    group_size: the number of inputs that share a scale of each output; 0: there are no groups.
-    symmetric: whether scaled numbers have no zero points.
+    kind: of a number of the weight: "float16", "bfloat16" or "float32"; or "int4" or "int8", unsigned codes that stand
+        for scale · (code - zero point).
+    group_size: the number of inputs that share a scale of each output; 0: all of them do.
+    symmetric: whether scaled numbers have no zero points of their own: it is 8 for int4, 128 for int8.
     activation: the kind that x is quantized to before the product; None: x stays as it is.
-    layout: version of the order of the numbers in memory, the same for all GPUs. 1: [out, in], row-major.
+    layout: version of the order of the numbers in memory, the same for all GPUs. 1: [out, in], row-major. 2: the
+        fragments of tensor cores, of int4 and int8 (see `qwen_plugins.quantized`).
+    permuted: whether the columns of x are gathered in another order first, that of the weight's groups (GPTQ's
+        act-order).
+    scale_dtype: "float16" or "bfloat16", of the scales, whatever the type of x; "": there are none.
     """
 
     kind: str
@@ -26,6 +31,23 @@ class WeightFormat:
     symmetric: bool = True
     activation: str | None = None
     layout: int = 1
+    permuted: bool = False
+    scale_dtype: str = ""
+
+    @property
+    def bits(self) -> int:
+        """Return the bits of a code; 0: the weight is not quantized."""
+        return {"int4": 4, "int8": 8}.get(self.kind, 0)
+
+    @property
+    def text(self) -> str:
+        """Return the format as summaries have it: "int4, groups of 128"."""
+        if not self.bits:
+            return self.kind
+        parts = [self.kind, f"groups of {self.group_size}" if self.group_size else "a scale per output"]
+        parts += [] if self.symmetric else ["zero points"]
+        parts += ["act-order"] if self.permuted else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,9 @@ class ModuleWeights(Generic[T]):
     """Hold the tensors of one module: a linear layer, or a norm or the embedding, which have a weight alone.
 
     T: what stands for a tensor: a `WeightSpec`, or a back end's tensor or array.
+    shape: of the numbers that the weight stands for: [out, in], or [size] of a norm.
+    scales: [out, groups]. zeros: uint8 [out, groups]; None: the format is symmetric.
+    permutation: int32 [in], the column of x that each column of the weight belongs to; None: its own.
     """
 
     weight: T
@@ -40,11 +65,14 @@ class ModuleWeights(Generic[T]):
     bias: T | None = None
     scales: T | None = None
     zeros: T | None = None
+    permutation: T | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def tensors(self) -> tuple[T, ...]:
         """Return the tensors that the module has."""
-        return tuple(t for t in (self.weight, self.bias, self.scales, self.zeros) if t is not None)
+        all_of_them = (self.weight, self.bias, self.scales, self.zeros, self.permutation)
+        return tuple(tensor for tensor in all_of_them if tensor is not None)
 
     def map(self, function: Callable[[T], U]) -> ModuleWeights[U]:
         """Return the same record with `function(tensor)` in place of each tensor, in the order of `tensors`."""
@@ -53,5 +81,11 @@ class ModuleWeights(Generic[T]):
             return None if tensor is None else function(tensor)
 
         return ModuleWeights(
-            function(self.weight), self.format, mapped(self.bias), mapped(self.scales), mapped(self.zeros)
+            function(self.weight),
+            self.format,
+            mapped(self.bias),
+            mapped(self.scales),
+            mapped(self.zeros),
+            mapped(self.permutation),
+            self.shape,
         )

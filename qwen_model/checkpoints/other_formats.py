@@ -1,14 +1,13 @@
-"""Recognise models that are not unquantized Hugging Face checkpoints, to say what they are and what to give."""
+"""Recognise models that are not Hugging Face checkpoints, to say what they are and what to give."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..common.errors import QwenModelError, shown
-from ..common.files import is_file, is_folder, read_json_object
+from ..common.files import is_file, is_folder
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -78,45 +77,12 @@ def reject_other_formats(model_dir: Path) -> None:
             raise QwenModelError(f"{model_dir} is {name} ({found.name}), which is not read here: {instead}")
 
 
-def reject_quantized(model_dir: Path, config: Mapping[str, Any]) -> None:
-    """Raise QwenModelError if the configuration, or a file of older tools beside it, says that it is quantized."""
-    method = _method_of(config.get("quantization_config"))
-    where = "config.json"
-    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
-        if method is None and is_file(model_dir / name):
-            method, where = _method_of_file(name, read_json_object(model_dir / name)), name
-    if method is not None:
-        raise QwenModelError(_not_supported(f"{model_dir} is quantized with {method} ({where})"))
-
-
 def reject_quantized_tensors(model_dir: Path, names: Iterable[str]) -> None:
     """Raise QwenModelError if there are tensors that only a quantized checkpoint has."""
     for name in names:
         method = _QUANTIZED_TENSORS.get(name.rpartition(".")[2])
         if method is not None:
-            raise QwenModelError(_not_supported(f"{model_dir} is quantized with {method} (it has {shown(name)})"))
-
-
-def _not_supported(what: str) -> str:
-    return f"{what}, which this version does not build: give the checkpoint that it was made from, in 16 bits"
-
-
-def _method_of(quantization: Any) -> str | None:
-    """Name the method of a `quantization_config`, with the bits of a weight if it gives them; None: there is none."""
-    if not quantization:
-        return None
-    if not isinstance(quantization, Mapping):
-        return shown(quantization)
-    method = quantization.get("quant_method") or quantization.get("quant_algo") or "an unnamed method"
-    bits = quantization.get("bits")
-    return shown(method).strip("'") + (f", {bits} bits" if isinstance(bits, int) else "")
-
-
-def _method_of_file(name: str, values: Mapping[str, Any]) -> str:
-    if name == "hf_quant_config.json":
-        inner = values.get("quantization")
-        algorithm = inner.get("quant_algo") if isinstance(inner, Mapping) else None
-        return "ModelOpt" + (f" {shown(algorithm)}" if algorithm else "")
-    method = "AWQ" if name == "quant_config.json" else "GPTQ"
-    bits = values.get("bits", values.get("w_bit"))
-    return f"{method}, {bits} bits" if isinstance(bits, int) else method
+            raise QwenModelError(
+                f"{model_dir} is quantized with {method} (it has {shown(name)}), but no quantization_config of its "
+                "config.json, nor a quantize_config.json, says how: take these files from where it was made"
+            )

@@ -27,9 +27,10 @@ Shape = tuple[int, ...]
 Framework = Literal["torch", "numpy"]
 Weight = Any  # a torch.Tensor or a NumPy array, whose bfloat16 is that of ml_dtypes
 
-_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-WEIGHT_DTYPES = tuple(_SAFETENSORS_DTYPES.values())
-"""The types that weights can have in a checkpoint."""
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_SAFETENSORS_DTYPES = {**_FLOATS, "I32": "int32", "I64": "int64"}
+WEIGHT_DTYPES = tuple(_FLOATS.values())
+"""The types that weights can have in a checkpoint, and the scales of quantized ones."""
 _EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
@@ -42,7 +43,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Describe a tensor in a file. `dtype` is PyTorch's name of a floating-point type, or the file's of another.
+    """Describe a tensor in a file. `dtype` is PyTorch's name of a type that is read here, or the file's of another.
 
     read: takes a slice of each of the first dimensions, and reads only that part; (): all of the tensor.
     """
@@ -136,14 +137,34 @@ def _load_bin(path: Path) -> Any:
 
 
 def all_finite(weight: Weight) -> bool:
-    """Tell whether a floating-point tensor or array has neither infinities nor NaN, as fast as memory is read."""
+    """Tell whether a tensor or array has neither infinities nor NaN, as fast as memory is read. Integers have none."""
+    dtype = weight.dtype.name if isinstance(weight, np.ndarray) else str(weight.dtype).removeprefix("torch.")
+    if dtype not in _EXPONENTS:
+        return True
     if isinstance(weight, np.ndarray):
-        dtype, numbers = weight.dtype.name, np.ascontiguousarray(weight).reshape(-1)
+        numbers = np.ascontiguousarray(weight).reshape(-1)
     else:
         import torch
 
-        dtype = str(weight.dtype).removeprefix("torch.")
         numbers = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
     unsigned, exponent = _EXPONENTS[dtype]
     bits: npt.NDArray[Any] = numbers.view(unsigned)
     return all((bits[i : i + _CHUNK] & unsigned(exponent)).max() < exponent for i in range(0, len(bits), _CHUNK))
+
+
+def as_numpy(weight: Weight) -> npt.NDArray[Any]:
+    """Return a tensor or array as an array, without a copy; bfloat16, which NumPy lacks, becomes float32."""
+    if isinstance(weight, np.ndarray):
+        return weight.astype(np.float32) if weight.dtype.name == "bfloat16" else weight
+    import torch
+
+    return np.asarray((weight.float() if weight.dtype == torch.bfloat16 else weight).detach().numpy())
+
+
+def as_framework(array: npt.NDArray[Any], framework: Framework) -> Weight:
+    """Return an array as a tensor of PyTorch, which shares its memory, or as it is."""
+    if framework == "numpy":
+        return array
+    import torch
+
+    return torch.from_numpy(array)

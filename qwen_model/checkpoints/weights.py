@@ -5,14 +5,21 @@ A fused weight (query, key and value; gate and up) is the concatenation of the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..common.errors import QwenModelError
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
 from .module_weights import ModuleWeights, WeightFormat
 from .tensor_files import Shape
+
+PADDING, BLOCK = (64, 128), (16, 128)
+"""Layout 2: rows and columns are padded to multiples of these, and stored in blocks of these sizes."""
+NOT_QUANTIZED: Mapping[str, WeightFormat] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,23 @@ class Source:
 class WeightSpec:
     """Describe one tensor of a module of the network.
 
+    sources: its tensors in a checkpoint that is not quantized; none for what only a quantized weight has.
     dtype: in an engine. A floating-point weight may have another floating-point type in the checkpoint.
     axis: that the sources are concatenated along, and divided along among devices.
+    packed_shape: its shape in an engine, where that is not the sources'.
     """
 
     name: str
     sources: tuple[Source, ...]
     dtype: str
     axis: int = 0
+    packed_shape: Shape | None = None
 
     @property
     def shape(self) -> Shape:
-        """Return the shape of the network's weight."""
+        """Return the shape of the network's weight in an engine."""
+        if self.packed_shape is not None:
+            return self.packed_shape
         shape = list(self.sources[0].shape)
         shape[self.axis] = sum(source.shape[self.axis] for source in self.sources)
         return tuple(shape)
@@ -95,6 +107,8 @@ class WeightSpec:
 
 Modules = dict[str, ModuleWeights[WeightSpec]]
 """Modules by name; a tensor's name is the module's and its field's, such as "layers.0.attention.qkv.bias"."""
+Formats = Mapping[str, WeightFormat]
+"""The formats of quantized modules, by name; the other modules have the engine's type."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +124,10 @@ class WeightGroup:
         return [spec for module in self.modules.values() for spec in module.tensors]
 
 
-def weight_groups(config: ModelConfig, dtype: str) -> list[WeightGroup]:
+def weight_groups(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTIZED) -> list[WeightGroup]:
     """List the weights of the network of `config` in the order in which it uses them, for an engine of type `dtype`.
 
-    A tied head has none of its own.
+    A tied head has none of its own, unless it is quantized: then the embedding stays as it is.
     """
     names = ARCHITECTURES[config.architecture].weights
     tokens = (Section(config.vocab_size, config.vocab_size, "tokens"),)
@@ -123,15 +137,17 @@ def weight_groups(config: ModelConfig, dtype: str) -> list[WeightGroup]:
         WeightGroup(f"layer_{layer:03d}", layer_modules(config, layer, dtype)) for layer in range(config.num_layers)
     ]
     output = _norm("final_norm", names.final_norm, config.hidden_size, dtype)
-    if not config.tied_embedding:
-        output |= _column_parallel("lm_head", [(names.lm_head, tokens)], config.hidden_size, dtype)
+    if not config.tied_embedding or "lm_head" in formats:
+        head = names.embedding if config.tied_embedding else names.lm_head
+        output |= _column_parallel("lm_head", [(head, tokens)], config.hidden_size, dtype)
     groups.append(WeightGroup("output", output))
-    return groups
+    return [WeightGroup(group.name, _in_formats(group.modules, formats)) for group in groups]
 
 
-def network_modules(config: ModelConfig, dtype: str) -> Modules:
+def network_modules(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTIZED) -> Modules:
     """Return every module that the network of `config` calls; a tied head has the embedding's weights."""
-    modules = {name: module for group in weight_groups(config, dtype) for name, module in group.modules.items()}
+    groups = weight_groups(config, dtype, formats)
+    modules = {name: module for group in groups for name, module in group.modules.items()}
     modules.setdefault("lm_head", modules["embedding"])
     return modules
 
@@ -164,7 +180,7 @@ def layer_modules(config: ModelConfig, layer: int, dtype: str) -> Modules:
 
 def _norm(name: str, source: str, size: int, dtype: str) -> Modules:
     weight = WeightSpec(f"{name}.weight", (Source(f"{source}.weight", (size,)),), dtype)
-    return {name: ModuleWeights(weight, WeightFormat(dtype))}
+    return {name: ModuleWeights(weight, WeightFormat(dtype), shape=weight.shape)}
 
 
 def _column_parallel(
@@ -176,7 +192,7 @@ def _column_parallel(
     biases = tuple(Source(f"{source}.bias", (size,), sections) for source, size, sections in rows)
     weight = WeightSpec(f"{name}.weight", weights, dtype)
     added = WeightSpec(f"{name}.bias", biases, dtype) if bias else None
-    return {name: ModuleWeights(weight, WeightFormat(dtype), added)}
+    return {name: ModuleWeights(weight, WeightFormat(dtype), added, shape=weight.shape)}
 
 
 def _row_parallel(name: str, source: str, rows: int, columns: Section, dtype: str, bias: bool) -> Modules:
@@ -184,7 +200,30 @@ def _row_parallel(name: str, source: str, rows: int, columns: Section, dtype: st
     weights = (Source(f"{source}.weight", (rows, columns.size), (columns,)),)
     weight = WeightSpec(f"{name}.weight", weights, dtype, axis=1)
     added = WeightSpec(f"{name}.bias", (Source(f"{source}.bias", (rows,)),), dtype) if bias else None
-    return {name: ModuleWeights(weight, WeightFormat(dtype), added)}
+    return {name: ModuleWeights(weight, WeightFormat(dtype), added, shape=weight.shape)}
+
+
+def _in_formats(modules: Modules, formats: Formats) -> Modules:
+    return {name: _quantized(name, each, formats[name]) if name in formats else each for name, each in modules.items()}
+
+
+def _quantized(name: str, module: ModuleWeights[WeightSpec], weight_format: WeightFormat) -> ModuleWeights[WeightSpec]:
+    """Describe the tensors of a linear layer whose weight is quantized: see `qwen_plugins.quantized`."""
+    rows, columns = (-(-size // multiple) * multiple for size, multiple in zip(module.shape, PADDING, strict=True))
+    groups = columns // weight_format.group_size if weight_format.group_size else 1
+    blocks = columns // BLOCK[1], rows // BLOCK[0], math.prod(BLOCK) * weight_format.bits // 32
+
+    def extra(field: str, shape: Shape, dtype: str) -> WeightSpec:
+        return WeightSpec(f"{name}.{field}", (), dtype, packed_shape=shape)
+
+    return dataclasses.replace(
+        module,
+        weight=dataclasses.replace(module.weight, dtype="int32", packed_shape=blocks),
+        format=weight_format,
+        scales=extra("scales", (groups, rows), weight_format.scale_dtype),
+        zeros=None if weight_format.symmetric else extra("zeros", (groups, rows), "uint8"),
+        permutation=extra("permutation", module.shape[1:], "int32") if weight_format.permuted else None,
+    )
 
 
 def too_large(name: str, dtype: str, largest: float) -> str:

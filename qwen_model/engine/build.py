@@ -33,12 +33,13 @@ from ..common.version import package_version
 from ..interface.engine_config import (
     AMPERE_PLUS,
     BACKENDS,
+    KV_CACHE_DTYPES,
     PLUGINS,
     RTX_COMPUTE_CAPABILITIES,
     EngineConfig,
     Limits,
 )
-from ..interface.memory import required_bytes
+from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
 from .back_ends import back_end
 from .limits import engine_limits, usable_positions
@@ -54,7 +55,7 @@ class BuildSummary:
     engine_dir: Path
     config: EngineConfig
     weight_bytes: int
-    cache_bytes: int
+    sequence_bytes: int  # of the longest sequence in the key-value cache
     seconds: float
     warnings: tuple[str, ...]
 
@@ -70,6 +71,8 @@ def build_engine(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
+    max_num_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     tuning: bool = True,
@@ -85,8 +88,12 @@ def build_engine(
     disable_plugins: names of kernels of this project to replace by the back end's own operations, to compare them:
         "rms_norm", "gemm" (the linear layers), "rotary" (the rotary embedding, then applied before attention).
     rmsnorm_plugin: False is the same as "rms_norm" in `disable_plugins`.
-    max_batch_size: sequences at a time; a beam is a sequence. None: 8.
+    max_batch_size: sequences at a time; a beam is a sequence. None: 256. They share the memory of the key-value cache,
+        which is as large as there is room for when the engine is loaded.
     max_input_len, max_output_len: tokens of a prompt, and tokens generated for it. None: up to 1024 and 512.
+    max_num_tokens: tokens of prompts, or parts of them, that are computed in one step. None: up to 8192.
+    kv_cache_dtype: how the key-value cache keeps a number: "auto": in the engine's type; "int8" or "fp8": in 8 bits,
+        with a scale for each token and head.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
@@ -108,6 +115,7 @@ def build_engine(
     check_choice("backend", backend, BACKENDS)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
+    check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     if timing_cache is not None and backend != "tensorrt":
         raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
     capabilities = _compute_capabilities(backend, hardware_compatible, compute_capabilities)
@@ -121,7 +129,7 @@ def build_engine(
     model = ModelConfig.from_model_dir(source)
     if rotary_scaling is not None:
         model = model.with_rotary_scaling(rotary_scaling)
-    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len)
+    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len, max_num_tokens)
     engine_back_end = back_end(backend)
     watch.lap(f"back end {backend} imported")
     checkpoint = Checkpoint(source, engine_back_end.FRAMEWORK)
@@ -149,8 +157,9 @@ def build_engine(
         disabled_plugins=disabled,
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
         compute_capabilities=capabilities,
+        kv_cache_dtype=kv_cache_dtype,
     )
-    weight_bytes, cache_bytes = required_bytes(model, limits, config.dtype)
+    sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
@@ -166,7 +175,8 @@ def build_engine(
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
-    return BuildSummary(target, config, weight_bytes, cache_bytes, seconds, tuple(warnings))
+    size = weight_bytes(model, config.dtype)
+    return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

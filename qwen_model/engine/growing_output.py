@@ -1,4 +1,4 @@
-"""Follow the outputs of a batch, token by token: their text, where they end, and the time they take."""
+"""Follow the outputs of a request, token by token: their text, where they end, and the time they take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .results import FinishReason, Output, StreamEvent, Timing
+from .results import FinishReason, Output, StreamEvent, Timing, TokenLogprob
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -15,21 +15,13 @@ if TYPE_CHECKING:
 class GrowingOutput:
     """Hold one prompt's output as it grows: its tokens, its text, and whether it is finished."""
 
-    def __init__(
-        self,
-        index: int,
-        end_token_ids: frozenset[int],
-        stop: tuple[str, ...],
-        max_new_tokens: int,
-        tokenizer: Tokenizer | None,
-    ):
+    def __init__(self, index: int, stop: tuple[str, ...], tokenizer: Tokenizer | None):
         self.index = index
         self.finish_reason: FinishReason | None = None
-        self._ends = end_token_ids
         self._stop = stop
-        self._max_new_tokens = max_new_tokens
         self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
         self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._text = ""
         self._given = 0  # characters of the text that were returned in events
 
@@ -38,27 +30,27 @@ class GrowingOutput:
         """Return the number of tokens so far."""
         return len(self._ids)
 
-    def push(self, token: int) -> StreamEvent:
-        """Take the next token; return the text that it adds."""
+    def push(self, token: int, finish_reason: FinishReason | None, logprob: TokenLogprob | None = None) -> StreamEvent:
+        """Take the next token; return the text that it adds: none if it is an end token, with the reason "stop"."""
         self._ids.append(token)
-        if token in self._ends:
-            self.finish_reason = "stop"
-        elif self._decoder is not None:
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        self.finish_reason = finish_reason
+        if finish_reason != "stop" and self._decoder is not None:
             self._text += self._decoder.push(token)
-        if self.finish_reason is None and len(self._ids) == self._max_new_tokens:
-            self.finish_reason = "length"
         if self.finish_reason is not None and self._decoder is not None:
             self._text += self._decoder.flush()
         self._cut_at_stop()
         end = len(self._text) - (0 if self.finish_reason else self._held_back())
         text, self._given = self._text[self._given : end], max(end, self._given)
-        return StreamEvent(self.index, token, text, self.finish_reason)
+        return StreamEvent(self.index, token, text, self.finish_reason, logprob)
 
     def output(self) -> Output:
         """Return the output of a finished sequence."""
         if self.finish_reason is None:
             raise RuntimeError("the sequence is not finished")
-        return Output(self._ids, None if self._decoder is None else self._text, self.finish_reason)
+        text = None if self._decoder is None else self._text
+        return Output(self._ids, text, self.finish_reason, logprobs=self._logprobs or None)
 
     def _cut_at_stop(self) -> None:
         places = [self._text.find(stop, self._given) for stop in self._stop]
@@ -78,33 +70,34 @@ class GrowingOutput:
 
 
 class Timer:
-    """Measure the prefill and the decode steps of one batch."""
+    """Measure the prefill and the decode steps of one request."""
 
-    def __init__(self, prompts: Iterable[Sequence[int]]):
-        prompts = list(prompts)
-        self._sequences = len(prompts)
+    def __init__(self, prompts: Iterable[Sequence[int]], num_outputs: int):
         self._prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self._start = self._first = self._last = 0.0
+        self._outputs = num_outputs
+        self._prefill = self._decode = self._last = 0.0
 
     def start(self) -> None:
-        """Begin the prefill."""
-        self._start = self._first = self._last = time.perf_counter()
-
-    def step(self) -> None:
-        """Record that the tokens of one more step are computed."""
+        """Begin to measure."""
         self._last = time.perf_counter()
-        if self._first == self._start:
-            self._first = self._last
+
+    def step(self, is_prompt: bool) -> None:
+        """Record that a step is done, one that processed prompts or one of decoding."""
+        now = time.perf_counter()
+        if is_prompt:
+            self._prefill += now - self._last
+        else:
+            self._decode += now - self._last
+        self._last = now
 
     def timing(self, generated_tokens: int) -> Timing:
         """Return the seconds and rates, given the number of tokens of all outputs."""
-        prefill, decode = self._first - self._start, self._last - self._first
-        decoded = generated_tokens - self._sequences
+        decoded = generated_tokens - self._outputs
         return Timing(
-            prefill_seconds=prefill,
-            decode_seconds=decode,
+            prefill_seconds=self._prefill,
+            decode_seconds=self._decode,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=generated_tokens,
-            prefill_tokens_per_second=self._prompt_tokens / prefill if prefill else 0.0,
-            decode_tokens_per_second=decoded / decode if decode else 0.0,
+            prefill_tokens_per_second=self._prompt_tokens / self._prefill if self._prefill else 0.0,
+            decode_tokens_per_second=decoded / self._decode if self._decode else 0.0,
         )

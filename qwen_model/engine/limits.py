@@ -10,14 +10,23 @@ from ..interface.engine_config import Limits
 
 
 def engine_limits(
-    model: ModelConfig, max_batch_size: int | None, max_input_len: int | None, max_output_len: int | None
+    model: ModelConfig,
+    max_batch_size: int | None,
+    max_input_len: int | None,
+    max_output_len: int | None,
+    max_num_tokens: int | None = None,
 ) -> Limits:
     """Return the limits; those not given are the defaults, or less if the model was trained for less.
 
     Raises:
         QwenModelError: a limit is not positive, or the limits exceed what the model can do.
     """
-    asked = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_output_len": max_output_len}
+    asked = {
+        "max_batch_size": max_batch_size,
+        "max_input_len": max_input_len,
+        "max_output_len": max_output_len,
+        "max_num_tokens": max_num_tokens,
+    }
     limits = dataclasses.replace(Limits(), **{name: value for name, value in asked.items() if value is not None})
     room = usable_positions(model)
     if model.full_attention_length:
@@ -28,6 +37,9 @@ def engine_limits(
     if max_output_len is None:
         outputs = room - limits.max_input_len
         limits = _at_most(limits, "max_output_len", outputs, f"prompts of {limits.max_input_len} tokens", room)
+    if max_num_tokens is None:
+        most = limits.max_batch_size * limits.max_input_len
+        limits = dataclasses.replace(limits, max_num_tokens=min(limits.max_num_tokens, most))
     if 0 < model.full_attention_length < limits.max_positions:
         raise QwenModelError(
             f"the model attends to sequences of more than {model.full_attention_length} tokens through a sliding "

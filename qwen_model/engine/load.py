@@ -12,8 +12,10 @@ from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
 from ..interface.engine_config import EngineConfig
+from ..interface.memory import GPU_MEMORY_UTILIZATION
 from .back_ends import back_end
 from .output_folder import ENGINE_FILES, WEIGHT_FILE, WEIGHTS
+from .scheduler import Scheduler
 from .session import Session
 
 LOG = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ def load_engine(
     *,
     device: str | None = None,
     tuning: bool = True,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    deterministic: bool = False,
     progress: Progress | None = None,
 ) -> Session:
     """Load an engine on `device` ("cpu", "cuda", "cuda:1"; None: the GPU if there is one), ready to generate.
@@ -31,6 +35,9 @@ def load_engine(
     tuning: at the first load of such a model on such a GPU, an engine of the torch back end times the GEMM kernels of
         its linear layers, which takes seconds, and keeps the times in the user's cache folder. False: rules choose the
         kernels.
+    gpu_memory_utilization: the part of the GPU's memory, above 0 and at most 1, that may be in use when the engine is
+        loaded: what is left of it after the weights is the key-value cache's.
+    deterministic: what a prompt gives is the same, to the bit, whatever is generated beside it; that costs speed.
     progress: see `Progress`.
 
     Raises:
@@ -39,7 +46,7 @@ def load_engine(
     folder = Path(engine_dir)
     before = _version(folder)
     try:
-        session = _load(folder, device, tuning, progress or no_progress)
+        session = _load(folder, device, tuning, gpu_memory_utilization, deterministic, progress or no_progress)
     except QwenModelError as error:
         if _version(folder) != before:  # the error then comes from the change, not from the engine
             raise _replaced(folder) from error
@@ -51,18 +58,27 @@ def load_engine(
     return session
 
 
-def _load(folder: Path, device: str | None, tuning: bool, progress: Progress) -> Session:
+def _load(
+    folder: Path,
+    device: str | None,
+    tuning: bool,
+    gpu_memory_utilization: float,
+    deterministic: bool,
+    progress: Progress,
+) -> Session:
     config = EngineConfig.read(folder)
     _check_readable(folder)
     watch = Stopwatch(LOG)
     LOG.info("%s: %s in %s for the back end %s", folder, config.model.architecture, config.dtype, config.backend)
     engine_back_end = back_end(config.backend)
     watch.lap(f"back end {config.backend} imported")
-    executor = engine_back_end.load_executor(folder, config, device, tuning, progress)
+    loaded = engine_back_end.load_device(
+        folder, config, device, tuning, progress, gpu_memory_utilization=gpu_memory_utilization
+    )
     watch.lap("engine loaded")
     tokenizer = _load_tokenizer(folder)
     watch.lap("tokenizer loaded")
-    return Session(config, executor, tokenizer)
+    return Session(config, Scheduler(loaded, deterministic=deterministic), tokenizer)
 
 
 def _version(folder: Path) -> tuple[int, ...]:

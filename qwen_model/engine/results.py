@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 
@@ -16,12 +16,21 @@ class Output:
     text: that of the tokens before the end token, cut before the stop string; None without a tokenizer.
     finish_reason: "stop" (an end token or a requested stop) or "length" (max_new_tokens).
     beams: with beam search all beams, best first; `output_ids` are those of the first.
+    logprobs: of each token, if they were asked for.
     """
 
     output_ids: list[int]
     text: str | None
     finish_reason: FinishReason
     beams: list[BeamOutput] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+
+
+class TokenLogprob(NamedTuple):
+    """Hold the log-probability of a token, by the model's own logits, and the most likely tokens with theirs."""
+
+    logprob: float
+    best: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Hold an output for each prompt, in their order, and the timing."""
+    """Hold the outputs in the order of the prompts, `n` for each, and the timing."""
 
     outputs: list[Output]
     timing: Timing
@@ -56,12 +65,14 @@ class GenerationResult:
 class StreamEvent:
     """Hold one token of one prompt.
 
-    index: of the prompt in the batch.
+    index: of the output among those of the request, as in `GenerationResult`.
     text: what the token adds; empty while a character or a stop string may be incomplete.
     finish_reason: see `Output`; None if more tokens follow.
+    logprob: None if it was not asked for.
     """
 
     index: int
     token_id: int
     text: str
     finish_reason: FinishReason | None
+    logprob: TokenLogprob | None = None

@@ -6,7 +6,6 @@ import logging
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,16 @@ import numpy as np
 
 from ..checkpoints.chat_template import ChatOptions
 from ..common.errors import QwenModelError, shown
+from ..interface.device import Device, FloatArray
 from ..interface.engine_config import EngineConfig
-from ..interface.executor import NO_TOKEN, Executor, FloatArray, IntArray, PendingTokens
 from ..interface.sampling import SamplingOptions
-from .beam_search import beam_search
+from ..network.rotary import rotary_stretch
+from . import sequences
+from .beam_search import beam_search, beam_sequence
 from .growing_output import GrowingOutput, Timer
 from .overflow import not_finite
-from .results import BeamOutput, GenerationResult, Output, StreamEvent, Timing
+from .results import BeamOutput, FinishReason, GenerationResult, Output, StreamEvent, Timing
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -31,17 +33,26 @@ LOG = logging.getLogger(__name__)
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or (with chat=True) a conversation
 DEFAULT_NEW_TOKENS = 128
+MAX_LOGPROBS = 128
+"""The most likely tokens that log-probabilities can be asked of."""
 
 
 class Session:
-    """Generate with a loaded engine, one batch at a time. A session is not for several threads."""
+    """Generate with a loaded engine. Requests may overlap, but a session is not for several threads."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, tokenizer: Tokenizer | None = None):
-        """Take a loaded engine; `load_engine` makes sessions. Without a tokenizer prompts are token ids only."""
+    def __init__(self, config: EngineConfig, scheduler: Scheduler, tokenizer: Tokenizer | None = None):
+        """Take a loaded engine; `load_engine` makes sessions. Without a tokenizer prompts are token ids only.
+
+        scheduler: that of the engine's device; sessions may share it.
+        """
         self.config = config
-        self.executor = executor
+        self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self._running: object = None  # the request that the executor's batch belongs to
+
+    @property
+    def device(self) -> Device:
+        """Return what runs the engine."""
+        return self.scheduler.device
 
     def generate(
         self,
@@ -49,6 +60,8 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
+        n: int = 1,
+        logprobs: int | None = None,
         num_beams: int = 1,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -58,11 +71,15 @@ class Session:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
     ) -> GenerationResult:
-        """Generate for one prompt or a batch; a prompt is a string, a list of token ids or a list of messages.
+        """Generate for one prompt or any number; a prompt is a string, a list of token ids or a list of messages.
+
+        Prompts that the engine has no room for wait until others are done.
 
         max_new_tokens: None: 128, or the engine's limit if that is lower.
         sampling: exactly these options; SamplingOptions() is greedy. None: the checkpoint's generation_config.json,
             greedy if it does not sample; `config.sampling_defaults.options(temperature=0.3)` changes a part of that.
+        n: outputs for each prompt, drawn independently.
+        logprobs: also return the log-probability of each token, and of so many most likely ones, 0 to 128; None: none.
         num_beams: above 1: beam search as in transformers, which uses neither `sampling` nor the checkpoint's options.
         stop: generation ends, and the text is cut, before any of these strings. A string that is a special token, such
             as "<|im_end|>", ends generation at that token; one that has a special token inside is an error.
@@ -80,15 +97,19 @@ class Session:
         """
         chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
         if _positive_integer("num_beams", num_beams) != 1:
+            if _positive_integer("n", n) != 1 or logprobs is not None:
+                raise QwenModelError(
+                    "beam search gives one output for each prompt, and its score: it takes no n, logprobs"
+                )
             return self._generate_beams(
                 prompts, max_new_tokens, sampling, num_beams, stop, stop_token_ids, chat, chat_options
             )
-        request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
-        timer = Timer(request.prompts)
-        for _ in self._run(request, timer):
+        request = self._request(
+            prompts, max_new_tokens, sampling, n, logprobs, stop, stop_token_ids, chat, chat_options
+        )
+        for _ in self._run(request, patient=True):
             pass
-        outputs = [sequence.output() for sequence in request.sequences]
-        return GenerationResult(outputs, timer.timing(sum(len(output.output_ids) for output in outputs)))
+        return GenerationResult([output.output() for output in request.outputs], request.timing())
 
     def stream(
         self,
@@ -96,6 +117,8 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
+        n: int = 1,
+        logprobs: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         chat: bool = False,
@@ -106,11 +129,14 @@ class Session:
     ) -> Iterator[StreamEvent]:
         """Do as `generate`, and yield each token when it is computed. Arguments are checked at once.
 
-        Another request on the session ends the stream with a QwenModelError.
+        Other requests may be made meanwhile: the stream goes on while they run, and keeps what comes. Closing a stream
+        ends what it has not yet generated.
         """
         chat_options = _chat_options(chat, tools, chat_template, chat_template_kwargs, sanitize_control_tokens)
-        request = self._request(prompts, max_new_tokens, sampling, stop, stop_token_ids, chat, chat_options)
-        return self._run(request, Timer(request.prompts))
+        request = self._request(
+            prompts, max_new_tokens, sampling, n, logprobs, stop, stop_token_ids, chat, chat_options
+        )
+        return self._run(request)
 
     def logits(self, input_ids: Sequence[int]) -> FloatArray:
         """Return the logits after each token of one prompt: float32 [tokens, vocab_size].
@@ -131,23 +157,36 @@ class Session:
         for prompt in plain:
             if not _all_are(prompt, int):
                 raise QwenModelError(f"input_ids must be a list of token ids, not {shown(prompt)}")
-        self._check_prompts(plain, 1)
+        self._check_prompts(plain)
         for prompt, count in zip(plain, counts, strict=True):
             if not 1 <= count <= len(prompt):
                 raise QwenModelError(f"a prompt of {len(prompt)} tokens has no logits after its last {count}")
-        self._running = None
-        logits = self.executor.last_logits(plain, counts)
-        split = np.split(logits, np.cumsum(counts)[:-1])
-        for index, found in enumerate(split):
-            if not np.isfinite(found).all():
+        scored = [
+            sequences.Sequence(prompt, 0, logit_rows=count, salt=self._salt(prompt))
+            for prompt, count in zip(plain, counts, strict=True)
+        ]
+        self._check_fit(scored)
+        try:
+            for sequence in scored:
+                self.scheduler.add(sequence)
+            while any(sequence.finish_reason is None for sequence in scored):
+                self._step(patient=True)
+        finally:
+            for sequence in scored:
+                self.scheduler.cancel(sequence)
+        found = [np.concatenate(sequence.logits) for sequence in scored]
+        for index, logits in enumerate(found):
+            if not np.isfinite(logits).all():
                 raise not_finite(self.config, len(plain), index)
-        return split
+        return found
 
     def _request(
         self,
         prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int | None,
         sampling: SamplingOptions | None,
+        n: int,
+        logprobs: int | None,
         stop: str | Sequence[str] | None,
         stop_token_ids: Sequence[int] | None,
         chat: bool,
@@ -155,12 +194,27 @@ class Session:
     ) -> _Request:
         stops, ends = self._stops(stop, stop_token_ids)
         options = self._sampling(sampling)
+        samples, num_best = _positive_integer("n", n), _num_best(logprobs, self.config.model.vocab_size)
         token_ids = self._token_ids(prompts, chat, chat_options)
         count = self._new_tokens(max_new_tokens)
-        self._check_prompts(token_ids, 1)
+        self._check_prompts(token_ids)
         ends |= self._end_token_ids(chat, chat_options)
-        sequences = [GrowingOutput(index, ends, stops, count, self.tokenizer) for index in range(len(token_ids))]
-        return _Request(token_ids, options, count, sequences)
+        found: list[sequences.Sequence] = []
+        for prompt in token_ids:
+            first, salt = len(found), self._salt(prompt)
+            for _ in range(samples):
+                parent = found[first] if len(found) > first else None
+                draws = len(found)
+                found.append(
+                    sequences.Sequence(prompt, count, options, ends, draws, num_best, salt=salt, parent=parent)
+                )
+        self._check_fit(found[::samples])
+        outputs = [GrowingOutput(index, stops, self.tokenizer) for index in range(len(found))]
+        return _Request(self, found, outputs, samples, Timer(token_ids, len(found)))
+
+    def _salt(self, prompt: Sequence[int]) -> bytes:
+        """Return what keys in the cache depend on beside the tokens: the stretch of some rotary embeddings."""
+        return str(rotary_stretch(self.config.model.rotary, len(prompt))).encode()
 
     def _sampling(self, options: SamplingOptions | None) -> SamplingOptions:
         if options is None:
@@ -239,17 +293,10 @@ class Session:
             )
         return max_new_tokens
 
-    def _check_prompts(self, prompts: list[list[int]], num_beams: int) -> None:
+    def _check_prompts(self, prompts: list[list[int]]) -> None:
         limits = self.config.limits
         if not prompts:
             raise QwenModelError("no prompt was given")
-        rows = len(prompts) * num_beams
-        if rows > limits.max_batch_size:
-            given = f"{len(prompts)} prompts" + (f" with {num_beams} beams each" if num_beams > 1 else "")
-            raise QwenModelError(
-                f"{given} are {rows} sequences, more than the engine's limit of {limits.max_batch_size}: "
-                "build it with a larger --max-batch-size"
-            )
         for index, prompt in enumerate(prompts):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
             if not prompt:
@@ -264,31 +311,35 @@ class Session:
                 wrong = next(token for token in prompt if not 0 <= token <= largest)
                 raise QwenModelError(f"{name} has the token id {wrong}; the vocabulary is 0 to {largest}")
 
-    def _steps(self, request: _Request) -> Iterator[IntArray]:
-        """Yield the tokens of each step, [prompts]. If the device runs ahead, it starts the next step before."""
-        yield self.executor.prefill(request.prompts, request.sampling).wait()
-        in_flight: deque[PendingTokens] = deque()
-        for left in range(request.max_new_tokens - 1, 0, -1):
-            if self._running is not request:
-                raise QwenModelError("this stream has ended: another request was started on the session")
-            while len(in_flight) < min(left, 2 if self.executor.runs_ahead else 1):
-                in_flight.append(self.executor.decode())
-            yield in_flight.popleft().wait()
+    def _check_fit(self, found: list[sequences.Sequence]) -> None:
+        for index, sequence in enumerate(found):
+            self.scheduler.check(sequence, f"prompt {index}" if len(found) > 1 else "the prompt")
 
-    def _run(self, request: _Request, timer: Timer) -> Iterator[StreamEvent]:
-        self._running = request
-        self.executor.prepare(len(request.prompts), request.sampling)
-        timer.start()
-        for tokens in self._steps(request):
-            timer.step()
-            for sequence, token in zip(request.sequences, tokens.tolist(), strict=True):
-                if sequence.finish_reason is None:
-                    if token == NO_TOKEN:
-                        raise not_finite(self.config, len(request.sequences), sequence.index)
-                    yield sequence.push(token)
-            if all(sequence.finish_reason for sequence in request.sequences):
-                _log_timing(timer.timing(sum(sequence.num_tokens for sequence in request.sequences)))
-                return
+    def _run(self, request: _Request, patient: bool = False) -> Iterator[StreamEvent]:
+        """Yield the events of a request. Whoever waits for one drives the scheduler, for all requests."""
+        self.device.prepare(min(len(request.outputs), self.device.max_sequences))
+        request.start()
+        try:
+            while request.events or not request.is_done:
+                while request.events:
+                    yield request.events.popleft()
+                if request.error is not None:
+                    raise request.error
+                if not request.is_done:
+                    self._step(patient, request.timer)
+        finally:
+            request.cancel()
+        _log_timing(request.timing())
+
+    def _step(self, patient: bool, timer: Timer | None = None) -> None:
+        """Run a step, and hand its events to the requests that they belong to."""
+        if not self.scheduler.has_work:
+            raise QwenModelError("the request has ended: the device failed in another one")
+        for event in self.scheduler.step(patient):
+            if event.sequence.on_event is not None:
+                event.sequence.on_event(event)
+        if timer is not None:
+            timer.step(self.scheduler.read_prompts)
 
     def _generate_beams(
         self,
@@ -306,16 +357,27 @@ class Session:
             raise QwenModelError("beam search is greedy: it takes no stop strings and no sampling options")
         token_ids = self._token_ids(prompts, chat, chat_options)
         count = self._new_tokens(max_new_tokens)
-        self._check_prompts(token_ids, num_beams)
+        self._check_prompts(token_ids)
+        if num_beams > self.device.max_sequences:
+            raise QwenModelError(
+                f"{num_beams} beams are {num_beams} sequences, more than the engine's limit of "
+                f"{self.device.max_sequences}: build it with a larger --max-batch-size"
+            )
         ends |= self._end_token_ids(chat, chat_options)
         if max(2, len(ends) + 1) > self.config.model.vocab_size:
             raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
-        self._running = None
-        self.executor.prepare(len(token_ids) * num_beams, SamplingOptions())
-        timer = Timer(token_ids)
+        num_best = min(num_beams + len(ends), self.config.model.vocab_size)  # num_beams of a beam's own may go on
+        if num_best > MAX_LOGPROBS:
+            raise QwenModelError(f"num_beams and end tokens together must be at most {MAX_LOGPROBS}, not {num_best}")
+        beams = [beam_sequence(prompt, count, num_best, self._salt(prompt)) for prompt in token_ids]
+        self._check_fit(beams)
+        self.device.prepare(min(len(token_ids) * num_beams, self.device.max_sequences))
+        timer = Timer(token_ids, len(token_ids))
         timer.start()
-        error = partial(not_finite, self.config, len(token_ids))
-        found = beam_search(self.executor, token_ids, num_beams, count, ends, error, on_step=timer.step)
+        step = partial(self._step, patient=True, timer=timer)
+        found = beam_search(
+            self.scheduler, beams, num_beams, ends, step, partial(not_finite, self.config, len(token_ids))
+        )
         outputs = [self._beam_output([BeamOutput(beam.tokens, beam.score) for beam in beams], ends) for beams in found]
         timing = timer.timing(sum(len(output.output_ids) for output in outputs))
         _log_timing(timing)
@@ -367,6 +429,14 @@ def _positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def _num_best(logprobs: int | None, vocab_size: int) -> int | None:
+    if logprobs is None:
+        return None
+    if isinstance(logprobs, bool) or not isinstance(logprobs, Integral) or not 0 <= logprobs <= MAX_LOGPROBS:
+        raise QwenModelError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, not {shown(logprobs)}")
+    return min(int(logprobs), vocab_size)
+
+
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
@@ -390,9 +460,52 @@ def _chat_options(
     return ChatOptions(tools, {} if template_kwargs is None else template_kwargs, template, sanitize_control_tokens)
 
 
-@dataclass
 class _Request:
-    prompts: list[list[int]]
-    sampling: SamplingOptions
-    max_new_tokens: int
-    sequences: list[GrowingOutput]
+    """Hold what one call of a session generates: sequences, what became of each, and the events to yield."""
+
+    def __init__(
+        self,
+        session: Session,
+        found: list[sequences.Sequence],
+        outputs: list[GrowingOutput],
+        samples: int,
+        timer: Timer,
+    ):
+        self.outputs = outputs
+        self.events: deque[StreamEvent] = deque()
+        self.error: QwenModelError | None = None
+        self.timer = timer
+        self._session = session
+        self._sequences = found
+        self._samples = samples  # of each prompt
+        self._unfinished = len(found)
+
+    @property
+    def is_done(self) -> bool:
+        return self._unfinished == 0
+
+    def start(self) -> None:
+        self.timer.start()
+        for sequence, output in zip(self._sequences, self.outputs, strict=True):
+            sequence.on_event = partial(self._take, output)
+            self._session.scheduler.add(sequence)
+
+    def cancel(self) -> None:
+        for sequence in self._sequences:
+            self._session.scheduler.cancel(sequence)
+
+    def timing(self) -> Timing:
+        return self.timer.timing(sum(output.num_tokens for output in self.outputs))
+
+    def _take(self, output: GrowingOutput, event: sequences.Event) -> None:
+        if output.finish_reason is not None or self.error is not None:
+            return
+        if event.finish_reason == "error":
+            samples, num_prompts = self._samples, len(self.outputs) // self._samples
+            self.error = not_finite(self._session.config, num_prompts, output.index // samples)
+            return
+        reason: FinishReason | None = event.finish_reason if event.finish_reason in ("stop", "length") else None
+        self.events.append(output.push(event.token, reason, event.logprob))
+        if output.finish_reason is not None:
+            self._unfinished -= 1
+            self._session.scheduler.cancel(event.sequence)  # a stop string may have ended it

@@ -75,16 +75,16 @@ def inspect_engine(
     ):
         if not 1 <= value <= limit:
             raise QwenModelError(f"{name} must be 1 to {limit}, the engine's limit, not {value}")
-    executor: Any = load_engine(engine_dir, device=device).executor
+    loaded: Any = load_engine(engine_dir, device=device).device
     tensors, layers = [], {}
     if config.backend in ("tensorrt", "tensorrt-rtx"):
         # Imported here because load_engine checks first that TensorRT is installed.
         from ..backends.tensorrt import inspection as tensorrt_inspection
 
         prompts = [[index % config.model.vocab_size for index in range(tokens)]] * num_sequences
-        tensors = tensorrt_inspection.tensors(executor.tensorrt, executor.engine)
-        layers = tensorrt_inspection.layers(executor, prompts)
-    kernels = _linear_kernels(config, executor.gemm_kernels)
+        tensors = tensorrt_inspection.tensors(loaded.tensorrt, loaded.engine)
+        layers = tensorrt_inspection.layers(loaded, prompts)
+    kernels = _linear_kernels(config, loaded.gemm_kernels)
     return Inspection(str(engine_dir), asdict(config), num_sequences, tokens, kernels, tensors, layers)
 
 

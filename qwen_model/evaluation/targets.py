@@ -15,7 +15,7 @@ class EngineTarget:
 
     def __init__(self, session: Session):
         config = dataclasses.replace(session.config, end_token_ids=())
-        self._session = Session(config, session.executor)
+        self._session = Session(config, session.scheduler)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, on_step: Callable[[], None]) -> None:
         """See `BatchTarget`."""

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from ..checkpoints.tensor_files import Framework
 from ..checkpoints.weights import WeightSpec
 from ..common.progress import Progress, no_progress
+from .device import Device
 from .engine_config import EngineConfig, GemmKernels
-from .executor import Executor
+from .memory import GPU_MEMORY_UTILIZATION
 from .probe import Probe
 
 ReadWeight = Callable[[WeightSpec], Any]
@@ -53,17 +54,22 @@ class BackEnd(Protocol):
             OSError: `folder` cannot be written.
         """
 
-    def load_executor(
+    def load_device(
         self,
         engine_dir: Path,
         config: EngineConfig,
         device: str | None = None,
         tuning: bool = True,
         progress: Progress = no_progress,
-    ) -> Executor:
+        *,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+        deterministic: bool = False,
+    ) -> Device:
         """Load an engine on the device of that name; None: the back end's default.
 
         tuning: measure GEMM kernels that the engine has no choice of yet; if not, rules choose them.
+        gpu_memory_utilization: see `interface.memory`.
+        deterministic: what is computed for a sequence has the same bits whatever other sequences are computed with it.
 
         Raises:
             QwenModelError: the engine is damaged, or the device does not exist or has too little memory.
@@ -83,5 +89,5 @@ class BackEnd(Protocol):
         progress: of building what shows them.
 
         Raises:
-            QwenModelError: as `load_executor`; or `read_weight` is needed.
+            QwenModelError: as `load_device`; or `read_weight` is needed.
         """

@@ -31,6 +31,8 @@ PLUGINS = ("rms_norm", "gemm", "rotary")
 rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention; it is applied before instead.
 """
 
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+"""How the cache keeps a number: auto: in the engine's type; else in 8 bits, with a scale for each token and head."""
 
 KernelChoices = tuple[tuple[int, str], ...]
 """GEMM kernels by the number of rows: up to so many rows, the kernel of that name. Rules choose for more rows."""
@@ -46,9 +48,10 @@ class Limits:
         QwenModelError: one is not a positive integer.
     """
 
-    max_batch_size: int = 8  # sequences at a time; a beam is a sequence
+    max_batch_size: int = 256  # sequences at a time; a beam is a sequence
     max_input_len: int = 1024  # tokens of a prompt
     max_output_len: int = 512  # tokens generated for a prompt
+    max_num_tokens: int = 8192  # tokens of prompts, or parts of them, that are computed in one step
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -59,6 +62,11 @@ class Limits:
     def max_positions(self) -> int:
         """Return the longest sequence in the cache, in tokens."""
         return self.max_input_len + self.max_output_len
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the most tokens of a step: those of prompts, or one of each sequence."""
+        return max(self.max_num_tokens, self.max_batch_size)
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,13 @@ class EngineConfig:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that give no options
     gemm_kernels: GemmKernels = field(default_factory=dict)  # that the engine was built with; {}: chosen when it runs
     compute_capabilities: tuple[str, ...] = ()  # of the GPUs that a plan is for; (): it is for the GPU in `versions`
+    kv_cache_dtype: str = "auto"  # of KV_CACHE_DTYPES
 
     def __post_init__(self) -> None:
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise QwenModelError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not {shown(self.kv_cache_dtype)}"
+            )
         unknown = [name for name in self.disabled_plugins if name not in PLUGINS]
         if unknown:
             raise QwenModelError(f"plug-ins to disable must be of {', '.join(PLUGINS)}, not {unknown[0]!r}")
@@ -168,6 +181,8 @@ class EngineConfig:
             options += ["--hardware-compatible"]
         elif self.compute_capabilities:
             options += ["--compute-capability", *self.compute_capabilities]
+        if self.kv_cache_dtype != "auto":
+            options += ["--kv-cache-dtype", self.kv_cache_dtype]
         return _build_command(self.backend, self.dtype, self.limits, options, engine_dir)
 
 

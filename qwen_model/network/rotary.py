@@ -44,6 +44,15 @@ def inverse_frequencies(rotary: RotaryConfig, length: int = 0) -> FloatArray:
     return frequencies
 
 
+def rotary_stretch(rotary: RotaryConfig, prompt_length: int) -> int:
+    """Return a number that is equal for prompts whose tokens are rotated by equal angles."""
+    if rotary.scaling == "qwen_dynamic":
+        return qwen_ntk_alpha(prompt_length, rotary.original_max_positions)
+    if rotary.scaling == "dynamic":
+        return max(prompt_length, rotary.original_max_positions)
+    return 1
+
+
 def qwen_ntk_alpha(length: int, trained_length: int) -> int:
     """Return Qwen v1's alpha, which scales the base by alpha ** (dim / (dim - 2)).
 

@@ -100,8 +100,7 @@ def pack(
 ) -> PromptTable | None:
     """Write a step into the array; return the rotary table of its prompts, if they need one of their own.
 
-    Where the layout has more sequences than the batch, those are padding: one token each, in UNUSED_PAGE. Columns of
-    the page table that the batch has not keep what they held.
+    Where the layout has more sequences than the batch, those are padding: one token each, in UNUSED_PAGE.
 
     rows: of the packed tokens, those whose logits are computed.
     spare_slot: that of rows which are padding.
@@ -130,6 +129,6 @@ def pack(
     parts["last_token_ids"][len(rows) :] = np.arange(tokens, tokens + layout.rows - len(rows)) if padding else 0
     parts["slots"][:] = spare_slot
     parts["slots"][: len(rows)] = batch.slots[np.searchsorted(cu_seqlens[1 : sequences + 1], rows, side="right")]
+    parts["pages"][:] = UNUSED_PAGE  # attention may read ahead of a sequence's last page
     parts["pages"][:sequences, : batch.pages.shape[1]] = batch.pages
-    parts["pages"][sequences:, :1] = UNUSED_PAGE
     return own

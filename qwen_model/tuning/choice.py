@@ -68,7 +68,7 @@ def by_module(model: ModelConfig, dtype: str, kernels: GemmKernels) -> dict[str,
 
 def rows_of_shapes(model: ModelConfig, limits: Limits, dtype: str) -> dict[LinearShape, int]:
     """Return the shapes of the network's linear layers, and the most rows of x that each meets."""
-    prompt_rows = limits.max_batch_size * limits.max_input_len
+    prompt_rows = limits.step_tokens
     most: dict[LinearShape, int] = {}
     for name, shape in linear_layers(model, dtype).items():
         rows = logit_rows(limits) if name == "lm_head" else prompt_rows

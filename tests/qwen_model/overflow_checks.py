@@ -120,7 +120,7 @@ def _check_sequences_that_end_before(session: qwen_model.Session, count: int) ->
     outputs = session.generate(PROMPTS, max_new_tokens=FINITE_TOKENS).outputs
     assert outputs[OVERFLOW].output_ids == expected_ids(PROMPTS[OVERFLOW], FINITE_TOKENS)
     config = dataclasses.replace(session.config, end_token_ids=(OVERFLOWING[4],))
-    outputs = qwen_model.Session(config, session.executor).generate(PROMPTS, max_new_tokens=count).outputs
+    outputs = qwen_model.Session(config, session.scheduler).generate(PROMPTS, max_new_tokens=count).outputs
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         expected = expected_ids(prompt, count)
         assert output.output_ids == (expected if prompt[-1] in ENDLESS else OVERFLOWING[2:5])

@@ -23,7 +23,7 @@ def check_streams(session: qwen_model.Session, prompts: list[list[int]], **optio
 def check_that_nothing_is_left_behind(session: qwen_model.Session, prompts: list[list[int]]) -> None:
     """A request that is refused, closed half-way or ended by another leaves the session as good as new."""
     endless = dataclasses.replace(session.config, end_token_ids=())
-    session = qwen_model.Session(endless, session.executor, session.tokenizer)
+    session = qwen_model.Session(endless, session.scheduler, session.tokenizer)
     expected = session.generate(prompts, max_new_tokens=10).outputs
     limit = session.config.limits.max_input_len
     for _ in range(2):

@@ -121,7 +121,7 @@ def test_beams(pair, num_end_tokens):
 
 def _with_end_tokens(session, ends):
     config = dataclasses.replace(session.config, end_token_ids=tuple(ends))
-    return qwen_model.Session(config, session.executor, session.tokenizer)
+    return qwen_model.Session(config, session.scheduler, session.tokenizer)
 
 
 def test_repetition_penalty(pair):

@@ -4,15 +4,18 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
+from qwen_model.interface.memory import PAGE_SIZE
 from tests.stand_ins import numpy_plugins
 
 STREAM = 7
 DataType = SimpleNamespace(__members__={"float32": "float32"})
 Activation = SimpleNamespace(none="none", swiglu="swiglu")
 RotaryStyle = SimpleNamespace(neox="neox")
+CacheDataType = SimpleNamespace(__members__={"same": "same"})
 
 
 def view(address: int, *shape: int, dtype: type = np.float32) -> np.ndarray:
@@ -106,61 +109,64 @@ class AttentionHeads:
     norm_eps: float
 
 
-def prefill_attention(
-    *,
-    heads: AttentionHeads,
-    cache: int,
-    max_positions: int,
-    qkv: int,
-    qkv_row_stride: int,
-    context: int,
-    cu_seqlens: int,
-    past_lengths: int,
-    sequences: int,
-    tokens: int,
-    softmax_scale: float,
-    stream: int,
-) -> None:
-    assert stream == STREAM
-    assert past_lengths == 0
+def prefill_attention(*, cu_seqlens: int, tokens: int, past_lengths: int, sequences: int, **operands: Any) -> None:
     bounds = view(cu_seqlens, sequences + 1, dtype=np.int32)
-    past = np.zeros(sequences, np.int32)
     assert bounds[-1] == tokens
-    run_attention(heads, cache, max_positions, qkv, qkv_row_stride, context, bounds, past, softmax_scale)
+    run_attention(bounds, view(past_lengths, sequences, dtype=np.int32), **operands)
+
+
+def decode_attention_workspace_bytes(heads: AttentionHeads, *, sequences: int) -> int:
+    return 16 * sequences
 
 
 def decode_attention(
-    *,
-    heads: AttentionHeads,
-    cache: int,
-    max_positions: int,
-    qkv: int,
-    qkv_row_stride: int,
-    context: int,
-    past_lengths: int,
-    sequences: int,
-    softmax_scale: float,
-    workspace: int,
-    semaphores: int,
-    stream: int,
+    *, past_lengths: int, sequences: int, workspace: int, semaphores: int, heads: AttentionHeads, **operands: Any
 ) -> None:
-    assert stream == STREAM
-    assert workspace
+    view(workspace, decode_attention_workspace_bytes(heads, sequences=sequences), dtype=np.uint8)[:] = 0xFF
     assert not view(semaphores, sequences, heads.num_heads, dtype=np.int32).any()
     bounds = np.arange(sequences + 1, dtype=np.int32)
-    past = view(past_lengths, sequences, dtype=np.int32)
-    run_attention(heads, cache, max_positions, qkv, qkv_row_stride, context, bounds, past, softmax_scale)
+    run_attention(bounds, view(past_lengths, sequences, dtype=np.int32), heads=heads, **operands)
 
 
 def run_attention(
+    bounds: np.ndarray,
+    past: np.ndarray,
+    *,
     heads: AttentionHeads,
     cache: int,
+    cache_dtype: str,
     max_positions: int,
+    pages: int,
+    pages_row_stride: int,
     qkv: int,
     qkv_row_stride: int,
     context: int,
+    softmax_scale: float,
+    stream: int,
+) -> None:
+    assert stream == STREAM
+    assert cache_dtype == "same"
+    assert max_positions == PAGE_SIZE
+    numbers = view(pages, len(past), pages_row_stride, dtype=np.int32)
+    memory = view(cache, int(numbers.max()) + 1, 2, heads.num_kv_heads, PAGE_SIZE, heads.head_size)
+    # [sequences, pages, 2, kv_heads, PAGE_SIZE, size] and, contiguous, [sequences, 2, kv_heads, positions, size].
+    gathered = memory[numbers].transpose(0, 2, 3, 1, 4, 5)
+    contiguous = np.ascontiguousarray(gathered).reshape(len(past), 2, heads.num_kv_heads, -1, heads.head_size)
+    _attend(bounds, past, heads, contiguous, qkv, qkv_row_stride, context, softmax_scale)
+    written = contiguous.reshape(gathered.shape).transpose(0, 3, 1, 2, 4, 5)
+    for sequence, (first, end) in enumerate(zip(past, past + np.diff(bounds), strict=True)):
+        used = slice(first // PAGE_SIZE, (end - 1) // PAGE_SIZE + 1)
+        memory[numbers[sequence, used]] = written[sequence, used]
+
+
+def _attend(
     bounds: np.ndarray,
     past: np.ndarray,
+    heads: AttentionHeads,
+    cache: np.ndarray,
+    qkv: int,
+    qkv_row_stride: int,
+    context: int,
     softmax_scale: float,
 ) -> None:
     assert heads.dtype == "float32"
@@ -172,7 +178,7 @@ def run_attention(
     columns = (heads.num_heads + 2 * heads.num_kv_heads) * size
     inputs = [
         rows_of(qkv, int(bounds[-1]), columns, qkv_row_stride),
-        view(cache, len(past), 2, heads.num_kv_heads, max_positions, size),
+        cache,
         bounds,
         past,
         offsets,

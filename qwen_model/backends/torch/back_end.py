@@ -9,21 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, all_finite
 from ...checkpoints.weights import WeightGroup, too_large, weight_groups
 from ...common.errors import OutOfMemoryError, QwenModelError
 from ...common.log import Stopwatch, format_bytes
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig, GemmKernels, Limits
-from ...interface.memory import required_bytes
+from ...interface.engine_config import EngineConfig, GemmKernels
+from ...interface.memory import GPU_MEMORY_UTILIZATION, check_utilization, pool_pages, step_bytes, weight_bytes
 from ...tuning.choice import choose_kernels as measure_kernels
-from .executor import TorchExecutor, memory_errors, uses_kernels
+from .device import TorchDevice, memory_errors, uses_kernels
 from .probe import TorchProbe
 
 LOG = logging.getLogger(__name__)
 FRAMEWORK: Framework = "torch"
+CPU_CACHE_BYTES = 4 * 2**30
+"""The most bytes of the key-value cache on a CPU, whose memory is for others, too."""
+GRAPH_BYTES = 512 * 2**20
+"""What CUDA graphs, and libraries with their first calls, take of a GPU's memory after the cache is allocated."""
 
 
 def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
@@ -40,7 +43,7 @@ def write_engine(
 
     (folder / "weights").mkdir()
     watch = Stopwatch(LOG)
-    done, (total, _) = 0, required_bytes(config.model, config.limits, config.dtype)
+    done, total = 0, weight_bytes(config.model, config.dtype)
     for group in weight_groups(config.model, config.dtype):
         tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
         if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
@@ -72,19 +75,23 @@ def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
 
 
 @memory_errors()
-def load_executor(
+def load_device(
     engine_dir: Path,
     config: EngineConfig,
     device: str | None = None,
     tuning: bool = True,
     progress: Progress = no_progress,
-) -> TorchExecutor:
+    *,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    deterministic: bool = False,
+) -> TorchDevice:
     """Load an engine's weights on `device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one.
 
-    See `BackEnd` for `tuning` and for errors.
+    See `BackEnd` for the others and for errors.
     """
+    check_utilization(gpu_memory_utilization)
     target = choose_device(device)
-    check_memory(config.model, config.limits, config.dtype, target)
+    check_memory(config, target, gpu_memory_utilization)
     LOG.info("runs on %s: %s", target, _why(device, target))
     kernels: GemmKernels = {}
     if tuning and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
@@ -98,7 +105,15 @@ def load_executor(
         weights.update(_read_weights(path, group, target))
         LOG.debug("read %s: %s", path, format_bytes(path.stat().st_size))
     watch.lap("weights read", sum(weight.nbytes for weight in weights.values()))
-    return TorchExecutor(config.model, config.limits, weights, config.disabled_plugins, gemm_kernels=kernels)
+    return TorchDevice(
+        config.model,
+        config.limits,
+        weights,
+        num_pages=num_pages(config, target, gpu_memory_utilization),
+        kv_cache_dtype=config.kv_cache_dtype,
+        disabled_plugins=config.disabled_plugins,
+        gemm_kernels=kernels,
+    )
 
 
 def _why(asked: str | None, device: torch.device) -> str:
@@ -121,7 +136,7 @@ def load_probe(
     progress: Progress = no_progress,
 ) -> TorchProbe:
     """Load an engine to be run operation by operation; see `BackEnd`. `read_weight` is not needed."""
-    return TorchProbe(load_executor(engine_dir, config, device, progress=progress))
+    return TorchProbe(load_device(engine_dir, config, device, progress=progress))
 
 
 def _read_weights(path: Path, group: WeightGroup, device: torch.device) -> dict[str, Tensor]:
@@ -172,26 +187,38 @@ def versions(compute_capabilities: tuple[str, ...] = ()) -> dict[str, str]:
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
-def activation_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:
-    """Estimate the bytes of the largest prefill's activations: those of the MLP, and the residual."""
-    columns = 3 * config.intermediate_size + 3 * config.hidden_size
-    return limits.max_batch_size * limits.max_input_len * columns * getattr(torch, dtype).itemsize
+def num_pages(config: EngineConfig, device: torch.device, utilization: float, weights: int = 0) -> int:
+    """Return the pages of the cache in the memory that is free, less that of weights which are still to be loaded.
+
+    Raises:
+        OutOfMemoryError: one sequence does not fit.
+    """
+    available = _usable_bytes(device, utilization) - weights
+    available -= step_bytes(config.model, config.limits, config.dtype)
+    if device.type == "cuda":
+        available -= GRAPH_BYTES
+    else:
+        available = min(available, CPU_CACHE_BYTES)
+    return pool_pages(config.model, config.limits, config.dtype, config.kv_cache_dtype, available)
 
 
-def check_memory(config: ModelConfig, limits: Limits, dtype: str, device: torch.device) -> None:
-    """Raise OutOfMemoryError with a list of what is needed if weights, cache and activations exceed the free memory."""
-    weights, cache = required_bytes(config, limits, dtype)
-    activations = activation_bytes(config, limits, dtype)
+def check_memory(config: EngineConfig, device: torch.device, utilization: float) -> None:
+    """Raise OutOfMemoryError if the weights, or the cache of one sequence beside them, exceed the free memory."""
+    weights = weight_bytes(config.model, config.dtype)
     free, total = _memory(device)
-    if weights + cache + activations > free:
-        gib = 2.0**30
-        kind = "GPU memory" if device.type == "cuda" else "memory"
+    if weights > free:
+        gib, kind = 2.0**30, "GPU memory" if device.type == "cuda" else "memory"
         raise OutOfMemoryError(
-            f"not enough {kind}: {weights / gib:.2f} GiB of weights, {cache / gib:.2f} GiB of key-value cache "
-            f"({limits.max_batch_size} sequences of {limits.max_positions} tokens) and about {activations / gib:.2f} "
-            f"GiB for prompts are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller "
-            "--max-batch-size, --max-input-len or --max-output-len"
+            f"not enough {kind}: the weights need {weights / gib:.2f} GiB, {free / gib:.2f} of {total / gib:.2f} GiB "
+            "are free"
         )
+    num_pages(config, device, utilization, weights)
+
+
+def _usable_bytes(device: torch.device, utilization: float) -> float:
+    """Return the bytes that may still be taken; a CPU's memory may be used whole."""
+    free, total = _memory(device)
+    return free - (1.0 - utilization) * total if device.type == "cuda" else free
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from qwen_plugins import launch
-from qwen_plugins.attention import HEAD_SIZES, AttentionInputs, decode_attention_workspace
+from qwen_plugins.attention import HEAD_SIZES
 
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
 from ...interface.engine_config import KernelChoices
-from .operations import Batch, TorchOperations
+from ...interface.memory import PAGE_SIZE
+from .operations import Step, TorchOperations
+from .paged_cache import PagedCache
+
+CACHE_TYPES = {"auto": "same", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 def supported(config: ModelConfig) -> bool:
@@ -32,20 +36,21 @@ class KernelOperations(TorchOperations):
         self,
         config: ModelConfig,
         modules: Mapping[str, ModuleWeights[Tensor]],
-        cache: Tensor,
+        cache: PagedCache,
         disabled: Collection[str] = (),
         gemm_kernels: Mapping[str, KernelChoices] | None = None,
+        *,
+        max_sequences: int,
     ):
         """See `TorchOperations`.
 
+        max_sequences: the most of a decode step.
         gemm_kernels: those of the linear layers, by module; rules choose the others.
         """
         super().__init__(config, modules, cache, disabled)
         self._disabled = frozenset(disabled)
         self._dtype = launch.DataType.__members__[str(cache.dtype).removeprefix("torch.")]
-        any_table = torch.empty(1, config.rotary.dim, device=cache.device)
-        inputs = AttentionInputs(num_heads=config.num_heads, kv_cache=cache[0], rotary_table=any_table)
-        self._workspace = decode_attention_workspace(inputs)
+        self._cache_dtype = launch.CacheDataType.__members__[CACHE_TYPES[cache.kind]]
         self._gemm_kernels = gemm_kernels or {}
         # What all launches of a module have in common, by its name.
         self._linear_layers: dict[str, launch.LinearLayer] = {}
@@ -53,14 +58,15 @@ class KernelOperations(TorchOperations):
         rotate = "rotary" not in self._disabled  # else `attention` applies the norms, too
         norms = [self.head_norms(layer) if rotate else (None, None) for layer in range(config.num_layers)]
         self._head_norms = [(_address(q_norm), _address(k_norm)) for q_norm, k_norm in norms]
-        self._heads: dict[tuple[int, int], launch.AttentionHeads] = {}  # of the current batch, by their norms
+        self._heads: dict[tuple[int, int], launch.AttentionHeads] = {}  # of the current step, by their norms
         self._stream = 0
+        self._allocate_workspace(max_sequences)
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, step: Step) -> None:
         """See `TorchOperations`."""
-        super().begin(batch)
+        super().begin(step)
         self._heads.clear()
-        self._stream = torch.cuda.current_stream(self.cache.device).cuda_stream
+        self._stream = torch.cuda.current_stream(self.cache.data.device).cuda_stream
 
     def embedding(self, input_ids: Tensor, module: str) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
@@ -68,9 +74,9 @@ class KernelOperations(TorchOperations):
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.decoder.Operations`."""
-        if self.batch.decoding:
+        if self.step.decoding:
             return x, residual
-        rows = self.batch.cu_seqlens[1:] - 1
+        rows = self.step.logit_rows
         return self._gather_rows(x, rows), self._gather_rows(residual, rows)
 
     def _gather_rows(self, table: Tensor, ids: Tensor) -> Tensor:
@@ -164,7 +170,7 @@ class KernelOperations(TorchOperations):
 
     def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
-        batch, config = self.batch, self.config
+        step, config, cache = self.step, self.config, self.cache
         if "rotary" in self._disabled:
             q, k, v = self.split_heads(qkv)
             qkv = torch.cat([*self.norm_and_rotate(q, k, layer), v], dim=1).flatten(1)
@@ -174,57 +180,69 @@ class KernelOperations(TorchOperations):
         heads = self._heads.get(norms)
         if heads is None:
             heads = self._heads[norms] = self._attention_heads(*norms)
-        if batch.decoding:
-            launch.decode_attention(
-                heads=heads,
-                cache=self.cache[layer].data_ptr(),
-                max_positions=self.cache.shape[4],
-                qkv=qkv.data_ptr(),
-                qkv_row_stride=columns,
-                context=context.data_ptr(),
-                past_lengths=batch.device_past_lengths.data_ptr(),
-                sequences=len(batch.lengths),
-                softmax_scale=config.head_size**-0.5,
-                workspace=self._workspace.partial_results.data_ptr(),
-                semaphores=self._workspace.semaphores.data_ptr(),
-                stream=self._stream,
-            )
+        operands = {
+            "heads": heads,
+            "cache": cache.data[layer].data_ptr(),
+            "cache_dtype": self._cache_dtype,
+            "max_positions": PAGE_SIZE,
+            "pages": step.pages.data_ptr(),
+            "pages_row_stride": step.pages.shape[1],
+            "qkv": qkv.data_ptr(),
+            "qkv_row_stride": columns,
+            "context": context.data_ptr(),
+            "past_lengths": step.device_past_lengths.data_ptr(),
+            "sequences": len(step.pages),
+            "softmax_scale": config.head_size**-0.5,
+            "stream": self._stream,
+        }
+        if step.decoding:
+            partial, semaphores = self._partial_results.data_ptr(), self._semaphores.data_ptr()
+            launch.decode_attention(**operands, workspace=partial, semaphores=semaphores)
         else:
-            launch.prefill_attention(
-                heads=heads,
-                cache=self.cache[layer].data_ptr(),
-                max_positions=self.cache.shape[4],
-                qkv=qkv.data_ptr(),
-                qkv_row_stride=columns,
-                context=context.data_ptr(),
-                cu_seqlens=batch.cu_seqlens.data_ptr(),
-                past_lengths=0,
-                sequences=len(batch.lengths),
-                tokens=tokens,
-                softmax_scale=config.head_size**-0.5,
-                stream=self._stream,
-            )
+            launch.prefill_attention(**operands, cu_seqlens=step.cu_seqlens.data_ptr(), tokens=tokens)
         return context
 
     def _attention_heads(self, q_norm: int, k_norm: int) -> launch.AttentionHeads:
-        """Describe heads with norms at these addresses, and the rotary embedding of the current batch."""
-        config, batch = self.config, self.batch
+        """Describe heads with norms at these addresses, and the rotary embedding of the current step."""
+        config, step = self.config, self.step
         rotate = "rotary" not in self._disabled
-        scale = batch.query_scale if rotate else None
+        scale = step.query_scale if rotate else None
         return launch.AttentionHeads(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_size,
-            rotary_dim=batch.rotary_table.shape[1] if rotate else 0,
+            rotary_dim=step.rotary_table.shape[1] if rotate else 0,
             dtype=self._dtype,
-            rotary_table=batch.rotary_table.data_ptr() if rotate else 0,
-            rotary_offsets=batch.rotary_offsets.data_ptr(),
+            rotary_table=step.rotary_table.data_ptr() if rotate else 0,
+            rotary_offsets=step.rotary_offsets.data_ptr(),
             rotary_style=launch.RotaryStyle.neox,
-            query_scale=0 if scale is None else scale.data_ptr(),
+            query_scale=_address(scale),
             q_norm_weight=q_norm,
             k_norm_weight=k_norm,
             norm_eps=config.norm_eps,
         )
+
+    def _allocate_workspace(self, sequences: int) -> None:
+        """Allocate what decode attention of so many sequences needs; layers use it one after the other."""
+        config, device = self.config, self.cache.data.device
+        heads = launch.AttentionHeads(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+            rotary_dim=0,
+            dtype=self._dtype,
+            rotary_table=0,
+            rotary_offsets=0,
+            rotary_style=launch.RotaryStyle.neox,
+            query_scale=0,
+            q_norm_weight=0,
+            k_norm_weight=0,
+            norm_eps=config.norm_eps,
+        )
+        size = launch.decode_attention_workspace_bytes(heads, sequences=sequences)
+        self._partial_results = torch.empty(size, dtype=torch.uint8, device=device)
+        # Zero between launches.
+        self._semaphores = torch.zeros(sequences, config.num_heads, dtype=torch.int32, device=device)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,33 +14,52 @@ from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
+from ...interface.memory import PAGE_SIZE
+from .paged_cache import PagedCache
 
 
 @dataclass
-class Batch:
-    """Describe the packed tokens of one pass to attention."""
+class Step:
+    """Describe the packed tokens of one pass through the network to attention and to the choice of rows.
 
-    lengths: list[int]  # tokens of each sequence in this call: its prompt, or 1 while decoding
-    past_lengths: list[int]  # tokens of each sequence in the cache before this call; 0 for prompts
+    The host's numbers are for PyTorch's own functions; kernels read the device's.
+    """
+
+    lengths: list[int]  # new tokens of each sequence
+    past_lengths: list[int]  # tokens of each in the cache before these
+    cu_seqlens: Tensor  # int32 [sequences + 1]: where each sequence begins in the packed tokens, and the end
+    device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
+    pages: Tensor  # int32 [sequences, pages of one]: position p of sequence i is in page pages[i, p // PAGE_SIZE]
     rotary_table: Tensor  # float32 [rows, rotary_dim]: cosines, then sines
     rotary_offsets: Tensor  # int32 [sequences]: position p of sequence i has row rotary_offsets[i] + p
     query_scale: Tensor | None  # float32 [rows]: multiplies q
-    device_past_lengths: Tensor  # int32 [sequences]: past_lengths on the device
-    decoding: bool  # each sequence has one new token; else the tokens are prompts
+    logit_rows: Tensor  # int32 [rows]: the packed tokens whose logits are computed
+    decoding: bool  # each sequence has one new token, whose logits are computed
 
     @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """Return where each sequence begins in the packed tokens, and the end: int32 [sequences + 1]."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device_past_lengths.device)
+    def sequences(self) -> Tensor:
+        """Return the sequence of each token: [tokens]."""
+        lengths = torch.tensor(self.lengths, device=self.pages.device)
+        return torch.repeat_interleave(lengths, output_size=sum(self.lengths))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Return the position of each token in its sequence: [tokens]."""
+        if self.decoding:
+            return self.device_past_lengths
+        tokens = torch.arange(sum(self.lengths), device=self.pages.device)
+        return tokens + (self.device_past_lengths - self.cu_seqlens[:-1])[self.sequences]
+
+    @cached_property
+    def token_pages(self) -> Tensor:
+        """Return the page that the key and the value of each token are written to: [tokens]."""
+        return self.pages[self.sequences, self.positions // PAGE_SIZE]
 
     @cached_property
     def rotary_rows(self) -> Tensor:
         """Return the row of each token in the rotary table: [tokens]."""
-        if self.decoding:
-            return self.rotary_offsets + self.device_past_lengths
-        lengths = torch.tensor(self.lengths, device=self.rotary_offsets.device)
-        positions = torch.cat([torch.arange(length, device=lengths.device) for length in self.lengths])
-        return self.rotary_offsets.repeat_interleave(lengths) + positions
+        offsets = self.rotary_offsets if self.decoding else self.rotary_offsets[self.sequences]
+        return offsets + self.positions
 
     def runs(self) -> list[tuple[int, int]]:
         """Group neighbouring sequences of equal length: (number of sequences, length) of each group."""
@@ -50,18 +69,17 @@ class Batch:
 class TorchOperations:
     """Compute every operation with PyTorch's own functions. Call `begin` before each pass through the network."""
 
-    batch: Batch
+    step: Step
 
     def __init__(
         self,
         config: ModelConfig,
         modules: Mapping[str, ModuleWeights[Tensor]],
-        cache: Tensor,
+        cache: PagedCache,
         disabled: Collection[str] = (),
     ):
         """Take the weights of each module, and the cache.
 
-        cache: [layers, max_batch_size, 2, kv_heads, max_positions, head_size]; the dimension of 2 is keys, then values.
         disabled: names of `PLUGINS` whose operations PyTorch's own functions compute.
         """
         self.config = config
@@ -69,9 +87,9 @@ class TorchOperations:
         self.cache = cache
         self._rms_norm: Callable[..., Any] = plain_rms_norm if "rms_norm" in disabled else _plugin_rms_norm()
 
-    def begin(self, batch: Batch) -> None:
-        """Set the batch of the next pass, which runs on the current stream."""
-        self.batch = batch
+    def begin(self, step: Step) -> None:
+        """Set the step of the next pass, which runs on the current stream."""
+        self.step = step
 
     def embedding(self, input_ids: Tensor, module: str) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
@@ -104,17 +122,21 @@ class TorchOperations:
 
     def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See `qwen_model.network.decoder.Operations`."""
-        if self.batch.decoding:
+        if self.step.decoding:
             return x, residual
-        rows = self.batch.cu_seqlens[1:] - 1
-        return x[rows], residual[rows]
+        return x[self.step.logit_rows], residual[self.step.logit_rows]
 
     def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         q, k, v = self.split_heads(qkv)
         q, k = self.norm_and_rotate(q, k, layer)
-        self._write_cache(layer, k, v)
-        return self._attend_cache(q, layer) if self.batch.decoding else self.attend_prompts(q, k, v)
+        step, cache = self.step, self.cache
+        cache.write(layer, k, v, step.token_pages, step.positions % PAGE_SIZE)
+        if step.decoding:
+            return self._attend_decoding(q, layer)
+        if cache.kind == "auto" and not any(step.past_lengths):
+            return self.attend_prompts(q, k, v)
+        return self._attend_chunks(q, layer)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of q, k and v: [tokens, heads, head_size] each."""
@@ -138,30 +160,20 @@ class TorchOperations:
 
     def _rotate(self, x: Tensor, is_query: bool) -> Tensor:
         """Apply the rotary embedding to [tokens, heads, head_size], computed in float32."""
-        batch, dim = self.batch, self.config.rotary.dim
-        cos, sin = batch.rotary_table[batch.rotary_rows].unsqueeze(1).chunk(2, dim=-1)
+        step, dim = self.step, self.config.rotary.dim
+        cos, sin = step.rotary_table[step.rotary_rows].unsqueeze(1).chunk(2, dim=-1)
         first, second = x[..., :dim].float().chunk(2, dim=-1)
         rotated = [first * cos - second * sin, second * cos + first * sin, x[..., dim:].float()]
         y = torch.cat(rotated, dim=-1)
-        if is_query and batch.query_scale is not None:
-            y *= batch.query_scale[batch.rotary_rows].view(-1, 1, 1)
+        if is_query and step.query_scale is not None:
+            y *= step.query_scale[step.rotary_rows].view(-1, 1, 1)
         return y.to(x.dtype)
-
-    def _write_cache(self, layer: int, k: Tensor, v: Tensor) -> None:
-        new = torch.stack([k, v], dim=1)  # [tokens, 2, kv_heads, head_size]
-        cache = self.cache[layer]
-        if self.batch.decoding:
-            sequences = torch.arange(len(new), device=new.device)
-            cache[sequences, :, :, self.batch.device_past_lengths.long()] = new
-            return
-        for sequence, tokens in enumerate(new.split(self.batch.lengths)):
-            cache[sequence, :, :, : len(tokens)] = tokens.permute(1, 2, 0, 3)
 
     def attend_prompts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute causal attention within each prompt, neighbours of equal length in one call."""
         grouped = self.config.num_heads != self.config.num_kv_heads
         contexts, start = [], 0
-        for count, length in self.batch.runs():
+        for count, length in self.step.runs():
             end = start + count * length
             qs, ks, vs = (x[start:end].view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=grouped)
@@ -169,19 +181,41 @@ class TorchOperations:
             start = end
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
-    def _attend_cache(self, q: Tensor, layer: int) -> Tensor:
+    def _attend_chunks(self, q: Tensor, layer: int) -> Tensor:
+        """Compute causal attention of each sequence's tokens over its cache, which has them already."""
+        contexts = []
+        for index, (queries, past) in enumerate(zip(q.split(self.step.lengths), self.step.past_lengths, strict=True)):
+            end = past + len(queries)
+            keys, values = self._cached(layer, slice(index, index + 1), end).unbind(1)
+            mask = torch.ones(len(queries), end, dtype=torch.bool, device=q.device).tril(past)
+            grouped = self._grouped(queries).permute(1, 2, 0, 3).flatten(1, 2)  # [kv_heads, group * tokens, head_size]
+            masks = mask.repeat(self.config.num_heads // self.config.num_kv_heads, 1)
+            out = F.scaled_dot_product_attention(grouped[None], keys, values, attn_mask=masks)[0]
+            heads = out.unflatten(1, (-1, len(queries)))  # [kv_heads, group, tokens, head_size]
+            contexts.append(heads.permute(2, 0, 1, 3).flatten(1))
+        return torch.cat(contexts)
+
+    def _attend_decoding(self, q: Tensor, layer: int) -> Tensor:
         """Compute attention of one token per sequence over its cache; query heads of one key head are batched."""
-        lengths = [past + 1 for past in self.batch.past_lengths]
-        cached = self.cache[layer, : len(q), :, :, : max(lengths)]
+        lengths = [past + 1 for past in self.step.past_lengths]
+        cached = self._cached(layer, slice(None), max(lengths))
         mask = None
         if min(lengths) != max(lengths):
             positions = torch.arange(max(lengths), device=q.device)
-            mask = (positions <= self.batch.device_past_lengths[:, None])[:, None, None]
+            mask = (positions <= self.step.device_past_lengths[:, None])[:, None, None]
             # An earlier request may have left NaN or infinities there, which a mask does not remove from the products.
             cached = cached.masked_fill(~mask[..., None], 0.0)
         keys, values = cached.unbind(1)
-        grouped = q.view(len(q), self.config.num_kv_heads, -1, self.config.head_size)
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(len(q), -1)
+        return F.scaled_dot_product_attention(self._grouped(q), keys, values, attn_mask=mask).reshape(len(q), -1)
+
+    def _cached(self, layer: int, sequences: slice, positions: int) -> Tensor:
+        """Return the first positions of sequences in the cache: [sequences, 2, kv_heads, positions, head_size]."""
+        pages = self.step.pages[sequences, : -(-positions // PAGE_SIZE)]
+        return self.cache.read(layer, pages)[..., :positions, :]
+
+    def _grouped(self, q: Tensor) -> Tensor:
+        """Return a view of q in which the heads of one key head are together: [tokens, kv_heads, group, head_size]."""
+        return q.view(len(q), self.config.num_kv_heads, -1, self.config.head_size)
 
 
 def plain_rms_norm(

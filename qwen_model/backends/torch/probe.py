@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ...interface.probe import Array
-from .executor import TorchExecutor
+from .device import TorchDevice
 
 
 class TorchProbe:
     """Implement `Probe`. q is among the results where PyTorch rotates it; inside a kernel it is never stored."""
 
-    def __init__(self, executor: TorchExecutor):
-        """Take a loaded engine, of which the first row of the cache is used."""
-        self._executor = executor
+    def __init__(self, device: TorchDevice):
+        """Take a loaded engine, of which the first slot and pages are used."""
+        self._device = device
         self._heads: dict[str, Array] = {}
         self._record_queries()
 
@@ -29,16 +29,16 @@ class TorchProbe:
             found[name] = _array(result)
             return result if given is None else torch.from_numpy(given[name]).to(result).contiguous()
 
-        self._executor.run_observed(tokens, past, observe)
+        self._device.run_observed(tokens, past, observe)
         return {**found, **self._heads, **self._cached(past, past + len(tokens))}
 
     def module(self, name: str) -> tuple[Array, Array | None]:
         """See `Probe`."""
-        weights = self._executor.operations.modules[name]
+        weights = self._device.operations.modules[name]
         return _array(weights.weight), None if weights.bias is None else _array(weights.bias)
 
     def _record_queries(self) -> None:
-        operations, heads = self._executor.operations, self._heads
+        operations, heads = self._device.operations, self._heads
         norm_and_rotate = operations.norm_and_rotate
 
         def recorded(q: Tensor, k: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,10 @@ class TorchProbe:
     def _cached(self, start: int, end: int) -> dict[str, Array]:
         """Return keys and values of these positions, [tokens, kv_heads * head_size] each, as the cache holds them."""
         found = {}
-        for layer, cache in enumerate(self._executor.cache):
-            for name, heads in zip("kv", cache[0], strict=True):  # [kv_heads, max_positions, head_size]
+        pages = torch.from_numpy(self._device.probe_pages).to(self._device.device)
+        for layer in range(self._device.config.num_layers):
+            cached = self._device.cache.read(layer, pages[None])[0]
+            for name, heads in zip("kv", cached, strict=True):  # [kv_heads, positions, head_size]
                 rows = heads[:, start:end].transpose(0, 1).flatten(1)
                 found[f"layers.{layer}.attention.{name}"] = _array(rows)
         return found

@@ -13,6 +13,7 @@ from ...checkpoints.config import ModelConfig
 from ...common.errors import QwenModelError
 from ...common.progress import Progress, no_progress
 from ...engine.back_ends import back_end
+from ...interface.device import Batch, Device
 from ...interface.engine_config import EngineConfig
 from ...interface.probe import Array, Probe
 from .diagnosis import likely_reason
@@ -86,12 +87,24 @@ def compare_engine(
     loaded = back_end(config.backend)
     checkpoint = None if model_dir is None else CheckpointModules(model_dir, config.model, loaded.FRAMEWORK)
     progress("the engine's logits", 0, 0)
-    logits = loaded.load_executor(engine_dir, config, device, progress=progress).prompt_logits(reference.prompt)
+    logits = _prompt_logits(loaded.load_device(engine_dir, config, device, progress=progress), reference.prompt)
     read_weight, read_module = (None, None) if checkpoint is None else (checkpoint.read, checkpoint.arrays)
     probe = loaded.load_probe(engine_dir, config, device, read_weight, progress)
     passes, finding = compare_probe(probe, reference, config.dtype, read_module, progress)
     error = error_of(logits, reference.values[0]["lm_head"])
     return Comparison(str(engine_dir), config, reference, passes, finding, error)
+
+
+def _prompt_logits(device: Device, prompt: Sequence[int]) -> Array:
+    """Return the logits after each token of a prompt, which runs in slot 0: [tokens, vocab_size]."""
+    pages = np.arange(1, -(-len(prompt) // device.page_size) + 1, dtype=np.int32)[None]
+    found = []
+    for past in range(0, len(prompt), device.max_logit_rows):
+        tokens = np.array(prompt[past : past + device.max_logit_rows], np.int32)
+        slot, length, before, whole = np.array([0, len(tokens), past, len(prompt)], np.int32).reshape(4, 1)
+        batch = Batch(tokens, slot, length, before, whole, pages, chooses=np.array([False]))
+        found.append(device.logits(batch, np.arange(len(tokens), dtype=np.int32)))
+    return np.concatenate(found)
 
 
 def compare_probe(

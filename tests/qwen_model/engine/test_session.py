@@ -22,7 +22,7 @@ prompts = st.lists(st.integers(0, 316), min_size=1, max_size=60)
 def endless(session):
     """The same engine without end tokens."""
     config = dataclasses.replace(session.config, end_token_ids=())
-    return qwen_model.Session(config, session.executor, session.tokenizer)
+    return qwen_model.Session(config, session.scheduler, session.tokenizer)
 
 
 @settings(max_examples=25, deadline=None)
@@ -77,7 +77,7 @@ def test_generation_stops_at_every_end_token(session, endless):
     free = [output.output_ids for output in endless.generate(batch, max_new_tokens=40).outputs]
     ends = (free[0][7], free[1][14])
     config = dataclasses.replace(session.config, end_token_ids=ends)
-    outputs = qwen_model.Session(config, session.executor, session.tokenizer).generate(batch, max_new_tokens=40).outputs
+    outputs = qwen_model.Session(config, session.scheduler, session.tokenizer).generate(batch, max_new_tokens=40).outputs
     for output, ids in zip(outputs, free, strict=True):
         places = [i for i, token in enumerate(ids) if token in ends]
         expected = ids[: places[0] + 1] if places else ids
@@ -129,7 +129,7 @@ def test_chat_uses_the_template_and_ends_with_the_turn(session):
     messages = [{"role": "user", "content": "Hi"}]
     ids = session.tokenizer.apply_chat_template(messages)
     config = dataclasses.replace(session.config, end_token_ids=(*session.config.end_token_ids, 257))
-    expected = qwen_model.Session(config, session.executor, session.tokenizer).generate(ids).outputs
+    expected = qwen_model.Session(config, session.scheduler, session.tokenizer).generate(ids).outputs
     assert session.generate("Hi", chat=True).outputs == expected
     assert session.generate(messages, chat=True).outputs == expected
     assert session.generate([messages], chat=True).outputs == expected
@@ -253,7 +253,7 @@ def test_errors(session, arguments, message):
 
 
 def test_without_a_tokenizer(session):
-    bare = qwen_model.Session(session.config, session.executor)
+    bare = qwen_model.Session(session.config, session.scheduler)
     assert bare.generate([1, 2, 3]).outputs[0].text is None
     with pytest.raises(QwenModelError, match=r"no tokenizer.*--input-ids"):
         bare.generate("text")

@@ -15,7 +15,7 @@ def batch_of(tokens, slots, lengths, past_lengths, pages, chooses=None):
     chooses = [True] * len(slots) if chooses is None else chooses
     prompts = [past + length for past, length in zip(past_lengths, lengths, strict=True)]
     arrays = (np.array(values, np.int32) for values in (tokens, slots, lengths, past_lengths, prompts, pages))
-    return Batch(*arrays, np.array(chooses))
+    return Batch(*arrays, np.array(chooses, bool))
 
 
 def packed(batch, layout, rows=None):
@@ -35,7 +35,7 @@ def test_a_decode_step_with_padding():
     assert parts["rotary_offsets"] == [0] * 4
     assert parts["last_token_ids"] == [0, 1, 2, 3]
     assert parts["slots"] == [4, 0, 7, SPARE]
-    assert [row[:2] for row in parts["pages"]] == [[3, UNUSED_PAGE], [8, 2], [5, 0], [UNUSED_PAGE, -7]]
+    assert parts["pages"] == [[3, UNUSED_PAGE, 0], [8, 2, UNUSED_PAGE], [5, 0, 0], [UNUSED_PAGE] * 3]
     # The token ids are gathered from the last tokens by slot, and behind them the packed step.
     table = np.concatenate([10 * np.arange(FIRST_ROW), into])
     assert table[parts["token_rows"]].tolist() == [5, 0, 70, 0]
@@ -55,6 +55,9 @@ def test_chunks_of_prompts():
     assert parts["token_rows"] == [*range(FIRST_ROW, FIRST_ROW + 5), 1]
     _, parts = packed(batch, StepLayout(tokens=6, sequences=3, rows=4, max_pages=2), rows=[0, 1, 4, 5])
     assert parts["slots"] == [2, 2, 1, 1]
+    nothing = batch_of([], [], [], [], np.zeros((0, 1)))
+    _, parts = packed(nothing, StepLayout(tokens=2, sequences=2, rows=2, max_pages=1))
+    assert (parts["cu_seqlens"], parts["last_token_ids"], parts["slots"]) == ([0, 1, 2], [0, 1], [SPARE, SPARE])
     nobody = batch_of([1, 2], [3], [2], [0], [[1]], [False])  # the network computes at least one row
     _, parts = packed(nobody, StepLayout(tokens=2, sequences=1, rows=1, max_pages=1))
     assert (parts["last_token_ids"], parts["slots"]) == ([0], [SPARE])

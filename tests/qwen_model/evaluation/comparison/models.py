@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import qwen_model
-from qwen_model.backends.torch.back_end import load_executor
+from qwen_model.backends.torch.back_end import load_device
 from qwen_model.backends.torch.operations import TorchOperations
 from qwen_model.interface.engine_config import EngineConfig
 from tests.qwen_model import model_files
@@ -29,9 +29,9 @@ def save_engine(model_dir: Path | None, folder: Path, dtype: str, **options: Any
     return folder
 
 
-def executor_with(engine_dir: Path, operations: type[TorchOperations]) -> Any:
-    """An engine's executor that computes with operations of this class."""
-    executor: Any = load_executor(engine_dir, EngineConfig.read(engine_dir), "cpu")
-    right = executor.operations
-    executor.operations = operations(right.config, dict(right.modules), executor.cache, ("rms_norm",))
-    return executor
+def device_with(engine_dir: Path, operations: type[TorchOperations], **options: Any) -> Any:
+    """An engine's device that computes with operations of this class."""
+    device: Any = load_device(engine_dir, EngineConfig.read(engine_dir), "cpu")
+    right = device.operations
+    device.operations = operations(right.config, dict(right.modules), device.cache, ("rms_norm",), **options)
+    return device

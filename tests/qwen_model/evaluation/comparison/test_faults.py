@@ -11,7 +11,7 @@ from qwen_model.backends.torch.probe import TorchProbe
 from qwen_model.evaluation.comparison.compare import compare_probe
 from qwen_model.evaluation.comparison.make_reference import make_reference
 from qwen_model.evaluation.comparison.reference import CheckpointModules
-from tests.qwen_model.evaluation.comparison.models import executor_with, save_engine, save_model
+from tests.qwen_model.evaluation.comparison.models import device_with, save_engine, save_model
 from tests.qwen_model.model_files import random_prompt
 
 LAYER = 1  # of three
@@ -166,8 +166,8 @@ def split(function):
 
 
 def rotate(ops, x, table=None, shift=0, interleaved=False, backwards=False):
-    table = ops.batch.rotary_table if table is None else table
-    cos, sin = table[ops.batch.rotary_rows + shift].unsqueeze(1).chunk(2, dim=-1)
+    table = ops.step.rotary_table if table is None else table
+    cos, sin = table[ops.step.rotary_rows + shift].unsqueeze(1).chunk(2, dim=-1)
     sin = -sin if backwards else sin
     first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
@@ -183,9 +183,9 @@ def with_base(ops, base):
 
 def restarted(ops, x):
     """Rotate by the positions of a sequence that has no past."""
-    if not ops.batch.decoding:
+    if not ops.step.decoding:
         return rotate(ops, x)
-    return rotate(ops, x, shift=-int(ops.batch.past_lengths[0]))
+    return rotate(ops, x, shift=-int(ops.step.past_lengths[0]))
 
 
 def attention(function):
@@ -200,8 +200,8 @@ def attention(function):
             right(qkv, layer, into)  # writes the cache
             q, k, v = ops.split_heads(qkv)
             q, _ = ops.norm_and_rotate(q, k, layer)
-            length = ops.batch.past_lengths[0] + len(q)
-            k, v = (cached[:, :length].transpose(0, 1) for cached in ops.cache[layer, 0])
+            length = ops.step.past_lengths[0] + len(q)
+            k, v = (cached[:, :length].transpose(0, 1) for cached in ops.cache.read(layer, ops.step.pages)[0])
             return function(ops, q, k, v)
 
         ops.attention = attend
@@ -366,10 +366,10 @@ def made(tmp_path_factory):
 def test_a_fault_is_found(made, fault, dtype):
     architecture, inject, name, reason = FAULTS[fault]
     model_dir, engines, reference = made(architecture)
-    executor = executor_with(engines[dtype], Faulty)
-    inject(executor.operations)
+    device = device_with(engines[dtype], Faulty)
+    inject(device.operations)
     read = CheckpointModules(model_dir, reference.model, "torch").arrays
-    passes, finding = compare_probe(TorchProbe(executor), reference, dtype, read)
+    passes, finding = compare_probe(TorchProbe(device), reference, dtype, read)
     assert finding is not None
     assert (finding.name, finding.step) == (name, 1 if fault in IN_A_DECODE_STEP else 0)
     assert reason in finding.reason
@@ -381,5 +381,5 @@ def test_a_fault_is_found(made, fault, dtype):
 def test_without_a_fault_nothing_is_found(made, architecture, dtype):
     _, engines, reference = made(architecture)
     assert reference.difference is None
-    probe = TorchProbe(executor_with(engines[dtype], Faulty))
+    probe = TorchProbe(device_with(engines[dtype], Faulty))
     assert compare_probe(probe, reference, dtype)[1] is None

@@ -9,7 +9,7 @@ from qwen_model.backends.torch import kernel_operations
 from qwen_model.backends.torch.probe import TorchProbe
 from qwen_model.evaluation.comparison.compare import compare_probe
 from qwen_model.evaluation.comparison.make_reference import make_reference
-from tests.qwen_model.evaluation.comparison.models import executor_with, save_engine
+from tests.qwen_model.evaluation.comparison.models import device_with, save_engine
 from tests.qwen_model.model_files import random_prompt
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 from tests.stand_ins import cpu_launch
@@ -23,9 +23,7 @@ def launchers_on_the_cpu(monkeypatch):
 
 
 def probe_of(engine_dir):
-    executor = executor_with(engine_dir, kernel_operations.KernelOperations)
-    executor._tokens = executor._tokens.int()  # as on a GPU
-    return TorchProbe(executor)
+    return TorchProbe(device_with(engine_dir, kernel_operations.KernelOperations, max_sequences=2))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
