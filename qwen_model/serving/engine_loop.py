@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ..common.errors import QwenModelError
 from ..engine.scheduler import Event, Scheduler
 from ..engine.sequences import Sequence
 from ..engine.session import Session
+from ..interface.device import FloatArray
 from ..interface.sampling import SamplingOptions
 from .grammar import GrammarCompiler, GrammarState
 from .metrics import EngineMetrics
@@ -31,7 +33,7 @@ class _Peer:
 
     connection: socket.socket
     frames: Frames = field(default_factory=Frames)
-    out: Frame = field(default_factory=lambda: Frame([], []))
+    out: Frame = field(default_factory=Frame)
     unsent: bytearray = field(default_factory=bytearray)
     sequences: dict[int, Sequence] = field(default_factory=dict)
 
@@ -47,6 +49,14 @@ class _Running:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """Hold a prompt whose log-probabilities are being computed."""
+
+    peer: _Peer
+    request: Score
+
+
 class EngineLoop:
     """Take requests from HTTP processes, run them with a scheduler, and send tokens back, until all have gone."""
 
@@ -60,7 +70,7 @@ class EngineLoop:
         self._selector = selectors.DefaultSelector()
         self._running: dict[Sequence, _Running] = {}
         self._peers: list[_Peer] = []
-        self._scores: list[tuple[_Peer, Score]] = []
+        self._scoring: dict[Sequence, _Scoring] = {}
         for connection in connections:
             connection.setblocking(False)
             peer = _Peer(connection)
@@ -70,19 +80,36 @@ class EngineLoop:
     def run(self) -> None:
         """Serve until every HTTP process has closed its connection."""
         while self._peers:
-            busy = self._scheduler.has_work or bool(self._scores)
             waits_to_send = any(peer.unsent for peer in self._peers)
-            for key, _ in self._selector.select(0 if busy else 0.001 if waits_to_send else None):
+            timeout = 0 if self._scheduler.has_work else 0.001 if waits_to_send else None
+            for key, _ in self._selector.select(timeout):
                 self._receive(key.data)
-            if self._scores:
-                self._score(*self._scores.pop(0))
             if self._scheduler.has_work:
-                start = time.perf_counter()
-                events = self._scheduler.step()
-                self._report(events)
-                self._metrics.step(self._scheduler, time.perf_counter() - start)
+                self._step()
             for peer in tuple(self._peers):
                 self._send(peer)
+
+    def _step(self) -> None:
+        """Run one step; if the device fails, so do the requests that run, and the next ones begin anew."""
+        start = time.perf_counter()
+        try:
+            events = self._scheduler.step()
+        except QwenModelError as error:
+            LOG.exception("a step failed: its requests are ended")
+            for sequence in (*self._running, *self._scoring):
+                self._fail(sequence, str(error))
+            return
+        self._report(events)
+        self._metrics.step(time.perf_counter() - start)
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        for peer in self._peers:
+            for number, each in tuple(peer.sequences.items()):
+                if each is sequence:
+                    del peer.sequences[number]
+                    peer.out.answers.append(Failed(number, 500, message))
+        if self._scoring.pop(sequence, None) is None:
+            self._end(sequence, "error")
 
     def _receive(self, peer: _Peer) -> None:
         try:
@@ -103,7 +130,7 @@ class EngineLoop:
             elif isinstance(request, Ask):
                 peer.out.answers.append(Text(request.id, self._metrics.text(self._scheduler)))
             else:
-                self._scores.append((peer, request))
+                self._add_score(peer, request)
 
     def _drop(self, peer: _Peer) -> None:
         """Forget an HTTP process that has gone, and end what it asked for."""
@@ -111,7 +138,6 @@ class EngineLoop:
         self._peers.remove(peer)
         for number in tuple(peer.sequences):
             self._cancel(peer, number)
-        self._scores = [(each, score) for each, score in self._scores if each is not peer]
         peer.connection.close()
 
     def _add(self, peer: _Peer, request: Add) -> None:
@@ -121,7 +147,7 @@ class EngineLoop:
             peer.out.answers.append(Failed(request.id, 429, message))
             return
         try:
-            sequence = self._sequence(request)
+            sequence = self._sequence(peer, request)
             self._scheduler.add(sequence)
         except QwenModelError as error:
             peer.out.answers.append(Failed(request.id, 400, str(error)))
@@ -130,16 +156,17 @@ class EngineLoop:
         self._running[sequence] = _Running(peer, request.id, time.perf_counter())
         self._metrics.added(len(request.prompt))
 
-    def _sequence(self, request: Add) -> Sequence:
+    def _sequence(self, peer: _Peer, request: Add) -> Sequence:
         return Sequence(
             request.prompt,
             request.max_new_tokens,
-            SamplingOptions(**{**request.sampling, "logit_bias": _by_token(request.sampling.get("logit_bias"))}),
+            _sampling(request.sampling),
             frozenset(request.end_token_ids),
             draws=request.draws,
             num_best=request.num_best,
             masker=None if request.grammar is None else self._grammar_state(request.grammar),
             salt=request.salt.encode(),
+            parent=peer.sequences.get(request.parent),
         )
 
     def _grammar_state(self, grammar: str) -> GrammarState:
@@ -157,12 +184,15 @@ class EngineLoop:
         sequence = peer.sequences.pop(number, None)
         if sequence is not None:
             self._scheduler.cancel(sequence)
-            self._end(sequence, "cancelled")
+            if self._scoring.pop(sequence, None) is None:
+                self._end(sequence, "cancelled")
 
     def _report(self, events: list[Event]) -> None:
         """Put the tokens of a step into the frames of those who asked for them."""
         now = time.perf_counter()
         for event in events:
+            if event.sequence in self._scoring:
+                self._report_score(event.sequence)
             running = self._running.get(event.sequence)
             if running is None:  # cancelled meanwhile
                 continue
@@ -182,28 +212,27 @@ class EngineLoop:
         running = self._running.pop(sequence)
         self._metrics.ended(reason, running.tokens, time.perf_counter() - running.added)
 
-    def _score(self, peer: _Peer, request: Score) -> None:
-        """Compute the log-probabilities of a prompt's tokens."""
+    def _add_score(self, peer: _Peer, request: Score) -> None:
+        sequence = Sequence(request.prompt, 0, logit_rows=len(request.prompt))
         try:
-            logits = self._session.last_logits([request.prompt], [len(request.prompt)])[0][:-1]
+            self._scheduler.add(sequence)
         except QwenModelError as error:
             peer.out.answers.append(Failed(request.id, 400, str(error)))
             return
-        largest = logits.max(-1, keepdims=True)
-        logprobs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
-        chosen = logprobs[np.arange(len(logprobs)), request.prompt[1:]]
-        best = np.argsort(-logprobs, axis=-1, kind="stable")[:, : request.num_best]
-        pairs = [
-            list(zip(tokens.tolist(), row[tokens].tolist(), strict=True))
-            for tokens, row in zip(best, logprobs, strict=True)
-        ]
-        peer.out.answers.append(Scored(request.id, chosen.tolist(), pairs))
+        peer.sequences[request.id] = sequence
+        self._scoring[sequence] = _Scoring(peer, request)
+
+    def _report_score(self, sequence: Sequence) -> None:
+        scoring = self._scoring.pop(sequence)
+        scoring.peer.sequences.pop(scoring.request.id, None)
+        logits = np.concatenate(sequence.logits)[:-1]
+        scoring.peer.out.answers.append(scored(scoring.request, logits))
 
     def _send(self, peer: _Peer) -> None:
         """Send what there is without waiting; an HTTP process that stopped reading is dropped."""
         if peer.out.tokens or peer.out.answers:
             peer.unsent += framed(peer.out)
-            peer.out = Frame([], [])
+            peer.out = Frame()
         if not peer.unsent:
             return
         try:
@@ -219,15 +248,30 @@ class EngineLoop:
             self._drop(peer)
 
 
-def _by_token(bias: dict[str, float] | None) -> dict[int, float] | None:
-    return None if bias is None else {int(token): value for token, value in bias.items()}
+def scored(request: Score, logits: FloatArray) -> Scored:
+    """Return the log-probabilities of a prompt's tokens but the first, whose logits are [tokens - 1, vocab_size]."""
+    largest = logits.max(-1, keepdims=True)
+    logprobs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    chosen = logprobs[np.arange(len(logprobs)), request.prompt[1:]]
+    best = np.argsort(-logprobs, axis=-1, kind="stable")[:, : request.num_best]
+    pairs = [
+        list(zip(tokens.tolist(), row[tokens].tolist(), strict=True))
+        for tokens, row in zip(best, logprobs, strict=True)
+    ]
+    return Scored(request.id, chosen.tolist(), pairs)
+
+
+def _sampling(fields: dict[str, Any]) -> SamplingOptions:
+    """Return the options of a request, whose biases have token ids as text."""
+    biases = {int(token): value for token, value in (fields.get("logit_bias") or {}).items()}
+    return SamplingOptions(**{**fields, "logit_bias": biases})
 
 
 def _token(running: _Running, event: Event) -> Token:
     token = Token(running.id, event.token, event.finish_reason)
     if event.logprob is not None:
         token.logprob = event.logprob.logprob
-        token.best = [(int(each), float(value)) for each, value in event.logprob.best]
+        token.best = event.logprob.best
     if running.tokens == 0:
         token.cached = event.sequence.num_cached
     return token

@@ -174,10 +174,7 @@ class Generation:
         self._model = model
         self._client = client
         count = len(job.prompts) * job.n
-        self.outputs = [
-            GrowingOutput(index, job.ends.token_ids, job.ends.strings, job.ends.max_new_tokens, model.tokenizer)
-            for index in range(count)
-        ]
+        self.outputs = [GrowingOutput(index, job.ends.strings, model.tokenizer) for index in range(count)]
         self.cached_tokens = 0
 
     @property
@@ -197,7 +194,11 @@ class Generation:
             ApiError: the engine refuses the request, or has ended.
         """
         async with Subscription(self._client) as subscription:
-            choices = {subscription.add(add): index for index, add in enumerate(self._adds())}
+            choices: dict[int, int] = {}
+            for index, add in enumerate(self._adds()):
+                first = index - index % self.job.n
+                add.parent = next((number for number, place in choices.items() if place == first), 0)
+                choices[subscription.add(add)] = index
             left = len(choices)
             while left:
                 for piece in self._next(await subscription.tokens(), choices, subscription):
@@ -207,7 +208,8 @@ class Generation:
     def _adds(self) -> list[Add]:
         job = self.job
         sampling = dataclasses.asdict(job.sampling)
-        if sampling.get("seed") is None:
+        sampling["logit_bias"] = {str(token): value for token, value in job.sampling.logit_bias.items()}
+        if sampling["seed"] is None:
             sampling["seed"] = secrets.randbits(63)
         ends = sorted(job.ends.token_ids)
         most = job.ends.max_new_tokens
@@ -226,7 +228,7 @@ class Generation:
             if output.finish_reason is not None:  # tokens behind a stop string
                 continue
             self.cached_tokens += token.cached or 0
-            event = output.push(token.token)
+            event = output.push(token.token, token.finish_reason)
             piece = pieces.setdefault(index, Piece(index))
             piece.text += event.text
             piece.tokens.append(token)

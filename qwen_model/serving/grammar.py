@@ -15,6 +15,8 @@ from ..common.extras import import_extra
 from ..interface.device import TokenMask
 
 LARGEST_GRAMMAR = 1 << 18  # characters
+WHITE_SPACE = "\\n?[ ]{0,20}"
+"""What may be between the tokens of JSON: enough for indented lines, and not without an end."""
 
 
 def _llguidance() -> Any:
@@ -30,7 +32,7 @@ def json_grammar(schema: Mapping[str, Any] | bool) -> str:
     text = json.dumps(schema)
     if len(text) > LARGEST_GRAMMAR:
         raise QwenModelError(f"the JSON schema has {len(text)} characters, at most {LARGEST_GRAMMAR} are allowed")
-    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text)
+    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITE_SPACE})
     return grammar
 
 
@@ -67,7 +69,7 @@ class GrammarCompiler:
         ends = list(end_token_ids)
         self._vocab_size = vocab_size
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            self._tokenizer = library.LLTokenizer(tokenizer.json(), n_vocab=vocab_size, eos_token=ends)
+            self._tokenizer = library.LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=ends)
         else:
             from llguidance.tiktoken import lltokenizer_from_encoding
 

@@ -53,7 +53,7 @@ class EngineMetrics:
         self._generated.inc()
         (self._first if first else self._between).observe(seconds)
 
-    def step(self, scheduler: Scheduler, seconds: float) -> None:
+    def step(self, seconds: float) -> None:
         """Count a step of the scheduler."""
         self._step.observe(seconds)
 
@@ -67,7 +67,7 @@ class EngineMetrics:
         """Return all of it as Prometheus's text."""
         self._requests_running.set(scheduler.num_running)
         self._requests_waiting.set(scheduler.num_waiting)
-        self._cache.set(scheduler.pages.usage)
+        self._cache.set(1 - scheduler.pool.num_free / (scheduler.pool.num_pages - 1))
         self._preemptions.set(scheduler.num_preemptions)
         text: str = self._latest(self._registry).decode()
         return text

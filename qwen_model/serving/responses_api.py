@@ -220,6 +220,7 @@ class _Answer:
         if name is None and self._items and self._items[-1]["type"] == kind:
             return []
         events = self._close()
+        item: dict[str, Any]
         if kind == "function_call":
             item = {"id": new_id("fc"), "call_id": new_id("call"), "name": name, "arguments": ""}
         else:

@@ -320,7 +320,14 @@ def typed_value(text: str, schema: Mapping[str, Any]) -> Any:
         value = json.loads(text.strip().lower() if "boolean" in kinds else text)
     except ValueError:
         return text
-    types = {"integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list, "null": type(None)}
+    types: dict[str, Any] = {
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "object": dict,
+        "array": list,
+        "null": type(None),
+    }
     fits = any(isinstance(value, types.get(kind, object)) for kind in kinds)
     return value if fits and (not isinstance(value, bool) or "boolean" in kinds) else text
 

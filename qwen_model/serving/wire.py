@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,6 +18,7 @@ class Add(msgspec.Struct, tag=True, omit_defaults=True):
     sampling: the fields of a `SamplingOptions`. draws: number of the sequence among those of one request.
     num_best: also return log-probabilities, and those of this many most likely tokens; None: tokens alone.
     grammar: llguidance's, that the output must follow. salt: prefixes are shared only within the same one.
+    parent: the id of another sequence of the same prompt, whose pages it shares; 0: none.
     """
 
     id: int
@@ -29,6 +30,7 @@ class Add(msgspec.Struct, tag=True, omit_defaults=True):
     num_best: int | None = None
     grammar: str | None = None
     salt: str = ""
+    parent: int = 0
 
 
 class Score(msgspec.Struct, tag=True):
@@ -63,7 +65,7 @@ class Token(msgspec.Struct, array_like=True):
 
     id: int
     token: int
-    finish_reason: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     logprob: float | None = None
     best: list[tuple[int, float]] | None = None
     cached: int | None = None
