@@ -1,14 +1,16 @@
 """Compare prefill and decode attention with PyTorch, FlashAttention and flashinfer on one GPU.
 
-    python -m benchmarks.attention [--dtype float16] [--phases decode prefill] [--models Qwen-7B ...]
+    python -m benchmarks.attention [--dtype float16] [--phases decode prefill] [--models Qwen-7B ...] [--ours]
     python -m benchmarks.attention --report benchmarks/results/attention.json
 
 The first measures, prints tables and writes benchmarks/results/attention.json; the second prints the tables of such a
 file as Markdown and draws docs/images/attention.png. Providers that cannot be imported are left out.
 
 Each figure is the time of one call among many inside a CUDA graph, the median over replays. Calls rotate over sets of
-buffers that are together more than three times the L2 cache, as the layers of a model do. Ours includes the rotary
-embedding and writing the new keys and values to the cache; for the others both are done before. PyTorch's decode
+buffers that are together several times the L2 cache, as the layers of a model do. Ours includes the rotary
+embedding and writing the new keys and values to the cache; for the others both are done before. Besides a contiguous
+cache in 16 bits ("ours") there are pages in random order, of 16 bits and of both types of 8 bits; --ours measures these
+alone. PyTorch's decode
 attention gets the query heads that share keys as rows of one head, the fastest way to call it; FlashAttention and
 flashinfer have pages of 256 positions.
 """
@@ -19,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ from benchmarks.common import (
 from benchmarks.timing import time_calls
 
 HEAD_SIZE = 128
-PAGE = 256
+PAGE = 256  # of other providers
+PAGED, INT8, FP8 = (f"{OURS}, {cache}" for cache in ("pages", "int8 pages", "fp8 pages"))
 READ_SPEED = READ_BANDWIDTH * 1e-6  # bytes per microsecond
 MODELS = {"Qwen-7B": (32, 32), "Qwen2.5-7B": (28, 4), "64/8 heads": (64, 8)}  # heads, key-value heads
 DECODE = [  # sequences, tokens of each
@@ -115,21 +118,30 @@ class Buffers:
         return self.lengths - 1
 
     @cached_property
-    def inputs(self) -> Any:
-        """Return the AttentionInputs of our functions."""
+    def inputs(self) -> dict[str, Any]:
+        """Return the AttentionInputs of our functions, by provider."""
         import torch
 
-        from qwen_plugins.attention import AttentionInputs
+        from qwen_plugins.attention import PAGE_SIZE, AttentionInputs
 
         angles = torch.rand(self.problem.tokens, HEAD_SIZE // 2, device="cuda") * 6.28
-        return AttentionInputs(self.heads, self.cache, torch.cat([angles.cos(), angles.sin()], -1))
+        contiguous = AttentionInputs(self.heads, self.cache, torch.cat([angles.cos(), angles.sin()], -1))
+        each = -(-self.problem.tokens // PAGE_SIZE)
+        count = each * self.problem.sequences
+        table = torch.randperm(count, device="cuda").int().view(-1, each)
+        shape = (count, 2, self.kv_heads, PAGE_SIZE)
+        paged = replace(contiguous, pages=table, kv_cache=torch.randn(*shape, HEAD_SIZE, **self._options))
+        return {OURS: contiguous, PAGED: paged} | {
+            provider: replace(contiguous, pages=table, kv_cache=_random_codes(*shape), cache_dtype=dtype)
+            for provider, dtype in ((INT8, torch.int8), (FP8, torch.float8_e4m3fn))
+        }
 
     @cached_property
     def workspace(self) -> Any:
         """Return the workspace of our decode attention."""
         from qwen_plugins.attention import decode_attention_workspace
 
-        return decode_attention_workspace(self.inputs)
+        return decode_attention_workspace(self.inputs[OURS])
 
     @cached_property
     def packed(self) -> tuple[Any, Any, Any]:
@@ -162,12 +174,30 @@ class Buffers:
 Call = Callable[[Buffers], Any]
 
 
+def _random_codes(*shape: int) -> Any:
+    """Return a cache of 8 bits, [..., head_size + 4]; the codes are numbers in both types."""
+    import torch
+
+    from qwen_plugins.attention import split_quantized_cache
+
+    cache = torch.randint(0, 120, (*shape, HEAD_SIZE + 4), dtype=torch.uint8, device="cuda")
+    split_quantized_cache(cache)[1].fill_(0.02)
+    return cache
+
+
 def _ours() -> dict[str, dict[str, Call]]:
     from qwen_plugins.attention import decode_attention, prefill_attention
 
+    def decode(provider: str, b: Buffers) -> Any:
+        return decode_attention(b.qkv, b.inputs[provider], b.past_lengths, b.workspace, out=b.out)
+
+    def prefill(provider: str, b: Buffers) -> Any:
+        return prefill_attention(b.qkv, b.inputs[provider], b.cu_seqlens, out=b.out)
+
+    providers = (OURS, PAGED, INT8, FP8)
     return {
-        "decode": {OURS: lambda b: decode_attention(b.qkv, b.inputs, b.past_lengths, b.workspace, out=b.out)},
-        "prefill": {OURS: lambda b: prefill_attention(b.qkv, b.inputs, b.cu_seqlens, out=b.out)},
+        "decode": {provider: partial(decode, provider) for provider in providers},
+        "prefill": {provider: partial(prefill, provider) for provider in providers},
     }
 
 
@@ -254,11 +284,11 @@ def _flashinfer() -> dict[str, dict[str, Call]]:
 
 
 def make_sets(problem: Problem) -> list[Buffers]:
-    """Return enough sets of buffers to exceed three times the L2 cache together."""
+    """Return sets of buffers whose caches exceed the L2 cache six times, and in 8 bits three times, together."""
     import torch
 
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    return [Buffers(problem) for _ in range(min(max(2, -(-3 * l2_bytes // problem.cache_bytes)), 500))]
+    return [Buffers(problem) for _ in range(min(max(2, -(-6 * l2_bytes // problem.cache_bytes)), 500))]
 
 
 def time_call(call: Call, sets: list[Buffers]) -> float:
@@ -273,9 +303,10 @@ def time_call(call: Call, sets: list[Buffers]) -> float:
     return time_calls({"": record})[""] / (rounds * len(sets))
 
 
-def measure(problems: list[Problem]) -> list[dict[str, Any]]:
-    """Return one record for each problem and provider."""
-    calls = gather_calls(("decode", "prefill"), (_ours, _pytorch, _flash_attention, _flashinfer))
+def measure(problems: list[Problem], ours: bool) -> list[dict[str, Any]]:
+    """Return one record for each problem and provider; with `ours`, for our own providers."""
+    finders = (_ours,) if ours else (_ours, _pytorch, _flash_attention, _flashinfer)
+    calls = gather_calls(("decode", "prefill"), finders)
     records = []
     for problem in problems:
         sets = make_sets(problem)
@@ -317,13 +348,29 @@ def table(records: list[dict[str, Any]], phase: str, model: str) -> str:
     return "\n".join(lines)
 
 
+def cache_table(records: list[dict[str, Any]], phase: str) -> str:
+    """Return a Markdown table of what pages cost and what 8 bits save."""
+    lines = ["| heads, sequences x tokens | pages / rows | 16 bits / int8 | 16 bits / fp8 |", "|---" * 4 + "|"]
+    for problem in dict.fromkeys(_problem(r) for r in records if r["phase"] == phase):
+        times = {r["provider"]: r["microseconds"] for r in records if _problem(r) == problem and "microseconds" in r}
+        ratios = [(PAGED, OURS), (PAGED, INT8), (PAGED, FP8)]
+        if not times.keys() >= {OURS, PAGED, INT8, FP8}:
+            continue
+        cells = [f"{times[a] / times[b]:.2f}" for a, b in ratios]
+        heads = "/".join(map(str, MODELS[problem.model]))
+        lines.append(f"| {heads}, {problem.sequences} x {problem.tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables(records: list[dict[str, Any]]) -> str:
-    """Return a table for each phase and model."""
+    """Return a table for each phase and model, and one of the kinds of caches for each phase."""
     found = dict.fromkeys((r["phase"], r["model"]) for r in records)
     parts = []
     for phase, model in found:
         heads = "/".join(map(str, MODELS[model]))
         parts.append(f"**{phase}, {model}** ({heads} heads), microseconds\n\n{table(records, phase, model)}")
+    for phase in dict.fromkeys(r["phase"] for r in records):
+        parts.append(f"**{phase}, kinds of caches**, ratios of times\n\n{cache_table(records, phase)}")
     return "\n\n".join(parts)
 
 
@@ -366,6 +413,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--phases", choices=["decode", "prefill"], nargs="+", default=["decode", "prefill"])
     parser.add_argument("--models", choices=list(MODELS), nargs="+", default=list(MODELS))
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="only sequences of these lengths")
+    parser.add_argument("--ours", action="store_true", help="measure no other providers")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
     parser.add_argument("--report", type=Path, metavar="RESULTS", help="print and draw results instead of measuring")
     arguments = parser.parse_args()
@@ -379,8 +428,9 @@ def main() -> None:
         for phase in arguments.phases
         for model in arguments.models
         for sequences, tokens in sizes[phase]
+        if arguments.tokens is None or tokens in arguments.tokens
     ]
-    records = measure(problems)
+    records = measure(problems, arguments.ours)
     write_results(arguments.output, {"records": records})
     print(tables(records))
 

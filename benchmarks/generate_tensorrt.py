@@ -20,6 +20,7 @@ from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import WeightSpec
 from qwen_model.common.progress import no_progress
+from qwen_model.engine.scheduler import Scheduler
 from qwen_model.engine.session import Session
 from qwen_model.interface.back_end import ReadWeight
 from qwen_model.interface.engine_config import EngineConfig, Limits
@@ -75,7 +76,8 @@ def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -
         model, read = ModelConfig.from_model_dir(folder), Checkpoint(folder, back_end.FRAMEWORK).read
     else:
         model, read = read_config({**COMMON, **SHAPES[shape]}), RandomWeights(dtype).read
-    limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
+    tokens = min(Limits.max_num_tokens, largest.batch_size * largest.prompt_tokens)
+    limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens, tokens)
     config = EngineConfig("tensorrt", dtype, limits, model, (), 0, back_end.versions(), DISABLED_PLUGINS[name])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -83,13 +85,13 @@ def new_session(name: str, shape: str, dtype: str, device: str, largest: Load) -
         config = dataclasses.replace(config, gemm_kernels=back_end.choose_kernels(config, no_progress))
         back_end.write_engine(folder, config, read, no_progress)
         built = time.perf_counter()
-        executor = back_end.load_executor(folder, config, device)
+        scheduler = Scheduler(back_end.load_device(folder, config, device))
         size = (folder / back_end.PLAN).stat().st_size / 2**30
     loaded = time.perf_counter()
     print(
         f"{shape} {name}: built in {built - start:.1f} s, {size:.2f} GiB, loaded in {loaded - built:.1f} s", flush=True
     )
-    return Session(config, executor)
+    return Session(config, scheduler)
 
 
 def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[tuple[str, Implementation]]:

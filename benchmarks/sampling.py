@@ -1,9 +1,10 @@
 """Compare sampling from 151,936 logits with PyTorch and, where it is installed, flashinfer on one GPU.
 
-    python -m benchmarks.sampling [--batch-sizes 1 8 64] [--dtype float16]
+    python -m benchmarks.sampling [--batch-sizes 1 8 64 256] [--dtype float16]
 
 Each figure is the time of one call among many inside a replayed CUDA graph, in microseconds: the median over replays.
 The logits, normally distributed, are in the L2 cache, where the output projection leaves them when a model decodes.
+"mixture" has rows of all the other operations; "logprobs" is the second kernel, of the chosen and the 20 best tokens.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 50},
     "top_p": {"top_p": 0.9},
     "top_k + top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "min_p": {"min_p": 0.05},
     "top_k + top_p + penalty": {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
+    "greedy + penalty": {"greedy": True, "repetition_penalty": 1.1},
 }
+MIXTURE, LOGPROBS = "mixture", "logprobs"
+PROMPT = range(0, 150000, 150)  # 1000 tokens that the penalty holds for
 
 
 def microseconds(call: Callable[[], Any]) -> float:
@@ -44,14 +49,22 @@ def ours(logits: Tensor, name: str) -> Callable[[], Any]:
     """Return the call of our kernel for one of OPTIONS."""
     import torch
 
-    from qwen_plugins.sampling import sample, sampling_state
+    from qwen_plugins.sampling import SamplingState, SequenceStart, logprobs, sample
 
-    options = OPTIONS[name]
-    state = sampling_state(len(logits), logits.shape[1], logits.device)
-    state.set(**options)
-    tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-    greedy, penalty = not options, "repetition_penalty" in options
-    return lambda: sample(logits, state, greedy=greedy, penalty=penalty, out=tokens)
+    tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+    if name == LOGPROBS:
+        return lambda: logprobs(logits, tokens, 20)
+    state = SamplingState(len(logits), logits.shape[1], logits.device)
+    of_rows = list(OPTIONS.values()) if name == MIXTURE else [OPTIONS[name]]
+    if name == "argmax":
+        return lambda: sample(logits, state, largest=True, out=tokens)
+    state.start(
+        [
+            SequenceStart(slot=i, draw_stream=i, prompt=PROMPT, **(of_rows[i % len(of_rows)] or {"greedy": True}))
+            for i in range(len(logits))
+        ]
+    )
+    return lambda: sample(logits, state, out=tokens)
 
 
 def scaled(logits: Tensor, options: dict[str, Any]) -> Tensor:
@@ -63,10 +76,10 @@ def pytorch(logits: Tensor, name: str) -> Callable[[], Any] | None:
     """Return PyTorch's call: topk or sort, softmax, and exponential noise instead of multinomial, as in gpt-fast."""
     import torch
 
-    options = OPTIONS[name]
-    if not options:
+    options = OPTIONS.get(name)
+    if name == "argmax":
         return lambda: logits.argmax(-1)
-    if "repetition_penalty" in options:
+    if not options or "repetition_penalty" in options or "min_p" in options:
         return None
 
     def call() -> Tensor:
@@ -89,8 +102,8 @@ def flashinfer(logits: Tensor, name: str) -> Callable[[], Any] | None:
     """Return the call of flashinfer's sampler, which does not sort; top_k comes before top_p."""
     from flashinfer import sampling
 
-    options = OPTIONS[name]
-    if not options or "repetition_penalty" in options:
+    options = OPTIONS.get(name)
+    if not options or "repetition_penalty" in options or "min_p" in options:
         return None
 
     def call() -> Tensor:
@@ -114,7 +127,7 @@ def measure(batch_sizes: list[int], vocab_size: int, dtype: str) -> list[dict[st
     results = []
     for batch_size in batch_sizes:
         logits = (torch.randn(batch_size, vocab_size, device="cuda") * 3).to(getattr(torch, dtype))
-        for name in OPTIONS:
+        for name in (*OPTIONS, MIXTURE, LOGPROBS):
             for implementation, make in (("qwen_plugins", ours), ("PyTorch", pytorch), ("flashinfer", flashinfer)):
                 try:
                     call = make(logits, name)
@@ -141,7 +154,7 @@ def measure(batch_sizes: list[int], vocab_size: int, dtype: str) -> list[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--vocab-size", type=int, default=151936)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--results", type=Path, default=RESULTS / "sampling.json")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .common.errors import QwenModelError
     from .engine import BuildSummary, build_engine, load_engine
     from .engine.export import ExportSummary, export_onnx
+    from .engine.quantize import QuantizeSummary, quantize_checkpoint
     from .engine.results import GenerationResult, Output, StreamEvent
     from .engine.session import Session
     from .interface.sampling import SamplingOptions
@@ -26,6 +27,7 @@ __all__ = [
     "GenerationResult",
     "ModelConfig",
     "Output",
+    "QuantizeSummary",
     "QwenModelError",
     "SamplingOptions",
     "Session",
@@ -33,6 +35,7 @@ __all__ = [
     "build_engine",
     "export_onnx",
     "load_engine",
+    "quantize_checkpoint",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
@@ -42,6 +45,7 @@ _MODULES = {
     "common.errors": ("QwenModelError",),
     "engine": ("BuildSummary", "build_engine", "load_engine"),
     "engine.export": ("ExportSummary", "export_onnx"),
+    "engine.quantize": ("QuantizeSummary", "quantize_checkpoint"),
     "engine.results": ("GenerationResult", "Output", "StreamEvent"),
     "engine.session": ("Session",),
     "interface.sampling": ("SamplingOptions",),

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
+    add_int4_arguments,
     add_tuning_argument,
     add_verbose_argument,
     parse_rotary_scaling,
     progress_bar,
     run_command,
+    weights_text,
 )
 from .common.log import show_log
 from .interface.engine_config import KV_CACHE_DTYPES, PLUGINS, RTX_COMPUTE_CAPABILITIES
+from .quantization.options import HEADS, MODES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
@@ -44,6 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
             max_output_len=options.max_output_len,
             max_num_tokens=options.max_num_tokens,
             kv_cache_dtype=options.kv_cache_dtype,
+            quantization=options.quantization,
+            group_size=options.group_size,
+            symmetric=False if options.asymmetric else None,
+            head_quantization=options.head_quantization,
+            activation_aware=options.activation_aware,
+            calibration=options.calibration,
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
             tuning=options.tuning,
@@ -91,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 256)")
     parser.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
     parser.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
+    _add_quantization_arguments(parser)
     parser.add_argument(
         "--max-num-tokens",
         type=int,
@@ -132,6 +142,31 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization of weights", "see docs/quantization.md")
+    group.add_argument(
+        "--quantization",
+        default="auto",
+        choices=MODES,
+        help="of linear layers: int8, with a scale for each output, or int4, with one for each group of inputs; auto "
+        "(default): as the checkpoint is; none: in the engine's type, also if the checkpoint is quantized",
+    )
+    add_int4_arguments(group)
+    group.add_argument(
+        "--head-quantization",
+        choices=HEADS,
+        help="of the output projection (default: int8 with --quantization int8 or int4, else as the checkpoint is); "
+        "the embedding stays as it is",
+    )
+    group.add_argument(
+        "--activation-aware",
+        action="store_true",
+        help="with int4 or int8: scale the inputs of layers first, as AWQ does, by what the network does with a text; "
+        "less error, and it needs PyTorch",
+    )
+    group.add_argument("--calibration", metavar="FILE", help="that text (default: the packaged model's held-out text)")
+
+
 def _summary_text(summary: BuildSummary) -> str:
     config = summary.config
     limits = config.limits
@@ -146,6 +181,7 @@ def _summary_text(summary: BuildSummary) -> str:
         f"back end    {config.backend}, {config.dtype}{without}\n{built_for}"
         f"limits      {limits.max_batch_size} sequences, prompts of {limits.max_input_len} tokens, "
         f"outputs of {limits.max_output_len} tokens, steps of {limits.max_num_tokens} tokens\n"
+        f"{weights_text(summary.weights)}"
         f"memory      {summary.weight_bytes / 2**20:,.1f} MiB of weights, "
         f"{summary.sequence_bytes / 2**20:,.1f} MiB of key-value cache{cached} for each sequence\n"
         f"time        {summary.seconds:.1f} s"

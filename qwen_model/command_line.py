@@ -20,10 +20,15 @@ from .common.extras import import_extra
 from .common.files import is_folder, parse_json_object, read_text
 from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
+from .quantization.options import DEFAULT_GROUP_SIZE, GROUP_SIZES
 
 if TYPE_CHECKING:
     from .engine.session import Session
     from .interface.sampling import SamplingDefaults, SamplingOptions
+    from .quantization.summary import WeightSummary
+
+WORST_LAYERS = 3
+"""The layers whose errors summaries show."""
 
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
@@ -310,6 +315,31 @@ def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="time the GEMM kernels once for each GPU and model, and use the fastest; --no-tuning: choose by rules",
     )
+
+
+def add_int4_arguments(group: argparse._ActionsContainer) -> None:
+    """Add --group-size and --asymmetric."""
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help=f"with int4, the inputs that share a scale: {', '.join(map(str, GROUP_SIZES))} (all); default: "
+        f"{DEFAULT_GROUP_SIZE}",
+    )
+    group.add_argument(
+        "--asymmetric", action="store_true", help="with int4: zero points, a little more memory and less error"
+    )
+
+
+def weights_text(weights: WeightSummary) -> str:
+    """Return the lines of a summary about quantization, each with a line break; "" if there is none."""
+    if not weights.bits:
+        return ""
+    formats = "; ".join(f"{count} x {text}" for text, count in weights.formats.items())
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in weights.part_bytes.items())
+    lines = f"weights     {formats}\n            {weights.bits:.2f} bits a quantized weight; MiB: {parts}\n"
+    worst = [f"{name} {error:.2%}" for name, error in weights.relative_errors.items()][:WORST_LAYERS]
+    return lines + (f"error       of the weights, largest: {', '.join(worst)}\n" if worst else "")
 
 
 def open_engine(options: argparse.Namespace) -> Session:

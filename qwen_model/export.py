@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             max_batch_size=options.max_batch_size,
             max_input_len=options.max_input_len,
             max_output_len=options.max_output_len,
+            max_num_tokens=options.max_num_tokens,
+            kv_cache_dtype=options.kv_cache_dtype,
             rotary_scaling=scaling,
             progress=progress,
         )
@@ -58,9 +60,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="float16, bfloat16 or float32 (default: the checkpoint's with plug-ins, float32 with standard operators)",
     )
     group = parser.add_argument_group("sizes", "With plug-ins only: a graph of standard operators takes any.")
-    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 8)")
+    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 256)")
     group.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
     group.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
+    group.add_argument("--max-num-tokens", type=int, metavar="N", help="tokens of a step (default: up to 8192)")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="TYPE",
+        help="of the key-value cache: auto (default: as --dtype), int8 or fp8, with a scale for each token and head",
+    )
     parser.add_argument(
         "--rotary-scaling",
         metavar="KIND:FACTOR",

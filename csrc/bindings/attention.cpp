@@ -28,12 +28,17 @@ AttentionHeads make_heads(int32_t num_heads, int32_t num_kv_heads, int32_t head_
   return heads;
 }
 
+KvCache make_cache(Address data, int32_t max_positions, CacheDataType dtype, Address pages, int32_t pages_row_stride) {
+  return {pointer<void>(data), max_positions, dtype, pointer<const int32_t>(pages), pages_row_stride};
+}
+
 void prefill_attention(const AttentionHeads& heads, Address cache, int32_t max_positions, Address qkv,
                        int64_t qkv_row_stride, Address context, Address cu_seqlens, Address past_lengths,
-                       int32_t sequences, int64_t tokens, float softmax_scale, Address stream) {
+                       int32_t sequences, int64_t tokens, float softmax_scale, Address stream,
+                       CacheDataType cache_dtype, Address pages, int32_t pages_row_stride) {
   PrefillAttentionParams params;
   params.heads = heads;
-  params.cache = {pointer<void>(cache), max_positions};
+  params.cache = make_cache(cache, max_positions, cache_dtype, pages, pages_row_stride);
   params.qkv = pointer<const void>(qkv);
   params.qkv_row_stride = qkv_row_stride;
   params.context = pointer<void>(context);
@@ -47,10 +52,11 @@ void prefill_attention(const AttentionHeads& heads, Address cache, int32_t max_p
 
 void decode_attention(const AttentionHeads& heads, Address cache, int32_t max_positions, Address qkv,
                       int64_t qkv_row_stride, Address context, Address past_lengths, int32_t sequences,
-                      float softmax_scale, Address workspace, Address semaphores, Address stream) {
+                      float softmax_scale, Address workspace, Address semaphores, Address stream,
+                      CacheDataType cache_dtype, Address pages, int32_t pages_row_stride, bool batch_invariant) {
   DecodeAttentionParams params;
   params.heads = heads;
-  params.cache = {pointer<void>(cache), max_positions};
+  params.cache = make_cache(cache, max_positions, cache_dtype, pages, pages_row_stride);
   params.qkv = pointer<const void>(qkv);
   params.qkv_row_stride = qkv_row_stride;
   params.context = pointer<void>(context);
@@ -59,6 +65,7 @@ void decode_attention(const AttentionHeads& heads, Address cache, int32_t max_po
   params.softmax_scale = softmax_scale;
   params.workspace = pointer<void>(workspace);
   params.semaphores = pointer<int32_t>(semaphores);
+  params.batch_invariant = batch_invariant;
   check(launch_decode_attention(params, pointer<CUstream_st>(stream)), "decode_attention");
 }
 
@@ -71,6 +78,7 @@ int64_t workspace_bytes(const AttentionHeads& heads, int32_t sequences) {
 }  // namespace
 
 void bind_attention(py::module_& module) {
+  module.attr("PAGE_SIZE") = kPageSize;
   py::class_<AttentionHeads>(module, "AttentionHeads",
                              "The heads, their norms and their rotary embedding: kernels/attention/heads.h.")
       .def(py::init(&make_heads), py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_size"),
@@ -80,11 +88,14 @@ void bind_attention(py::module_& module) {
   module.def("prefill_attention", &prefill_attention, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("cu_seqlens"), py::arg("past_lengths"), py::arg("sequences"), py::arg("tokens"),
-             py::arg("softmax_scale"), py::arg("stream"), "Launch attention of prompts: kernels/attention/prefill.h.");
+             py::arg("softmax_scale"), py::arg("stream"), py::arg("cache_dtype") = CacheDataType::kSame,
+             py::arg("pages") = 0, py::arg("pages_row_stride") = 0,
+             "Launch attention of prompts: kernels/attention/prefill.h.");
   module.def("decode_attention", &decode_attention, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("past_lengths"), py::arg("sequences"), py::arg("softmax_scale"), py::arg("workspace"),
-             py::arg("semaphores"), py::arg("stream"),
+             py::arg("semaphores"), py::arg("stream"), py::arg("cache_dtype") = CacheDataType::kSame,
+             py::arg("pages") = 0, py::arg("pages_row_stride") = 0, py::arg("batch_invariant") = false,
              "Launch attention of one new token a sequence: kernels/attention/decode.h.");
   module.def("decode_attention_workspace_bytes", &workspace_bytes, py::arg("heads"), py::kw_only(),
              py::arg("sequences"), "Return the size of the workspace that decode_attention needs, in bytes.");

@@ -42,13 +42,15 @@ std::vector<GemmChoiceUpTo> choices_of(const NamedChoices& named) {
   return choices;
 }
 
-GemmShape make_shape(int64_t rows, int64_t in_features, int64_t out_features, Activation activation, DataType dtype) {
+GemmShape make_shape(int64_t rows, int64_t in_features, int64_t out_features, Activation activation, DataType dtype,
+                     const WeightFormat& weight_format) {
   GemmShape shape;
   shape.rows = rows;
   shape.in_features = in_features;
   shape.out_features = out_features;
   shape.activation = activation;
   shape.dtype = dtype;
+  shape.weight_format = weight_format;
   return shape;
 }
 
@@ -57,11 +59,14 @@ GemmShape make_shape(int64_t rows, int64_t in_features, int64_t out_features, Ac
 class LinearLayer {
  public:
   LinearLayer(Address weight, Address bias, int64_t in_features, int64_t out_features, Activation activation,
-              DataType dtype, bool constant_weight, const NamedChoices& kernels)
+              DataType dtype, bool constant_weight, const NamedChoices& kernels, const WeightFormat& weight_format,
+              Address scales, Address zeros)
       : choices_(choices_of(kernels)) {
     params_.weight = pointer<const void>(weight);
     params_.bias = pointer<const void>(bias);
-    params_.shape = make_shape(0, in_features, out_features, activation, dtype);
+    params_.scales = pointer<const void>(scales);
+    params_.zeros = pointer<const void>(zeros);
+    params_.shape = make_shape(0, in_features, out_features, activation, dtype, weight_format);
     params_.constant_weight = constant_weight;
   }
 
@@ -97,17 +102,18 @@ void gemm(const LinearLayer& layer, Address x, int64_t x_row_stride, Address y, 
 }
 
 std::string choice_by_rules(int64_t rows, int64_t in_features, int64_t out_features, Activation activation,
-                            DataType dtype) {
+                            DataType dtype, const WeightFormat& weight_format) {
   GemmChoice choice = GemmChoice::kByRules;
-  check(gemm_choice_by_rules(make_shape(rows, in_features, out_features, activation, dtype), &choice),
-        "gemm_choice_by_rules");
+  const GemmShape shape = make_shape(rows, in_features, out_features, activation, dtype, weight_format);
+  check(gemm_choice_by_rules(shape, &choice), "gemm_choice_by_rules");
   return gemm_choice_name(choice);
 }
 
 std::vector<std::string> candidates(int64_t rows, int64_t in_features, int64_t out_features, Activation activation,
-                                    DataType dtype) {
+                                    DataType dtype, const WeightFormat& weight_format) {
   std::vector<GemmChoice> choices;
-  check(gemm_candidates(make_shape(rows, in_features, out_features, activation, dtype), &choices), "gemm_candidates");
+  const GemmShape shape = make_shape(rows, in_features, out_features, activation, dtype, weight_format);
+  check(gemm_candidates(shape, &choices), "gemm_candidates");
   std::vector<std::string> names;
   for (const GemmChoice choice : choices) names.push_back(gemm_choice_name(choice));
   return names;
@@ -116,12 +122,12 @@ std::vector<std::string> candidates(int64_t rows, int64_t in_features, int64_t o
 // Returns (name, microseconds) pairs of what can run.
 std::vector<std::pair<std::string, float>> measure(const std::vector<std::string>& kernels, int64_t rows,
                                                    int64_t in_features, int64_t out_features, Activation activation,
-                                                   DataType dtype, bool bias) {
+                                                   DataType dtype, bool bias, const WeightFormat& weight_format) {
   std::vector<GemmChoice> choices;
   for (const std::string& name : kernels) choices.push_back(choice_of(name));
   GemmMeasurements measurements;
-  const cudaError_t error =
-      measure_gemm(make_shape(rows, in_features, out_features, activation, dtype), bias, choices, &measurements);
+  const GemmShape shape = make_shape(rows, in_features, out_features, activation, dtype, weight_format);
+  const cudaError_t error = measure_gemm(shape, bias, choices, &measurements);
   if (error == cudaErrorMemoryAllocation) {
     throw std::runtime_error("measure_gemm: measuring " + std::to_string(rows) + " rows times [" +
                              std::to_string(out_features) + ", " + std::to_string(in_features) + "] takes " +
@@ -149,9 +155,11 @@ py::dict describe() {
 
 void bind_gemm(py::module_& module) {
   py::class_<LinearLayer>(module, "LinearLayer", "The parameters of a linear layer, the same in each of its launches.")
-      .def(py::init<Address, Address, int64_t, int64_t, Activation, DataType, bool, const NamedChoices&>(),
+      .def(py::init<Address, Address, int64_t, int64_t, Activation, DataType, bool, const NamedChoices&,
+                    const WeightFormat&, Address, Address>(),
            py::kw_only(), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"),
            py::arg("activation"), py::arg("dtype"), py::arg("constant_weight"), py::arg("kernels") = NamedChoices(),
+           py::arg("weight_format") = WeightFormat(), py::arg("scales") = Address{0}, py::arg("zeros") = Address{0},
            "kernels: (max_rows, name) pairs, with more rows each; a name is one of gemm_candidates, for up to so many "
            "rows. More rows, and what a kernel cannot compute, go by the rules. ValueError for an unknown name.")
       .def_property_readonly("columns", &LinearLayer::columns, "The columns of y.")
@@ -163,12 +171,15 @@ void bind_gemm(py::module_& module) {
              "layer.workspace_bytes(rows).");
   module.def("gemm_choice_by_rules", &choice_by_rules, py::kw_only(), py::arg("rows"), py::arg("in_features"),
              py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
+             py::arg("weight_format") = WeightFormat(),
              "Return the name of the kernel that the rules choose on the current device, for aligned operands.");
   module.def("gemm_candidates", &candidates, py::kw_only(), py::arg("rows"), py::arg("in_features"),
              py::arg("out_features"), py::arg("activation"), py::arg("dtype"),
+             py::arg("weight_format") = WeightFormat(),
              "Return the names of the kernels that may be the fastest on the current device: kernels/gemm/choice.h.");
   module.def("measure_gemm", &measure, Unlocked(), py::arg("kernels"), py::kw_only(), py::arg("rows"),
              py::arg("in_features"), py::arg("out_features"), py::arg("activation"), py::arg("dtype"), py::arg("bias"),
+             py::arg("weight_format") = WeightFormat(),
              "Return pairs of the names that can run and their microseconds: kernels/gemm/measure.h.");
   module.def("describe_device", &describe, "Return name, number of multiprocessors and driver of the current device.");
   module.def("cublas_lt_version", &cublas_lt_version, "Return cuBLASLt's version, such as 130100; 0 for none.");

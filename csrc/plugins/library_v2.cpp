@@ -15,8 +15,9 @@ QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& 
   static qwen_plugins::DynamicExtCreator<qwen_plugins::GemmPlugin> gemm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::GptAttentionPlugin> gpt_attention;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenGemmPlugin> qwen_gemm;
-  static nvinfer1::IPluginCreator* const creators[] = {&rms_norm, &rms_norm_quantization, &gemm, &gpt_attention,
-                                                       &qwen_gemm};
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::PagedGptAttentionPlugin> paged_gpt_attention;
+  static nvinfer1::IPluginCreator* const creators[] = {&rms_norm,  &rms_norm_quantization, &gemm, &gpt_attention,
+                                                       &qwen_gemm, &paged_gpt_attention};
   count = static_cast<int32_t>(std::size(creators));
   return creators;
 }

@@ -20,8 +20,9 @@ QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_
   static qwen_plugins::PluginV3Creator<qwen_plugins::GemmPlugin> gemm;
   static qwen_plugins::PluginV3Creator<qwen_plugins::GptAttentionPlugin> gpt_attention;
   static qwen_plugins::PluginV3Creator<qwen_plugins::QwenGemmPlugin> qwen_gemm;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&rms_norm, &rms_norm_quantization, &gemm,
-                                                                &gpt_attention, &qwen_gemm};
+  static qwen_plugins::PluginV3Creator<qwen_plugins::PagedGptAttentionPlugin> paged_gpt_attention;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {
+      &rms_norm, &rms_norm_quantization, &gemm, &gpt_attention, &qwen_gemm, &paged_gpt_attention};
   count = fits_this_tensorrt ? static_cast<int32_t>(std::size(creators)) : 0;
   return creators;
 }

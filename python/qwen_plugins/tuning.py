@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_plugins import launch
+from qwen_plugins.quantized import WeightFormat
 
 __all__ = ["candidates", "choice_by_rules", "environment", "measure"]
 
@@ -25,7 +26,13 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def candidates(
-    *, rows: int, in_features: int, out_features: int, activation: str | None = None, dtype: str = "float16"
+    *,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    activation: str | None = None,
+    dtype: str = "float16",
+    weight_format: WeightFormat | None = None,
 ) -> list[str]:
     """Return the names of the kernels that can compute y and may be the fastest, at least one.
 
@@ -35,15 +42,22 @@ def candidates(
         out_features: rows of the weight, with swiglu twice the columns of y.
         activation: None or "swiglu".
         dtype: "float32", "float16" or "bfloat16", of x, weight and y.
+        weight_format: of a quantized weight (`qwen_plugins.quantized`); None: the weight has the type of x.
     """
-    return launch.gemm_candidates(**_shape(rows, in_features, out_features, activation, dtype))
+    return launch.gemm_candidates(**_shape(rows, in_features, out_features, activation, dtype, weight_format))
 
 
 def choice_by_rules(
-    *, rows: int, in_features: int, out_features: int, activation: str | None = None, dtype: str = "float16"
+    *,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    activation: str | None = None,
+    dtype: str = "float16",
+    weight_format: WeightFormat | None = None,
 ) -> str:
     """Return the name of the kernel that serves where nothing was measured; the arguments are those of `candidates`."""
-    return launch.gemm_choice_by_rules(**_shape(rows, in_features, out_features, activation, dtype))
+    return launch.gemm_choice_by_rules(**_shape(rows, in_features, out_features, activation, dtype, weight_format))
 
 
 def measure(
@@ -54,6 +68,7 @@ def measure(
     activation: str | None = None,
     dtype: str = "float16",
     bias: bool = False,
+    weight_format: WeightFormat | None = None,
     kernels: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Return the microseconds that one GEMM takes, by the name of the kernel, in the order of ``kernels``.
@@ -64,14 +79,14 @@ def measure(
     device memory for weights (or one weight, if it is larger), operands and workspace are allocated and freed again.
 
     Args:
-        rows, in_features, out_features, activation, dtype: as for `candidates`.
+        rows, in_features, out_features, activation, dtype, weight_format: as for `candidates`.
         bias: whether a bias is added.
         kernels: names; None: the candidates. What cannot compute this GEMM is left out of the result.
 
     Raises:
         RuntimeError: too little device memory is free, or CUDA reports an error.
     """
-    shape = _shape(rows, in_features, out_features, activation, dtype)
+    shape = _shape(rows, in_features, out_features, activation, dtype, weight_format)
     names = launch.gemm_candidates(**shape) if kernels is None else list(kernels)
     return dict(launch.measure_gemm(names, bias=bias, **shape))
 
@@ -91,7 +106,14 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def _shape(rows: int, in_features: int, out_features: int, activation: str | None, dtype: str) -> dict[str, Any]:
+def _shape(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    activation: str | None,
+    dtype: str,
+    weight_format: WeightFormat | None,
+) -> dict[str, Any]:
     """Check a shape, and return it as the launchers take it."""
     for name, value in (("rows", rows), ("in_features", in_features), ("out_features", out_features)):
         if not 1 <= value < 2**30:
@@ -102,10 +124,16 @@ def _shape(rows: int, in_features: int, out_features: int, activation: str | Non
         raise ValueError(f"out_features must be even with swiglu, not {out_features}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    weight_format = weight_format or WeightFormat()
+    if weight_format.bits != 16 and weight_format.group_size and in_features % weight_format.group_size:
+        raise ValueError(
+            f"in_features must be a multiple of the groups of {weight_format.group_size}, not {in_features}"
+        )
     return {
         "rows": rows,
         "in_features": in_features,
         "out_features": out_features,
         "activation": launch.Activation.__members__[activation or "none"],
         "dtype": launch.DataType.__members__[dtype],
+        "weight_format": weight_format.for_launch(),
     }

@@ -157,6 +157,10 @@ class Checkpoint:
         except QwenModelError as error:
             raise QwenModelError(f"{self.model_dir}: {error}") from error
 
+    def is_quantized(self, spec: WeightSpec) -> bool:
+        """Tell whether the checkpoint has this weight quantized, after `check`."""
+        return _layer(spec.sources[0].name) in self._layers
+
     def read_quantized(self, spec: WeightSpec) -> QuantizedWeight:
         """Read a weight whose module `formats` names, as its codes and scales.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -48,6 +49,11 @@ class WeightFormat:
         parts += [] if self.symmetric else ["zero points"]
         parts += ["act-order"] if self.permuted else []
         return ", ".join(parts)
+
+
+Formats = Mapping[str, WeightFormat]
+"""The formats of quantized modules, by name; the other modules have the engine's type."""
+NOT_QUANTIZED: Formats = MappingProxyType({})
 
 
 @dataclass(frozen=True)

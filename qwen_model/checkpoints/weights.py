@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from ..common.errors import QwenModelError
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
-from .module_weights import ModuleWeights, WeightFormat
+from .module_weights import NOT_QUANTIZED, Formats, ModuleWeights, WeightFormat
 from .tensor_files import Shape
 
 PADDING, BLOCK = (64, 128), (16, 128)
 """Layout 2: rows and columns are padded to multiples of these, and stored in blocks of these sizes."""
-NOT_QUANTIZED: Mapping[str, WeightFormat] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,6 @@ class WeightSpec:
 
 Modules = dict[str, ModuleWeights[WeightSpec]]
 """Modules by name; a tensor's name is the module's and its field's, such as "layers.0.attention.qkv.bias"."""
-Formats = Mapping[str, WeightFormat]
-"""The formats of quantized modules, by name; the other modules have the engine's type."""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.generation_config import GenerationConfig
 from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
+from ..checkpoints.module_weights import Formats
 from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
-from ..checkpoints.weights import weight_groups
+from ..checkpoints.weights import network_modules, weight_groups
 from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
@@ -41,7 +42,12 @@ from ..interface.engine_config import (
 )
 from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
+from ..quantization.engine_weights import EngineWeights
+from ..quantization.formats import chosen_formats
+from ..quantization.options import KINDS
+from ..quantization.summary import WeightSummary, weight_summary
 from .back_ends import back_end
+from .calibration import calibrated_weights
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
@@ -58,6 +64,7 @@ class BuildSummary:
     sequence_bytes: int  # of the longest sequence in the key-value cache
     seconds: float
     warnings: tuple[str, ...]
+    weights: WeightSummary
 
 
 def build_engine(
@@ -73,6 +80,12 @@ def build_engine(
     max_output_len: int | None = None,
     max_num_tokens: int | None = None,
     kv_cache_dtype: str = "auto",
+    quantization: str = "auto",
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    head_quantization: str | None = None,
+    activation_aware: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     tuning: bool = True,
@@ -94,6 +107,15 @@ def build_engine(
     max_num_tokens: tokens of prompts, or parts of them, that are computed in one step. None: up to 8192.
     kv_cache_dtype: how the key-value cache keeps a number: "auto": in the engine's type; "int8" or "fp8": in 8 bits,
         with a scale for each token and head.
+    quantization: of the weights of linear layers: "int8" or "int4"; "auto": as the checkpoint is; "none": in the
+        engine's type, also if the checkpoint is quantized.
+    group_size: with "int4", the inputs that share a scale: 32, 64, 128, or -1 for all. None: 128.
+    symmetric: with "int4", whether there are no zero points. None: True.
+    head_quantization: of the output projection: "int8", "int4" or "none". None: "int8" if linear layers are quantized
+        here, else as the checkpoint is.
+    activation_aware: scale the inputs of layers before they are quantized here, as AWQ does, by what the network does
+        with a text; it needs PyTorch.
+    calibration: the file of that text; None: the packaged model's held-out text.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
@@ -138,6 +160,8 @@ def build_engine(
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
+    formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
+    _check_calibration(activation_aware, calibration, quantization)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
     watch.lap("tokenizer checked")
@@ -158,31 +182,45 @@ def build_engine(
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
         compute_capabilities=capabilities,
         kv_cache_dtype=kv_cache_dtype,
+        weight_formats=formats,
     )
     sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
+        *_scale_warnings(formats, config.dtype),
     ]
     report = progress or no_progress
+    calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
+    read_weight = EngineWeights(checkpoint, network_modules(model, engine_dtype, formats), calibrated)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     if tuning:
         config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
     with written_whole(target) as folder:
-        warnings += engine_back_end.write_engine(folder, config, checkpoint.read, report, **options)
+        warnings += engine_back_end.write_engine(folder, config, read_weight, report, **options)
         copy_tokenizer_files(source, folder)
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
-    size = weight_bytes(model, config.dtype)
-    return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings))
+    weights = weight_summary(model, config.dtype, formats, read_weight.relative_errors)
+    size = weight_bytes(model, config.dtype, formats)
+    return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings), weights)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_calibration(activation_aware: bool, calibration: object, quantization: str) -> None:
+    if activation_aware and quantization not in KINDS:
+        raise QwenModelError(
+            f"activation_aware (--activation-aware) is for quantization {' or '.join(KINDS)}, not {quantization!r}"
+        )
+    if calibration is not None and not activation_aware:
+        raise QwenModelError("calibration (--calibration) is for activation_aware (--activation-aware)")
 
 
 def _compute_capabilities(backend: str, hardware_compatible: bool, chosen: Collection[str] | None) -> tuple[str, ...]:
@@ -240,6 +278,16 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
         yield (
             f"sequences of up to {limits.max_positions} tokens are longer than the {usable_positions(model)} that the "
             "model was made for; consider --rotary-scaling"
+        )
+
+
+def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
+    scales = {each.scale_dtype for each in formats.values()}
+    if dtype != "float32" and scales - {dtype}:
+        other = (scales - {dtype}).pop()
+        yield (
+            f"the checkpoint's scales are {other} and the engine is {dtype}: they are kept as they are, but slower "
+            f"kernels compute prompts; --dtype {other} has the faster ones"
         )
 
 

@@ -17,7 +17,7 @@ from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
 from ..common.progress import Progress, no_progress
-from ..interface.engine_config import Limits
+from ..interface.engine_config import KV_CACHE_DTYPES, Limits
 from ..network.inputs import Profile, network_inputs, profile_shapes
 from .build import check_choice, model_folder
 from .limits import engine_limits
@@ -60,6 +60,8 @@ def export_onnx(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
+    max_num_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
     rotary_scaling: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportSummary:
@@ -69,7 +71,8 @@ def export_onnx(
         added to the name. Files of an earlier export are replaced; any other file is an error.
     operators: "plugins", this project's TensorRT plug-ins as nodes, or "standard", ONNX's own operators alone.
     dtype: "float16", "bfloat16" or "float32"; None: the checkpoint's with plug-ins, "float32" with standard operators.
-    max_batch_size, max_input_len, max_output_len: as in `build_engine`, with plug-ins only.
+    max_batch_size, max_input_len, max_output_len, max_num_tokens, kv_cache_dtype: as in `build_engine`, with plug-ins
+        only.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     progress: see `Progress`.
 
@@ -81,9 +84,14 @@ def export_onnx(
     check_choice("operators", operators, OPERATORS)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    sizes = (max_batch_size, max_input_len, max_output_len)
-    if operators == "standard" and sizes != (None, None, None):
-        raise QwenModelError("standard operators take any sizes: give no max_batch_size, max_input_len, max_output_len")
+    check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    sizes = (max_batch_size, max_input_len, max_output_len, max_num_tokens)
+    if operators == "standard" and any(size is not None for size in sizes):
+        raise QwenModelError(
+            "standard operators take any sizes: give no max_batch_size, max_input_len, max_output_len, max_num_tokens"
+        )
+    if operators == "standard" and kv_cache_dtype != "auto":
+        raise QwenModelError("standard operators keep the cache in the graph's type: give no kv_cache_dtype")
     for module in MODULES:
         import_extra(module, "the ONNX export", extra="onnx")
     from ..backends.onnx.export import write_model
@@ -100,11 +108,11 @@ def export_onnx(
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     chosen = dtype or (model.dtype if operators == "plugins" else "float32")
     report = progress or no_progress
-    written = write_model(place, model, limits, chosen, checkpoint.read, report)
+    written = write_model(place, model, limits, chosen, kv_cache_dtype, checkpoint.read, report)
     specs = (spec for group in weight_groups(model, chosen) for spec in group.specs)
     num_parameters = sum(math.prod(spec.shape) for spec in specs)
     seconds = time.perf_counter() - start
-    profiles = () if limits is None else profile_shapes(network_inputs(model, limits, chosen))
+    profiles = () if limits is None else profile_shapes(network_inputs(model, limits, chosen, kv_cache_dtype))
     warnings = tuple(_warnings(model)) if limits is None else ()
     return ExportSummary(place, operators, chosen, model, limits, num_parameters, profiles, written, seconds, warnings)
 

@@ -73,7 +73,13 @@ def _load(
     engine_back_end = back_end(config.backend)
     watch.lap(f"back end {config.backend} imported")
     loaded = engine_back_end.load_device(
-        folder, config, device, tuning, progress, gpu_memory_utilization=gpu_memory_utilization
+        folder,
+        config,
+        device,
+        tuning,
+        progress,
+        gpu_memory_utilization=gpu_memory_utilization,
+        deterministic=deterministic,
     )
     watch.lap("engine loaded")
     tokenizer = _load_tokenizer(folder)

@@ -34,10 +34,7 @@ def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
     Raises:
         QwenModelError: it cannot be written, or already exists and is not an engine and nothing else.
     """
-    try:
-        place = Path(os.path.realpath(output_dir))
-    except (OSError, ValueError) as error:  # the current folder is gone; a zero byte in the name
-        raise QwenModelError(f"{os.fspath(output_dir)!r} is no folder that can be written: {error}") from error
+    place = _real_place(output_dir)
     try:
         if _is_folder(place):
             _check_contents(place, source)
@@ -51,6 +48,13 @@ def output_place(output_dir: str | os.PathLike[str], source: Path) -> Path:
     except OSError as error:
         raise _not_written(place, error) from error
     return place
+
+
+def _real_place(output_dir: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(os.path.realpath(output_dir))
+    except (OSError, ValueError) as error:  # the current folder is gone; a zero byte in the name
+        raise QwenModelError(f"{os.fspath(output_dir)!r} is no folder that can be written: {error}") from error
 
 
 @contextmanager
@@ -71,6 +75,50 @@ def written_whole(place: Path) -> Iterator[Path]:
             yield new
             _finish(new)
             _put_in_place(new, place, work / OLD, before)
+    except BaseException as error:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise _not_written(place, error) from error
+        raise
+
+
+def new_folder_place(output_dir: str | os.PathLike[str]) -> Path:
+    """Return the folder that `output_dir` leads to, symbolic links followed, which must be new or empty.
+
+    Raises:
+        QwenModelError: it cannot be written, or already exists with something in it.
+    """
+    place = _real_place(output_dir)
+    try:
+        if _is_folder(place) and any(place.iterdir()):
+            raise QwenModelError(f"{place} already exists and is not empty: give a new folder")
+        parent = next(folder for folder in place.parents if folder.exists())
+        if not parent.is_dir():
+            raise QwenModelError(f"{place} cannot be written: {parent} is a file, not a folder")
+        _check_writable(parent, place)
+    except OSError as error:
+        raise _not_written(place, error) from error
+    return place
+
+
+@contextmanager
+def new_folder_written_whole(place: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `place` (see `new_folder_place`) at the end; on any error nothing of it is left.
+
+    Raises:
+        QwenModelError: `place` cannot be written, is no longer empty, or another process is writing it.
+    """
+    made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with work_folder(place, inside=False) as work:
+            new = work / NEW
+            new.mkdir()
+            yield new
+            _flush(new)
+            new.rename(place)  # replaces an empty folder, and no other
     except BaseException as error:
         with suppress(OSError):
             for parent in made:
@@ -163,10 +211,15 @@ def _stays(place: Path) -> bool:
 
 
 def _finish(folder: Path) -> None:
-    """Flush all files to the disk and give them the modes of new files; safetensors makes files private."""
+    """Flush all files to the disk, having checked that they are known as those of an engine."""
     unknown = _contents(folder)[1]
     if unknown:
         raise RuntimeError(f"the next build would take these files for a user's: {unknown}; name them in this module")
+    _flush(folder)
+
+
+def _flush(folder: Path) -> None:
+    """Flush all files to the disk and give them the modes of new files; safetensors makes files private."""
     mask = _umask()
     for path in (folder, *folder.rglob("*")):
         if path.is_file():

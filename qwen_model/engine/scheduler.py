@@ -71,7 +71,6 @@ class Scheduler:
         self._last_read = 0  # number of the step that was read last
         self._ended: list[Sequence] = []  # have a slot yet
         self.num_preemptions = 0
-        """How often a sequence had to give up its pages."""
 
     @property
     def has_work(self) -> bool:

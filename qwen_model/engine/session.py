@@ -162,7 +162,7 @@ class Session:
             if not 1 <= count <= len(prompt):
                 raise QwenModelError(f"a prompt of {len(prompt)} tokens has no logits after its last {count}")
         scored = [
-            sequences.Sequence(prompt, 0, logit_rows=count, salt=self._salt(prompt))
+            sequences.Sequence(prompt, 0, logit_rows=count, salt=self.salt(prompt))
             for prompt, count in zip(plain, counts, strict=True)
         ]
         self._check_fit(scored)
@@ -201,7 +201,7 @@ class Session:
         ends |= self._end_token_ids(chat, chat_options)
         found: list[sequences.Sequence] = []
         for prompt in token_ids:
-            first, salt = len(found), self._salt(prompt)
+            first, salt = len(found), self.salt(prompt)
             for _ in range(samples):
                 parent = found[first] if len(found) > first else None
                 draws = len(found)
@@ -212,7 +212,7 @@ class Session:
         outputs = [GrowingOutput(index, stops, self.tokenizer) for index in range(len(found))]
         return _Request(self, found, outputs, samples, Timer(token_ids, len(found)))
 
-    def _salt(self, prompt: Sequence[int]) -> bytes:
+    def salt(self, prompt: Sequence[int]) -> bytes:
         """Return what keys in the cache depend on beside the tokens: the stretch of some rotary embeddings."""
         return str(rotary_stretch(self.config.model.rotary, len(prompt))).encode()
 
@@ -369,7 +369,7 @@ class Session:
         num_best = min(num_beams + len(ends), self.config.model.vocab_size)  # num_beams of a beam's own may go on
         if num_best > MAX_LOGPROBS:
             raise QwenModelError(f"num_beams and end tokens together must be at most {MAX_LOGPROBS}, not {num_best}")
-        beams = [beam_sequence(prompt, count, num_best, self._salt(prompt)) for prompt in token_ids]
+        beams = [beam_sequence(prompt, count, num_best, self.salt(prompt)) for prompt in token_ids]
         self._check_fit(beams)
         self.device.prepare(min(len(token_ids) * num_beams, self.device.max_sequences))
         timer = Timer(token_ids, len(token_ids))

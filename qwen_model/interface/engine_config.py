@@ -16,6 +16,7 @@ from ..checkpoints.module_weights import WeightFormat
 from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
+from .weight_formats import Formats, formats_as_json, formats_from_json
 
 FORMAT = "qwen_model.engine"
 FORMAT_VERSION = 2
@@ -85,6 +86,7 @@ class EngineConfig:
     gemm_kernels: GemmKernels = field(default_factory=dict)  # that the engine was built with; {}: chosen when it runs
     compute_capabilities: tuple[str, ...] = ()  # of the GPUs that a plan is for; (): it is for the GPU in `versions`
     kv_cache_dtype: str = "auto"  # of KV_CACHE_DTYPES
+    weight_formats: Formats = field(default_factory=dict)  # of the quantized modules; the others have `weight_format`
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -97,13 +99,14 @@ class EngineConfig:
 
     @property
     def weight_format(self) -> WeightFormat:
-        """Return the format of the weights."""
+        """Return the format of the weights that are not quantized."""
         return WeightFormat(self.dtype)
 
     def write(self, engine_dir: Path) -> None:
         """Write `config.json` into the engine's folder."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         values["weight_format"] = dataclasses.asdict(self.weight_format)
+        values["weight_formats"] = formats_as_json(self.weight_formats)
         (engine_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -144,6 +147,8 @@ class EngineConfig:
             what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).splitlines())
             raise QwenModelError(f"{engine_dir}/config.json is damaged ({what}): build the engine again") from error
         readable = dataclasses.asdict(config.weight_format)
+        if isinstance(weight_format, dict):
+            weight_format = {**readable, **weight_format}  # fields that later versions added have their defaults
         if weight_format not in (None, readable):  # None: built before formats were recorded, when there was one layout
             raise QwenModelError(
                 f"{engine_dir} has weights in the format {shown(weight_format)}, this version of qwen_model reads "
@@ -162,6 +167,7 @@ class EngineConfig:
             "sampling_defaults": SamplingDefaults(**values["sampling_defaults"]),
             "gemm_kernels": _gemm_kernels(values.get("gemm_kernels", {})),
             "compute_capabilities": tuple(values.get("compute_capabilities", ())),
+            "weight_formats": formats_from_json(values.get("weight_formats", [])),
         }
         config = cls(**{**values, **nested})
         if config.dtype not in DTYPES:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 from ..checkpoints.config import ModelConfig
-from ..checkpoints.weights import weight_groups
+from ..checkpoints.module_weights import NOT_QUANTIZED, Formats
+from ..checkpoints.weights import WeightSpec, weight_groups
 from ..common.errors import OutOfMemoryError, QwenModelError
 from .engine_config import Limits
 
-ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "uint8": 1}
 PAGE_SIZE = 64
 """Positions of a page of the key-value cache."""
 GPU_MEMORY_UTILIZATION = 0.9
@@ -43,10 +44,15 @@ def most_pages(limits: Limits) -> int:
     return limits.max_batch_size * sequence_pages(limits) + 1
 
 
-def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Return the bytes of the weights."""
-    specs = (spec for group in weight_groups(config, dtype) for spec in group.specs)
-    return sum(math.prod(spec.shape) * ITEM_SIZES[spec.dtype] for spec in specs)
+def weight_bytes(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTIZED) -> int:
+    """Return the bytes of the weights. formats: of the quantized modules."""
+    specs = (spec for group in weight_groups(config, dtype, formats) for spec in group.specs)
+    return sum(spec_bytes(spec) for spec in specs)
+
+
+def spec_bytes(spec: WeightSpec) -> int:
+    """Return the bytes of a tensor in an engine."""
+    return math.prod(spec.shape) * ITEM_SIZES[spec.dtype]
 
 
 def step_bytes(config: ModelConfig, limits: Limits, dtype: str) -> int:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -230,25 +230,4 @@ class Choice(NamedTuple):
     @classmethod
     def of(cls, options: SamplingOptions) -> Choice:
         """Return the choice for these options."""
-        return cls(options.greedy, options.repetition_penalty != 1.0)
-
-
-class KernelSettings(TypedDict):
-    """Hold the options that our kernel reads on the device (csrc/kernels/sampling/sampling.h)."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    seed: int
-
-
-def kernel_settings(options: SamplingOptions, vocab_size: int) -> KernelSettings:
-    """Return the options as our kernel takes them, with a random seed if none is given."""
-    return KernelSettings(
-        temperature=options.temperature or 1.0,  # 0 is greedy: the kernel does not use it
-        top_k=min(options.top_k, vocab_size),
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=seed_of(options),
-    )
+        return cls(options.greedy, options.penalizes or bool(options.logit_bias))

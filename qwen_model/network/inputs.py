@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoints.config import ModelConfig
 from ..interface.engine_config import Limits
+from ..interface.memory import PAGE_SIZE, most_pages, page_bytes, sequence_pages
 from .rotary import rotary_table
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 """The least, the typical and the largest shape of inputs by name: an optimization profile of TensorRT."""
+MAX_ELEMENTS = 2**31 - 1
+"""The most elements of a tensor in TensorRT 8.6."""
 LOGIT_ROWS = 256
 """The most tokens of a chunk in which `prompt_logits` runs a prompt."""
 
@@ -39,31 +43,50 @@ class NetworkInput:
     prefill: Range | None = None
 
 
-def network_inputs(model: ModelConfig, limits: Limits, dtype: str) -> dict[str, NetworkInput]:
-    """Return every input of the network, by name; `dtype` is that of the weights and the cache."""
-    batch, tokens = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
+def network_inputs(model: ModelConfig, limits: Limits, dtype: str, kv_cache_dtype: str) -> dict[str, NetworkInput]:
+    """Return every input of the network, by name.
+
+    dtype: of the weights.
+    kv_cache_dtype: see `EngineConfig`.
+    """
+    batch, tokens = limits.max_batch_size, limits.step_tokens
     rows = logit_rows(limits)
-    sequences = NetworkInput("int32", (-1,), Range(1, 1, batch), Range(1, 1, batch))
+    each = Range(1, 1, batch)
+    sequences = NetworkInput("int32", (-1,), each, each)
+    typical = min(limits.max_input_len, tokens)
     inputs = {
-        "input_ids": NetworkInput("int32", (-1,), Range(1, 1, batch), Range(1, limits.max_input_len, tokens)),
+        "input_ids": NetworkInput("int32", (-1,), each, Range(1, typical, tokens)),
         "cu_seqlens": NetworkInput("int32", (-1,), Range(2, 2, batch + 1), Range(2, 2, batch + 1)),
         "past_lengths": sequences,
+        "pages": NetworkInput("int32", (-1, sequence_pages(limits)), each, each),
         "rotary_offsets": sequences,
-        "last_token_ids": NetworkInput("int32", (-1,), Range(1, 1, batch), Range(1, 1, rows)),
+        "last_token_ids": NetworkInput("int32", (-1,), each, Range(1, 1, rows)),
         "semaphores": NetworkInput("int32", (batch, model.num_heads)),
     }
     table = rotary_table(model, limits.max_positions)
     table_rows = len(table.values)
-    # A prompt table (see RotaryTable.prompt_table) has a row for each token of the prompts.
+    # A prompt table (see RotaryTable.prompt_table) has a row for each token of the step.
     most = max(table_rows, tokens) if model.rotary.scaling == "dynamic" else table_rows
     table_range = (Range(table_rows, table_rows, table_rows), Range(1, table_rows, most))
     inputs["rotary_table"] = NetworkInput("float32", (-1, model.rotary.dim), *table_range)
     if table.query_scale is not None:
         inputs["query_scale"] = NetworkInput("float32", (-1,), *table_range)
-    cache = (batch, 2, model.num_kv_heads, limits.max_positions, model.head_size)
-    for layer in range(model.num_layers):
-        inputs[f"past_key_value_{layer}"] = NetworkInput(dtype, cache)
-    return inputs
+    cache = cache_input(model, limits, dtype, kv_cache_dtype)
+    return inputs | {f"past_key_value_{layer}": cache for layer in range(model.num_layers)}
+
+
+def cache_input(model: ModelConfig, limits: Limits, dtype: str, kv_cache_dtype: str) -> NetworkInput:
+    """Return the input that the cache of a layer is: pages, as many as fit in memory when the engine is loaded.
+
+    A page of 8-bit elements and their scales is a row of int32: TensorRT would rewrite int8 tensors.
+    """
+    page: Shape = (2, model.num_kv_heads, PAGE_SIZE, model.head_size)
+    if kv_cache_dtype != "auto":
+        dtype, page = "int32", (page_bytes(model, dtype, kv_cache_dtype) // model.num_layers // 4,)
+    most = min(most_pages(limits), MAX_ELEMENTS // math.prod(page))
+    # While TensorRT builds an engine it allocates a tensor of the typical size.
+    pages = Range(1, min(2, most), most)
+    return NetworkInput(dtype, (-1, *page), pages, pages)
 
 
 def profile_shapes(inputs: Mapping[str, NetworkInput]) -> tuple[Profile, Profile]:

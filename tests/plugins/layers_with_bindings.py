@@ -19,6 +19,18 @@ warnings.simplefilter("error")
 import qwen_plugins.tensorrt  # noqa: F401, E402
 from qwen_plugins.tensorrt import layers  # noqa: E402
 
+ATTENTION: dict[str, int | float] = {
+    "type_id": int(trt.float16),
+    "num_heads": 28,
+    "num_kv_heads": 4,
+    "head_size": 128,
+    "rotary_embedding_dim": 128,
+    "position_embedding_type": 2,
+    "q_scaling": 1.0,
+    "query_scale": 0,
+    "qk_norm": 0,
+    "norm_eps": 1e-6,
+}
 PLUGINS: dict[str, dict[str, int | float]] = {
     "RmsNorm": {"eps": 1e-6, "type_id": int(trt.float16), "weight_type_id": int(trt.float16), "residual": 1},
     "RmsNormQuantization": {
@@ -30,18 +42,8 @@ PLUGINS: dict[str, dict[str, int | float]] = {
     },
     "Gemm": {"type_id": int(trt.bfloat16), "bias": 0, "activation": 1, "constant_weight": 1},
     "QwenGemm": {"type_id": int(trt.float16), "bias": 1, "activation": 0, "constant_weight": 1},
-    "GptAttention": {
-        "type_id": int(trt.float16),
-        "num_heads": 28,
-        "num_kv_heads": 4,
-        "head_size": 128,
-        "rotary_embedding_dim": 128,
-        "position_embedding_type": 2,
-        "q_scaling": 1.0,
-        "query_scale": 0,
-        "qk_norm": 0,
-        "norm_eps": 1e-6,
-    },
+    "GptAttention": ATTENTION,
+    "GptAttention:2": {**ATTENTION, "tokens_per_block": 64, "kv_cache_type": 1},
 }
 
 
@@ -65,9 +67,10 @@ class Network:
 
 
 layers.is_strongly_typed = lambda network: True
-found = {
-    name: layers.add_plugin(Network(), name, ["x"], fields, name, [trt.float16])[0] for name, fields in PLUGINS.items()
-}
+found = {}
+for key, fields in PLUGINS.items():
+    name, _, version = key.partition(":")
+    found[key] = layers.add_plugin(Network(), name, ["x"], fields, name, [trt.float16], version or "1")[0]
 try:
     layers.add_plugin(Network(), "Gemm", ["x"], {"type_id": 99}, "wrong", [trt.float16])
 except RuntimeError as error:

@@ -22,9 +22,12 @@ from tests.support.plugin_fields import (
     FIELDS,
     FLOAT_FIELDS,
     GOOD_FIELDS,
+    NUM_OUTPUTS,
     REFUSED_FIELDS,
     SCHEMA_VERSIONS,
     field_collection,
+    key_of,
+    name_and_version,
 )
 
 pytestmark = pytest.mark.tensorrt_registry
@@ -52,7 +55,7 @@ def major_of(trt: Any) -> int:
 
 def creators_of(trt: Any) -> dict[str, Any]:
     ours = [creator for creator in trt.get_plugin_registry().all_creators if creator.plugin_namespace == "qwen_plugins"]
-    creators = {creator.name: creator for creator in ours}
+    creators = {key_of(creator.name, creator.plugin_version): creator for creator in ours}
     assert len(creators) == len(ours)
     return creators
 
@@ -60,7 +63,8 @@ def creators_of(trt: Any) -> dict[str, Any]:
 def in_another_process(trt: Any, script: str, *arguments: Any) -> tuple[Any, str]:
     """Run a script without qwen_plugins: what it prints as JSON last, and its standard error. It must end well."""
     prologue = f"import json, sys, {trt.__name__} as trt\nregistry = trt.get_plugin_registry()\n"
-    prologue += "names = lambda: [c.name for c in registry.all_creators if c.plugin_namespace == 'qwen_plugins']\n"
+    prologue += "ours = lambda: (c for c in registry.all_creators if c.plugin_namespace == 'qwen_plugins')\n"
+    prologue += "names = lambda: [c.name + f':{c.plugin_version}'.removesuffix(':1') for c in ours()]\n"
     result = run([sys.executable, "-c", prologue + script, *arguments])
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1]), result.stderr
@@ -70,11 +74,10 @@ def test_import_registers_every_creator_with_its_fields(trt: Any) -> None:
     creators = creators_of(trt)
     assert set(creators) == set(FIELDS)
     for name, creator in creators.items():
-        assert creator.plugin_version == "1"
         # By name: two packages in one process share Python's types of one of them.
         types = {field.name: field.type.name for field in creator.field_names}
         assert types == {field: "FLOAT32" if field in FLOAT_FIELDS else "INT32" for field in FIELDS[name]}
-        assert trt.get_plugin_registry().get_creator(name, "1", "qwen_plugins") is not None
+        assert trt.get_plugin_registry().get_creator(*name_and_version(name), "qwen_plugins") is not None
 
 
 def test_loading_again_does_no_harm(trt: Any) -> None:
@@ -136,9 +139,9 @@ def test_plugins_of_both_phases(trt: Any, name: str) -> None:
     for phase, fields in ((build, GOOD_FIELDS[name]), *((runtime, state) for state in states)):
         plugin = creator.create_plugin("layer", field_collection(trt, fields), phase)
         core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
-        assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (name, "1", "qwen_plugins")
-        outputs = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2}
-        assert plugin.get_capability_interface(trt.PluginCapabilityType.BUILD).num_outputs == outputs[name]
+        assert (core.plugin_name, core.plugin_version) == name_and_version(name)
+        assert core.plugin_namespace == "qwen_plugins"
+        assert plugin.get_capability_interface(trt.PluginCapabilityType.BUILD).num_outputs == NUM_OUTPUTS[name]
 
 
 def logged(trt: Any, capfd: pytest.CaptureFixture[str]) -> str:
@@ -168,7 +171,7 @@ def test_wrong_fields_are_refused_with_an_error_in_the_log(trt: Any, capfd: pyte
         fields = field_collection(trt, {field: value for field, value in merged.items() if value is not None})
         assert creators[name].create_plugin("layer", fields, trt.TensorRTPhase.BUILD) is None
         said = logged(trt, capfd)
-        assert said.startswith(f"[qwen_plugins] {name} 'layer': ")
+        assert said.startswith(f"[qwen_plugins] {name_and_version(name)[0]} 'layer': ")
         assert message in said
 
 
@@ -227,5 +230,5 @@ def test_layers_that_the_python_functions_add() -> None:
     pytest.importorskip("tensorrt_lean", reason="tensorrt_lean is not installed: pip install tensorrt-lean-cu13")
     found = json.loads(run_checked([sys.executable, Path(__file__).with_name("layers_with_bindings.py")]))
     assert "could not create the plug-in Gemm" in found.pop("refused")
-    outputs = {"RmsNorm": 2, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2}
-    assert found == {name: [name, "1", "qwen_plugins", count] for name, count in outputs.items()}
+    outputs = NUM_OUTPUTS | {"RmsNorm": 2}
+    assert found == {name: [*name_and_version(name), "qwen_plugins", count] for name, count in outputs.items()}

@@ -20,6 +20,7 @@ from onnx import TensorProto
 from qwen_model.engine.export import export_onnx
 from qwen_model.packaged_model import packaged_model_dir
 from tests.support.onnx_models import ONNX_TYPES, Value, model, plugin_node
+from tests.support.plugin_fields import name_and_version
 from tests.support.rtx_builder import Built, Tensor, build
 
 pytestmark = pytest.mark.tensorrt_registry
@@ -29,6 +30,8 @@ FLOAT, HALF, INT8, INT32, BOOL, UINT8, FP8, BFLOAT16, INT64 = range(9)
 LISTED_TYPES = {FLOAT: "Float", HALF: "Half", INT8: "Int8", INT32: "Int32", FP8: "FP8", BFLOAT16: "BFloat16"}
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "QWenLMHeadModel", "DeciCoderForCausalLM")
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+LEAST_MODES = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1}
+LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 36}
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32}
 
 
@@ -83,12 +86,11 @@ def check_one_layer(built: Built, mode: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["dynamic", "known"])
-@pytest.mark.parametrize("plugin", ["RmsNorm", "RmsNormQuantization", "Gemm", "QwenGemm", "GptAttention"])
+@pytest.mark.parametrize("plugin", LEAST_MODES)
 def test_every_mode_becomes_one_layer(modes: list[dict[str, Any]], plugin: str, known: bool) -> None:
     """With the types and shapes that the README says, and nothing before or after it."""
     of_plugin = [mode for mode in modes if mode["plugin"] == plugin]
-    least = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1, "GptAttention": 72}
-    assert len(of_plugin) >= least[plugin]
+    assert len(of_plugin) >= LEAST_MODES[plugin]
     for mode in of_plugin:
         if known:
             mode = mode | {"dynamic": []}
@@ -255,6 +257,16 @@ FULL = {
         },
         "outputs": [[HALF, [5, 128]], [HALF, [8, 2, 2, 100, 32]]],
     },
+    "GptAttention:2": {
+        "fields": {"type_id": HALF, **ATTENTION, "rotary_embedding_dim": 32, "position_embedding_type": 2}
+        | {"tokens_per_block": 64, "kv_cache_type": 1},
+        "inputs": {
+            **{"qkv": [HALF, [5, 256]], "past_key_value": [INT32, [9, 2304]], "cu_seqlens": [INT32, [4]]},
+            **{"past_lengths": [INT32, [3]], "pages": [INT32, [3, 7]], "rotary_offsets": [INT32, [3]]},
+            **{"rotary_table": [FLOAT, [200, 32]], "semaphores": [INT32, [8, 4]]},
+        },
+        "outputs": [[HALF, [5, 128]], [INT32, [9, 2304]]],
+    },
 }
 WRONG_TYPES = {
     **{FLOAT: "float32", HALF: "float16", INT8: "int8", INT32: "int32", BOOL: "bool", UINT8: "uint8"},
@@ -264,6 +276,8 @@ WRONG_TYPES = {
 
 # Dimensions that may change alone.
 FREE = {("Gemm", "x", 0), ("GptAttention", "qkv", 0), ("GptAttention", "past_key_value", 3)}
+FREE |= {("GptAttention:2", *axis) for axis in (("qkv", 0), ("past_key_value", 0), ("pages", 1), ("semaphores", 0))}
+FREE |= {("GptAttention:2", "rotary_table", 0)}
 
 
 def full_mode(plugin: str, changed: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
@@ -364,7 +378,7 @@ WRONG_NODES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str
     for case, node in {
         "more-outputs": {"outputs": [*(f"out{i}" for i in range(len(given["outputs"]))), "more"]},
         "no-output": {"outputs": [""] * len(given["outputs"])},
-        "version": {"version": "2"},
+        "version": {"version": "3"},
     }.items()
 }
 
@@ -391,7 +405,8 @@ def said() -> dict[str, dict[str, Any]]:
 def test_wrong_use_is_an_error_that_names_layer_and_input(said: dict[str, dict[str, Any]], case: str) -> None:
     mode, *_, says = WRONG_USES[case]
     assert not said[case]["built"]
-    ours = [error for error in said[case]["errors"] if error.startswith(f"[qwen_plugins] {mode['plugin']} '{LAYER}': ")]
+    start = f"[qwen_plugins] {name_and_version(mode['plugin'])[0]} '{LAYER}': "
+    ours = [error for error in said[case]["errors"] if error.startswith(start)]
     assert ours, said[case]["errors"]
     assert says in ours[0]
 

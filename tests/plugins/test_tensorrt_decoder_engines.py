@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_ty
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 import qwen_plugins.tensorrt as plugins  # noqa: E402
+from qwen_model.backends.tensorrt.cuda_runtime import DeviceMemory  # noqa: E402
 from support.tensorrt_engines import LOG, Engine, Execution, Graph, Input, build_plan, check, cudart  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
@@ -176,10 +178,11 @@ class Attention:
     def _describe(self, network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         heads = self.heads
         norms = dict(zip(("q_norm_weight", "k_norm_weight"), self.norms, strict=True)) if heads.qk_norm else {}
-        qkv, past, cu_seqlens, past_lengths, rotary_offsets, semaphores = tensors.values()
+        names = ("qkv", "past", "cu_seqlens", "past_lengths", "rotary_offsets")
         context, present = plugins.gpt_attention(
-            *(network, qkv, past, cu_seqlens, past_lengths, rotary_offsets),
-            *(self.table if heads.rotary_dim else None, semaphores),
+            network,
+            *(tensors[name] for name in names),
+            *(self.table if heads.rotary_dim else None, tensors["semaphores"]),
             **{"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads, "head_size": heads.head_size},
             rotary_embedding_dim=heads.rotary_dim,
             position_embedding_type=heads.style,
@@ -187,8 +190,12 @@ class Attention:
             q_scaling=heads.q_scaling,
             norm_eps=1e-5,
             **norms,
+            **self._pages(tensors),
         )
         return {"context": context, "present": present}
+
+    def _pages(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
     def exact(self, qkv: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return context, keys and values [heads, tokens, head_size] of a whole sequence."""
@@ -202,11 +209,16 @@ class Attention:
         if self.query_scale is not None:
             q = q * self.query_scale[rows, None]
         q, k = self._rounded(q), self._rounded(k)
+        k, v = self._cached(k), self._cached(v)
         scores = q @ np.repeat(k, query // kv, axis=0).transpose(0, 2, 1) / (heads.q_scaling * heads.head_size**0.5)
         scores = np.where(np.tri(len(qkv), dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         context = weights / weights.sum(axis=-1, keepdims=True) @ np.repeat(v, query // kv, axis=0)
         return context.transpose(1, 0, 2).reshape(len(qkv), -1), k, v
+
+    def _cached(self, x: np.ndarray) -> np.ndarray:
+        """Return what a cache keeps of keys or values."""
+        return x
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
         return x.astype(self.heads.dtype).astype(np.float64)
@@ -262,6 +274,7 @@ class Conversation:
                 "past_lengths": past_lengths,
                 "rotary_offsets": self.offsets,
                 "semaphores": np.zeros((MAX_BATCH, heads.num_heads), np.int32),
+                **self.more_inputs(),
             }
         )
         if self.in_place:
@@ -271,6 +284,9 @@ class Conversation:
             run = execution.run
             execution.run = lambda: run() | {"present": past.download()}
         return execution
+
+    def more_inputs(self) -> dict[str, np.ndarray]:
+        return {}
 
     def assert_right(self, context: np.ndarray, before: np.ndarray, past_lengths: np.ndarray) -> None:
         """Check the new tokens' context, the cache up to them, and that nothing else was written."""
@@ -285,6 +301,146 @@ class Conversation:
             untouched[row, :, :, past : len(history)] = False
             start += count
         np.testing.assert_array_equal(self.cache[untouched], before[untouched])
+
+
+PAGE_SIZE, NUM_PAGES, MAX_PAGES = 64, 23, 5
+CODES = {"int8": (np.dtype(np.int8), 127), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448)}
+
+
+class PagedAttention(Attention):
+    """The same with version 2: a pool of pages, as many as a run has, in the type of qkv or in 8 bits."""
+
+    def __init__(self, heads: Heads, kv_cache_dtype: str) -> None:
+        self.kv_cache_dtype = kv_cache_dtype
+        super().__init__(heads)
+
+    def _inputs(self) -> dict[str, Input]:
+        heads, sequences = self.heads, ((1,), (2,), (MAX_BATCH,))
+        shape = (-1, 2, heads.num_kv_heads, PAGE_SIZE, heads.head_size)
+        dtype = TYPES[heads.dtype]
+        if self.kv_cache_dtype != "auto":
+            shape, dtype = (-1, 2 * heads.num_kv_heads * PAGE_SIZE * (heads.head_size // 4 + 1)), trt.int32
+        pages = {"pages": Input(trt.int32, (-1, MAX_PAGES), *sequences)}
+        return super()._inputs() | {"past": Input(dtype, shape, (1,), (2,), (1000,))} | pages
+
+    def _pages(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"pages": tensors["pages"], "kv_cache_dtype": self.kv_cache_dtype}
+
+    def _cached(self, x: np.ndarray) -> np.ndarray:
+        if self.kv_cache_dtype == "auto":
+            return x
+        dtype, largest = CODES[self.kv_cache_dtype]
+        scales = (np.abs(x).max(axis=-1, keepdims=True) / largest).astype(np.float32)
+        codes = x / np.where(scales == 0, 1, scales)
+        return (np.rint(codes) if dtype == np.int8 else codes.astype(dtype)).astype(np.float64) * scales
+
+    def new_pool(self) -> np.ndarray:
+        """Return pages as other sequences left them: NaN."""
+        heads = self.heads
+        if self.kv_cache_dtype == "auto":
+            return np.full((NUM_PAGES, 2, heads.num_kv_heads, PAGE_SIZE, heads.head_size), np.nan, heads.dtype)
+        words = 2 * heads.num_kv_heads * PAGE_SIZE * (heads.head_size // 4 + 1)
+        return np.full((NUM_PAGES, words), -1, np.int32)
+
+    def elements(self, pool: np.ndarray) -> np.ndarray:
+        """Return float64 [num_pages, 2, kv_heads, PAGE_SIZE, head_size]."""
+        if self.kv_cache_dtype == "auto":
+            return pool.astype(np.float64)
+        heads, (dtype, _) = self.heads, CODES[self.kv_cache_dtype]
+        blocks = pool.view(np.uint8).reshape(NUM_PAGES, 2, heads.num_kv_heads, -1)
+        count = PAGE_SIZE * heads.head_size
+        codes = np.ascontiguousarray(blocks[..., :count]).view(dtype).astype(np.float64)
+        scales = np.ascontiguousarray(blocks[..., count:]).view(np.float32).astype(np.float64)
+        return codes.reshape(*blocks.shape[:3], PAGE_SIZE, heads.head_size) * scales[..., None]
+
+
+class PagedConversation(Conversation):
+    """Sequences that grow in pages which lie anywhere in the pool."""
+
+    def __init__(self, attention: PagedAttention, offsets: Sequence[int]) -> None:
+        super().__init__(attention, True, offsets)
+        self.pool = attention
+        self.cache = attention.new_pool()
+        free = np.random.default_rng().permutation(np.arange(1, NUM_PAGES))
+        self.pages = free[: len(offsets) * MAX_PAGES].reshape(len(offsets), MAX_PAGES).astype(np.int32)
+
+    def more_inputs(self) -> dict[str, np.ndarray]:
+        return {"pages": self.pages}
+
+    def assert_right(self, context: np.ndarray, before: np.ndarray, past_lengths: np.ndarray) -> None:
+        found, untouched = self.pool.elements(self.cache), np.ones((NUM_PAGES, PAGE_SIZE), bool)
+        start = 0
+        for row, (history, past) in enumerate(zip(self.histories, past_lengths, strict=True)):
+            exact, keys, values = self.pool.exact(history, int(self.offsets[row]))
+            count = len(history) - past
+            self.assert_near(context[start : start + count], exact[past:], 0.08)
+            positions = np.arange(len(history))
+            pages, places = self.pages[row][positions // PAGE_SIZE], positions % PAGE_SIZE
+            cached = found[pages, :, :, places].transpose(1, 2, 0, 3)  # [2, kv_heads, tokens, head_size]
+            self.assert_near(cached, np.stack([keys, values]), 0.08)
+            untouched[pages[past:], places[past:]] = False
+            start += count
+        same = self.pool.elements(before)
+        np.testing.assert_array_equal(found.swapaxes(1, 3)[untouched], same.swapaxes(1, 3)[untouched])
+
+    def assert_near(self, actual: np.ndarray, exact: np.ndarray, tolerance_of_codes: float) -> None:
+        """With 8 bits an element may become either of two codes, if it is beside the middle of them."""
+        if self.pool.kv_cache_dtype == "auto":
+            assert_close(actual, exact, self.pool.heads.dtype)
+        else:
+            difference = np.abs(actual.astype(np.float64) - exact)
+            assert difference.max() < tolerance_of_codes * np.abs(exact).max()
+            assert difference.mean() < tolerance_of_codes / 50 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(),
+        Heads(num_heads=28, num_kv_heads=4, head_size=128, rotary_dim=128),
+        Heads(num_heads=8, num_kv_heads=1, head_size=80, rotary_dim=32, qk_norm=True, query_scale=True),
+        Heads(dtype="float32", head_size=32, rotary_dim=16),
+    ],
+    ids=str,
+)
+def test_pages(heads: Heads, kv_cache_dtype: str) -> None:
+    """Chunks of prompts, tokens, and both in one step, in pages that were never written or that others left."""
+    conversation = PagedConversation(PagedAttention(heads, kv_cache_dtype), offsets=(0, 3, 7))
+    for lengths in ((5, 1, 63), (1, 1, 1), (1, 1, 1), (70, 1, 30), (1, 90, 1), (1, 1, 1)):
+        conversation.step(lengths)
+
+
+def test_a_graph_of_decode_with_padding() -> None:
+    """A padded row has one token in page 0, which nobody reads."""
+    attention = PagedAttention(Heads(head_size=128, rotary_dim=128), "int8")
+    conversation = PagedConversation(attention, offsets=(0, 5, 7))
+    conversation.step((5, 64, 33))
+    conversation.histories.append(np.empty((0, attention.heads.packed), np.float16))
+    conversation.offsets = np.append(conversation.offsets, np.int32(0))
+    conversation.pages = np.concatenate([conversation.pages, np.zeros((1, MAX_PAGES), np.int32)])
+    conversation.step((1, 1, 1, 1))
+    past_lengths = np.array([len(history) for history in conversation.histories], np.int32)
+    past_lengths[-1] = 0
+    conversation.histories[-1] = conversation.histories[-1][:0]
+    execution = conversation.bind((1, 1, 1, 1), past_lengths)
+    execution.enqueue()  # TensorRT prepares a context in its first run
+    graph = Graph(execution.stream, execution.enqueue)
+    assert set(graph.node_types()) == {"Kernel"}
+    graph.launch()
+    before, conversation.cache = conversation.cache, execution.inputs["past"].download()
+    conversation.assert_right(execution.results()["context"], before, past_lengths)
+
+
+def test_a_present_with_memory_of_its_own_is_refused() -> None:
+    conversation = PagedConversation(PagedAttention(Heads(), "auto"), offsets=(0,))
+    execution = conversation.bind((3,), np.zeros(1, np.int32))
+    other = DeviceMemory(execution.inputs["past"].num_bytes)
+    execution.context.set_tensor_address("present", other.address)
+    LOG.messages.clear()
+    with pytest.raises(RuntimeError, match="TensorRT refused to run"):
+        execution.enqueue()
+    assert any("'present_key_value' has memory of its own; expected that of" in line for line in LOG.messages)
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_gpt_attention_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     )
 
     (plugin,) = tensorrt.network.plugins
-    assert (plugin.name, plugin.layer) == ("GptAttention", "attention")
+    assert (plugin.name, plugin.version, plugin.layer) == ("GptAttention", "1", "attention")
     assert plugin.fields.pop("norm_eps") == pytest.approx(1e-5)
     assert plugin.fields == {
         **{"type_id": 1, "num_heads": 4, "num_kv_heads": 2, "head_size": 64, "rotary_embedding_dim": 64},
@@ -361,6 +361,52 @@ def test_gpt_attention_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     assert given[8] is optional["q_norm_weight"]
     assert [tensor.known_type for tensor in (given[5], given[7], given[9])] == [DataType.FLOAT] * 2 + [DataType.HALF]
     assert context.known_type == present.known_type == DataType.HALF
+
+
+def page_arguments(network: Any, kv_cache_dtype: str = "auto") -> dict[str, Any]:
+    """Return the same arguments over a cache of 9 pages, of which a sequence has at most 5."""
+    words = 2 * 2 * 64 * (64 // 4 + 1)
+    pool = rows(9, 2, 2, 64, 64) if kv_cache_dtype == "auto" else tensor_of(np.zeros((9, words), np.int32))
+    pages = tensor_of(np.zeros((3, 5), np.int32))
+    more = {"past_key_value": pool, "pages": pages, "kv_cache_dtype": kv_cache_dtype}
+    return attention_arguments(network) | more
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "number"), [("auto", 0), ("int8", 1), ("fp8", 2)])
+def test_pages_make_it_version_2(tensorrt: Any, kv_cache_dtype: str, number: int) -> None:
+    arguments = page_arguments(tensorrt.network, kv_cache_dtype)
+    context, present = tensorrt.functions.gpt_attention(**arguments)
+
+    (plugin,) = tensorrt.network.plugins
+    assert (plugin.name, plugin.version) == ("GptAttention", "2")
+    assert (plugin.fields["tokens_per_block"], plugin.fields["kv_cache_type"]) == (64, number)
+    names = ("qkv", "past_key_value", "cu_seqlens", "past_lengths", "pages", "rotary_offsets")
+    assert plugin.inputs[:6] == [arguments[name] for name in names]
+    assert plugin.inputs[7:] == [arguments["semaphores"]]
+    assert context.known_type == DataType.HALF
+    assert present.known_type == (DataType.HALF if number == 0 else DataType.INT32)
+    assert tuple(present.shape) == tuple(arguments["past_key_value"].shape)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "changed", "error", "message"),
+    [
+        ("auto", {"past_key_value": rows(9, 2, 2, 32, 64)}, ValueError, r"here \(-1, 2, 2, 64, 64\)"),
+        ("auto", {"pages": tensor_of(np.zeros((3, 5), np.int64))}, TypeError, "pages has type DataType.INT64"),
+        ("auto", {"pages": tensor_of(np.zeros(3, np.int32))}, ValueError, r"expected \[sequences, max_pages\]"),
+        ("auto", {"tokens_per_block": 32}, ValueError, "tokens_per_block is 32; expected 64"),
+        ("auto", {"kv_cache_dtype": "int4"}, ValueError, "kv_cache_dtype is 'int4'; expected one of auto, int8, fp8"),
+        ("fp8", {"pages": None}, ValueError, "kv_cache_dtype is 'fp8'; expected pages with it"),
+        ("int8", {"past_key_value": rows(9, 2, 2, 64, 64)}, ValueError, r"here \(-1, 4352\)"),
+        ("int8", {"past_key_value": rows(9, 4352)}, TypeError, "past_key_value has type DataType.HALF; expected"),
+    ],
+)
+def test_bad_pages(
+    tensorrt: Any, kv_cache_dtype: str, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tensorrt.functions.gpt_attention(**(page_arguments(tensorrt.network, kv_cache_dtype) | changed))
+    assert tensorrt.network.plugins == []
 
 
 @pytest.mark.parametrize(

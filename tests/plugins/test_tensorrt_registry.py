@@ -28,6 +28,8 @@ from tests.support.plugin_fields import (  # noqa: E402
     REFUSED_FIELDS,
     SCHEMA_VERSIONS,
     field_collection,
+    key_of,
+    name_and_version,
 )
 
 pytestmark = pytest.mark.tensorrt
@@ -45,8 +47,9 @@ def creators() -> dict[str, Any]:
     found = {}
     for creator in trt.get_plugin_registry().plugin_creator_list:
         if creator.plugin_namespace == "qwen_plugins":
-            assert creator.name not in found
-            found[creator.name] = creator
+            key = key_of(creator.name, creator.plugin_version)
+            assert key not in found
+            found[key] = creator
     return found
 
 
@@ -93,7 +96,7 @@ def test_creators_and_their_fields(creators: dict[str, Any]) -> None:
         assert set(fields) == FIELDS[name]
         for field, kind in fields.items():
             assert kind == (trt.PluginFieldType.FLOAT32 if field in FLOAT_FIELDS else trt.PluginFieldType.INT32)
-        assert trt.get_plugin_registry().get_plugin_creator(name, "1", "qwen_plugins") is not None
+        assert trt.get_plugin_registry().get_plugin_creator(*name_and_version(name), "qwen_plugins") is not None
 
 
 def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
@@ -107,7 +110,7 @@ def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
         thread.join()
     trt.get_plugin_registry().load_library(str(qwen_plugins.tensorrt_library_path()))
 
-    names = [creator.name for creator in trt.get_plugin_registry().plugin_creator_list]
+    names = [key_of(c.name, c.plugin_version) for c in trt.get_plugin_registry().plugin_creator_list]
     for name in FIELDS:
         assert names.count(name) == 1
     assert creators["RmsNorm"].create_plugin("layer", field_collection(trt, GOOD_FIELDS["RmsNorm"])) is not None
@@ -127,6 +130,8 @@ def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
         ("Gemm", {"bias": np.int32(1), "activation": np.int32(1), "constant_weight": np.int32(0)}, 1),
         ("GptAttention", {}, 2),
         ("GptAttention", {"rotary_embedding_dim": np.int32(0), "position_embedding_type": np.int32(0)}, 2),
+        ("GptAttention:2", {}, 2),
+        ("GptAttention:2", {"kv_cache_type": np.int32(2), "qk_norm": np.int32(1)}, 2),
         ("GptAttention", {"qk_norm": np.int32(1), "query_scale": np.int32(1), "q_scaling": np.float32(2)}, 2),
     ],
 )
@@ -135,7 +140,8 @@ def test_fields_to_plugin_to_bytes_and_back(
 ) -> None:
     plugin = creators[name].create_plugin("layer", field_collection(trt, GOOD_FIELDS[name] | more_fields))
 
-    assert (plugin.plugin_type, plugin.plugin_version, plugin.plugin_namespace) == (name, "1", "qwen_plugins")
+    assert (plugin.plugin_type, plugin.plugin_version) == name_and_version(name)
+    assert plugin.plugin_namespace == "qwen_plugins"
     assert plugin.num_outputs == num_outputs
     written = bytes(plugin.serialize())
     assert len(written) == plugin.serialization_size

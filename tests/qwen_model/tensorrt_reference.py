@@ -17,6 +17,7 @@ import numpy as np
 
 import qwen_model
 from qwen_model.engine.export import export_onnx
+from tests.qwen_model.backends.device_runs import Running, batch_of
 
 ARCHITECTURES = [
     "QWenLMHeadModel",
@@ -54,25 +55,28 @@ def expected(session: qwen_model.Session) -> dict[str, np.ndarray]:
     prompts = [random_prompt(length, seed, vocab_size) for seed, length in enumerate(PROMPT_LENGTHS)]
     found: dict[str, Any] = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
     found["logits"] = session.logits(prompts[LOGITS_OF])
-    found["tokens"], found["scores"] = candidates(session.executor, prompts)
+    found["tokens"], found["scores"] = candidates(session.device, prompts)
     beams = session.generate(prompts[1:3], max_new_tokens=BEAM_TOKENS, num_beams=NUM_BEAMS).outputs
     found |= {f"beams_{i}": output.output_ids for i, output in enumerate(beams)}
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def candidates(executor: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def candidates(device: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Greedy decoding: the likeliest tokens of each step, [steps, prompts, CANDIDATES], and their log-probabilities.
 
     The first is the one that goes on; the others tell a tie from an error.
     """
-    tokens, scores = [], []
-    executor.begin_beams(prompts, 1)
+    most = -(-(LIMITS["max_input_len"] + LIMITS["max_output_len"]) // device.page_size)
+    pages = np.arange(1, 1 + most * len(prompts)).reshape(len(prompts), most).tolist()
+    sequences = [Running(prompt, slot, pages[slot]) for slot, prompt in enumerate(prompts)]
+    device.start([sequence.start() for sequence in sequences])
+    steps = []
+    rows = [sequence.chunk(LIMITS["max_input_len"]) for sequence in sequences]
     for _ in range(NEW_TOKENS):
-        best, _, found = executor.beam_candidates(np.zeros((len(prompts), 1), np.float32), CANDIDATES)
-        tokens.append(found)
-        scores.append(best)
-        executor.decode_beams(np.arange(len(prompts)), found[:, 0])
-    return np.stack(tokens), np.stack(scores)
+        device.forward(batch_of(rows))
+        steps.append(device.choose(num_best=CANDIDATES).wait())
+        rows = [sequence.decode() for sequence in sequences]
+    return np.stack([step.best_tokens for step in steps]), np.stack([step.best_logprobs for step in steps])
 
 
 def save_exact_results(model_dir: Path | None, path: Path, dtypes: list[str]) -> None:

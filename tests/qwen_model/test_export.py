@@ -33,7 +33,7 @@ def test_summary_of_plugins(command, tmp_path):
         r"model       Qwen2ForCausalLM, 6\.6 million parameters, 6 layers\n",
         r"operators   plugins, float16, opset 17, 47 nodes\n",
         r"inputs      input_ids +int32 +\[tokens\]\n",
-        r" +past_key_value_0\.\.\.5 +float16 +\[2, 2, 2, 612, 64\]\n",
+        r" +past_key_value_0\.\.\.5 +float16 +\[num_pages, 2, 2, 64, 64\]\n",
         r"outputs     logits +float16 +\[logit_rows, 5120\]\n",
         r"limits      2 sequences, prompts of 100 tokens, outputs of 512 tokens\n",
     ):
@@ -61,7 +61,7 @@ def test_inputs_are_those_of_the_tensorrt_back_end(tmp_path):
     from qwen_model.engine.export import export_onnx
 
     summary = export_onnx(output=tmp_path / "model.onnx", max_batch_size=3)
-    expected = network_inputs(summary.model, summary.limits, "float16")
+    expected = network_inputs(summary.model, summary.limits, "float16", "auto")
     found = {
         tensor.name: (tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
         for tensor in summary.written.inputs

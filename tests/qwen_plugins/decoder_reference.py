@@ -74,10 +74,15 @@ class Case:
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """Return the context [tokens, heads * head_size] and the cache afterwards, in float64 on the CPU."""
-        q, k, v = self._prepared()
+        _, k, v = self._prepared()
         cache = self.cache.double().cpu()
         cache[self.sequences, 0, :, self.positions] = k
         cache[self.sequences, 1, :, self.positions] = v
+        return self.context_over(cache), cache
+
+    def context_over(self, cache: Tensor) -> Tensor:
+        """Return the context over a cache in float64, on the CPU, that has the new tokens' keys and values."""
+        q, _, _ = self._prepared()
         group = self.num_heads // self.num_kv_heads
         context = []
         for sequence, past in enumerate(self.past_lengths):
@@ -88,7 +93,7 @@ class Case:
             future = torch.arange(length) > self.positions[own][:, None]
             weights = scores.masked_fill(future[:, None], -math.inf).softmax(-1)
             context.append(torch.einsum("thn,hnd->thd", weights, values).flatten(1))
-        return torch.cat(context), cache
+        return torch.cat(context)
 
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v [tokens, heads, head_size], q and k normalised, rotated and scaled."""

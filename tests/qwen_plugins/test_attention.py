@@ -283,6 +283,8 @@ def arguments(**changed):
 INTS = torch.zeros(2, dtype=torch.int32)
 QKV = torch.zeros(2, 512, dtype=torch.float16)
 CACHE = torch.zeros(2, 2, 2, 8, 64, dtype=torch.float16)
+BYTES = torch.zeros(2, 2, 2, 8, 68, dtype=torch.uint8)
+PAGES = torch.zeros(1, 3, dtype=torch.int32)
 TABLE = torch.zeros(8, 64)
 WEIGHT = torch.zeros(64, dtype=torch.float16)
 
@@ -297,10 +299,25 @@ WEIGHT = torch.zeros(64, dtype=torch.float16)
         ({"qkv": torch.zeros(512, 2).half().t()}, ValueError, "last dimension of qkv must be contiguous"),
         ({"qkv": QKV.clone().requires_grad_()}, ValueError, "qkv requires gradients"),
         ({"qkv": QKV.float()}, TypeError, "kv_cache must be float32 like qkv, not float16"),
-        ({"kv_cache": CACHE[0]}, ValueError, r"kv_cache must have the shape \(sequences, 2, kv_heads, .*, not \(2, 2"),
+        ({"kv_cache": CACHE[0]}, ValueError, r"kv_cache must have the shape \(rows, 2, kv_heads, .*, not \(2, 2"),
         ({"kv_cache": CACHE.transpose(0, 1)}, ValueError, "kv_cache must be contiguous"),
         ({"kv_cache": CACHE.to("meta")}, ValueError, "kv_cache must be on the device of the first argument, cpu, not"),
         ({"kv_cache": CACHE[..., :40].contiguous()}, ValueError, r"head_size must be one of \(32, .* 256\), not 40"),
+        ({"cache_dtype": torch.int16}, TypeError, "cache_dtype must be None, int8 or float8_e4m3fn, not int16"),
+        ({"cache_dtype": "int8"}, TypeError, "cache_dtype must be None, int8 or float8_e4m3fn, not int8"),
+        ({"cache_dtype": torch.int8}, TypeError, "kv_cache must be uint8 like all caches of int8, not float16"),
+        ({"cache_dtype": torch.int8, "kv_cache": BYTES[0]}, ValueError, r"max_positions, head_size \+ 4\), not \(2, 2"),
+        (
+            {"cache_dtype": torch.int8, "kv_cache": BYTES},
+            ValueError,
+            "8 bits must have a multiple of 64 positions, not 8",
+        ),
+        ({"pages": [[0]]}, TypeError, r"pages must be a torch\.Tensor, not list"),
+        ({"pages": PAGES.long()}, TypeError, "pages must be int32, not int64"),
+        ({"pages": PAGES[0]}, ValueError, r"pages must have the shape \(sequences, pages of each\), not \(3,\)"),
+        ({"pages": PAGES[:, :0]}, ValueError, r"pages must have the shape \(sequences, pages of each\), not \(1, 0\)"),
+        ({"pages": PAGES.repeat(2, 2)[:, ::2]}, ValueError, "the last dimension of pages must be contiguous"),
+        ({"pages": PAGES}, ValueError, "kv_cache must have rows of 64 positions with pages, not of 8"),
         ({"num_heads": "4"}, TypeError, "num_heads must be an integer, not str"),
         ({"num_heads": 3}, ValueError, "num_heads must be a multiple of the cache's kv_heads, 2, not 3"),
         ({"kv_cache": CACHE[:, :, :0]}, ValueError, "num_heads must be a multiple of the cache's kv_heads, 0, not 4"),
@@ -340,7 +357,7 @@ def test_refused_arguments_of_prefill_attention(changed, error, message):
 def test_refused_arguments_of_decode_attention():
     inputs = arguments()["inputs"]
     workspace = attention.decode_attention_workspace(inputs)
-    with pytest.raises(ValueError, match="qkv must have at most 2 rows, as the cache has, not 4"):
+    with pytest.raises(ValueError, match="qkv must have at most 2 rows for a cache of 2 sequences, not 4"):
         attention.decode_attention(QKV.repeat(2, 1), inputs, INTS.repeat(2), workspace)
     with pytest.raises(TypeError, match="past_lengths must be int32, not int64"):
         attention.decode_attention(QKV, inputs, INTS.long(), workspace)

@@ -28,11 +28,21 @@ def attention_heads(**changed):
     return launch.AttentionHeads(**(options | changed))
 
 
-def sample(**changed):
-    options = {"logits": ADDRESS, "logits_row_stride": 8, "sequences": 0, "vocab_size": 8, "settings": 0}
-    options |= {"greedy": False, "seen": 0, "tokens": ADDRESS, "input_ids": 0, "past_lengths": 0}
-    options |= {"workspace": ADDRESS, "semaphores": ADDRESS, "stream": 0, "dtype": launch.DataType.float16}
-    launch.sample(**(options | changed))
+def sampling_slots(**changed):
+    names = ("settings", "biases", "marks", "mask_rows", "masks", "last_tokens", "workspace", "semaphores")
+    return launch.SamplingSlots(**({"vocab_size": 8} | dict.fromkeys(names, ADDRESS) | changed))
+
+
+def sample(memory=None, **changed):
+    options = {"logits": ADDRESS, "logits_row_stride": 8, "sequences": 0, "slots": 0, "largest": False}
+    options |= {"tokens": ADDRESS, "stream": 0, "dtype": launch.DataType.float16}
+    launch.sample(memory or sampling_slots(), **(options | changed))
+
+
+def logprobs(**changed):
+    options = {"logits": ADDRESS, "logits_row_stride": 8, "sequences": 0, "vocab_size": 8, "num_best": 3, "stream": 0}
+    options |= dict.fromkeys(("tokens", "logprobs", "best_tokens", "best_logprobs"), ADDRESS)
+    launch.logprobs(**({"dtype": launch.DataType.float16} | options | changed))
 
 
 def test_all_launchers_are_exported():
@@ -67,8 +77,32 @@ def test_a_norm_layer():
 
 def test_sampling():
     sample()
-    with pytest.raises(RuntimeError, match="sampling: invalid argument"):
-        sample(sequences=-1)
+    for memory, changed in (
+        (sampling_slots(vocab_size=2**19 + 1), {}),
+        (sampling_slots(settings=0), {"sequences": 1}),
+        (sampling_slots(masks=0), {"sequences": 1}),
+        (None, {"sequences": -1}),
+    ):
+        with pytest.raises(RuntimeError, match="sampling: invalid argument"):
+            sample(memory, **changed)
+    options = {"starts": ADDRESS, "biases": 0, "tokens": 0, "stream": 0}
+    launch.start_sampling(sampling_slots(), sequences=0, **options)
+    for memory, sequences in ((sampling_slots(), -1), (sampling_slots(marks=0), 1)):
+        with pytest.raises(RuntimeError, match="start_sampling: invalid argument"):
+            launch.start_sampling(memory, sequences=sequences, **options)
+
+
+def test_logprobs():
+    logprobs()
+    logprobs(num_best=launch.MAX_BEST)
+    for changed in (
+        {"num_best": launch.MAX_BEST + 1},
+        {"sequences": -1},
+        {"vocab_size": 0},
+        {"sequences": 1, "best_tokens": 0},
+    ):
+        with pytest.raises(RuntimeError, match="logprobs: invalid argument"):
+            logprobs(**changed)
 
 
 def test_every_function_says_what_it_does():
@@ -88,6 +122,7 @@ def test_every_function_says_what_it_does():
         (attention_heads, {"rotary_style": 0}),
         (attention_heads, {"dtype": _core.RotaryStyle.neox}),
         (sample, {"dtype": 1}),
+        (logprobs, {"dtype": 1}),
     ],
 )
 def test_enumerations_take_no_numbers(function, arguments):

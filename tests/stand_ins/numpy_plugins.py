@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Arrays = list[np.ndarray]
@@ -37,17 +38,21 @@ def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
 
 
 def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
-    """Compute attention; write the new keys and values to the cache in place."""
-    qkv, cache, cu_seqlens, past_lengths, offsets, *rest = inputs
+    """Compute attention; write the new keys and values to the cache in place. With pages this is version "2"."""
+    qkv, pool, cu_seqlens, past_lengths, *rest = inputs
+    pages = rest.pop(0) if fields.get("tokens_per_block") else None
+    offsets = rest.pop(0)
     heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], fields["head_size"]
     table = rest.pop(0) if fields["rotary_embedding_dim"] else None
     semaphores = rest.pop(0)
-    assert semaphores.shape == (len(cache), heads)
+    assert semaphores.shape[0] >= len(past_lengths)
+    assert semaphores.shape[1:] == (heads,)
     assert not semaphores.any()
     query_scale = rest.pop(0) if fields["query_scale"] else None
     norms = rest if fields["qk_norm"] else None
+    cache = Cache(pool, pages, kv_heads, size, fields.get("kv_cache_type", 0))
     decoding = len(qkv) == len(past_lengths)
-    context = np.empty((len(qkv), heads, size), qkv.dtype)
+    context = np.zeros((len(qkv), heads, size), qkv.dtype)  # rows behind the last sequence are padding
     for sequence, past in enumerate(past_lengths):
         start, end = (sequence, sequence + 1) if decoding else cu_seqlens[sequence : sequence + 2]
         tokens = qkv[start:end].reshape(end - start, -1, size)
@@ -63,11 +68,54 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
             q, k = rotate(q, table[rows]), rotate(k, table[rows])
         if query_scale is not None:
             q = (q.astype(np.float32) * query_scale[rows][:, None, None]).astype(q.dtype)
-        cache[sequence, 0, :, positions] = k
-        cache[sequence, 1, :, positions] = v
-        keys, values = cache[sequence, :, :, : past + end - start].astype(np.float32)
+        cache.write(sequence, positions, k, v)
+        keys, values = cache.read(sequence, past + end - start)
         context[start:end] = attend(q, keys, values, positions).astype(qkv.dtype)
-    return [context.reshape(len(qkv), -1), cache]
+    return [context.reshape(len(qkv), -1), pool]
+
+
+PAGE_SIZE = 64
+CODES = {1: (np.dtype(np.int8), 127), 2: (np.dtype(ml_dtypes.float8_e4m3fn), 448)}
+
+
+class Cache:
+    """Keys and values of a layer: rows of a cache, or pages of a pool, of floating-point numbers or of 8-bit codes."""
+
+    def __init__(self, pool: np.ndarray, pages: np.ndarray | None, kv_heads: int, head_size: int, kind: int) -> None:
+        self.pages = np.arange(len(pool))[:, None] if pages is None else pages
+        self.scales: np.ndarray | None = None
+        if kind == 0:
+            self.rows = pool
+            assert pages is None or pool.shape == (len(pool), 2, kv_heads, PAGE_SIZE, head_size)
+        else:
+            blocks = pool.view(np.uint8).reshape(len(pool), 2, kv_heads, -1)
+            count = blocks.shape[-1] // (head_size + 4) * head_size
+            codes, self.largest = CODES[kind]
+            self.rows = blocks[..., :count].reshape(*blocks.shape[:3], -1, head_size).view(codes)
+            self.scales = blocks[..., count:].view(np.float32)
+        self.page_size = self.rows.shape[3]
+
+    def write(self, sequence: int, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        page, place = self.pages[sequence, positions // self.page_size], positions % self.page_size
+        assert (page >= 0).all()
+        assert (page < len(self.rows)).all(), "a page that is not there"
+        for kind, new in enumerate((k, v)):  # [tokens, kv_heads, head_size]
+            if self.scales is not None:
+                new = new.astype(np.float32)
+                scales = np.abs(new).max(-1) / np.float32(self.largest)
+                self.scales[page, kind, :, place] = scales
+                new = new / np.where(scales == 0, np.float32(1), scales)[..., None]
+                new = np.rint(new) if self.rows.dtype == np.int8 else new
+            self.rows[page, kind, :, place] = new.astype(self.rows.dtype)
+
+    def read(self, sequence: int, length: int) -> np.ndarray:
+        """Return float32 [2, kv_heads, length, head_size]."""
+        used = self.pages[sequence, : -(-length // self.page_size)]
+        found = self.rows[used].astype(np.float32)  # [pages, 2, kv_heads, page_size, head_size]
+        if self.scales is not None:
+            found *= self.scales[used][..., None]
+        found = found.transpose(1, 2, 0, 3, 4)
+        return found.reshape(*found.shape[:2], -1, found.shape[-1])[:, :, :length]
 
 
 def rotate(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -111,7 +159,7 @@ def gemm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
 
 def attention_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
     context = (shapes[0][0], fields["num_heads"] * fields["head_size"])
-    return [(context, fields["type_id"]), (shapes[1], fields["type_id"])]
+    return [(context, fields["type_id"]), (shapes[1], 3 if fields.get("kv_cache_type") else fields["type_id"])]
 
 
 PLUGIN_OUTPUTS: dict[str, Callable[[dict[str, Any], list[Shape]], Outputs]] = {

@@ -48,9 +48,9 @@ class OnnxParser:
         if node.op_type == "Gather":
             layer = self.network.add_gather(*inputs, fields["axis"])
         else:
-            identity = node.domain, fields.pop("plugin_namespace"), fields.pop("plugin_version")
-            assert identity == ("qwen_plugins", b"qwen_plugins", b"1")
-            plugin = types.SimpleNamespace(name=node.op_type, fields=fields, phase="build")
+            assert (node.domain, fields.pop("plugin_namespace")) == ("qwen_plugins", b"qwen_plugins")
+            version = fields.pop("plugin_version").decode()
+            plugin = types.SimpleNamespace(name=node.op_type, version=version, fields=fields, phase="build")
             layer = self.network.add_plugin_v3(inputs, [], plugin)
         layer.name = node.name
         tensors.update(zip(node.output, layer.outputs, strict=True))

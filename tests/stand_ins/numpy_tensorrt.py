@@ -303,17 +303,19 @@ def gather(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 class Creator:
-    plugin_version, plugin_namespace = "1", "qwen_plugins"
+    plugin_namespace = "qwen_plugins"
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, version: str) -> None:
+        self.name, self.plugin_version = name, version
 
     def create_plugin(self, layer: str, fields: list[types.SimpleNamespace], phase: str | None = None) -> Any:
         values = {
             field.name: field.array.tolist() if field.array.size > 1 else field.array[0].item() for field in fields
         }
         kinds = {field.name: field.kind for field in fields}
-        return types.SimpleNamespace(name=self.name, layer=layer, fields=values, kinds=kinds, phase=phase)
+        made = types.SimpleNamespace(name=self.name, layer=layer, fields=values, kinds=kinds, phase=phase)
+        made.version = self.plugin_version
+        return made
 
 
 class Profile:
@@ -511,7 +513,7 @@ def make_module(version: str) -> types.ModuleType:
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
-    creators = [Creator(name) for name in ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention", "QwenGemm")]
+    creators = [Creator(name, "1") for name in PLUGIN_OUTPUTS] + [Creator("GptAttention", "2")]
     others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
     operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")

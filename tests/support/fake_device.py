@@ -1,4 +1,4 @@
-"""A device in NumPy whose logits are a hash of a sequence's tokens as they are in its pages of the cache.
+"""A device in NumPy whose logits are a function of a sequence's tokens as they are in its pages of the cache.
 
 A page that is wrong, not written, or overwritten changes the tokens, and what may not happen at all is an error.
 """
@@ -16,16 +16,19 @@ from qwen_model.interface.device import LAST_TOKEN, NO_TOKEN, UNUSED_PAGE, Batch
 from qwen_model.interface.sampling import SamplingOptions
 
 VOCAB = 40
-OVERFLOWING = 7
-"""The logits after this token are not finite, if a device overflows."""
+Model = Callable[[Sequence[int], int], np.ndarray]
+"""The logits after some tokens, the first of which are a prompt of that length: float32 [VOCAB]."""
 
 
-def hashed_logits(tokens: Sequence[int], prompt_length: int, overflows: bool = False) -> np.ndarray:
-    """The logits after some tokens: float32 [VOCAB]."""
-    if overflows and tokens[-1] == OVERFLOWING:
-        return np.full(VOCAB, np.nan, np.float32)
+def hashed_logits(tokens: Sequence[int], prompt_length: int) -> np.ndarray:
+    """A model that sees every token."""
     seed = zlib.crc32(np.array([prompt_length, *tokens], np.int64).tobytes())
     return np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
+
+
+def overflowing_logits(tokens: Sequence[int], prompt_length: int) -> np.ndarray:
+    """The same model, whose logits are not finite after one of the tokens."""
+    return np.full(VOCAB, np.nan, np.float32) if tokens[-1] == 7 else hashed_logits(tokens, prompt_length)
 
 
 def chosen_token(
@@ -87,7 +90,7 @@ class FakeDevice:
     page_size: int = 4
     max_logit_rows: int = 4
     runs_ahead: bool = False
-    overflows: bool = False
+    model: Model = hashed_logits
     in_use: Callable[[int], bool] = lambda page: True
     gemm_kernels: None = None
     forwards: list[Batch] = field(default_factory=list)  # all that were run
@@ -167,6 +170,9 @@ class FakeDevice:
         for name in ("tokens", "slots", "lengths", "past_lengths", "prompt_lengths", "pages"):
             assert getattr(batch, name).dtype == np.int32, name
         assert len(batch.past_lengths) == len(batch.prompt_lengths) == len(batch.pages) == len(batch.chooses) == count
+        for pages, past, length in zip(batch.pages, batch.past_lengths, batch.lengths, strict=True):
+            used = pages[: -(-(past + length) // self.page_size)].tolist()
+            assert all(map(self.in_use, used)), "a page is used that no sequence has"
         self.forwards.append(batch)
 
     def _run(self, batch: Batch) -> list[np.ndarray]:
@@ -179,7 +185,8 @@ class FakeDevice:
             past, end = int(batch.past_lengths[row]), int(batch.past_lengths[row] + batch.lengths[row])
             pages = batch.pages[row][: -(-end // self.page_size)].tolist()
             assert UNUSED_PAGE not in pages
-            assert all(map(self.in_use, pages)), "a page is used that the sequence does not have"
+            if batch.chooses.any():  # others are not waited for: what comes after them is in their order
+                assert all(map(self.in_use, pages)), "a page was freed that a launched step uses"
             new = batch.tokens[ends[row] - batch.lengths[row] : ends[row]].tolist()
             for position, token in enumerate(new, past):
                 assert 0 <= token < VOCAB or (token == LAST_TOKEN and len(new) == 1)
@@ -190,7 +197,7 @@ class FakeDevice:
             tokens = self.cache[pages].ravel()[:end].tolist()
             length = int(batch.prompt_lengths[row])
             for place in range(past, end):
-                found.append(hashed_logits(tokens[: place + 1], length, self.overflows))
+                found.append(self.model(tokens[: place + 1], length))
             if batch.chooses[row]:
                 self._logits.append((slot, found[-1]))
         return found

@@ -7,6 +7,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from tests.support.plugin_fields import name_and_version
+
 DOMAIN = "qwen_plugins"
 # nvinfer1::DataType, which plug-ins use in fields, of each type of ONNX.
 TENSORRT_TYPES = {
@@ -37,11 +39,12 @@ def plugin_node(
     inputs: Sequence[str],
     outputs: Sequence[str],
     fields: Mapping[str, int | float],
-    version: str = "1",
+    version: str | None = None,
 ) -> Any:
-    """Return a node that a parser of TensorRT takes for a plug-in."""
-    identity = {"plugin_version": version, "plugin_namespace": "qwen_plugins"}
-    return helper.make_node(plugin, inputs, outputs, name=name, domain=DOMAIN, **identity, **fields)
+    """Return a node that a parser of TensorRT takes for a plug-in, of that version; None: of the one in its key."""
+    plugin_name, of_key = name_and_version(plugin)
+    identity = {"plugin_version": version or of_key, "plugin_namespace": "qwen_plugins"}
+    return helper.make_node(plugin_name, inputs, outputs, name=name, domain=DOMAIN, **identity, **fields)
 
 
 def model(

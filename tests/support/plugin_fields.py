@@ -1,9 +1,30 @@
-"""The fields of every plug-in, good ones, and wrong ones with what is said about them."""
+"""The fields of every plug-in, good ones, and wrong ones with what is said about them.
+
+A plug-in is called by its name, and those of another version than "1" with a colon and their version behind it.
+"""
 
 from typing import Any
 
 import numpy as np
 
+
+def key_of(name: str, version: str) -> str:
+    return name if version == "1" else f"{name}:{version}"
+
+
+def name_and_version(key: str) -> tuple[str, str]:
+    name, _, version = key.partition(":")
+    return name, version or "1"
+
+
+ATTENTION_FIELDS = {
+    *("type_id", "num_heads", "num_kv_heads", "head_size", "rotary_embedding_dim", "position_embedding_type"),
+    *("q_scaling", "query_scale", "qk_norm", "norm_eps"),
+}
+ATTENTION = {
+    **{"type_id": np.int32(1), "num_heads": np.int32(8), "num_kv_heads": np.int32(2), "head_size": np.int32(64)},
+    **{"rotary_embedding_dim": np.int32(64), "position_embedding_type": np.int32(2)},
+}
 FIELDS = {
     "RmsNorm": {"eps", "type_id", "weight_type_id", "residual", "unit_offset", "round_before_weight"},
     "RmsNormQuantization": {
@@ -12,23 +33,20 @@ FIELDS = {
     },
     "Gemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
     "QwenGemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
-    "GptAttention": {
-        *("type_id", "num_heads", "num_kv_heads", "head_size", "rotary_embedding_dim", "position_embedding_type"),
-        *("q_scaling", "query_scale", "qk_norm", "norm_eps"),
-    },
+    "GptAttention": ATTENTION_FIELDS,
+    "GptAttention:2": ATTENTION_FIELDS | {"tokens_per_block", "kv_cache_type"},
 }
 # Of the state in engines; earlier versions are read, too.
-SCHEMA_VERSIONS = {"RmsNorm": 1, "RmsNormQuantization": 1, "Gemm": 2, "QwenGemm": 2, "GptAttention": 1}
+SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | {"Gemm": 2, "QwenGemm": 2}
+NUM_OUTPUTS = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2, "GptAttention:2": 2}
 FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
 GOOD_FIELDS = {
     "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
     "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
     "Gemm": {"type_id": np.int32(1)},
     "QwenGemm": {"type_id": np.int32(1)},
-    "GptAttention": {
-        **{"type_id": np.int32(1), "num_heads": np.int32(8), "num_kv_heads": np.int32(2), "head_size": np.int32(64)},
-        **{"rotary_embedding_dim": np.int32(64), "position_embedding_type": np.int32(2)},
-    },
+    "GptAttention": ATTENTION,
+    "GptAttention:2": ATTENTION | {"tokens_per_block": np.int32(64)},
 }
 
 EVERY_PLUGIN = [
@@ -66,11 +84,17 @@ GPT_ATTENTION = [
     ({"q_scaling": np.float32(0)}, "field 'q_scaling' is 0.000000; expected a finite number above 0"),
     ({"qk_norm": np.int32(2)}, "field 'qk_norm' is 2; expected 0 or 1"),
 ]
+PAGES = [
+    ({"tokens_per_block": None}, "required field 'tokens_per_block' is missing"),
+    ({"tokens_per_block": np.int32(16)}, "field 'tokens_per_block' is 16; expected one of 64"),
+    ({"kv_cache_type": np.int32(3)}, "field 'kv_cache_type' is 3; expected one of 0, 1, 2"),
+]
 REFUSED_FIELDS = [
     *[(name, *case) for name in FIELDS for case in EVERY_PLUGIN],
     *[(name, *case) for name in ("RmsNorm", "RmsNormQuantization") for case in RMS_NORM],
     *[("Gemm", *case) for case in GEMM],
-    *[("GptAttention", *case) for case in GPT_ATTENTION],
+    *[(name, *case) for name in ("GptAttention", "GptAttention:2") for case in GPT_ATTENTION],
+    *[("GptAttention:2", *case) for case in PAGES],
 ]
 
 _kept: list[dict[str, np.ndarray]] = []  # a PluginField refers to the memory of its array

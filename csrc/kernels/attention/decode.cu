@@ -2,6 +2,7 @@
 // q is prepared; a short sequence is not split among blocks, or only among those of one cluster; and all threads of a
 // block take part in every phase.
 #include <algorithm>
+#include <limits>
 
 #include "decode.h"
 #include "decode_cluster.cuh"
@@ -19,32 +20,71 @@ using namespace decoding;
 // Up to this many positions one cluster is faster than more blocks that combine their splits through the workspace.
 constexpr int kShortCache = 2048;
 
+// One warp replaces a head in shared memory by its codes, and returns their scale.
+template <int kHeadSize>
+__device__ __forceinline__ float quantize_head(float* head, CacheDataType dtype) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float largest = 0.0F;
+#pragma unroll
+  for (int d = lane; d < kHeadSize; d += 32) largest = larger_magnitude(largest, head[d]);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    largest = larger_magnitude(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+  }
+  const float scale = cache_scale(largest, dtype);
+#pragma unroll
+  for (int d = lane; d < kHeadSize; d += 32) {
+    float values[4];
+    codes_to_floats(values, cache_code(head[d], scale, dtype), dtype);
+    head[d] = values[0];
+  }
+  return scale;
+}
+
 // Prepares the new key and value in shared memory, and writes them to the cache if this block is the one that does.
-template <typename T, int kHeadSize>
-__device__ __forceinline__ void prepare_new_token(const DecodeAttentionParams& p, const Work& work, const T* qkv,
-                                                  const float* cos_sin, float* new_key, float* new_value) {
+template <typename T, int kHeadSize, typename Attention>
+__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, const T* qkv,
+                                                  const float* cos_sin, typename Attention::SharedMemory& shared) {
+  const DecodeAttentionParams& p = a.params;
   const int key_row = p.heads.num_heads + work.kv_head;
   const T* const value = qkv + (key_row + p.heads.num_kv_heads) * kHeadSize;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int d = lane; d < kHeadSize; d += 32) new_value[d] = to_float(value[d]);
-  prepare_head<T, kHeadSize>(new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight), p.heads,
-                             cos_sin, 1.0F);
-  if (!work.writes_new_token) return;
-  T* const cache = static_cast<T*>(p.cache.data) + work.past_length * int64_t{kHeadSize};
-  T* const key_place = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head);
-  T* const value_place = cache + cache_offset(p.heads, p.cache, work.sequence, 1, work.kv_head);
+  for (int d = lane; d < kHeadSize; d += 32) shared.new_value[d] = to_float(value[d]);
+  prepare_head<T, kHeadSize>(shared.new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight),
+                             p.heads, cos_sin, 1.0F);
+  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
+  const int page = work.writes_new_token ? cache.page_of(work.past_length) : 0;
+  char* const key_place = cache.key(page, work.past_length);
+  if constexpr (Attention::kQuantized) {
+    const CacheDataType dtype = p.cache.dtype;
+    const float key_scale = quantize_head<kHeadSize>(shared.new_key, dtype);
+    const float value_scale = quantize_head<kHeadSize>(shared.new_value, dtype);
+    shared.new_scales[0] = key_scale;
+    shared.new_scales[1] = value_scale;
+    if (!work.writes_new_token) return;
+    *cache.key_scale(page, work.past_length) = key_scale;
+    *cache.value_scale(page, work.past_length) = value_scale;
 #pragma unroll
-  for (int d = lane; d < kHeadSize; d += 32) {
-    key_place[d] = from_float<T>(new_key[d]);
-    value_place[d] = from_float<T>(new_value[d]);
+    for (int d = lane; d < kHeadSize; d += 32) {
+      key_place[d] = static_cast<char>(cache_code(shared.new_key[d], 1.0F, dtype));
+      key_place[cache.value_bytes() + d] = static_cast<char>(cache_code(shared.new_value[d], 1.0F, dtype));
+    }
+  } else {
+    if (!work.writes_new_token) return;
+#pragma unroll
+    for (int d = lane; d < kHeadSize; d += 32) {
+      reinterpret_cast<T*>(key_place)[d] = from_float<T>(shared.new_key[d]);
+      reinterpret_cast<T*>(key_place + cache.value_bytes())[d] = from_float<T>(shared.new_value[d]);
+    }
   }
 }
 
 // Prepares q in shared memory, and the new key and value if they belong to this block's split.
 template <typename T, int kHeadSize, typename Attention>
-__device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Work& work, int rotary_row,
+__device__ __forceinline__ void prepare(const Arguments& a, const Work& work, int rotary_row,
                                         typename Attention::SharedMemory& shared) {
+  const DecodeAttentionParams& p = a.params;
   const T* const qkv = static_cast<const T*>(p.qkv) + work.sequence * p.qkv_row_stride;
   const float* const cos_sin = p.heads.rotary_table + rotary_row * int64_t{p.heads.rotary_dim};
   const int warps = static_cast<int>(blockDim.x) / 32;
@@ -58,7 +98,7 @@ __device__ __forceinline__ void prepare(const DecodeAttentionParams& p, const Wo
                                  query_factor(p.heads, rotary_row));
       Attention::pack_query(shared, i);
     } else if (work.has_new_token) {
-      prepare_new_token<T, kHeadSize>(p, work, qkv, cos_sin, shared.new_key, shared.new_value);
+      prepare_new_token<T, kHeadSize, Attention>(a, work, qkv, cos_sin, shared);
     }
   }
 }
@@ -207,13 +247,13 @@ __device__ __forceinline__ void attend_block(const Arguments& a, const Work& wor
   const DecodeAttentionParams& p = a.params;
   const int rank = static_cast<int>(blockIdx.x);
   const bool in_cluster = Attention::kInClusters && a.cluster > 1 && work.num_splits > 1;
-  Attention attention(p, work, shared);
+  Attention attention(a, work, shared);
   if constexpr (Attention::kInClusters) {
     if (in_cluster) shared.inbox.open(rank, a.cluster, work.num_heads);
   }
-  prepare<T, kHeadSize, Attention>(p, work, rotary_row, shared);
+  prepare<T, kHeadSize, Attention>(a, work, rotary_row, shared);
   __syncthreads();
-  attention.attend(work, p.softmax_scale * kLog2E, shared);
+  attention.attend(p, work, p.softmax_scale * kLog2E, shared);
   attention.write(shared);
   __syncthreads();
 
@@ -241,10 +281,31 @@ __device__ __forceinline__ void attend_block(const Arguments& a, const Work& wor
   combine_splits<T, kHeadSize>(p, work, workspace, first_head);
 }
 
+// Prefetches positions of the cache from the beginning of the block's split up to `end` to the L2 cache: lane 2 i the
+// keys in the i-th of their pages, lane 2 i + 1 the values.
+template <typename T, int kHeadSize, bool kQuantized>
+__device__ __forceinline__ void prefetch_page(const Arguments& a, const Work& work, int lane, int end) {
+  if constexpr (kHasHopperInstructions) {
+    using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
+    constexpr int kTokenBytes = kHeadSize * (kQuantized ? 1 : static_cast<int>(sizeof(T)));
+    const int first = max(work.begin, (work.begin / kPageSize + lane / 2) * kPageSize);
+    const int positions = min(end, (first / kPageSize + 1) * kPageSize) - first;
+    if (positions <= 0) return;
+    const Cache cache(a.params.cache, a.layout, work.sequence, work.kv_head);
+    const int page = cache.page_of(first);
+    const int64_t offset = lane % 2 == 0 ? 0 : cache.value_bytes();
+    bulk_prefetch_to_l2(cache.key(page, first) + offset, positions * kTokenBytes);
+    if constexpr (kQuantized) {
+      const auto* const scales = lane % 2 == 0 ? cache.key_scale(page, first) : cache.value_scale(page, first);
+      bulk_prefetch_to_l2(scales, divide_up(positions, 4) * 16);
+    }
+  }
+}
+
 // Prefetches to the L2 cache, while the previous kernel may still run, what this block reads first: the projections,
 // the row of the rotary table, keys and values. Only a hint: it may use a length that the previous kernel is about to
 // change.
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prefetch(const Arguments& a) {
   constexpr int kLine = 128;
   constexpr int kHeadBytes = kHeadSize * static_cast<int>(sizeof(T));
@@ -253,8 +314,8 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   const DecodeAttentionParams& p = a.params;
   Work work;
   work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
-  work.past_length = max(0, min(work.past_length, p.cache.max_positions - 1));
-  if (!find_work(a, work)) return;
+  work.past_length = max(0, min(work.past_length, a.longest - 1));
+  if (!find_work<Attention::kSplitStep>(a, work)) return;
   const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * int64_t{sizeof(T)};
   const int key = p.heads.num_heads + work.kv_head;
   for (int i = kLine * lane; i < kHeadBytes * work.num_heads; i += kLine * 32) {
@@ -263,31 +324,33 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   if (lane * 32 < p.heads.rotary_dim) {
     prefetch_to_l2(p.heads.rotary_table + work.past_length * int64_t{p.heads.rotary_dim} + lane * 32);
   }
-  if (lane >= 2) return;  // lane 0: keys, lane 1: values
-  for (int i = 0; i < kHeadBytes; i += kLine) {
-    prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * kHeadBytes + i);
+  if (lane < 2) {  // lane 0: key, lane 1: value
+    for (int i = 0; i < kHeadBytes; i += kLine) {
+      prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * kHeadBytes + i);
+    }
   }
-  const T* const rows =
-      static_cast<const T*>(p.cache.data) + cache_offset(p.heads, p.cache, work.sequence, lane, work.kv_head);
   // As many positions as the block has in flight; twice as many where it reads the whole sequence alone.
   const int most = static_cast<int>(blockDim.x) / (work.num_splits == 1 ? 2 : 4);
-  prefetch_rows<T, kHeadSize>(rows, work.begin, min(work.end, work.begin + most));
+  prefetch_page<T, kHeadSize, Attention::kQuantized>(a, work, lane, min(work.end, work.begin + most));
 }
 
-// A block with several query heads and one with a single head use the same shared memory, which has room for either.
+// What computes a single head that is not split, in the same shared memory, which has room for either.
+template <typename T, int kHeadSize, typename Attention>
+using SingleHead = std::conditional_t<Attention::kQuantized, Attention, VectorAttention<T, kHeadSize>>;
+
 template <typename T, int kHeadSize, typename Attention>
 __global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(const __grid_constant__ Arguments a) {
-  using Single = VectorAttention<T, kHeadSize>;
+  using Single = SingleHead<T, kHeadSize, Attention>;
   extern __shared__ __align__(16) char shared[];
   trigger_dependent_launch();
-  prefetch<T, kHeadSize>(a);
+  prefetch<T, kHeadSize, Attention>(a);
   wait_for_previous_kernel();
   const int offset = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z));
   Work work;
   work.past_length = a.params.past_lengths[blockIdx.z];
-  if (!find_work(a, work)) return;
+  if (!find_work<Attention::kSplitStep>(a, work)) return;
   const int rotary_row = offset + work.past_length;
-  if (Attention::kHeads == 1 || (work.num_heads == 1 && work.num_splits == 1)) {
+  if (std::is_same_v<Single, Attention> || (work.num_heads == 1 && work.num_splits == 1)) {
     auto& memory = *reinterpret_cast<typename Single::SharedMemory*>(shared);
     attend_block<T, kHeadSize, Single>(a, work, rotary_row, memory);
   } else {
@@ -304,20 +367,22 @@ struct Grid {
 
 // Large blocks, one for each multiprocessor, if every query head can have one; otherwise two small blocks on each
 // multiprocessor, or four. The sequences are split into as many blocks as are resident at the same time, if the cache
-// is long enough for so many.
+// is long enough for so many. With batch_invariant the number of sequences does not count.
 template <typename Attention>
-Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DeviceProperties& device) {
-  const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
+Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, int longest, const DeviceProperties& device) {
+  const int heads = std::min(p.heads.num_heads / p.heads.num_kv_heads, Attention::kHeads);
+  if (p.batch_invariant) {
+    return {Attention::kWarps / 2, std::max(heads, std::min(divide_up(longest, kInvariantMinSplit), kMaxSplits)), 1};
+  }
   const bool fits = Attention::shared_bytes(Attention::kWarps) <= device.max_shared_memory_per_block;
   const bool large = fits && int64_t{p.heads.num_heads} * p.sequences <= device.multiprocessors;
   const int at_once = (large ? 1 : 2) * device.multiprocessors;
   const int divisor = large ? 1 : blocks <= at_once ? 2 : 4;
-  const int useful =
-      std::max(std::min(heads_per_kv_head, Attention::kHeads), divide_up(p.cache.max_positions, kMinSplit));
+  const int useful = std::max(heads, divide_up(longest, kMinSplit));
   const bool clusters = Attention::kInClusters && device.programmatic_launch;  // a device has both or neither
   // Not every multiprocessor has free neighbours for a cluster: of an H200's 132, clusters of any size can use 105.
   const int cluster = std::min({static_cast<int>(at_once * 4 / 5 / blocks), useful, kMaxCluster});
-  if (clusters && large && p.cache.max_positions <= kShortCache && cluster > 1) {
+  if (clusters && large && longest <= kShortCache && cluster > 1) {
     return {Attention::kWarps, cluster, cluster};
   }
   const int splits = std::max(1, std::min({static_cast<int>(at_once / blocks), useful, kMaxSplits}));
@@ -326,33 +391,45 @@ Grid find_grid(const DecodeAttentionParams& p, int64_t blocks, const DevicePrope
 
 template <typename T, int kHeadSize, typename Attention>
 cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  using Single = SingleHead<T, kHeadSize, Attention>;
   const int heads_per_kv_head = p.heads.num_heads / p.heads.num_kv_heads;
   const int chunks = divide_up(heads_per_kv_head, Attention::kHeads);
   const int64_t blocks = int64_t{p.heads.num_kv_heads} * chunks * p.sequences;
-  const Grid found = find_grid<Attention>(p, blocks, device);
+  const int longest =
+      static_cast<int>(std::min<int64_t>(max_sequence_positions(p.cache), std::numeric_limits<int32_t>::max()));
+  const Grid found = find_grid<Attention>(p, blocks, longest, device);
   const int at_once = device.multiprocessors * (Attention::kWarps / found.warps);
-  const bool prefetches = blocks * found.splits <= at_once;
-  const int whole_length = Attention::kHeads == 1 ? 512 : found.cluster > 1 ? 320 : 1024;
-  const Arguments arguments{p, heads_per_kv_head, Attention::kHeads, chunks, found.cluster, whole_length, prefetches};
+  Arguments a{p, HeadCacheOf<T, kHeadSize, Attention::kQuantized>::layout_of(p.heads, p.cache)};
+  a.heads_per_kv_head = heads_per_kv_head;
+  a.block_heads = Attention::kHeads;
+  a.chunks = chunks;
+  a.cluster = found.cluster;
+  a.splits = p.batch_invariant ? kMaxSplits : found.splits;
+  a.min_split = p.batch_invariant ? kInvariantMinSplit : found.cluster > 1 ? 1 : kMinSplit;
+  a.whole_length = std::min(heads_per_kv_head, Attention::kHeads) == 1 ? 512 : found.cluster > 1 ? 320 : 1024;
+  a.longest = longest;
+  a.prefetches = blocks * found.splits <= at_once;
   const dim3 grid(static_cast<unsigned>(found.splits), static_cast<unsigned>(p.heads.num_kv_heads * chunks),
                   static_cast<unsigned>(p.sequences));
   const dim3 threads(32U * static_cast<unsigned>(found.warps));
   auto* const kernel = decode_attention<T, kHeadSize, Attention>;
-  const int shared_bytes =
-      std::max(Attention::shared_bytes(found.warps), VectorAttention<T, kHeadSize>::shared_bytes(found.warps));
+  const int shared_bytes = std::max(Attention::shared_bytes(found.warps), Single::shared_bytes(found.warps));
   // The same value for all launches: it is an attribute of the kernel, on which launches captured in graphs rely, too.
   const int most =
       std::max(shared_bytes, std::min(Attention::shared_bytes(Attention::kWarps), device.max_shared_memory_per_block));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error != cudaSuccess) return error;
-  return launch_clusters(kernel, grid, threads, shared_bytes, found.cluster, device, stream, arguments);
+  return launch_clusters(kernel, grid, threads, shared_bytes, found.cluster, device, stream, a);
 }
 
 template <typename T, int kHeadSize>
 cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  if (p.cache.dtype != CacheDataType::kSame) {
+    return launch_blocks<T, kHeadSize, TileAttention<T, kHeadSize, true>>(p, device, stream);
+  }
   if constexpr (!std::is_same_v<T, float>) {
     if (p.heads.num_heads > p.heads.num_kv_heads) {
-      return launch_blocks<T, kHeadSize, TileAttention<T, kHeadSize>>(p, device, stream);
+      return launch_blocks<T, kHeadSize, TileAttention<T, kHeadSize, false>>(p, device, stream);
     }
   }
   return launch_blocks<T, kHeadSize, VectorAttention<T, kHeadSize>>(p, device, stream);

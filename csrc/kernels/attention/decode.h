@@ -21,14 +21,16 @@ struct DecodeAttentionParams {
   const void* qkv = nullptr;              // [sequences, num_heads + 2 * num_kv_heads, head_size]
   int64_t qkv_row_stride = 0;             // elements
   void* context = nullptr;                // [sequences, num_heads, head_size], contiguous
-  const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new token's position, below max_positions
-  int32_t sequences = 0;       // at most kMaxDecodeSequences; sequence i has row i of the cache; 0 launches nothing
-  float softmax_scale = 1.0F;  // above 0; usually 1 / sqrt(head_size)
+  const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new tokens' positions, which the cache has
+  int32_t sequences = 0;                  // at most kMaxDecodeSequences; 0 launches nothing
+  float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
   // 16-byte aligned, at least decode_attention_workspace_bytes; its contents do not matter. Launches that may overlap
   // need workspaces and semaphores of their own.
   void* workspace = nullptr;
   // [sequences, num_heads]: zero before the first launch, and every launch leaves them so.
   int32_t* semaphores = nullptr;
+  // How a sequence is split depends on its own length alone: its result has the same bits in every company.
+  bool batch_invariant = false;
 };
 
 // Gives the size of the workspace for that many sequences. It never decreases with their number: the workspace for the

@@ -26,6 +26,8 @@ class VectorAttention {
   static constexpr int kHeads = 1;
   static constexpr int kWarps = 16;
   static constexpr bool kInClusters = false;
+  static constexpr bool kQuantized = false;
+  static constexpr int kSplitStep = 16;
   struct SharedMemory : SharedInputs<kHeadSize, kHeads> {
     alignas(16) float warp_values[kWarps][kHeadSize];
     float2 warp_partials[kWarps];  // maximum and sum
@@ -42,16 +44,19 @@ class VectorAttention {
   static __device__ __forceinline__ void pack_query(SharedMemory&, int) {}  // float32 queries are used as they are
   static __device__ __forceinline__ void clear_other_queries(SharedMemory&, int) {}
 
-  __device__ __forceinline__ VectorAttention(const DecodeAttentionParams& p, const Work& work, SharedMemory&)
-      : begin_(work.begin + warp() * kStep), end_(work.end), stride_(num_warps() * kStep) {
-    const T* const cache = static_cast<const T*>(p.cache.data) + element();
-    keys_ = cache + cache_offset(p.heads, p.cache, work.sequence, 0, work.kv_head);
-    values_ = cache + cache_offset(p.heads, p.cache, work.sequence, 1, work.kv_head);
-    load(key_vectors_, keys_, begin_);
-    load(value_vectors_, values_, begin_);
+  __device__ __forceinline__ VectorAttention(const Arguments& a, const Work& work, SharedMemory&)
+      : begin_(work.begin + warp() * kStep),
+        end_(work.end),
+        stride_(num_warps() * kStep),
+        cache_(a.params.cache, a.layout, work.sequence, work.kv_head) {
+    find_pages(begin_);
+    load(key_vectors_, 0, begin_);
+    load(value_vectors_, cache_.value_bytes(), begin_);
+    find_pages(begin_ + stride_);
   }
 
-  __device__ __forceinline__ void attend(const Work& work, float scale, const SharedMemory& shared) {
+  __device__ __forceinline__ void attend(const DecodeAttentionParams&, const Work& work, float scale,
+                                         const SharedMemory& shared) {
     read_shared(work, scale, shared);
     for (int start = begin_; start < end_; start += stride_) {
       float scores[kUnroll];
@@ -65,7 +70,7 @@ class VectorAttention {
         maximum = fmaxf(maximum, scores[u]);
       }
       const int next = start + stride_;
-      if (next < end_) load_once(key_vectors_, keys_, next);
+      if (next < end_) load_once(key_vectors_, 0, next);
       state_.rescale(maximum);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -76,7 +81,8 @@ class VectorAttention {
 #pragma unroll
         for (int j = 0; j < kVecSize; ++j) state_.values[j] += weight * value[j];
       }
-      if (next < end_) load_once(value_vectors_, values_, next);
+      if (next < end_) load_once(value_vectors_, cache_.value_bytes(), next);
+      find_pages(next + stride_);
     }
   }
 
@@ -123,13 +129,27 @@ class VectorAttention {
     return score;
   }
 
-  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], const T* from, int start) const {
+  // Finds the pages of a step's first and last position: a step is shorter than a page.
+  __device__ __forceinline__ void find_pages(int start) {
+    static_assert(kStep <= kPageSize);
+    if (start >= end_) return;
+    pages_[0] = cache_.page_of(start);
+    pages_[1] = cache_.page_of(min(start + kStep, end_) - 1);
+  }
+  // A lane's elements of the key at a position of the step that begins at `start`.
+  __device__ __forceinline__ const char* place(int start, int position) const {
+    const bool in_first = static_cast<unsigned>(position) / kPageSize == static_cast<unsigned>(start) / kPageSize;
+    return cache_.key(in_first ? pages_[0] : pages_[1], position) + element() * static_cast<int>(sizeof(T));
+  }
+
+  // Loads the keys of a step, or the values with `offset`.
+  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int position = start + u * kGroups + group();
       vectors[u] = {};
       if (in_head() && position < end_) {
-        vectors[u] = *reinterpret_cast<const Vector<T>*>(from + position * int64_t{kHeadSize});
+        vectors[u] = *reinterpret_cast<const Vector<T>*>(place(start, position) + offset);
       }
     }
   }
@@ -137,12 +157,12 @@ class VectorAttention {
   // As load(), for the loop: with the streaming cache hint (.cs), since the cache is read once, and as single
   // predicated instructions. With the code that the compiler generates for load(), short sequences, which need no
   // second step, take 0.5 us longer (measured).
-  __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], const T* from, int start) const {
+  __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
     const int end = in_head() ? end_ : 0;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int position = start + u * kGroups + group();
-      const auto* const packs = reinterpret_cast<const FullPack*>(from + position * int64_t{kHeadSize});
+      const auto* const packs = reinterpret_cast<const FullPack*>(place(start, position) + offset);
 #pragma unroll
       for (int i = 0; i < kVecSize / kVec<T>; ++i) {
         uint32_t (&words)[4] = vectors[u].packs[i].words;
@@ -179,8 +199,8 @@ class VectorAttention {
   int begin_;
   int end_;
   int stride_;
-  const T* keys_;
-  const T* values_;
+  HeadCacheOf<T, kHeadSize, false> cache_;
+  int pages_[2] = {};  // of the next step's first and last position
   Vector<T> key_vectors_[kUnroll];
   Vector<T> value_vectors_[kUnroll];
   float q_[kVecSize] = {};

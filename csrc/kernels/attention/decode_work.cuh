@@ -9,18 +9,23 @@
 
 namespace qwen_plugins::decoding {
 
-constexpr int kMinSplit = 32;   // positions
-constexpr int kMaxSplits = 32;  // combined by the last block: one for each lane of a warp
-constexpr int kMaxCluster = 8;  // blocks; every device with clusters has this many
-constexpr int kUnsplit = 64;    // up to this many positions one block is faster than a cluster
+constexpr int kMinSplit = 32;            // positions
+constexpr int kInvariantMinSplit = 256;  // with batch_invariant: short enough to use a GPU with one sequence
+constexpr int kMaxSplits = 32;           // combined by the last block: one for each lane of a warp
+constexpr int kMaxCluster = 8;           // blocks; every device with clusters has this many
+constexpr int kUnsplit = 64;             // up to this many positions one block is faster than a cluster
 
 struct Arguments {
   DecodeAttentionParams params;
+  CacheLayout layout;
   int heads_per_kv_head;
   int block_heads;   // of those, in one block
   int chunks;        // blocks for all of those heads
   int cluster;       // its size: all splits of a sequence; 1: splits are combined through the workspace
+  int splits;        // the most of a sequence
+  int min_split;     // positions
   int whole_length;  // up to this many positions, one block is faster than several that combine their results
+  int longest;       // the most positions of a sequence
   bool prefetches;   // while the previous kernel runs; only where all blocks are resident at once
 };
 
@@ -45,6 +50,7 @@ struct alignas(16) SharedInputs {
   float queries[kHeads][kHeadSize];
   float new_key[kHeadSize];
   float new_value[kHeadSize];
+  float new_scales[2];  // of new_key and new_value, which are codes in a cache of 8 bits
   bool is_last_block;
 };
 
@@ -62,7 +68,9 @@ struct Work {
 };
 
 // Fills in the rest of `work`, whose past_length is known. The grid is made for the longest sequences; a short one is
-// split into fewer blocks. Returns false in the blocks that the sequence does not need.
+// split into fewer blocks. Splits begin at multiples of kStep, so that no tile straddles two pages. Returns false in
+// the blocks that the sequence does not need.
+template <int kStep>
 __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
   const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
@@ -84,9 +92,9 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
     return exists;
   }
   // Where there are fewer blocks than heads, shorter sequences are split, too; measured with 7 and 8 heads.
-  const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : grid_size;
+  const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : a.splits;
   const auto past = static_cast<unsigned>(work.past_length);
-  const int split_size = max(a.cluster > 1 ? 1 : kMinSplit, static_cast<int>(divide_up(past, splits)));
+  const int split_size = max(a.min_split, static_cast<int>(divide_up(divide_up(past, splits), kStep)) * kStep);
   // All blocks of a cluster take part, even those without a position to read.
   work.num_splits = a.cluster > 1 ? splits : max(1, static_cast<int>(divide_up(past, split_size)));
   work.begin = index * split_size;
@@ -94,16 +102,6 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   work.has_new_token = index == work.num_splits - 1;
   work.writes_new_token = work.has_new_token && chunk == 0;
   return index < work.num_splits;
-}
-
-// Prefetches positions [begin, end) of keys or values, which start at `rows`, to the L2 cache.
-template <typename T, int kHeadSize>
-__device__ __forceinline__ void prefetch_rows(const T* rows, int begin, int end) {
-  if constexpr (kHasHopperInstructions) {
-    if (begin >= end) return;
-    const int bytes = (end - begin) * kHeadSize * static_cast<int>(sizeof(T));
-    bulk_prefetch_to_l2(rows + begin * int64_t{kHeadSize}, bytes);
-  }
 }
 
 __device__ __forceinline__ void load_shared(float (&out)[kVecSize], const float* from) {

@@ -6,11 +6,78 @@
 
 namespace qwen_plugins {
 
-// The offset, in elements, of the keys (which = 0) or values (1) of a sequence and key-value head in the cache.
-__device__ __forceinline__ int64_t cache_offset(const AttentionHeads& heads, const KvCache& cache, int64_t sequence,
-                                                int which, int kv_head) {
-  return ((sequence * 2 + which) * heads.num_kv_heads + kv_head) * cache.max_positions * heads.head_size;
+// Distances in the cache, in bytes. Without a page table the pages of a sequence follow each other in its row, so that
+// both kinds of cache are read in the same way.
+struct CacheLayout {
+  int64_t block;       // from a head to the next
+  int64_t value;       // from a key, or its scale, to the value
+  int64_t row;         // from a row to the next
+  int64_t page;        // from a page to the next
+  int64_t scale_page;  // from the scales of a page to those of the next
+};
+
+// The number of a sequence's page that has a position.
+__device__ __forceinline__ int page_of(const KvCache& cache, int sequence, int position) {
+  const int index = static_cast<unsigned>(position) / kPageSize;
+  return cache.pages == nullptr ? index : cache.pages[sequence * int64_t{cache.pages_row_stride} + index];
 }
+
+// Keys and values of one sequence and key-value head in the cache, by pages of kPageSize positions. `layout` must
+// outlive it: where a kernel has it as a parameter, it takes no registers.
+template <int kTokenBytes, bool kQuantized>
+class HeadCache {
+ public:
+  static __host__ __device__ __forceinline__ CacheLayout layout_of(const AttentionHeads& heads, const KvCache& cache) {
+    CacheLayout layout{};
+    layout.block = cache.max_positions * int64_t{kTokenBytes + (kQuantized ? 4 : 0)};
+    layout.value = heads.num_kv_heads * layout.block;
+    layout.row = 2 * layout.value;
+    layout.page = cache.pages == nullptr ? kPageSize * kTokenBytes : layout.row;
+    layout.scale_page = cache.pages == nullptr ? kPageSize * 4 : layout.row;
+    return layout;
+  }
+
+  __device__ __forceinline__ HeadCache(const KvCache& cache, const CacheLayout& layout, int sequence, int kv_head)
+      : layout_(layout) {
+    keys_ = static_cast<char*>(cache.data) + kv_head * layout.block;
+    if (cache.pages == nullptr) {
+      keys_ += sequence * layout.row;
+    } else {
+      pages_ = cache.pages + sequence * int64_t{cache.pages_row_stride};
+    }
+    if constexpr (kQuantized) scales_ = cache.max_positions * kTokenBytes;
+  }
+
+  // The number of the sequence's page that has a position.
+  __device__ __forceinline__ int page_of(int position) const {
+    const int index = static_cast<unsigned>(position) / kPageSize;
+    return pages_ == nullptr ? index : pages_[index];
+  }
+  // The key at a position, which is in page `page`; those behind it in the page follow.
+  __device__ __forceinline__ char* key(int page, int position) const {
+    return keys_ + page * layout_.page + static_cast<unsigned>(position) % kPageSize * kTokenBytes;
+  }
+  __device__ __forceinline__ float* key_scale(int page, int position) const {
+    static_assert(kQuantized);
+    char* const scales = keys_ + scales_ + page * layout_.scale_page;
+    return reinterpret_cast<float*>(scales) + static_cast<unsigned>(position) % kPageSize;
+  }
+  // From a key to the value, and likewise between their scales.
+  __device__ __forceinline__ int64_t value_bytes() const { return layout_.value; }
+  __device__ __forceinline__ float* value_scale(int page, int position) const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(key_scale(page, position)) + layout_.value);
+  }
+
+ private:
+  const CacheLayout& layout_;
+  char* keys_;                      // of page 0
+  const int32_t* pages_ = nullptr;  // of the sequence; null: page i is the i-th
+  int scales_ = 0;                  // from the keys of a page to their scales, for page 0
+};
+
+// Of a cache of T, or of 8-bit codes.
+template <typename T, int kHeadSize, bool kQuantized>
+using HeadCacheOf = HeadCache<kHeadSize*(kQuantized ? 1 : static_cast<int>(sizeof(T))), kQuantized>;
 
 // The neighbouring elements that one lane loads of a head, of q, k or v or of the cache.
 constexpr int kVecSize = 8;
@@ -57,6 +124,65 @@ __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffU, value, offset);
   return value;
+}
+
+// The larger magnitude; NaN if one of them is.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return result;
+}
+
+// The scale of a token and head in a cache of 8 bits, from its largest magnitude.
+__device__ __forceinline__ float cache_scale(float largest, CacheDataType dtype) {
+  return __fdiv_rn(largest, dtype == CacheDataType::kInt8 ? 127.0F : 448.0F);
+}
+// The code of an element, in the lowest bits. 0 where the scale is 0 or NaN.
+__device__ __forceinline__ uint32_t cache_code(float value, float scale, CacheDataType dtype) {
+  const float quotient = scale > 0.0F ? __fdiv_rn(value, scale) : 0.0F;
+  return dtype == CacheDataType::kInt8 ? to_int8_bits(quotient) & 0xffU : to_float8_e4m3_bits(quotient);
+}
+
+// The float16 values of four codes, which float16 represents exactly: two in each of two registers.
+template <CacheDataType kType>
+__device__ __forceinline__ void codes_to_float16(uint32_t (&values)[2], uint32_t codes) {
+  if constexpr (kType == CacheDataType::kInt8) {
+    // 1024 + u has the bits of u = code + 128 in the lowest byte.
+    codes ^= 0x80808080U;
+    const __half2 offset = bit_cast<__half2>(0x64806480U);
+    values[0] = bit_cast<uint32_t>(__hsub2(bit_cast<__half2>(__byte_perm(codes, 0x64646464U, 0x4140)), offset));
+    values[1] = bit_cast<uint32_t>(__hsub2(bit_cast<__half2>(__byte_perm(codes, 0x64646464U, 0x4342)), offset));
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(values[0]), "=r"(values[1])
+        : "r"(codes));
+#else
+    // Sign, exponent and mantissa in their places give the value / 256, also of subnormals.
+    const __half2 factor = bit_cast<__half2>(0x5c005c00U);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t upper = __byte_perm(codes, 0, i == 0 ? 0x1404 : 0x3424);
+      const uint32_t bits = (upper & 0x80008000U) | (upper & 0x7f007f00U) >> 1;
+      values[i] = bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(bits), factor));
+    }
+#endif
+  }
+}
+__device__ __forceinline__ void codes_to_floats(float (&values)[4], uint32_t codes, CacheDataType dtype) {
+  uint32_t pairs[2];
+  if (dtype == CacheDataType::kInt8) {
+    codes_to_float16<CacheDataType::kInt8>(pairs, codes);
+  } else {
+    codes_to_float16<CacheDataType::kFloat8E4M3>(pairs, codes);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 pair = __half22float2(bit_cast<__half2>(pairs[i]));
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
 }
 
 // The two elements that the rotary embedding rotates together, in either style.
@@ -145,7 +271,11 @@ inline bool is_valid(const AttentionHeads& heads, const KvCache& cache) {
   const bool table = heads.rotary_dim == 0 || heads.rotary_table != nullptr;
   const bool style = heads.rotary_style == RotaryStyle::kNeox || heads.rotary_style == RotaryStyle::kGptJ;
   const bool norms = (heads.q_norm_weight == nullptr) == (heads.k_norm_weight == nullptr);
-  return sizes && table && style && norms && cache.data != nullptr && cache.max_positions > 0 &&
+  const bool types = cache.dtype == CacheDataType::kSame ||
+                     ((cache.dtype == CacheDataType::kInt8 || cache.dtype == CacheDataType::kFloat8E4M3) &&
+                      cache.max_positions % kPageSize == 0);
+  const bool pages = cache.pages == nullptr || (cache.max_positions == kPageSize && cache.pages_row_stride > 0);
+  return sizes && table && style && norms && types && pages && cache.data != nullptr && cache.max_positions > 0 &&
          reinterpret_cast<uintptr_t>(cache.data) % sizeof(FullPack) == 0;
 }
 

@@ -31,7 +31,7 @@ struct AttentionHeads {
   int32_t num_kv_heads = 0;             // divides num_heads
   int32_t head_size = 0;                // one of kHeadSizes
   int32_t rotary_dim = 0;               // even, at most head_size; 0: no rotary embedding
-  DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of qkv, cache, norm weights and result
+  DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of qkv, norm weights and result
 
   const float* rotary_table = nullptr;  // [rows, rotary_dim]: cosines, then sines
   // [sequences], on the device: a token at position p of sequence i uses row rotary_offsets[i] + p; null: row p
@@ -43,10 +43,42 @@ struct AttentionHeads {
   float norm_eps = 1e-6F;
 };
 
-// Keys and values of one layer: [sequences, 2, num_kv_heads, max_positions, head_size], contiguous, 16-byte aligned.
-struct KvCache {
-  void* data = nullptr;
-  int32_t max_positions = 0;
+// Positions of a page. The tiles of all kernels divide it, so that no tile straddles two pages.
+constexpr int32_t kPageSize = 64;
+
+// Values are part of the plug-ins' serialised form.
+enum class CacheDataType : int32_t {
+  kSame = 0,  // that of the heads
+  kInt8 = 1,
+  kFloat8E4M3 = 2,
 };
+
+// Keys and values of one layer: rows of [2, num_kv_heads] blocks, which are [max_positions, head_size] elements each,
+// all contiguous. In a block of an 8-bit type the elements are codes, and float32 scales [max_positions] follow: an
+// element is code * scale. The scale of a token and head is its largest magnitude / 127 (int8) or / 448 (float8), 0
+// where all elements are 0 and NaN where one of them is; codes are rounded to nearest even. Keys are cached after the
+// rotary embedding, and every token, also a new one, is attended to as it is in the cache.
+struct KvCache {
+  void* data = nullptr;       // 16-byte aligned
+  int32_t max_positions = 0;  // of a row: kPageSize with pages; a multiple of it with 8-bit types
+  CacheDataType dtype = CacheDataType::kSame;
+  // [sequences, pages_row_stride], on the device: the row that has positions i * kPageSize and on of a sequence. Null:
+  // sequence i has row i. Sequences may share pages that no launch writes to. What is behind a sequence's last page is
+  // not used, but must be the number of some row. The kernel before this launch in the stream must not write the table.
+  const int32_t* pages = nullptr;
+  int32_t pages_row_stride = 0;
+};
+
+// The bytes of a row of the cache: with pages, of a page.
+constexpr int64_t cache_row_bytes(const AttentionHeads& heads, const KvCache& cache) {
+  const int64_t token_bytes =
+      cache.dtype == CacheDataType::kSame ? heads.head_size * size_of(heads.dtype) : heads.head_size + 4;
+  return 2 * int64_t{heads.num_kv_heads} * cache.max_positions * token_bytes;
+}
+
+// The most positions that a sequence can have.
+constexpr int64_t max_sequence_positions(const KvCache& cache) {
+  return cache.pages == nullptr ? cache.max_positions : int64_t{cache.pages_row_stride} * cache.max_positions;
+}
 
 }  // namespace qwen_plugins

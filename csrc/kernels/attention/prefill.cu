@@ -51,14 +51,19 @@ __device__ __forceinline__ Vector<T> load_vector(const T* from, bool aligned) {
 
 // Where a packed token is, and its row of the rotary table.
 struct Token {
+  bool exists;
   int sequence;
   int position;
+  int page;
   int rotary_row;
 
+  // `exists` is false for padding, whose sequence is p.sequences.
   __device__ __forceinline__ Token(const PrefillAttentionParams& p, int64_t index, int its_sequence)
-      : sequence(its_sequence) {
+      : exists(its_sequence < p.sequences), sequence(its_sequence), position(0), page(0), rotary_row(0) {
+    if (!exists) return;
     position = past_length(p, sequence) + static_cast<int>(index) - p.cu_seqlens[sequence];
     rotary_row = rotary_offset(p.heads, sequence) + position;
+    page = page_of(p.cache, sequence, position);
   }
 };
 
@@ -184,6 +189,38 @@ class LaneOfHeads {
   float sines_[kVecSize] = {};
 };
 
+// Writes a lane's elements of a key or value to the cache, if it `writes`; all lanes of a warp call it together.
+template <typename T, int kHeadSize, bool kQuantized>
+__device__ __forceinline__ void write_to_cache(const PrefillAttentionParams& p, const Token& place, int kv_head,
+                                               bool is_value, const Vector<T>& vector, bool writes) {
+  using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
+  const int element = LaneOfHeads<T, kHeadSize>::element();
+  const CacheLayout layout = Cache::layout_of(p.heads, p.cache);
+  const Cache cache(p.cache, layout, place.sequence, kv_head);
+  char* const to = cache.key(place.page, place.position) + (is_value ? layout.value : 0);
+  if constexpr (kQuantized) {
+    float values[kVecSize];
+    to_floats<T>(values, vector);
+    float largest = 0.0F;
+#pragma unroll
+    for (const float value : values) largest = larger_magnitude(largest, value);
+#pragma unroll
+    for (int offset = kHeadLanes<kHeadSize> / 2; offset > 0; offset /= 2) {
+      largest = larger_magnitude(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+    }
+    if (!writes) return;
+    const float scale = cache_scale(largest, p.cache.dtype);
+    Pack<2> codes = {};
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) codes.words[i / 4] |= cache_code(values[i], scale, p.cache.dtype) << 8 * (i % 4);
+    *reinterpret_cast<Pack<2>*>(to + element) = codes;
+    if (element > 0) return;
+    *(is_value ? cache.value_scale(place.page, place.position) : cache.key_scale(place.page, place.position)) = scale;
+  } else if (writes) {
+    *reinterpret_cast<Vector<T>*>(to + element * static_cast<int>(sizeof(T))) = vector;
+  }
+}
+
 // Blocks for the heads of q, k and v of the same tokens.
 __host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) {
   return divide_up(static_cast<unsigned>(heads.num_heads + 2 * heads.num_kv_heads), kPrepareHeads);
@@ -192,8 +229,8 @@ __host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) 
 // A block has some tokens, one for each group of lanes, and kPrepareHeads heads of q, k or v of each, so that it reads
 // and writes long contiguous pieces of both qkv and the cache. All loads are issued before the first is used. The last
 // blocks have the first tokens: attention begins with those, and finds some of them in the L2 cache.
-template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks)
+template <typename T, int kHeadSize, bool kQuantized>
+__global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks - kQuantized)
     prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
   using Lane = LaneOfHeads<T, kHeadSize>;
   __shared__ __align__(16) T scratch[kPrepareThreads / Lane::kLanes][kHeadSize];
@@ -204,7 +241,7 @@ __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 
   const unsigned block = gridDim.x - 1 - blockIdx.x;
   const int64_t first_token = int64_t{block / parts} * (kPrepareThreads / Lane::kLanes);
   const int64_t token = min(first_token + group, p.tokens - 1);
-  const bool writes = first_token + group < p.tokens && Lane::in_head();
+  bool writes = first_token + group < p.tokens && Lane::in_head();
   const int first_head = static_cast<int>(block % parts) * kPrepareHeads;
   const int first_k = p.heads.num_heads;
   const int first_v = first_k + p.heads.num_kv_heads;
@@ -219,24 +256,26 @@ __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 
     if (first_head + i < end && writes) vectors[i] = load_vector(qkv + (first_head + i) * kHeadSize, aligned);
   }
   const Token place(p, token, sequence_of_group<Lane::kLanes>(p, token));
+  writes = writes && place.exists;
   const Lane lane(p.heads, place.rotary_row, scratch[group]);
   T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize + Lane::element();
-  T* const cache = static_cast<T*>(p.cache.data) + place.position * int64_t{kHeadSize} + Lane::element();
 #pragma unroll
   for (int i = 0; i < kPrepareHeads; ++i) {
     const int head = first_head + i;
     if (head >= end) break;
     if (head < first_v) vectors[i] = lane.prepare(vectors[i], head < first_k);
-    const int which = head < first_v ? 0 : 1;
-    const int kv_head = head - (which == 0 ? first_k : first_v);
-    T* const to = head < first_k ? context + head * kHeadSize
-                                 : cache + cache_offset(p.heads, p.cache, place.sequence, which, kv_head);
-    if (writes) *reinterpret_cast<Vector<T>*>(to) = vectors[i];
+    if (head >= first_k) {
+      const bool is_value = head >= first_v;
+      write_to_cache<T, kHeadSize, kQuantized>(p, place, head - (is_value ? first_v : first_k), is_value, vectors[i],
+                                               writes);
+    } else if (writes) {
+      *reinterpret_cast<Vector<T>*>(context + head * kHeadSize) = vectors[i];
+    }
   }
 }
 
 // Attention without tensor cores, for float32: a warp for each token and head, one key after the other.
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, bool kQuantized>
 __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_constant__ PrefillAttentionParams p) {
   constexpr int kPerLane = (kHeadSize + 31) / 32;
   trigger_dependent_launch();
@@ -246,10 +285,17 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   if (head >= p.heads.num_heads) return;
   const int64_t token = blockIdx.x;
   const Token place(p, token, sequence_of(p.cu_seqlens, p.sequences, token));
+  if (!place.exists) return;
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-  const T* const cache = static_cast<const T*>(p.cache.data);
-  const T* const keys = cache + cache_offset(p.heads, p.cache, place.sequence, 0, kv_head);
-  const T* const values = cache + cache_offset(p.heads, p.cache, place.sequence, 1, kv_head);
+  using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
+  const CacheLayout layout = Cache::layout_of(p.heads, p.cache);
+  const Cache cache(p.cache, layout, place.sequence, kv_head);
+  const auto read = [&](const char* head, const float* scale, int d) {
+    if constexpr (!kQuantized) return to_float(reinterpret_cast<const T*>(head)[d]);
+    float values[4];
+    codes_to_floats(values, static_cast<unsigned char>(head[d]), p.cache.dtype);
+    return values[0] * *scale;
+  };
   T* const context = static_cast<T*>(p.context) + (token * p.heads.num_heads + head) * kHeadSize;
   float q[kPerLane] = {};
   float result[kPerLane] = {};
@@ -258,10 +304,17 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   }
   float maximum = -INFINITY;
   float sum = 0.0F;
-  for (int64_t key = 0; key <= place.position; ++key) {
+  for (int position = 0; position <= place.position; ++position) {
+    const int page = cache.page_of(position);
+    const char* const key = cache.key(page, position);
+    const float* scales[2] = {};
+    if constexpr (kQuantized) {
+      scales[0] = cache.key_scale(page, position);
+      scales[1] = cache.value_scale(page, position);
+    }
     float score = 0.0F;
     for (int i = 0; i < kPerLane; ++i) {
-      if (lane + 32 * i < kHeadSize) score += q[i] * to_float(keys[key * kHeadSize + lane + 32 * i]);
+      if (lane + 32 * i < kHeadSize) score += q[i] * read(key, scales[0], lane + 32 * i);
     }
     score = sum_over_warp(score);
     const float new_maximum = fmaxf(maximum, score);
@@ -271,7 +324,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
     sum = sum * factor + weight;
     for (int i = 0; i < kPerLane; ++i) {
       if (lane + 32 * i >= kHeadSize) continue;
-      result[i] = result[i] * factor + weight * to_float(values[key * kHeadSize + lane + 32 * i]);
+      result[i] = result[i] * factor + weight * read(key + layout.value, scales[1], lane + 32 * i);
     }
   }
   for (int i = 0; i < kPerLane; ++i) {
@@ -279,9 +332,9 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   }
 }
 
-template <typename T, typename Shape>
+template <typename T, typename Shape, bool kQuantized>
 cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
-  auto* const kernel = attend_tile<T, Shape>;
+  auto* const kernel = attend_tile<T, Shape, kQuantized>;
   constexpr int kSharedBytes = Shape::kSharedElements * static_cast<int>(sizeof(T));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -292,23 +345,24 @@ cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties
   return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, p);
 }
 
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, bool kQuantized>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   constexpr int kTokens = kPrepareThreads / kHeadLanes<kHeadSize>;
   const auto groups = static_cast<unsigned>(divide_up(p.tokens, kTokens));
   const dim3 parts(groups * parts_of_heads(p.heads));
   const cudaError_t error =
-      launch_kernel(prepare_tokens<T, kHeadSize>, parts, dim3(kPrepareThreads), 0, device, stream, p);
+      launch_kernel(prepare_tokens<T, kHeadSize, kQuantized>, parts, dim3(kPrepareThreads), 0, device, stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<T, float>) {
+    auto* const kernel = attend_plainly<T, kHeadSize, kQuantized>;
     const dim3 blocks(static_cast<unsigned>(p.tokens),
                       static_cast<unsigned>(divide_up(p.heads.num_heads, kPlainWarps)));
-    return launch_kernel(attend_plainly<T, kHeadSize>, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
+    return launch_kernel(kernel, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
   } else {
 #ifdef QWEN_PLUGINS_HOPPER
     if (takes_prefill_hopper(p.heads, device)) return launch_prefill_hopper(p, device, stream);
 #endif
-    return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>>(p, device, stream);
+    return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>, kQuantized>(p, device, stream);
   }
 }
 
@@ -327,8 +381,12 @@ cudaError_t launch_prefill_attention(const PrefillAttentionParams& p, cudaStream
   }
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
-  return with_type_and_head_size(
-      p.heads, [&](auto type, auto head_size) { return launch<decltype(type), head_size.value>(p, device, stream); });
+  return with_type_and_head_size(p.heads, [&](auto type, auto head_size) {
+    if (p.cache.dtype == CacheDataType::kSame) {
+      return launch<decltype(type), head_size.value, false>(p, device, stream);
+    }
+    return launch<decltype(type), head_size.value, true>(p, device, stream);
+  });
 }
 
 }  // namespace qwen_plugins

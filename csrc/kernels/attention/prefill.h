@@ -18,13 +18,15 @@ constexpr int32_t kMaxPrefillSequences = 1 << 14;
 struct PrefillAttentionParams {
   AttentionHeads heads;
   KvCache cache;
-  const void* qkv = nullptr;              // [tokens, num_heads + 2 * num_kv_heads, head_size]
-  int64_t qkv_row_stride = 0;             // elements
-  void* context = nullptr;                // [tokens, num_heads, head_size], contiguous, 16-byte aligned
-  const int32_t* cu_seqlens = nullptr;    // [sequences + 1], on the device: 0, then the sums of the sequences' lengths
+  const void* qkv = nullptr;   // [tokens, num_heads + 2 * num_kv_heads, head_size]
+  int64_t qkv_row_stride = 0;  // elements
+  void* context = nullptr;     // [tokens, num_heads, head_size], contiguous, 16-byte aligned
+  // [sequences + 1], on the device: 0, then the sums of the sequences' lengths. Tokens from the last of them on are
+  // padding: nothing of them is cached, and what is written to their context does not matter.
+  const int32_t* cu_seqlens = nullptr;
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: tokens in the cache before these; null: none
-  int32_t sequences = 0;                  // at most kMaxPrefillSequences; sequence i has row i of the cache
-  int64_t tokens = 0;                     // cu_seqlens[sequences], at most kMaxPrefillTokens; 0 launches nothing
+  int32_t sequences = 0;                  // at most kMaxPrefillSequences
+  int64_t tokens = 0;                     // rows of qkv and context, at most kMaxPrefillTokens; 0 launches nothing
   float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
 };
 

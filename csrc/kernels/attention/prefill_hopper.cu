@@ -12,14 +12,15 @@ namespace qwen_plugins {
 namespace {
 
 // The shape of a block's tile, with the members of TileShape that TileSoftmax uses.
-template <int kHeadSize_>
+template <int kHeadSize_, bool kQuantized_>
 struct HopperShape {
   static constexpr int kHeadSize = kHeadSize_;
+  static constexpr bool kQuantized = kQuantized_;  // the cache is of 8 bits
   static constexpr int kRowTiles = 1;
   static constexpr int kThreads = 256;
   static constexpr int kRows = 128;
   static constexpr int kHalfRows = kRows / 2;  // queries of a warpgroup
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = kPageSize;
   static constexpr int kRowBytes = kHeadSize * 2;
   static constexpr int kKeyStages = 2;
   static constexpr int kValueStages = 3;  // one more: a tile's values are in use until the next tile has been loaded
@@ -41,18 +42,25 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* from, int64_t st
   }
 }
 
+__device__ __forceinline__ void store_shared(uint32_t to, const FullPack& pack) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pack.words[0]), "r"(pack.words[1]),
+               "r"(pack.words[2]), "r"(pack.words[3])
+               : "memory");
+}
+
 // The pipeline stages of a block's keys and values in shared memory, and the loads that fill them from the cache.
 template <typename T, typename Shape>
 class KeysAndValues {
  public:
   __device__ __forceinline__ KeysAndValues(const PrefillAttentionParams& p, const QueryTile& tile, int head,
                                            uint32_t shared)
-      : shared_(shared), num_keys_(tile.first_position + tile.num_rows) {
-    const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-    const T* const cache = static_cast<const T*>(p.cache.data);
-    keys_ = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
-    values_ = cache + cache_offset(p.heads, p.cache, tile.sequence, 1, kv_head);
-  }
+      : shared_(shared),
+        num_keys_(tile.first_position + tile.num_rows),
+        dtype_(p.cache.dtype),
+        layout_(Cache::layout_of(p.heads, p.cache)),
+        cache_(p.cache, layout_, tile.sequence, head / (p.heads.num_heads / p.heads.num_kv_heads)) {}
+  KeysAndValues(const KeysAndValues&) = delete;
+  KeysAndValues& operator=(const KeysAndValues&) = delete;
 
   __device__ __forceinline__ int num_tiles() const { return divide_up(num_keys_, Shape::kKeys); }
   __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % Shape::kKeyStages * kTileBytes; }
@@ -60,13 +68,23 @@ class KeysAndValues {
     return shared_ + (Shape::kKeyStages + tile % Shape::kValueStages) * kTileBytes;
   }
 
-  // Issues the loads of a tile, if there is one.
+  // Issues the loads of a tile, one page, if there is one. Codes are converted here, after the loads.
   __device__ __forceinline__ void load(int tile) const {
     const int first = tile * Shape::kKeys;
     if (first >= num_keys_) return;
-    const int64_t offset = first * int64_t{Shape::kHeadSize};
-    load_tile<T, Shape, Shape::kKeys>(keys(tile), keys_ + offset, Shape::kHeadSize, num_keys_ - first);
-    load_tile<T, Shape, Shape::kKeys>(values(tile), values_ + offset, Shape::kHeadSize, num_keys_ - first);
+    const int page = cache_.page_of(first);
+    const char* const key = cache_.key(page, first);
+    const char* const value = key + cache_.value_bytes();
+    if constexpr (Shape::kQuantized) {
+      convert(keys(tile), key, cache_.key_scale(page, first), num_keys_ - first);
+      convert(values(tile), value, cache_.value_scale(page, first), num_keys_ - first);
+    } else {
+      const auto load = [&](uint32_t to, const char* from) {
+        load_tile<T, Shape, Shape::kKeys>(to, reinterpret_cast<const T*>(from), Shape::kHeadSize, num_keys_ - first);
+      };
+      load(keys(tile), key);
+      load(values(tile), value);
+    }
   }
 
   // Waits for a tile, and issues the loads of the next one into stages that all warps have finished with.
@@ -79,12 +97,21 @@ class KeysAndValues {
   }
 
  private:
+  using Cache = HeadCacheOf<T, Shape::kHeadSize, Shape::kQuantized>;
   static constexpr int kTileBytes = Shape::kKeys * Shape::kRowBytes;
+
+  __device__ __forceinline__ void convert(uint32_t to, const char* codes, const float* scales, int num_rows) const {
+    load_codes<T, Shape::kHeadSize, Shape::kKeys, Shape::kThreads>(
+        codes, scales, num_rows, dtype_, [&](int row, int chunk, const FullPack& values) {
+          store_shared(to + swizzled_offset(Shape::kKeys, row, chunk), values);
+        });
+  }
 
   uint32_t shared_;
   int num_keys_;
-  const T* keys_;
-  const T* values_;
+  CacheDataType dtype_;
+  CacheLayout layout_;
+  Cache cache_;
 };
 
 template <typename T, typename Shape>
@@ -191,9 +218,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   attention.write(shared, 16 * warp, context, stride, tile.num_rows);
 }
 
-template <typename T, int kHeadSize>
+template <typename T, typename Shape>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
-  using Shape = HopperShape<kHeadSize>;
   auto* const kernel = attend_on_hopper<T, Shape>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
@@ -205,6 +231,13 @@ cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& devi
   return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, p);
 }
 
+template <int kHeadSize, bool kQuantized>
+cudaError_t launch_for_type(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  using Shape = HopperShape<kHeadSize, kQuantized>;
+  if (p.heads.dtype == DataType::kFloat16) return launch<__half, Shape>(p, device, stream);
+  return launch<__nv_bfloat16, Shape>(p, device, stream);
+}
+
 }  // namespace
 
 bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& device) {
@@ -213,11 +246,11 @@ bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& d
 
 cudaError_t launch_prefill_hopper(const PrefillAttentionParams& p, const DeviceProperties& device,
                                   cudaStream_t stream) {
-  const bool half = p.heads.dtype == DataType::kFloat16;
+  const bool quantized = p.cache.dtype != CacheDataType::kSame;
   if (p.heads.head_size == 64) {
-    return half ? launch<__half, 64>(p, device, stream) : launch<__nv_bfloat16, 64>(p, device, stream);
+    return quantized ? launch_for_type<64, true>(p, device, stream) : launch_for_type<64, false>(p, device, stream);
   }
-  return half ? launch<__half, 128>(p, device, stream) : launch<__nv_bfloat16, 128>(p, device, stream);
+  return quantized ? launch_for_type<128, true>(p, device, stream) : launch_for_type<128, false>(p, device, stream);
 }
 
 }  // namespace qwen_plugins

@@ -20,7 +20,7 @@ struct TileShape {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = kPageSize;
   // Of a row in shared memory: an odd number of 16-byte chunks, so that the eight rows of an ldmatrix are in different
   // banks.
   static constexpr int kStride = kHeadSize + 8;
@@ -83,6 +83,41 @@ __device__ __forceinline__ void load_rows(T* to, const T* from, int64_t stride, 
     if ((kStep * kChunks == Shape::kThreads || first < kStep) && (kRows % kStep == 0 || first + row < kRows)) {
       cp_async_16(to_address + row * Shape::kStride * static_cast<int>(sizeof(T)), from + row * stride,
                   first + row < num_rows);
+    }
+  }
+}
+
+// Loads `kRows` rows of codes and their scales and puts their values, rounded to T, where `put(row, chunk, values)`
+// does: chunks are of 8 elements, and zeros from `num_rows` on. Unlike load_rows, it waits for its loads.
+template <typename T, int kHeadSize, int kRows, int kThreads, typename Put>
+__device__ __forceinline__ void load_codes(const char* codes, const float* scales, int num_rows, CacheDataType dtype,
+                                           const Put& put) {
+  constexpr int kChunks = kHeadSize / 16;  // of 16 codes
+  constexpr int kPerThread = divide_up(kRows * kChunks, kThreads);
+  FullPack loaded[kPerThread];
+  float scale[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int chunk = static_cast<int>(threadIdx.x) + i * kThreads;
+    const bool exists = chunk / kChunks < min(num_rows, kRows);
+    loaded[i] = exists ? *reinterpret_cast<const FullPack*>(codes + 16 * chunk) : FullPack{};
+    scale[i] = exists ? scales[chunk / kChunks] : 0.0F;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int chunk = static_cast<int>(threadIdx.x) + i * kThreads;
+    if (kRows * kChunks % kThreads != 0 && chunk >= kRows * kChunks) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float values[kVec<T>];
+#pragma unroll
+      for (int word = 0; word < 2; ++word) {
+        float part[4];
+        codes_to_floats(part, loaded[i].words[2 * half + word], dtype);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[4 * word + j] = part[j] * scale[i];
+      }
+      put(chunk / kChunks, chunk % kChunks * 2 + half, pack<T>(values));
     }
   }
 }
@@ -280,7 +315,7 @@ class TileAttention : public TileSoftmax<T, Shape> {
 };
 
 // The next tile's keys are loaded while values are multiplied, and a tile's values while its keys are.
-template <typename T, typename Shape>
+template <typename T, typename Shape, bool kQuantized>
 __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_constant__ PrefillAttentionParams p) {
   extern __shared__ __align__(16) char shared[];
   trigger_dependent_launch();
@@ -289,18 +324,29 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
   const int head = static_cast<int>(blockIdx.x);
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-  const T* const cache = static_cast<const T*>(p.cache.data);
-  const T* const keys = cache + cache_offset(p.heads, p.cache, tile.sequence, 0, kv_head);
-  const T* const values = cache + cache_offset(p.heads, p.cache, tile.sequence, 1, kv_head);
+  using Cache = HeadCacheOf<T, Shape::kHeadSize, kQuantized>;
+  const CacheLayout layout = Cache::layout_of(p.heads, p.cache);
+  const Cache cache(p.cache, layout, tile.sequence, kv_head);
   const int64_t context_stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
   T* const context = static_cast<T*>(p.context) + tile.first_token * context_stride + head * Shape::kHeadSize;
   T* const shared_queries = reinterpret_cast<T*>(shared);
   T* const shared_keys = shared_queries + Shape::kRows * Shape::kStride;
   T* const shared_values = shared_keys + Shape::kKeys * Shape::kStride;
   const int num_keys = tile.first_position + tile.num_rows;
-  const auto load_keys = [&](T* to, const T* from, int first) {
-    load_rows<T, Shape, Shape::kKeys>(to, from + first * int64_t{Shape::kHeadSize}, Shape::kHeadSize, num_keys - first);
-    cp_async_commit();
+  // A tile of keys or, `offset` bytes further on, values: one page of the cache.
+  const auto load_cached = [&](T* to, int first, int64_t offset) {
+    const int page = cache.page_of(first);
+    const char* const from = cache.key(page, first) + offset;
+    if constexpr (kQuantized) {
+      const float* const scales = offset == 0 ? cache.key_scale(page, first) : cache.value_scale(page, first);
+      load_codes<T, Shape::kHeadSize, Shape::kKeys, Shape::kThreads>(
+          from, scales, num_keys - first, p.cache.dtype, [&](int row, int chunk, const FullPack& values) {
+            *reinterpret_cast<FullPack*>(to + row * Shape::kStride + 8 * chunk) = values;
+          });
+    } else {
+      load_rows<T, Shape, Shape::kKeys>(to, reinterpret_cast<const T*>(from), Shape::kHeadSize, num_keys - first);
+      cp_async_commit();
+    }
   };
 
   const int first_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpRows;  // of the warp
@@ -308,16 +354,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   const int last_position = tile.first_position + first_row + Shape::kWarpRows - 1;
   TileAttention<T, Shape> attention(tile.first_position + first_row, p.softmax_scale * kLog2E);
   load_rows<T, Shape, Shape::kRows>(shared_queries, context, context_stride, tile.num_rows);
-  load_keys(shared_keys, keys, 0);
+  load_cached(shared_keys, 0, 0);
   for (int first = 0; first < num_keys; first += Shape::kKeys) {
     const bool sees_keys = first <= last_position;
     cp_async_wait<0>();
     __syncthreads();
-    load_keys(shared_values, values, first);
+    load_cached(shared_values, first, cache.value_bytes());
     if (sees_keys) attention.multiply_keys(warp_rows, shared_keys);
     cp_async_wait<0>();
     __syncthreads();
-    if (first + Shape::kKeys < num_keys) load_keys(shared_keys, keys, first + Shape::kKeys);
+    if (first + Shape::kKeys < num_keys) load_cached(shared_keys, first + Shape::kKeys, 0);
     if (!sees_keys) continue;
     attention.mask(first);
     attention.apply_softmax();

@@ -188,9 +188,12 @@ cudaError_t launch(const GemmParams& p, const DeviceProperties&, int32_t variant
   return error;
 }
 
-bool takes(const GemmParams&, const DeviceProperties&, int32_t) { return load_cublas_lt() != nullptr; }
+bool takes(const GemmParams& params, const DeviceProperties&, int32_t) {
+  return !is_quantized(params.shape.weight_format) && load_cublas_lt() != nullptr;
+}
 
 int64_t workspace_bytes(const GemmShape& shape) {
+  if (is_quantized(shape.weight_format)) return 0;
   if (shape.activation == Activation::kNone) return kWorkspaceBytes;
   return kWorkspaceBytes + std::min(shape.rows, kMaxSwigluRows) * shape.out_features * size_of(shape.dtype);
 }

@@ -31,6 +31,16 @@ cudaError_t launch_by_rules(const GemmParams& params, const DeviceProperties& de
   return error;
 }
 
+// Whether the operands that a launch reads and writes are there, and quantized ones are aligned as their layout says.
+bool has_operands(const GemmParams& p) {
+  if (p.x == nullptr || p.weight == nullptr || p.y == nullptr) return false;
+  const WeightFormat& format = p.shape.weight_format;
+  if (!is_quantized(format)) return true;
+  const auto bits = reinterpret_cast<uintptr_t>(p.weight) | reinterpret_cast<uintptr_t>(p.scales) |
+                    reinterpret_cast<uintptr_t>(p.zeros);
+  return p.scales != nullptr && (p.zeros != nullptr) == format.has_zeros && bits % 16 == 0;
+}
+
 }  // namespace
 
 cudaError_t launch_choice(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream) {
@@ -50,7 +60,7 @@ cudaError_t launch_gemm(const GemmParams& given, cudaStream_t stream) {
   GemmParams params = given;
   if (!is_valid(params.shape)) return cudaErrorInvalidValue;
   if (params.shape.rows == 0) return cudaSuccess;
-  if (params.x == nullptr || params.weight == nullptr || params.y == nullptr) return cudaErrorInvalidValue;
+  if (!has_operands(params)) return cudaErrorInvalidValue;
   if (params.shape.rows == 1) params.x_row_stride = params.shape.in_features;
   if (params.x_row_stride < params.shape.in_features) return cudaErrorInvalidValue;
   const int64_t bytes = workspace_of(params.shape, params.choice);

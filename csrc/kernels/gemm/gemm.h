@@ -3,6 +3,9 @@
 //   z = x · weight^T + bias,  accumulated in float32
 //   y = z,  or with kSwiglu  y = silu(z_gate) * z_up,  the first half of z's columns being the gate
 //
+// The weight has the type of x, or is quantized: weight = scale * (code - zero), with a scale and a zero point for each
+// row and group of inputs. Quantized weights are packed for the kernels: packed_weight.h.
+//
 // Several kernels can compute it; GemmParams::choice names one, and rules decide where it does not. By the rules few
 // rows (decoding; up to 16, on Hopper up to 96, with SwiGLU up to 128) run in kernels of this library that read the
 // weight at the memory's bandwidth. Many rows (prompts) run on Hopper in a kernel of this library where it is faster
@@ -24,6 +27,21 @@ constexpr int64_t kMaxGemmSize = (int64_t{1} << 30) - 1;
 
 enum class Activation : int32_t { kNone = 0, kSwiglu = 1 };
 
+// How a weight is stored. The values are part of serialised engines: none may change.
+enum class WeightKind : int32_t {
+  kSame = 0,  // elements of the type of x
+  kInt8 = 1,  // codes of 0 to 255
+  kInt4 = 2,  // codes of 0 to 15
+};
+struct WeightFormat {
+  WeightKind kind = WeightKind::kSame;
+  // The rest is of quantized weights alone.
+  int32_t group_size = 0;                     // inputs that share a scale: 32, 64 or 128; 0: all
+  bool has_zeros = false;                     // else all zero points are in the middle: 8 or 128
+  DataType scale_dtype = DataType::kFloat16;  // kFloat16 or kBFloat16, whatever the type of x
+};
+constexpr bool is_quantized(const WeightFormat& format) { return format.kind != WeightKind::kSame; }
+
 // A kernel and its variant: kByRules, or what gemm_choice_from_name gives (choice.h). A number means the same kernel in
 // every version of the library; serialised engines hold it.
 enum class GemmChoice : int32_t { kByRules = 0 };
@@ -34,7 +52,8 @@ struct GemmShape {
   int64_t in_features = 0;   // K, from 1 to kMaxGemmSize
   int64_t out_features = 0;  // N, likewise: of z, so twice the columns of y with kSwiglu
   Activation activation = Activation::kNone;
-  DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of x, weight, bias and y
+  DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16: of x, bias and y
+  WeightFormat weight_format;
 };
 
 // The columns of y.
@@ -44,13 +63,16 @@ constexpr int64_t columns_of(const GemmShape& shape) {
 
 struct GemmParams {
   GemmShape shape;
-  const void* x = nullptr;       // [rows, in_features]
-  const void* weight = nullptr;  // [out_features, in_features], contiguous
+  const void* x = nullptr;  // [rows, in_features]
+  // [out_features, in_features], contiguous; or the packed codes of a quantized weight, 16-byte aligned.
+  const void* weight = nullptr;
+  const void* scales = nullptr;  // of a quantized weight, packed, 16-byte aligned
+  const void* zeros = nullptr;   // of a quantized weight with zero points, packed, 16-byte aligned; else null
   const void* bias = nullptr;    // [out_features]; null: none
   void* y = nullptr;             // [rows, out_features], with kSwiglu [rows, out_features / 2]; contiguous
   int64_t x_row_stride = 0;      // elements
-  // The caller promises that no kernel that may still run in the stream writes weight or bias; then they may be read
-  // before the previous kernel has finished.
+  // The caller promises that no kernel that may still run in the stream writes weight, scales, zeros or bias; then they
+  // may be read before the previous kernel has finished.
   bool constant_weight = false;
   // The rules decide where this kernel cannot compute the GEMM on the current device (another GPU, misaligned
   // addresses, no cuBLASLt) or does not exist in this build: a choice makes no launch fail.

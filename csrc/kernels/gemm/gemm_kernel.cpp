@@ -54,12 +54,22 @@ const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties
   return nullptr;
 }
 
+bool is_valid(const WeightFormat& format, int64_t in_features) {
+  if (!is_quantized(format)) return true;
+  const int32_t group = format.group_size;
+  return (format.kind == WeightKind::kInt8 || format.kind == WeightKind::kInt4) &&
+         (group == 0 || ((group == 32 || group == 64 || group == 128) && in_features % group == 0)) &&
+         (format.scale_dtype == DataType::kFloat16 || format.scale_dtype == DataType::kBFloat16);
+}
+
 bool is_valid(const GemmShape& shape) {
   const bool swiglu = shape.activation == Activation::kSwiglu;
   return shape.rows >= 0 && shape.rows <= kMaxGemmSize && shape.in_features > 0 && shape.in_features <= kMaxGemmSize &&
          shape.out_features > 0 && shape.out_features <= kMaxGemmSize &&
          (swiglu ? shape.out_features % 2 == 0 : shape.activation == Activation::kNone) &&
-         (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 || shape.dtype == DataType::kBFloat16);
+         (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 ||
+          shape.dtype == DataType::kBFloat16) &&
+         is_valid(shape.weight_format, shape.in_features);
 }
 
 GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
@@ -72,7 +82,8 @@ GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
 }
 
 bool is_in_packs(const GemmShape& shape) {
-  return shape.dtype != DataType::kFloat32 && shape.in_features * size_of(shape.dtype) % kPackBytes == 0;
+  return !is_quantized(shape.weight_format) && shape.dtype != DataType::kFloat32 &&
+         shape.in_features * size_of(shape.dtype) % kPackBytes == 0;
 }
 
 bool is_aligned(const GemmParams& p) {

@@ -68,7 +68,8 @@ const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties
 // cannot compute this GEMM.
 cudaError_t launch_choice(const GemmParams& params, const DeviceProperties& device, cudaStream_t stream);
 
-// Whether launch_gemm computes GEMMs of this shape.
+// Whether a weight with that many inputs can have this format, and whether launch_gemm computes GEMMs of this shape.
+bool is_valid(const WeightFormat& format, int64_t in_features);
 bool is_valid(const GemmShape& shape);
 
 inline int64_t no_workspace(const GemmShape&) { return 0; }
@@ -76,8 +77,8 @@ inline int64_t no_workspace(const GemmShape&) { return 0; }
 // The GEMM of rows [first, first + count) alone.
 GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count);
 
-// For kernels that work on 16-bit elements in packs of 16 bytes: whether the shape allows them, given aligned
-// addresses, and whether x and the weight are aligned.
+// For kernels of weights that are not quantized, that work on 16-bit elements in packs of 16 bytes: whether the shape
+// allows them, given aligned addresses, and whether x and the weight are aligned.
 bool is_in_packs(const GemmShape& shape);
 bool is_aligned(const GemmParams& params);
 

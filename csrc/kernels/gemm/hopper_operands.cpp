@@ -8,8 +8,9 @@ bool can_use_tma(const GemmParams& params, const DeviceProperties& device) {
   const GemmShape& shape = params.shape;
   const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight) |
                          reinterpret_cast<uintptr_t>(params.y);
-  return device.major == 9 && shape.dtype != DataType::kFloat32 && addresses % 16 == 0 && shape.in_features % 8 == 0 &&
-         params.x_row_stride % 8 == 0 && columns_of(shape) % 8 == 0;
+  return device.major == 9 && !is_quantized(shape.weight_format) && shape.dtype != DataType::kFloat32 &&
+         addresses % 16 == 0 && shape.in_features % 8 == 0 && params.x_row_stride % 8 == 0 &&
+         columns_of(shape) % 8 == 0;
 }
 
 bool encode_weight_tensor_map(CUtensorMap& tensor_map, const GemmParams& params, int box_rows) {

@@ -9,6 +9,7 @@
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "measure.h"
+#include "packed_weight.h"
 
 namespace qwen_plugins {
 namespace {
@@ -51,15 +52,19 @@ cudaError_t in_turn(const Steps&... steps) {
   return error;
 }
 
+__device__ __forceinline__ uint32_t random_bits(uint32_t index) {
+  uint32_t bits = index * 0x9E3779B9U;  // the finalizer of MurmurHash3
+  bits = (bits ^ (bits >> 16)) * 0x85EBCA6BU;
+  bits = (bits ^ (bits >> 13)) * 0xC2B2AE35U;
+  return bits ^ (bits >> 16);
+}
+
 // Uniform between -scale and scale: the power that arithmetic takes, and so the clock, depends on the values.
 template <typename T>
 __global__ void fill(T* values, int64_t count, float scale) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    auto bits = static_cast<uint32_t>(i) * 0x9E3779B9U;  // the finalizer of MurmurHash3
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6BU;
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35U;
-    bits ^= bits >> 16;
+    const uint32_t bits = random_bits(static_cast<uint32_t>(i));
     values[i] = from_float<T>(scale * (static_cast<float>(bits) * 0x1p-31F - 1.0F));
   }
 }
@@ -71,14 +76,23 @@ cudaError_t fill_random(void* values, int64_t count, DataType dtype, float scale
   });
 }
 
-// Where the operands are in one piece of memory: several weights, bias, x, y and the workspace.
+// Any bits: codes of a quantized weight.
+__global__ void fill_bits(uint32_t* words, int64_t count) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+    words[i] = random_bits(static_cast<uint32_t>(i));
+  }
+}
+
+// Where the operands are in one piece of memory: several weights, bias, x, y and the workspace. Quantized weights are
+// followed by their scales and zeros.
 struct Layout {
   int64_t weight_stride, weights, bias, x, y, workspace, workspace_bytes, total;
+  int64_t scales = 0, zeros = 0;  // from the beginning of their weight
 
   Layout(const GemmShape& shape, bool has_bias, const std::vector<GemmChoice>& choices, int64_t cache_bytes) {
-    const auto round_up = [](int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; };
     const int64_t size = size_of(shape.dtype);
-    weight_stride = round_up(shape.out_features * shape.in_features * size);
+    weight_stride = weight_bytes(shape);
     const int64_t rotated = std::min(kMaxRotatedBytes, kCachesFull * cache_bytes);
     weights = std::clamp<int64_t>(divide_up(rotated, weight_stride), 1, kMaxCalls);  // 1: a GPU may report no L2 cache
     bias = weights * weight_stride;
@@ -92,6 +106,17 @@ struct Layout {
       workspace_bytes = std::max(workspace_bytes, bytes);
     }
     total = workspace + workspace_bytes;
+  }
+
+ private:
+  static int64_t round_up(int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; }
+  int64_t weight_bytes(const GemmShape& shape) {
+    const WeightFormat& format = shape.weight_format;
+    if (!is_quantized(format)) return round_up(shape.out_features * shape.in_features * size_of(shape.dtype));
+    const PackedSizes sizes(format, shape.out_features, shape.in_features);
+    scales = round_up(sizes.code_bytes);
+    zeros = scales + round_up(sizes.scale_count * size_of(format.scale_dtype));
+    return zeros + (format.has_zeros ? round_up(sizes.scale_count) : 0);
   }
 };
 
@@ -107,24 +132,23 @@ class Measurement {
   cudaError_t prepare() {
     const GemmShape& shape = params_.shape;
     const float scale = 1.0F / std::sqrt(static_cast<float>(shape.in_features));
-    return in_turn(
-        [&] { return current_device_properties(device_); },
-        [&] { return own(memory_, [&](void** memory) { return cudaMalloc(memory, layout_.total); }); },
-        [&] { return own(stream_, [](cudaStream_t* stream) { return make_stream(stream); }); },
-        [&] { return own(before_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
-        [&] { return own(after_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
-        [&] { return fill_random(at(0), layout_.bias / size_of(shape.dtype), shape.dtype, scale, stream()); },
-        [&] {
-          const int64_t count = (layout_.y - layout_.bias) / size_of(shape.dtype);  // bias and x
-          return fill_random(at(layout_.bias), count, shape.dtype, 1.0F, stream());
-        },
-        [&] {
-          params_.bias = has_bias_ ? at(layout_.bias) : nullptr;
-          params_.x = at(layout_.x);
-          params_.y = at(layout_.y);
-          params_.workspace = layout_.workspace_bytes > 0 ? at(layout_.workspace) : nullptr;
-          return cudaSuccess;
-        });
+    return in_turn([&] { return current_device_properties(device_); },
+                   [&] { return own(memory_, [&](void** memory) { return cudaMalloc(memory, layout_.total); }); },
+                   [&] { return own(stream_, [](cudaStream_t* stream) { return make_stream(stream); }); },
+                   [&] { return own(before_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
+                   [&] { return own(after_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
+                   [&] { return is_quantized(shape.weight_format) ? fill_quantized(scale) : fill_weights(scale); },
+                   [&] {
+                     const int64_t count = (layout_.y - layout_.bias) / size_of(shape.dtype);  // bias and x
+                     return fill_random(at(layout_.bias), count, shape.dtype, 1.0F, stream());
+                   },
+                   [&] {
+                     params_.bias = has_bias_ ? at(layout_.bias) : nullptr;
+                     params_.x = at(layout_.x);
+                     params_.y = at(layout_.y);
+                     params_.workspace = layout_.workspace_bytes > 0 ? at(layout_.workspace) : nullptr;
+                     return cudaSuccess;
+                   });
   }
 
   // Captures launches of a choice in a graph, as many as take kReplayMicroseconds or have used every weight.
@@ -187,10 +211,29 @@ class Measurement {
   cudaStream_t stream() const { return stream_.get(); }
   char* at(int64_t offset) const { return static_cast<char*>(memory_.get()) + offset; }
 
+  cudaError_t fill_weights(float scale) {
+    const DataType dtype = params_.shape.dtype;
+    return fill_random(at(0), layout_.bias / size_of(dtype), dtype, scale, stream());
+  }
+  cudaError_t fill_quantized(float scale) {
+    const WeightFormat& format = params_.shape.weight_format;
+    const int64_t count = (layout_.zeros - layout_.scales) / size_of(format.scale_dtype);
+    fill_bits<<<1024, 256, 0, stream()>>>(reinterpret_cast<uint32_t*>(at(0)), layout_.bias / 4);
+    cudaError_t error = cudaGetLastError();
+    for (int64_t i = 0; i < layout_.weights && error == cudaSuccess; ++i) {
+      error = fill_random(at(i * layout_.weight_stride + layout_.scales), count, format.scale_dtype,
+                          scale / static_cast<float>(middle_code_of(format.kind)), stream());
+    }
+    return error;
+  }
+
   cudaError_t launch(int64_t calls) {
     cudaError_t error = cudaSuccess;
     for (int64_t i = 0; i < calls && error == cudaSuccess; ++i) {
-      params_.weight = at(next_weight_ * layout_.weight_stride);
+      char* const weight = at(next_weight_ * layout_.weight_stride);
+      params_.weight = weight;
+      params_.scales = is_quantized(params_.shape.weight_format) ? weight + layout_.scales : nullptr;
+      params_.zeros = params_.shape.weight_format.has_zeros ? weight + layout_.zeros : nullptr;
       next_weight_ = (next_weight_ + 1) % layout_.weights;
       error = launch_choice(params_, device_, stream());
     }

@@ -4,6 +4,7 @@
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
+#include "packed_weight.h"
 #include "plain.h"
 #include "silu.cuh"
 
@@ -17,14 +18,67 @@ struct Sums {
   float of_row[kRows] = {};
 };
 
-// kRows rows of x (beyond the last row: the last again) times one row of the weight; the result is in lane 0.
+// A row of a weight with the type of x.
 template <typename T>
+class SameRow {
+ public:
+  __device__ __forceinline__ SameRow(const GemmParams& p, int64_t row)
+      : row_(static_cast<const T*>(p.weight) + row * p.shape.in_features) {}
+  __device__ __forceinline__ float operator[](int64_t k) const { return to_float(row_[k]); }
+
+ private:
+  const T* row_;
+};
+
+// A row of a packed weight: packed_weight.h.
+class PackedRow {
+ public:
+  __device__ __forceinline__ PackedRow(const GemmParams& p, int64_t row)
+      : format_(p.shape.weight_format),
+        row_(row),
+        rows_(PackedSizes(format_, p.shape.out_features, p.shape.in_features).rows),
+        codes_(static_cast<const uint32_t*>(p.weight)),
+        scales_(static_cast<const uint16_t*>(p.scales)),
+        zeros_(static_cast<const uint8_t*>(p.zeros)) {}
+  __device__ __forceinline__ float operator[](int64_t k) const {
+    const int64_t scale = (format_.group_size == 0 ? 0 : k / format_.group_size) * rows_ + row_;
+    const int zero = format_.has_zeros ? zeros_[scale] : middle_code_of(format_.kind);
+    return scale_at(scale) * static_cast<float>(code(k) - zero);
+  }
+
+ private:
+  __device__ __forceinline__ float scale_at(int64_t index) const {
+    if (format_.scale_dtype == DataType::kFloat16) return to_float(bit_cast<__half>(scales_[index]));
+    return to_float(bit_cast<__nv_bfloat16>(scales_[index]));
+  }
+  __device__ __forceinline__ int code(int64_t k) const {
+    const int bits = bits_of(format_.kind);
+    const int word_k = 128 / bits;  // k of a word
+    const int in_superblock = static_cast<int>(k % kPackedK), in_word = in_superblock % word_k;
+    const int block = in_superblock / (2 * word_k), j = in_superblock / word_k % 2;
+    const int lane = static_cast<int>(row_ % 8) * 4 + in_word % 8 / 2;
+    const int half = static_cast<int>(row_ % kPackedRows) / 8;
+    const int64_t superblock = k / kPackedK * (rows_ / kPackedRows) + row_ / kPackedRows;
+    const int64_t word = superblock * (superblock_bytes_of(format_.kind) / 4) + block * (kPackedBlockBytes / 4) +
+                         lane * 4 + half * 2 + j;
+    return static_cast<int>(codes_[word] >> (in_word / 8 * bits + in_word % 2 * 16)) & ((1 << bits) - 1);
+  }
+
+  const WeightFormat format_;
+  const int64_t row_, rows_;
+  const uint32_t* codes_;
+  const uint16_t* scales_;
+  const uint8_t* zeros_;
+};
+
+// kRows rows of x (beyond the last row: the last again) times one row of the weight; the result is in lane 0.
+template <typename T, typename Row>
 __device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row, int64_t weight_row) {
   Sums sums;
-  const T* weight = static_cast<const T*>(p.weight) + weight_row * p.shape.in_features;
+  const Row weight(p, weight_row);
   const T* x = static_cast<const T*>(p.x);
   for (int64_t k = threadIdx.x; k < p.shape.in_features; k += 32) {
-    const float w = to_float(weight[k]);
+    const float w = weight[k];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = min(first_row + i, p.shape.rows - 1);
@@ -43,7 +97,7 @@ __device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row,
 }
 
 // One warp computes a column of y, kRows rows at a time.
-template <typename T>
+template <typename T, typename Row>
 __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant__ GemmParams p) {
   trigger_dependent_launch();
   wait_for_previous_kernel();
@@ -53,8 +107,8 @@ __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant_
   if (column >= columns) return;
   const int64_t step = static_cast<int64_t>(gridDim.y) * kRows;
   for (int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows; first_row < p.shape.rows; first_row += step) {
-    Sums z = multiply<T>(p, first_row, column);
-    const Sums up = swiglu ? multiply<T>(p, first_row, columns + column) : Sums{};
+    Sums z = multiply<T, Row>(p, first_row, column);
+    const Sums up = swiglu ? multiply<T, Row>(p, first_row, columns + column) : Sums{};
     if (threadIdx.x != 0) continue;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -70,7 +124,8 @@ cudaError_t launch_type(const GemmParams& p, const DeviceProperties& device, cud
   const int64_t columns = p.shape.out_features / (p.shape.activation == Activation::kSwiglu ? 2 : 1);
   const dim3 grid(static_cast<unsigned>(divide_up(columns, kWarps)),
                   static_cast<unsigned>(std::min<int64_t>(divide_up(p.shape.rows, kRows), 65535)));
-  return launch_kernel(gemm_plain<T>, grid, dim3(32, kWarps), 0, device, stream, p);
+  auto* const kernel = is_quantized(p.shape.weight_format) ? gemm_plain<T, PackedRow> : gemm_plain<T, SameRow<T>>;
+  return launch_kernel(kernel, grid, dim3(32, kWarps), 0, device, stream, p);
 }
 
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t, cudaStream_t stream) {

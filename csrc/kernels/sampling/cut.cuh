@@ -162,9 +162,9 @@ __device__ __forceinline__ void fill_bins(const Row<T, kWidth>& row, int32_t beg
   const int unknown = prefix.open - 32;
   const uint32_t span = unknown >= 32 ? 0xffffffffU : unknown <= 0 ? 0 : (1U << unknown) - 1;
   const int shift = prefix.open - digit_bits;
-  row.template for_each<3>(begin, end, [&](float (&values)[kWidth], int32_t first) {
+  row.template for_each<3>(begin, end, [&](auto& values, int32_t first) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < kCountOf<decltype(values)>; ++i) {
       if (ordered_bits(values[i]) - lowest > span) continue;
       const Choice choice = make_choice(values[i], first + i);
       const Choice leading = choice >> shift;

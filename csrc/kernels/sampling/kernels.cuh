@@ -40,75 +40,164 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
+constexpr uint32_t kInPrompt = 1U << 15;  // of a count
+constexpr uint32_t kMostCounted = kInPrompt - 1;
+
+// The words of a bit for each token.
+__host__ __device__ __forceinline__ int32_t words_of(int32_t vocab_size) { return (vocab_size + 31) / 32; }
+
+// What biases and penalties make of the logits of the few tokens with a mark.
+struct Processing {
+  const uint16_t* counts;  // null: no penalties
+  const SamplingBias* biases;
+  int32_t num_biases;
+  float repetition_penalty, presence_penalty, frequency_penalty;
+
+  __device__ __forceinline__ Processing(const SamplingSettings& settings, const SamplingBias* biases_of_slot)
+      : counts(settings.counts),
+        biases(biases_of_slot),
+        num_biases(settings.num_biases),
+        repetition_penalty(settings.repetition_penalty),
+        presence_penalty(settings.presence_penalty),
+        frequency_penalty(settings.frequency_penalty) {}
+
+  __device__ __forceinline__ float operator()(float value, int32_t token) const {
+    const uint32_t count = counts == nullptr ? 0 : counts[token];
+    value += bias_of(token);
+    if (count == 0) return value;
+    value = value > 0.0F ? value / repetition_penalty : value * repetition_penalty;
+    const uint32_t in_output = count & kMostCounted;
+    value -= frequency_penalty * static_cast<float>(in_output);
+    return in_output > 0 ? value - presence_penalty : value;
+  }
+
+ private:
+  __device__ __forceinline__ float bias_of(int32_t token) const {
+    if (num_biases == 0) return 0.0F;
+    int32_t place = 0;
+    for (int32_t left = num_biases; left > 1; left -= left / 2) {
+      if (biases[place + left / 2].token <= token) place += left / 2;
+    }
+    return biases[place].token == token ? biases[place].value : 0.0F;
+  }
+};
+
 // The logits of a sequence, in groups of kWidth: full packs or single ones.
 template <typename T, int kWidth>
 struct Row {
   const T* logits;
-  const uint32_t* seen;  // null: no penalty
-  int32_t vocab_size;    // a multiple of kWidth
-  float penalty;
+  int32_t vocab_size;               // a multiple of kWidth
+  const uint32_t* marks = nullptr;  // null: neither biases nor penalties
+  const uint32_t* mask = nullptr;   // null: all tokens are allowed
+  const SamplingSettings* settings = nullptr;
+  const SamplingBias* biases = nullptr;
 
-  __device__ __forceinline__ Row(const SamplingParams& p, int32_t sequence, float repetition_penalty)
-      : logits(static_cast<const T*>(p.logits) + sequence * p.logits_row_stride),
-        seen(p.seen == nullptr || repetition_penalty == 1.0F
-                 ? nullptr
-                 : p.seen + static_cast<int64_t>(sequence) * ((p.vocab_size + 31) / 32)),
-        vocab_size(p.vocab_size),
-        penalty(repetition_penalty) {}
+  // The logits as they are.
+  __device__ __forceinline__ Row(const void* matrix, int64_t row_stride, int32_t row, int32_t size)
+      : logits(static_cast<const T*>(matrix) + row * row_stride), vocab_size(size) {}
+
+  // With what the state of a slot makes of them.
+  __device__ __forceinline__ void process(const SamplingParams& p, int32_t slot) {
+    settings = p.state.settings + slot;
+    biases = p.state.biases + static_cast<int64_t>(slot) * kMaxBiases;
+    if (settings->num_biases > 0 || settings->counts != nullptr) {
+      marks = p.state.marks + static_cast<int64_t>(slot) * words_of(vocab_size);
+    }
+    const int32_t mask_row = p.mask_rows == nullptr ? -1 : p.mask_rows[slot];
+    if (mask_row >= 0) mask = p.masks + static_cast<int64_t>(mask_row) * words_of(vocab_size);
+  }
 
   __device__ __forceinline__ int32_t groups() const { return vocab_size / kWidth; }
 
   // Low bits that are zeros in all logits, as floats.
   __device__ __forceinline__ int zero_bits() const {
-    if (seen != nullptr || std::is_same_v<T, float>) return 0;
+    if (marks != nullptr || std::is_same_v<T, float>) return 0;
     return std::is_same_v<T, __half> ? 13 : 16;
   }
 
-  // Calls visit(values, first token) for this thread's groups of those from `begin` to `end`: logits after the
-  // repetition penalty. A few groups are loaded before the first is used.
+  // Calls visit(values, first token) for this thread's part of the groups from `begin` to `end`: logits after biases,
+  // penalties and mask, kWidth or one at a time. Tokens with a mark come after the groups, in which they are -infinity
+  // like those that are not allowed. A few groups are loaded before the first is used.
   template <int kAtOnce, typename Visit>
   __device__ __forceinline__ void for_each(int32_t begin, int32_t end, Visit visit) const {
     const auto step = static_cast<int32_t>(blockDim.x);
     for (int32_t group = begin + static_cast<int32_t>(threadIdx.x); group < end; group += kAtOnce * step) {
       Group groups[kAtOnce];
-      uint32_t marks[kAtOnce] = {};
+      uint32_t left_out[kAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         groups[i] = reinterpret_cast<const Group*>(logits)[min(group + i * step, end - 1)];
       }
-      if (seen != nullptr) {
+      const auto bits_of = [&](const uint32_t* words, int i) {
+        const int32_t first = min(group + i * step, end - 1) * kWidth;  // a group lies within one word
+        return words[first / 32] >> (first % 32);
+      };
+      if (marks != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int32_t first = min(group + i * step, end - 1) * kWidth;  // a group lies within one word
-          marks[i] = seen[first / 32] >> (first % 32);
-        }
+        for (int i = 0; i < kAtOnce; ++i) left_out[i] = bits_of(marks, i);
+      }
+      if (mask != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) left_out[i] |= ~bits_of(mask, i);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (group + i * step >= end) break;
         float values[kWidth];
-        to_values(values, groups[i], marks[i]);
+        to_values(values, groups[i]);
+        leave_out(values, left_out[i]);
         visit(values, (group + i * step) * kWidth);
       }
     }
+    if (marks != nullptr) for_each_marked(begin * kWidth, end * kWidth, visit);
   }
 
  private:
   using Group = std::conditional_t<kWidth == 1, T, FullPack>;
 
-  __device__ __forceinline__ void to_values(float (&values)[kWidth], const Group& group, uint32_t marks) const {
+  static __device__ __forceinline__ void to_values(float (&values)[kWidth], const Group& group) {
     if constexpr (kWidth == 1) {
       values[0] = to_float(group);
     } else {
       unpack<T>(values, group);
     }
-    if (marks == 0) return;  // nearly always
+  }
+
+  // NaN and +infinity stay, for which the row gets no token.
+  static __device__ __forceinline__ void leave_out(float (&values)[kWidth], uint32_t bits) {
+    if ((bits & ((1U << kWidth) - 1)) == 0) return;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      if ((marks >> i & 1) != 0) values[i] = values[i] > 0.0F ? values[i] / penalty : values[i] * penalty;
+      if ((bits >> i & 1) != 0 && values[i] < INFINITY) values[i] = -INFINITY;
+    }
+  }
+
+  // Visits this thread's part of the tokens from `begin` to `end` that have a mark and are allowed.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_marked(int32_t begin, int32_t end, Visit visit) const {
+    const Processing process(*settings, biases);
+    for (int32_t word = begin / 32 + static_cast<int32_t>(threadIdx.x); word * 32 < end; word += blockDim.x) {
+      uint32_t bits = marks[word];
+      if (mask != nullptr) bits &= mask[word];
+      while (bits != 0) {
+        const int32_t token = word * 32 + __ffs(static_cast<int>(bits)) - 1;
+        bits &= bits - 1;
+        if (token < begin || token >= end) continue;
+        float values[1] = {process(to_float(logits[token]), token)};
+        visit(values, token);
+      }
     }
   }
 };
+
+// A part of a row's groups.
+struct Range {
+  int32_t begin, end;
+};
+__device__ __forceinline__ Range share_of(int part, int parts, int32_t groups) {
+  const int32_t size = (groups + parts - 1) / parts;
+  return {min(part * size, groups), min((part + 1) * size, groups)};
+}
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 __device__ __forceinline__ uint4 philox(uint4 counter, uint2 key) {
@@ -123,21 +212,21 @@ __device__ __forceinline__ uint4 philox(uint4 counter, uint2 key) {
   return counter;
 }
 
-// Gumbel noise: the largest of log(p) + noise is a draw from p. It depends on seed, step, sequence and token alone.
+// Gumbel noise: the largest of log(p) + noise is a draw from p. It depends on seed, stream, step and token alone.
 struct Noise {
   uint2 seed;
   uint2 step;
-  uint32_t sequence;
+  uint32_t stream;
 
-  __device__ __forceinline__ Noise(const SamplingSettings& settings, int32_t row)
-      : seed(bit_cast<uint2>(settings.seed)), step(bit_cast<uint2>(settings.step)), sequence(row) {}
+  __device__ __forceinline__ explicit Noise(const SamplingSettings& settings)
+      : seed(bit_cast<uint2>(settings.seed)), step(bit_cast<uint2>(settings.step)), stream(settings.draw_stream) {}
 
   // Of kWidth tokens from `first` on.
   template <int kWidth>
   __device__ __forceinline__ void get(float (&noise)[kWidth], int32_t first) const {
 #pragma unroll
     for (int part = 0; part < (kWidth + 3) / 4; ++part) {
-      const uint4 random = philox(make_uint4(first / 4 + part, sequence, step.x, step.y), seed);
+      const uint4 random = philox(make_uint4(first / 4 + part, stream, step.x, step.y), seed);
       if constexpr (kWidth == 1) {
         const int32_t place = first % 4;
         noise[0] = gumbel(place == 0 ? random.x : place == 1 ? random.y : place == 2 ? random.z : random.w);
@@ -181,19 +270,52 @@ __device__ __forceinline__ Choice block_largest(Choice choice) {
   return choice;
 }
 
-// Writes the result of a sequence: its last step, by one thread.
+// How many logits a visitor of Row::for_each is given.
+template <typename Values>
+constexpr int kCountOf = std::extent_v<std::remove_reference_t<Values>>;
+
+// The best choice among this thread's groups, NaN before all others; `score(values, first)` turns logits into scores.
+template <typename T, int kWidth, typename Score>
+__device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range, Score score) {
+  Choice best = 0;
+  row.template for_each<4>(range.begin, range.end, [&](auto& values, int32_t first) {
+    constexpr int kCount = kCountOf<decltype(values)>;
+    score(values, first);
+    float largest = values[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) largest = max_or_nan(largest, values[i]);
+    int32_t place = kCount - 1;
+#pragma unroll
+    for (int i = kCount - 2; i >= 0; --i) {
+      if (values[i] == largest) place = i;
+    }
+    best = larger(best, make_choice(largest, first + place));
+  });
+  return best;
+}
+template <typename T, int kWidth>
+__device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range) {
+  return best_of(row, range, [](auto&, int32_t) {});
+}
+
+__device__ __forceinline__ int32_t slot_of(const SamplingParams& p, int32_t sequence) {
+  return p.slots == nullptr ? sequence : p.slots[sequence];
+}
+
+// Writes the result of a sequence: its last step, by one thread. All blocks have read the state that it changes.
 __device__ __forceinline__ void finish(const SamplingParams& p, int32_t sequence, Choice choice) {
   const int32_t token = is_finite(choice) ? token_of(choice) : kNoToken;
+  const int32_t slot = slot_of(p, sequence);
   p.tokens[sequence] = token;
-  if (p.input_ids != nullptr) p.input_ids[sequence] = max(token, 0);
+  if (p.last_tokens != nullptr) p.last_tokens[slot] = max(token, 0);
   if (p.past_lengths != nullptr) ++p.past_lengths[sequence];
-  if (p.seen != nullptr && token != kNoToken) {
-    p.seen[static_cast<int64_t>(sequence) * ((p.vocab_size + 31) / 32) + token / 32] |= 1U << (token % 32);
-  }
-  if (p.settings == nullptr) return;
-  // All blocks that use the step have read it before their sequence is done, and so before the last sequence is.
-  auto* finished = reinterpret_cast<unsigned*>(p.semaphores + p.sequences);
-  if (atomicInc(finished, p.sequences - 1) == p.sequences - 1) ++p.settings->step;
+  if (p.largest) return;
+  SamplingSettings& settings = p.state.settings[slot];
+  ++settings.step;
+  if (settings.counts == nullptr || token == kNoToken) return;
+  p.state.marks[static_cast<int64_t>(slot) * words_of(p.vocab_size) + token / 32] |= 1U << (token % 32);
+  const uint32_t count = settings.counts[token];
+  if ((count & kMostCounted) != kMostCounted) settings.counts[token] = static_cast<uint16_t>(count + 1);
 }
 
 // The largest choice of all blocks of a sequence is its token: the last block to arrive finishes the sequence.
@@ -265,6 +387,24 @@ struct Cluster {
     }
     sync();
     return choice;
+  }
+
+  // Returns the sum of all threads' values of all blocks, in every thread.
+  static __device__ __forceinline__ unsigned long long sum(unsigned long long value) {
+    __shared__ unsigned long long of_block;
+    if (threadIdx.x == 0) of_block = 0;
+    __syncthreads();
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffU, value, distance);
+    if (threadIdx.x % 32 == 0) atomicAdd(&of_block, value);
+    sync();
+    value = 0;
+#pragma unroll
+    for (int other = 0; other < kMaxSize; ++other) {
+      if (other < size()) value += *of(&of_block, other);
+    }
+    sync();
+    return value;
   }
 };
 

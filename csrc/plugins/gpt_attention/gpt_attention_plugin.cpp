@@ -1,6 +1,8 @@
 #include "gpt_attention_plugin.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "kernels/attention/decode.h"
 #include "kernels/attention/prefill.h"
@@ -56,18 +58,46 @@ Attributes checked(Attributes attributes) {
   return attributes;
 }
 
+Attributes checked_pages(Attributes const& attributes) {
+  require_one_of("tokens_per_block", attributes.tokens_per_block, {kPageSize});
+  require_one_of("kv_cache_type", attributes.kv_cache_type,
+                 {static_cast<int32_t>(CacheDataType::kSame), static_cast<int32_t>(CacheDataType::kInt8),
+                  static_cast<int32_t>(CacheDataType::kFloat8E4M3)});
+  return attributes;
+}
+
+// The type and the shape of past and present. Pages of 8-bit elements are int32 to TensorRT, which would rewrite int8.
+std::pair<nvinfer1::DataType, Pattern> cache_role(Attributes const& attributes) {
+  auto const type = static_cast<nvinfer1::DataType>(attributes.type_id);
+  int64_t const heads = attributes.num_kv_heads;
+  int64_t const head_size = attributes.head_size;
+  int64_t const positions = attributes.tokens_per_block;
+  if (positions == 0) {
+    return {type, {"max_batch", 2, heads, "max_positions", head_size}};
+  }
+  if (attributes.kv_cache_type == static_cast<int32_t>(CacheDataType::kSame)) {
+    return {type, {"num_pages", 2, heads, positions, head_size}};
+  }
+  // Of each head's keys and of its values the codes, four in a word, and a float32 scale for each position.
+  int64_t const words = checked_product("words of a page", {2 * heads, positions, head_size / 4 + 1});
+  return {nvinfer1::DataType::kINT32, {"num_pages", words}};
+}
+
 TensorRoles make_roles(Attributes const& attributes) {
   using nvinfer1::DataType;
   auto const type = static_cast<DataType>(attributes.type_id);
   int64_t const head_size = attributes.head_size;
-  Pattern const cache{"max_batch", 2, attributes.num_kv_heads, "max_positions", head_size};
+  auto const [cache_type, cache] = cache_role(attributes);
   std::vector<TensorRole> inputs{
       {"qkv", type, {"tokens", packed_heads(attributes) * head_size}},
-      {"past_key_value", type, cache},
+      {"past_key_value", cache_type, cache},
       {"cu_seqlens", DataType::kINT32, {Dimension(1, "sequences", 1)}},
       {"past_lengths", DataType::kINT32, {"sequences"}},
-      {"rotary_offsets", DataType::kINT32, {"sequences"}},
   };
+  if (attributes.tokens_per_block != 0) {
+    inputs.push_back({"pages", DataType::kINT32, {"sequences", "max_pages"}});
+  }
+  inputs.push_back({"rotary_offsets", DataType::kINT32, {"sequences"}});
   if (attributes.rotary_embedding_dim != 0) {
     inputs.push_back({"rotary_table", DataType::kFLOAT, {"rows", attributes.rotary_embedding_dim}});
   }
@@ -80,19 +110,17 @@ TensorRoles make_roles(Attributes const& attributes) {
     inputs.push_back({"k_norm_weight", type, {head_size}});
   }
   return {inputs,
-          {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", type, cache}},
+          {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", cache_type, cache}},
           {{"tokens", 0, kMaxPrefillTokens},
            {"sequences", 0, kMaxDecodeSequences},
            {"max_positions", 1, kMaxInt32},
+           {"num_pages", 1, kMaxInt32},
+           {"max_pages", 1, kMaxInt32 / std::max(attributes.tokens_per_block, 1)},
            {"rows", 0, kMaxInt32}}};
 }
 
-// TensorRT passes the addresses of past and present; they are equal where both are bound to the same memory.
-void copy_unless_in_place(void const* past, void* present, Sizes const& sizes, Attributes const& attributes,
-                          cudaStream_t stream) {
-  if (past == present) {
-    return;
-  }
+void copy_cache(void const* past, void* present, Sizes const& sizes, Attributes const& attributes,
+                cudaStream_t stream) {
   auto const bytes = static_cast<size_t>(checked_product(
       "bytes of past_key_value", {sizes["max_batch"], 2, attributes.num_kv_heads, sizes["max_positions"],
                                   attributes.head_size, size_of(static_cast<DataType>(attributes.type_id))}));
@@ -117,28 +145,42 @@ std::vector<int32_t> copy_to_host(void const* values, int64_t count, cudaStream_
   return host;
 }
 
+std::vector<AttributeSpec> attributes_of_all_versions() {
+  return {
+      {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+      {"num_heads", PluginFieldType::kINT32, offsetof(Attributes, num_heads), true},
+      {"num_kv_heads", PluginFieldType::kINT32, offsetof(Attributes, num_kv_heads), true},
+      {"head_size", PluginFieldType::kINT32, offsetof(Attributes, head_size), true},
+      {"rotary_embedding_dim", PluginFieldType::kINT32, offsetof(Attributes, rotary_embedding_dim), false},
+      {"position_embedding_type", PluginFieldType::kINT32, offsetof(Attributes, position_embedding_type), false},
+      {"q_scaling", PluginFieldType::kFLOAT32, offsetof(Attributes, q_scaling), false},
+      {"query_scale", PluginFieldType::kINT32, offsetof(Attributes, query_scale), false},
+      {"qk_norm", PluginFieldType::kINT32, offsetof(Attributes, qk_norm), false},
+      {"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), false},
+  };
+}
+
 }  // namespace
 
 AttributeSchema const& GptAttentionPlugin::schema() {
-  static AttributeSchema const schema{
-      kName,
-      1,
-      {
-          {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
-          {"num_heads", PluginFieldType::kINT32, offsetof(Attributes, num_heads), true},
-          {"num_kv_heads", PluginFieldType::kINT32, offsetof(Attributes, num_kv_heads), true},
-          {"head_size", PluginFieldType::kINT32, offsetof(Attributes, head_size), true},
-          {"rotary_embedding_dim", PluginFieldType::kINT32, offsetof(Attributes, rotary_embedding_dim), false},
-          {"position_embedding_type", PluginFieldType::kINT32, offsetof(Attributes, position_embedding_type), false},
-          {"q_scaling", PluginFieldType::kFLOAT32, offsetof(Attributes, q_scaling), false},
-          {"query_scale", PluginFieldType::kINT32, offsetof(Attributes, query_scale), false},
-          {"qk_norm", PluginFieldType::kINT32, offsetof(Attributes, qk_norm), false},
-          {"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), false},
-      }};
+  static AttributeSchema const schema{kName, 1, attributes_of_all_versions()};
   return schema;
 }
 
 GptAttentionPlugin::GptAttentionPlugin(Attributes const& attributes) : PluginBase(checked(attributes), make_roles) {}
+
+AttributeSchema const& PagedGptAttentionPlugin::schema() {
+  static AttributeSchema const schema = [] {
+    std::vector<AttributeSpec> specs = attributes_of_all_versions();
+    specs.push_back({"tokens_per_block", PluginFieldType::kINT32, offsetof(Attributes, tokens_per_block), true});
+    specs.push_back({"kv_cache_type", PluginFieldType::kINT32, offsetof(Attributes, kv_cache_type), false});
+    return AttributeSchema{kName, 1, specs};
+  }();
+  return schema;
+}
+
+PagedGptAttentionPlugin::PagedGptAttentionPlugin(Attributes const& attributes)
+    : GptAttentionPlugin(checked_pages(attributes)) {}
 
 AttentionHeads GptAttentionPlugin::heads(Execution const& execution) const {
   AttentionHeads heads;
@@ -162,7 +204,14 @@ template <typename Params>
 void GptAttentionPlugin::set_common(Execution const& execution, Sizes const& sizes, Params& params) const {
   params.heads = heads(execution);
   params.cache.data = output(execution, "present_key_value");
-  params.cache.max_positions = static_cast<int32_t>(sizes["max_positions"]);
+  if (has_pages()) {
+    params.cache.max_positions = attributes().tokens_per_block;
+    params.cache.dtype = static_cast<CacheDataType>(attributes().kv_cache_type);
+    params.cache.pages = static_cast<int32_t const*>(input(execution, "pages"));
+    params.cache.pages_row_stride = static_cast<int32_t>(sizes["max_pages"]);
+  } else {
+    params.cache.max_positions = static_cast<int32_t>(sizes["max_positions"]);
+  }
   params.qkv = input(execution, "qkv");
   params.qkv_row_stride = packed_heads(attributes()) * attributes().head_size;
   params.context = output(execution, "context");
@@ -180,7 +229,7 @@ void GptAttentionPlugin::check_sizes(Sizes const& sizes) const {
   }
   if (max_batch != Extents::kUnknown && sequences > max_batch) {
     refuse("'past_lengths' has " + std::to_string(sequences) + " sequences; expected at most " +
-           std::to_string(max_batch) + ", the first dimension of past_key_value");
+           std::to_string(max_batch) + ", the first dimension of " + (has_pages() ? "semaphores" : "past_key_value"));
   }
   if (tokens == Extents::kUnknown) {
     return;
@@ -192,7 +241,12 @@ void GptAttentionPlugin::check_sizes(Sizes const& sizes) const {
   check_prompts(tokens, sequences);
 }
 
-// Copies the lengths, which a launch does not check, to the host, waits for them and checks them.
+// The most positions of a sequence.
+int64_t GptAttentionPlugin::max_positions(Sizes const& sizes) const {
+  return has_pages() ? sizes["max_pages"] * attributes().tokens_per_block : sizes["max_positions"];
+}
+
+// Copies the lengths and the pages, which a launch does not check, to the host, waits for them and checks them.
 bool GptAttentionPlugin::lengths_are_valid(Execution const& execution, Sizes const& sizes) const {
   int64_t const sequences = sizes["sequences"];
   auto const read = [&](char const* name, int64_t count) {
@@ -205,13 +259,33 @@ bool GptAttentionPlugin::lengths_are_valid(Execution const& execution, Sizes con
   if (bounds.front() != 0 || bounds.back() != sizes["tokens"]) {
     return false;
   }
+  std::vector<int64_t> ends;
   for (int64_t i = 0; i < sequences; ++i) {
     int64_t const tokens = int64_t{bounds[i + 1]} - bounds[i];
     int64_t const end = pasts[i] + tokens;
-    bool const fits_cache = tokens >= 1 && pasts[i] >= 0 && end <= sizes["max_positions"];
-    if (!fits_cache || (has_rows && (offsets[i] < 0 || offsets[i] + end > sizes["rows"]))) {
+    ends.push_back(end);
+    bool const fits_cache = tokens >= 1 && pasts[i] >= 0 && end <= max_positions(sizes);
+    // The rows may be those of the new tokens alone, so that the offset is negative.
+    bool const fits_rows = int64_t{offsets[i]} + pasts[i] >= 0 && offsets[i] + end <= (has_rows ? sizes["rows"] : 0);
+    if (!fits_cache || (has_rows && !fits_rows)) {
       return false;
     }
+  }
+  return !has_pages() || pages_are_valid(read("pages", sequences * sizes["max_pages"]), ends, sizes);
+}
+
+// Whether the pages that hold positions up to these ends are in the cache.
+bool GptAttentionPlugin::pages_are_valid(std::vector<int32_t> const& pages, std::vector<int64_t> const& ends,
+                                         Sizes const& sizes) const {
+  int64_t const tokens_per_block = attributes().tokens_per_block;
+  auto row = pages.begin();
+  for (int64_t const end : ends) {
+    auto const used = (end + tokens_per_block - 1) / tokens_per_block;
+    auto const is_missing = [&](int32_t page) { return page < 0 || page >= sizes["num_pages"]; };
+    if (std::any_of(row, row + used, is_missing)) {
+      return false;
+    }
+    row += sizes["max_pages"];
   }
   return true;
 }
@@ -228,14 +302,26 @@ size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* lar
   return static_cast<size_t>(bytes);
 }
 
+// Makes present hold what past holds, which takes nothing where both are the same memory.
+void GptAttentionPlugin::continue_cache(Execution const& execution, Sizes const& sizes) const {
+  void const* const past = input(execution, "past_key_value");
+  void* const present = output(execution, "present_key_value");
+  if (past == present) {
+    return;
+  }
+  if (has_pages()) {
+    refuse("'present_key_value' has memory of its own; expected that of 'past_key_value': bind both to one address");
+  }
+  copy_cache(past, present, sizes, attributes(), execution.stream);
+}
+
 void GptAttentionPlugin::enqueue(Execution const& execution) const {
   Sizes const sizes = roles().sizes(execution.input_descs);
   check_sizes(sizes);
   if (execution.phase == Phase::kBuild && !lengths_are_valid(execution, sizes)) {
     return;  // TensorRT is timing the layer, and reads no result
   }
-  copy_unless_in_place(input(execution, "past_key_value"), output(execution, "present_key_value"), sizes, attributes(),
-                       execution.stream);
+  continue_cache(execution, sizes);
   int64_t const tokens = sizes["tokens"];
   if (tokens == 0) {
     return;

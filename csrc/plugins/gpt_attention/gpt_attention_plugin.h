@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/attention/heads.h"
 #include "plugins/plugin_base.h"
@@ -22,6 +23,8 @@ struct GptAttentionAttributes {
   int32_t query_scale = 0;
   int32_t qk_norm = 0;
   float norm_eps = 1e-6F;
+  int32_t tokens_per_block = 0;  // positions of a page of the cache; 0: the cache has no pages
+  int32_t kv_cache_type = static_cast<int32_t>(CacheDataType::kSame);  // of a cache with pages
 };
 
 class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
@@ -35,15 +38,28 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
   void check_sizes(Sizes const& sizes) const;
   size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
 
-  // Launches the kernel for decoding where there are as many tokens as sequences, else those for prompts. Copies the
-  // cache first unless past and present are the same memory.
+  // Launches the kernel for decoding where there are as many tokens as sequences, else those for prompts. Unless past
+  // and present are the same memory, copies a contiguous cache first, and throws for one of pages.
   void enqueue(Execution const& execution) const;
 
  private:
+  bool has_pages() const { return attributes().tokens_per_block != 0; }
+  int64_t max_positions(Sizes const& sizes) const;
   bool lengths_are_valid(Execution const& execution, Sizes const& sizes) const;
+  bool pages_are_valid(std::vector<int32_t> const& pages, std::vector<int64_t> const& ends, Sizes const& sizes) const;
+  void continue_cache(Execution const& execution, Sizes const& sizes) const;
   AttentionHeads heads(Execution const& execution) const;
   template <typename Params>
   void set_common(Execution const& execution, Sizes const& sizes, Params& params) const;
+};
+
+// The same attention over a cache of pages, which may have 8 bits an element: two more fields, and one more input.
+class PagedGptAttentionPlugin : public GptAttentionPlugin {
+ public:
+  static constexpr char const* kVersion = "2";
+  static AttributeSchema const& schema();
+
+  explicit PagedGptAttentionPlugin(Attributes const& attributes);
 };
 
 }  // namespace qwen_plugins

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorrt as trt
 
-from .._numbers import HEAD_SIZES
+from .._numbers import HEAD_SIZES, KV_CACHE_TYPES
 from .layers import (
     add_plugin,
     check_network,
@@ -21,6 +21,7 @@ from .native import NativeLayers
 
 # TensorRT-LLM's names and numbers.
 _POSITION_EMBEDDING_TYPES = {"learned_absolute": 0, "rope_gptj": 1, "rope_gpt_neox": 2}
+_PAGE_SIZE = 64
 
 
 def gpt_attention(
@@ -43,6 +44,9 @@ def gpt_attention(
     q_norm_weight: Any = None,
     k_norm_weight: Any = None,
     norm_eps: float = 1e-6,
+    pages: Any = None,
+    tokens_per_block: int = _PAGE_SIZE,
+    kv_cache_dtype: str = "auto",
     dtype: Any = None,
     name: str | None = None,
 ) -> tuple[Any, Any]:
@@ -59,9 +63,12 @@ def gpt_attention(
         network: ``INetworkDefinition`` to add to.
         qkv: ``ITensor`` [tokens, (num_heads + 2 · num_kv_heads) · head_size] of ``dtype``: for each token the heads
             of q, then of k, then of v; the tokens of one sequence after those of another.
-        past_key_value: ``ITensor`` [max_batch, 2, num_kv_heads, max_positions, head_size] of ``dtype``: keys, then
-            values; sequence i has row i. Mark present_key_value as an output of the network and bind it to the memory
-            of this input: then only the new tokens are written, and nothing is copied.
+        past_key_value: ``ITensor``, the cache: keys, then values. Mark present_key_value as an output of the network
+            and bind it to the memory of this input: then only the new tokens are written, and nothing is copied.
+            Without pages [max_batch, 2, num_kv_heads, max_positions, head_size] of ``dtype``; sequence i has row i.
+            With pages [num_pages, 2, num_kv_heads, tokens_per_block, head_size] of ``dtype``, or with 8 bits an element
+            int32 [num_pages, 2 · num_kv_heads · tokens_per_block · (head_size / 4 + 1)]. present_key_value must then
+            have the memory of this input.
         cu_seqlens: ``ITensor`` int32 [sequences + 1]: 0, then the running sums of the sequences' new tokens, at least
             one each.
         past_lengths: ``ITensor`` int32 [sequences]: tokens in the cache before these; with the new ones at most
@@ -84,6 +91,13 @@ def gpt_attention(
         query_scale: [rows] float32, an ``ITensor`` or an array, or None: factors of q (Qwen v1's logn).
         q_norm_weight, k_norm_weight: [head_size] of ``dtype``, ``ITensor`` or array, both or none (Qwen3).
         norm_eps: added to the mean squares of the heads, above 0.
+        pages: ``ITensor`` int32 [sequences, max_pages], or None: the cache is not divided into pages. Position p of
+            sequence i is in page pages[i, p / tokens_per_block]; entries behind a sequence's last position are not
+            read. Sequences may share pages that none of them writes to.
+        tokens_per_block: positions of a page, 64; TensorRT-LLM's name.
+        kv_cache_dtype: of the elements of a cache of pages: "auto" (``dtype``), "int8" or "fp8" (e4m3). With 8 bits a
+            head's keys, and its values, are in each page tokens_per_block · head_size codes, then a float32 scale for
+            each position; an element is code · scale.
         dtype: ``tensorrt.DataType`` of qkv, cache, norm weights and context; None: ``qkv.dtype``. Pass it in TensorRT
             8.6 where qkv reports float32 but will be computed in float16.
         name: of the layer, and prefix of its constants' names, unique in the network; None: gpt_attention with a
@@ -103,6 +117,7 @@ def gpt_attention(
     rotary_dim = _rotary_dim(rotary_embedding_dim, head_size, position_embedding_type, rotary_table)
     check_positive(q_scaling, "q_scaling")
     check_positive(norm_eps, "norm_eps")
+    _check_pages(pages, tokens_per_block, kv_cache_dtype)
     if (q_norm_weight is None) != (k_norm_weight is None):
         raise ValueError("only one of q_norm_weight and k_norm_weight is given; expected both or none")
 
@@ -110,11 +125,21 @@ def gpt_attention(
     tensors = _Tensors(network, name)
     packed = (num_heads + 2 * num_kv_heads) * head_size
     tensors.add("qkv", qkv, (-1, packed), "[tokens, (num_heads + 2 * num_kv_heads) * head_size]")
-    cache = (-1, 2, num_kv_heads, -1, head_size)
-    meaning = "[max_batch, 2, num_kv_heads, max_positions, head_size]"
-    tensors.add("past_key_value", past_key_value, cache, meaning, dtype)
+    cache: tuple[int, ...]
+    if pages is None:
+        cache, cache_type = (-1, 2, num_kv_heads, -1, head_size), dtype
+        meaning = "[max_batch, 2, num_kv_heads, max_positions, head_size]"
+    elif kv_cache_dtype == "auto":
+        cache, cache_type = (-1, 2, num_kv_heads, tokens_per_block, head_size), dtype
+        meaning = "[num_pages, 2, num_kv_heads, tokens_per_block, head_size]"
+    else:
+        cache, cache_type = (-1, 2 * num_kv_heads * tokens_per_block * (head_size // 4 + 1)), trt.int32
+        meaning = "[num_pages, 2 * num_kv_heads * tokens_per_block * (head_size / 4 + 1)]"
+    tensors.add("past_key_value", past_key_value, cache, meaning, cache_type)
     tensors.add("cu_seqlens", cu_seqlens, (-1,), "[sequences + 1]", trt.int32)
     tensors.add("past_lengths", past_lengths, (-1,), "[sequences]", trt.int32)
+    if pages is not None:
+        tensors.add("pages", pages, (-1, -1), "[sequences, max_pages]", trt.int32)
     tensors.add("rotary_offsets", rotary_offsets, (-1,), "[sequences]", trt.int32)
     tensors.add_parameter("rotary_table", rotary_table, (-1, rotary_dim), "[rows, rotary_embedding_dim]", trt.float32)
     tensors.add("semaphores", semaphores, (-1, num_heads), "[max_batch, num_heads]", trt.int32)
@@ -133,7 +158,11 @@ def gpt_attention(
         "qk_norm": int(q_norm_weight is not None),
         "norm_eps": float(norm_eps),
     }
-    context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, name, [dtype, dtype])
+    if pages is not None:
+        fields |= {"tokens_per_block": tokens_per_block, "kv_cache_type": KV_CACHE_TYPES[kv_cache_dtype]}
+    version = "1" if pages is None else "2"
+    types = [dtype, cache_type]
+    context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, name, types, version)
     return context, present
 
 
@@ -165,6 +194,16 @@ def _check_heads(num_heads: int, num_kv_heads: int, head_size: int) -> None:
         raise ValueError(f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; expected a divisor of num_heads")
     if head_size not in HEAD_SIZES:
         raise ValueError(f"head_size is {head_size}; expected one of {', '.join(map(str, HEAD_SIZES))}")
+
+
+def _check_pages(pages: Any, tokens_per_block: int, kv_cache_dtype: str) -> None:
+    if tokens_per_block != _PAGE_SIZE:
+        raise ValueError(f"tokens_per_block is {tokens_per_block!r}; expected {_PAGE_SIZE}")
+    if kv_cache_dtype not in KV_CACHE_TYPES:
+        names = ", ".join(KV_CACHE_TYPES)
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected one of {names}")
+    if pages is None and kv_cache_dtype != "auto":
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected pages with it")
 
 
 def _rotary_dim(given: int | None, head_size: int, position_embedding_type: str, rotary_table: Any) -> int:

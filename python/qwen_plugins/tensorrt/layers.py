@@ -22,9 +22,13 @@ def add_plugin(
     fields: Mapping[str, int | float | list[int]],
     layer_name: str,
     output_types: Sequence[Any],
+    version: str | None = None,
 ) -> list[Any]:
-    """Add a layer of a plug-in's newest version and return its outputs; RuntimeError where TensorRT refuses it."""
-    creator = find_creator(trt, plugin_name) if register_tensorrt_plugins() else None
+    """Add a layer of a plug-in and return its outputs; RuntimeError where TensorRT refuses it.
+
+    version: of the plug-in; None: the newest.
+    """
+    creator = find_creator(trt, plugin_name, version) if register_tensorrt_plugins() else None
     if creator is None:
         raise RuntimeError(
             f"the plug-in {PLUGIN_NAMESPACE}::{plugin_name} is not registered in TensorRT {trt.__version__}"

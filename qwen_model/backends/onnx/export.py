@@ -38,6 +38,7 @@ def write_model(
     config: ModelConfig,
     limits: Limits | None,
     dtype: str,
+    kv_cache_dtype: str,
     read_weight: ReadWeight,
     progress: Progress,
 ) -> WrittenModel:
@@ -45,6 +46,7 @@ def write_model(
 
     place: from `output_place`.
     limits: the sizes of the plug-ins' cache and profiles; None: the network is written in standard operators.
+    kv_cache_dtype: of the plug-ins' cache, see `EngineConfig`.
     read_weight: reads a weight as a NumPy array of any floating-point type.
 
     Raises:
@@ -62,7 +64,7 @@ def write_model(
             if limits is None:
                 standard_operations.define(graph, config, dtype, modules, read)
             else:
-                plugin_operations.define(graph, config, limits, dtype, modules, read)
+                plugin_operations.define(graph, config, limits, dtype, kv_cache_dtype, modules, read)
         model = graph.model(f"{config.architecture}, {dtype}")
         path.write_bytes(model.SerializeToString())
     weights = weights_path(place) if external else None

@@ -90,9 +90,15 @@ class Graph:
         return str(self.op("Cast", [tensor], scope, to=_TYPES[dtype]))
 
     def plugin(
-        self, plugin: str, inputs: Sequence[str], name: str, fields: Mapping[str, int | float], outputs: int = 1
+        self,
+        plugin: str,
+        inputs: Sequence[str],
+        name: str,
+        fields: Mapping[str, int | float],
+        outputs: int = 1,
+        version: str | None = None,
     ) -> Any:
-        """Add a node that TensorRT's ONNX parser makes a layer of the plug-in's newest version of.
+        """Add a node that TensorRT's ONNX parser makes a layer of the plug-in of.
 
         Args:
             plugin: its name in TensorRT's registry.
@@ -100,11 +106,12 @@ class Graph:
             name: of the node, and so of the layer.
             fields: what the plug-in is created from.
             outputs: how many the plug-in has with these fields.
+            version: of the plug-in; None: the newest.
 
         Returns:
             The output, or a list of several.
         """
-        creator = {"plugin_version": PLUGIN_VERSIONS[plugin][-1], "plugin_namespace": PLUGIN_NAMESPACE}
+        creator = {"plugin_version": version or PLUGIN_VERSIONS[plugin][-1], "plugin_namespace": PLUGIN_NAMESPACE}
         return self._node(plugin, inputs, name, outputs, {**creator, **fields}, PLUGIN_DOMAIN)
 
     def constant(self, array: npt.NDArray[Any], name: str) -> str:

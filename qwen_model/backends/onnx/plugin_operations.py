@@ -5,15 +5,16 @@ Inputs and outputs are those of the TensorRT back end (see network/inputs.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES
+from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES, KV_CACHE_TYPES
 
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.weights import Modules, WeightSpec
 from ...common.errors import QwenModelError
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import Limits
+from ...interface.memory import PAGE_SIZE
 from ...network.decoder import decoder
 from ...network.inputs import network_inputs
 from .graph import Graph
@@ -39,10 +40,12 @@ class PluginOperations:
         inputs: Mapping[str, str],
         modules: Modules,
         read_weight: ReadWeight,
+        kv_cache_dtype: str,
     ):
         """Take the network's inputs by the names of network/inputs.py.
 
         read_weight: reads a weight as a NumPy array of its type in the graph; called once for each.
+        kv_cache_dtype: see `EngineConfig`.
 
         Raises:
             QwenModelError: the plug-in has no kernel for the model's head size.
@@ -58,6 +61,7 @@ class PluginOperations:
         self._inputs = inputs
         self._modules = modules
         self._read = read_weight
+        self._kv_cache_type = KV_CACHE_TYPES[kv_cache_dtype]
         self.present_key_values: list[str] = []
 
     def embedding(self, input_ids: str, module: str) -> str:
@@ -100,6 +104,7 @@ class PluginOperations:
             f"past_key_value_{layer}",
             "cu_seqlens",
             "past_lengths",
+            "pages",
             "rotary_offsets",
             "rotary_table",
             "semaphores",
@@ -120,6 +125,8 @@ class PluginOperations:
             "query_scale": int("query_scale" in self._inputs),
             "qk_norm": int(bool(norms)),
             "norm_eps": config.norm_eps,
+            "tokens_per_block": PAGE_SIZE,
+            "kv_cache_type": self._kv_cache_type,
         }
         context, present = self._graph.plugin("GptAttention", inputs, name, fields, outputs=2)
         self.present_key_values.append(present)
@@ -139,23 +146,36 @@ class PluginOperations:
 
 
 def define(
-    graph: Graph, config: ModelConfig, limits: Limits, dtype: str, modules: Modules, read_weight: ReadWeight
+    graph: Graph,
+    config: ModelConfig,
+    limits: Limits,
+    dtype: str,
+    kv_cache_dtype: str,
+    modules: Modules,
+    read_weight: ReadWeight,
 ) -> None:
     """Add the network, with its inputs and outputs, to the graph."""
-    described = network_inputs(config, limits, dtype)
+    described = network_inputs(config, limits, dtype, kv_cache_dtype)
     inputs = {}
     for name, given in described.items():
-        shape = [_dimension(name) if extent < 0 else extent for extent in given.shape]
-        inputs[name] = graph.input(name, given.dtype, shape)
-    ops = PluginOperations(graph, config, dtype, inputs, modules, read_weight)
+        inputs[name] = graph.input(name, given.dtype, _named_shape(name, given.shape))
+    ops = PluginOperations(graph, config, dtype, inputs, modules, read_weight, kv_cache_dtype)
     logits = decoder(ops, config, inputs["input_ids"])
     graph.output(logits, "logits", dtype, [_dimension("last_token_ids"), config.vocab_size])
     for layer, present in enumerate(ops.present_key_values):
-        graph.output(present, f"present_key_value_{layer}", dtype, described[f"past_key_value_{layer}"].shape)
+        past = f"past_key_value_{layer}"
+        given = described[past]
+        graph.output(present, f"present_key_value_{layer}", given.dtype, _named_shape(past, given.shape))
+
+
+def _named_shape(name: str, shape: Sequence[int]) -> list[int | str]:
+    return [_dimension(name) if extent < 0 else extent for extent in shape]
 
 
 def _dimension(name: str) -> str:
     """Return the name of an input's dynamic dimension."""
+    if name.startswith("past_key_value"):
+        return "num_pages"
     return {
         "input_ids": "tokens",
         "cu_seqlens": "sequences + 1",

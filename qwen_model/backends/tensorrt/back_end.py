@@ -23,22 +23,22 @@ from ...common.log import Stopwatch
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels, Limits
-from ...interface.memory import required_bytes
+from ...interface.memory import GPU_MEMORY_UTILIZATION, weight_bytes
 from ...interface.numpy_weights import reporting_reader
 from ...network.decoder import Operations, decoder
-from ...network.inputs import LOGIT_ROWS, NetworkInput, Range, logit_rows, network_inputs
+from ...network.inputs import LOGIT_ROWS, NetworkInput, Range, network_inputs
 from ...network.observed import ObservedOperations
 from ...tuning.choice import by_module
 from ...tuning.choice import choose_kernels as measure_kernels
 from . import compat, loading
 from . import cuda_runtime as cuda
-from .executor import TensorRTExecutor
+from .device import TensorRTDevice
 from .loading import check_versions, device_count, device_index
 from .native_rotary import NativeRotaryOperations
 from .observed_network import Taps, given_tensor
 from .operations import TensorRTOperations
 from .package import PLAN
-from .probe import ObservedExecutor, TensorRTProbe
+from .probe import ObservedDevice, TensorRTProbe
 from .profiles import add_profiles
 from .timing_cache import TimingCache
 
@@ -130,8 +130,7 @@ def _build_plan(
 
 
 def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
-    total, _ = required_bytes(config.model, config.limits, config.dtype)
-    return reporting_reader(read_weight, total, progress)
+    return reporting_reader(read_weight, weight_bytes(config.model, config.dtype), progress)
 
 
 def _given_inputs(config: EngineConfig, taps: Taps) -> dict[str, NetworkInput]:
@@ -152,23 +151,35 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: T
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
     kernels = by_module(config.model, config.dtype, config.gemm_kernels)
-    ops = operations(network, config.model, dtype, inputs, modules, read_weight, config.disabled_plugins, kernels)
+    ops = operations(
+        network,
+        config.model,
+        dtype,
+        inputs,
+        modules,
+        read_weight,
+        config.disabled_plugins,
+        kernels,
+        config.kv_cache_dtype,
+        config.limits.step_tokens,
+    )
     called: Operations[Any] = ops
     if taps is not None:
         taps.network = network
         called = ObservedOperations(ops, taps)
     outputs = {"logits": decoder(called, config.model, inputs["input_ids"])}
     outputs |= {f"present_key_value_{layer}": tensor for layer, tensor in enumerate(ops.present_key_values)}
+    cache_type = inputs["past_key_value_0"].dtype
     for name, tensor in outputs.items():
         tensor.name = name
         network.mark_output(tensor)
-        compat.set_tensor_type(tensor, dtype, network)
+        compat.set_tensor_type(tensor, dtype if name == "logits" else cache_type, network)
     for tensor in (*inputs.values(), *outputs.values()):
         tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
 def _inputs(config: EngineConfig) -> dict[str, NetworkInput]:
-    return network_inputs(config.model, config.limits, config.dtype)
+    return network_inputs(config.model, config.limits, config.dtype, config.kv_cache_dtype)
 
 
 def _write_plan(path: Path, plan: memoryview, progress: Progress) -> None:
@@ -184,17 +195,21 @@ def timing_cache_name() -> str:
     return f"tensorrt-{trt.__version__}-{gpu.replace(' ', '-')}.timing"
 
 
-def load_executor(
+def load_device(
     engine_dir: Path,
     config: EngineConfig,
     device: str | None = None,
     tuning: bool = True,
     progress: Progress = no_progress,
-) -> TensorRTExecutor:
+    *,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    deterministic: bool = False,
+) -> TensorRTDevice:
     """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors.
 
     `tuning` is not used: the plan holds the choice of GEMM kernels.
     """
+    loading.check_not_deterministic(engine_dir, deterministic)
 
     def check_here() -> None:
         check_versions(engine_dir, config, versions(config.compute_capabilities))
@@ -204,7 +219,8 @@ def load_executor(
                 f"{engine_dir} is for GPUs of compute capability 8.0 or later; this one has {capability}"
             )
 
-    return loading.load_executor(compat.PACKAGE, engine_dir, config, device_index(device, NEEDS_GPU), check_here)
+    index = device_index(device, NEEDS_GPU)
+    return loading.load_device(compat.PACKAGE, engine_dir, config, index, check_here, gpu_memory_utilization)
 
 
 def load_probe(
@@ -222,9 +238,9 @@ def load_probe(
         )
     read, index = read_weight, device_index(device, NEEDS_GPU)
 
-    def build(prompt_length: int, isolated: bool) -> ObservedExecutor:
+    def build(prompt_length: int, isolated: bool) -> ObservedDevice:
         with cuda.on_device(index):
-            return _observed_executor(config, read, progress, prompt_length, isolated)
+            return _observed_device(config, read, progress, prompt_length, isolated)
 
     def read_module(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         module = network_modules(config.model, config.dtype)[name].map(read)
@@ -233,15 +249,15 @@ def load_probe(
     return TensorRTProbe(build, read_module)
 
 
-def _observed_executor(
+def _observed_device(
     config: EngineConfig, read_weight: ReadWeight, progress: Progress, prompt_length: int, isolated: bool
-) -> ObservedExecutor:
+) -> ObservedDevice:
     """Build and load an engine for one prompt of this length, whose positions are those of `config`."""
     if prompt_length > LOGIT_ROWS:
         raise QwenModelError(
             f"a prompt of {prompt_length} tokens is too long for engines that show results: give at most {LOGIT_ROWS}"
         )
-    limits = Limits(1, prompt_length, max(1, config.limits.max_positions - prompt_length))
+    limits = Limits(1, prompt_length, max(1, config.limits.max_positions - prompt_length), prompt_length)
     observed = dataclasses.replace(config, limits=limits)
     taps = Taps(observed, isolated)
     cache = TimingCache(None, timing_cache_name())
@@ -250,4 +266,4 @@ def _observed_executor(
     engine, said = loading.deserialized_plan(compat.PACKAGE, memoryview(plan), name)
     if engine is None:
         raise QwenModelError(f"TensorRT does not load {name}. It says:\n{said}")
-    return ObservedExecutor(observed, engine, loading.DECODE, loading.PREFILL, logit_rows(observed.limits), taps)
+    return ObservedDevice(observed, engine, loading.DECODE, loading.PREFILL, taps)

@@ -34,8 +34,8 @@ def check(result: tuple[Any, ...]) -> Any:
     if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
         cudart.cudaGetLastError()  # clears the error, so that no later call reports it
         raise OutOfMemoryError(
-            "the GPU's memory ran out; use a smaller batch, or build with a smaller --max-batch-size, --max-input-len "
-            "or --max-output-len"
+            "the GPU's memory ran out; give a smaller --gpu-memory-utilization, or build with a smaller "
+            "--max-num-tokens or --max-batch-size"
         )
     if status != cudart.cudaError_t.cudaSuccess:
         raise CudaError(_described(status))
@@ -192,13 +192,16 @@ class PinnedArray:
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         check(cudart.cudaMemcpyAsync(self.address, address, num_bytes, kind, stream.handle))
 
+    def copy_to(self, address: int, num_bytes: int, stream: Stream) -> None:
+        """Enqueue a copy to device memory; the array must not be changed before it is done."""
+        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        check(cudart.cudaMemcpyAsync(address, self.address, num_bytes, kind, stream.handle))
 
-def copy_rows(
-    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: Stream
-) -> None:
-    """Copy `height` rows of `width` bytes, each `pitch` bytes after the one before, within the device."""
+
+def copy_within(target: int, source: int, num_bytes: int, stream: Stream) -> None:
+    """Enqueue a copy from device memory to device memory."""
     kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    check(cudart.cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, stream.handle))
+    check(cudart.cudaMemcpyAsync(target, source, num_bytes, kind, stream.handle))
 
 
 class Graph:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .executor import TensorRTExecutor
+from .device import TensorRTDevice
 from .package import Package
 
 REPEATS = 9
@@ -50,10 +50,10 @@ def tensors(tensorrt: Package, engine: Any) -> list[TensorInfo]:
     return found
 
 
-def layers(executor: TensorRTExecutor, prompts: Sequence[Sequence[int]]) -> dict[str, list[LayerInfo]]:
+def layers(device: TensorRTDevice, prompts: Sequence[Sequence[int]]) -> dict[str, list[LayerInfo]]:
     """Time the layers of the "prefill" of these prompts and of one "decode" step after it, in execution order."""
-    kinds = dict(plan_layers(executor.tensorrt, executor.engine))
-    measured = executor.measure_layers(prompts, REPEATS)
+    kinds = dict(plan_layers(device.tensorrt, device.engine))
+    measured = device.measure_layers(prompts, REPEATS)
     return {
         phase: [LayerInfo(_plain_name(name), kinds.get(name, ""), ms) for name, ms in times.items()]
         for phase, times in measured.items()

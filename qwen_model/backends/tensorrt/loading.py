@@ -14,26 +14,33 @@ from qwen_plugins import launch
 from ...common.errors import OutOfMemoryError, QwenModelError
 from ...common.log import Stopwatch, format_bytes
 from ...interface.engine_config import EngineConfig
-from ...interface.memory import ITEM_SIZES, required_bytes
+from ...interface.memory import ITEM_SIZES, check_utilization, page_bytes, sequence_pages
 from ...network.inputs import NetworkInput, logit_rows, network_inputs
 from . import cuda_runtime as cuda
-from .executor import TensorRTExecutor
+from .device import TensorRTDevice
 from .package import PLAN, Package, activation_bytes, ran_out_of_memory
 
 LOG = logging.getLogger(__name__)
 DECODE, PREFILL = 0, 1  # optimization profiles
 
 
-def load_executor(
-    tensorrt: Package, engine_dir: Path, config: EngineConfig, device: int, check_here: Callable[[], None]
-) -> TensorRTExecutor:
+def load_device(
+    tensorrt: Package,
+    engine_dir: Path,
+    config: EngineConfig,
+    device: int,
+    check_here: Callable[[], None],
+    gpu_memory_utilization: float,
+) -> TensorRTDevice:
     """Load an engine's plan on the GPU of that index.
 
     check_here: raises QwenModelError unless the engine is for this package and the current GPU.
+    gpu_memory_utilization: see `interface.memory`.
 
     Raises:
         QwenModelError: as it says, or the plan is damaged or not of this engine, or there is too little memory.
     """
+    check_utilization(gpu_memory_utilization)
     with cuda.on_device(device):
         check_here()
         path = engine_dir / PLAN
@@ -46,18 +53,30 @@ def load_executor(
         watch.lap(f"{path} read", path.stat().st_size)
         _check_limits(tensorrt, config, engine, path)
         _check_memory(config, "activations", activation_bytes(engine))
-        _log_memory(config, engine)
-        return TensorRTExecutor(config, engine, DECODE, PREFILL, logit_rows(config.limits), tensorrt)
+        loaded = TensorRTDevice(config, engine, DECODE, PREFILL, gpu_memory_utilization, tensorrt)
+        _log_memory(config, loaded)
+        return loaded
 
 
-def _log_memory(config: EngineConfig, engine: Any) -> None:
-    """Log what an engine is about to allocate, and which cuBLASLt its GEMMs find, which loads it."""
+def check_not_deterministic(engine_dir: Path, deterministic: bool) -> None:
+    """Raise QwenModelError if results are to have the same bits in any company: plans have kernels by rows."""
+    if deterministic:
+        raise QwenModelError(
+            f"{engine_dir} is an engine of TensorRT, whose kernels depend on the number of sequences in a step: for "
+            "--deterministic build one for the torch back end"
+        )
+
+
+def _log_memory(config: EngineConfig, device: TensorRTDevice) -> None:
+    """Log what was allocated, and which cuBLASLt the GEMMs find, which loads it."""
     if not LOG.isEnabledFor(logging.INFO):
         return
-    _, cache = required_bytes(config.model, config.limits, config.dtype)
-    activations, free = activation_bytes(engine), cuda.memory_info()[0]
+    cache = device.num_pages * page_bytes(config.model, config.dtype, config.kv_cache_dtype)
+    activations, free = activation_bytes(device.engine), cuda.memory_info()[0]
     LOG.info(
-        "key-value cache: %s; activations: %s; free memory: %s; cuBLASLt: %s",
+        "key-value cache: %d pages of %d tokens, %s; activations: %s; free memory: %s; cuBLASLt: %s",
+        device.num_pages,
+        device.page_size,
         *map(format_bytes, (cache, activations, free)),
         launch.cublas_lt_status(),
     )
@@ -121,7 +140,7 @@ def _fixed(given: NetworkInput) -> tuple[int, ...]:
 
 
 def _inputs(config: EngineConfig) -> dict[str, NetworkInput]:
-    return network_inputs(config.model, config.limits, config.dtype)
+    return network_inputs(config.model, config.limits, config.dtype, config.kv_cache_dtype)
 
 
 def device_index(device: str | None, needed_for: str) -> int:
@@ -172,15 +191,15 @@ def _buffer_bytes(config: EngineConfig) -> int:
 
 
 def _check_memory(config: EngineConfig, what: str, num_bytes: int) -> None:
-    """Raise OutOfMemoryError with a list of what is needed if `num_bytes`, cache and buffers exceed the free memory."""
-    _, cache = required_bytes(config.model, config.limits, config.dtype)
+    """Raise OutOfMemoryError if `num_bytes`, buffers and the cache of one sequence exceed the free memory."""
+    cache = (sequence_pages(config.limits) + 1) * page_bytes(config.model, config.dtype, config.kv_cache_dtype)
     buffers = _buffer_bytes(config)
     free, total = cuda.memory_info()
     if num_bytes + cache + buffers > free:
         gib = 2.0**30
         raise OutOfMemoryError(
             f"not enough GPU memory: {num_bytes / gib:.2f} GiB for {what}, {cache / gib:.2f} GiB of key-value cache "
-            f"({config.limits.max_batch_size} sequences of {config.limits.max_positions} tokens) and "
-            f"{buffers / gib:.2f} GiB for prompts and logits are needed, {free / gib:.2f} of {total / gib:.2f} GiB are "
-            "free; build with a smaller --max-batch-size, --max-input-len or --max-output-len"
+            f"(one sequence of {config.limits.max_positions} tokens) and {buffers / gib:.2f} GiB for steps and logits "
+            f"are needed, {free / gib:.2f} of {total / gib:.2f} GiB are free; build with a smaller --max-num-tokens, "
+            "--max-batch-size, --max-input-len or --max-output-len"
         )

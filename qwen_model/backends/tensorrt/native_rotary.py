@@ -35,11 +35,14 @@ class NativeRotaryOperations(TensorRTOperations):
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
         gemm_kernels: Mapping[str, KernelChoices] | None = None,
+        kv_cache_dtype: str = "auto",
+        max_tokens: int = 0,
     ):
         """See `TensorRTOperations`."""
         inside = dataclasses.replace(config, rotary=dataclasses.replace(config.rotary, dim=0))
         others = {**inputs, "rotary_table": None}
-        super().__init__(network, inside, dtype, others, modules, read_weight, disabled, gemm_kernels)
+        rest = modules, read_weight, disabled, gemm_kernels, kv_cache_dtype, max_tokens
+        super().__init__(network, inside, dtype, others, *rest)
         self._dim = config.rotary.dim
         self._layer = "rotary"  # prefix of layers' names
         self._tokens = self._length(inputs["input_ids"])
@@ -97,8 +100,7 @@ class NativeRotaryOperations(TensorRTOperations):
         sequences = self._length(past_lengths)
         begins, ends = (self._slice(cu_seqlens, (start,), (0,), sequences) for start in (0, 1))
         shifts = self._int(self._int(inputs["rotary_offsets"], "SUM", past_lengths), "SUB", begins)
-        batch, _, _, positions, _ = inputs["past_key_value_0"].shape
-        every = layers.constant(self._network, np.arange(batch * positions), trt.int32, "rotary/tokens")
+        every = layers.constant(self._network, np.arange(self._max_tokens), trt.int32, "rotary/tokens")
         tokens = self._slice(every, (0,), (0,), self._tokens)
         column = self._reshaped(tokens, (-1, 1))
         before_end, before_begin = (

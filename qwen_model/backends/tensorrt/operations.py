@@ -28,6 +28,8 @@ class TensorRTOperations:
         read_weight: ReadWeight,
         disabled: Collection[str] = (),
         gemm_kernels: Mapping[str, KernelChoices] | None = None,
+        kv_cache_dtype: str = "auto",
+        max_tokens: int = 0,
     ):
         """Take the network's inputs, by the names of network/inputs.py.
 
@@ -36,6 +38,8 @@ class TensorRTOperations:
         read_weight: reads a weight, of any floating-point type; called once for each use.
         disabled: of `PLUGINS`, those whose operations TensorRT's own layers compute ("rotary": NativeRotaryOperations).
         gemm_kernels: those of the linear layers, by module; rules choose the others.
+        kv_cache_dtype: see `EngineConfig`.
+        max_tokens: the most tokens of a step, which NativeRotaryOperations counts.
         """
         self._network = network
         self._config = config
@@ -45,6 +49,8 @@ class TensorRTOperations:
         self._read = read_weight
         self._disabled = frozenset(disabled)
         self._gemm_kernels = gemm_kernels or {}
+        self._kv_cache_dtype = kv_cache_dtype
+        self._max_tokens = max_tokens
         self.present_key_values: list[Any] = []
 
     def embedding(self, input_ids: Any, module: str) -> Any:
@@ -114,6 +120,8 @@ class TensorRTOperations:
                 query_scale=inputs.get("query_scale"),
                 **{name: self._read(self._modules[module].weight) for name, module in head_norms.items()},
                 norm_eps=config.norm_eps,
+                pages=inputs["pages"],
+                kv_cache_dtype=self._kv_cache_dtype,
                 dtype=self._dtype,
                 name=f"layers.{layer}.attention",
             )

@@ -5,27 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
+from ...interface.device import Batch
 from ...interface.engine_config import EngineConfig
+from ...interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, sequence_pages
 from ...interface.numpy_weights import numpy_dtype
 from ...interface.probe import Array
+from ...network.steps import StepLayout
 from . import cuda_runtime as cuda
-from .executor import TensorRTExecutor
+from .device import Rotary, TensorRTDevice
 from .observed_network import Taps, given_tensor, result_tensor
 
+CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
-class ObservedExecutor(TensorRTExecutor):
-    """Run an engine that `Taps` was called for, of one sequence at a time."""
 
-    def __init__(
-        self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, logit_rows: int, taps: Taps
-    ):
-        """Allocate buffers for every result and every input in place of one; see `TensorRTExecutor`."""
+class ObservedDevice(TensorRTDevice):
+    """Run an engine that `Taps` was called for, of one sequence, which has the cache's first pages."""
+
+    def __init__(self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, taps: Taps):
+        """Allocate buffers for every result and every input in place of one; see `TensorRTDevice`."""
         rows, dtype = config.limits.max_input_len, numpy_dtype(config.dtype)
         self._results = {name: cuda.DeviceArray((rows, columns), dtype) for name, columns in taps.results.items()}
         self._given = {name: cuda.DeviceArray((rows, columns), dtype) for name, columns in taps.given.items()}
-        super().__init__(config, engine, decode_profile, prefill_profile, logit_rows)
+        self._prompt_length = 0
+        super().__init__(config, engine, decode_profile, prefill_profile, GPU_MEMORY_UTILIZATION)
 
     def _context(self, profile: int) -> Any:
         context = super()._context(profile)
@@ -33,10 +39,10 @@ class ObservedExecutor(TensorRTExecutor):
             context.set_tensor_address(result_tensor(name), array.address)
         return context
 
-    def _bind(self, context: Any, batch: Any, tokens: int, sequences: int, rows: int) -> None:
-        super()._bind(context, batch, tokens, sequences, rows)
+    def _bind(self, context: Any, layout: StepLayout, rotary: Rotary) -> None:
+        super()._bind(context, layout, rotary)
         for name, array in self._given.items():
-            self._bind_input(context, given_tensor(name), array, tokens)
+            self._bind_input(context, given_tensor(name), array.address, (layout.tokens, *array.shape[1:]))
 
     def run_observed(self, tokens: Sequence[int], past: int, given: Mapping[str, Array] | None) -> dict[str, Array]:
         """Run the prompt, after 0 tokens, or one token after the other; return every result, float32."""
@@ -49,22 +55,40 @@ class ObservedExecutor(TensorRTExecutor):
         for name, array in self._given.items():
             array.upload(given[name], self.stream)
         if past == 0:
-            self._run_prompts([tokens], last_token_ids=np.arange(len(tokens)))
+            self._prompt_length = len(tokens)
+        slot, length, past_length, prompt = np.array([[0], [len(tokens)], [past], [self._prompt_length]], np.int32)
+        pages = np.arange(1, sequence_pages(self.config.limits) + 1, dtype=np.int32)[None]
+        batch = Batch(np.array(tokens, np.int32), slot, length, past_length, prompt, pages, np.array([True]))
+        if past == 0:
+            self._run_now(batch, np.arange(len(tokens), dtype=np.int32), self._prefill_context)
         else:
-            self._decode.input_ids.upload(tokens, self.stream)
-            self._decode.past_lengths.upload([past], self.stream)
-            self._enqueue(self._decode_context(1))
+            self._run_now(batch, np.zeros(1, np.int32), self._context(self._decode_profile))
 
     def _downloaded(self, start: int, end: int) -> dict[str, Array]:
-        """Return the results of the tokens at these positions, in the engine's type."""
+        """Return the results of the tokens at these positions."""
         count = end - start
         arrays = {**self._results, "lm_head": self._logits}
         found = {name: array.download(self.stream, count) for name, array in arrays.items()}
         for layer, cache in enumerate(self._cache):
-            for name, heads in zip("kv", cache.download(self.stream)[0], strict=True):
+            pages = cache.download(self.stream, 1 + sequence_pages(self.config.limits))[1:]
+            for name, heads in zip("kv", elements(pages, self.config), strict=True):
                 rows = heads[:, start:end].swapaxes(0, 1)  # [tokens, kv_heads, head_size]
                 found[f"layers.{layer}.attention.{name}"] = rows.reshape(count, -1)
         return found
+
+
+def elements(pages: npt.NDArray[Any], config: EngineConfig) -> npt.NDArray[Any]:
+    """Return what the pages of one sequence hold: [2, kv_heads, positions, head_size]."""
+    model = config.model
+    blocks = len(pages), 2, model.num_kv_heads
+    if config.kv_cache_dtype == "auto":
+        values = pages
+    else:
+        words = pages.view(np.uint8).reshape(*blocks, -1)
+        codes = words[..., : PAGE_SIZE * model.head_size].view(CODES[config.kv_cache_dtype])
+        scales = words[..., PAGE_SIZE * model.head_size :].view(np.float32)
+        values = codes.astype(np.float32).reshape(*blocks, PAGE_SIZE, model.head_size) * scales[..., None]
+    return values.transpose(1, 2, 0, 3, 4).reshape(2, model.num_kv_heads, -1, model.head_size)
 
 
 class TensorRTProbe:
@@ -72,22 +96,22 @@ class TensorRTProbe:
 
     def __init__(
         self,
-        build: Callable[[int, bool], ObservedExecutor],
+        build: Callable[[int, bool], ObservedDevice],
         read_module: Callable[[str], tuple[Array, Array | None]],
     ):
         """Take what builds an engine for prompts of so many tokens, of isolated operations or not."""
         self._build = build
         self._read = read_module
-        self._executor: ObservedExecutor | None = None
+        self._device: ObservedDevice | None = None
 
     def run(self, tokens: Sequence[int], past: int, given: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """See `Probe`."""
         if past == 0:
-            self._executor = None  # before the next takes memory
-            self._executor = self._build(len(tokens), given is not None)
-        if self._executor is None:
+            self._device = None  # before the next takes memory
+            self._device = self._build(len(tokens), given is not None)
+        if self._device is None:
             raise RuntimeError("the prompt comes first")
-        return self._executor.run_observed(tokens, past, given)
+        return self._device.run_observed(tokens, past, given)
 
     def module(self, name: str) -> tuple[Array, Array | None]:
         """See `Probe`; the plan has the checkpoint's weights in the engine's type."""

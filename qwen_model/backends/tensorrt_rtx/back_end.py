@@ -15,11 +15,12 @@ from ...common.extras import import_extra
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import RTX_COMPUTE_CAPABILITIES, EngineConfig, GemmKernels
+from ...interface.memory import GPU_MEMORY_UTILIZATION
 from ...interface.probe import Probe
 from ..tensorrt.package import package
 
 if TYPE_CHECKING:
-    from ..tensorrt.executor import TensorRTExecutor
+    from ..tensorrt.device import TensorRTDevice
 
 FRAMEWORK: Framework = "numpy"
 EXTRA = "tensorrt-rtx"
@@ -69,19 +70,24 @@ def write_engine(
     return []
 
 
-def load_executor(
+def load_device(
     engine_dir: Path,
     config: EngineConfig,
     device: str | None = None,
     tuning: bool = True,
     progress: Progress = no_progress,
-) -> TensorRTExecutor:
+    *,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    deterministic: bool = False,
+) -> TensorRTDevice:
     """Load an engine's plan on `device`: "cuda", "cuda:1", ...; None: the first GPU. See `BackEnd` for errors.
 
     `tuning` is not used: rules choose the GEMM kernels, on whatever card the plan is.
     """
     import_extra("cuda.bindings", "running an engine of TensorRT-RTX", extra=EXTRA)
     from ..tensorrt import cuda_runtime, loading
+
+    loading.check_not_deterministic(engine_dir, deterministic)
 
     def check_here() -> None:
         loading.check_versions(engine_dir, config, versions())
@@ -93,7 +99,8 @@ def load_executor(
             )
 
     index = loading.device_index(device, NEEDS_GPU)
-    return loading.load_executor(package("tensorrt_rtx"), engine_dir, config, index, check_here)
+    rtx = package("tensorrt_rtx")
+    return loading.load_device(rtx, engine_dir, config, index, check_here, gpu_memory_utilization)
 
 
 def load_probe(

@@ -33,7 +33,8 @@ def write_plan(rtx: Package, folder: Path, config: EngineConfig, read_weight: Re
     watch = Stopwatch(LOG)
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as work:
         model = Path(work, "model.onnx")
-        write_model(model, config.model, config.limits, config.dtype, read_weight, progress)
+        sizes = config.limits, config.dtype, config.kv_cache_dtype
+        write_model(model, config.model, *sizes, read_weight, progress)
         watch.lap("weights read, and the ONNX model written")
         progress(rtx.title, 0, 0)
         _build(rtx, model, folder / PLAN, config, progress)
@@ -50,8 +51,9 @@ def _build(rtx: Package, model: Path, plan: Path, config: EngineConfig, progress
     rtx.log.take()  # it warns of every optional field of a plug-in that is not given
     builder_config = builder.create_builder_config()
     builder_config.profiling_verbosity = rtx.trt.ProfilingVerbosity.DETAILED
+    inputs = network_inputs(config.model, config.limits, config.dtype, config.kv_cache_dtype)
     _set_compute_capabilities(rtx, builder_config, config.compute_capabilities)
-    add_profiles(builder, builder_config, network_inputs(config.model, config.limits, config.dtype))
+    add_profiles(builder, builder_config, inputs)
     with plan.open("wb") as file:
         writer = _new_writer(rtx, file, progress)
         built = builder.build_serialized_network_to_stream(network, builder_config, writer)

@@ -43,8 +43,8 @@ def write_engine(
 
     (folder / "weights").mkdir()
     watch = Stopwatch(LOG)
-    done, total = 0, weight_bytes(config.model, config.dtype)
-    for group in weight_groups(config.model, config.dtype):
+    done, total = 0, weight_bytes(config.model, config.dtype, config.weight_formats)
+    for group in weight_groups(config.model, config.dtype, config.weight_formats):
         tensors = {spec.name: as_dtype(read_weight(spec), spec.dtype, spec.name).contiguous() for spec in group.specs}
         if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
@@ -69,6 +69,8 @@ def as_dtype(weight: Tensor, dtype: str, name: str) -> Tensor:
         QwenModelError: a number is too large for the type.
     """
     converted = weight.to(getattr(torch, dtype))
+    if not converted.is_floating_point():  # codes
+        return converted
     if torch.finfo(converted.dtype).max < torch.finfo(weight.dtype).max and not all_finite(converted):
         raise QwenModelError(too_large(name, dtype, float(weight.abs().max())))
     return converted
@@ -98,7 +100,7 @@ def load_device(
         with torch.cuda.device(target):  # before the weights take the memory that measuring needs
             kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
     watch, weights = Stopwatch(LOG), dict[str, Tensor]()
-    for group in weight_groups(config.model, config.dtype):
+    for group in weight_groups(config.model, config.dtype, config.weight_formats):
         path = _weights_file(engine_dir, group)
         if not path.is_file():
             raise QwenModelError(f"{engine_dir} is incomplete: {path.name} is missing; build the engine again")
@@ -113,6 +115,7 @@ def load_device(
         kv_cache_dtype=config.kv_cache_dtype,
         disabled_plugins=config.disabled_plugins,
         gemm_kernels=kernels,
+        weight_formats=config.weight_formats,
     )
 
 
@@ -204,7 +207,7 @@ def num_pages(config: EngineConfig, device: torch.device, utilization: float, we
 
 def check_memory(config: EngineConfig, device: torch.device, utilization: float) -> None:
     """Raise OutOfMemoryError if the weights, or the cache of one sequence beside them, exceed the free memory."""
-    weights = weight_bytes(config.model, config.dtype)
+    weights = weight_bytes(config.model, config.dtype, config.weight_formats)
     free, total = _memory(device)
     if weights > free:
         gib, kind = 2.0**30, "GPU memory" if device.type == "cuda" else "memory"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.module_weights import ModuleWeights
+from ...checkpoints.module_weights import NOT_QUANTIZED, Formats, ModuleWeights
 from ...checkpoints.weights import network_modules
 from ...common.errors import OutOfMemoryError
 from ...common.extras import require_kernels
@@ -31,7 +31,8 @@ from ...network.steps import StepLayout, aligned, chosen_rows, decode_sizes, pac
 from ...tuning.choice import by_module
 from .operations import Step, TorchOperations
 from .paged_cache import PagedCache
-from .sampling import TorchSampler
+from .quantized import unpacked_modules
+from .sampling import KernelSampler, TorchSampler
 
 LOG = logging.getLogger(__name__)
 
@@ -149,13 +150,15 @@ class TorchDevice:
         disabled_plugins: Collection[str] = (),
         use_kernels: bool | None = None,
         gemm_kernels: GemmKernels | None = None,
+        weight_formats: Formats = NOT_QUANTIZED,
     ):
-        """Take the weights by the names of checkpoints/weights.py, all on one device and of one type.
+        """Take the weights by the names of checkpoints/weights.py, all on one device; unless quantized, of one type.
 
         num_pages: of the cache, UNUSED_PAGE among them. kv_cache_dtype: see `EngineConfig`.
         use_kernels: compute the operations with our CUDA kernels, and decode steps as CUDA graphs. None: on a GPU, if
             there are kernels for the model.
         gemm_kernels: those of the linear layers, see tuning/choice.py; None: rules choose them.
+        weight_formats: of the quantized modules.
         """
         self.config = config
         embedding = weights["embedding.weight"]
@@ -177,10 +180,12 @@ class TorchDevice:
             format_bytes(self.cache.data.nbytes),
             _kernels_used(use_kernels, on_gpu),
         )
-        modules = _module_weights(config, dtype, weights)
+        modules = _module_weights(config, dtype, weights, weight_formats)
         ours = use_kernels and "gemm" not in disabled_plugins
+        if not ours:
+            modules = unpacked_modules(modules)
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
-        chosen = by_module(config, modules["lm_head"].format.kind, self.gemm_kernels or {})
+        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {})
         self._sizes = decode_sizes(self.max_sequences)
         self.operations = _operations(
             config, modules, self.cache, disabled_plugins, use_kernels, chosen, self.max_sequences
@@ -194,7 +199,8 @@ class TorchDevice:
         last_tokens = self._token_table[: self.max_sequences + 1]
         self._step_inputs = self._token_table[self._first_row :]
         self._uploads = _Uploads(self._step_inputs)
-        self.sampler = _sampler(use_kernels)(self.max_sequences, config.vocab_size, self.device, last_tokens)
+        make_sampler = KernelSampler if use_kernels else TorchSampler
+        self.sampler = make_sampler(self.max_sequences, config.vocab_size, self.device, last_tokens)
         self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None
         self._graph_pool: Any = torch.cuda.graph_pool_handle() if use_kernels else None
         # Of the last step: logits, slots of their rows, and these on the device.
@@ -411,20 +417,11 @@ def uses_kernels(config: ModelConfig, device: torch.device) -> bool:
 
 
 def _module_weights(
-    config: ModelConfig, dtype: torch.dtype, weights: Mapping[str, Tensor]
+    config: ModelConfig, dtype: torch.dtype, weights: Mapping[str, Tensor], formats: Formats
 ) -> dict[str, ModuleWeights[Tensor]]:
     """Return the tensors of every module that the network calls, by its name."""
-    modules = network_modules(config, str(dtype).removeprefix("torch."))
+    modules = network_modules(config, str(dtype).removeprefix("torch."), formats)
     return {name: module.map(lambda spec: weights[spec.name]) for name, module in modules.items()}
-
-
-def _sampler(use_kernels: bool) -> Any:
-    """Return the class of the sampler."""
-    if not use_kernels:
-        return TorchSampler
-    from .sampling import KernelSampler
-
-    return KernelSampler
 
 
 def _operations(

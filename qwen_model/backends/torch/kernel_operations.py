@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from qwen_plugins import launch
+from qwen_plugins import launch, quantized
 from qwen_plugins.attention import HEAD_SIZES
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.module_weights import ModuleWeights
+from ...checkpoints.module_weights import ModuleWeights, WeightFormat
 from ...interface.engine_config import KernelChoices
 from ...interface.memory import PAGE_SIZE
 from .operations import Step, TorchOperations
@@ -107,6 +107,9 @@ class KernelOperations(TorchOperations):
         layer = self._linear_layers.get(module)
         if layer is None:
             layer = self._linear_layers[module] = self._linear_layer(module, activation)
+        permutation = self.modules[module].permutation
+        if permutation is not None:
+            x = x.index_select(1, permutation)
         rows, in_features = x.shape
         y = x.new_empty(rows, layer.columns)
         workspace_bytes = layer.workspace_bytes(rows)
@@ -124,9 +127,12 @@ class KernelOperations(TorchOperations):
 
     def _linear_layer(self, module: str, activation: str | None) -> launch.LinearLayer:
         weights = self.modules[module]
-        out_features, in_features = weights.weight.shape
+        out_features, in_features = weights.shape
         return launch.LinearLayer(
             weight=_address(weights.weight),
+            weight_format=_launch_format(weights.format),
+            scales=_address(weights.scales),
+            zeros=_address(weights.zeros),
             bias=_address(weights.bias),
             in_features=in_features,
             out_features=out_features,
@@ -243,6 +249,14 @@ class KernelOperations(TorchOperations):
         self._partial_results = torch.empty(size, dtype=torch.uint8, device=device)
         # Zero between launches.
         self._semaphores = torch.zeros(sequences, config.num_heads, dtype=torch.int32, device=device)
+
+
+def _launch_format(weight_format: WeightFormat) -> launch.WeightFormat:
+    if not weight_format.bits:
+        return launch.WeightFormat()
+    return quantized.WeightFormat(
+        weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
+    ).for_launch()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -16,6 +16,7 @@ from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
 from ...interface.memory import PAGE_SIZE
 from .paged_cache import PagedCache
+from .quantized import linear as quantized_linear
 
 
 @dataclass
@@ -78,7 +79,7 @@ class TorchOperations:
         cache: PagedCache,
         disabled: Collection[str] = (),
     ):
-        """Take the weights of each module, and the cache.
+        """Take the weights of each module, quantized ones in layout 1 (see `unpacked_modules`), and the cache.
 
         disabled: names of `PLUGINS` whose operations PyTorch's own functions compute.
         """
@@ -114,7 +115,7 @@ class TorchOperations:
     ) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         weights = self.modules[module]
-        y = F.linear(x, weights.weight, weights.bias)
+        y = quantized_linear(x, weights) if weights.format.bits else F.linear(x, weights.weight, weights.bias)
         if activation is None:
             return y
         gate, up = y.chunk(2, dim=-1)

@@ -15,7 +15,51 @@ import torch
 from torch import Tensor
 
 from ...interface.device import NO_TOKEN, Int32Array, Start, TokenMask
+from ...interface.kernel_sampling import sequence_starts
 from ...interface.sampling import SamplingOptions, check_masks, seed_of
+
+
+class KernelSampler:
+    """Choose tokens with our kernels, on an NVIDIA GPU."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device, last_tokens: Tensor | None = None):
+        """See `TorchSampler`; allocate what the kernels need for logits [up to max_sequences, vocab_size]."""
+        from qwen_plugins.sampling import SamplingState
+
+        self._state = SamplingState(max_sequences + 1, vocab_size, device, last_tokens)
+        self._general = np.zeros(max_sequences + 1, bool)  # by slot: it does not just take the largest logit
+        self.last_tokens = self._state.last_tokens
+
+    def start(self, sequences: Sequence[Start]) -> None:
+        """See `TorchSampler`."""
+        starts = sequence_starts(sequences, self._state.vocab_size)
+        self._state.start(starts)
+        for start in starts:
+            self._general[start.slot] = not start.takes_largest
+
+    def set_masks(self, masks: Mapping[int, TokenMask]) -> None:
+        """See `TorchSampler`."""
+        check_masks(masks, self._state.vocab_size)
+        self._state.set_masks(masks)
+
+    def variant(self, slots: Int32Array, masked: bool = False) -> Hashable:
+        """Return which of two kernels chooses for these slots: whether it must be more than the largest logit.
+
+        masked: whether masks are set for a slot.
+        """
+        return bool(masked or self._general[slots].any())
+
+    def choose(self, logits: Tensor, slots: Tensor, variant: Hashable) -> Tensor:
+        """See `TorchSampler`; a captured call serves all slots of its variant, and allocates its result alone."""
+        from qwen_plugins.sampling import sample
+
+        return sample(logits, self._state, slots, largest=not variant)
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `TorchSampler`."""
+        from qwen_plugins.sampling import logprobs
+
+        return logprobs(logits, tokens, num_best)
 
 
 class TorchSampler:
@@ -143,7 +187,8 @@ class _Sequence:
         logits = _masked(self._processed(logits.float()), mask)
         token = _largest(logits)
         if not self.options.greedy:
-            token = torch.where(token == NO_TOKEN, NO_TOKEN, self._draw(logits))
+            drawn = self._draw(torch.where(token == NO_TOKEN, 0.0, logits))  # which fails for NaN
+            token = torch.where(token == NO_TOKEN, NO_TOKEN, drawn)
         if self.in_output is not None:
             self.in_output.index_add_(0, token.clamp(min=0)[None], (token != NO_TOKEN).int()[None])
         self.step += 1

@@ -21,16 +21,13 @@ inline int schema_version_of(std::string const& plugin) { return plugin == "Gemm
 // How a library refuses the state of another schema version.
 inline std::string refused_version(char const* plugin, std::string const& found) {
   std::string const read = schema_version_of(plugin) == 1 ? " 1" : "s 1 to 2";
-  return std::string(plugin) + " 'layer': serialised plug-in has " + found + "; this library reads schema version" +
-         read + ". Build the engine again with the installed qwen_plugins";
+  return name_of(plugin) + " 'layer': serialised plug-in has " + found + "; this library reads schema version" + read +
+         ". Build the engine again with the installed qwen_plugins";
 }
 
 inline std::vector<ExpectedCreator> expected_creators() {
-  return {{"RmsNorm", "1", 6},
-          {"RmsNormQuantization", "1", 9},
-          {"Gemm", "1", 5},
-          {"GptAttention", "1", 10},
-          {"QwenGemm", "1", 5}};
+  return {{"RmsNorm", "1", 6},  {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 5}, {"GptAttention", "1", 10},
+          {"QwenGemm", "1", 5}, {"GptAttention:2", "2", 12}};
 }
 
 inline std::vector<Mode> all_modes() {
@@ -45,7 +42,7 @@ inline std::vector<Mode> all_modes() {
 inline std::vector<Mode> first_modes() {
   using nvinfer1::DataType;
   return {rms_norm_mode(DataType::kHALF, DataType::kHALF, true), rms_norm_modes().back(),
-          gemm_mode(DataType::kHALF, true, true, true), gpt_attention_mode({})};
+          gemm_mode(DataType::kHALF, true, true, true), gpt_attention_mode({}), gpt_attention_mode(with_pages())};
 }
 
 // Prints which numbers a field takes, for the Python test to compare with the package's. `creates(plugin, fields)`.
@@ -118,6 +115,7 @@ inline std::vector<BadFields> bad_decoder_fields() {
   };
   auto good = [&] { return heads(8, 2, 64); };
   char const* const name = "GptAttention";
+  char const* const paged = "GptAttention:2";
   return {
       {"Gemm", Fields(), "required field 'type_id' is missing"},
       {"Gemm", Fields().add("type_id", 2), "'type_id' is 2; expected 0 (float32), 1 (float16)"},
@@ -148,6 +146,12 @@ inline std::vector<BadFields> bad_decoder_fields() {
       {name, good().add("norm_eps", -1e-6F), "'norm_eps' is -"},
       {name, good().add("qk_norm", 2), "'qk_norm' is 2; expected 0 or 1"},
       {name, good().add("query_scale", 2), "'query_scale' is 2; expected 0 or 1"},
+      {name, good().add("tokens_per_block", 64), "unknown field 'tokens_per_block'"},
+      {paged, good(), "required field 'tokens_per_block' is missing"},
+      {paged, good().add("tokens_per_block", 0), "'tokens_per_block' is 0; expected one of 64"},
+      {paged, good().add("tokens_per_block", 32), "'tokens_per_block' is 32; expected one of 64"},
+      {paged, good().add("tokens_per_block", 64).add("kv_cache_type", 3), "'kv_cache_type' is 3; expected one of 0, 1"},
+      {paged, heads(8, 3, 64).add("tokens_per_block", 64), "'num_kv_heads' is 3; expected a divisor of num_heads, 8"},
   };
 }
 
@@ -173,6 +177,8 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
   Mode const rms_norm = rms_norm_mode(half, half, false);
   Mode const gemm = gemm_mode(half, true, true, true);
   Mode const attention = gpt_attention_mode({});
+  Mode const paged = gpt_attention_mode(with_pages());
+  Mode const eight_bits = gpt_attention_mode(with_pages(1));
   return {
       {rms_norm, 1, tensor(half, {32}), "input 'weight' has shape [32]; expected [hidden_size], here [64]"},
       {gemm, 1, tensor(half, {48, 32}), "input 'weight' has shape [48, 32]; expected [2 * columns, in_features]"},
@@ -184,6 +190,12 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
       {attention, 3, tensor(int32, {4}), "input 'past_lengths' has shape [4]; expected [sequences], here [3]"},
       {attention, 6, tensor(int32, {3, 6}),
        "input 'semaphores' has shape [3, 6]; expected [max_batch, 6], here [4, 6]"},
+      {paged, 1, tensor(half, {9, 2, 2, 65, 64}), "expected [num_pages, 2, 2, 64, 64]"},
+      {paged, 4, tensor(int32, {4, 5}), "input 'pages' has shape [4, 5]; expected [sequences, max_pages], here [3, ?]"},
+      {paged, 7, tensor(int32, {2, 6}),
+       "'past_lengths' has 3 sequences; expected at most 2, the first dimension of semaphores"},
+      {eight_bits, 1, tensor(int32, {9, 4096}),
+       "input 'past_key_value' has shape [9, 4096]; expected [num_pages, 4352]"},
       {attention, 0, tensor(half, {2, 640}), "'qkv' has 2 tokens; expected at least one for each of the 3 sequences"},
   };
 }
@@ -228,6 +240,9 @@ inline std::vector<std::pair<Mode, char const*>> modes_beyond_limits() {
        {4, tensor(int32, {16385})},
        {6, tensor(int32, {16385, 6})}},
       "'past_lengths' has 16385 sequences and 'qkv' 20000 tokens; expected at most 16384 sequences, or one token for");
+  Mode const paged = gpt_attention_mode(with_pages());
+  add(paged, {{1, tensor(half, {0, 2, 2, 64, 64})}}, "where num_pages is 0; expected 1 to 2147483647");
+  add(paged, {{4, tensor(int32, {3, 1 << 25})}}, "where max_pages is 33554432; expected 1 to 33554431");
 #if QWEN_PLUGINS_TENSORRT_MAJOR >= 10
   add(attention, {{2, tensor(int32, {(Extent{1} << 32) + 2})}}, "where sequences is 4294967297; expected 0 to 65535");
   add(attention, {{5, tensor(DataType::kFLOAT, {Extent{1} << 31, 48})}}, "where rows is 2147483648; expected 0 to");
@@ -297,7 +312,12 @@ inline std::vector<Mode> modes_without_rows() {
   attention.inputs[0] = tensor(half, {0, 640});
   attention.inputs[2] = tensor(DataType::kINT32, {1});
   attention.inputs[3] = attention.inputs[4] = tensor(DataType::kINT32, {0});
-  return {rms_norm, gemm, attention};
+  Mode paged = gpt_attention_mode(with_pages());
+  paged.inputs[0] = tensor(half, {0, 640});
+  paged.inputs[2] = tensor(DataType::kINT32, {1});
+  paged.inputs[3] = paged.inputs[5] = tensor(DataType::kINT32, {0});
+  paged.inputs[4] = tensor(DataType::kINT32, {0, 5});
+  return {rms_norm, gemm, attention, paged};
 }
 
 // What is logged where a launcher reports an error.

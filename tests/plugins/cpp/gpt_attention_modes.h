@@ -11,19 +11,25 @@ struct AttentionMode {
   int32_t position_embedding_type = 2;
   bool query_scale = false;
   bool qk_norm = false;
+  bool pages = false;
+  int32_t kv_cache_type = 0;
 };
+
+// The inputs from rotary_offsets on come after the pages.
+inline size_t first_rotary_input(AttentionMode const& given) { return given.pages ? 5 : 4; }
 
 inline void check_heads(qwen_plugins::AttentionHeads const& heads, AttentionMode const& given,
                         Addresses const& inputs) {
+  size_t const rotary = first_rotary_input(given);
   CHECK(heads.num_heads == 6 && heads.num_kv_heads == 2 && heads.head_size == 64);
   CHECK(static_cast<int32_t>(heads.dtype) == int_of(given.type));
   bool const rope = given.position_embedding_type != 0;
   CHECK(heads.rotary_dim == (rope ? 48 : 0));
-  CHECK(heads.rotary_table == (rope ? inputs[5] : nullptr));
-  CHECK(heads.rotary_offsets == inputs[4]);
+  CHECK(heads.rotary_table == (rope ? inputs[rotary + 1] : nullptr));
+  CHECK(heads.rotary_offsets == inputs[rotary]);
   bool const gpt_j = given.position_embedding_type == 1;
   CHECK(heads.rotary_style == (gpt_j ? qwen_plugins::RotaryStyle::kGptJ : qwen_plugins::RotaryStyle::kNeox));
-  CHECK(heads.query_scale == (given.query_scale ? inputs[rope ? 7 : 6] : nullptr));
+  CHECK(heads.query_scale == (given.query_scale ? inputs[rotary + (rope ? 3 : 2)] : nullptr));
   CHECK(heads.q_norm_weight == (given.qk_norm ? inputs[inputs.size() - 2] : nullptr));
   CHECK(heads.k_norm_weight == (given.qk_norm ? inputs.back() : nullptr));
   CHECK(heads.norm_eps == 1e-5F);
@@ -35,22 +41,43 @@ void check_attention(Params const& params, AttentionMode const& given, Addresses
   check_heads(params.heads, given, inputs);
   CHECK(params.qkv == inputs[0] && params.qkv_row_stride == 640);
   CHECK(params.past_lengths == inputs[3] && params.sequences == 3);
-  CHECK(params.context == outputs[0] && params.cache.data == outputs[1] && params.cache.max_positions == 100);
+  CHECK(params.context == outputs[0] && params.cache.data == outputs[1]);
+  CHECK(params.cache.max_positions == (given.pages ? 64 : 100));
+  CHECK(params.cache.pages == (given.pages ? inputs[4] : nullptr));
+  CHECK(params.cache.pages_row_stride == (given.pages ? 5 : 0));
+  CHECK(static_cast<int32_t>(params.cache.dtype) == given.kv_cache_type);
   CHECK(std::abs(params.softmax_scale - 1.0F / (1.5F * 8.0F)) < 1e-7F);
 }
 
-// Three sequences of a batch of at most 4, caches of 100 positions, 6 heads on 2 of 64 elements; 7 tokens, or 3.
+// Past and present: 4 caches of 100 positions, or 9 pages.
+inline nvinfer1::PluginTensorDesc cache_tensor(AttentionMode const& given) {
+  if (!given.pages) {
+    return tensor(given.type, {4, 2, 2, 100, 64});
+  }
+  if (given.kv_cache_type == 0) {
+    return tensor(given.type, {9, 2, 2, 64, 64});
+  }
+  return tensor(nvinfer1::DataType::kINT32, {9, 2 * 2 * (64 * 64 + 64 * 4) / 4});
+}
+
+// Three sequences of a batch of at most 4, 6 heads on 2 of 64 elements; 7 tokens, or 3.
 inline Mode gpt_attention_mode(AttentionMode const& given) {
   using nvinfer1::DataType;
   Extent const tokens = given.decode ? 3 : 7;
-  Mode mode{"GptAttention", {}, {}, {}, {100, 7, 3}, {}};
+  Mode mode{given.pages ? "GptAttention:2" : "GptAttention", {}, {}, {}, {100, 9, 7, 5, 3}, {}};
+  mode.in_place = given.pages;
   mode.fields.add("type_id", int_of(given.type)).add("num_heads", 6).add("num_kv_heads", 2).add("head_size", 64);
   mode.fields.add("q_scaling", 1.5F).add("norm_eps", 1e-5F);
   mode.fields.add("position_embedding_type", given.position_embedding_type);
   mode.fields.add("query_scale", given.query_scale ? 1 : 0).add("qk_norm", given.qk_norm ? 1 : 0);
-  mode.inputs = {tensor(given.type, {tokens, 640}), tensor(given.type, {4, 2, 2, 100, 64}),
-                 tensor(DataType::kINT32, {4}), tensor(DataType::kINT32, {3}), tensor(DataType::kINT32, {3})};
-  mode.outputs = {tensor(given.type, {tokens, 384}), tensor(given.type, {4, 2, 2, 100, 64})};
+  mode.inputs = {tensor(given.type, {tokens, 640}), cache_tensor(given), tensor(DataType::kINT32, {4}),
+                 tensor(DataType::kINT32, {3})};
+  mode.outputs = {tensor(given.type, {tokens, 384}), cache_tensor(given)};
+  if (given.pages) {
+    mode.fields.add("tokens_per_block", 64).add("kv_cache_type", given.kv_cache_type);
+    mode.inputs.push_back(tensor(DataType::kINT32, {3, 5}));
+  }
+  mode.inputs.push_back(tensor(DataType::kINT32, {3}));
   if (given.position_embedding_type != 0) {
     mode.fields.add("rotary_embedding_dim", 48);
     mode.inputs.push_back(tensor(DataType::kFLOAT, {200, 48}));
@@ -65,14 +92,17 @@ inline Mode gpt_attention_mode(AttentionMode const& given) {
   mode.workspace_bytes = recorded_attention_workspace(3);
   mode.runs_on_anything = false;
   mode.check_launch = [given](Addresses const& inputs, Addresses const& outputs) {
-    RecordedCopy const& copy = recorded.copy.value();
-    size_t const element = given.type == DataType::kFLOAT ? 4 : 2;
-    CHECK(copy.to == outputs[1] && copy.from == inputs[1] && copy.bytes == 4 * 2 * 2 * 100 * 64 * element);
+    CHECK(recorded.copy.has_value() == !given.pages);
+    if (!given.pages) {
+      RecordedCopy const& copy = recorded.copy.value();
+      size_t const element = given.type == DataType::kFLOAT ? 4 : 2;
+      CHECK(copy.to == outputs[1] && copy.from == inputs[1] && copy.bytes == 4 * 2 * 2 * 100 * 64 * element);
+    }
     if (given.decode) {
       qwen_plugins::DecodeAttentionParams const& params = recorded.decode_attention.value();
       check_attention(params, given, inputs, outputs);
       CHECK(params.workspace == workspace_address());
-      CHECK(params.semaphores == inputs[given.position_embedding_type != 0 ? 6 : 5]);
+      CHECK(params.semaphores == inputs[first_rotary_input(given) + (given.position_embedding_type != 0 ? 2 : 1)]);
     } else {
       qwen_plugins::PrefillAttentionParams const& params = recorded.prefill_attention.value();
       check_attention(params, given, inputs, outputs);
@@ -92,9 +122,20 @@ inline std::vector<Mode> gpt_attention_modes() {
               gpt_attention_mode({type, decode, position_embedding_type, (bits & 1) != 0, (bits & 2) != 0}));
         }
       }
+      for (int32_t const kv_cache_type : {0, 1, 2}) {
+        modes.push_back(gpt_attention_mode({type, decode, 2, false, false, true, kv_cache_type}));
+        modes.push_back(gpt_attention_mode({type, decode, 0, true, true, true, kv_cache_type}));
+      }
     }
   }
   return modes;
+}
+
+inline AttentionMode with_pages(int32_t kv_cache_type = 0) {
+  AttentionMode mode;
+  mode.pages = true;
+  mode.kv_cache_type = kv_cache_type;
+  return mode;
 }
 
 // Lengths of the three sequences of seven tokens, and whether a plug-in that was made from fields launches with them.
@@ -103,7 +144,22 @@ struct Lengths {
   std::vector<int32_t> past_lengths;
   std::vector<int32_t> rotary_offsets;
   bool make_sense;
+  std::vector<int32_t> pages = {};
 };
+
+// Of rows of five pages, in a cache of nine.
+inline std::vector<Lengths> lengths_with_pages() {
+  std::vector<int32_t> const bounds{0, 2, 3, 7};
+  return {
+      // Up to the ends of the page table and the rotary table; what is behind a sequence's last page is not read.
+      {bounds, {62, 63, 316}, {0, -63, -120}, true, {8, -1, -1, -1, -1, 0, 99, 9, 9, 9, 1, 2, 3, 4, 5}},
+      {bounds, {63, 63, 316}, {0, -63, -120}, false, {8, -1, -1, -1, -1, 0, 99, 9, 9, 9, 1, 2, 3, 4, 5}},
+      {bounds, {62, 63, 316}, {0, -63, -120}, false, {9, -1, -1, -1, -1, 0, 99, 9, 9, 9, 1, 2, 3, 4, 5}},
+      {bounds, {62, 63, 317}, {0, -63, -121}, false, {8, -1, -1, -1, -1, 0, 99, 9, 9, 9, 1, 2, 3, 4, 5}},
+      {bounds, {62, 63, 316}, {0, -64, -120}, false, {8, -1, -1, -1, -1, 0, 99, 9, 9, 9, 1, 2, 3, 4, 5}},
+      {bounds, {62, 63, 316}, {0, -63, -119}, false, {8, -1, -1, -1, -1, 0, 99, 9, 9, 9, 1, 2, 3, 4, 5}},
+  };
+}
 
 inline std::vector<Lengths> lengths_while_building() {
   std::vector<int32_t> const bounds{0, 2, 3, 7};
@@ -117,15 +173,19 @@ inline std::vector<Lengths> lengths_while_building() {
   };
 }
 
-// `enqueue(mode, inputs, outputs)` of a plug-in made from the fields of gpt_attention_mode({}).
+// `enqueue(mode, inputs, outputs)` of a plug-in made from the fields of gpt_attention_mode({}), or of with_pages().
 template <typename Enqueue>
 void check_lengths_while_building(Mode const& mode, Enqueue const& enqueue) {
   Addresses const inputs = addresses(mode.inputs.size(), 0x10000);
-  Addresses const outputs = addresses(mode.outputs.size(), 0x900000);
-  for (Lengths const& lengths : lengths_while_building()) {
+  Addresses const outputs = output_addresses(mode, inputs);
+  for (Lengths const& lengths : mode.in_place ? lengths_with_pages() : lengths_while_building()) {
     recorded = {};
-    recorded.device_memory = {
-        {inputs[2], lengths.cu_seqlens}, {inputs[3], lengths.past_lengths}, {inputs[4], lengths.rotary_offsets}};
+    recorded.device_memory = {{inputs[2], lengths.cu_seqlens},
+                              {inputs[3], lengths.past_lengths},
+                              {inputs[mode.in_place ? 5 : 4], lengths.rotary_offsets}};
+    if (mode.in_place) {
+      recorded.device_memory[inputs[4]] = lengths.pages;
+    }
     CHECK(enqueue(inputs.data(), outputs.data()) == 0);
     CHECK(recorded.count == (lengths.make_sense ? 1 : 0));
   }

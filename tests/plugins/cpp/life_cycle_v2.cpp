@@ -24,7 +24,7 @@ IPluginCreator& creator_of(char const* plugin) {
   int32_t count = 0;
   IPluginCreator* const* creators = getPluginCreators(count);
   IPluginCreator* const* found = std::find_if(creators, creators + count, [plugin](IPluginCreator* creator) {
-    return std::strcmp(creator->getPluginName(), plugin) == 0;
+    return creator->getPluginName() == name_of(plugin) && creator->getPluginVersion() == version_of(plugin);
   });
   CHECK(found != creators + count);
   return **found;
@@ -55,7 +55,7 @@ Plugin create(Mode& mode) {
 }
 
 void check_types(Plugin const& plugin, Mode const& mode) {
-  CHECK(std::strcmp(plugin->getPluginType(), mode.plugin) == 0);
+  CHECK(plugin->getPluginType() == name_of(mode.plugin) && plugin->getPluginVersion() == version_of(mode.plugin));
   CHECK(std::strcmp(plugin->getPluginNamespace(), "qwen_plugins") == 0);
   CHECK(plugin->getNbOutputs() == static_cast<int32_t>(mode.outputs.size()));
   for (size_t i = 0; i < mode.outputs.size(); ++i) {
@@ -178,10 +178,24 @@ void check_in_place() {
   CHECK(recorded.prefill_attention.value().cache.data == inputs[1] && !recorded.copy.has_value());
 }
 
+// A cache of pages is not copied.
+void check_pages_that_are_not_in_place(Log& log) {
+  Mode mode = gpt_attention_mode(with_pages());
+  Plugin plugin = at_runtime(mode);
+  recorded = {};
+  Addresses const inputs = addresses(mode.inputs.size(), 0x10000);
+  Addresses const outputs = addresses(mode.outputs.size(), 0x900000);
+  CHECK(enqueue(plugin, mode, inputs.data(), outputs.data()) != 0);
+  CHECK(log.got_one_error_with("'present_key_value' has memory of its own; expected that of 'past_key_value'"));
+  CHECK(recorded.count == 0 && !recorded.copy.has_value());
+}
+
 void check_attention_while_building() {
-  Mode mode = gpt_attention_mode({});
-  Plugin plugin = create(mode);
-  check_lengths_while_building(mode, [&](void* const* in, void* const* out) { return enqueue(plugin, mode, in, out); });
+  for (Mode mode : {gpt_attention_mode({}), gpt_attention_mode(with_pages())}) {
+    Plugin plugin = create(mode);
+    check_lengths_while_building(mode,
+                                 [&](void* const* in, void* const* out) { return enqueue(plugin, mode, in, out); });
+  }
 }
 
 void check_bad_fields(Log& log) {
@@ -371,6 +385,7 @@ int main() {
   check_attention_while_building();
   check_workspace(log);
   check_in_place();
+  check_pages_that_are_not_in_place(log);
   check_bad_fields(log);
   check_bad_bytes(log);
   check_schema_versions(log);

@@ -21,7 +21,7 @@ IPluginCreatorV3One& creator_of(char const* plugin) {
   for (int32_t i = 0; i < count; ++i) {
     CHECK(std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
     auto& creator = static_cast<IPluginCreatorV3One&>(*creators[i]);
-    if (std::strcmp(creator.getPluginName(), plugin) == 0) {
+    if (creator.getPluginName() == name_of(plugin) && creator.getPluginVersion() == version_of(plugin)) {
       return creator;
     }
   }
@@ -71,8 +71,7 @@ std::unique_ptr<IPluginV3> create(Mode& mode) {
 void check_core(IPluginV3& plugin, Mode const& mode) {
   CHECK(std::strcmp(plugin.getInterfaceInfo().kind, "PLUGIN") == 0);
   auto& core = capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE, "PLUGIN_V3ONE_CORE");
-  CHECK(std::strcmp(core.getPluginName(), mode.plugin) == 0);
-  CHECK(std::strcmp(core.getPluginVersion(), "1") == 0);
+  CHECK(core.getPluginName() == name_of(mode.plugin) && core.getPluginVersion() == version_of(mode.plugin));
   CHECK(std::strcmp(core.getPluginNamespace(), "qwen_plugins") == 0);
   CHECK(plugin.getCapabilityInterface(static_cast<PluginCapabilityType>(9)) == nullptr);
 }
@@ -261,10 +260,11 @@ void check_zero_volume(Log& log) {
 }
 
 void check_attention_while_building() {
-  Mode mode = gpt_attention_mode({});
-  std::unique_ptr<IPluginV3> plugin = create(mode);
-  check_lengths_while_building(mode,
-                               [&](void* const* in, void* const* out) { return enqueue(*plugin, mode, in, out); });
+  for (Mode mode : {gpt_attention_mode({}), gpt_attention_mode(with_pages())}) {
+    std::unique_ptr<IPluginV3> plugin = create(mode);
+    check_lengths_while_building(mode,
+                                 [&](void* const* in, void* const* out) { return enqueue(*plugin, mode, in, out); });
+  }
 }
 
 void check_bad_fields(Log& log) {
@@ -405,7 +405,7 @@ void check_input_types(Log& log) {
     for (size_t i = 0; i < types.size(); ++i) {
       std::vector<DataType> given = types;
       given[i] = static_cast<DataType>(8);
-      std::string const message = std::string(mode.plugin) + " 'layer': input '";
+      std::string const message = name_of(mode.plugin) + " 'layer': input '";
       int32_t const status = build_of(*plugin).getOutputDataTypes(outputs.data(), static_cast<int32_t>(outputs.size()),
                                                                   given.data(), static_cast<int32_t>(given.size()));
 #if QWEN_PLUGINS_TENSORRT_MAJOR >= 11

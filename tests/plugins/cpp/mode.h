@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "recorded_launches.h"
@@ -11,7 +12,7 @@
 using Addresses = std::vector<void*>;
 
 struct Mode {
-  char const* plugin;
+  char const* plugin;  // its name, and ":2" where the version is not "1"
   Fields fields;
   std::vector<nvinfer1::PluginTensorDesc> inputs;
   std::vector<nvinfer1::PluginTensorDesc> outputs;
@@ -21,7 +22,15 @@ struct Mode {
   std::function<void(Addresses const& inputs, Addresses const& outputs)> check_launch;
   size_t workspace_bytes = 0;
   bool runs_on_anything = true;  // enqueue makes a launch whatever the inputs hold
+  bool in_place = false;         // output 1 must have the memory of input 1
 };
+
+inline std::string name_of(std::string const& plugin) { return plugin.substr(0, plugin.find(':')); }
+
+inline std::string version_of(std::string const& plugin) {
+  size_t const colon = plugin.find(':');
+  return colon == std::string::npos ? "1" : plugin.substr(colon + 1);
+}
 
 inline bool is_dynamic(Mode const& mode, Extent extent) {
   return std::find(mode.dynamic.begin(), mode.dynamic.end(), extent) != mode.dynamic.end();
@@ -50,12 +59,20 @@ inline Addresses addresses(size_t count, uintptr_t base) {
   return result;
 }
 
+inline Addresses output_addresses(Mode const& mode, Addresses const& inputs) {
+  Addresses result = addresses(mode.outputs.size(), 0x900000);
+  if (mode.in_place) {
+    result[1] = inputs[1];
+  }
+  return result;
+}
+
 // Calls `enqueue(inputs, outputs)` and checks the launch that it makes.
 template <typename Enqueue>
 void check_launch(Mode const& mode, Enqueue const& enqueue) {
   recorded = {};
   Addresses const inputs = addresses(mode.inputs.size(), 0x10000);
-  Addresses const outputs = addresses(mode.outputs.size(), 0x900000);
+  Addresses const outputs = output_addresses(mode, inputs);
   CHECK(enqueue(inputs.data(), outputs.data()) == 0);
   CHECK(recorded.count == 1 && recorded.stream == stream_address());
   mode.check_launch(inputs, outputs);

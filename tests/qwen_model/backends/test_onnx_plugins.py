@@ -1,4 +1,4 @@
-"""Graphs of plug-ins, parsed as TensorRT's parser does, in the TensorRT back end's executor."""
+"""Graphs of plug-ins, parsed as TensorRT's parser does, in the TensorRT back end."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests import stand_ins
 from tests.qwen_model import model_files
 from tests.qwen_model.model_files import random_prompt
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
-from tests.support.plugin_fields import FIELDS
+from tests.support.plugin_fields import FIELDS, key_of
 
 onnx = pytest.importorskip("onnx")
 
@@ -35,8 +35,8 @@ def parse(network, model, trt):
             outputs = [network.add_gather(*inputs, attributes["axis"]).get_output(0)]
         else:
             assert node.domain == attributes.pop("plugin_namespace").decode() == "qwen_plugins"
-            assert attributes.pop("plugin_version") == b"1"
-            outputs = layers.add_plugin(network, node.op_type, inputs, attributes, node.name, [])
+            version = attributes.pop("plugin_version").decode()
+            outputs = layers.add_plugin(network, node.op_type, inputs, attributes, node.name, [], version)
         tensors |= zip(node.output, outputs, strict=True)
     for output in model.graph.output:
         tensors[output.name].name = output.name
@@ -44,8 +44,8 @@ def parse(network, model, trt):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_executor_runs_a_plan_of_the_file(architecture, tmp_path, monkeypatch):
-    """The plan has the inputs, profiles and outputs that the executor binds; tokens and logits are torch's."""
+def test_the_device_runs_a_plan_of_the_file(architecture, tmp_path, monkeypatch):
+    """The plan has the inputs, profiles and outputs that the Device binds; tokens and logits are torch's."""
     checkpoint = save_model(architecture, tmp_path / "model")
     export_onnx(checkpoint, output=tmp_path / "model.onnx", dtype="float32", **LIMITS)
     onnx.checker.check_model(tmp_path / "model.onnx")
@@ -71,10 +71,11 @@ def test_nodes_have_every_field(tmp_path):
     """TensorRT's parser warns of each that is missing; `kernels`, which were measured on one GPU, are left out."""
     export_onnx(output=tmp_path / "model.onnx")
     for node in onnx.load(tmp_path / "model.onnx").graph.node:
-        given = {attribute.name for attribute in node.attribute}
+        given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.domain:
-            assert FIELDS[node.op_type] - given <= {"kernels"}
-            assert given - FIELDS[node.op_type] == {"plugin_version", "plugin_namespace"}
+            fields = FIELDS[key_of(node.op_type, given["plugin_version"].decode())]
+            assert fields - given.keys() <= {"kernels"}
+            assert given.keys() - fields == {"plugin_version", "plugin_namespace"}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -90,6 +91,18 @@ def test_types(dtype, tmp_path):
     assert {described["logits"], described["past_key_value_0"], described["present_key_value_5"]} == {dtype}
     type_ids = {a.i for node in graph.node for a in node.attribute if a.name == "type_id"}
     assert type_ids == {{"float32": 0, "float16": 1, "bfloat16": 7}[dtype]}
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "number"), [("int8", 1), ("fp8", 2)])
+def test_caches_of_8_bits(kv_cache_dtype, number, tmp_path):
+    summary = export_onnx(output=tmp_path / "model.onnx", kv_cache_dtype=kv_cache_dtype)
+    onnx.checker.check_model(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    kinds = {a.i for node in graph.node for a in node.attribute if a.name == "kv_cache_type"}
+    assert kinds == {number}
+    described = {tensor.name: tensor for tensor in (*summary.written.inputs, *summary.written.outputs)}
+    for name in ("past_key_value_0", "present_key_value_5"):
+        assert (described[name].dtype, described[name].shape) == ("int32", ("num_pages", 2 * 2 * 64 * (64 // 4 + 1)))
 
 
 def test_the_tied_head_is_the_embeddings_table(tmp_path):

@@ -36,7 +36,7 @@ def everything(session):
         session.generate(PROMPTS, max_new_tokens=8, num_beams=3).outputs,
         list(session.stream(PROMPTS, max_new_tokens=8)),
         session.logits(PROMPTS[0]).tolist(),
-        sorted(session.executor.measure_layers(PROMPTS, 2)),
+        sorted(session.device.measure_layers(PROMPTS, 2)),
     ]
 
 
@@ -74,18 +74,18 @@ def test_a_request_that_fails_leaves_the_present_device(engine, monkeypatch):
 
     session = qwen_model.load_engine(engine, device="cuda:1")
     expected = session.generate(PROMPTS, max_new_tokens=8).outputs
-    launch, graphs = session.executor._sampler.choose, len(numpy_cuda.device.graphs)
+    launch, graphs = session.device._sampler.choose, len(numpy_cuda.device.graphs)
 
     def fail(*arguments):
         raise ValueError("in the middle of a step")
 
-    monkeypatch.setattr(session.executor._sampler, "choose", fail)
+    monkeypatch.setattr(session.device._sampler, "choose", fail)
     with pytest.raises(ValueError, match="middle"):
         session.generate(PROMPTS[0], max_new_tokens=8)
     with cuda_runtime.on_device(1), pytest.raises(ValueError, match="middle"):
-        cuda_runtime.Graph(session.executor.stream, fail)  # in a capture
+        cuda_runtime.Graph(session.device.stream, fail)  # in a capture
     assert (numpy_cuda.thread.device, len(numpy_cuda.device.graphs)) == (0, graphs)
-    monkeypatch.setattr(session.executor._sampler, "choose", launch)
+    monkeypatch.setattr(session.device._sampler, "choose", launch)
     assert session.generate(PROMPTS, max_new_tokens=8).outputs == expected
 
 

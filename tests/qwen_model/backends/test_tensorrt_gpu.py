@@ -187,7 +187,7 @@ def test_hardware_compatible_engines(engines, model, tmp_path):
     options = {"backend": "tensorrt", "dtype": "float16", "hardware_compatible": True, **LIMITS}
     qwen_model.build_engine(model_dir, output_dir=tmp_path / "engine", **options)
     session = qwen_model.load_engine(tmp_path / "engine")
-    assert session.executor.engine.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert session.device.engine.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
     expected = engines(model, "float16")
     np.testing.assert_allclose(
         session.logits(prompts[LOGITS_OF]), expected.logits(prompts[LOGITS_OF]), atol=TOLERANCES["float16"]

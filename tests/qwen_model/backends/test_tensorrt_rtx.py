@@ -53,7 +53,7 @@ def both(model_dir, tmp_path, **options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_and_tokens_are_those_of_the_torch_back_end(rtx, architecture, tmp_path):
     expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path)
-    assert {plugin.name for plugin in session.executor.engine.network.plugins} == {
+    assert {plugin.name for plugin in session.device.engine.network.plugins} == {
         "RmsNorm",
         "QwenGemm",
         "GptAttention",
@@ -140,13 +140,15 @@ def test_compiled_kernels_are_kept_in_a_file(rtx, model_dir, tmp_path):
     file = tmp_path / "cache" / "qwen_model" / f"tensorrt-rtx-{rtx.__version__}-NumPy.kernels"
     session = qwen_model.load_engine(engine)
     session.generate([[1, 2], [3]], max_new_tokens=2)
-    assert file.read_bytes() == b"kernels of 2"  # contexts: for prompts, and for decode steps of two sequences
+    assert (
+        file.read_bytes() == b"kernels of 3"
+    )  # contexts: for prompts, and for decode steps of one sequence and of two
     before = file.stat().st_ino
     session.generate([[1, 2], [3]], max_new_tokens=2)
     assert file.stat().st_ino == before  # nothing new
     with stand_ins.installed("rtx"):  # another process
         qwen_model.load_engine(build(model_dir, tmp_path / "again").engine_dir).generate([1], max_new_tokens=2)
-        assert file.read_bytes() == b"kernels of 4"
+        assert file.read_bytes() == b"kernels of 5"
     file.write_bytes(b"of another card")
     with stand_ins.installed("rtx"):
         qwen_model.load_engine(build(model_dir, tmp_path / "again").engine_dir).generate([1], max_new_tokens=2)

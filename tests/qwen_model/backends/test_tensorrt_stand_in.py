@@ -47,7 +47,7 @@ def both(model_dir, tmp_path, **options):
 @pytest.mark.parametrize("disabled", [(), ("rms_norm",), ("gemm",), ("rotary",), PLUGINS], ids="+".join)
 def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, disabled, tmp_path):
     expected, session = both(save_model(architecture, tmp_path / "model"), tmp_path, disable_plugins=disabled)
-    used = {plugin.name for plugin in session.executor.engine.network.plugins}
+    used = {plugin.name for plugin in session.device.engine.network.plugins}
     assert ("RmsNorm" in used, "Gemm" in used) == ("rms_norm" not in disabled, "gemm" not in disabled)
     prompt = random_prompt(50)
     np.testing.assert_allclose(session.logits(prompt), expected.logits(prompt), atol=2e-4)
@@ -63,9 +63,9 @@ def test_logits_and_tokens_are_those_of_the_torch_back_end(trt, architecture, di
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rotary_embedding_in_native_layers(trt, architecture, tmp_path):
     session = both(save_model(architecture, tmp_path / "model"), tmp_path, disable_plugins=["rotary"])[1]
-    layers = session.executor.engine.network.layers
+    layers = session.device.engine.network.layers
     attention = [layer for layer in layers if layer.name == "layers.0.attention"]
-    assert len(attention[0].inputs) == 6 + (architecture == "QWenLMHeadModel")  # no rotary table; logn's factors
+    assert len(attention[0].inputs) == 7 + (architecture == "QWenLMHeadModel")  # no rotary table; logn's factors
 
 
 def test_the_benchmarks_engines_are_one_network(trt, monkeypatch):
@@ -161,23 +161,23 @@ def test_sampling_repeats_with_its_seed(sessions):
 
 
 def test_graphs_are_captured_before_a_request_is_timed(sessions, monkeypatch):
-    """By `prepare`, for each number of sequences and kind of choice once."""
+    """By `prepare`, for each number of sequences once, whatever the choice."""
     _, session = sessions
-    executor = session.executor
-    prepare, captured = executor.prepare, []
+    device = session.device
+    prepare, captured, before_all = device.prepare, [], len(numpy_cuda.device.graphs)
 
-    def counting(num_sequences, sampling):
+    def counting(num_sequences):
         before = len(numpy_cuda.device.graphs)
-        prepare(num_sequences, sampling)
+        prepare(num_sequences)
         captured.append(len(numpy_cuda.device.graphs) - before)
 
-    monkeypatch.setattr(executor, "prepare", counting)
+    monkeypatch.setattr(device, "prepare", counting)
     options = [{}, {"temperature": 1.5}, {"top_p": 0.5, "seed": 3}, {"repetition_penalty": 1.2}, {}]
-    for each in options:  # the session's call, then that of `prefill`
+    for each in options:
         session.generate(random_prompt(8), max_new_tokens=3, sampling=qwen_model.SamplingOptions(**each))
-    assert captured == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+    assert captured == [1, 0, 0, 0, 0]
     session.generate(random_prompt(8), max_new_tokens=3, num_beams=2)
-    assert captured[10:] == [1, 0]
+    assert sum(captured) == len(numpy_cuda.device.graphs) - before_all == 2
 
 
 @pytest.mark.parametrize("num_beams", [2, 3])
@@ -271,7 +271,7 @@ def test_the_log_tells_the_phases_of_building_and_running(trt, model_dir, tmp_pa
         r"timing cache .*: the builder measured nothing new",
         r"plan written: [\d.]+ MiB in ",
         r"runs on NumPy, compute capability ",
-        r"key-value cache: [\d.]+ MiB; activations: .*; cuBLASLt: ",
+        r"key-value cache: \d+ pages of 64 tokens, [\d.]+ MiB; activations: .*; cuBLASLt: ",
         r"CUDA graph of 1 sequences captured: ",
         r"prefill: 5 tokens in ",
     ):
@@ -358,7 +358,7 @@ def test_an_engine_for_something_else_says_so(trt, model_dir, tmp_path, name):
         qwen_model.load_engine(engine)
     command = (
         "(qwen-model build --backend tensorrt --model-dir CHECKPOINT --dtype float32 --max-batch-size 6 "
-        f"--max-input-len 60 --max-output-len 30 --output-dir {engine})"
+        f"--max-input-len 60 --max-output-len 30 --max-num-tokens 360 --output-dir {engine})"
     )
     assert command in str(error.value)
 
@@ -370,7 +370,7 @@ def test_hardware_compatible_engines_run_on_other_gpus(trt, model_dir, tmp_path,
     assert not summary.config.gemm_kernels  # measured on this GPU
     assert build(model_dir, tmp_path / "other").config.gemm_kernels
     session = qwen_model.load_engine(engine)
-    assert session.executor.engine.config.hardware_compatibility_level == "ampere plus"
+    assert session.device.engine.config.hardware_compatibility_level == "ampere plus"
     expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
     monkeypatch.setattr(numpy_cuda.device, "name", "another")
     monkeypatch.setattr(numpy_cuda.device, "capability", (12, 0))
@@ -442,8 +442,9 @@ def test_limits_that_are_not_the_plans(trt, model_dir, tmp_path):
     path, whole = engine / "config.json", (engine / "config.json").read_text()
     for name, value, tensor in (
         ("max_batch_size", 7, "input_ids"),
-        ("max_input_len", 59, "input_ids"),
+        ("max_input_len", 59, "last_token_ids"),
         ("max_output_len", 31, "rotary_table"),
+        ("max_num_tokens", 300, "input_ids"),
     ):
         config = json.loads(whole)
         config["limits"][name] = value
@@ -455,14 +456,20 @@ def test_limits_that_are_not_the_plans(trt, model_dir, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(qwen_model.QwenModelError, match=r"not built for what config.json says \(past_key_value_0"):
         qwen_model.load_engine(engine)
+    config = json.loads(whole)
+    config["kv_cache_dtype"] = "int8"
+    path.write_text(json.dumps(config))
+    with pytest.raises(qwen_model.QwenModelError, match=r"not built for what config.json says \(past_key_value_0"):
+        qwen_model.load_engine(engine)
 
 
 def test_memory_that_is_not_enough(trt, model_dir, tmp_path, monkeypatch):
     """For the plan, the cache and buffers; for what only the plan says; and while the plan is read."""
     engine = build(model_dir, tmp_path / "engine").engine_dir
-    message = r"not enough GPU memory: 0.00 GiB for the plan, .* key-value cache .* for prompts and logits are needed"
-    for total in (1 << 10, 6 * 2 * 3 * 2 * 90 * 32 * 4 + 1000):  # the latter is room for the cache
-        monkeypatch.setattr(numpy_cuda.device, "total_bytes", total)
+    message = r"not enough GPU memory: 0.00 GiB for the plan, .* key-value cache .* for steps and logits are needed"
+    one_sequence = 3 * 2 * 3 * 2 * 64 * 32 * 4  # and the page that nobody has
+    for total in (1 << 10, one_sequence + 1000):
+        monkeypatch.setattr(numpy_cuda.device, "total_bytes", numpy_cuda.used_bytes() + total)
         with pytest.raises(OutOfMemoryError, match=message):
             qwen_model.load_engine(engine)
     monkeypatch.undo()
@@ -482,7 +489,7 @@ def test_what_tensorrt_refuses(sessions, trt, monkeypatch):
 
     _, session = sessions
     expected = session.generate([1, 2, 3], max_new_tokens=5).outputs
-    context = type(session.executor._prefill_context)
+    context = type(session.device._prefill_context)
     for said, kind in (("Error Code 1: Cuda Runtime (out of memory)", OutOfMemoryError), ("x", RuntimeError)):
 
         def refuse(self, stream, said=said):
@@ -576,7 +583,7 @@ def test_the_fastest_kernels_are_built_into_the_engine(trt, model_dir, tmp_path,
     kernels = engine.config.gemm_kernels.values()
     assert set(kernels) == {((12, "stream"), (384, "cublas_lt:2")), ((12, "stream"), (64, "cublas_lt:2"))}  # the head
     loaded = qwen_model.load_engine(engine.engine_dir)
-    gemms = [plugin for plugin in loaded.executor.engine.network.plugins if plugin.name == "Gemm"]
+    gemms = [plugin for plugin in loaded.device.engine.network.plugins if plugin.name == "Gemm"]
     assert [list(plugin.fields["kernels"]) for plugin in gemms[:4]] == [[12, 0x10000, 384, 0x40002]] * 4
     inspect.main([str(engine.engine_dir)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -587,7 +594,7 @@ def test_the_fastest_kernels_are_built_into_the_engine(trt, model_dir, tmp_path,
     for options in ({"tuning": False}, {"disable_plugins": ["gemm"]}):
         engine = build(model_dir, tmp_path / "engine", **options)
         assert engine.config.gemm_kernels == {}
-        plugins = qwen_model.load_engine(engine.engine_dir).executor.engine.network.plugins
+        plugins = qwen_model.load_engine(engine.engine_dir).device.engine.network.plugins
         assert not any("kernels" in plugin.fields for plugin in plugins)
 
 

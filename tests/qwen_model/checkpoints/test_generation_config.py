@@ -88,6 +88,9 @@ def test_run_with_and_without_the_defaults(model_dir, tmp_path, session, capsys)
     assert ran("--temperature", "0", "--repetition-penalty", "1") == expected()
     assert ran("--generation-config", "none") == expected()
     assert ran("--generation-config", "none", "--top-k", "5", "--seed", "1") == expected(top_k=5, seed=1)
+    assert ran("--generation-config", "none", "--min-p", "0.9", "--seed", "1") == expected(min_p=0.9, seed=1)
+    penalties = ("--presence-penalty", "-1.5", "--frequency-penalty", "2")
+    assert ran("--generation-config", "none", *penalties) == expected(presence_penalty=-1.5, frequency_penalty=2)
     beams = session.generate("Hi", num_beams=2).outputs[0].output_ids
     assert ran("--num-beams", "2") == ran("--num-beams", "2", "--temperature", "0") == beams
 

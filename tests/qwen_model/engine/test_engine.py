@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import qwen_model
 from qwen_model import QwenModelError
-from qwen_model.backends.torch import back_end, executor
+from qwen_model.backends.torch import back_end
+from qwen_model.backends.torch import device as torch_device
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
@@ -298,16 +299,14 @@ def test_a_gpu_whose_memory_runs_out_half_way(engine_dir, monkeypatch):
         )
 
     session = qwen_model.load_engine(engine_dir, device="cpu")
-    expected = (
-        r"^CUDA out of memory\. Tried to allocate 20\.00 GiB\. GPU 0 has .* 1\.50 GiB is free; use a smaller batch"
-    )
-    monkeypatch.setattr(executor, "decoder", run_out)
+    expected = r"^CUDA out of memory\. Tried to allocate 20\.00 GiB\. GPU 0 has .* 1\.50 GiB is free; give a smaller"
+    monkeypatch.setattr(torch_device, "decoder", run_out)
     with pytest.raises(QwenModelError, match=expected):
         session.generate([1, 2, 3])
     with pytest.raises(QwenModelError, match=expected):
         session.logits([1, 2, 3])
     monkeypatch.undo()
-    monkeypatch.setattr(executor, "rotary_table", run_out)
+    monkeypatch.setattr(torch_device, "rotary_table", run_out)
     with pytest.raises(QwenModelError, match=expected):
         qwen_model.load_engine(engine_dir, device="cpu")
 

@@ -7,8 +7,7 @@ import torch
 import qwen_model
 from qwen_model import QwenModelError, SamplingOptions
 from qwen_model.backends.torch.sampling import TorchSampler
-from qwen_model.engine.beam_search import beam_search
-from qwen_model.interface.executor import NO_TOKEN
+from qwen_model.interface.device import NO_TOKEN, Start
 from tests import stand_ins
 from tests.qwen_model.overflow_checks import (
     CHOICES,
@@ -32,7 +31,7 @@ def load(model_dir, folder, dtype, backend):
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_overflow_is_an_error(model_dir, tmp_path, runs_ahead):
     session = load(model_dir, tmp_path / "engine", "float16", "torch")
-    session.executor.runs_ahead = runs_ahead
+    session.device.runs_ahead = runs_ahead
     check_that_overflow_is_an_error(session)
 
 
@@ -52,51 +51,9 @@ def test_overflow_in_tensorrt(model_dir, tmp_path, monkeypatch, version):
 
 def test_damaged_weights_in_a_type_that_has_room(model_dir, tmp_path):
     session = load(model_dir, tmp_path / "engine", "float32", "torch")
-    session.executor.operations.modules["lm_head"].weight[7] = torch.nan
+    session.device.operations.modules["lm_head"].weight[7] = torch.nan
     with pytest.raises(QwenModelError, match=r"logits of the prompt .*float32.*weights may be damaged"):
         session.generate([1, 2], max_new_tokens=3)
-
-
-END = 30
-
-
-class BeamExecutor:
-    """Gives beam candidates without a model: of two prompts the first ends at once, and `bad` is NaN after that."""
-
-    def __init__(self, bad):
-        self.bad = bad
-        self.step = 0
-
-    def begin_beams(self, prompts, num_beams):
-        pass
-
-    def decode_beams(self, rows, tokens):
-        pass
-
-    def beam_candidates(self, scores, count):
-        self.step += 1
-        sums = np.tile(np.array([-1.0, -1.5] + [-60.0] * (count - 2), np.float32) * self.step, (2, 1))
-        if self.step > 1:
-            sums[self.bad] = np.nan
-        beams, tokens = np.tile(np.arange(count) % 2, (2, 1)), np.tile(np.arange(count), (2, 1))
-        tokens[0, :2] = END
-        return sums, beams, tokens
-
-
-@pytest.mark.parametrize("bad", [0, 1])
-def test_beams_of_a_prompt_that_is_done_may_overflow(bad):
-    def search():
-        return beam_search(
-            BeamExecutor(bad), [[1], [2]], 2, 4, frozenset([END]), lambda index: QwenModelError(f"bad prompt {index}")
-        )
-
-    if bad == 0:
-        first, second = search()
-        assert [beam.tokens for beam in first] == [[END], [END]]
-        assert [beam.tokens for beam in second] == [[0, 0, 0, 0], [1, 1, 1, 1]]
-    else:
-        with pytest.raises(QwenModelError, match="bad prompt 1"):
-            search()
 
 
 NOT_FINITE = {"nan": [torch.nan], "inf": [torch.inf], "both": [torch.nan, torch.inf], "all -inf": [-torch.inf] * 40}
@@ -112,8 +69,11 @@ def test_sampler(dtype, values, options):
     logits[3:, :5] = -torch.inf
 
     def choose(rows):
-        sampler = TorchSampler(SamplingOptions(**options), [[0, 7, 39]] * 9, 40, torch.device("cpu"))
-        return [sampler(rows).tolist() for _ in range(3)]
+        sampler = TorchSampler(9, 40, torch.device("cpu"))
+        sampler.start([Start(slot, SamplingOptions(**options), slot, [0, 7, 39]) for slot in range(9)])
+        slots = np.arange(9, dtype=np.int32)
+        variant = sampler.variant(slots)
+        return [sampler.choose(rows, torch.from_numpy(slots), variant).tolist() for _ in range(3)]
 
     expected = choose(logits)
     damaged = logits.clone()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import qwen_model
 from qwen_model import QwenModelError, SamplingOptions
-from qwen_model.backends.torch import executor as torch_executor
+from qwen_model.backends.torch import device as torch_device
 from qwen_model.backends.torch.operations import TorchOperations
 from qwen_model.checkpoints.chat_template import ChatOptions
 from tests.qwen_model.model_files import random_prompt
@@ -26,7 +26,7 @@ def endless(session):
 
 
 @settings(max_examples=25, deadline=None)
-@given(batch=st.lists(prompts, min_size=1, max_size=6), new_tokens=st.integers(1, 12))
+@given(batch=st.lists(prompts, min_size=1, max_size=14), new_tokens=st.integers(1, 12))
 def test_a_batch_gives_what_each_prompt_gives_alone(session, batch, new_tokens):
     together = session.generate(batch, max_new_tokens=new_tokens).outputs
     alone = [session.generate(prompt, max_new_tokens=new_tokens).outputs[0] for prompt in batch]
@@ -39,11 +39,14 @@ def test_nothing_of_a_request_is_left_for_the_next(endless):
     assert endless.generate(random_prompt(30), max_new_tokens=20).outputs == first.outputs
 
 
-def test_numbers_that_are_not_finite_stay_in_their_request(endless):
+def test_numbers_that_are_not_finite_stay_in_their_request(endless, engine_dir):
     prompts = [random_prompt(5), random_prompt(40)]
     first = endless.generate(prompts, max_new_tokens=20).outputs
-    endless.executor.operations.cache.fill_(torch.nan)  # as a request leaves it whose activations overflow
-    assert endless.generate(prompts, max_new_tokens=20).outputs == first
+    other = qwen_model.load_engine(engine_dir, device="cpu")
+    other.device.cache.data.fill_(torch.nan)  # as requests leave it whose activations overflow
+    assert qwen_model.Session(endless.config, other.scheduler).generate(prompts, max_new_tokens=20).outputs == [
+        dataclasses.replace(output, text=None) for output in first
+    ]
 
 
 def test_logits_of_prompts_and_of_decoding_agree(endless):
@@ -60,7 +63,7 @@ def test_a_device_that_runs_ahead_gives_the_same(session, endless, monkeypatch):
     cases = [{"max_new_tokens": count} for count in (1, 2, 3, 40)] + [{"sampling": SamplingOptions(top_k=20, seed=1)}]
     for each in (session, endless):
         expected = [each.generate(batch, **options).outputs for options in cases]
-        monkeypatch.setattr(each.executor, "runs_ahead", True)
+        monkeypatch.setattr(each.device, "runs_ahead", True)
         assert [each.generate(batch, **options).outputs for options in cases] == expected
         monkeypatch.undo()
 
@@ -77,7 +80,9 @@ def test_generation_stops_at_every_end_token(session, endless):
     free = [output.output_ids for output in endless.generate(batch, max_new_tokens=40).outputs]
     ends = (free[0][7], free[1][14])
     config = dataclasses.replace(session.config, end_token_ids=ends)
-    outputs = qwen_model.Session(config, session.scheduler, session.tokenizer).generate(batch, max_new_tokens=40).outputs
+    outputs = (
+        qwen_model.Session(config, session.scheduler, session.tokenizer).generate(batch, max_new_tokens=40).outputs
+    )
     for output, ids in zip(outputs, free, strict=True):
         places = [i for i, token in enumerate(ids) if token in ends]
         expected = ids[: places[0] + 1] if places else ids
@@ -116,12 +121,67 @@ def test_a_batch_streams_by_index(endless):
         assert [event.token_id for event in events if event.index == index] == output.output_ids
 
 
-def test_a_stream_that_was_given_up_says_so(endless):
-    stream = endless.stream(random_prompt(4), max_new_tokens=10)
-    next(stream)
+def test_requests_that_overlap_give_what_each_gives_alone(endless):
+    prompts = [random_prompt(4, seed=1), random_prompt(70, seed=2), random_prompt(9, seed=3)]
+    alone = [endless.generate(prompt, max_new_tokens=20).outputs[0] for prompt in prompts]
+    streams = [endless.stream(prompt, max_new_tokens=20) for prompt in prompts[:2]]
+    found = [[next(streams[0])], [next(streams[1])]]
+    assert endless.generate(prompts[2], max_new_tokens=20).outputs == alone[2:]
+    for _ in range(19):
+        for events, stream in zip(found, streams, strict=True):
+            events.append(next(stream))
+    logits = endless.logits(prompts[2])
+    for events, output in zip(found, alone, strict=False):
+        assert [event.token_id for event in events] == output.output_ids
+        assert "".join(event.text for event in events) == output.text
+    assert np.array_equal(logits, endless.logits(prompts[2]))
+    assert [list(stream) for stream in streams] == [[], []]
+
+
+def test_what_a_closed_stream_had_is_free(endless):
     endless.generate(random_prompt(5), max_new_tokens=2)
-    with pytest.raises(QwenModelError, match="another request"):
-        list(stream)
+    free = endless.scheduler.pool.num_free
+    streams = [endless.stream([random_prompt(50, seed=seed)] * 2, max_new_tokens=30) for seed in range(2)]
+    for stream in streams:
+        next(stream)
+    assert endless.scheduler.pool.num_free < free
+    streams[0].close()
+    del streams, stream  # as good as closed
+    endless.generate(random_prompt(5), max_new_tokens=2)
+    assert endless.scheduler.pool.num_free == free
+
+
+def test_samples_of_a_prompt(endless):
+    """The first is what one output is; the others draw differently, each as in every call."""
+    prompts = [random_prompt(70, seed=1), random_prompt(9, seed=2)]
+    sampling = SamplingOptions(temperature=1.0, seed=5)
+    one = endless.generate(prompts[0], max_new_tokens=10, sampling=sampling).outputs
+    outputs = endless.generate(prompts, max_new_tokens=10, sampling=sampling, n=4).outputs
+    assert len(outputs) == 8
+    assert outputs[:1] == one
+    assert len({tuple(output.output_ids) for output in outputs}) == 8
+    assert endless.generate(prompts, max_new_tokens=10, sampling=sampling, n=4).outputs == outputs
+    events = list(endless.stream(prompts, max_new_tokens=10, sampling=sampling, n=4))
+    for index, output in enumerate(outputs):
+        assert [event.token_id for event in events if event.index == index] == output.output_ids
+
+
+def test_log_probabilities(endless):
+    prompt = random_prompt(9)
+    output = endless.generate(prompt, max_new_tokens=6, logprobs=3, sampling=SamplingOptions(top_k=9, seed=1)).outputs[
+        0
+    ]
+    logits = endless.logits(prompt + output.output_ids)[len(prompt) - 1 : -1]
+    expected = torch.from_numpy(logits).log_softmax(-1)
+    assert output.logprobs is not None
+    for token, row, found in zip(output.output_ids, expected, output.logprobs, strict=True):
+        best = row.topk(3)
+        assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [token for token, _ in found.best] == best.indices.tolist()
+        np.testing.assert_allclose([logprob for _, logprob in found.best], best.values, atol=1e-4)
+    events = list(endless.stream(prompt, max_new_tokens=6, logprobs=0))
+    assert all(event.logprob is not None and event.logprob.best == [] for event in events)
+    assert endless.generate(prompt, max_new_tokens=6).outputs[0].logprobs is None
 
 
 def test_chat_uses_the_template_and_ends_with_the_turn(session):
@@ -175,7 +235,7 @@ def test_small_products_use_one_thread_and_the_process_keeps_its_number(endless,
         return linear(*args, **options)
 
     monkeypatch.setattr(TorchOperations, "linear", counting)
-    monkeypatch.setattr(torch_executor, "ONE_THREAD_WORK", 2 * endless.executor._layer_size)
+    monkeypatch.setattr(torch_device, "ONE_THREAD_WORK", 2 * endless.device._layer_size)
     torch.set_num_threads(2)
     try:
         endless.generate(random_prompt(9), max_new_tokens=2)
@@ -208,8 +268,12 @@ def test_logits_take_token_ids_only(session):
         ({"prompts": []}, "no prompt was given"),
         ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
         ({"prompts": [[0] * 121]}, "121 tokens.*limit of 120.*--max-input-len"),
-        ({"prompts": [[1]] * 7}, "7 prompts.*limit of 6.*--max-batch-size"),
-        ({"prompts": [[1]] * 2, "num_beams": 4}, "2 prompts with 4 beams.*8 sequences.*limit of 6"),
+        ({"prompts": [[1]], "num_beams": 7}, "7 beams.*limit of 6.*--max-batch-size"),
+        ({"prompts": [[1]], "num_beams": 2, "n": 2}, "beam search gives one output"),
+        ({"prompts": [[1]], "num_beams": 2, "logprobs": 1}, "beam search gives one output"),
+        ({"prompts": [[1]], "n": 0}, "n must be a positive integer, not 0"),
+        ({"prompts": [[1]], "logprobs": -1}, "logprobs must be an integer from 0 to 128, not -1"),
+        ({"prompts": [[1]], "logprobs": True}, "logprobs must be an integer from 0 to 128, not True"),
         ({"prompts": [[1, 317]]}, "token id 317.*0 to 316"),
         ({"prompts": [[-1]]}, "token id -1"),
         ({"prompts": [[1, 400, -1, 2**70]]}, "token id 400"),

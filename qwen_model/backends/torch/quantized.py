@@ -1,0 +1,73 @@
+"""Compute linear layers of quantized weights with PyTorch's own functions, for any device.
+
+The weights are kept as codes, a byte each, and dequantized for every product, some rows at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checkpoints.module_weights import ModuleWeights
+
+BLOCK_NUMBERS = 1 << 24
+"""The numbers of a weight that are dequantized at a time."""
+
+
+def unpacked_modules(modules: Mapping[str, ModuleWeights[Tensor]]) -> dict[str, ModuleWeights[Tensor]]:
+    """Return the modules with quantized weights in layout 1: codes [out, in], scales and zero points [out, groups]."""
+    return {name: _unpacked(module) if module.format.bits else module for name, module in modules.items()}
+
+
+def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
+    from qwen_plugins import quantized
+
+    assert module.scales is not None  # quantized weights have scales
+    device, scale_dtype = module.weight.device, module.scales.dtype
+    out_features, in_features = module.shape
+    packed = quantized.PackedWeight(
+        codes=module.weight.cpu().numpy(),
+        scales=module.scales.cpu().view(torch.int16).numpy().view(np.uint16),
+        zeros=None if module.zeros is None else module.zeros.cpu().numpy(),
+        format=quantized.WeightFormat(
+            module.format.bits, module.format.group_size, module.zeros is not None, module.format.scale_dtype
+        ),
+        out_features=out_features,
+        in_features=in_features,
+    )
+    codes, scales, zeros = quantized.unpack(packed)
+    return dataclasses.replace(
+        module,
+        weight=torch.from_numpy(codes).to(device),
+        scales=torch.from_numpy(scales.view(np.int16)).view(scale_dtype).to(device),
+        zeros=None if zeros is None else torch.from_numpy(zeros).to(device),
+        format=dataclasses.replace(module.format, layout=1),
+    )
+
+
+def linear(x: Tensor, module: ModuleWeights[Tensor]) -> Tensor:
+    """Compute x · Wᵀ + bias for a module of `unpacked_modules`; W is rounded to the type of x."""
+    if module.permutation is not None:
+        x = x.index_select(1, module.permutation)
+    blocks = [F.linear(x, weight) for weight in _dequantized(module, x.dtype)]
+    y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return y if module.bias is None else y + module.bias
+
+
+def _dequantized(module: ModuleWeights[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the rows of W, in the order of the codes, some at a time."""
+    assert module.scales is not None  # quantized weights have scales
+    out_features, in_features = module.weight.shape
+    rows = max(1, BLOCK_NUMBERS // in_features)
+    groups = module.scales.shape[1]
+    for start in range(0, out_features, rows):
+        part = slice(start, start + rows)
+        w = module.weight[part].view(-1, groups, in_features // groups).float()
+        w -= float(1 << module.format.bits - 1) if module.zeros is None else module.zeros[part].float().unsqueeze(2)
+        w *= module.scales[part].float().unsqueeze(2)
+        yield w.view(-1, in_features).to(dtype)

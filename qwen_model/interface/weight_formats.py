@@ -1,0 +1,60 @@
+"""Write the formats of an engine's quantized modules into its `config.json`, and read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..checkpoints.json_values import is_integer
+from ..checkpoints.module_weights import Formats, WeightFormat
+from ..common.errors import QwenModelError, shown
+
+
+def formats_as_json(formats: Formats) -> list[dict[str, Any]]:
+    """Return a list of formats, each with the `modules` that have it."""
+    modules: dict[WeightFormat, list[str]] = {}
+    for name, weight_format in formats.items():
+        modules.setdefault(weight_format, []).append(name)
+    return [{**dataclasses.asdict(each), "modules": names} for each, names in modules.items()]
+
+
+def formats_from_json(values: Any) -> dict[str, WeightFormat]:
+    """Return the formats by module, in the order of `formats_as_json`.
+
+    Raises:
+        QwenModelError: they are damaged, or none that this version reads.
+    """
+    found: dict[str, WeightFormat] = {}
+    if not isinstance(values, list) or not all(isinstance(each, dict) for each in values):
+        raise QwenModelError(f"weight_formats must be a list of objects, not {shown(values)}")
+    for each in values:
+        names = each.get("modules")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise QwenModelError(f"weight_formats must have lists of modules, not {shown(names)}")
+        weight_format = _format({key: value for key, value in each.items() if key != "modules"})
+        found.update((name, weight_format) for name in names)
+    return found
+
+
+def _format(values: dict[str, Any]) -> WeightFormat:
+    try:
+        found = WeightFormat(**values)
+    except TypeError:
+        raise _not_read(values) from None
+    right = (
+        found.bits > 0
+        and is_integer(found.group_size, least=0)
+        and found.group_size in (0, 32, 64, 128)
+        and isinstance(found.symmetric, bool)
+        and found.activation is None
+        and found.layout == 2
+        and isinstance(found.permuted, bool)
+        and found.scale_dtype in ("float16", "bfloat16")
+    )
+    if not right:
+        raise _not_read(values)
+    return found
+
+
+def _not_read(values: dict[str, Any]) -> QwenModelError:
+    return QwenModelError(f"weights in the format {shown(values)} are not read by this version of qwen_model")

@@ -1,0 +1,1 @@
+"""Quantize weights: search of scales, the tensors of quantized modules in engines, published checkpoint formats."""

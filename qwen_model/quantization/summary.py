@@ -1,0 +1,59 @@
+"""Say what quantization does to an engine: bits a weight, the memory of each part, and the error of each layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoints.config import ModelConfig
+from ..checkpoints.module_weights import Formats
+from ..checkpoints.weights import network_modules, weight_groups
+from ..interface.memory import spec_bytes
+
+PARTS = {
+    "embedding": r"embedding",
+    "attention": r"layers\.\d+\.attention\.(qkv|output)",
+    "MLP": r"layers\.\d+\.mlp\..*",
+    "head": r"lm_head",
+    "norms": r".*norm",
+}
+"""The modules of each part of a network, as regular expressions, in the order in which parts are shown."""
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """Describe the weights of an engine.
+
+    formats: the text of each format, with the number of modules that have it; the engine's type first.
+    bits: of a weight of the quantized modules, scales, zero points and padding included; 0.0: there are none.
+    part_bytes: of each part of the network.
+    relative_errors: of the modules that were quantized in the build, the worst first: the root of the mean squared
+        error, relative to that of the weight.
+    """
+
+    formats: dict[str, int]
+    bits: float
+    part_bytes: dict[str, int]
+    relative_errors: dict[str, float]
+
+
+def weight_summary(
+    model: ModelConfig, dtype: str, formats: Formats, relative_errors: Mapping[str, float]
+) -> WeightSummary:
+    """Describe the weights of an engine of type `dtype`, whose quantized modules have these formats."""
+    counts: dict[str, int] = {}
+    for name, module in network_modules(model, dtype, formats).items():
+        if len(module.shape) == 2 and name != "embedding":
+            counts[module.format.text] = counts.get(module.format.text, 0) + 1
+    modules = [item for group in weight_groups(model, dtype, formats) for item in group.modules.items()]
+    quantized = [module for _, module in modules if module.format.bits]
+    numbers = sum(math.prod(module.shape) for module in quantized)
+    size = sum(spec_bytes(spec) for module in quantized for spec in module.tensors if spec is not module.bias)
+    parts = dict.fromkeys(PARTS, 0)
+    for name, module in modules:
+        part = next(part for part, pattern in PARTS.items() if re.fullmatch(pattern, name))
+        parts[part] += sum(spec_bytes(spec) for spec in module.tensors)
+    worst = dict(sorted(relative_errors.items(), key=lambda item: -item[1]))
+    return WeightSummary(counts, 8 * size / numbers if numbers else 0.0, parts, worst)

@@ -1,0 +1,162 @@
+"""The torch Device on a GPU: kernels and CUDA graphs beside plain PyTorch on the CPU."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_model.backends.torch.device import TorchDevice
+from qwen_model.checkpoints.config import read_config
+from qwen_model.checkpoints.weights import weight_groups
+from qwen_model.interface.engine_config import Limits
+from qwen_model.interface.sampling import SamplingOptions
+from tests.qwen_model.backends.device_runs import Running, batch_of, generate, prompt_logits, run_chunks, run_decoding
+from tests.qwen_model.model_files import random_prompt
+
+pytestmark = pytest.mark.gpu
+
+LIMITS = Limits(max_batch_size=20, max_input_len=400, max_output_len=100, max_num_tokens=2000)
+VALUES = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+}
+MODELS = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "num_key_value_heads": 1},
+    "llama-dynamic": {
+        "architectures": ["LlamaForCausalLM"],
+        "num_key_value_heads": 4,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+        "max_position_embeddings": 100,
+    },
+}
+PROMPTS = [random_prompt(length, seed=length, vocab_size=1000) for length in (7, 1, 100, 33, 129, 64, 300)]
+NEW_TOKENS = 70
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    """A configuration and weights that make attention far from uniform."""
+    config = read_config({**VALUES, **MODELS[request.param]})
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for group in weight_groups(config, "float32"):
+        for spec in group.specs:
+            if len(spec.shape) > 1:
+                weight = torch.randn(spec.shape, generator=generator) * 1.3 / spec.shape[1] ** 0.5
+            else:
+                weight = torch.rand(spec.shape, generator=generator) + 0.3
+            weights[spec.name] = weight
+    return config, weights
+
+
+def device_on(model, place, dtype=torch.float32, **options):
+    config, weights = model
+    weights = {name: weight.to(place, dtype) for name, weight in weights.items()}
+    return TorchDevice(config, LIMITS, weights, num_pages=90, **options)
+
+
+def sequences(count=7, first_page=1, sampling=None):
+    found, page = [], first_page
+    for index, prompt in enumerate(PROMPTS[:count]):
+        pages = list(range(page, page + -(-(len(prompt) + NEW_TOKENS) // 64)))
+        found.append(Running(prompt, 19 - index, pages[::-1], sampling or SamplingOptions()))
+        page += len(pages)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    return device_on(model, "cuda"), device_on(model, "cpu")
+
+
+def test_float32_gives_the_cpus_tokens(pair):
+    gpu, cpu = pair
+    assert gpu.runs_ahead
+    expected = generate(cpu, sequences(), NEW_TOKENS)
+    for chunk in (1000, 64, 50, 1):
+        assert generate(gpu, sequences(first_page=30), NEW_TOKENS, chunk) == expected
+
+
+def test_every_number_of_sequences(pair):
+    """The graphs of all sizes share their memory, and are padded; slots and pages are used again."""
+    gpu, cpu = pair
+    gpu.prepare(3)
+    expected = generate(cpu, sequences(), NEW_TOKENS)
+    for count in (1, 3, 2, 7, 5, 1, 6):
+        assert generate(gpu, sequences(count, first_page=1 + count), NEW_TOKENS) == expected[:count]
+
+
+def test_what_a_request_left_behind_is_not_read(pair):
+    gpu, cpu = pair
+    gpu.cache.data[:, 1:] = torch.nan
+    assert generate(gpu, sequences(), NEW_TOKENS, 77) == generate(cpu, sequences(), NEW_TOKENS)
+
+
+def test_copies_and_given_tokens(pair):
+    """A fork has a copy of a page, and its token is given, that of its neighbour is not."""
+    gpu, cpu = pair
+    found = []
+    for device in (gpu, cpu):
+        first = Running(PROMPTS[2], 3, [5, 6, 7])
+        device.start([first.start()])
+        run_chunks(device, [first], 1000)
+        device.copy_pages([(5, 8), (6, 9)])
+        fork = Running(PROMPTS[2], 4, [8, 9, 10], past=first.past)
+        other = (first.output[0] + 1) % 1000
+        fork._known = [*PROMPTS[2], other]
+        device.start([fork.start()])
+        device.forward(batch_of([first.decode(), fork.chunk(1)]))
+        for sequence, token in zip((first, fork), device.choose().wait().tokens.tolist(), strict=True):
+            sequence.output.append(token)
+        run_decoding(device, [first, fork], 40)
+        found.append((first.output, fork.output))
+    assert found[0] == found[1]
+    assert found[0][0][1:] != found[0][1]
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_logits(model, dtype, kind):
+    """Of prompts in chunks, beside the CPU in float32; and those of decode steps."""
+    gpu = device_on(model, "cuda", getattr(torch, dtype), kv_cache_dtype=kind)
+    cpu = device_on(model, "cpu", kv_cache_dtype=kind)
+    tolerance = {"float32": 1e-4 if kind == "auto" else 2e-2, "float16": 2e-2, "bfloat16": 1.5e-1}[dtype]
+    prompt, pages = PROMPTS[-1], [3, 9, 1, 7, 2]
+    expected = prompt_logits(cpu, prompt, pages)
+    for chunk in (1000, 100, 64, 1):
+        found = prompt_logits(gpu, prompt[: 40 if chunk == 1 else None], pages, chunk=chunk)
+        error = np.abs(found - expected[: len(found)]).max() / np.abs(expected).max()
+        print(f"{dtype} {kind} chunks of {chunk}: {error:.1e}")
+        assert error < tolerance
+
+
+def test_decode_graphs_are_what_chunks_of_one_token_are(pair):
+    """Log-probabilities of a captured step beside the logits of a prompt: the same network."""
+    gpu, _ = pair
+    sequence = Running(PROMPTS[2], 0, [4, 2, 8])
+    gpu.start([sequence.start()])
+    run_chunks(gpu, [sequence], 1000)
+    gpu.forward(batch_of([sequence.decode()]))
+    chosen = gpu.choose(num_best=5).wait()
+    logits = prompt_logits(gpu, [*PROMPTS[2], sequence.output[0]], [11, 12, 13])[-1]
+    best = torch.from_numpy(logits).log_softmax(-1).topk(5)
+    assert chosen.best_tokens.tolist() == [best.indices.tolist()]
+    np.testing.assert_allclose(chosen.best_logprobs, [best.values], atol=1e-3)
+    assert chosen.tokens.tolist() == [int(best.indices[0])]
+
+
+def test_sampling_does_not_depend_on_the_company(pair):
+    gpu, _ = pair
+    options = SamplingOptions(temperature=1.3, top_p=0.95, seed=3)
+    alone = [generate(gpu, [each], NEW_TOKENS)[0] for each in sequences(4, sampling=options)]
+    assert generate(gpu, sequences(4, sampling=options), NEW_TOKENS) == alone
+    other = dataclasses.replace(options, seed=4)
+    assert generate(gpu, sequences(4, sampling=other), NEW_TOKENS) != alone
