@@ -34,7 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
             ServerOptions(
                 engine_dir=engine_dir,
                 name=options.served_model_name or engine_dir.resolve().name,
-                load={"device": options.device, "tuning": options.tuning},
+                load={
+                    "device": options.device,
+                    "tuning": options.tuning,
+                    "gpu_memory_utilization": options.gpu_memory_utilization,
+                },
                 host=options.host,
                 port=options.port,
                 http_processes=options.http_processes or max(1, min(4, (os.cpu_count() or 1) // 4)),
