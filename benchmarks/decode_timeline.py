@@ -16,6 +16,7 @@ import dataclasses
 import json
 import re
 import statistics
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,29 +69,29 @@ class Kernel:
         return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), "other")
 
 
-def kernel_times(executor: Any, steps: int) -> list[Kernel]:
+def kernel_times(step: Callable[[], object], steps: int) -> list[Kernel]:
     """Return the kernels of `steps` decode steps, in the order of their starts."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
-            executor.decode()
+            step()
         torch.cuda.synchronize()
     events = [e for e in profiler.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
     kernels = [Kernel(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in events]
     return sorted(kernels, key=lambda kernel: kernel.start)
 
 
-def microseconds_untraced(executor: Any, steps: int) -> float:
+def microseconds_untraced(step: Callable[[], object], steps: int) -> float:
     """Return the microseconds of one step, measured with CUDA events around `steps` of them."""
     import torch
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    executor.decode()
+    step()
     begin.record()
     for _ in range(steps):
-        executor.decode()
+        step()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) * 1e3 / steps
@@ -132,17 +133,23 @@ def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -
     from benchmarks.generate import COMMON, SHAPES, Load
     from benchmarks.generate_torch import random_session, random_weights
     from qwen_model.checkpoints.config import read_config
-    from qwen_model.interface.sampling import SamplingOptions
+    from qwen_model.engine.sequences import Sequence
 
     config = read_config({**COMMON, **SHAPES[shape]})
     weights = random_weights(config, getattr(torch, dtype), "cuda")
     session = random_session(config, weights, Load(max(batch_sizes), prompt_tokens, 4 * STEPS))
     recordings = []
     for batch_size in batch_sizes:
-        executor = session.executor
-        executor.prefill(Load(batch_size, prompt_tokens, 1).prompts(config.vocab_size, seed=0), SamplingOptions())
-        untraced = microseconds_untraced(executor, STEPS)
-        kernels = kernel_times(executor, STEPS + 3)
+        prompts = Load(batch_size, prompt_tokens, 1).prompts(config.vocab_size, seed=0)
+        sequences = [Sequence(prompt, 4 * STEPS) for prompt in prompts]
+        for sequence in sequences:
+            session.scheduler.add(sequence)
+        while len(session.scheduler.step()) < batch_size:  # until all decode
+            pass
+        untraced = microseconds_untraced(session.scheduler.step, STEPS)
+        kernels = kernel_times(session.scheduler.step, STEPS + 3)
+        for sequence in sequences:
+            session.scheduler.cancel(sequence)
         steps = split_steps(kernels)
         ends = [step[0].start for step in steps[1:]]
         summaries = [attribute(step, end) for step, end in zip(steps, ends, strict=False)]

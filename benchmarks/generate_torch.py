@@ -22,12 +22,15 @@ from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from benchmarks.timing import capture
 from benchmarks.vllm_weights import WEIGHT_SCALE
 from qwen_model import build_engine, load_engine
-from qwen_model.backends.torch.executor import TorchExecutor
+from qwen_model.backends.torch.back_end import num_pages
+from qwen_model.backends.torch.device import TorchDevice
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.common.progress import no_progress
+from qwen_model.engine.scheduler import Scheduler
 from qwen_model.engine.session import Session
 from qwen_model.interface.engine_config import EngineConfig, Limits
+from qwen_model.interface.memory import GPU_MEMORY_UTILIZATION
 from qwen_model.tuning.choice import choose_kernels
 
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
@@ -124,25 +127,9 @@ class Vllm(Implementation):
     def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
         import vllm
 
-        # A process that has used the GPU, as this one may have, cannot be forked.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-        folder = Path(tempfile.mkdtemp())
-        (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": dtype}))
         self.vocab_size = values["vocab_size"]
         self._sampling = vllm.SamplingParams
-        self._engine = vllm.LLM(
-            str(folder),
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype=dtype,
-            max_model_len=largest.prompt_tokens + largest.new_tokens,
-            max_num_seqs=largest.batch_size,
-            gpu_memory_utilization=0.78,
-            enable_prefix_caching=False,
-            worker_extension_cls="benchmarks.vllm_weights.WorkerExtension",
-        )
-        if not all(self._engine.collective_rpc("fill_weights")):
-            raise RuntimeError("vLLM's model has no weights to fill")
+        self._engine = vllm_engine(values, dtype, largest.prompt_tokens + largest.new_tokens, largest.batch_size)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
@@ -150,12 +137,43 @@ class Vllm(Implementation):
         self._engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
 
 
-def random_session(config: ModelConfig, weights: dict[str, Tensor], largest: Load) -> Session:
-    limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-    engine = EngineConfig("torch", "", limits, config, (), 0, {})
-    dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
+def vllm_engine(
+    values: dict[str, Any], dtype: str, max_model_len: int, max_num_seqs: int, gpu_memory_utilization: float = 0.78
+) -> Any:
+    """Return a vLLM engine of this shape, with weights drawn as ours are."""
+    import vllm
+
+    # A process that has used the GPU, as this one may have, cannot be forked.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": dtype}))
+    engine = vllm.LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_prefix_caching=False,
+        worker_extension_cls="benchmarks.vllm_weights.WorkerExtension",
+    )
+    if not all(engine.collective_rpc("fill_weights")):
+        raise RuntimeError("vLLM's model has no weights to fill")
+    return engine
+
+
+def random_session(
+    config: ModelConfig, weights: dict[str, Tensor], limits: Limits, kv_cache_dtype: str = "auto"
+) -> Session:
+    """Return a session over these weights, whose cache takes what they leave of the GPU's memory."""
+    embedding = weights["embedding.weight"]
+    dtype = str(embedding.dtype).removeprefix("torch.")
+    engine = EngineConfig("torch", dtype, limits, config, (), 0, {}, kv_cache_dtype=kv_cache_dtype)
     kernels = choose_kernels(config, limits, dtype, no_progress)
-    return Session(engine, TorchExecutor(config, limits, weights, gemm_kernels=kernels))
+    pages = num_pages(engine, embedding.device, GPU_MEMORY_UTILIZATION)
+    device = TorchDevice(config, limits, weights, num_pages=pages, kv_cache_dtype=kv_cache_dtype, gemm_kernels=kernels)
+    return Session(engine, Scheduler(device))
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:
@@ -186,7 +204,8 @@ def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[t
     if {"qwen_model", "products"} & set(options.implementations):
         weights = random_weights(config, dtype, options.device)
     if "qwen_model" in options.implementations:
-        yield "qwen_model", QwenModel(random_session(config, weights, largest))
+        limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
+        yield "qwen_model", QwenModel(random_session(config, weights, limits))
     if "products" in options.implementations and options.device != "cpu":
         yield "products", Products(config, weights)
     weights.clear()

@@ -16,20 +16,22 @@ from typing import Any
 
 from benchmarks.generate import Load
 from qwen_model import QwenModelError, load_engine
-from qwen_model.interface.sampling import SamplingOptions
+from qwen_model.engine.scheduler import Scheduler
+from qwen_model.engine.sequences import Sequence
 
 Ranges = Callable[[str], AbstractContextManager[Any]]
 
 PROMPT, DECODE_STEP = "prompt", "decode step"
 
 
-def run(executor: Any, prompts: list[list[int]], steps: int, marked: Ranges) -> None:
+def run(scheduler: Scheduler, prompts: list[list[int]], steps: int, marked: Ranges) -> None:
     """Run the prompts, then `steps` decode steps; `marked` opens an NVTX range."""
-    with marked(PROMPT):
-        executor.prefill(prompts, SamplingOptions()).wait()
-    for _ in range(steps):
-        with marked(DECODE_STEP):
-            executor.decode().wait()
+    for prompt in prompts:
+        scheduler.add(Sequence(prompt, steps + 1))
+    decoding = False
+    while scheduler.has_work:
+        with marked(DECODE_STEP if decoding else PROMPT):
+            decoding = len(scheduler.step()) == len(prompts) or decoding
 
 
 def ranges(backend: str) -> Ranges:
@@ -54,9 +56,9 @@ def main() -> None:
     except QwenModelError as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
     prompts = Load(options.sequences, options.prompt_tokens, 1).prompts(session.config.model.vocab_size, seed=0)
-    executor: Any = session.executor
-    run(executor, prompts, 1, nullcontext)
-    run(executor, prompts, options.steps, ranges(session.config.backend))
+    session.device.runs_ahead = False  # so that a range holds the step that it is named after
+    run(session.scheduler, prompts, 1, nullcontext)
+    run(session.scheduler, [prompt[::-1] for prompt in prompts], options.steps, ranges(session.config.backend))
 
 
 if __name__ == "__main__":

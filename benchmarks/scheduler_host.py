@@ -3,8 +3,9 @@
     python -m benchmarks.scheduler_host           # records; needs no GPU
     python -m benchmarks.scheduler_host --draw    # draws what was recorded; needs matplotlib alone
 
-"decode": all sequences decode, none ends. "come and go": each generates 16 tokens, and others wait for its slot, so
-that steps of prompts are among the steps. Where a device runs ahead, this time is hidden behind its steps.
+"decode": all sequences decode, none ends. "come and go": each generates 128 to 384 tokens, and others wait for its
+slot, so that steps of prompts are among the steps. Where a device runs ahead, this time is hidden behind its steps. It
+is the processor's time of the thread.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from benchmarks.common import IMAGES, RESULTS, finish_panel, pyplot, save_figure
 from qwen_model.engine.scheduler import Scheduler
 from qwen_model.engine.sequences import Sequence as Generated
 from qwen_model.interface.device import Batch, Chosen, FloatArray, Int32Array, Start, TokenMask
+from qwen_model.interface.engine_config import GemmKernels
 
 NUM_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 STEPS = 200
 PROMPT_TOKENS = 256
-NEW_TOKENS = {"decode": 2 * STEPS, "come and go": 16}
+NEW_TOKENS = {"decode": (1000, 1000), "come and go": (128, 384)}  # least and most
 
 
 class NullChoice:
@@ -47,11 +49,11 @@ class NullDevice:
     max_tokens = 8192
     page_size = 64
     runs_ahead = True
-    gemm_kernels = None
+    gemm_kernels: GemmKernels | None = None
 
     def __init__(self, max_sequences: int):
         self.max_sequences = self.max_logit_rows = max_sequences
-        self.num_pages = 1 + max_sequences * (PROMPT_TOKENS + max(NEW_TOKENS.values())) // self.page_size * 2
+        self.num_pages = 1 + max_sequences * (2 + (PROMPT_TOKENS + 1000) // self.page_size)
         self._choosing = 0
 
     def prepare(self, num_sequences: int) -> None:
@@ -76,28 +78,26 @@ class NullDevice:
         """See `Device`."""
 
 
-def sequences(count: int, new_tokens: int) -> Iterable[Generated]:
+def sequences(count: int, new_tokens: tuple[int, int]) -> Iterable[Generated]:
     """Return sequences of different prompts."""
     source = random.Random(0)
     for _ in range(count):
         prompt = [source.randrange(100_000) for _ in range(source.randint(1, PROMPT_TOKENS))]
-        yield Generated(prompt, new_tokens, end_token_ids=frozenset({1, 2}))
+        yield Generated(prompt, source.randint(*new_tokens), end_token_ids=frozenset({1, 2}))
 
 
 def measure(num_sequences: int, load: str) -> dict[str, Any]:
     """Return the median and the mean of the microseconds of a step that has the device full."""
     scheduler = Scheduler(NullDevice(num_sequences))
-    new_tokens = NEW_TOKENS[load]
-    count = num_sequences if load == "decode" else num_sequences * (3 + STEPS // new_tokens)
-    for sequence in sequences(count, new_tokens):
+    for sequence in sequences(num_sequences if load == "decode" else 4 * num_sequences + 20, NEW_TOKENS[load]):
         scheduler.add(sequence)
-    while len(scheduler.step()) < num_sequences:  # until all that fit are decoding
-        pass
+    for _ in range(2 * num_sequences * PROMPT_TOKENS // scheduler.chunk_tokens + 10):  # until the slots are taken
+        scheduler.step()
     times = []
     for _ in range(STEPS):
-        start = time.perf_counter()
+        start = time.thread_time()
         scheduler.step()
-        times.append(1e6 * (time.perf_counter() - start))
+        times.append(1e6 * (time.thread_time() - start))
     return {
         "load": load,
         "sequences": num_sequences,

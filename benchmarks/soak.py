@@ -73,18 +73,18 @@ def give_up(session: Session, request: Request, tokens: int) -> None:
 
 def device_bytes(session: Session) -> int | None:
     """Return the memory in use on the session's GPU, None on a CPU."""
-    executor: Any = session.executor
+    device: Any = session.device
     if session.config.backend == "tensorrt":
         from qwen_model.backends.tensorrt.cuda_runtime import memory_info, on_device
 
-        with on_device(executor.device):
+        with on_device(device.device):
             free, total = memory_info()
         return total - free
     import torch
 
-    if executor.device.type != "cuda":
+    if device.device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(executor.device)
+    free, total = torch.cuda.mem_get_info(device.device)
     return total - free
 
 

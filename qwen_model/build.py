@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     show_log(options.verbose)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
+    if options.plan:
+        print(_plan_text(options))
+        return
     from .engine import build_engine
 
     with progress_bar() as progress:
@@ -137,6 +140,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N.N",
         help=f"tensorrt-rtx: of the GPUs that the engine is for: {', '.join(RTX_COMPUTE_CAPABILITIES)} (default: all)",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory that such an engine needs, for --max-batch-size sequences of --max-input-len and "
+        "--max-output-len tokens, and which cards have it; build nothing",
+    )
     add_tuning_argument(parser)
     add_verbose_argument(parser)
     return parser
@@ -165,6 +174,34 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "less error, and it needs PyTorch",
     )
     group.add_argument("--calibration", metavar="FILE", help="that text (default: the packaged model's held-out text)")
+
+
+def _plan_text(options: argparse.Namespace) -> str:
+    from .engine.plan import fitting_cards, plan_engine
+
+    plan = plan_engine(
+        options.model_dir,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+        max_input_len=options.max_input_len,
+        max_output_len=options.max_output_len,
+        max_num_tokens=options.max_num_tokens,
+        kv_cache_dtype=options.kv_cache_dtype,
+        quantization=options.quantization,
+        group_size=options.group_size,
+        symmetric=False if options.asymmetric else None,
+        head_quantization=options.head_quantization,
+    )
+    mib = 2.0**20
+    cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
+    return (
+        f"{weights_text(plan.weights)}"
+        f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequences of {plan.positions} tokens\n"
+        f"weights     {plan.weight_bytes / mib:,.1f} MiB\n"
+        f"activations {plan.activation_bytes / mib:,.1f} MiB in the largest step\n"
+        f"cache       {plan.token_bytes / 1024:,.1f} KiB a token, {plan.sequence_bytes / mib:,.1f} MiB a sequence\n"
+        f"cards       sequences of {plan.positions} tokens that have room: {cards}"
+    )
 
 
 def _summary_text(summary: BuildSummary) -> str:

@@ -305,6 +305,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -
             help="the part of the GPU's memory that may be in use when the engine is loaded; the key-value cache gets "
             "what is left of it (default: %(default)s)",
         )
+        parser.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="torch on a GPU: what a prompt gives is the same, to the bit, whatever is computed beside it; slower",
+        )
 
 
 def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
@@ -352,6 +357,7 @@ def open_engine(options: argparse.Namespace) -> Session:
             device=options.device,
             tuning=options.tuning,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            deterministic=options.deterministic,
             progress=progress,
         )
 

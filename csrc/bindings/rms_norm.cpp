@@ -18,6 +18,7 @@ struct RmsNormLayer {
   DataType weight_dtype;
   float eps;
   bool unit_offset;
+  bool batch_invariant;
 };
 
 using Strides = std::pair<int64_t, int64_t>;  // of RowStrides: outer, inner
@@ -46,6 +47,7 @@ void fill(RmsNormParams& params, const RmsNormLayer& layer, const RowLayout& lay
   params.weight_dtype = layer.weight_dtype;
   params.eps = layer.eps;
   params.unit_offset = layer.unit_offset;
+  params.batch_invariant = layer.batch_invariant;
   if (layout.inner_rows == 0) {
     const RowStrides contiguous{0, layer.hidden_size};
     params.rows = {rows, rows};
@@ -87,8 +89,9 @@ void rms_norm_quant(const RmsNormLayer& layer, Address x, Address residual, Addr
 void bind_rms_norm(py::module_& module) {
   py::class_<RmsNormLayer>(module, "RmsNormLayer",
                            "The parameters of an RMSNorm layer, the same in each of its launches.")
-      .def(py::init<Address, int64_t, DataType, DataType, float, bool>(), py::kw_only(), py::arg("weight"),
-           py::arg("hidden_size"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("eps"), py::arg("unit_offset"));
+      .def(py::init<Address, int64_t, DataType, DataType, float, bool, bool>(), py::kw_only(), py::arg("weight"),
+           py::arg("hidden_size"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("eps"), py::arg("unit_offset"),
+           py::arg("batch_invariant") = false);
   py::class_<RowLayout>(
       module, "RowLayout",
       "The strides of rows in two levels, each (outer, inner) in elements: kernels/rms_norm/rms_norm.h. "

@@ -33,12 +33,14 @@ def gemm(
     out: Tensor | None = None,
 ) -> Tensor:
     """Check the operands and compute y; the arguments are those of `qwen_plugins.gemm`."""
-    columns = _check(x, weight, bias, activation)
-    shape = (*x.shape[:-1], columns)
+    check_x(x)
+    _check_weight(weight, x)
+    check_bias(bias, x, weight.shape[0])
+    shape = (*x.shape[:-1], columns_of(weight.shape[0], activation))
     if out is None:
         out = x.new_empty(shape)
     else:
-        _check_out(out, shape, x, weight, bias)
+        check_out(out, shape, x, weight=weight, bias=bias)
     if x.is_cuda:
         _on_gpu(x, weight, bias, activation, constant_weight, out)
     elif x.device.type == "cpu":
@@ -53,28 +55,27 @@ def cublas_lt_status() -> str:
     return core().cublas_lt_status()
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:
-    """Check the inputs and return the columns of y."""
+def check_x(x: Tensor) -> None:
+    """Check the rows that are multiplied."""
     check_tensor("x", x)
     check_dtype("x", x, FLOAT_TYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(x.shape)}")
-    check_tensor("weight", weight)
-    check_dtype("weight", weight, (x.dtype,), like="x")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight must have the shape (out_features, {x.shape[-1]}) for x of {tuple(x.shape)}, "
-            f"not {tuple(weight.shape)}"
-        )
-    check_contiguous("weight", weight)
-    check_device("weight", weight, x)
-    out_features = weight.shape[0]
-    if bias is not None:
-        check_tensor("bias", bias)
-        check_dtype("bias", bias, (x.dtype,), like="x")
-        check_shape("bias", bias, (out_features,))
-        check_contiguous("bias", bias)
-        check_device("bias", bias, x)
+
+
+def check_bias(bias: Tensor | None, x: Tensor, out_features: int) -> None:
+    """Check the bias, if there is one."""
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    check_dtype("bias", bias, (x.dtype,), like="x")
+    check_shape("bias", bias, (out_features,))
+    check_contiguous("bias", bias)
+    check_device("bias", bias, x)
+
+
+def columns_of(out_features: int, activation: str | None) -> int:
+    """Check the activation, and return the columns of y."""
     if activation is None:
         return out_features
     if activation != "swiglu":
@@ -84,7 +85,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return out_features // 2
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, **others: Tensor | None) -> None:
+    """Check where y is written: no memory of x or of the other operands, which the messages name."""
     check_tensor("out", out)
     check_dtype("out", out, (x.dtype,), like="x")
     check_shape("out", out, shape)
@@ -92,28 +94,18 @@ def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, weight: Tensor, b
     check_device("out", out, x)
     if out.is_meta:  # no memory
         return
-    for name, other in (("x", x), ("weight", weight), ("bias", bias)):
+    for name, other in {"x": x, **others}.items():
         if other is not None and extents_overlap(out, other):
             raise ValueError(f"out must not share memory with {name}, which is still read while out is written")
 
 
-def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
-    z = F.linear(x, weight, bias)
-    if activation == "swiglu":
-        gate, up = z.float().chunk(2, dim=-1)
-        z = F.silu(gate) * up
-    out.copy_(z)
-
-
-def _on_gpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, constant_weight: bool, out: Tensor
-) -> None:
-    out_features, in_features = weight.shape
+def launch_layer(layer: Any, x: Tensor, out: Tensor) -> None:
+    """Launch the GEMM of a `qwen_plugins.launch.LinearLayer` for all rows of x, in any layout."""
+    in_features = x.shape[-1]
     if x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < in_features:
         x = x.reshape(-1, in_features)
         if x.stride(1) != 1 or x.stride(0) < in_features:  # rows of one element, or rows that overlap
             x = x.contiguous()
-    layer = _layer(weight.data_ptr(), address(bias), in_features, out_features, activation, x.dtype, constant_weight)
     rows = x.shape[0]
     workspace_bytes = layer.workspace_bytes(rows)
     with CurrentDevice(x) as stream:
@@ -128,6 +120,34 @@ def _on_gpu(
             workspace=address(workspace),
             stream=stream,
         )
+
+
+def _check_weight(weight: Tensor, x: Tensor) -> None:
+    check_tensor("weight", weight)
+    check_dtype("weight", weight, (x.dtype,), like="x")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have the shape (out_features, {x.shape[-1]}) for x of {tuple(x.shape)}, "
+            f"not {tuple(weight.shape)}"
+        )
+    check_contiguous("weight", weight)
+    check_device("weight", weight, x)
+
+
+def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
+    z = F.linear(x, weight, bias)
+    if activation == "swiglu":
+        gate, up = z.float().chunk(2, dim=-1)
+        z = F.silu(gate) * up
+    out.copy_(z)
+
+
+def _on_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, constant_weight: bool, out: Tensor
+) -> None:
+    out_features, in_features = weight.shape
+    layer = _layer(weight.data_ptr(), address(bias), in_features, out_features, activation, x.dtype, constant_weight)
+    launch_layer(layer, x, out)
 
 
 @lru_cache(maxsize=4096)

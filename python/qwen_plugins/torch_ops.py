@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_plugins import _gemm
+from qwen_plugins import _gemm, _quantized_gemm
 from qwen_plugins import _rms_norm as implementation
+from qwen_plugins._quantized_gemm import QuantizedWeight
 from qwen_plugins._rms_norm import Norm, Quantization
 
-__all__ = ["cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant"]
+__all__ = ["QuantizedWeight", "cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant"]
 
 _library = torch.library.Library("qwen_plugins", "DEF")
 _NORM_OPTIONS = "float eps, bool unit_offset, bool round_before_weight"
@@ -36,11 +37,17 @@ for _schema in _SCHEMAS:
 _GEMM_OPTIONS = "str? activation, bool constant_weight"
 _library.define(f"gemm(Tensor x, Tensor weight, Tensor? bias, {_GEMM_OPTIONS}) -> Tensor")
 _library.define(f"gemm_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, {_GEMM_OPTIONS}) -> ()")
+_QUANTIZED_WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? permutation"
+_QUANTIZED_OPTIONS = f"int group_size, int out_features, {_GEMM_OPTIONS}"
+_library.define(f"gemm_quantized(Tensor x, {_QUANTIZED_WEIGHT}, Tensor? bias, {_QUANTIZED_OPTIONS}) -> Tensor")
+_library.define(
+    f"gemm_quantized_out(Tensor x, {_QUANTIZED_WEIGHT}, Tensor? bias, Tensor(a!) out, {_QUANTIZED_OPTIONS}) -> ()"
+)
 
 
 def gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
@@ -55,8 +62,8 @@ def gemm(
 
     Args:
         x: [..., in_features], float16, bfloat16 or float32.
-        weight: [out_features, in_features], contiguous, in the type of x. With SwiGLU (Shazeer, 2020) the first half of
-            its rows is the gate projection, the second half the up projection.
+        weight: [out_features, in_features], contiguous, in the type of x, or a QuantizedWeight. With SwiGLU (Shazeer,
+            2020) the first half of its rows is the gate projection, the second half the up projection.
         bias: [out_features], in the type of x.
         activation: None or "swiglu".
         constant_weight: True where no kernel that may still run in the stream writes weight or bias: the kernel may
@@ -69,6 +76,8 @@ def gemm(
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _quantized(x, weight, bias, activation, constant_weight, out)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
         _check_types(1.0, x=x, weight=weight, bias=bias, out=out)
         if out is None:
@@ -76,6 +85,25 @@ def gemm(
         torch.ops.qwen_plugins.gemm_out(x, weight, bias, out, activation, constant_weight)
         return out
     return _gemm.gemm(x, weight, bias, activation, constant_weight, out)
+
+
+def _quantized(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    constant_weight: bool,
+    out: Tensor | None,
+) -> Tensor:
+    operands = (weight.codes, weight.scales, weight.zeros, weight.permutation, bias)
+    options = (weight.group_size, weight.out_features, activation, constant_weight)
+    if not torch.compiler.is_compiling() and type(x) in _PLAIN_TENSORS:
+        return _quantized_gemm.gemm(x, *operands, *options, out)
+    _check_types(1.0, x=x, bias=bias, out=out)
+    if out is None:
+        return torch.ops.qwen_plugins.gemm_quantized(x, *operands, *options)
+    torch.ops.qwen_plugins.gemm_quantized_out(x, *operands, out, *options)
+    return out
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # for which the dispatcher has nothing to do
@@ -335,6 +363,25 @@ def _gemm_out(
     _gemm.gemm(x, weight, bias, activation, constant_weight, out)
 
 
+def _gemm_quantized_out(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    permutation: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    group_size: int,
+    out_features: int,
+    activation: str | None,
+    constant_weight: bool,
+) -> None:
+    weight = (codes, scales, zeros, permutation)
+    _quantized_gemm.gemm(x, *weight, bias, group_size, out_features, activation, constant_weight, out)
+
+
 for _key in ("CPU", "CUDA", "Meta"):
     _library.impl("gemm", _gemm.gemm, _key)
     _library.impl("gemm_out", _gemm_out, _key)
+    _library.impl("gemm_quantized", _quantized_gemm.gemm, _key)
+    _library.impl("gemm_quantized_out", _gemm_quantized_out, _key)

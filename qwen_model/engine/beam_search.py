@@ -78,7 +78,7 @@ class _Prompt:
         sources = [min(beam, len(self.rows) - 1) for beam in beams[kept].tolist()]
         first = self.rows[0]
         while len(self.rows) < self._num_beams:
-            row = beam_sequence(first.prompt, first.max_new_tokens, first.num_best, first.salt)
+            row = beam_sequence(first.prompt, first.max_new_tokens, first.num_best)
             row.on_event = self._take
             self.rows.append(row)
         self._scheduler.advance(self.rows, sources, tokens[kept].tolist())
@@ -90,9 +90,9 @@ class _Prompt:
             self._scheduler.cancel(row)
 
 
-def beam_sequence(prompt: list[int], max_new_tokens: int, num_best: int | None, salt: bytes) -> sequences.Sequence:
+def beam_sequence(prompt: list[int], max_new_tokens: int, num_best: int | None) -> sequences.Sequence:
     """Return the sequence of a beam."""
-    return sequences.Sequence(prompt, max_new_tokens, num_best=num_best, salt=salt, hold=True)
+    return sequences.Sequence(prompt, max_new_tokens, num_best=num_best, hold=True)
 
 
 def beam_search(

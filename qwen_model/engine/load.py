@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..checkpoints.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -13,6 +14,7 @@ from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
 from ..interface.engine_config import EngineConfig
 from ..interface.memory import GPU_MEMORY_UTILIZATION
+from ..network.rotary import rotary_stretch
 from .back_ends import back_end
 from .output_folder import ENGINE_FILES, WEIGHT_FILE, WEIGHTS
 from .scheduler import Scheduler
@@ -84,7 +86,8 @@ def _load(
     watch.lap("engine loaded")
     tokenizer = _load_tokenizer(folder)
     watch.lap("tokenizer loaded")
-    return Session(config, Scheduler(loaded, deterministic=deterministic), tokenizer)
+    stretch = partial(rotary_stretch, config.model.rotary)
+    return Session(config, Scheduler(loaded, deterministic=deterministic, stretch=stretch), tokenizer)
 
 
 def _version(folder: Path) -> tuple[int, ...]:

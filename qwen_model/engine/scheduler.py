@@ -14,6 +14,7 @@ import dataclasses
 import heapq
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -43,18 +44,27 @@ class _Launched:
 class Scheduler:
     """Run sequences on a device, which has one scheduler. A scheduler is not for several threads."""
 
-    def __init__(self, device: Device, *, deterministic: bool = False, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(
+        self,
+        device: Device,
+        *,
+        deterministic: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
+        stretch: Callable[[int], int] = lambda prompt_length: 1,
+    ):
         """Take over a device, with all its slots and pages.
 
         deterministic: what a sequence gives does not depend on the others: it begins when there are pages for its
             longest output, so that it is never computed again; it shares pages of prompts only; and its prompt is
             divided as it would be alone. The device must do its part.
         chunk_tokens: the most tokens of a step of prompts while other sequences wait for their next token.
+        stretch: of the rotary embedding for a prompt's length, see `rotary_stretch`; prefixes are shared where equal.
         """
         if device.max_tokens < device.max_sequences:
             raise ValueError(f"max_tokens {device.max_tokens} is less than max_sequences {device.max_sequences}")
         self.device = device
         self.deterministic = deterministic
+        self._stretch = stretch
         self.chunk_tokens = min(chunk_tokens, device.max_tokens)
         self.pool = PagePool(device.num_pages, device.page_size)
         self.read_prompts = False
@@ -233,7 +243,7 @@ class Scheduler:
         if sequence is None or not self._slots.free or sequence.parent in self._prefilling:
             return None
         size, tokens = self.pool.page_size, len(sequence.tokens)
-        extend_names(sequence.names, sequence.tokens, size, sequence.salt)
+        self._extend_names(sequence)
         shared = self.pool.find(sequence.names[: (tokens - max(1, sequence.logit_rows)) // size])
         self.pool.share(shared)
         needed = (self._longest(sequence) if self.deterministic else self.pool.pages_of(tokens)) - len(shared)
@@ -246,13 +256,17 @@ class Scheduler:
         self._prefilling.append(sequence)
         return sequence
 
+    def _extend_names(self, sequence: Sequence) -> None:
+        salt = sequence.salt + b"/%d" % self._stretch(len(sequence.prompt))
+        extend_names(sequence.names, sequence.tokens, self.pool.page_size, salt)
+
     def _name_pages(self, sequence: Sequence) -> None:
         """Let other sequences find the full pages that launched steps have written."""
         written = self._past(sequence)
         if self.deterministic:
             written = min(written, len(sequence.prompt))
         if written // self.pool.page_size > sequence.num_named:
-            extend_names(sequence.names, sequence.tokens, self.pool.page_size, sequence.salt)
+            self._extend_names(sequence)
             end = min(written // self.pool.page_size, len(sequence.names))
             for index in range(sequence.num_named, end):
                 self.pool.name(sequence.pages[index], sequence.names[index])
@@ -331,11 +345,10 @@ class Scheduler:
         slots = self._decode_slots(events)
         if not len(slots):
             return False
-        sequences = [self._slots.sequences[slot] for slot in slots.tolist()]
         batch = self._slots.decode_batch(slots)
         self._start_slots()
         self.device.forward(batch)
-        self._choose(batch, [each for each in sequences if each is not None], False, events)
+        self._choose(batch, self._slots.at(slots), False, events)
         return True
 
     def _decode_slots(self, events: list[Event]) -> Int32Array:
@@ -349,10 +362,9 @@ class Scheduler:
                 self._read_all(events)
             else:
                 self._preempt_youngest()
-        for sequence in [self._slots.sequences[slot] for slot in full.tolist()]:
-            if sequence is not None:
-                self._name_pages(sequence)
-                self._slots.add_pages(sequence, self.pool.allocate(1))
+        for sequence in self._slots.at(full):
+            self._name_pages(sequence)
+            self._slots.add_pages(sequence, self.pool.allocate(1))
         return slots
 
     def _launch_prompts(self, events: list[Event]) -> bool:

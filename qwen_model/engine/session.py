@@ -17,7 +17,6 @@ from ..common.errors import QwenModelError, shown
 from ..interface.device import Device, FloatArray
 from ..interface.engine_config import EngineConfig
 from ..interface.sampling import SamplingOptions
-from ..network.rotary import rotary_stretch
 from . import sequences
 from .beam_search import beam_search, beam_sequence
 from .growing_output import GrowingOutput, Timer
@@ -161,10 +160,7 @@ class Session:
         for prompt, count in zip(plain, counts, strict=True):
             if not 1 <= count <= len(prompt):
                 raise QwenModelError(f"a prompt of {len(prompt)} tokens has no logits after its last {count}")
-        scored = [
-            sequences.Sequence(prompt, 0, logit_rows=count, salt=self.salt(prompt))
-            for prompt, count in zip(plain, counts, strict=True)
-        ]
+        scored = [sequences.Sequence(prompt, 0, logit_rows=count) for prompt, count in zip(plain, counts, strict=True)]
         self._check_fit(scored)
         try:
             for sequence in scored:
@@ -201,20 +197,14 @@ class Session:
         ends |= self._end_token_ids(chat, chat_options)
         found: list[sequences.Sequence] = []
         for prompt in token_ids:
-            first, salt = len(found), self.salt(prompt)
+            first = len(found)
             for _ in range(samples):
                 parent = found[first] if len(found) > first else None
                 draws = len(found)
-                found.append(
-                    sequences.Sequence(prompt, count, options, ends, draws, num_best, salt=salt, parent=parent)
-                )
+                found.append(sequences.Sequence(prompt, count, options, ends, draws, num_best, parent=parent))
         self._check_fit(found[::samples])
         outputs = [GrowingOutput(index, stops, self.tokenizer) for index in range(len(found))]
         return _Request(self, found, outputs, samples, Timer(token_ids, len(found)))
-
-    def salt(self, prompt: Sequence[int]) -> bytes:
-        """Return what keys in the cache depend on beside the tokens: the stretch of some rotary embeddings."""
-        return str(rotary_stretch(self.config.model.rotary, len(prompt))).encode()
 
     def _sampling(self, options: SamplingOptions | None) -> SamplingOptions:
         if options is None:
@@ -369,7 +359,7 @@ class Session:
         num_best = min(num_beams + len(ends), self.config.model.vocab_size)  # num_beams of a beam's own may go on
         if num_best > MAX_LOGPROBS:
             raise QwenModelError(f"num_beams and end tokens together must be at most {MAX_LOGPROBS}, not {num_best}")
-        beams = [beam_sequence(prompt, count, num_best, self.salt(prompt)) for prompt in token_ids]
+        beams = [beam_sequence(prompt, count, num_best) for prompt in token_ids]
         self._check_fit(beams)
         self.device.prepare(min(len(token_ids) * num_beams, self.device.max_sequences))
         timer = Timer(token_ids, len(token_ids))

@@ -30,6 +30,10 @@ class Slots:
         self.num_pages = np.zeros(count, np.int32)
         self._pages = np.zeros((count, 8), np.int32)  # in the order of positions, UNUSED_PAGE behind them
 
+    def at(self, slots: Int32Array) -> list[Sequence]:
+        """Return the sequences that have these slots, each of which is taken."""
+        return [each for slot in slots.tolist() if (each := self.sequences[slot]) is not None]
+
     def youngest(self) -> Sequence:
         """Return the sequence that came last; there must be one."""
         return max((each for each in self.sequences if each is not None), key=lambda each: each.order)

@@ -165,7 +165,7 @@ class EngineLoop:
             draws=request.draws,
             num_best=request.num_best,
             masker=None if request.grammar is None else self._grammar_state(request.grammar),
-            salt=self._session.salt(request.prompt) + request.salt.encode(),
+            salt=request.salt.encode(),
             parent=peer.sequences.get(request.parent),
         )
 

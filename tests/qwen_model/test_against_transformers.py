@@ -95,6 +95,16 @@ def test_greedy_tokens(pair, length):
     assert session.generate(prompt, max_new_tokens=NEW_TOKENS).outputs[0].output_ids == expected.tolist()
 
 
+def test_prompts_that_begin_alike(pair):
+    """They share a page of the cache, but where the rotary embedding depends on the prompt's length."""
+    reference, session = pair
+    for length in (150, 70, 130, 66):
+        prompt = random_prompt(150, seed=7)[:length]
+        reference(torch.tensor([[0]]))
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, length:]
+        assert session.generate(prompt, max_new_tokens=8).outputs[0].output_ids == expected.tolist()
+
+
 @pytest.mark.parametrize("num_end_tokens", [0, 40])
 def test_beams(pair, num_end_tokens):
     """With many end tokens most beams finish early; transformers fills those up with the padding token."""

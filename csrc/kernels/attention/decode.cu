@@ -32,10 +32,11 @@ __device__ __forceinline__ float quantize_head(float* head, CacheDataType dtype)
     largest = larger_magnitude(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
   }
   const float scale = cache_scale(largest, dtype);
+  const CodeOf code(scale, dtype);
 #pragma unroll
   for (int d = lane; d < kHeadSize; d += 32) {
     float values[4];
-    codes_to_floats(values, cache_code(head[d], scale, dtype), dtype);
+    codes_to_floats(values, code(head[d]), dtype);
     head[d] = values[0];
   }
   return scale;
@@ -46,6 +47,8 @@ template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, const T* qkv,
                                                   const float* cos_sin, typename Attention::SharedMemory& shared) {
   const DecodeAttentionParams& p = a.params;
+  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
+  const int page = work.writes_new_token ? cache.page_of(work.past_length) : 0;  // loaded early, used last
   const int key_row = p.heads.num_heads + work.kv_head;
   const T* const value = qkv + (key_row + p.heads.num_kv_heads) * kHeadSize;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -53,8 +56,6 @@ __device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work
   for (int d = lane; d < kHeadSize; d += 32) shared.new_value[d] = to_float(value[d]);
   prepare_head<T, kHeadSize>(shared.new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight),
                              p.heads, cos_sin, 1.0F);
-  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
-  const int page = work.writes_new_token ? cache.page_of(work.past_length) : 0;
   char* const key_place = cache.key(page, work.past_length);
   if constexpr (Attention::kQuantized) {
     const CacheDataType dtype = p.cache.dtype;
@@ -65,10 +66,11 @@ __device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work
     if (!work.writes_new_token) return;
     *cache.key_scale(page, work.past_length) = key_scale;
     *cache.value_scale(page, work.past_length) = value_scale;
+    const CodeOf code(1.0F, dtype);
 #pragma unroll
     for (int d = lane; d < kHeadSize; d += 32) {
-      key_place[d] = static_cast<char>(cache_code(shared.new_key[d], 1.0F, dtype));
-      key_place[cache.value_bytes() + d] = static_cast<char>(cache_code(shared.new_value[d], 1.0F, dtype));
+      key_place[d] = static_cast<char>(code(shared.new_key[d]));
+      key_place[cache.value_bytes() + d] = static_cast<char>(code(shared.new_value[d]));
     }
   } else {
     if (!work.writes_new_token) return;
@@ -315,7 +317,7 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   Work work;
   work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
   work.past_length = max(0, min(work.past_length, a.longest - 1));
-  if (!find_work<Attention::kSplitStep>(a, work)) return;
+  if (!find_work(a, work)) return;
   const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * int64_t{sizeof(T)};
   const int key = p.heads.num_heads + work.kv_head;
   for (int i = kLine * lane; i < kHeadBytes * work.num_heads; i += kLine * 32) {
@@ -348,7 +350,7 @@ __global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(co
   const int offset = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z));
   Work work;
   work.past_length = a.params.past_lengths[blockIdx.z];
-  if (!find_work<Attention::kSplitStep>(a, work)) return;
+  if (!find_work(a, work)) return;
   const int rotary_row = offset + work.past_length;
   if (std::is_same_v<Single, Attention> || (work.num_heads == 1 && work.num_splits == 1)) {
     auto& memory = *reinterpret_cast<typename Single::SharedMemory*>(shared);

@@ -1,10 +1,10 @@
-// Loads a warp's keys and values from the cache to shared memory in tiles of 16 positions, or of 32 with 8-bit codes,
-// which are as many bytes; the scales of the codes come with them. The next keys are in flight while values are used,
-// and vice versa; so is the number of the page that the next tile is in. On Hopper and later the loads are bulk copies,
-// which need neither registers nor many instructions for what is in flight; elsewhere they are cp.async of 16 bytes.
+// Loads a warp's keys and values from the cache to shared memory in tiles of 16 positions; the scales of 8-bit codes
+// come with them. The next keys are in flight while values are used, and vice versa; so is the number of the page that
+// the next tile is in. On Hopper and later the loads are bulk copies, which need neither registers nor many
+// instructions for what is in flight; elsewhere they are cp.async of 16 bytes.
 //
 // Two tiles in flight for each warp are enough: twice as many were 2 to 3 % slower, since all other loads wait behind
-// them.
+// them. Tiles of codes are half as long, and there are more of them.
 #pragma once
 
 #include "heads.cuh"
@@ -21,19 +21,20 @@ class CacheStream {
  public:
   using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
   static constexpr int kTokenBytes = kHeadSize * (kQuantized ? 1 : static_cast<int>(sizeof(T)));
-  static constexpr int kStep = kQuantized ? 32 : 16;   // positions of a tile
+  static constexpr int kStep = 16;                     // positions of a tile
+  static constexpr int kStages = kQuantized ? 3 : 1;   // tiles of keys, and of values
   static constexpr int kScales = kStep * kTokenBytes;  // the offset of a tile's scales
   static constexpr int kScaleBytes = kQuantized ? kStep * 4 : 0;
   static constexpr int kTileBytes = kScales + kScaleBytes;
   struct Tiles {  // of one warp
-    alignas(16) unsigned char bytes[2][kTileBytes];
+    alignas(16) unsigned char bytes[kStages][2][kTileBytes];
   };
   struct Barriers {  // the mbarriers of one warp
-    uint64_t of_tile[2];
+    uint64_t of_tile[kStages][2];
   };
 
   // A warp's positions are `begin` to begin + 15, then those `stride` further on, and so on up to `end`. Issues the
-  // loads of the first tile of keys and of values.
+  // loads of the first tiles of keys and of values.
   __device__ __forceinline__ CacheStream(const Cache& cache, int begin, int end, int stride, Tiles& tiles,
                                          Barriers& barriers)
       : start(begin), end_(end), stride_(stride), cache_(cache) {
@@ -42,15 +43,19 @@ class CacheStream {
     barriers_ = shared_address(&barriers);
     if constexpr (kHasHopperInstructions) {
       if (lane() == 0) {
-        mbarrier_init(barrier(Cached::kKeys), 1);
-        mbarrier_init(barrier(Cached::kValues), 1);
+#pragma unroll
+        for (int i = 0; i < 2 * kStages; ++i) mbarrier_init(barriers_ + 8 * i, 1);
         fence_mbarrier_init();
       }
     }
     __syncwarp();
-    page_ = cache_.page_of(begin);
-    load(Cached::kKeys, begin);
-    load(Cached::kValues, begin);
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      const int first = begin + i * stride;
+      if (first < end) page_ = cache_.page_of(first);
+      load(Cached::kKeys, first, i);
+      load(Cached::kValues, first, i);
+    }
     find_next_page();
   }
 
@@ -59,21 +64,24 @@ class CacheStream {
   // the end on are undefined.
   __device__ __forceinline__ uint32_t wait_for(Cached which) const {
     if constexpr (kHasHopperInstructions) {
-      mbarrier_wait(barrier(which), parity_);
+      mbarrier_wait(barrier(which, stage_), parity_);
     } else {
-      cp_async_wait<1>();  // the load of the other tile may be in flight
+      cp_async_wait<2 * kStages - 1>();  // the loads of the other tiles may be in flight
       __syncwarp();
     }
-    return tile(which);
+    return tile(which, stage_);
   }
   // Called when the warp has read the current tile: loads the next one in its place.
   __device__ __forceinline__ void release(Cached which) const {
     __syncwarp();
-    load(which, start + stride_);
+    load(which, start + kStages * stride_, stage_);
   }
   __device__ __forceinline__ void advance() {
     start += stride_;
-    parity_ ^= 1;
+    if (kStages == 1 || ++stage_ == kStages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
     find_next_page();
   }
 
@@ -81,35 +89,35 @@ class CacheStream {
 
  private:
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ __forceinline__ uint32_t tile(Cached which) const {
-    return tiles_ + static_cast<uint32_t>(static_cast<int>(which) * kTileBytes);
+  __device__ __forceinline__ uint32_t tile(Cached which, int stage) const {
+    return tiles_ + static_cast<uint32_t>((2 * stage + static_cast<int>(which)) * kTileBytes);
   }
-  __device__ __forceinline__ uint32_t barrier(Cached which) const {
-    return barriers_ + static_cast<uint32_t>(static_cast<int>(which) * 8);
+  __device__ __forceinline__ uint32_t barrier(Cached which, int stage) const {
+    return barriers_ + static_cast<uint32_t>((2 * stage + static_cast<int>(which)) * 8);
   }
 
   __device__ __forceinline__ void find_next_page() {
-    if (start + stride_ < end_) page_ = cache_.page_of(start + stride_);
+    const int next = start + kStages * stride_;
+    if (next < end_) page_ = cache_.page_of(next);
   }
 
   // Loads the tile at `first`, which is in page `page_`.
-  __device__ __forceinline__ void load(Cached which, int first) const {
-    const int positions = min(end_ - first, kStep);
-    const int bytes = positions * kTokenBytes;
+  __device__ __forceinline__ void load(Cached which, int first, int stage) const {
+    const int bytes = min(end_ - first, kStep) * kTokenBytes;
+    const uint32_t to = tile(which, stage);
     const char* const from = cache_.key(page_, first) + (which == Cached::kKeys ? 0 : cache_.value_bytes());
     if constexpr (kHasHopperInstructions) {
       if (bytes <= 0 || lane() != 0) return;
-      mbarrier_arrive_expect_tx(barrier(which), bytes + kScaleBytes);
-      bulk_load(tile(which), from, bytes, barrier(which), evict_first_policy());  // 2 to 4 % faster with the policy
+      mbarrier_arrive_expect_tx(barrier(which, stage), bytes + kScaleBytes);
+      bulk_load(to, from, bytes, barrier(which, stage), evict_first_policy());  // 2 to 4 % faster with the policy
       if constexpr (kQuantized) {
-        bulk_load(tile(which) + kScales, scales(which, first), kScaleBytes, barrier(which), evict_first_policy());
+        bulk_load(to + kScales, scales(which, first), kScaleBytes, barrier(which, stage), evict_first_policy());
       }
     } else {
-      for (int i = 16 * lane(); i < bytes; i += 16 * 32) cp_async_16(tile(which) + i, from + i, true);
+      for (int i = 16 * lane(); i < bytes; i += 16 * 32) cp_async_16(to + i, from + i, true);
       if constexpr (kQuantized) {
         const int i = 16 * lane();
-        if (bytes > 0 && i < kScaleBytes)
-          cp_async_16(tile(which) + kScales + i, scales(which, first) + 4 * lane(), true);
+        if (bytes > 0 && i < kScaleBytes) cp_async_16(to + kScales + i, scales(which, first) + 4 * lane(), true);
       }
       cp_async_commit();  // an empty group too: wait_for counts groups
     }
@@ -121,6 +129,7 @@ class CacheStream {
 
   int end_;
   int stride_;
+  int stage_ = 0;
   int parity_ = 0;
   Cache cache_;
   int page_ = 0;  // of the next tile to load

@@ -2,6 +2,8 @@
 // lane eight elements of it.
 #pragma once
 
+#include <climits>
+
 #include "decode_work.cuh"
 
 namespace qwen_plugins::decoding {
@@ -27,7 +29,6 @@ class VectorAttention {
   static constexpr int kWarps = 16;
   static constexpr bool kInClusters = false;
   static constexpr bool kQuantized = false;
-  static constexpr int kSplitStep = 16;
   struct SharedMemory : SharedInputs<kHeadSize, kHeads> {
     alignas(16) float warp_values[kWarps][kHeadSize];
     float2 warp_partials[kWarps];  // maximum and sum
@@ -48,7 +49,9 @@ class VectorAttention {
       : begin_(work.begin + warp() * kStep),
         end_(work.end),
         stride_(num_warps() * kStep),
-        cache_(a.params.cache, a.layout, work.sequence, work.kv_head) {
+        cache_(a.params.cache, a.layout, work.sequence, work.kv_head),
+        rows_{cache_.first_row(), cache_.first_row()},
+        page_end_(cache_.is_paged() ? 0 : INT_MAX) {
     find_pages(begin_);
     load(key_vectors_, 0, begin_);
     load(value_vectors_, cache_.value_bytes(), begin_);
@@ -129,29 +132,37 @@ class VectorAttention {
     return score;
   }
 
-  // Finds the pages of a step's first and last position: a step is shorter than a page.
+  // Finds where a step's positions are: a step is shorter than a page, and most are in one. What is in the next page
+  // has an address of its own.
   __device__ __forceinline__ void find_pages(int start) {
     static_assert(kStep <= kPageSize);
-    if (start >= end_) return;
-    pages_[0] = cache_.page_of(start);
-    pages_[1] = cache_.page_of(min(start + kStep, end_) - 1);
+    if (!cache_.is_paged() || start >= end_) return;
+    rows_[0] = cache_.row_of_page(start);
+    page_end_ = (static_cast<unsigned>(start) / kPageSize + 1) * kPageSize;
+    if (page_end_ < min(start + kStep, end_)) rows_[1] = cache_.row_of_page(page_end_);
   }
-  // A lane's elements of the key at a position of the step that begins at `start`.
-  __device__ __forceinline__ const char* place(int start, int position) const {
-    const bool in_first = static_cast<unsigned>(position) / kPageSize == static_cast<unsigned>(start) / kPageSize;
-    return cache_.key(in_first ? pages_[0] : pages_[1], position) + element() * static_cast<int>(sizeof(T));
-  }
-
-  // Loads the keys of a step, or the values with `offset`.
-  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
+  // Calls `load(u, vectors)` with the address of each of a group's positions in a step: keys, or values with `offset`.
+  template <typename Load>
+  __device__ __forceinline__ void for_positions(int start, int64_t offset, const Load& load) const {
+    constexpr int kTokenBytes = kHeadSize * static_cast<int>(sizeof(T));
+    const int64_t first = (start + group()) * int64_t{kTokenBytes} + element() * static_cast<int>(sizeof(T)) + offset;
+    if (start + kStep <= page_end_) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int position = start + u * kGroups + group();
-      vectors[u] = {};
-      if (in_head() && position < end_) {
-        vectors[u] = *reinterpret_cast<const Vector<T>*>(place(start, position) + offset);
+      for (int u = 0; u < kUnroll; ++u) load(u, rows_[0] + first + u * kGroups * kTokenBytes);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const char* const row = start + u * kGroups + group() < page_end_ ? rows_[0] : rows_[1];
+        load(u, row + first + u * kGroups * kTokenBytes);
       }
     }
+  }
+
+  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
+    for_positions(start, offset, [&](int u, const char* from) {
+      vectors[u] = {};
+      if (in_head() && start + u * kGroups + group() < end_) vectors[u] = *reinterpret_cast<const Vector<T>*>(from);
+    });
   }
 
   // As load(), for the loop: with the streaming cache hint (.cs), since the cache is read once, and as single
@@ -159,10 +170,8 @@ class VectorAttention {
   // second step, take 0.5 us longer (measured).
   __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
     const int end = in_head() ? end_ : 0;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int position = start + u * kGroups + group();
-      const auto* const packs = reinterpret_cast<const FullPack*>(place(start, position) + offset);
+    for_positions(start, offset, [&](int u, const char* from) {
+      const auto* const packs = reinterpret_cast<const FullPack*>(from);
 #pragma unroll
       for (int i = 0; i < kVecSize / kVec<T>; ++i) {
         uint32_t (&words)[4] = vectors[u].packs[i].words;
@@ -171,9 +180,9 @@ class VectorAttention {
             "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
             "@exists ld.global.cs.v4.b32 {%0,%1,%2,%3}, [%4];\n}"
             : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
-            : "l"(packs + i), "r"(position), "r"(end));
+            : "l"(packs + i), "r"(start + u * kGroups + group()), "r"(end));
       }
-    }
+    });
   }
 
   // Reads q, and in the last warp's first group begins the softmax with the new token.
@@ -200,7 +209,9 @@ class VectorAttention {
   int end_;
   int stride_;
   HeadCacheOf<T, kHeadSize, false> cache_;
-  int pages_[2] = {};  // of the next step's first and last position
+  // What a position's bytes are added to, for the next step's positions below page_end_ and for the others.
+  const char* rows_[2];
+  int page_end_;
   Vector<T> key_vectors_[kUnroll];
   Vector<T> value_vectors_[kUnroll];
   float q_[kVecSize] = {};

@@ -9,6 +9,7 @@
 
 namespace qwen_plugins::decoding {
 
+constexpr int kSplitStep = 16;           // positions, of which the splits' lengths are multiples
 constexpr int kMinSplit = 32;            // positions
 constexpr int kInvariantMinSplit = 256;  // with batch_invariant: short enough to use a GPU with one sequence
 constexpr int kMaxSplits = 32;           // combined by the last block: one for each lane of a warp
@@ -68,9 +69,8 @@ struct Work {
 };
 
 // Fills in the rest of `work`, whose past_length is known. The grid is made for the longest sequences; a short one is
-// split into fewer blocks. Splits begin at multiples of kStep, so that no tile straddles two pages. Returns false in
+// split into fewer blocks. Splits begin at multiples of 16, so that no tile straddles two pages. Returns false in
 // the blocks that the sequence does not need.
-template <int kStep>
 __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
   const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);
@@ -94,7 +94,8 @@ __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   // Where there are fewer blocks than heads, shorter sequences are split, too; measured with 7 and 8 heads.
   const int splits = work.past_length <= (a.cluster > 1 ? kUnsplit : a.whole_length / 3) ? 1 : a.splits;
   const auto past = static_cast<unsigned>(work.past_length);
-  const int split_size = max(a.min_split, static_cast<int>(divide_up(divide_up(past, splits), kStep)) * kStep);
+  const int split_size =
+      max(a.min_split, static_cast<int>(divide_up(divide_up(past, splits), kSplitStep)) * kSplitStep);
   // All blocks of a cluster take part, even those without a position to read.
   work.num_splits = a.cluster > 1 ? splits : max(1, static_cast<int>(divide_up(past, split_size)));
   work.begin = index * split_size;

@@ -53,6 +53,14 @@ class HeadCache {
     const int index = static_cast<unsigned>(position) / kPageSize;
     return pages_ == nullptr ? index : pages_[index];
   }
+  __device__ __forceinline__ bool is_paged() const { return pages_ != nullptr; }
+  // Without pages: the sequence's keys.
+  __device__ __forceinline__ const char* first_row() const { return keys_; }
+  // What the bytes before a position, kTokenBytes for each, are added to for the keys of its page.
+  __device__ __forceinline__ const char* row_of_page(int position) const {
+    const int index = static_cast<unsigned>(position) / kPageSize;
+    return keys_ + pages_[index] * layout_.page - int64_t{index} * (kPageSize * kTokenBytes);
+  }
   // The key at a position, which is in page `page`; those behind it in the page follow.
   __device__ __forceinline__ char* key(int page, int position) const {
     return keys_ + page * layout_.page + static_cast<unsigned>(position) % kPageSize * kTokenBytes;
@@ -137,11 +145,28 @@ __device__ __forceinline__ float larger_magnitude(float a, float b) {
 __device__ __forceinline__ float cache_scale(float largest, CacheDataType dtype) {
   return __fdiv_rn(largest, dtype == CacheDataType::kInt8 ? 127.0F : 448.0F);
 }
-// The code of an element, in the lowest bits. 0 where the scale is 0 or NaN.
-__device__ __forceinline__ uint32_t cache_code(float value, float scale, CacheDataType dtype) {
-  const float quotient = scale > 0.0F ? __fdiv_rn(value, scale) : 0.0F;
-  return dtype == CacheDataType::kInt8 ? to_int8_bits(quotient) & 0xffU : to_float8_e4m3_bits(quotient);
-}
+// The codes of elements with one scale, in the lowest bits; 0 where the scale is 0 or NaN. Quotients are rounded
+// correctly: a product with the reciprocal, and its remainder (Markstein, "Computation of elementary functions", 1990).
+class CodeOf {
+ public:
+  __device__ __forceinline__ CodeOf(float scale, CacheDataType dtype) : dtype_(dtype) {
+    if (!(scale > 0.0F)) return;
+    factor_ = scale < 0x1p-64F ? 0x1p64F : 1.0F;  // neither reciprocal nor remainder leaves the range
+    scale_ = scale * factor_;
+    reciprocal_ = __frcp_rn(scale_);
+  }
+  __device__ __forceinline__ uint32_t operator()(float value) const {
+    const float product = value * factor_ * reciprocal_;
+    const float quotient = __fmaf_rn(__fmaf_rn(-product, scale_, value * factor_), reciprocal_, product);
+    return dtype_ == CacheDataType::kInt8 ? to_int8_bits(quotient) & 0xffU : to_float8_e4m3_bits(quotient);
+  }
+
+ private:
+  CacheDataType dtype_;
+  float factor_ = 0.0F;
+  float scale_ = 0.0F;
+  float reciprocal_ = 0.0F;
+};
 
 // The float16 values of four codes, which float16 represents exactly: two in each of two registers.
 template <CacheDataType kType>

@@ -189,15 +189,12 @@ class LaneOfHeads {
   float sines_[kVecSize] = {};
 };
 
-// Writes a lane's elements of a key or value to the cache, if it `writes`; all lanes of a warp call it together.
+// Writes a lane's elements of a key or value to the cache, if it `writes`; all lanes of a warp call it together. `to`
+// and, in a cache of 8 bits, `scale_to` are where they belong.
 template <typename T, int kHeadSize, bool kQuantized>
-__device__ __forceinline__ void write_to_cache(const PrefillAttentionParams& p, const Token& place, int kv_head,
-                                               bool is_value, const Vector<T>& vector, bool writes) {
-  using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
+__device__ __forceinline__ void write_to_cache(const Vector<T>& vector, CacheDataType dtype, char* to, float* scale_to,
+                                               bool writes) {
   const int element = LaneOfHeads<T, kHeadSize>::element();
-  const CacheLayout layout = Cache::layout_of(p.heads, p.cache);
-  const Cache cache(p.cache, layout, place.sequence, kv_head);
-  char* const to = cache.key(place.page, place.position) + (is_value ? layout.value : 0);
   if constexpr (kQuantized) {
     float values[kVecSize];
     to_floats<T>(values, vector);
@@ -209,13 +206,13 @@ __device__ __forceinline__ void write_to_cache(const PrefillAttentionParams& p, 
       largest = larger_magnitude(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
     }
     if (!writes) return;
-    const float scale = cache_scale(largest, p.cache.dtype);
+    const float scale = cache_scale(largest, dtype);
+    const CodeOf code(scale, dtype);
     Pack<2> codes = {};
 #pragma unroll
-    for (int i = 0; i < kVecSize; ++i) codes.words[i / 4] |= cache_code(values[i], scale, p.cache.dtype) << 8 * (i % 4);
+    for (int i = 0; i < kVecSize; ++i) codes.words[i / 4] |= code(values[i]) << 8 * (i % 4);
     *reinterpret_cast<Pack<2>*>(to + element) = codes;
-    if (element > 0) return;
-    *(is_value ? cache.value_scale(place.page, place.position) : cache.key_scale(place.page, place.position)) = scale;
+    if (element == 0) *scale_to = scale;
   } else if (writes) {
     *reinterpret_cast<Vector<T>*>(to + element * static_cast<int>(sizeof(T))) = vector;
   }
@@ -231,7 +228,8 @@ __host__ __device__ inline unsigned parts_of_heads(const AttentionHeads& heads) 
 // blocks have the first tokens: attention begins with those, and finds some of them in the L2 cache.
 template <typename T, int kHeadSize, bool kQuantized>
 __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 : kPrepareBlocks - kQuantized)
-    prepare_tokens(const __grid_constant__ PrefillAttentionParams p) {
+    prepare_tokens(const __grid_constant__ PrefillArguments a) {
+  const PrefillAttentionParams& p = a.params;
   using Lane = LaneOfHeads<T, kHeadSize>;
   __shared__ __align__(16) T scratch[kPrepareThreads / Lane::kLanes][kHeadSize];
   trigger_dependent_launch();
@@ -259,15 +257,21 @@ __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 
   writes = writes && place.exists;
   const Lane lane(p.heads, place.rotary_row, scratch[group]);
   T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize + Lane::element();
+  const HeadCacheOf<T, kHeadSize, kQuantized> cache(p.cache, a.layout, place.sequence, 0);
+  char* const first_key = cache.key(place.page, place.position);
+  float* first_scale = nullptr;
+  if constexpr (kQuantized) first_scale = cache.key_scale(place.page, place.position);
 #pragma unroll
   for (int i = 0; i < kPrepareHeads; ++i) {
     const int head = first_head + i;
     if (head >= end) break;
     if (head < first_v) vectors[i] = lane.prepare(vectors[i], head < first_k);
     if (head >= first_k) {
-      const bool is_value = head >= first_v;
-      write_to_cache<T, kHeadSize, kQuantized>(p, place, head - (is_value ? first_v : first_k), is_value, vectors[i],
-                                               writes);
+      const int64_t offset =
+          head < first_v ? (head - first_k) * a.layout.block : a.layout.value + (head - first_v) * a.layout.block;
+      float* const scale =
+          kQuantized ? reinterpret_cast<float*>(reinterpret_cast<char*>(first_scale) + offset) : nullptr;
+      write_to_cache<T, kHeadSize, kQuantized>(vectors[i], p.cache.dtype, first_key + offset, scale, writes);
     } else if (writes) {
       *reinterpret_cast<Vector<T>*>(context + head * kHeadSize) = vectors[i];
     }
@@ -276,7 +280,8 @@ __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 
 
 // Attention without tensor cores, for float32: a warp for each token and head, one key after the other.
 template <typename T, int kHeadSize, bool kQuantized>
-__global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_constant__ PrefillAttentionParams p) {
+__global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_constant__ PrefillArguments a) {
+  const PrefillAttentionParams& p = a.params;
   constexpr int kPerLane = (kHeadSize + 31) / 32;
   trigger_dependent_launch();
   wait_for_previous_kernel();
@@ -287,9 +292,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   const Token place(p, token, sequence_of(p.cu_seqlens, p.sequences, token));
   if (!place.exists) return;
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-  using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
-  const CacheLayout layout = Cache::layout_of(p.heads, p.cache);
-  const Cache cache(p.cache, layout, place.sequence, kv_head);
+  const HeadCacheOf<T, kHeadSize, kQuantized> cache(p.cache, a.layout, place.sequence, kv_head);
   const auto read = [&](const char* head, const float* scale, int d) {
     if constexpr (!kQuantized) return to_float(reinterpret_cast<const T*>(head)[d]);
     float values[4];
@@ -324,7 +327,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
     sum = sum * factor + weight;
     for (int i = 0; i < kPerLane; ++i) {
       if (lane + 32 * i >= kHeadSize) continue;
-      result[i] = result[i] * factor + weight * read(key + layout.value, scales[1], lane + 32 * i);
+      result[i] = result[i] * factor + weight * read(key + a.layout.value, scales[1], lane + 32 * i);
     }
   }
   for (int i = 0; i < kPerLane; ++i) {
@@ -333,7 +336,8 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
 }
 
 template <typename T, typename Shape, bool kQuantized>
-cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch_tiles(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
+  const PrefillAttentionParams& p = a.params;
   auto* const kernel = attend_tile<T, Shape, kQuantized>;
   constexpr int kSharedBytes = Shape::kSharedElements * static_cast<int>(sizeof(T));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -342,27 +346,28 @@ cudaError_t launch_tiles(const PrefillAttentionParams& p, const DeviceProperties
   const int64_t tiles = (p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows;
   // Heads in x: the longest tiles of all heads come first.
   const dim3 blocks(static_cast<unsigned>(p.heads.num_heads), static_cast<unsigned>(tiles));
-  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, p);
+  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), kSharedBytes, device, stream, a);
 }
 
 template <typename T, int kHeadSize, bool kQuantized>
 cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+  const PrefillArguments a{p, HeadCacheOf<T, kHeadSize, kQuantized>::layout_of(p.heads, p.cache)};
   constexpr int kTokens = kPrepareThreads / kHeadLanes<kHeadSize>;
   const auto groups = static_cast<unsigned>(divide_up(p.tokens, kTokens));
   const dim3 parts(groups * parts_of_heads(p.heads));
   const cudaError_t error =
-      launch_kernel(prepare_tokens<T, kHeadSize, kQuantized>, parts, dim3(kPrepareThreads), 0, device, stream, p);
+      launch_kernel(prepare_tokens<T, kHeadSize, kQuantized>, parts, dim3(kPrepareThreads), 0, device, stream, a);
   if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<T, float>) {
     auto* const kernel = attend_plainly<T, kHeadSize, kQuantized>;
     const dim3 blocks(static_cast<unsigned>(p.tokens),
                       static_cast<unsigned>(divide_up(p.heads.num_heads, kPlainWarps)));
-    return launch_kernel(kernel, blocks, dim3(32 * kPlainWarps), 0, device, stream, p);
+    return launch_kernel(kernel, blocks, dim3(32 * kPlainWarps), 0, device, stream, a);
   } else {
 #ifdef QWEN_PLUGINS_HOPPER
-    if (takes_prefill_hopper(p.heads, device)) return launch_prefill_hopper(p, device, stream);
+    if (takes_prefill_hopper(p.heads, device)) return launch_prefill_hopper(a, device, stream);
 #endif
-    return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>, kQuantized>(p, device, stream);
+    return launch_tiles<T, TileShape<kHeadSize, kHeadSize <= 128 ? 2 : 1>, kQuantized>(a, device, stream);
   }
 }
 

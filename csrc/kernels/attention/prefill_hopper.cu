@@ -52,15 +52,12 @@ __device__ __forceinline__ void store_shared(uint32_t to, const FullPack& pack) 
 template <typename T, typename Shape>
 class KeysAndValues {
  public:
-  __device__ __forceinline__ KeysAndValues(const PrefillAttentionParams& p, const QueryTile& tile, int head,
-                                           uint32_t shared)
+  __device__ __forceinline__ KeysAndValues(const PrefillArguments& a, const QueryTile& tile, int head, uint32_t shared)
       : shared_(shared),
         num_keys_(tile.first_position + tile.num_rows),
-        dtype_(p.cache.dtype),
-        layout_(Cache::layout_of(p.heads, p.cache)),
-        cache_(p.cache, layout_, tile.sequence, head / (p.heads.num_heads / p.heads.num_kv_heads)) {}
-  KeysAndValues(const KeysAndValues&) = delete;
-  KeysAndValues& operator=(const KeysAndValues&) = delete;
+        dtype_(a.params.cache.dtype),
+        cache_(a.params.cache, a.layout, tile.sequence,
+               head / (a.params.heads.num_heads / a.params.heads.num_kv_heads)) {}
 
   __device__ __forceinline__ int num_tiles() const { return divide_up(num_keys_, Shape::kKeys); }
   __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % Shape::kKeyStages * kTileBytes; }
@@ -97,7 +94,6 @@ class KeysAndValues {
   }
 
  private:
-  using Cache = HeadCacheOf<T, Shape::kHeadSize, Shape::kQuantized>;
   static constexpr int kTileBytes = Shape::kKeys * Shape::kRowBytes;
 
   __device__ __forceinline__ void convert(uint32_t to, const char* codes, const float* scales, int num_rows) const {
@@ -110,8 +106,7 @@ class KeysAndValues {
   uint32_t shared_;
   int num_keys_;
   CacheDataType dtype_;
-  CacheLayout layout_;
-  Cache cache_;
+  HeadCacheOf<T, Shape::kHeadSize, Shape::kQuantized> cache_;
 };
 
 template <typename T, typename Shape>
@@ -176,8 +171,8 @@ class HopperAttention : public TileSoftmax<T, Shape> {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
-    attend_on_hopper(const __grid_constant__ PrefillAttentionParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) attend_on_hopper(const __grid_constant__ PrefillArguments a) {
+  const PrefillAttentionParams& p = a.params;
   extern __shared__ __align__(1024) char shared[];
   trigger_dependent_launch();
   wait_for_previous_kernel();
@@ -185,7 +180,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const int head = static_cast<int>(blockIdx.x);
   if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
   const uint32_t queries = shared_address(shared);
-  const KeysAndValues<T, Shape> cache(p, tile, head, queries + Shape::kRows * Shape::kRowBytes);
+  const KeysAndValues<T, Shape> cache(a, tile, head, queries + Shape::kRows * Shape::kRowBytes);
   const int64_t stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
   T* const context = static_cast<T*>(p.context) + tile.first_token * stride + head * Shape::kHeadSize;
   // The shuffle tells the compiler that the value is the same in all lanes.
@@ -219,23 +214,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 }
 
 template <typename T, typename Shape>
-cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
   auto* const kernel = attend_on_hopper<T, Shape>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
+  const PrefillAttentionParams& p = a.params;
   // The most tiles that so many tokens of so many sequences can have.
   const auto tiles = static_cast<unsigned>((p.tokens + int64_t{p.sequences} * (Shape::kRows - 1)) / Shape::kRows);
   const auto heads = static_cast<unsigned>(p.heads.num_heads);
   const dim3 blocks(heads, tiles);  // the longest tiles of all heads come first
-  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, p);
+  return launch_kernel(kernel, blocks, dim3(Shape::kThreads), Shape::kSharedBytes, device, stream, a);
 }
 
 template <int kHeadSize, bool kQuantized>
-cudaError_t launch_for_type(const PrefillAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch_for_type(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
   using Shape = HopperShape<kHeadSize, kQuantized>;
-  if (p.heads.dtype == DataType::kFloat16) return launch<__half, Shape>(p, device, stream);
-  return launch<__nv_bfloat16, Shape>(p, device, stream);
+  if (a.params.heads.dtype == DataType::kFloat16) return launch<__half, Shape>(a, device, stream);
+  return launch<__nv_bfloat16, Shape>(a, device, stream);
 }
 
 }  // namespace
@@ -244,13 +240,12 @@ bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& d
   return device.major == 9 && heads.dtype != DataType::kFloat32 && (heads.head_size == 64 || heads.head_size == 128);
 }
 
-cudaError_t launch_prefill_hopper(const PrefillAttentionParams& p, const DeviceProperties& device,
-                                  cudaStream_t stream) {
-  const bool quantized = p.cache.dtype != CacheDataType::kSame;
-  if (p.heads.head_size == 64) {
-    return quantized ? launch_for_type<64, true>(p, device, stream) : launch_for_type<64, false>(p, device, stream);
+cudaError_t launch_prefill_hopper(const PrefillArguments& a, const DeviceProperties& device, cudaStream_t stream) {
+  const bool quantized = a.params.cache.dtype != CacheDataType::kSame;
+  if (a.params.heads.head_size == 64) {
+    return quantized ? launch_for_type<64, true>(a, device, stream) : launch_for_type<64, false>(a, device, stream);
   }
-  return quantized ? launch_for_type<128, true>(p, device, stream) : launch_for_type<128, false>(p, device, stream);
+  return quantized ? launch_for_type<128, true>(a, device, stream) : launch_for_type<128, false>(a, device, stream);
 }
 
 }  // namespace qwen_plugins

@@ -7,11 +7,13 @@
 
 namespace qwen_plugins {
 
+struct PrefillArguments;
+
 // Whether the kernel can compute attention with these heads on this device.
 bool takes_prefill_hopper(const AttentionHeads& heads, const DeviceProperties& device);
 
 // Launches the second kernel of prefill.h.
-cudaError_t launch_prefill_hopper(const PrefillAttentionParams& params, const DeviceProperties& device,
+cudaError_t launch_prefill_hopper(const PrefillArguments& arguments, const DeviceProperties& device,
                                   cudaStream_t stream);
 
 }  // namespace qwen_plugins

@@ -27,6 +27,11 @@ struct TileShape {
   static constexpr int kSharedElements = (kRows + 2 * kKeys) * kStride;
 };
 
+struct PrefillArguments {
+  PrefillAttentionParams params;
+  CacheLayout layout;
+};
+
 // A tile of consecutive tokens of one sequence.
 struct QueryTile {
   int sequence = 0;
@@ -316,7 +321,8 @@ class TileAttention : public TileSoftmax<T, Shape> {
 
 // The next tile's keys are loaded while values are multiplied, and a tile's values while its keys are.
 template <typename T, typename Shape, bool kQuantized>
-__global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_constant__ PrefillAttentionParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_constant__ PrefillArguments a) {
+  const PrefillAttentionParams& p = a.params;
   extern __shared__ __align__(16) char shared[];
   trigger_dependent_launch();
   wait_for_previous_kernel();
@@ -324,9 +330,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   if (!find_tile(p, static_cast<int>(blockIdx.y), Shape::kRows, tile)) return;
   const int head = static_cast<int>(blockIdx.x);
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
-  using Cache = HeadCacheOf<T, Shape::kHeadSize, kQuantized>;
-  const CacheLayout layout = Cache::layout_of(p.heads, p.cache);
-  const Cache cache(p.cache, layout, tile.sequence, kv_head);
+  const HeadCacheOf<T, Shape::kHeadSize, kQuantized> cache(p.cache, a.layout, tile.sequence, kv_head);
   const int64_t context_stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
   T* const context = static_cast<T*>(p.context) + tile.first_token * context_stride + head * Shape::kHeadSize;
   T* const shared_queries = reinterpret_cast<T*>(shared);

@@ -159,6 +159,16 @@ __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap& tens
 }
 // Loads to the same address in each of the kBlocks blocks of a cluster; the bytes are counted at the mbarrier of each.
 template <int kBlocks>
+__device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
+                                                      int c0, int c1) {
+  constexpr uint16_t kAllBlocks = (1 << kBlocks) - 1;
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(kAllBlocks)
+      : "memory");
+}
+template <int kBlocks>
 __device__ __forceinline__ void tma_load_4d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
                                                       int c0, int c1, int c2, int c3) {
   if constexpr (kBlocks == 1) {
@@ -204,11 +214,33 @@ __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.
 // after a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- Registers of a warpgroup's threads, a multiple of 8: all of its warps release some, or take those that others have
+// released. Only in kernels with __launch_bounds__(threads, 1).
+
+template <int kRegisters>
+__device__ __forceinline__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // --- Plain accesses of shared memory.
 
 __device__ __forceinline__ uint16_t load_shared_16(uint32_t from) {
   uint16_t value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t load_shared_8(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint2 load_shared_64(uint32_t from) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from) : "memory");
   return value;
 }
 __device__ __forceinline__ void load_shared(float (&values)[4], uint32_t from) {

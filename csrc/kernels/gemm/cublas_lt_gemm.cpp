@@ -19,8 +19,7 @@ namespace {
 using cublas_lt::kNotSupported;
 using cublas_lt::kSuccess;
 
-// The workspace that cuBLASLt is given: as much as cuBLAS itself takes on Hopper.
-constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
+constexpr int64_t kWorkspaceBytes = kCublasLtWorkspaceBytes;
 // Rows that one call computes where SwiGLU follows: more are no faster, and z takes more workspace.
 constexpr int64_t kMaxSwigluRows = 8192;
 // Algorithms among which a measurement may choose.
@@ -30,15 +29,15 @@ constexpr size_t kMaxPlans = 4096;  // a few hundred bytes each; beyond that all
 // Everything that cuBLASLt's choice of an algorithm depends on.
 struct Key {
   int device;
-  int64_t rows, in_features, out_features, x_row_stride;
+  int64_t rows, in_features, out_features, x_row_stride, z_row_stride;
   DataType dtype;
   bool has_bias;
   uint32_t weight_alignment, x_alignment, z_alignment;  // z_alignment: of z and the bias
   int32_t algorithm;                                    // which of those that cuBLASLt proposes, from 1 on
 
   auto fields() const {
-    return std::tie(device, rows, in_features, out_features, x_row_stride, dtype, has_bias, weight_alignment,
-                    x_alignment, z_alignment, algorithm);
+    return std::tie(device, rows, in_features, out_features, x_row_stride, z_row_stride, dtype, has_bias,
+                    weight_alignment, x_alignment, z_alignment, algorithm);
   }
   bool operator<(const Key& other) const { return fields() < other.fields(); }
 };
@@ -83,7 +82,7 @@ struct Plan {
                                                                 : CUDA_R_16BF;
     return lt.layout_create(&weight, type, key.in_features, key.out_features, key.in_features) == kSuccess &&
            lt.layout_create(&x, type, key.in_features, key.rows, key.x_row_stride) == kSuccess &&
-           lt.layout_create(&z, type, key.out_features, key.rows, key.out_features) == kSuccess;
+           lt.layout_create(&z, type, key.out_features, key.rows, key.z_row_stride) == kSuccess;
   }
   bool choose(cublas_lt::Handle handle, const Key& key) {
     cublas_lt::Preference preference = nullptr;
@@ -139,31 +138,6 @@ class Plans {
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };
 
-// z [rows, out_features] = x · weight^T + bias; params' activation and y are not used. The workspace has
-// kWorkspaceBytes. cudaErrorNotSupported, with nothing launched, where cuBLASLt cannot be loaded or has no such
-// algorithm for this GEMM.
-cudaError_t launch_product(const GemmParams& params, int32_t variant, void* z, cudaStream_t stream) {
-  const CublasLt* lt = load_cublas_lt();
-  if (lt == nullptr) return cudaErrorNotSupported;
-  const GemmShape& shape = params.shape;
-  Key key{};
-  if (const cudaError_t error = cudaGetDevice(&key.device); error != cudaSuccess) return error;
-  key.rows = shape.rows;
-  key.in_features = shape.in_features;
-  key.out_features = shape.out_features;
-  key.x_row_stride = params.x_row_stride;
-  key.dtype = shape.dtype;
-  key.has_bias = params.bias != nullptr;
-  key.algorithm = variant == kOwnVariant ? 1 : variant;
-  key.weight_alignment = alignment_of(params.weight);
-  key.x_alignment = alignment_of(params.x);
-  key.z_alignment = alignment_of(z);
-  // cuBLASLt takes no alignment of the bias, which it reads with vectors as wide as those it writes z with.
-  if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
-  static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be unloaded first
-  return plans.launch(key, params, z, params.workspace, stream);
-}
-
 cudaError_t launch_product_and_swiglu(const GemmParams& p, int32_t variant, cudaStream_t stream) {
   SwigluParams swiglu;
   void* z = static_cast<char*>(p.workspace) + kWorkspaceBytes;
@@ -173,12 +147,12 @@ cudaError_t launch_product_and_swiglu(const GemmParams& p, int32_t variant, cuda
   swiglu.rows = p.shape.rows;
   swiglu.size = p.shape.out_features / 2;
   swiglu.dtype = p.shape.dtype;
-  const cudaError_t error = launch_product(p, variant, z, stream);
+  const cudaError_t error = launch_cublas_lt(p, variant, z, p.shape.out_features, stream);
   return error == cudaSuccess ? launch_swiglu(swiglu, stream) : error;
 }
 
 cudaError_t launch(const GemmParams& p, const DeviceProperties&, int32_t variant, cudaStream_t stream) {
-  if (p.shape.activation == Activation::kNone) return launch_product(p, variant, p.y, stream);
+  if (p.shape.activation == Activation::kNone) return launch_cublas_lt(p, variant, p.y, p.shape.out_features, stream);
   const int64_t parts = divide_up(p.shape.rows, kMaxSwigluRows);
   const int64_t rows = divide_up(p.shape.rows, parts);  // as even as possible: each part reads the whole weight
   cudaError_t error = cudaSuccess;
@@ -199,6 +173,32 @@ int64_t workspace_bytes(const GemmShape& shape) {
 }
 
 }  // namespace
+
+bool has_cublas_lt() { return load_cublas_lt() != nullptr; }
+
+cudaError_t launch_cublas_lt(const GemmParams& params, int32_t variant, void* z, int64_t z_row_stride,
+                             cudaStream_t stream) {
+  const CublasLt* lt = load_cublas_lt();
+  if (lt == nullptr) return cudaErrorNotSupported;
+  const GemmShape& shape = params.shape;
+  Key key{};
+  if (const cudaError_t error = cudaGetDevice(&key.device); error != cudaSuccess) return error;
+  key.rows = shape.rows;
+  key.in_features = shape.in_features;
+  key.out_features = shape.out_features;
+  key.x_row_stride = params.x_row_stride;
+  key.z_row_stride = z_row_stride;
+  key.dtype = shape.dtype;
+  key.has_bias = params.bias != nullptr;
+  key.algorithm = variant == kOwnVariant ? 1 : variant;
+  key.weight_alignment = alignment_of(params.weight);
+  key.x_alignment = alignment_of(params.x);
+  key.z_alignment = alignment_of(z);
+  // cuBLASLt takes no alignment of the bias, which it reads with vectors as wide as those it writes z with.
+  if (key.has_bias) key.z_alignment = std::min(key.z_alignment, alignment_of(params.bias));
+  static Plans& plans = *new Plans(*lt);  // never destroyed: at exit cuBLASLt may be unloaded first
+  return plans.launch(key, params, z, params.workspace, stream);
+}
 
 GemmKernel cublas_lt_kernel() {
   GemmKernel kernel{};

@@ -3,10 +3,13 @@
 #include <algorithm>
 
 #include "cublas_lt_gemm.h"
+#include "dequantized.h"
 #include "plain.h"
 #include "stream.h"
 #include "stream_hopper.h"
+#include "stream_quantized.h"
 #include "tiles_hopper.h"
+#include "tiles_quantized.h"
 
 namespace qwen_plugins {
 namespace {
@@ -18,12 +21,15 @@ constexpr int64_t kPackBytes = 16;
 const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
 #ifdef QWEN_PLUGINS_HOPPER
+      stream_quantized_kernel(),
       stream_hopper_kernel(),
 #endif
       stream_kernel(),
 #ifdef QWEN_PLUGINS_HOPPER
       tiles_hopper_kernel(),
+      tiles_quantized_kernel(),
 #endif
+      dequantized_kernel(),
       cublas_lt_kernel(),
       // Without cuBLASLt:
       stream_in_parts_kernel(),

@@ -21,6 +21,9 @@ enum class GemmKernelId : int32_t {
   kCublasLt = 4,
   kStreamInParts = 5,
   kPlain = 6,
+  kStreamQuantized = 7,
+  kTilesQuantized = 8,
+  kDequantized = 9,
 };
 
 // One of the configurations (tile sizes, splits, ...) in which a kernel can run.

@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <mutex>
 #include <string>
 
+#include "hopper_clusters.h"
 #include "hopper_operands.h"
 #include "stream_hopper.cuh"
 #include "stream_hopper.h"
@@ -11,7 +11,7 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr int kMaxSplits = 8;
+constexpr int kMaxSplits = kMaxClusterBlocks;
 constexpr int kMinStages = 3;
 constexpr int kMaxXStages = 16;
 constexpr int64_t kMaxRows = 256;  // that it may be the fastest for
@@ -49,39 +49,6 @@ std::string name_of(const Variant& variant) {
 }
 
 constexpr int threads_of(int groups) { return kWarpgroupThreads * groups + 32 * kProducerWarps; }
-
-// How many clusters of 1, 2, ... blocks run at once, each block on a multiprocessor of its own.
-using ClustersAtOnce = std::array<int, kMaxSplits + 1>;
-
-cudaError_t query_clusters(const DeviceProperties& device, ClustersAtOnce& clusters) {
-  auto* const kernel = gemm_hopper<__half, 32>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
-  clusters[1] = device.multiprocessors;
-  for (int splits = 2; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
-    error = max_active_clusters(reinterpret_cast<const void*>(kernel), splits, threads_of(3),
-                                device.max_shared_memory_per_block, device, &clusters[splits]);
-  }
-  return error;
-}
-
-// Gives the clusters of the current device, which are read from the driver once for each device.
-cudaError_t clusters_at_once(const DeviceProperties& device, ClustersAtOnce& clusters) {
-  static std::mutex mutex;
-  static std::array<ClustersAtOnce, 64> known{};
-  int index = 0;
-  if (const cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
-  if (index >= static_cast<int>(known.size())) return query_clusters(device, clusters);
-  const std::lock_guard lock(mutex);
-  if (known[index][1] == 0) {
-    if (const cudaError_t error = query_clusters(device, known[index]); error != cudaSuccess) {
-      known[index] = {};
-      return error;
-    }
-  }
-  clusters = known[index];
-  return cudaSuccess;
-}
 
 // A variant for a GEMM on a device.
 struct Partition {

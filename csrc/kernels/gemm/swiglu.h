@@ -18,6 +18,7 @@ struct SwigluParams {
   const void* gate_up = nullptr;        // [rows, 2 * size], dtype: gate, then up
   void* y = nullptr;                    // [rows, size], dtype
   int64_t gate_up_row_stride = 0;       // elements
+  int64_t y_row_stride = 0;             // elements; 0: size
   int64_t rows = 0;                     // 0 launches nothing
   int64_t size = 0;                     // intermediate_size
   DataType dtype = DataType::kFloat16;  // kFloat32, kFloat16 or kBFloat16

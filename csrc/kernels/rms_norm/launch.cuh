@@ -20,6 +20,7 @@ struct RmsNormPlan {
   bool residual;
   bool packed;  // every row starts at, and consists of, whole packs
   WeightMode weight_mode;
+  bool batch_invariant;
 };
 
 template <typename T>
@@ -68,8 +69,9 @@ template <typename T, bool kResidual, Output kOutput>
 cudaError_t launch_plain(const RmsNormPlan& plan, const DeviceProperties& device, cudaStream_t stream) {
   const RmsNormArguments& p = plan.arguments;
   constexpr WeightMode kMode = WeightMode::kPlain;
-  const auto [packs, threads] = choose_register_shape<T>(p.length, static_cast<int64_t>(p.rows_in_group) * plan.groups,
-                                                         kResidual, kOutput != Output::kSameType, device);
+  const int64_t rows = plan.batch_invariant ? 1 : static_cast<int64_t>(p.rows_in_group) * plan.groups;
+  const auto [packs, threads] =
+      choose_register_shape<T>(p.length, rows, kResidual, kOutput != Output::kSameType, device);
   const auto launch = [&, threads = threads](auto* kernel) {
     return launch_kernel(kernel, dim3(p.rows_in_group, plan.groups), dim3(threads), 0, device, stream, p);
   };

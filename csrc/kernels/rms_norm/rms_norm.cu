@@ -85,6 +85,7 @@ RmsNormPlan make_plan(const RmsNormParams& p, const RowLevels& levels) {
   if (p.weight_dtype != p.dtype) a.options |= kFloat32Weight;
   plan.hidden_size = p.hidden_size;
   plan.residual = p.residual != nullptr;
+  plan.batch_invariant = p.batch_invariant;
   return plan;
 }
 

@@ -43,6 +43,8 @@ struct RmsNormParams {
   DataType weight_dtype = DataType::kFloat16;  // dtype or kFloat32
   float eps = 1e-6F;
   bool unit_offset = false;
+  // A row's result has the same bits whatever the number of rows. Otherwise that decides how its sum is divided.
+  bool batch_invariant = false;
 
   // Outputs of launch_rms_norm.
   void* y = nullptr;  // [rows, hidden_size], dtype; may be x itself (same address, same strides)

@@ -93,10 +93,12 @@ def load_device(
     """
     check_utilization(gpu_memory_utilization)
     target = choose_device(device)
+    if deterministic:
+        check_deterministic(config, target)
     check_memory(config, target, gpu_memory_utilization)
     LOG.info("runs on %s: %s", target, _why(device, target))
     kernels: GemmKernels = {}
-    if tuning and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
+    if tuning and not deterministic and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
         with torch.cuda.device(target):  # before the weights take the memory that measuring needs
             kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
     watch, weights = Stopwatch(LOG), dict[str, Tensor]()
@@ -116,6 +118,7 @@ def load_device(
         disabled_plugins=config.disabled_plugins,
         gemm_kernels=kernels,
         weight_formats=config.weight_formats,
+        deterministic=deterministic,
     )
 
 
@@ -188,6 +191,20 @@ def default_dtype(checkpoint_dtype: str) -> str:
 def versions(compute_capabilities: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the versions of PyTorch and CUDA; an engine does not depend on them."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def check_deterministic(config: EngineConfig, device: torch.device) -> None:
+    """Raise QwenModelError if results cannot be the same bits whatever is computed beside them."""
+    if config.disabled_plugins:
+        raise QwenModelError(
+            f"deterministic (--deterministic) needs the plug-ins that the engine is built without: "
+            f"{', '.join(config.disabled_plugins)}"
+        )
+    if not uses_kernels(config.model, device):
+        raise QwenModelError(
+            "deterministic (--deterministic) is for NVIDIA GPUs and head sizes that this project has kernels for, not "
+            f"for {device} and {config.model.head_size}"
+        )
 
 
 def num_pages(config: EngineConfig, device: torch.device, utilization: float, weights: int = 0) -> int:

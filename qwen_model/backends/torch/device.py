@@ -151,6 +151,7 @@ class TorchDevice:
         use_kernels: bool | None = None,
         gemm_kernels: GemmKernels | None = None,
         weight_formats: Formats = NOT_QUANTIZED,
+        deterministic: bool = False,
     ):
         """Take the weights by the names of checkpoints/weights.py, all on one device; unless quantized, of one type.
 
@@ -159,6 +160,7 @@ class TorchDevice:
             there are kernels for the model.
         gemm_kernels: those of the linear layers, see tuning/choice.py; None: rules choose them.
         weight_formats: of the quantized modules.
+        deterministic: see `BackEnd.load_device`; only with kernels.
         """
         self.config = config
         embedding = weights["embedding.weight"]
@@ -187,9 +189,12 @@ class TorchDevice:
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
         chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {})
         self._sizes = decode_sizes(self.max_sequences)
-        self.operations = _operations(
-            config, modules, self.cache, disabled_plugins, use_kernels, chosen, self.max_sequences
-        )
+        self._deterministic = deterministic
+        if use_kernels:
+            options = {"max_sequences": self.max_sequences, "deterministic": deterministic}
+            self.operations = _kernel_operations(config, modules, self.cache, disabled_plugins, chosen, **options)
+        else:
+            self.operations = TorchOperations(config, modules, self.cache, disabled_plugins)
         self._table = rotary_table(config, limits.max_positions)
         self._rotary = self._on_device(self._table.values, self._table.query_scale)
 
@@ -285,7 +290,7 @@ class TorchDevice:
 
     def _run(self, batch: Batch, rows: Int32Array) -> tuple[Tensor, StepLayout]:
         """Run the network; return the logits of these rows, and of padding behind them, and the step's layout."""
-        decoding = batch.is_decode and len(rows) == len(batch.lengths)
+        decoding = self._decodes(batch) and len(rows) == len(batch.lengths)
         count = len(batch.lengths)
         graph = None
         if decoding and self._graphs is not None:
@@ -298,6 +303,13 @@ class TorchDevice:
             self._begin(batch.lengths.tolist(), batch.past_lengths.tolist(), layout, own, decoding)
             return decoder(self.operations, self.config, self._token_ids(layout)), layout
 
+    def _decodes(self, batch: Batch) -> bool:
+        """Tell whether a batch runs as a decode step, in other kernels than prompts do."""
+        if not batch.is_decode:
+            return False
+        # What runs a prompt's last token must not depend on whether the other sequences are prompts, too.
+        return not self._deterministic or bool((batch.past_lengths >= batch.prompt_lengths).all())
+
     def _packed(self, batch: Batch, rows: Int32Array, sequences: int) -> tuple[StepLayout, PromptTable | None]:
         """Send a step to the device; return its layout, and the rotary table of its prompts if they have their own.
 
@@ -305,7 +317,7 @@ class TorchDevice:
         """
         padding = sequences - len(batch.lengths)
         rows = rows if len(rows) else np.zeros(1, np.int32)  # the network computes at least one row of logits
-        max_pages = self._max_pages if self._graphs is not None and batch.is_decode else batch.pages.shape[1]
+        max_pages = self._max_pages if self._graphs is not None and self._decodes(batch) else batch.pages.shape[1]
         layout = StepLayout(len(batch.tokens) + padding, sequences, len(rows) + padding, max_pages)
         spare = {"spare_slot": self.max_sequences, "first_row": self._first_row}
         own = pack(batch, layout, self._table, self._uploads.begin(), rows=rows, **spare)
@@ -424,17 +436,15 @@ def _module_weights(
     return {name: module.map(lambda spec: weights[spec.name]) for name, module in modules.items()}
 
 
-def _operations(
+def _kernel_operations(
     config: ModelConfig,
     modules: Mapping[str, ModuleWeights[Tensor]],
     cache: PagedCache,
     disabled: Collection[str],
-    use_kernels: bool,
     gemm_kernels: Mapping[str, KernelChoices],
-    max_sequences: int,
+    **options: Any,
 ) -> TorchOperations:
-    if not use_kernels:
-        return TorchOperations(config, modules, cache, disabled)
+    """Return the operations of our kernels; options: their other keywords."""
     from .kernel_operations import KernelOperations
 
-    return KernelOperations(config, modules, cache, disabled, gemm_kernels, max_sequences=max_sequences)
+    return KernelOperations(config, modules, cache, disabled, gemm_kernels, **options)

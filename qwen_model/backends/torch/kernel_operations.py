@@ -18,6 +18,7 @@ from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights, WeightFormat
 from ...interface.engine_config import KernelChoices
 from ...interface.memory import PAGE_SIZE
+from . import fixed_kernels
 from .operations import Step, TorchOperations
 from .paged_cache import PagedCache
 
@@ -41,17 +42,21 @@ class KernelOperations(TorchOperations):
         gemm_kernels: Mapping[str, KernelChoices] | None = None,
         *,
         max_sequences: int,
+        deterministic: bool = False,
     ):
         """See `TorchOperations`.
 
-        max_sequences: the most of a decode step.
         gemm_kernels: those of the linear layers, by module; rules choose the others.
+        max_sequences: the most of a decode step.
+        deterministic: a row's results have the same bits, however many rows are computed with it. `gemm_kernels` are
+            not used then.
         """
         super().__init__(config, modules, cache, disabled)
         self._disabled = frozenset(disabled)
         self._dtype = launch.DataType.__members__[str(cache.dtype).removeprefix("torch.")]
         self._cache_dtype = launch.CacheDataType.__members__[CACHE_TYPES[cache.kind]]
         self._gemm_kernels = gemm_kernels or {}
+        self._deterministic = deterministic
         # What all launches of a module have in common, by its name.
         self._linear_layers: dict[str, launch.LinearLayer] = {}
         self._norm_layers: dict[str, launch.RmsNormLayer] = {}
@@ -110,8 +115,17 @@ class KernelOperations(TorchOperations):
         permutation = self.modules[module].permutation
         if permutation is not None:
             x = x.index_select(1, permutation)
+        y = x.new_empty(len(x), layer.columns)
+        if not self._deterministic:
+            self._multiply(layer, x, y)
+            return y
+        most_rows, _ = self._fixed_kernels(module)[-1]
+        for part, of_part in zip(x.split(most_rows), y.split(most_rows), strict=True):
+            self._multiply(layer, part, of_part)
+        return y
+
+    def _multiply(self, layer: launch.LinearLayer, x: Tensor, y: Tensor) -> None:
         rows, in_features = x.shape
-        y = x.new_empty(rows, layer.columns)
         workspace_bytes = layer.workspace_bytes(rows)
         workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
         launch.gemm(
@@ -123,7 +137,17 @@ class KernelOperations(TorchOperations):
             workspace=0 if workspace is None else workspace.data_ptr(),
             stream=self._stream,
         )
-        return y
+
+    def _fixed_kernels(self, module: str) -> KernelChoices:
+        """Return the kernels of a linear layer with which results do not depend on the number of rows."""
+        weights = self.modules[module]
+        out_features, in_features = weights.shape
+        gpu = torch.cuda.get_device_properties(self.cache.data.device)
+        tiled = gpu.major == 9 and launch.has_hopper_kernels() and not weights.format.bits and in_features % 8 == 0
+        swiglu = module.endswith(".gate_up")
+        if not tiled or self.cache.dtype == torch.float32 or (swiglu and out_features % 16):
+            return fixed_kernels.PLAIN
+        return fixed_kernels.tiled_kernels(out_features, swiglu, gpu.multi_processor_count)
 
     def _linear_layer(self, module: str, activation: str | None) -> launch.LinearLayer:
         weights = self.modules[module]
@@ -139,7 +163,7 @@ class KernelOperations(TorchOperations):
             activation=launch.Activation.none if activation is None else launch.Activation.swiglu,
             dtype=self._dtype,
             constant_weight=True,
-            kernels=self._gemm_kernels.get(module, ()),
+            kernels=self._fixed_kernels(module) if self._deterministic else self._gemm_kernels.get(module, ()),
         )
 
     def norm(
@@ -172,6 +196,7 @@ class KernelOperations(TorchOperations):
             weight_dtype=self._dtype,
             eps=self.config.norm_eps,
             unit_offset=False,
+            batch_invariant=self._deterministic,
         )
 
     def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
@@ -203,7 +228,8 @@ class KernelOperations(TorchOperations):
         }
         if step.decoding:
             partial, semaphores = self._partial_results.data_ptr(), self._semaphores.data_ptr()
-            launch.decode_attention(**operands, workspace=partial, semaphores=semaphores)
+            invariant = self._deterministic
+            launch.decode_attention(**operands, workspace=partial, semaphores=semaphores, batch_invariant=invariant)
         else:
             launch.prefill_attention(**operands, cu_seqlens=step.cu_seqlens.data_ptr(), tokens=tokens)
         return context

@@ -145,6 +145,31 @@ def test_every_batch_size_gives_what_one_prompt_gives(engines):
         assert [output.output_ids for output in together] == alone[:count]
 
 
+def test_more_prompts_than_slots(engines):
+    """They join when others are done; the shared beginning of some is in the cache already."""
+    _, prompts = reference("packaged", "float32")
+    session = engines("packaged", "float32")
+    many = [(prompts[2][:70] + prompt)[:80] for prompt in prompts for _ in range(4)] + prompts
+    together = session.generate(many, max_new_tokens=40).outputs
+    alone = [session.generate(prompt, max_new_tokens=40).outputs[0] for prompt in many]
+    assert [output.output_ids for output in together] == [output.output_ids for output in alone]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_caches_of_8_bits(kv_cache_dtype, tmp_path):
+    arrays, prompts = reference("packaged", "float16")
+    options = {"backend": "tensorrt", "dtype": "float16", "kv_cache_dtype": kv_cache_dtype, **LIMITS}
+    qwen_model.build_engine(output_dir=tmp_path / "engine", **options)
+    session = qwen_model.load_engine(tmp_path / "engine")
+    logits, expected = session.logits(prompts[LOGITS_OF]), arrays["logits"]
+    difference = np.abs(logits - expected).mean() / expected.std()
+    assert 0 < difference < {"int8": 0.02, "fp8": 0.06}[kv_cache_dtype]
+    outputs = session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs
+    alone = [session.generate(prompt, max_new_tokens=NEW_TOKENS).outputs[0].output_ids for prompt in prompts]
+    same = [output.output_ids == ids for output, ids in zip(outputs, alone, strict=True)]
+    assert sum(same) >= len(same) - 1  # kernels differ by the number of rows
+
+
 def test_sampling(engines):
     _, prompts = reference("packaged", "float16")
     session = engines("packaged", "float16")

@@ -11,7 +11,7 @@ from qwen_model.checkpoints.config import read_config
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.interface.engine_config import Limits
 from qwen_model.interface.sampling import SamplingOptions
-from tests.qwen_model.backends.device_runs import Running, batch_of, generate, prompt_logits, run_chunks, run_decoding
+from tests.qwen_model.backends.device_runs import Running, batch_of, generate, prompt_logits, run_chunks
 from tests.qwen_model.model_files import random_prompt
 
 pytestmark = pytest.mark.gpu
@@ -101,7 +101,7 @@ def test_what_a_request_left_behind_is_not_read(pair):
 
 
 def test_copies_and_given_tokens(pair):
-    """A fork has a copy of a page, and its token is given, that of its neighbour is not."""
+    """A fork has a copy of two pages, and its token is given, that of its neighbour is not."""
     gpu, cpu = pair
     found = []
     for device in (gpu, cpu):
@@ -109,17 +109,19 @@ def test_copies_and_given_tokens(pair):
         device.start([first.start()])
         run_chunks(device, [first], 1000)
         device.copy_pages([(5, 8), (6, 9)])
-        fork = Running(PROMPTS[2], 4, [8, 9, 10], past=first.past)
         other = (first.output[0] + 1) % 1000
-        fork._known = [*PROMPTS[2], other]
+        fork = Running([*PROMPTS[2], other], 4, [8, 9, 10], past=first.past)
         device.start([fork.start()])
-        device.forward(batch_of([first.decode(), fork.chunk(1)]))
-        for sequence, token in zip((first, fork), device.choose().wait().tokens.tolist(), strict=True):
-            sequence.output.append(token)
-        run_decoding(device, [first, fork], 40)
-        found.append((first.output, fork.output))
-    assert found[0] == found[1]
-    assert found[0][0][1:] != found[0][1]
+        chosen = []
+        for rows in ([first.decode(), fork.chunk(1)], [fork.decode(), first.decode()]):
+            device.forward(batch_of(rows))
+            chosen.append(device.choose(num_best=5).wait())
+        found.append(chosen)
+    for on_gpu, on_cpu in zip(*found, strict=True):
+        assert on_gpu.tokens.tolist() == on_cpu.tokens.tolist()
+        assert on_gpu.best_tokens.tolist() == on_cpu.best_tokens.tolist()
+        np.testing.assert_allclose(on_gpu.best_logprobs, on_cpu.best_logprobs, atol=1e-3)
+        assert abs(on_gpu.best_logprobs[0] - on_gpu.best_logprobs[1]).max() > 1e-2  # they are not the same
 
 
 @pytest.mark.parametrize("kind", ["auto", "int8", "fp8"])
@@ -160,3 +162,83 @@ def test_sampling_does_not_depend_on_the_company(pair):
     assert generate(gpu, sequences(4, sampling=options), NEW_TOKENS) == alone
     other = dataclasses.replace(options, seed=4)
     assert generate(gpu, sequences(4, sampling=other), NEW_TOKENS) != alone
+
+
+def choices(device, running, chunk=64, steps=NEW_TOKENS):
+    """Tokens and log-probabilities of every choice for the first of some sequences."""
+    device.start([sequence.start() for sequence in running])
+    found = []
+
+    def choose(rows):
+        device.forward(batch_of(rows))
+        if any(row.chooses for row in rows):
+            chosen = device.choose(num_best=20).wait()
+            if rows[0].slot == running[0].slot and rows[0].chooses:
+                found.append((chosen.best_tokens[0], chosen.best_logprobs[0]))
+
+    while any(sequence.has_chunks for sequence in running):
+        choose([sequence.chunk(chunk) for sequence in running if sequence.has_chunks])
+    for step in range(steps):
+        choose([sequence.decode() for sequence in running[: 1 + step % len(running)]])
+    return [np.array(each) for each in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["auto", "int8", "fp8"])
+def test_deterministic_choices_are_the_same_bits_in_any_company(model, dtype, kind):
+    device = device_on(model, "cuda", getattr(torch, dtype), kv_cache_dtype=kind, deterministic=True)
+    for index in (2, 4, 1):
+        order = [index, *(other for other in range(len(PROMPTS)) if other != index)]
+        company = sequences()
+        alone = choices(device, [company[index]])
+        together = choices(device, [sequences()[other] for other in order])
+        for one, other in zip(alone, together, strict=True):
+            assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(4608, 3584, ""), (3584, 3584, ""), (37888, 3584, "swiglu"), (152064, 3584, "")])
+def test_fixed_kernels_give_rows_the_same_bits(shape):
+    """Of the linear layers of a 7B model, whose tiles are divided otherwise for each number of rows."""
+    from qwen_model.backends.torch.fixed_kernels import tiled_kernels
+    from qwen_plugins import launch
+
+    out_features, in_features, activation = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    kernels = tiled_kernels(
+        out_features, activation == "swiglu", torch.cuda.get_device_properties(0).multi_processor_count
+    )
+    most_rows = kernels[-1][0]
+    x = torch.randn(most_rows, in_features, device="cuda", generator=generator).half()
+    weight = (torch.randn(out_features, in_features, device="cuda", generator=generator) / 60).half()
+    layer = launch.LinearLayer(
+        weight=weight.data_ptr(),
+        bias=0,
+        in_features=in_features,
+        out_features=out_features,
+        activation=launch.Activation.swiglu if activation else launch.Activation.none,
+        dtype=launch.DataType.float16,
+        constant_weight=True,
+        kernels=kernels,
+    )
+
+    def product(rows):
+        y = rows.new_empty(len(rows), layer.columns)
+        workspace = torch.empty(max(1, layer.workspace_bytes(len(rows))), dtype=torch.uint8, device="cuda")
+        launch.gemm(
+            layer,
+            x=rows.data_ptr(),
+            x_row_stride=in_features,
+            y=y.data_ptr(),
+            rows=len(rows),
+            workspace=workspace.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+        return y
+
+    whole = product(x)
+    exact = torch.nn.functional.linear(x, weight)
+    if not activation:
+        assert (whole - exact).abs().max() < 0.05
+    for count in (1, 2, 8, 16, 17, 64, 65, 100, most_rows - 1):
+        for first in (0, most_rows - count):
+            assert torch.equal(product(x[first : first + count]), whole[first : first + count])

@@ -47,7 +47,7 @@ def search(
             if event.sequence.on_event is not None:
                 event.sequence.on_event(event)
 
-    beams = [beam_sequence(prompt, count, min(VOCAB, num_beams + len(ends)), b"") for prompt in prompts]
+    beams = [beam_sequence(prompt, count, min(VOCAB, num_beams + len(ends))) for prompt in prompts]
     found = beam_search(
         scheduler, beams, num_beams, frozenset(ends), step, lambda index: QwenModelError(f"prompt {index}")
     )

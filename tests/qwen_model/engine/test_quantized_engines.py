@@ -32,8 +32,8 @@ def build(model_dir, engine_dir, **options):
 
 
 def tokens_and_logits(engine_dir):
+    dataclasses.replace(EngineConfig.read(engine_dir), end_token_ids=()).write(engine_dir)
     session = qwen_model.load_engine(engine_dir, device="cpu")
-    session = type(session)(dataclasses.replace(session.config, end_token_ids=()), session.executor)
     prompt = random_prompt(40, seed=3)
     output = session.generate(prompt, max_new_tokens=NEW_TOKENS).outputs[0].output_ids
     return output, session.logits(prompt)

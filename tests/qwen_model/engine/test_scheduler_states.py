@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.device = FakeDevice(slots, 16, pages * 4 // size, size, runs_ahead=runs_ahead)
         self.scheduler = scheduler_of(self.device, chunk_tokens=chunk, deterministic=deterministic)
         self.events: dict[Sequence, list[Event]] = {}
+        self.held: list[list[Sequence]] = []
 
     def add_sequence(self, sequence):
         self.events[sequence] = []
@@ -48,6 +49,39 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(target=sequences, parent=sequences, more=st.lists(st.integers(0, 1), min_size=1, max_size=5))
     def add_turn(self, parent, more):
         return self.add_sequence(Sequence([*parent.tokens[:25], *more], 3))
+
+    @rule(prompt=prompts, count=st.integers(1, 8))
+    def add_held(self, prompt, count):
+        """Rows as those of a beam search: a row waits after each token, and goes on as a copy of any."""
+        row = Sequence(prompt, count + 1, num_best=2, hold=True)
+        self.held.append([self.add_sequence(row)])
+
+    def advance_held(self, draw_source):
+        """Let rows go on whose tokens have all come, or end them."""
+        for rows in self.held[:]:
+            if not all(self.events[row] for row in rows):
+                continue
+            best = [self.events[row].pop().logprob.best for row in rows]
+            assert [found[0][0] for found in best] == [self.best_of(row) for row in rows]
+            if len(rows[0].tokens) + 1 >= rows[0].max_length:
+                self.held.remove(rows)
+                for row in rows:
+                    self.scheduler.cancel(row)
+                continue
+            sources = [draw_source(len(rows)) for _ in range(2)]
+            tokens = [best[source][place % 2][0] for place, source in enumerate(sources)]
+            while len(rows) < 2:
+                rows.append(Sequence(rows[0].prompt, rows[0].max_new_tokens, num_best=2, hold=True))
+                self.events[rows[-1]] = []
+            self.scheduler.advance(rows, sources, tokens)
+
+    @staticmethod
+    def best_of(row):
+        return int(hashed_logits(row.tokens, len(row.prompt)).argmax())
+
+    @rule(data=st.data())
+    def advance(self, data):
+        self.advance_held(lambda count: data.draw(st.integers(0, count - 1)))
 
     @rule(sequence=consumes(sequences))
     def cancel(self, sequence):
@@ -76,17 +110,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def tokens_are_those_of_each_alone(self):
         for sequence in self.events:
-            if sequence.finish_reason is None:
+            if sequence.finish_reason is None and not sequence.hold:
                 assert sequence.output == alone(sequence)[0][: len(sequence.output)]
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(5000):
+            self.advance_held(lambda count: count - 1)
             if not self.scheduler.has_work:
                 break
             self.step(1)
         assert not self.scheduler.has_work
+        assert not self.held
         assert self.scheduler.pool.num_free == self.device.num_pages - 1
         for sequence, events in self.events.items():
             if sequence.finish_reason != "cancelled":

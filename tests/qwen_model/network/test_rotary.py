@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qwen_model.checkpoints.config import read_config
-from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_table
+from qwen_model.checkpoints.rotary_config import RotaryConfig
+from qwen_model.network.rotary import inverse_frequencies, qwen_ntk_alpha, rotary_stretch, rotary_table
 from tests.qwen_model.model_files import QWEN_V1
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -29,6 +30,21 @@ SCALINGS = [
 @pytest.mark.parametrize("base", [10000.0, 1e6])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("length", [100, 700, 4001])
+def test_prompts_of_equal_stretch_have_equal_rotations():
+    """Prefixes of the cache are shared where it is equal."""
+    lengths = range(1, 300)
+    for scaling in ("none", "linear", "dynamic", "qwen_dynamic", "llama3", "yarn"):
+        rotary = RotaryConfig(dim=16, base=1e4, scaling=scaling, factor=2.0, original_max_positions=64)
+        rotations: dict[int, set[bytes]] = {}
+        for length in lengths:
+            rotations.setdefault(rotary_stretch(rotary, length), set()).add(
+                inverse_frequencies(rotary, length).tobytes()
+            )
+        assert all(len(found) == 1 for found in rotations.values()), scaling
+        if scaling not in ("dynamic", "qwen_dynamic"):
+            assert len(rotations) == 1
+
+
 def test_as_transformers(scaling, base, length):
     theirs = transformers.LlamaConfig(**SIZES, rope_parameters={**scaling, "rope_theta": base})
     expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu", seq_len=length)

@@ -1,0 +1,644 @@
+// The streaming GEMM of quantized weights for few rows on Hopper: reads the packed weight once, at the speed of memory.
+//
+// A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, rows of x
+// are operand b. A lane loads 16 bytes of codes, which are whole operands (packed_weight.h), turns them into code - zero
+// in the type of x, which is exact, and multiplies. The sums of a group of k are scaled in float32. Nothing is rounded
+// before the end.
+//
+// One warp issues bulk copies of a tile's codes, scales and zeros, 128 k (a chunk) at a time, another TMA loads of the
+// same k of x, into a ring buffer that runs on from tile to tile. The warps of a block divide the rows of the tile among
+// them, and where these are few, also its chunks (k warps). The blocks of a cluster may split k as well. Partial sums are
+// sent to the block that owns their part of the result, through distributed shared memory, and added there, always in
+// the same order.
+//
+// As in gemm_stream a block is launched while the previous kernel runs (programmatic dependent launch), and fills its
+// ring buffer with weights before it waits for that kernel. Some variants take less than half of a multiprocessor, so
+// that the next launch's block fits beside this one.
+#pragma once
+
+#include <cuda.h>
+
+#include "hopper_operands.h"
+#include "kernels/common/arithmetic.h"
+#include "kernels/common/hopper.cuh"
+#include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/tensor_cores.cuh"
+#include "packed_weight.h"
+#include "silu.cuh"
+
+namespace qwen_plugins {
+
+constexpr int kQuantizedProducerWarps = 2;  // of the weight and of x
+constexpr int kQuantizedMaxStages = 32;
+constexpr int kQuantizedBarrierBytes = 2048;  // and what aligns the ring to 1024 bytes
+constexpr int kXBoxK = kBlockK;               // k of a TMA load of x
+static_assert(16 * kQuantizedMaxStages + 1023 <= kQuantizedBarrierBytes && kPackedK == 2 * kXBoxK);
+
+// By the tiles of 8 rows of x: the blocks of 16 weight rows of a warp, and the warps that multiply, for which there are
+// registers.
+__host__ __device__ constexpr int quantized_warp_blocks(int x_tiles) { return x_tiles <= 2 ? 1 : 2; }
+constexpr int quantized_max_consumers(int x_tiles) { return x_tiles == 1 ? 28 : x_tiles == 2 ? 22 : 10; }
+// Likewise of a block that takes less than half of a multiprocessor; 0: there are too few registers.
+constexpr int quantized_max_consumers_of_half(int x_tiles) { return x_tiles == 1 ? 14 : x_tiles == 2 ? 10 : 0; }
+
+struct StreamQuantizedArguments {
+  CUtensorMap x;
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+  const void* bias;
+  void* y;
+  int32_t columns;          // of y
+  int32_t rows;             // of x
+  int32_t chunks;           // of 128 k
+  int32_t row_blocks;       // blocks of 16 rows of the padded weight
+  int32_t used_blocks;      // of these, that have columns of y; with SwiGLU of the gate
+  int32_t up_blocks;        // from a gate block to its up block
+  int32_t tile_blocks;      // that a tile loads, with SwiGLU of the gate
+  int32_t tiles;
+  int32_t splits;           // blocks of a cluster that split k
+  int32_t row_warps;        // warps that divide the rows of a tile
+  int32_t k_warps;          // warps that divide its chunks
+  int32_t stages;
+  int32_t groups_of_chunk;  // groups of 128 k; 0: one group of all k
+  bool swiglu;
+  bool bfloat16_scales;
+  bool writes_pairs;  // y and its rows begin at multiples of 4 bytes
+  bool constant_weight;
+};
+
+// Where things are in a stage of the ring buffer, in bytes: x, codes, scales, zeros.
+struct QuantizedStage {
+  int codes, scales, zeros;
+  int stride;  // of stages: x begins at multiples of 1024
+
+  __host__ __device__ constexpr QuantizedStage(int x_tiles, int bits, int blocks, int groups_of_chunk, bool has_zeros)
+      : codes(x_tiles * 8 * kPackedK * 2),
+        scales(codes + blocks * kPackedRows * kPackedK * bits / 8),
+        zeros(scales + groups_of_chunk * blocks * kPackedRows * 2),
+        stride(divide_up(zeros + (has_zeros ? groups_of_chunk * blocks * kPackedRows : 0), 1024) * 1024) {}
+};
+
+// An item is the result of a warp's weight rows times a tile of 8 rows of x: 16 bytes of partial sums a lane and block.
+constexpr int kItemBlockBytes = kPackedRows * 8 * 4;
+__host__ __device__ constexpr int quantized_item_bytes(int x_tiles) { return quantized_warp_blocks(x_tiles) * kItemBlockBytes; }
+// Bytes for the partial sums that a block receives for one tile.
+__host__ __device__ constexpr int quantized_received_bytes(int x_tiles, int row_warps, int k_warps, int splits) {
+  return splits * k_warps == 1 ? 0 : divide_up(row_warps * x_tiles, splits) * splits * k_warps * quantized_item_bytes(x_tiles);
+}
+
+// --- Codes to operands: code - zero, exactly.
+
+// 1024 + code is exact in float16, 128 + code in bfloat16, where codes are below 16: a code in the lower bits of a half.
+template <typename T>
+constexpr uint32_t kCodeBase = std::is_same_v<T, __half> ? 0x64006400U : 0x43004300U;
+
+template <typename T>
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return bit_cast<uint32_t>(__hadd2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+  } else {
+    return bit_cast<uint32_t>(__hadd2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+  }
+}
+
+// (word & mask) | base in one instruction.
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t base) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(base));
+  return result;
+}
+
+// The zero point of a row, as to_pairs adds it.
+template <typename T, int kBits>
+struct ZeroPoint {
+  uint32_t low, high;
+
+  __device__ __forceinline__ void set(uint32_t zero) {
+    if constexpr (kBits == 8 && std::is_same_v<T, __nv_bfloat16>) {
+      low = bit_cast<uint32_t>(-8388608.0F - static_cast<float>(zero));
+    } else {
+      low = (kCodeBase<T> | 0x80008000U) + zero * 0x00010001U;
+      high = 0xd400d400U + zero * 0x00100010U;  // -(64 + zero) in float16, for codes in the upper bits of a byte
+    }
+  }
+};
+
+// The pairs of a word of codes, in the order of the word: 4 of int4, 2 of int8.
+template <typename T, int kBits>
+__device__ __forceinline__ void to_pairs(uint32_t word, const ZeroPoint<T, kBits>& zero,
+                                         uint32_t (&pairs)[16 / kBits]) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kBits == 4 && kHalf) {
+    const __half2 sixteenth = bit_cast<__half2>(0x2c002c00U);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      pairs[i] = add_pairs<T>(and_or(word, 0x000f000fU, kCodeBase<T>), zero.low);
+      const uint32_t high = and_or(word, 0x00f000f0U, kCodeBase<T>);  // 1024 + 16 code
+      pairs[i + 1] = bit_cast<uint32_t>(__hfma2(bit_cast<__half2>(high), sixteenth, bit_cast<__half2>(zero.high)));
+      word >>= 8;
+    }
+  } else if constexpr (kBits == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = add_pairs<T>(and_or(word >> (4 * i), 0x000f000fU, kCodeBase<T>), zero.low);
+    }
+  } else if constexpr (kHalf) {
+    pairs[0] = add_pairs<T>(__byte_perm(word, kCodeBase<T>, 0x5250), zero.low);
+    pairs[1] = add_pairs<T>(__byte_perm(word, kCodeBase<T>, 0x5351), zero.low);
+  } else {
+    // A bfloat16 cannot hold 128 + code: by way of the float32 number 2^23 + code.
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = bit_cast<float>(__byte_perm(word, 0x4b000000U, 0x7550 + i)) + bit_cast<float>(zero.low);
+    }
+    // Integers of up to 8 bits: their float32's upper halves.
+    pairs[0] = __byte_perm(bit_cast<uint32_t>(values[0]), bit_cast<uint32_t>(values[2]), 0x7632);
+    pairs[1] = __byte_perm(bit_cast<uint32_t>(values[1]), bit_cast<uint32_t>(values[3]), 0x7632);
+  }
+}
+
+__device__ __forceinline__ void load_shared_words(uint32_t (&words)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from));
+}
+__device__ __forceinline__ void load_shared_words(uint32_t& first, uint32_t& second, uint32_t from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(from));
+}
+__device__ __forceinline__ uint32_t load_shared_8(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from));
+  return value;
+}
+__device__ __forceinline__ void store_to_block(uint32_t mapped_to, const float (&v)[4]) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mapped_to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+               "f"(v[3])
+               : "memory");
+}
+
+// --- A block's part of the GEMM, and the layout of its shared memory.
+template <int kBits, int kXTiles>
+struct QuantizedBlock {
+  const StreamQuantizedArguments& p;
+  const int parts = p.swiglu ? 2 : 1;  // gate and up
+  const int split = p.splits == 1 ? 0 : cluster_block_rank();
+  const int first_tile = p.splits == 1 ? static_cast<int>(blockIdx.x) : cluster_index();
+  const int tile_step = p.splits == 1 ? static_cast<int>(gridDim.x) : num_clusters();
+  const int first_chunk = p.chunks * split / p.splits;
+  const int chunks = p.chunks * (split + 1) / p.splits - first_chunk;  // of a tile
+  const QuantizedStage layout{kXTiles, kBits, parts * p.tile_blocks, p.groups_of_chunk, p.zeros != nullptr};
+  const uint32_t barriers;
+  const uint32_t ring = (barriers + 16 * kQuantizedMaxStages + 1023) / 1024 * 1024;
+  const uint32_t received = ring + p.stages * layout.stride;
+
+  __device__ __forceinline__ QuantizedBlock(const StreamQuantizedArguments& arguments, uint32_t shared)
+      : p(arguments), barriers(shared) {}
+
+  __device__ __forceinline__ uint32_t full(int s) const { return barriers + 16 * s; }
+  __device__ __forceinline__ uint32_t empty(int s) const { return barriers + 16 * s + 8; }
+  // By a warp: a lane for each stage.
+  __device__ __forceinline__ void init_barriers() const {
+    const int s = static_cast<int>(threadIdx.x) % 32;
+    if (s < p.stages) {
+      mbarrier_init(full(s), 2);
+      mbarrier_init(empty(s), p.row_warps);
+    }
+    fence_mbarrier_init();
+  }
+};
+
+// The bulk copies of a chunk of the weight, each by one lane: codes, the scales of each group, the zeros of each group;
+// with SwiGLU each of the gate and of up.
+template <int kBits, int kXTiles>
+class QuantizedProducer {
+ public:
+  __device__ __forceinline__ explicit QuantizedProducer(const QuantizedBlock<kBits, kXTiles>& block) : block_(block) {
+    const StreamQuantizedArguments& p = block.p;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int part = lane % block.parts, kind = lane / block.parts, groups = p.groups_of_chunk;
+    copies_ = kind < 1 + groups * (p.zeros == nullptr ? 1 : 2);
+    const int64_t first_block = static_cast<int64_t>(part) * p.up_blocks;
+    if (kind == 0) {
+      bytes_of_block_ = kPackedRows * kPackedK * kBits / 8;
+      from_ = p.codes;
+      chunk_stride_ = static_cast<int64_t>(p.row_blocks) * bytes_of_block_;
+      to_ = block.ring + block.layout.codes;
+    } else {
+      const bool zeros = kind > groups;
+      const int group = (kind - 1) % max(groups, 1);
+      bytes_of_block_ = zeros ? kPackedRows : 2 * kPackedRows;
+      const int64_t row_bytes = static_cast<int64_t>(p.row_blocks) * bytes_of_block_;
+      from_ = (zeros ? p.zeros : reinterpret_cast<const uint8_t*>(p.scales)) + group * row_bytes;
+      chunk_stride_ = groups * row_bytes;
+      to_ = block.ring + (zeros ? block.layout.zeros : block.layout.scales) +
+            group * block.parts * p.tile_blocks * bytes_of_block_;
+    }
+    from_ += first_block * bytes_of_block_;
+    to_ += part * p.tile_blocks * bytes_of_block_;
+  }
+
+  // By the whole warp.
+  __device__ __forceinline__ void load_all() {
+    const StreamQuantizedArguments& p = block_.p;
+    const bool leads = threadIdx.x % 32 == 0;
+    const uint64_t policy = evict_first_policy();
+    PipelineState state;
+    int free_stages = p.stages;
+    for (int tile = block_.first_tile; tile < p.tiles; tile += block_.tile_step) {
+      const int first_block = tile * p.tile_blocks;
+      const int blocks = min(p.tile_blocks, p.used_blocks - first_block);
+      const int bytes = blocks * bytes_of_block_;
+      const int all_bytes = blocks * block_.parts *
+                            (kPackedRows * kPackedK * kBits / 8 +
+                             p.groups_of_chunk * kPackedRows * (p.zeros == nullptr ? 2 : 3));
+      const uint8_t* from = from_ + block_.first_chunk * chunk_stride_ + first_block * static_cast<int64_t>(bytes_of_block_);
+      for (int chunk = 0; chunk < block_.chunks; ++chunk, from += chunk_stride_, state.advance(p.stages)) {
+        if (--free_stages < 0) mbarrier_wait(block_.empty(state.stage), state.parity ^ 1);
+        const uint32_t full = block_.full(state.stage);
+        if (leads) mbarrier_arrive_expect_tx(full, all_bytes);
+        __syncwarp();
+        if (copies_) bulk_load(to_ + state.stage * block_.layout.stride, from, bytes, full, policy);
+      }
+    }
+  }
+
+ private:
+  const QuantizedBlock<kBits, kXTiles>& block_;
+  const uint8_t* from_;    // of chunk 0 of the first block
+  int64_t chunk_stride_;   // bytes
+  uint32_t to_;            // in stage 0
+  int bytes_of_block_;     // that a block of 16 rows has of this lane's array in a chunk
+  bool copies_;            // this lane has something to copy
+};
+
+template <int kBits, int kXTiles>
+__device__ __forceinline__ void produce_quantized_x(const QuantizedBlock<kBits, kXTiles>& block) {
+  const StreamQuantizedArguments& p = block.p;
+  const uint64_t policy = evict_last_policy();
+  PipelineState state;
+  int free_stages = p.stages;
+  for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
+    for (int chunk = block.first_chunk; chunk < block.first_chunk + block.chunks; ++chunk, state.advance(p.stages)) {
+      if (--free_stages < 0) mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
+      const uint32_t full = block.full(state.stage), to = block.ring + state.stage * block.layout.stride;
+      mbarrier_arrive_expect_tx(full, block.layout.codes);
+      tma_load_2d(to, p.x, full, policy, chunk * kPackedK, 0);
+      tma_load_2d(to + block.layout.codes / 2, p.x, full, policy, chunk * kPackedK + kXBoxK, 0);
+    }
+  }
+}
+
+// A consumer warp. Its block of 16 rows is one of the weight's, or with SwiGLU 8 gate rows and the 8 up rows that belong
+// to them: a lane has a row of the first 8 and one of the second 8.
+template <typename T, int kBits, int kXTiles>
+class QuantizedConsumer {
+ public:
+  __device__ __forceinline__ explicit QuantizedConsumer(const QuantizedBlock<kBits, kXTiles>& block)
+      : block_(block), p(block.p) {
+    // The matrices of x are the k of the pairs that one mma instruction multiplies: load_operands.
+    const int matrix = lane_ / 8, pack = kBits == 4 ? matrix % 2 * 2 + matrix / 2 : matrix;
+    x_ = lane_ % 8 * 128 + ((pack ^ lane_ % 8) << 4);
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int index = kWarpBlocks * row_warp_ + r;
+        const int slot = p.swiglu ? h * p.tile_blocks + index / 2 : index, half = p.swiglu ? index % 2 : h;
+        codes_[r][h] = block.layout.codes + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
+        row_[r][h] = slot * kPackedRows + lane_ / 4 + 8 * half;
+        zero_[r][h].set(1U << (kBits - 1));
+      }
+    }
+  }
+
+  // `first_number`: of the tile's first chunk among all that the block loads.
+  __device__ __forceinline__ void multiply_tile(int tile, int first_number) {
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int i = 0; i < kXTiles; ++i) sums_[r][i][0] = sums_[r][i][1] = sums_[r][i][2] = sums_[r][i][3] = 0.0F;
+    }
+    if (p.groups_of_chunk == 0) load_scales_of_rows(tile);
+    if (p.groups_of_chunk <= 1) {
+      p.swiglu ? multiply_chunks<true, false>(first_number) : multiply_chunks<false, false>(first_number);
+    } else {
+      p.swiglu ? multiply_chunks<true, true>(first_number) : multiply_chunks<false, true>(first_number);
+    }
+  }
+
+  // Writes y where this warp has the whole sums.
+  __device__ __forceinline__ void write_tile(int tile) const {
+#pragma unroll
+    for (int i = 0; i < kXTiles; ++i) {
+      float sums[kWarpBlocks][4];
+#pragma unroll
+      for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[r][j] = sums_[r][i][j];
+      }
+      write_item(tile, row_warp_, i, sums);
+    }
+  }
+  __device__ __forceinline__ void load_own_bias(int tile) { load_bias(tile, row_warp_); }
+
+  // Sends the partial sums to the blocks that own their items. `buffer` is where those receive them.
+  __device__ __forceinline__ void send_sums(uint32_t buffer) const {
+    int item = row_warp_ * kXTiles;
+#pragma unroll
+    for (int i = 0; i < kXTiles; ++i, ++item) {
+      const uint32_t to = received(buffer, item / p.splits, block_.split * p.k_warps + k_warp_);
+      const uint32_t mapped = p.splits == 1 ? to : map_to_block(to, item % p.splits);
+#pragma unroll
+      for (int r = 0; r < kWarpBlocks; ++r) store_to_block(mapped + r * kItemBlockBytes, sums_[r][i]);
+    }
+  }
+  // Loads the bias of the first item that finish_items writes: before the barrier between the two.
+  __device__ __forceinline__ void load_first_bias(int tile) {
+    if (first_item() < items()) load_bias(tile, first_item() / kXTiles);
+  }
+  // Adds the partial sums of the items that the block owns, each by one warp, and writes them.
+  __device__ __forceinline__ void finish_items(int tile, uint32_t buffer) {
+    const int consumers = p.row_warps * p.k_warps;
+#pragma unroll 1
+    for (int item = first_item(); item < items(); item += consumers * p.splits) {
+      if (item != first_item()) load_bias(tile, item / kXTiles);
+      float sums[kWarpBlocks][4] = {};
+#pragma unroll 4
+      for (int part = 0; part < p.splits * p.k_warps; ++part) {
+#pragma unroll
+        for (int r = 0; r < kWarpBlocks; ++r) {
+          float more[4];
+          load_shared(more, received(buffer, item / p.splits, part) + r * kItemBlockBytes);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[r][j] += more[j];
+        }
+      }
+      write_item(tile, item / kXTiles, item % kXTiles, sums);
+    }
+  }
+
+ private:
+  static constexpr int kWarpBlocks = quantized_warp_blocks(kXTiles);
+  static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma instructions
+  static constexpr int kSuperblockBytes = kPackedRows * kPackedK * kBits / 8;
+
+  // The chunk with number n is multiplied by the k warp n % k_warps: always the same for a stage, whose number of chunks
+  // is a multiple.
+  template <bool kSwiglu, bool kSeveralGroups>
+  __device__ __forceinline__ void multiply_chunks(int first_number) {
+    const int end_number = first_number + block_.chunks;
+    int number = first_number + (k_warp_ - first_number % p.k_warps + p.k_warps) % p.k_warps;
+    PipelineState state{number % p.stages, number / p.stages % 2};
+    uint32_t stage = block_.ring + state.stage * block_.layout.stride;
+    const int step = p.k_warps * block_.layout.stride;
+    for (; number < end_number; number += p.k_warps) {
+      mbarrier_wait(block_.full(state.stage), state.parity);
+      multiply_chunk<kSwiglu, kSeveralGroups>(stage);
+      __syncwarp();
+      if (lane_ == 0) mbarrier_arrive(block_.empty(state.stage));
+      state.stage += p.k_warps;
+      stage += step;
+      if (state.stage >= p.stages) {
+        state.stage -= p.stages;
+        stage = block_.ring + state.stage * block_.layout.stride;
+        state.parity ^= 1;
+      }
+    }
+  }
+
+  __device__ __forceinline__ float scale_of(uint16_t bits) const {
+    return p.bfloat16_scales ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
+  }
+  // The scales, and zeros, of one group of all k.
+  __device__ __forceinline__ void load_scales_of_rows(int tile) {
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int in_tile = row_[r][h] - (p.swiglu ? h * p.tile_blocks * kPackedRows : 0);
+        const int block = tile * p.tile_blocks + (p.swiglu ? h * p.up_blocks : 0);
+        const int row = block * kPackedRows + in_tile;
+        if (row >= p.row_blocks * kPackedRows) continue;
+        scale_[r][h] = scale_of(p.scales[row]);
+        if (p.zeros != nullptr) zero_[r][h].set(p.zeros[row]);
+      }
+    }
+  }
+  __device__ __forceinline__ void load_group(uint32_t stage, int group) {
+    const int first = group * block_.parts * p.tile_blocks * kPackedRows;
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scale_[r][h] = scale_of(load_shared_16(stage + block_.layout.scales + 2 * (first + row_[r][h])));
+      }
+    }
+    if (p.zeros == nullptr) return;
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        zero_[r][h].set(load_shared_8(stage + block_.layout.zeros + first + row_[r][h]));
+      }
+    }
+  }
+
+  // kSeveralGroups: there are 2 or 4 groups in a chunk. Branches between the steps would keep them from overlapping.
+  template <bool kSwiglu, bool kSeveralGroups>
+  __device__ __forceinline__ void multiply_chunk(uint32_t stage) {
+    const uint32_t x = stage + x_;
+    if (!kSeveralGroups && p.groups_of_chunk == 1) load_group(stage, 0);
+    uint32_t words[kWarpBlocks][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (kSeveralGroups) load_group(stage, step * p.groups_of_chunk / kSteps);
+#pragma unroll
+      for (int r = 0; r < kWarpBlocks; ++r) {
+        if (kBits == 4 && step % 2 == 1) continue;  // a block has two steps
+        const int offset = (kBits == 4 ? step / 2 : step) * kPackedBlockBytes;
+        if (kSwiglu) {
+          load_shared_words(words[r][0], words[r][1], stage + codes_[r][0] + offset);
+          load_shared_words(words[r][2], words[r][3], stage + codes_[r][1] + offset);
+        } else {
+          load_shared_words(words[r], stage + codes_[r][0] + offset);
+        }
+      }
+      uint32_t a[kWarpBlocks][2][4];  // of two mma instructions
+#pragma unroll
+      for (int r = 0; r < kWarpBlocks; ++r) load_operands(words[r], step % 2, zero_[r], a[r]);
+#pragma unroll
+      for (int i = 0; i < kXTiles; ++i) {
+        uint32_t b[4];
+        ldmatrix_x4(b, (x + step / 2 * (kXTiles * 1024) + i * 1024) ^ (step % 2 * 64));
+#pragma unroll
+        for (int r = 0; r < kWarpBlocks; ++r) {
+          float z[4] = {};
+          mma_m16n8k16<T>(z, a[r][0], b[0], b[1]);
+          mma_m16n8k16<T>(z, a[r][1], b[2], b[3]);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums_[r][i][j] = fmaf(scale_[r][j / 2], z[j], sums_[r][i][j]);
+        }
+      }
+    }
+  }
+  // The operands of 32 k. A word of int4 has pairs of two rows of k, k + 8, k + 16 and k + 24: the first instruction
+  // multiplies k and k + 16, the second the others. Two words of int8 have one instruction each.
+  __device__ __forceinline__ void load_operands(const uint32_t (&words)[4], int step, const ZeroPoint<T, kBits> (&zero)[2],
+                                                uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (kBits == 4) {
+        uint32_t pairs[4];
+        to_pairs<T, 4>(words[2 * h + step], zero[h], pairs);
+        a[0][h] = pairs[0];
+        a[0][2 + h] = pairs[2];
+        a[1][h] = pairs[1];
+        a[1][2 + h] = pairs[3];
+      } else {
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          uint32_t pairs[2];
+          to_pairs<T, 8>(words[2 * h + w], zero[h], pairs);
+          a[w][h] = pairs[0];
+          a[w][2 + h] = pairs[1];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ int items() const { return p.row_warps * kXTiles; }
+  __device__ __forceinline__ int first_item() const { return block_.split + warp_ * p.splits; }
+  // Where a block receives part `part` of the sums of the `index`-th item that it owns.
+  __device__ __forceinline__ uint32_t received(uint32_t buffer, int index, int part) const {
+    return buffer + (index * p.splits * p.k_warps + part) * quantized_item_bytes(kXTiles) + lane_ * 16;
+  }
+
+  // The first column of y of a warp's block, which has 16, or 8 with SwiGLU; and the end of the tile's.
+  __device__ __forceinline__ int first_column(int tile, int row_warp, int r) const {
+    return tile * p.tile_blocks * kPackedRows + (kWarpBlocks * row_warp + r) * (p.swiglu ? 8 : 16);
+  }
+  __device__ __forceinline__ int end_column(int tile) const {
+    return min(p.columns, (tile + 1) * p.tile_blocks * kPackedRows);
+  }
+  __device__ __forceinline__ void load_bias(int tile, int row_warp) {
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int column = first_column(tile, row_warp, r) + lane_ / 4 + (p.swiglu ? 0 : 8 * h);
+        const bool exists = p.bias != nullptr && column < p.columns;
+        bias_[r][h] = exists ? to_float(static_cast<const T*>(p.bias)[column + (p.swiglu ? h * p.columns : 0)]) : 0.0F;
+      }
+    }
+  }
+  // Writes 8 rows times 16 columns of y for each block, or 8 columns with SwiGLU. A lane has two rows of one column (or
+  // of two, 8 apart), and gets two columns of one row.
+  __device__ __forceinline__ void write_item(int tile, int row_warp, int x_tile,
+                                             const float (&sums)[kWarpBlocks][4]) const {
+    const int row = 8 * x_tile + lane_ / 4;
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+      const float z[4] = {sums[r][0] + bias_[r][0], sums[r][1] + bias_[r][0], sums[r][2] + bias_[r][1],
+                          sums[r][3] + bias_[r][1]};
+      const int column = first_column(tile, row_warp, r) + 2 * (lane_ % 4);
+      if (p.swiglu) {
+        write_pair(row, column, end_column(tile),
+                   movmatrix_trans(pack_pair<T>(silu<T>(z[0]) * z[2], silu<T>(z[1]) * z[3])));
+      } else {
+        write_pair(row, column, end_column(tile), movmatrix_trans(pack_pair<T>(z[0], z[1])));
+        write_pair(row, column + 8, end_column(tile), movmatrix_trans(pack_pair<T>(z[2], z[3])));
+      }
+    }
+  }
+  __device__ __forceinline__ void write_pair(int row, int column, int end_column, uint32_t pair) const {
+    if (row < p.rows) {
+      uint16_t* const to = static_cast<uint16_t*>(p.y) + static_cast<int64_t>(row) * p.columns + column;
+      if (p.writes_pairs) {  // then there is an even number of columns
+        if (column < end_column) *reinterpret_cast<uint32_t*>(to) = pair;
+      } else {
+        if (column < end_column) to[0] = static_cast<uint16_t>(pair);
+        if (column + 1 < end_column) to[1] = static_cast<uint16_t>(pair >> 16);
+      }
+    }
+    __syncwarp();
+  }
+
+  const QuantizedBlock<kBits, kXTiles>& block_;
+  const StreamQuantizedArguments& p;
+  const int warp_ = static_cast<int>(threadIdx.x) / 32;
+  const int lane_ = static_cast<int>(threadIdx.x) % 32;
+  const int row_warp_ = warp_ % p.row_warps;
+  const int k_warp_ = warp_ / p.row_warps;
+  // Offsets in a stage, of this lane: bytes of x and codes, rows among the scales of a group.
+  uint32_t x_, codes_[kWarpBlocks][2];
+  int row_[kWarpBlocks][2];
+  ZeroPoint<T, kBits> zero_[kWarpBlocks][2];
+  float scale_[kWarpBlocks][2];
+  float bias_[kWarpBlocks][2];
+  float sums_[kWarpBlocks][kXTiles][4];
+};
+
+template <typename T, int kBits, int kXTiles>
+__global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuantizedProducerWarps), 1)
+    gemm_quantized(const __grid_constant__ StreamQuantizedArguments p) {
+  trigger_dependent_launch();
+  extern __shared__ char shared[];
+  const QuantizedBlock<kBits, kXTiles> block(p, shared_address(shared));
+  const int consumers = p.row_warps * p.k_warps;
+  const int warp = static_cast<int>(threadIdx.x) / 32 - consumers;  // 0 and more: producers
+  if (warp == 0) {
+    block.init_barriers();
+  } else if (warp == 1 && threadIdx.x % 32 == 0) {
+    prefetch_tensor_map(p.x);
+  }
+  __syncthreads();
+  if (p.splits > 1) cluster_arrive();
+  if (warp == 0) {
+    if (!p.constant_weight) wait_for_previous_kernel();
+    QuantizedProducer<kBits, kXTiles>(block).load_all();
+  } else if (warp == 1 && threadIdx.x % 32 == 0) {
+    wait_for_previous_kernel();
+    produce_quantized_x(block);
+  }
+  __syncwarp();
+  if (p.splits > 1) cluster_wait();  // the other blocks have started: their shared memory can be written
+  if (warp >= 0) {
+    if (p.splits > 1) {
+      cluster_arrive();
+      cluster_wait();
+    }
+    return;
+  }
+  if (!p.constant_weight) wait_for_previous_kernel();
+  QuantizedConsumer<T, kBits, kXTiles> consumer(block);
+  const bool exchanges = p.splits * p.k_warps > 1;
+  const int received_bytes = quantized_received_bytes(kXTiles, p.row_warps, p.k_warps, p.splits);
+  int chunk_number = 0, parity = 0;
+  for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
+    if (!exchanges) consumer.load_own_bias(tile);
+    consumer.multiply_tile(tile, chunk_number);
+    chunk_number += block.chunks;
+    if (!exchanges) {
+      if (p.constant_weight) wait_for_previous_kernel();
+      consumer.write_tile(tile);
+      continue;
+    }
+    // The next tile's sums go to the other buffer: one barrier is enough.
+    const uint32_t buffer = block.received + parity * received_bytes;
+    parity ^= 1;
+    consumer.send_sums(buffer);
+    consumer.load_first_bias(tile);
+    if (p.splits > 1) {  // then the block has one tile
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      asm volatile("barrier.sync 1, %0;" ::"r"(32 * consumers) : "memory");
+    }
+    if (p.constant_weight) wait_for_previous_kernel();
+    consumer.finish_items(tile, buffer);
+  }
+}
+
+}  // namespace qwen_plugins

@@ -1,0 +1,194 @@
+#include "tiles_quantized.cuh"
+
+#include <algorithm>
+#include <array>
+
+#include "kernels/common/arithmetic.h"
+#include "kernels/common/tensor_map.h"
+#include "tiles_quantized.h"
+
+namespace qwen_plugins {
+namespace {
+
+constexpr int64_t kMinRows = 17;  // with fewer, most of each tile is idle
+constexpr int64_t kMaxSumsBytes = int64_t{32} << 20;
+
+// How a GEMM is divided: the rows of x in a tile, and the parts of k.
+struct Tiling {
+  int rows;
+  int splits;
+};
+constexpr std::array<int, 3> kTileRows{64, 128, 256};
+constexpr std::array<int, 6> kSplits{1, 2, 3, 4, 6, 8};
+constexpr int32_t kRowsUnit = 64;
+
+// The number of the kernel's variant.
+constexpr int32_t variant_of(const Tiling& tiling) { return tiling.rows / kRowsUnit * 16 + tiling.splits; }
+constexpr Tiling tiling_of(int32_t variant) { return {variant / 16 * kRowsUnit, variant % 16}; }
+
+int64_t chunks_of(const GemmShape& shape) { return divide_up(shape.in_features, kBlockK); }
+// Weight rows of a cluster's tile, and the tiles of all clusters.
+constexpr int64_t kClusterWeights = int64_t{kQuantizedTileWeights} * kQuantizedCluster;
+int64_t weight_tiles_of(const GemmShape& shape) { return divide_up(shape.out_features, kClusterWeights); }
+int64_t tiles_of(const GemmShape& shape, const Tiling& tiling) {
+  return divide_up(shape.rows, tiling.rows) * weight_tiles_of(shape);
+}
+int64_t sums_bytes(const GemmShape& shape, const Tiling& tiling) {
+  return tiling.splits == 1 ? 0 : tiles_of(shape, tiling) * tiling.splits * kClusterWeights * tiling.rows * 4;
+}
+bool is_possible(const GemmShape& shape, const Tiling& tiling) {
+  return tiling.splits <= chunks_of(shape) && sums_bytes(shape, tiling) <= kMaxSumsBytes;
+}
+
+// An estimate of the time, in a multiprocessor's cycles.
+double cycles(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
+  const double clusters = device.multiprocessors / kQuantizedCluster;
+  const auto units = static_cast<double>(tiles_of(shape, tiling) * tiling.splits);
+  const double chunk = std::max(4.6 * tiling.rows, 450.0);
+  const double chunks = static_cast<double>(chunks_of(shape)) / tiling.splits;
+  const double ending = 2000 + (tiling.splits > 1 ? 20.0 * tiling.rows : 6.0 * tiling.rows);
+  const double adding = tiling.splits == 1 ? 0 : 4500 + static_cast<double>(sums_bytes(shape, tiling)) / 2500;
+  return std::ceil(units / clusters) * (chunks * chunk + ending) + adding;
+}
+
+// All possible tilings, the best first.
+std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties& device) {
+  std::vector<Tiling> tilings;
+  for (const int rows : kTileRows) {
+    for (const int splits : kSplits) {
+      if (is_possible(shape, {rows, splits})) tilings.push_back({rows, splits});
+    }
+  }
+  std::stable_sort(tilings.begin(), tilings.end(), [&](const Tiling& a, const Tiling& b) {
+    return cycles(shape, a, device) < cycles(shape, b, device);
+  });
+  return tilings;
+}
+
+// The coordinates are: word in 128 columns of k (kBlockK at a time), block of 16 weight rows, with SwiGLU gate (0) or up
+// (1), 128 columns of k.
+bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) {
+  const GemmShape& shape = params.shape;
+  const PackedSizes sizes(shape.weight_format, shape.out_features, shape.in_features);
+  const bool swiglu = shape.activation == Activation::kSwiglu;
+  const cuuint64_t bytes = superblock_bytes_of(shape.weight_format.kind);
+  const auto row_blocks = static_cast<cuuint64_t>(sizes.rows / kPackedRows);
+  const auto columns = static_cast<cuuint64_t>(sizes.k / kPackedK);
+  const auto parts = static_cast<cuuint32_t>(swiglu ? 2 : 1);
+  const cuuint64_t part_blocks = swiglu ? static_cast<cuuint64_t>(columns_of(shape) / kPackedRows) : row_blocks;
+  return encode_word_tensor_map(
+      tensor_map, params.weight, {bytes / 4, part_blocks, parts, columns},
+      {bytes, bytes * part_blocks, bytes * row_blocks},
+      {static_cast<cuuint32_t>(bytes / 4 * kBlockK / kPackedK), kQuantizedTileWeights / kPackedRows / parts, parts, 1});
+}
+
+template <typename T, WeightKind kKind, int kRows>
+cudaError_t launch_tiles(const GemmParams& params, int splits, const DeviceProperties& device, cudaStream_t stream) {
+  const GemmShape& shape = params.shape;
+  const WeightFormat& format = shape.weight_format;
+  constexpr int kSharedBytes = QuantizedLayout<kKind, kRows>::kBytes;
+  auto* const kernel = gemm_quantized_tiles<T, kKind, kRows>;
+  // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  QuantizedTilesArguments arguments{};
+  if (!encode_codes_tensor_map(arguments.codes, params) ||
+      !encode_x_tensor_map(arguments.x, params, kRows / kQuantizedCluster)) {
+    return cudaErrorNotSupported;
+  }
+  arguments.scales = static_cast<const uint16_t*>(params.scales);
+  arguments.zeros = static_cast<const uint8_t*>(params.zeros);
+  arguments.bias = params.bias;
+  arguments.y = params.y;
+  arguments.sums = static_cast<float4*>(params.workspace);
+  arguments.columns = static_cast<int32_t>(columns_of(shape));
+  arguments.rows = static_cast<int32_t>(shape.rows);
+  arguments.chunks = static_cast<int32_t>(chunks_of(shape));
+  arguments.groups = format.group_size == 32 ? 2 : 1;
+  arguments.group_chunks = format.group_size == 0 ? arguments.chunks : std::max(1, format.group_size / kBlockK);
+  arguments.scale_rows = static_cast<int32_t>(PackedSizes(format, shape.out_features, shape.in_features).rows);
+  arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kRows));
+  arguments.weight_tiles = static_cast<int32_t>(weight_tiles_of(shape));
+  arguments.splits = splits;
+  arguments.swiglu = shape.activation == Activation::kSwiglu;
+  arguments.constant_weight = params.constant_weight;
+  const int64_t tiles = int64_t{arguments.row_tiles} * arguments.weight_tiles;
+  const auto clusters =
+      static_cast<unsigned>(std::min<int64_t>(tiles * splits, device.multiprocessors / kQuantizedCluster));
+  const cudaError_t error = launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(kQuantizedThreads),
+                                            kSharedBytes, kQuantizedCluster, device, stream, arguments);
+  if (error != cudaSuccess || splits == 1) return error;
+  const dim3 blocks(static_cast<unsigned>(tiles * kQuantizedCluster * kQuantizedGroups), kRows / kQuantizedPartRows);
+  return launch_kernel(gemm_quantized_tiles_add<T, kRows>, blocks, dim3(kWarpgroupThreads), 0, device, stream,
+                       arguments);
+}
+
+template <typename T, WeightKind kKind>
+cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
+                          cudaStream_t stream) {
+  if (tiling.rows == 64) return launch_tiles<T, kKind, 64>(params, tiling.splits, device, stream);
+  if (tiling.rows == 128) return launch_tiles<T, kKind, 128>(params, tiling.splits, device, stream);
+  return launch_tiles<T, kKind, 256>(params, tiling.splits, device, stream);
+}
+
+template <typename T>
+cudaError_t launch_kind(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
+                        cudaStream_t stream) {
+  return params.shape.weight_format.kind == WeightKind::kInt4
+             ? launch_tiling<T, WeightKind::kInt4>(params, tiling, device, stream)
+             : launch_tiling<T, WeightKind::kInt8>(params, tiling, device, stream);
+}
+
+bool takes(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
+  const GemmShape& shape = params.shape;
+  const WeightFormat& format = shape.weight_format;
+  const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.y);
+  const bool fits = is_quantized(format) && format.scale_dtype == shape.dtype && addresses % 16 == 0 &&
+                    shape.in_features % 8 == 0 && params.x_row_stride % 8 == 0;
+  if (device.major != 9 || device.multiprocessors < kQuantizedCluster || !fits || shape.rows < kMinRows) return false;
+  if (columns_of(shape) % (shape.activation == Activation::kSwiglu ? kPackedRows : 8) != 0) return false;
+  return variant == kOwnVariant || is_possible(shape, tiling_of(variant));
+}
+
+bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
+  constexpr size_t kMeasured = 5;
+  const std::vector<Tiling> tilings = best_tilings(params.shape, device);
+  for (size_t i = 0; i < std::min(kMeasured, tilings.size()); ++i) {
+    if (variant_of(tilings[i]) == variant) return true;
+  }
+  return false;
+}
+
+int64_t workspace_bytes(const GemmShape& shape) {
+  return is_quantized(shape.weight_format) && shape.rows >= kMinRows ? kMaxSumsBytes : 0;
+}
+
+cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {
+  const Tiling tiling = variant == kOwnVariant ? best_tilings(params.shape, device)[0] : tiling_of(variant);
+  return params.shape.dtype == DataType::kFloat16 ? launch_kind<__half>(params, tiling, device, stream)
+                                                  : launch_kind<__nv_bfloat16>(params, tiling, device, stream);
+}
+
+}  // namespace
+
+GemmKernel tiles_quantized_kernel() {
+  GemmKernel kernel{};
+  kernel.id = GemmKernelId::kTilesQuantized;
+  kernel.name = "tiles_quantized";
+  for (const int rows : kTileRows) {
+    for (const int splits : kSplits) {
+      kernel.variants.push_back(
+          {variant_of({rows, splits}), "n" + std::to_string(rows) + "s" + std::to_string(splits)});
+    }
+  }
+  kernel.takes = takes;
+  kernel.is_for = [](const GemmParams&, const DeviceProperties&) { return true; };
+  kernel.is_candidate = is_candidate;
+  kernel.workspace_bytes = workspace_bytes;
+  kernel.launch = launch;
+  return kernel;
+}
+
+}  // namespace qwen_plugins

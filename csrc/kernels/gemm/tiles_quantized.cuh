@@ -1,0 +1,544 @@
+// The GEMM for tens of rows and more with int4 and int8 weights on Hopper: y^T = weight · x^T.
+//
+// A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 weight rows
+// times kRows rows of x at a time: each of two consumer warpgroups has 64 weight rows, which it dequantizes in
+// registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer warp
+// fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and weights by
+// TMA, scales and zero points by bulk copies. The two blocks of a cluster have the same rows of x, of which each loads
+// half and multicasts it to both. With few tiles k is split: blocks write float32 sums to the workspace, and a second
+// kernel adds them in a fixed order. Launched while the previous kernel runs, as gemm_stream.
+#pragma once
+
+#include <cuda.h>
+
+#include "dequantize.cuh"
+#include "hopper_operands.h"
+#include "kernels/common/hopper.cuh"
+#include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/tensor_cores.cuh"
+#include "kernels/common/wgmma.cuh"
+#include "packed_weight.h"
+#include "silu.cuh"
+
+namespace qwen_plugins {
+
+constexpr int kQuantizedTileWeights = 128;  // weight rows of a block's tile
+constexpr int kQuantizedHalf = kQuantizedTileWeights / 2;
+constexpr int kQuantizedGroups = 2;         // consumer warpgroups, of 64 weight rows each
+constexpr int kQuantizedCluster = 2;        // blocks, with the same rows of x
+constexpr int kQuantizedThreads = kWarpgroupThreads * (kQuantizedGroups + 1);
+constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at a time
+
+// Results of kQuantizedPartRows rows of x and a warpgroup's columns of y; 16 bytes of padding between rows spread them
+// over all banks.
+constexpr int kQuantizedResultRowBytes = 2 * 64 + 16;
+constexpr int kQuantizedPartBytes = kQuantizedPartRows * kQuantizedResultRowBytes;
+
+// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has x, the codes of the
+// weights, and their scales and zero points, of two groups at most.
+template <WeightKind kKind, int kRows>
+struct QuantizedLayout {
+  static constexpr int kXBytes = kRows * kSwizzleBytes;
+  static constexpr int kBlockBytes = superblock_bytes_of(kKind) * kBlockK / kPackedK;  // codes of 16 weight rows
+  static constexpr int kCodeBytes = kQuantizedTileWeights / kPackedRows * kBlockBytes;
+  static constexpr int kScales = kXBytes + kCodeBytes;
+  static constexpr int kZeros = kScales + 2 * 2 * kQuantizedTileWeights;
+  static constexpr int kStageBytes = kScales + 1024;  // a multiple of 1024
+  static_assert(kZeros + 2 * kQuantizedTileWeights <= kStageBytes && kStageBytes % 1024 == 0);
+  static constexpr int kResultBytes = kRows / kQuantizedPartRows * kQuantizedPartBytes;  // of a warpgroup
+  static constexpr int kAllResultBytes = kQuantizedGroups * kResultBytes;
+  static constexpr int kMaxBytes = 232448;  // what a block can have on Hopper
+  static constexpr int kFitting = (kMaxBytes - kAllResultBytes) / (kStageBytes + 16);
+  static constexpr int kStages = kFitting < 8 ? kFitting : 8;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kBytes = kRingBytes + kAllResultBytes + 16 * kStages;
+};
+
+struct QuantizedTilesArguments {
+  CUtensorMap codes;  // boxes of a chunk of k and a tile of weight rows
+  CUtensorMap x;      // boxes of half of the rows of a tile
+  const uint16_t* scales;
+  const uint8_t* zeros;  // null: none
+  const void* bias;
+  void* y;
+  float4* sums;          // where k is split: those of all blocks
+  int32_t columns;       // of y
+  int32_t rows;          // of x
+  int32_t chunks;        // of kBlockK elements of k
+  int32_t group_chunks;  // chunks with one group of scales
+  int32_t groups;        // in a chunk: 2 with groups of 32, else 1
+  int32_t scale_rows;    // from one group's scales to the next
+  int32_t row_tiles;     // each of kRows rows of x
+  int32_t weight_tiles;  // each of kQuantizedTileWeights weight rows of every block of a cluster
+  int32_t splits;        // of k
+  bool swiglu;           // a tile is 64 gate rows, then their up rows
+  bool constant_weight;
+};
+
+// The rows of a block's tile, and its part of k.
+struct QuantizedTile {
+  int row_tile, weight_tile;  // weight_tile: of a block, not of a cluster
+  int split;
+};
+
+// The tile scheduler: which tiles a cluster computes, and in which order. Bands of row tiles, and weight tile after
+// weight tile in a band, so that the clusters that run at the same time read few rows of x and few weights.
+class QuantizedTileOrder {
+ public:
+  __device__ __forceinline__ explicit QuantizedTileOrder(const QuantizedTilesArguments& p)
+      : p_(p), index_(static_cast<int>(blockIdx.x) / kQuantizedCluster) {}
+  __device__ __forceinline__ bool done() const { return index_ >= p_.row_tiles * p_.weight_tiles * p_.splits; }
+  __device__ __forceinline__ void advance() { index_ += static_cast<int>(gridDim.x) / kQuantizedCluster; }
+  __device__ __forceinline__ QuantizedTile tile(int rank) const {
+    constexpr int kBand = 8;
+    const int tiles = p_.row_tiles * p_.weight_tiles;
+    const int split = index_ / tiles;
+    const int index = index_ - split * tiles;
+    const int band = index / (kBand * p_.weight_tiles);
+    const int height = min(kBand, p_.row_tiles - band * kBand);
+    const int within = index - band * kBand * p_.weight_tiles;
+    return {band * kBand + within % height, within / height * kQuantizedCluster + rank, split};
+  }
+  __device__ __forceinline__ int first_chunk(int split) const { return p_.chunks * split / p_.splits; }
+
+ private:
+  const QuantizedTilesArguments& p_;
+  int index_;
+};
+
+// A block's place in its cluster, and the addresses in its shared memory.
+template <WeightKind kKind, int kRows>
+struct QuantizedBlock {
+  using Layout = QuantizedLayout<kKind, kRows>;
+  const QuantizedTilesArguments& p;
+  const uint32_t ring;  // at a multiple of 1024
+  const uint32_t results = ring + Layout::kRingBytes;
+  const uint32_t barriers = results + kQuantizedGroups * Layout::kResultBytes;
+  const int rank = cluster_block_rank();
+
+  __device__ __forceinline__ QuantizedBlock(const QuantizedTilesArguments& arguments, uint32_t shared)
+      : p(arguments), ring(shared) {}
+
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + 16 * stage + 8; }
+  __device__ __forceinline__ uint32_t x(int stage) const { return ring + stage * Layout::kStageBytes; }
+  __device__ __forceinline__ uint32_t codes(int stage) const { return x(stage) + Layout::kXBytes; }
+  __device__ __forceinline__ uint32_t scales(int stage) const { return x(stage) + Layout::kScales; }
+  __device__ __forceinline__ uint32_t zeros(int stage) const { return x(stage) + Layout::kZeros; }
+
+  __device__ __forceinline__ void init_barriers() const {
+    for (int stage = 0; stage < Layout::kStages; ++stage) {
+      mbarrier_init(full(stage), 2);
+      mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
+    }
+    fence_mbarrier_init();
+  }
+  // A barrier of all threads of the cluster: a block may write to the other's shared memory only after the other has
+  // initialised its mbarriers, and while it still runs.
+  __device__ __forceinline__ void sync_cluster() const {
+    cluster_arrive();
+    cluster_wait();
+  }
+};
+
+// A producer thread: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. One
+// thread has the weights, another x: the instructions of both would take one thread longer than wgmma takes.
+template <WeightKind kKind, int kRows, typename Load>
+__device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& block, Load load) {
+  using Layout = QuantizedLayout<kKind, kRows>;
+  PipelineState state;
+  int free_stages = Layout::kStages;  // at first
+  for (QuantizedTileOrder order(block.p); !order.done(); order.advance()) {
+    const QuantizedTile tile = order.tile(block.rank);
+    const int end = order.first_chunk(tile.split + 1);
+    int chunk = order.first_chunk(tile.split);
+    load.begin(tile, chunk);
+    for (; chunk < end; ++chunk) {
+      if (free_stages > 0) {
+        --free_stages;
+      } else {
+        mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
+      }
+      load(state.stage, chunk);
+      state.advance(Layout::kStages);
+    }
+  }
+}
+
+// Loads x: half of a stage's rows, for both blocks of the cluster.
+template <WeightKind kKind, int kRows>
+class LoadX {
+ public:
+  __device__ __forceinline__ explicit LoadX(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+
+  __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
+    row_ = tile.row_tile * kRows + block_.rank * kHalf;
+  }
+  __device__ __forceinline__ void operator()(int stage, int chunk) const {
+    mbarrier_arrive_expect_tx(block_.full(stage), 2 * kHalf * kSwizzleBytes);  // the other block's half, too
+    tma_load_2d_multicast<kQuantizedCluster>(block_.x(stage) + block_.rank * kHalf * kSwizzleBytes, block_.p.x,
+                                             block_.full(stage), chunk * kBlockK, row_);
+  }
+
+ private:
+  static constexpr int kHalf = kRows / kQuantizedCluster;
+  const QuantizedBlock<kKind, kRows>& block_;
+  int row_ = 0;
+};
+
+// Loads codes, scales and zero points.
+template <WeightKind kKind, int kRows>
+class LoadWeights {
+ public:
+  __device__ __forceinline__ explicit LoadWeights(const QuantizedBlock<kKind, kRows>& block)
+      : block_(block), p_(block.p) {}
+
+  __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
+    row_ = tile.weight_tile * (p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights);
+    // Rows with scales: a multiple of 16. With SwiGLU there are gate rows and up rows.
+    const int most = p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights;
+    count_ = max(0, min(p_.scale_rows - row_, most));
+    up_count_ = p_.swiglu ? max(0, min(p_.scale_rows - p_.columns - row_, most)) : 0;
+    const int scale_bytes = p_.zeros == nullptr ? 2 : 3;
+    bytes_ = Layout::kCodeBytes + p_.groups * (count_ + up_count_) * scale_bytes;
+    const int group = chunk / p_.group_chunks;
+    chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
+    scales_ = static_cast<int64_t>(group) * p_.groups * p_.scale_rows + row_;
+  }
+  __device__ __forceinline__ void operator()(int stage, int chunk) {
+    const uint32_t full = block_.full(stage);
+    mbarrier_arrive_expect_tx(full, bytes_);
+    // Coordinates: encode_codes_tensor_map.
+    tma_load_4d_multicast<1>(block_.codes(stage), p_.codes, full, chunk % 2 * (Layout::kBlockBytes / 4),
+                             row_ / kPackedRows, 0, chunk / 2);
+    for (int group = 0; group < p_.groups; ++group) {
+      const int64_t from = scales_ + group * p_.scale_rows;
+      const int to = group * kQuantizedTileWeights;
+      load_scales(stage, from, to, count_);
+      load_scales(stage, from + p_.columns, to + kQuantizedHalf, up_count_);
+    }
+    if (--chunks_left_ > 0) return;
+    chunks_left_ = p_.group_chunks;
+    scales_ += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+  }
+
+ private:
+  using Layout = QuantizedLayout<kKind, kRows>;
+
+  __device__ __forceinline__ void load_scales(int stage, int64_t from, int to, int count) const {
+    if (count == 0) return;
+    bulk_load(block_.scales(stage) + 2 * to, p_.scales + from, 2 * count, block_.full(stage), policy_);
+    if (p_.zeros == nullptr) return;
+    bulk_load(block_.zeros(stage) + to, p_.zeros + from, count, block_.full(stage), policy_);
+  }
+
+  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesArguments& p_;
+  const uint64_t policy_ = evict_normal_policy();
+  int row_ = 0, count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
+  int64_t scales_ = 0;
+};
+
+// What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
+// and g + 8 of a warp's 16 weight rows (g = lane / 4), or with SwiGLU a gate row and its up row.
+template <typename T>
+class QuantizedResults {
+ public:
+  __device__ __forceinline__ QuantizedResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
+      : p_(p), group_(group), staging_(staging) {}
+
+  // The bias of a tile's weight rows.
+  __device__ __forceinline__ void load_bias(int weight_tile) {
+    if (p_.bias == nullptr) return;
+    const T* const bias = static_cast<const T*>(p_.bias);
+    const int column = first_column(weight_tile) + warp_ * (p_.swiglu ? 8 : 16) + lane_ / 4;
+    if (column < p_.columns) bias_[0] = to_float(bias[column]);
+    const int second = p_.swiglu ? p_.columns + column : column + 8;
+    if (p_.swiglu ? column < p_.columns : second < p_.columns) bias_[1] = to_float(bias[second]);
+  }
+
+  // Stores 64 rows of x from `first_row` on, whose sums are eight tiles, by way of shared memory.
+  __device__ __forceinline__ void write_part(const float (*sums)[4], int first_row, int weight_tile,
+                                             uint32_t staging) const {
+    if (p_.swiglu) {
+      stage_swiglu(sums, staging);
+    } else {
+      stage(sums, staging);
+    }
+    fence_proxy_async();  // bulk copies read it
+    warpgroup_sync(1 + group_);
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+    const int row = first_row + thread;
+    const int column = first_column(weight_tile);
+    const int columns = min(group_columns(), p_.columns - column);
+    if (thread < kQuantizedPartRows && row < p_.rows && columns > 0) {
+      bulk_store(static_cast<T*>(p_.y) + static_cast<int64_t>(row) * p_.columns + column,
+                 staging + thread * kQuantizedResultRowBytes, 2 * columns);
+    }
+  }
+  // Writes all parts of a tile; the staging memory has been read by the stores of the tile before.
+  template <int kTiles>
+  __device__ __forceinline__ void write_tile(const float (&sums)[kTiles][4], int first_row, int weight_tile) const {
+    bulk_store_wait_read();
+    warpgroup_sync(1 + group_);
+#pragma unroll
+    for (int part = 0; part < kTiles / 8; ++part) {
+      write_part(sums + 8 * part, first_row + part * kQuantizedPartRows, weight_tile,
+                 staging_ + part * kQuantizedPartBytes);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int group_columns() const { return p_.swiglu ? 32 : 64; }
+  __device__ __forceinline__ int first_column(int weight_tile) const {
+    return (weight_tile * kQuantizedGroups + group_) * group_columns();
+  }
+  __device__ __forceinline__ void stage(const float (*sums)[4], uint32_t staging) const {
+    const int matrix = lane_ / 8;
+    const uint32_t own =
+        staging + (matrix / 2 * 8 + lane_ % 8) * kQuantizedResultRowBytes + (2 * warp_ + matrix % 2) * 16;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      uint32_t matrices[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* const pair = &sums[i + j / 2][j % 2 * 2];
+        matrices[j] = pack_pair<T>(pair[0] + bias_[j % 2], pair[1] + bias_[j % 2]);
+      }
+      stmatrix_x4_trans(own + i * 8 * kQuantizedResultRowBytes, matrices);
+    }
+  }
+  __device__ __forceinline__ void stage_swiglu(const float (*sums)[4], uint32_t staging) const {
+    const uint32_t own = staging + lane_ * kQuantizedResultRowBytes + warp_ * 16;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      uint32_t matrices[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* const z = sums[i + j];
+        matrices[j] = pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]),
+                                   silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
+      }
+      stmatrix_x4_trans(own + i * 8 * kQuantizedResultRowBytes, matrices);
+    }
+  }
+
+  const QuantizedTilesArguments& p_;
+  const int group_;
+  const uint32_t staging_;
+  const int warp_ = static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32;
+  const int lane_ = static_cast<int>(threadIdx.x) % 32;
+  float bias_[2] = {0.0F, 0.0F};
+};
+
+// Where a warpgroup's sums are in the workspace, in the order in which its threads have them.
+template <int kRows>
+__device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, const QuantizedTile& tile,
+                                                int group) {
+  const int64_t weight_tiles = static_cast<int64_t>(p.weight_tiles) * kQuantizedCluster;
+  const int64_t index = (tile.split * static_cast<int64_t>(p.row_tiles) + tile.row_tile) * weight_tiles +
+                        tile.weight_tile;
+  return p.sums + (index * kQuantizedGroups + group) * (kRows / 8 * kWarpgroupThreads);
+}
+
+// A consumer warpgroup.
+template <typename T, WeightKind kKind, int kRows>
+class QuantizedConsumer {
+ public:
+  __device__ __forceinline__ QuantizedConsumer(const QuantizedBlock<kKind, kRows>& block, int group)
+      : block_(block), p_(block.p), group_(group) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (p_.swiglu) {
+      rows_[0] = 8 * warp + lane / 4;
+      rows_[1] = kQuantizedHalf + rows_[0];
+      words_[0] = warp / 2 * Layout::kBlockBytes + lane * 16 + warp % 2 * 8;
+      words_[1] = kQuantizedHalf / kPackedRows * Layout::kBlockBytes + words_[0];
+    } else {
+      rows_[0] = kPackedRows * warp + lane / 4;
+      rows_[1] = rows_[0] + 8;
+      words_[0] = warp * Layout::kBlockBytes + lane * 16;
+      words_[1] = words_[0] + 8;
+    }
+  }
+
+  // Multiplies `chunks` chunks, at least one. Three wgmmas are in flight while the operand of the next is dequantized.
+  __device__ __forceinline__ void multiply(int chunks) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = 0.0F;
+    uint32_t a[kSteps][4];
+    int previous_stage = -1;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      mbarrier_wait(block_.full(state_.stage), state_.parity);
+      const PackedChunk packed = load();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma_wait_group<kSteps - 1>();  // that of this step of the previous chunk has read a[step]
+        if (step == kSteps - 1 && previous_stage >= 0) release(previous_stage);
+        dequantize(a[step], packed, step);
+        wgmma_fence();
+        wgmma_transposed<T>(sums_, a[step], matrix_descriptor(block_.x(state_.stage) + 32 * step, 16));
+        wgmma_commit_group();
+      }
+      previous_stage = state_.stage;
+      state_.advance(Layout::kStages);
+    }
+    wgmma_wait_group<0>();
+    release(previous_stage);
+  }
+
+  __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedResults<T>& results) const {
+    if (p_.splits == 1) {
+      results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
+      return;
+    }
+    float4* const to = partial_sums<kRows>(p_, tile, group_) + threadIdx.x % kWarpgroupThreads;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      to[i * kWarpgroupThreads] = make_float4(sums_[i][0], sums_[i][1], sums_[i][2], sums_[i][3]);
+    }
+  }
+
+ private:
+  using Layout = QuantizedLayout<kKind, kRows>;
+  static constexpr int kTiles = kRows / 8;
+  static constexpr int kSteps = kBlockK / 16;  // wgmmas of a chunk
+
+  // What a thread dequantizes of a chunk: for each of its rows and for both halves of the columns of k.
+  struct PackedChunk {
+    uint2 words[2][2];
+    uint32_t scales[2][2], zeros[2][2];
+  };
+
+  __device__ __forceinline__ PackedChunk load() const {
+    PackedChunk packed;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const uint32_t codes = block_.codes(state_.stage) + words_[row];
+      packed.words[row][0] = load_shared_64(codes);
+      if constexpr (kKind == WeightKind::kInt4) {
+        packed.words[row][1].x = packed.words[row][0].y;
+      } else {
+        packed.words[row][1] = load_shared_64(codes + kPackedBlockBytes);
+      }
+      load_scale(packed, row, 0);
+      if (p_.groups == 2) {
+        load_scale(packed, row, 1);
+      } else {
+        packed.scales[row][1] = packed.scales[row][0];
+        packed.zeros[row][1] = packed.zeros[row][0];
+      }
+    }
+    return packed;
+  }
+  __device__ __forceinline__ void load_scale(PackedChunk& packed, int row, int half) const {
+    const int index = half * kQuantizedTileWeights + rows_[row];
+    packed.scales[row][half] = load_shared_16(block_.scales(state_.stage) + 2 * index);
+    packed.zeros[row][half] = middle_code_of(kKind);
+    if (p_.zeros != nullptr) packed.zeros[row][half] = load_shared_8(block_.zeros(state_.stage) + index);
+  }
+  static __device__ __forceinline__ void dequantize(uint32_t (&a)[4], const PackedChunk& packed, int step) {
+    const int half = step / 2;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const Dequantizer<T, kKind> weights(packed.scales[row][half], packed.zeros[row][half]);
+      uint32_t pairs[2];
+      weights.dequantize(pairs, packed.words[row][half], step % 2);
+      a[row] = pairs[0];
+      a[2 + row] = pairs[1];
+    }
+  }
+  // Releases a stage to the producers of both blocks, which write to it.
+  __device__ __forceinline__ void release(int stage) const {
+    if (threadIdx.x % kWarpgroupThreads != 0) return;
+#pragma unroll
+    for (int rank = 0; rank < kQuantizedCluster; ++rank) {
+      mbarrier_arrive_remote(map_to_block(block_.empty(stage), rank));
+    }
+  }
+
+  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesArguments& p_;
+  const int group_;
+  int rows_[2];   // the thread's weight rows, in the tile
+  int words_[2];  // the bytes before their first words, in a stage's codes
+  PipelineState state_;
+  float sums_[kTiles][4];
+};
+
+template <typename T, WeightKind kKind, int kRows>
+__global__ void __launch_bounds__(kQuantizedThreads, 1)
+    gemm_quantized_tiles(const __grid_constant__ QuantizedTilesArguments p) {
+  trigger_dependent_launch();
+  extern __shared__ __align__(1024) char shared[];
+  const QuantizedBlock<kKind, kRows> block(p, shared_address(shared));
+  constexpr int kFirstProducerThread = kWarpgroupThreads * kQuantizedGroups;
+  const int producer = static_cast<int>(threadIdx.x) - kFirstProducerThread;
+  if (producer == 0) {
+    prefetch_tensor_map(p.codes);
+    prefetch_tensor_map(p.x);
+    block.init_barriers();
+  }
+  block.sync_cluster();
+  // Sums and fragments do not fit into a third of the registers.
+  if (producer >= 0) {
+    release_registers<40>();
+    if (producer == 0) {
+      if (!p.constant_weight) wait_for_previous_kernel();
+      produce(block, LoadWeights<kKind, kRows>(block));
+    } else if (producer == 32) {
+      wait_for_previous_kernel();
+      produce(block, LoadX<kKind, kRows>(block));
+    }
+    __syncwarp();
+  } else {
+    take_registers<232>();
+    wait_for_previous_kernel();
+    // The shuffle tells the compiler that the value is the same in all lanes.
+    const int group = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
+    QuantizedConsumer<T, kKind, kRows> consumer(block, group);
+    using Layout = QuantizedLayout<kKind, kRows>;
+    for (QuantizedTileOrder order(p); !order.done(); order.advance()) {
+      const QuantizedTile tile = order.tile(block.rank);
+      QuantizedResults<T> results(p, group, block.results + group * Layout::kResultBytes);
+      if (p.splits == 1) results.load_bias(tile.weight_tile);
+      consumer.multiply(order.first_chunk(tile.split + 1) - order.first_chunk(tile.split));
+      consumer.write(tile, results);
+    }
+    bulk_store_wait();
+  }
+  block.sync_cluster();  // the other block may still write here
+}
+
+// Adds the sums of the parts of k: a block for each warpgroup's tile (x) and part of its rows of x (y).
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kWarpgroupThreads)
+    gemm_quantized_tiles_add(const __grid_constant__ QuantizedTilesArguments p) {
+  trigger_dependent_launch();
+  __shared__ __align__(16) char staging[kQuantizedPartBytes];
+  const int group = static_cast<int>(blockIdx.x) % kQuantizedGroups;
+  const int index = static_cast<int>(blockIdx.x) / kQuantizedGroups;
+  const int weight_tiles = p.weight_tiles * kQuantizedCluster;
+  QuantizedTile tile{index / weight_tiles, index % weight_tiles, 0};
+  const int part = static_cast<int>(blockIdx.y);
+  wait_for_previous_kernel();
+  QuantizedResults<T> results(p, group, 0);
+  results.load_bias(tile.weight_tile);
+  float sums[8][4] = {};
+  for (; tile.split < p.splits; ++tile.split) {
+    const float4* const from =
+        partial_sums<kRows>(p, tile, group) + part * 8 * kWarpgroupThreads + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 more = from[i * kWarpgroupThreads];
+      sums[i][0] += more.x;
+      sums[i][1] += more.y;
+      sums[i][2] += more.z;
+      sums[i][3] += more.w;
+    }
+  }
+  results.write_part(sums, tile.row_tile * kRows + part * kQuantizedPartRows, tile.weight_tile, shared_address(staging));
+  bulk_store_wait();
+}
+
+}  // namespace qwen_plugins

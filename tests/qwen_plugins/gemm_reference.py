@@ -1,0 +1,31 @@
+"""The linear layer in float64, and what its tests have in common."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+HALF_TYPES = [torch.float16, torch.bfloat16]
+ACTIVATIONS = [None, "swiglu"]
+
+
+def make(*shape: int, dtype: torch.dtype, device: str, magnitude: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, dtype=torch.float32, device=device) * magnitude).to(dtype)
+
+
+def reference(x, weight, bias, activation):
+    """Return y, and the sums of absolute values that its rounding errors are in proportion to, both in float64."""
+    x, weight = x.double(), weight.double()
+    z = x @ weight.T
+    size = x.abs() @ weight.abs().T
+    if bias is not None:
+        z, size = z + bias.double(), size + bias.double().abs()
+    if activation is None:
+        return z, size
+    gate, up = z.chunk(2, dim=-1)
+    gate_size, up_size = size.chunk(2, dim=-1)
+    silu = gate * torch.sigmoid(gate)
+    # The slope of silu is at most 1.1.
+    return silu * up, 1.1 * gate_size * up.abs() + silu.abs() * up_size
