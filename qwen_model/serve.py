@@ -7,7 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from .command_line import add_engine_arguments, add_verbose_argument, run_command
+from .command_line import (
+    add_engine_arguments,
+    add_verbose_argument,
+    load_settings,
+    number_above_zero,
+    positive_integer,
+    run_command,
+)
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 
@@ -34,11 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             ServerOptions(
                 engine_dir=engine_dir,
                 name=options.served_model_name or engine_dir.resolve().name,
-                load={
-                    "device": options.device,
-                    "tuning": options.tuning,
-                    "gpu_memory_utilization": options.gpu_memory_utilization,
-                },
+                load=load_settings(options),
                 host=options.host,
                 port=options.port,
                 http_processes=options.http_processes or max(1, min(4, (os.cpu_count() or 1) // 4)),
@@ -74,20 +77,27 @@ def make_parser() -> argparse.ArgumentParser:
         "--allow-origin", action="append", default=[], metavar="URL", help="let pages of this site use the API"
     )
     parser.add_argument(
-        "--http-processes", type=int, metavar="N", help="beside the engine's (default: 1 for 4 cores, at most 4)"
+        "--http-processes",
+        type=positive_integer,
+        metavar="N",
+        help="beside the engine's (default: 1 for 4 cores, at most 4)",
     )
     parser.add_argument(
         "--max-waiting",
-        type=int,
+        type=positive_integer,
         default=1024,
         metavar="N",
         help="requests that may wait; more are refused with status 429 (default: %(default)s)",
     )
-    parser.add_argument("--max-body-mib", type=int, default=4, metavar="N", help="of a request (default: %(default)s)")
-    parser.add_argument("--request-timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument(
+        "--max-body-mib", type=positive_integer, default=4, metavar="N", help="of a request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--request-timeout", type=number_above_zero, default=600.0, metavar="SECONDS", help="default: %(default)s"
+    )
     parser.add_argument(
         "--drain-seconds",
-        type=float,
+        type=number_above_zero,
         default=30.0,
         metavar="SECONDS",
         help="how long requests may go on after SIGTERM (default: %(default)s)",

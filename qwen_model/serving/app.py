@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import logging
@@ -30,6 +31,8 @@ from .tokenize_api import detokenize, tokenize
 LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
 OPEN_PATHS = ("/health", "/health/live", "/health/ready")
+BODY_SECONDS = 30
+"""A body must be there after so many: half a request does not hold memory for ever."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -205,28 +208,37 @@ class _Guard:
             await error_response(error)(scope, receive, send)
             return
         too_large = ApiError(413, f"the body has more than this server's limit of {self._max_body_bytes} bytes")
+        too_slow = ApiError(408, f"the body did not come within {BODY_SECONDS} s", kind="timeout_error")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
             await error_response(too_large)(scope, receive, send)
             return
-        received, exceeded = 0, False
+        received, complete = 0, False
+        refusal: ApiError | None = None
 
         async def limited() -> Message:
-            nonlocal received, exceeded
-            message = await receive()
+            nonlocal received, complete, refusal
+            if complete:  # what comes now is that the client has gone
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+            except asyncio.TimeoutError:
+                refusal = too_slow
+                raise refusal from None
             received += len(message.get("body", b""))
-            exceeded = received > self._max_body_bytes
-            if exceeded:
-                raise too_large
+            complete = not message.get("more_body", False)
+            if received > self._max_body_bytes:
+                refusal = too_large
+                raise refusal
             return message
 
         async def answer(message: Message) -> None:
-            if not exceeded:  # else the application says that it cannot read the body
+            if refusal is None:  # else the application says that it cannot read the body
                 await send(message)
 
         await self._app(scope, limited, answer)
-        if exceeded:
-            await error_response(too_large)(scope, receive, send)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
 
     def _is_allowed(self, header: bytes) -> bool:
         """Tell whether a header has one of the keys, as Bearer's token or Basic's password, in constant time."""

@@ -185,10 +185,10 @@ async def chat_completions(context: Context, body: ChatRequest, request: Request
         ApiError: it is refused.
     """
     chat = await prepare(context, body, context.salt_of(request))
-    generation = Generation(chat.job, context.model, context.client)
+    generation = Generation(chat.job, context.model, context.client, context.limits.timeout)
     if body.stream:
-        return await streamed(_events(context, body, chat, generation), context.limits)
-    return json_response(await whole(request, context.limits, lambda: _completion(context, chat, generation)))
+        return await streamed(_events(context, body, chat, generation))
+    return json_response(await whole(request, lambda: _completion(context, chat, generation)))
 
 
 async def _completion(context: Context, chat: ChatJob, generation: Generation) -> dict[str, Any]:

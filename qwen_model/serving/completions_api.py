@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -60,10 +61,10 @@ async def completions(context: Context, body: CompletionRequest, request: Reques
         ApiError: it is refused.
     """
     job = await prepare(context, body, context.salt_of(request))
-    generation = Generation(job, context.model, context.client)
+    generation = Generation(job, context.model, context.client, context.limits.timeout)
     if body.stream:
-        return await streamed(_events(context, body, generation), context.limits)
-    return json_response(await whole(request, context.limits, lambda: _completion(context, body, generation)))
+        return await streamed(_events(context, body, generation))
+    return json_response(await whole(request, lambda: _completion(context, body, generation)))
 
 
 class _Choice:
@@ -105,13 +106,15 @@ class _Choice:
 
 async def _choices(context: Context, body: CompletionRequest, job: Job) -> list[_Choice]:
     """Return a choice for each output, with its prompt where that is echoed."""
-    choices = []
-    for prompt in job.prompts:
-        scored = None
-        if body.echo and body.logprobs is not None:
-            scored = await context.client.score(prompt, body.logprobs)
-        choices += [_Choice(context, body, prompt, scored) for _ in range(job.n)]
-    return choices
+    scores: list[Scored | None] = [None] * len(job.prompts)
+    if body.echo and body.logprobs is not None:
+        asked = [context.client.score(prompt, body.logprobs, context.limits.timeout) for prompt in job.prompts]
+        scores = list(await asyncio.gather(*asked))
+    return [
+        _Choice(context, body, prompt, scored)
+        for prompt, scored in zip(job.prompts, scores, strict=True)
+        for _ in range(job.n)
+    ]
 
 
 async def _pieces(generation: Generation) -> AsyncIterator[Piece]:

@@ -79,24 +79,21 @@ def sse(value: Any, event: str | None = None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-async def streamed(events: AsyncIterator[bytes], limits: ServerLimits, done: bytes = DONE) -> Response:
+async def streamed(events: AsyncIterator[bytes], done: bytes = DONE) -> Response:
     """Return a stream of events; an error before the first is an ordinary response, later ones are events.
 
     Raises:
         ApiError: the request is refused.
     """
-    first = await asyncio.wait_for(anext(events, b""), limits.timeout)
+    first = await anext(events, b"")
 
     async def all_events() -> AsyncIterator[bytes]:
         yield first
         try:
-            async with asyncio.timeout(limits.timeout):
-                async for event in events:
-                    yield event
+            async for event in events:
+                yield event
         except ApiError as error:
             yield sse(error.body)
-        except TimeoutError:
-            yield sse(timed_out(limits).body)
         finally:
             await events.aclose()  # type: ignore[attr-defined]
         yield done
@@ -104,27 +101,19 @@ async def streamed(events: AsyncIterator[bytes], limits: ServerLimits, done: byt
     return StreamingResponse(all_events(), headers=SSE_HEADERS, media_type="text/event-stream")
 
 
-def timed_out(limits: ServerLimits) -> ApiError:
-    """Return the error of a request that took too long."""
-    return ApiError(408, f"the request took longer than {limits.timeout:g} s", kind="timeout_error")
-
-
-async def whole(request: Request, limits: ServerLimits, work: Callable[[], Awaitable[R]]) -> R:
-    """Return what the work returns; end it when the client goes away or the time is over.
+async def whole(request: Request, work: Callable[[], Awaitable[R]]) -> R:
+    """Return what the work returns; end it when the client goes away.
 
     Raises:
-        ApiError: the work's, or the time is over.
+        ApiError: the work's.
     """
     task = asyncio.ensure_future(work())
     watch = asyncio.ensure_future(_until_disconnected(request))
     try:
-        async with asyncio.timeout(limits.timeout):
-            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ApiError(CLIENT_LEFT, "the client has gone")
-    except TimeoutError as error:
-        raise timed_out(limits) from error
     finally:
         for each in (task, watch):
             each.cancel()

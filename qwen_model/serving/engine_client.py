@@ -13,11 +13,18 @@ READ_SIZE = 1 << 18
 ENGINE_ENDED = ApiError(503, "the engine has ended: the server is shutting down", kind="server_error")
 
 
+def timed_out(timeout: float) -> ApiError:
+    """Return the error of a request that took too long."""
+    return ApiError(408, f"the request took longer than {timeout:g} s", kind="timeout_error")
+
+
 class Subscription:
     """Receive what the engine says of the sequences of one request. Leaving the context ends those that still run."""
 
-    def __init__(self, client: EngineClient):
+    def __init__(self, client: EngineClient, timeout: float):
+        """Take the connection, and the seconds after which the request fails."""
         self._client = client
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timed_out(timeout))
         self._running: set[int] = set()
         self._tokens: list[Token] = []
         self._error: ApiError | None = None
@@ -27,6 +34,7 @@ class Subscription:
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._timer.cancel()
         for sequence in tuple(self._running):
             self.cancel(sequence)
 
@@ -48,7 +56,7 @@ class Subscription:
         """Wait for the next tokens of any of the sequences; return all that there are.
 
         Raises:
-            ApiError: the engine refuses a request, or has ended.
+            ApiError: the engine refuses a request or has ended, or the time is over.
         """
         while not self._tokens:
             if self._error is not None:
@@ -62,12 +70,13 @@ class Subscription:
         """Receive a token, from the client."""
         if token.finish_reason is not None:
             self._forget(token.id)
-        self._tokens.append(token)
-        self._ready.set()
+        if self._error is None:
+            self._tokens.append(token)
+            self._ready.set()
 
     def fail(self, error: ApiError) -> None:
-        """Receive an error, from the client."""
-        self._error = error
+        """Receive an error, from the client or the timer: `tokens` raises it after what came before it."""
+        self._error = self._error or error
         self._ready.set()
 
     def _forget(self, sequence: int) -> None:
@@ -119,13 +128,16 @@ class EngineClient:
         if self.alive and self._writer is not None:
             self._writer.write(framed(request))
 
-    async def score(self, prompt: list[int], num_best: int) -> Scored:
+    async def score(self, prompt: list[int], num_best: int, timeout: float) -> Scored:
         """Return the log-probabilities of a prompt's tokens; see `Score`.
 
         Raises:
-            ApiError: the prompt is refused, or the engine has ended.
+            ApiError: the prompt is refused, the engine has ended, or the time is over.
         """
-        answer = await self._ask(Score(0, prompt, num_best))
+        try:
+            answer = await asyncio.wait_for(self._ask(Score(0, prompt, num_best)), timeout)
+        except asyncio.TimeoutError as error:
+            raise timed_out(timeout) from error
         assert isinstance(answer, Scored)
         return answer
 
@@ -145,6 +157,8 @@ class EngineClient:
             return await answer
         finally:
             del self._answers[request.id]
+            if not answer.done() or answer.cancelled():
+                self.send(Cancel(request.id))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         frames = Frames()

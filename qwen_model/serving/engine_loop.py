@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,12 @@ class _Peer:
 
 @dataclass
 class _Running:
-    """Hold a sequence that was added, and when."""
+    """Hold a sequence that was added, when that was, and when its last token came."""
 
     peer: _Peer
     id: int
     added: float
-    last: float = 0.0
+    last: float
     tokens: int = 0
 
 
@@ -62,11 +63,10 @@ class EngineLoop:
 
     def __init__(self, session: Session, connections: Many[socket.socket], max_waiting: int):
         """Take the engine, the connections, and the most sequences that may wait for a slot."""
-        self._session = session
         self._scheduler: Scheduler = session.scheduler
         self._max_waiting = max_waiting
         self._metrics = EngineMetrics(session.config)
-        self._compiler: GrammarCompiler | None = None
+        self._compiler = _grammar_compiler(session)
         self._selector = selectors.DefaultSelector()
         self._running: dict[Sequence, _Running] = {}
         self._peers: list[_Peer] = []
@@ -141,10 +141,7 @@ class EngineLoop:
         peer.connection.close()
 
     def _add(self, peer: _Peer, request: Add) -> None:
-        if self._scheduler.num_waiting >= self._max_waiting:
-            self._metrics.refused.inc()
-            message = f"{self._scheduler.num_waiting} requests are waiting already: try again later"
-            peer.out.answers.append(Failed(request.id, 429, message))
+        if self._is_full(peer, request.id):
             return
         try:
             sequence = self._sequence(peer, request)
@@ -153,8 +150,18 @@ class EngineLoop:
             peer.out.answers.append(Failed(request.id, 400, str(error)))
             return
         peer.sequences[request.id] = sequence
-        self._running[sequence] = _Running(peer, request.id, time.perf_counter())
+        now = time.perf_counter()
+        self._running[sequence] = _Running(peer, request.id, now, now)
         self._metrics.added(len(request.prompt))
+
+    def _is_full(self, peer: _Peer, number: int) -> bool:
+        """Tell whether too many sequences wait; the request is refused then."""
+        if self._scheduler.num_waiting < self._max_waiting:
+            return False
+        self._metrics.refused.inc()
+        message = f"{self._max_waiting} requests are waiting already: try again later"
+        peer.out.answers.append(Failed(number, 429, message))
+        return True
 
     def _sequence(self, peer: _Peer, request: Add) -> Sequence:
         return Sequence(
@@ -170,12 +177,8 @@ class EngineLoop:
         )
 
     def _grammar_state(self, grammar: str) -> GrammarState:
-        session = self._session
         if self._compiler is None:
-            if session.tokenizer is None:
-                raise QwenModelError("structured output needs a tokenizer, and this engine has none")
-            ends = (*session.config.end_token_ids, *session.tokenizer.chat_end_token_ids())
-            self._compiler = GrammarCompiler(session.tokenizer, session.config.model.vocab_size, ends)
+            raise QwenModelError("structured output needs a tokenizer, and this engine has none")
         if error := self._compiler.error_of(grammar):
             raise QwenModelError(f"the grammar of the output is not valid: {error[:300]}")
         return self._compiler.compile(grammar)
@@ -190,13 +193,15 @@ class EngineLoop:
     def _report(self, events: list[Event]) -> None:
         """Put the tokens of a step into the frames of those who asked for them."""
         now = time.perf_counter()
+        first: list[float] = []  # seconds that the requests waited
+        between: list[float] = []
         for event in events:
             if event.sequence in self._scoring:
                 self._report_score(event.sequence)
             running = self._running.get(event.sequence)
             if running is None:  # cancelled meanwhile
                 continue
-            self._metrics.token(now - (running.last or running.added), first=running.tokens == 0)
+            (between if running.tokens else first).append(now - running.last)
             running.last = now
             if event.finish_reason == "error":
                 message = event.sequence.error or "the logits of this request are not finite"
@@ -207,12 +212,15 @@ class EngineLoop:
             if event.finish_reason is not None:
                 running.peer.sequences.pop(running.id, None)
                 self._end(event.sequence, event.finish_reason)
+        self._metrics.tokens(first, between)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         running = self._running.pop(sequence)
         self._metrics.ended(reason, running.tokens, time.perf_counter() - running.added)
 
     def _add_score(self, peer: _Peer, request: Score) -> None:
+        if self._is_full(peer, request.id):
+            return
         sequence = Sequence(request.prompt, 0, logit_rows=len(request.prompt))
         try:
             self._scheduler.add(sequence)
@@ -225,8 +233,10 @@ class EngineLoop:
     def _report_score(self, sequence: Sequence) -> None:
         scoring = self._scoring.pop(sequence)
         scoring.peer.sequences.pop(scoring.request.id, None)
-        logits = np.concatenate(sequence.logits)[:-1]
-        scoring.peer.out.answers.append(scored(scoring.request, logits))
+        if sequence.finish_reason == "error":
+            scoring.peer.out.answers.append(Failed(scoring.request.id, 500, str(sequence.error)))
+            return
+        scoring.peer.out.answers.append(scored(scoring.request, sequence.logits))
 
     def _send(self, peer: _Peer) -> None:
         """Send what there is without waiting; an HTTP process that stopped reading is dropped."""
@@ -248,17 +258,26 @@ class EngineLoop:
             self._drop(peer)
 
 
-def scored(request: Score, logits: FloatArray) -> Scored:
-    """Return the log-probabilities of a prompt's tokens but the first, whose logits are [tokens - 1, vocab_size]."""
-    largest = logits.max(-1, keepdims=True)
-    logprobs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
-    chosen = logprobs[np.arange(len(logprobs)), request.prompt[1:]]
-    best = np.argsort(-logprobs, axis=-1, kind="stable")[:, : request.num_best]
-    pairs = [
-        list(zip(tokens.tolist(), row[tokens].tolist(), strict=True))
-        for tokens, row in zip(best, logprobs, strict=True)
-    ]
-    return Scored(request.id, chosen.tolist(), pairs)
+def _grammar_compiler(session: Session) -> GrammarCompiler | None:
+    """Return what compiles grammars for a model; None if it has no tokenizer. Making it takes a second."""
+    if session.tokenizer is None:
+        return None
+    ends = (*session.config.end_token_ids, *session.tokenizer.chat_end_token_ids())
+    return GrammarCompiler(session.tokenizer, session.config.model.vocab_size, ends)
+
+
+def scored(request: Score, parts: Many[FloatArray]) -> Scored:
+    """Return the log-probabilities of a prompt's tokens but the first; `parts` are the logits after all its tokens."""
+    answer = Scored(request.id, [], [])
+    for row, token in zip(chain.from_iterable(parts), request.prompt[1:], strict=False):  # nothing follows the last
+        logprobs = row - row.max()
+        logprobs -= np.log(np.exp(logprobs).sum())
+        count = min(request.num_best, len(row))
+        best = np.argpartition(-logprobs, count - 1)[:count] if count else np.empty(0, int)
+        best = best[np.argsort(-logprobs[best], kind="stable")]
+        answer.logprobs.append(float(logprobs[token]))
+        answer.best.append(list(zip(best.tolist(), logprobs[best].tolist(), strict=True)))
+    return answer
 
 
 def _sampling(fields: dict[str, Any]) -> SamplingOptions:

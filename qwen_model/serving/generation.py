@@ -169,8 +169,10 @@ def new_tokens(asked: int | None, prompts: Sequence[Sequence[int]], config: Engi
 class Generation:
     """Follow the choices of a job: prompt i's are i * n, ..., i * n + n - 1."""
 
-    def __init__(self, job: Job, model: ServerModel, client: EngineClient):
+    def __init__(self, job: Job, model: ServerModel, client: EngineClient, timeout: float):
+        """Take a job, and the most seconds that it may take."""
         self.job = job
+        self._timeout = timeout
         self._model = model
         self._client = client
         count = len(job.prompts) * job.n
@@ -191,9 +193,9 @@ class Generation:
         """Yield what each choice gains, until all have ended. If the caller stops, the engine stops, too.
 
         Raises:
-            ApiError: the engine refuses the request, or has ended.
+            ApiError: the engine refuses the request or has ended, or the time is over.
         """
-        async with Subscription(self._client) as subscription:
+        async with Subscription(self._client, self._timeout) as subscription:
             choices: dict[int, int] = {}
             for index, add in enumerate(self._adds()):
                 first = index - index % self.job.n

@@ -112,11 +112,11 @@ async def responses(context: Context, body: ResponsesRequest, request: Request) 
         ApiError: it is refused.
     """
     chat = await prepare(context, chat_request(body), context.salt_of(request))
-    generation = Generation(chat.job, context.model, context.client)
+    generation = Generation(chat.job, context.model, context.client, context.limits.timeout)
     answer = _Answer(context, body, chat, generation)
     if body.stream:
-        return await streamed(_events(answer), context.limits, done=b"")
-    return json_response(await whole(request, context.limits, lambda: _response(answer)))
+        return await streamed(_events(answer), done=b"")
+    return json_response(await whole(request, lambda: _response(answer)))
 
 
 async def _response(answer: _Answer) -> dict[str, Any]:
@@ -228,7 +228,8 @@ class _Answer:
             content: dict[str, Any] = {"type": part, "text": ""}
             item = {"id": new_id("msg" if kind == "message" else "rs"), "content": [content]}
             item |= {"role": "assistant"} if kind == "message" else {"summary": []}
-            content |= {"annotations": [], "logprobs": []} if kind == "message" else {}
+            if kind == "message":
+                content |= {"annotations": [], "logprobs": []}
         self._items.append({"type": kind, "status": "in_progress", **item})
         index = len(self._items) - 1
         events.append({"type": "response.output_item.added", "output_index": index, "item": self._items[-1]})

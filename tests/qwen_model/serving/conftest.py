@@ -30,7 +30,8 @@ from .stub_engine import StubEngine
 
 NAME = "packaged"
 TEMPLATE = (
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}"
+    "{{ tool | tojson }}\n{% endfor %}{{ '<|im_end|>\n' }}"
     "{% endif %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
     "{% for call in message.tool_calls or [] %}"
     "{{ '<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"

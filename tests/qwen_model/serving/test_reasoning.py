@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,4 +38,4 @@ def test_answers_whole_and_in_single_characters(name: str) -> None:
 def test_answers_cut_anywhere(name: str, places: list[int]) -> None:
     text, inside, reasoning, answer = ANSWERS[name]
     cuts = [0, *sorted(min(place, len(text)) for place in places), len(text)]
-    assert parse([text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)], inside) == (reasoning, answer)
+    assert parse([text[start:end] for start, end in pairwise(cuts)], inside) == (reasoning, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_answers_whole_and_in_single_characters(name: str) -> None:
 def test_answers_cut_anywhere(name: str, places: list[int]) -> None:
     answer, content, calls = ANSWERS[name]
     cuts = [0, *sorted(min(place, len(answer)) for place in places), len(answer)]
-    pieces = [answer[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    pieces = [answer[start:end] for start, end in pairwise(cuts)]
     assert parse(pieces) == (content, calls)
 
 
