@@ -206,8 +206,8 @@ def _check_weight(
     rows = -(-out_features // _ROW_UNIT) * _ROW_UNIT
     columns = -(-in_features // _COLUMN_UNIT) * _COLUMN_UNIT
     check_dtype("codes", codes, (torch.int32,))
-    words = codes.shape[-1] if codes.dim() == 3 and codes.shape[-1] in _WORDS else 256
-    if tuple(codes.shape) != (columns // 128, rows // 16, words):
+    # Comparisons, which torch.compile follows where sizes are dynamic; it cannot look them up.
+    if codes.dim() != 3 or codes.shape[:2] != (columns // 128, rows // 16) or codes.shape[2] not in tuple(_WORDS):
         raise ValueError(
             f"codes must have the shape {(columns // 128, rows // 16, '256 or 512')} for x of {tuple(x.shape)} and "
             f"{out_features} out_features, not {tuple(codes.shape)}"

@@ -70,6 +70,7 @@ class RmsNormLayer:
     weight_dtype: str
     eps: float
     unit_offset: bool
+    batch_invariant: bool = False
 
 
 def rms_norm(layer: RmsNormLayer, *, x: int, residual: int, residual_out: int, y: int, rows: int, stream: int) -> None:

@@ -69,11 +69,10 @@ struct Partition {
     if (all_tiles == 0 || chunks < variant.splits) return;
     const int64_t blocks = divide_up(int64_t{used_blocks}, all_tiles);
     const int most_warps = variant.half ? quantized_max_consumers_of_half(x_tiles) : quantized_max_consumers(x_tiles);
-    const int warp_blocks = quantized_warp_blocks(x_tiles);
-    if (blocks > warp_blocks * most_warps) return;
+    if (blocks > kWarpBlocks * most_warps) return;
     tile_blocks = static_cast<int>(blocks);
     tiles = divide_up(used_blocks, tile_blocks);
-    row_warps = divide_up(swiglu ? 2 * tile_blocks : tile_blocks, warp_blocks);
+    row_warps = divide_up(swiglu ? 2 * tile_blocks : tile_blocks, kWarpBlocks);
     if (row_warps > most_warps) return;
     k_warps = std::clamp(most_warps / row_warps, 1, chunks / variant.splits);
     const int64_t loads = int64_t{variant.waves} * divide_up(chunks, variant.splits);

@@ -34,12 +34,12 @@ constexpr int kQuantizedBarrierBytes = 2048;  // and what aligns the ring to 102
 constexpr int kXBoxK = kBlockK;               // k of a TMA load of x
 static_assert(16 * kQuantizedMaxStages + 1023 <= kQuantizedBarrierBytes && kPackedK == 2 * kXBoxK);
 
-// By the tiles of 8 rows of x: the blocks of 16 weight rows of a warp, and the warps that multiply, for which there are
+// Blocks of 16 weight rows of a warp; and by the tiles of 8 rows of x, the warps that multiply for which there are
 // registers.
-__host__ __device__ constexpr int quantized_warp_blocks(int x_tiles) { return x_tiles <= 2 ? 1 : 2; }
-constexpr int quantized_max_consumers(int x_tiles) { return x_tiles == 1 ? 28 : x_tiles == 2 ? 22 : 10; }
+constexpr int kWarpBlocks = 2;
+constexpr int quantized_max_consumers(int x_tiles) { return x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : 10; }
 // Likewise of a block that takes less than half of a multiprocessor; 0: there are too few registers.
-constexpr int quantized_max_consumers_of_half(int x_tiles) { return x_tiles == 1 ? 14 : x_tiles == 2 ? 10 : 0; }
+constexpr int quantized_max_consumers_of_half(int x_tiles) { return x_tiles == 1 ? 8 : x_tiles == 2 ? 6 : 0; }
 
 struct StreamQuantizedArguments {
   CUtensorMap x;
@@ -81,10 +81,10 @@ struct QuantizedStage {
 
 // An item is the result of a warp's weight rows times a tile of 8 rows of x: 16 bytes of partial sums a lane and block.
 constexpr int kItemBlockBytes = kPackedRows * 8 * 4;
-__host__ __device__ constexpr int quantized_item_bytes(int x_tiles) { return quantized_warp_blocks(x_tiles) * kItemBlockBytes; }
+constexpr int kItemBytes = kWarpBlocks * kItemBlockBytes;
 // Bytes for the partial sums that a block receives for one tile.
 __host__ __device__ constexpr int quantized_received_bytes(int x_tiles, int row_warps, int k_warps, int splits) {
-  return splits * k_warps == 1 ? 0 : divide_up(row_warps * x_tiles, splits) * splits * k_warps * quantized_item_bytes(x_tiles);
+  return splits * k_warps == 1 ? 0 : divide_up(row_warps * x_tiles, splits) * splits * k_warps * kItemBytes;
 }
 
 // --- Codes to operands: code - zero, exactly.
@@ -157,6 +157,18 @@ __device__ __forceinline__ void to_pairs(uint32_t word, const ZeroPoint<T, kBits
     pairs[0] = __byte_perm(bit_cast<uint32_t>(values[0]), bit_cast<uint32_t>(values[2]), 0x7632);
     pairs[1] = __byte_perm(bit_cast<uint32_t>(values[1]), bit_cast<uint32_t>(values[3]), 0x7632);
   }
+}
+
+// Codes of int4 as subnormal float16 numbers, in as few instructions as there can be: the pairs of a word are codes *
+// 2^-24, but pairs 1 and 3 with kSeparate codes * 2^-20. Their zero point is subtracted from sums: of a group,
+// scale * (sum of code * x - zero * sum of x).
+template <bool kSeparate>
+__device__ __forceinline__ void to_subnormal_pairs(uint32_t word, uint32_t (&pairs)[4]) {
+  constexpr uint32_t kLow = 0x000f000fU, kHigh = 0x00f000f0U;
+  pairs[0] = word & kLow;
+  pairs[1] = kSeparate ? word & kHigh : word >> 4 & kLow;
+  pairs[2] = word >> 8 & kLow;
+  pairs[3] = kSeparate ? word >> 8 & kHigh : word >> 12 & kLow;
 }
 
 __device__ __forceinline__ void load_shared_words(uint32_t (&words)[4], uint32_t from) {
@@ -308,7 +320,7 @@ class QuantizedConsumer {
         const int slot = p.swiglu ? h * p.tile_blocks + index / 2 : index, half = p.swiglu ? index % 2 : h;
         codes_[r][h] = block.layout.codes + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
         row_[r][h] = slot * kPackedRows + lane_ / 4 + 8 * half;
-        zero_[r][h].set(1U << (kBits - 1));
+        if (!kSubtractsFromSums) zero_[r][h].set(kMiddle);
       }
     }
   }
@@ -380,8 +392,11 @@ class QuantizedConsumer {
   }
 
  private:
-  static constexpr int kWarpBlocks = quantized_warp_blocks(kXTiles);
   static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma instructions
+  static constexpr uint32_t kMiddle = 1U << (kBits - 1);
+  // For few rows of x: more of them would take more instructions to sum than codes take to convert.
+  static constexpr bool kSubtractsFromSums = kBits == 4 && std::is_same_v<T, __half> && kXTiles <= 2;
+  static constexpr int kSets = kSubtractsFromSums && kXTiles == 1 ? 2 : 1;  // of sums of a group
   static constexpr int kSuperblockBytes = kPackedRows * kPackedK * kBits / 8;
 
   // The chunk with number n is multiplied by the k warp n % k_warps: always the same for a stage, whose number of chunks
@@ -408,8 +423,15 @@ class QuantizedConsumer {
     }
   }
 
-  __device__ __forceinline__ float scale_of(uint16_t bits) const {
-    return p.bfloat16_scales ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
+  __device__ __forceinline__ void set_scale(int r, int h, uint16_t bits) {
+    scale_[r][h] = bfloat16_scales_ ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
+  }
+  __device__ __forceinline__ void set_zero(int r, int h, uint32_t zero) {
+    if constexpr (kSubtractsFromSums) {
+      offset_[r][h] = -scale_[r][h] * static_cast<float>(zero);
+    } else {
+      zero_[r][h].set(zero);
+    }
   }
   // The scales, and zeros, of one group of all k.
   __device__ __forceinline__ void load_scales_of_rows(int tile) {
@@ -421,26 +443,33 @@ class QuantizedConsumer {
         const int block = tile * p.tile_blocks + (p.swiglu ? h * p.up_blocks : 0);
         const int row = block * kPackedRows + in_tile;
         if (row >= p.row_blocks * kPackedRows) continue;
-        scale_[r][h] = scale_of(p.scales[row]);
-        if (p.zeros != nullptr) zero_[r][h].set(p.zeros[row]);
+        set_scale(r, h, p.scales[row]);
+        set_zero(r, h, p.zeros == nullptr ? kMiddle : p.zeros[row]);
       }
     }
   }
   __device__ __forceinline__ void load_group(uint32_t stage, int group) {
-    const int first = group * block_.parts * p.tile_blocks * kPackedRows;
+    const int first = group == 0 ? 0 : group * block_.parts * p.tile_blocks * kPackedRows;
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        scale_[r][h] = scale_of(load_shared_16(stage + block_.layout.scales + 2 * (first + row_[r][h])));
+        set_scale(r, h, load_shared_16(stage + block_.layout.scales + 2 * (first + row_[r][h])));
       }
     }
-    if (p.zeros == nullptr) return;
+    if (kSubtractsFromSums && !has_zeros_) {
+#pragma unroll
+      for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) offset_[r][h] = -static_cast<float>(kMiddle) * scale_[r][h];
+      }
+    }
+    if (!has_zeros_) return;
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        zero_[r][h].set(load_shared_8(stage + block_.layout.zeros + first + row_[r][h]));
+        set_zero(r, h, load_shared_8(stage + block_.layout.zeros + first + row_[r][h]));
       }
     }
   }
@@ -450,7 +479,10 @@ class QuantizedConsumer {
   __device__ __forceinline__ void multiply_chunk(uint32_t stage) {
     const uint32_t x = stage + x_;
     if (!kSeveralGroups && p.groups_of_chunk == 1) load_group(stage, 0);
+    constexpr int kFoldSteps = kSubtractsFromSums && !kSeveralGroups ? kSteps : 1;  // after which sums are scaled
     uint32_t words[kWarpBlocks][4];
+    float group_sums[kWarpBlocks][kXTiles][kSets][4];
+    float x_sums[kXTiles][4];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (kSeveralGroups) load_group(stage, step * p.groups_of_chunk / kSteps);
@@ -473,12 +505,40 @@ class QuantizedConsumer {
         uint32_t b[4];
         ldmatrix_x4(b, (x + step / 2 * (kXTiles * 1024) + i * 1024) ^ (step % 2 * 64));
 #pragma unroll
-        for (int r = 0; r < kWarpBlocks; ++r) {
-          float z[4] = {};
-          mma_m16n8k16<T>(z, a[r][0], b[0], b[1]);
-          mma_m16n8k16<T>(z, a[r][1], b[2], b[3]);
+        for (int j = 0; j < 4 && step % kFoldSteps == 0; ++j) {
+          x_sums[i][j] = 0.0F;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sums_[r][i][j] = fmaf(scale_[r][j / 2], z[j], sums_[r][i][j]);
+          for (int r = 0; r < kWarpBlocks; ++r) group_sums[r][i][0][j] = group_sums[r][i][kSets - 1][j] = 0.0F;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int r = 0; r < kWarpBlocks; ++r) {
+            mma_m16n8k16<T>(group_sums[r][i][half * (kSets - 1)], a[r][half], b[2 * half], b[2 * half + 1]);
+          }
+          if (kSubtractsFromSums) {
+            constexpr uint32_t kOnes[4] = {0x3c003c00U, 0x3c003c00U, 0x3c003c00U, 0x3c003c00U};
+            mma_m16n8k16<T>(x_sums[i], kOnes, b[2 * half], b[2 * half + 1]);
+          }
+        }
+        if (step % kFoldSteps == kFoldSteps - 1) scale_sums(group_sums, x_sums, i);
+      }
+    }
+  }
+  __device__ __forceinline__ void scale_sums(const float (&group_sums)[kWarpBlocks][kXTiles][kSets][4],
+                                             const float (&x_sums)[kXTiles][4], int i) {
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float(&sums)[kSets][4] = group_sums[r][i];
+        float& all = sums_[r][i][j];
+        if constexpr (!kSubtractsFromSums) {
+          all = fmaf(scale_[r][j / 2], sums[0][j], all);
+        } else {
+          all = fmaf(offset_[r][j / 2], x_sums[i][j], all);
+          all = fmaf(0x1p24F * scale_[r][j / 2], sums[0][j], all);
+          if (kSets == 2) all = fmaf(0x1p20F * scale_[r][j / 2], sums[kSets - 1][j], all);
         }
       }
     }
@@ -491,7 +551,11 @@ class QuantizedConsumer {
     for (int h = 0; h < 2; ++h) {
       if constexpr (kBits == 4) {
         uint32_t pairs[4];
-        to_pairs<T, 4>(words[2 * h + step], zero[h], pairs);
+        if constexpr (kSubtractsFromSums) {
+          to_subnormal_pairs<kSets == 2>(words[2 * h + step], pairs);
+        } else {
+          to_pairs<T, 4>(words[2 * h + step], zero[h], pairs);
+        }
         a[0][h] = pairs[0];
         a[0][2 + h] = pairs[2];
         a[1][h] = pairs[1];
@@ -512,7 +576,7 @@ class QuantizedConsumer {
   __device__ __forceinline__ int first_item() const { return block_.split + warp_ * p.splits; }
   // Where a block receives part `part` of the sums of the `index`-th item that it owns.
   __device__ __forceinline__ uint32_t received(uint32_t buffer, int index, int part) const {
-    return buffer + (index * p.splits * p.k_warps + part) * quantized_item_bytes(kXTiles) + lane_ * 16;
+    return buffer + (index * p.splits * p.k_warps + part) * kItemBytes + lane_ * 16;
   }
 
   // The first column of y of a warp's block, which has 16, or 8 with SwiGLU; and the end of the tile's.
@@ -574,8 +638,11 @@ class QuantizedConsumer {
   // Offsets in a stage, of this lane: bytes of x and codes, rows among the scales of a group.
   uint32_t x_, codes_[kWarpBlocks][2];
   int row_[kWarpBlocks][2];
+  const bool has_zeros_ = p.zeros != nullptr;
+  const bool bfloat16_scales_ = p.bfloat16_scales;
   ZeroPoint<T, kBits> zero_[kWarpBlocks][2];
   float scale_[kWarpBlocks][2];
+  float offset_[kWarpBlocks][2];  // -scale * zero
   float bias_[kWarpBlocks][2];
   float sums_[kWarpBlocks][kXTiles][4];
 };

@@ -128,7 +128,7 @@ struct QuantizedBlock {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
-      mbarrier_init(full(stage), 2);
+      mbarrier_init(full(stage), 3);
       mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
@@ -141,8 +141,9 @@ struct QuantizedBlock {
   }
 };
 
-// A producer thread: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. One
-// thread has the weights, another x: the instructions of both would take one thread longer than wgmma takes.
+// A producer warp: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. Codes,
+// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop, of which
+// one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs them.
 template <WeightKind kKind, int kRows, typename Load>
 __device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& block, Load load) {
   using Layout = QuantizedLayout<kKind, kRows>;
@@ -153,13 +154,16 @@ __device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& bloc
     const int end = order.first_chunk(tile.split + 1);
     int chunk = order.first_chunk(tile.split);
     load.begin(tile, chunk);
+#pragma unroll 1
     for (; chunk < end; ++chunk) {
       if (free_stages > 0) {
         --free_stages;
       } else {
         mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
       }
-      load(state.stage, chunk);
+      if (threadIdx.x % 32 == 0) load(state.stage, chunk);
+      __syncwarp();
+      load.advance();
       state.advance(Layout::kStages);
     }
   }
@@ -179,6 +183,7 @@ class LoadX {
     tma_load_2d_multicast<kQuantizedCluster>(block_.x(stage) + block_.rank * kHalf * kSwizzleBytes, block_.p.x,
                                              block_.full(stage), chunk * kBlockK, row_);
   }
+  __device__ __forceinline__ void advance() {}
 
  private:
   static constexpr int kHalf = kRows / kQuantizedCluster;
@@ -186,46 +191,68 @@ class LoadX {
   int row_ = 0;
 };
 
-// Loads codes, scales and zero points.
-template <WeightKind kKind, int kRows>
-class LoadWeights {
- public:
-  __device__ __forceinline__ explicit LoadWeights(const QuantizedBlock<kKind, kRows>& block)
-      : block_(block), p_(block.p) {}
+// The first weight row of a tile, with SwiGLU of its gate rows.
+__device__ __forceinline__ int first_weight_row(const QuantizedTilesArguments& p, const QuantizedTile& tile) {
+  return tile.weight_tile * (p.swiglu ? kQuantizedHalf : kQuantizedTileWeights);
+}
 
-  __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
-    row_ = tile.weight_tile * (p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights);
-    // Rows with scales: a multiple of 16. With SwiGLU there are gate rows and up rows.
-    const int most = p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights;
-    count_ = max(0, min(p_.scale_rows - row_, most));
-    up_count_ = p_.swiglu ? max(0, min(p_.scale_rows - p_.columns - row_, most)) : 0;
-    const int scale_bytes = p_.zeros == nullptr ? 2 : 3;
-    bytes_ = Layout::kCodeBytes + p_.groups * (count_ + up_count_) * scale_bytes;
-    const int group = chunk / p_.group_chunks;
-    chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
-    scales_ = static_cast<int64_t>(group) * p_.groups * p_.scale_rows + row_;
+template <WeightKind kKind, int kRows>
+class LoadCodes {
+ public:
+  __device__ __forceinline__ explicit LoadCodes(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+
+  __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
+    row_block_ = first_weight_row(block_.p, tile) / kPackedRows;
   }
-  __device__ __forceinline__ void operator()(int stage, int chunk) {
-    const uint32_t full = block_.full(stage);
-    mbarrier_arrive_expect_tx(full, bytes_);
+  __device__ __forceinline__ void operator()(int stage, int chunk) const {
+    mbarrier_arrive_expect_tx(block_.full(stage), Layout::kCodeBytes);
     // Coordinates: encode_codes_tensor_map.
-    tma_load_4d_multicast<1>(block_.codes(stage), p_.codes, full, chunk % 2 * (Layout::kBlockBytes / 4),
-                             row_ / kPackedRows, 0, chunk / 2);
-    for (int group = 0; group < p_.groups; ++group) {
-      const int64_t from = scales_ + group * p_.scale_rows;
-      const int to = group * kQuantizedTileWeights;
-      load_scales(stage, from, to, count_);
-      load_scales(stage, from + p_.columns, to + kQuantizedHalf, up_count_);
-    }
-    if (--chunks_left_ > 0) return;
-    chunks_left_ = p_.group_chunks;
-    scales_ += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+    tma_load_4d_multicast<1>(block_.codes(stage), block_.p.codes, block_.full(stage),
+                             chunk % 2 * (Layout::kBlockBytes / 4), row_block_, 0, chunk / 2);
   }
+  __device__ __forceinline__ void advance() {}
 
  private:
   using Layout = QuantizedLayout<kKind, kRows>;
+  const QuantizedBlock<kKind, kRows>& block_;
+  int row_block_ = 0;
+};
 
-  __device__ __forceinline__ void load_scales(int stage, int64_t from, int to, int count) const {
+// Loads scales and zero points.
+template <WeightKind kKind, int kRows>
+class LoadScales {
+ public:
+  __device__ __forceinline__ explicit LoadScales(const QuantizedBlock<kKind, kRows>& block)
+      : block_(block), p_(block.p) {}
+
+  __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
+    const int row = first_weight_row(p_, tile);
+    // Rows that there are: a multiple of 16. With SwiGLU there are gate rows and up rows.
+    const int most = p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights;
+    count_ = max(0, min(p_.scale_rows - row, most));
+    up_count_ = p_.swiglu ? max(0, min(p_.scale_rows - p_.columns - row, most)) : 0;
+    bytes_ = p_.groups * (count_ + up_count_) * (p_.zeros == nullptr ? 2 : 3);
+    const int group = chunk / p_.group_chunks;
+    chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
+    from_ = static_cast<int64_t>(group) * p_.groups * p_.scale_rows + row;
+  }
+  __device__ __forceinline__ void operator()(int stage, int) const {
+    mbarrier_arrive_expect_tx(block_.full(stage), bytes_);
+    for (int group = 0; group < p_.groups; ++group) {
+      const int64_t from = from_ + group * p_.scale_rows;
+      const int to = group * kQuantizedTileWeights;
+      load(stage, from, to, count_);
+      load(stage, from + p_.columns, to + kQuantizedHalf, up_count_);
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    if (--chunks_left_ > 0) return;
+    chunks_left_ = p_.group_chunks;
+    from_ += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+  }
+
+ private:
+  __device__ __forceinline__ void load(int stage, int64_t from, int to, int count) const {
     if (count == 0) return;
     bulk_load(block_.scales(stage) + 2 * to, p_.scales + from, 2 * count, block_.full(stage), policy_);
     if (p_.zeros == nullptr) return;
@@ -235,8 +262,8 @@ class LoadWeights {
   const QuantizedBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
   const uint64_t policy_ = evict_normal_policy();
-  int row_ = 0, count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
-  int64_t scales_ = 0;
+  int count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
+  int64_t from_ = 0;
 };
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
@@ -472,9 +499,10 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
   const QuantizedBlock<kKind, kRows> block(p, shared_address(shared));
-  constexpr int kFirstProducerThread = kWarpgroupThreads * kQuantizedGroups;
-  const int producer = static_cast<int>(threadIdx.x) - kFirstProducerThread;
-  if (producer == 0) {
+  // The shuffle tells the compiler that the value is the same in all lanes.
+  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
+  const int producer = warp - kWarpgroupThreads * kQuantizedGroups / 32;
+  if (producer == 0 && threadIdx.x % 32 == 0) {
     prefetch_tensor_map(p.codes);
     prefetch_tensor_map(p.x);
     block.init_barriers();
@@ -483,19 +511,14 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
   // Sums and fragments do not fit into a third of the registers.
   if (producer >= 0) {
     release_registers<40>();
-    if (producer == 0) {
-      if (!p.constant_weight) wait_for_previous_kernel();
-      produce(block, LoadWeights<kKind, kRows>(block));
-    } else if (producer == 32) {
-      wait_for_previous_kernel();
-      produce(block, LoadX<kKind, kRows>(block));
-    }
-    __syncwarp();
+    if (producer == 2 || !p.constant_weight) wait_for_previous_kernel();
+    if (producer == 0) produce(block, LoadCodes<kKind, kRows>(block));
+    if (producer == 1) produce(block, LoadScales<kKind, kRows>(block));
+    if (producer == 2) produce(block, LoadX<kKind, kRows>(block));
   } else {
     take_registers<232>();
     wait_for_previous_kernel();
-    // The shuffle tells the compiler that the value is the same in all lanes.
-    const int group = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
+    const int group = warp / (kWarpgroupThreads / 32);
     QuantizedConsumer<T, kKind, kRows> consumer(block, group);
     using Layout = QuantizedLayout<kKind, kRows>;
     for (QuantizedTileOrder order(p); !order.done(); order.advance()) {

@@ -100,7 +100,9 @@ def load_device(
     kernels: GemmKernels = {}
     if tuning and not deterministic and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
         with torch.cuda.device(target):  # before the weights take the memory that measuring needs
-            kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
+            kernels = measure_kernels(
+                config.model, config.limits, config.dtype, progress, formats=config.weight_formats
+            )
     watch, weights = Stopwatch(LOG), dict[str, Tensor]()
     for group in weight_groups(config.model, config.dtype, config.weight_formats):
         path = _weights_file(engine_dir, group)
