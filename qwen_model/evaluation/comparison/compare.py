@@ -157,7 +157,7 @@ def _first_off(
 
 
 def check_engine(config: EngineConfig, model: ModelConfig, prompt_length: int, num_steps: int) -> None:
-    """Check that an engine is of a model, and takes this prompt and so many decode steps.
+    """Check that an engine is of a model, shows its errors, and takes this prompt and so many decode steps.
 
     Raises:
         QwenModelError: it is not, or does not.
@@ -173,6 +173,15 @@ def check_engine(config: EngineConfig, model: ModelConfig, prompt_length: int, n
         raise QwenModelError(
             f"a prompt of {prompt_length} tokens and {num_steps} steps exceed the engine's {limits.max_input_len} "
             f"tokens of input and {limits.max_output_len} of output"
+        )
+    if prompt_length > limits.step_tokens:
+        raise QwenModelError(
+            f"a prompt of {prompt_length} tokens is more than the engine's steps of {limits.step_tokens}"
+        )
+    if config.kv_cache_dtype != "auto":
+        raise QwenModelError(
+            f"the engine's key-value cache has {config.kv_cache_dtype}, beside whose error no other would be seen: "
+            "compare one built without --kv-cache-dtype"
         )
 
 
