@@ -10,7 +10,7 @@ from qwen_model.engine.sequences import Sequence
 from tests.qwen_model.engine.sequences_alone import EvenOrOdd, alone, check, run, scheduler_of
 from tests.support.fake_device import VOCAB, FakeDevice, hashed_logits, overflowing_logits
 
-PREFIX = [random.Random(0).randrange(VOCAB) for _ in range(30)]
+PREFIX = random.Random(0).choices(range(VOCAB), k=30)
 
 
 def random_sequence(source: random.Random, before: list[Sequence]) -> Sequence:
