@@ -192,11 +192,6 @@ __device__ __forceinline__ void load_shared_words(uint32_t (&words)[4], uint32_t
 __device__ __forceinline__ void load_shared_words(uint32_t& first, uint32_t& second, uint32_t from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(from));
 }
-__device__ __forceinline__ uint32_t load_shared_8(uint32_t from) {
-  uint32_t value;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from));
-  return value;
-}
 __device__ __forceinline__ void store_to_block(uint32_t mapped_to, const float (&v)[4]) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mapped_to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
                "f"(v[3])
