@@ -214,8 +214,8 @@ __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.
 // after a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// --- Registers of a warpgroup's threads, a multiple of 8: all of its warps release some, or take those that others have
-// released. Only in kernels with __launch_bounds__(threads, 1).
+// --- Registers of a warpgroup's threads, a multiple of 8: all of its warps release some, or take those that others
+// have released. Only in kernels with __launch_bounds__(threads, 1).
 
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {

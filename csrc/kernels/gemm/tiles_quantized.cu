@@ -1,10 +1,9 @@
-#include "tiles_quantized.cuh"
-
 #include <algorithm>
 #include <array>
 
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/tensor_map.h"
+#include "tiles_quantized.cuh"
 #include "tiles_quantized.h"
 
 namespace qwen_plugins {
@@ -65,8 +64,8 @@ std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties&
   return tilings;
 }
 
-// The coordinates are: word in 128 columns of k (kBlockK at a time), block of 16 weight rows, with SwiGLU gate (0) or up
-// (1), 128 columns of k.
+// The coordinates are: word in 128 columns of k (kBlockK at a time), block of 16 weight rows, with SwiGLU gate (0) or
+// up (1), 128 columns of k.
 bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) {
   const GemmShape& shape = params.shape;
   const PackedSizes sizes(shape.weight_format, shape.out_features, shape.in_features);
@@ -86,7 +85,7 @@ template <typename T, WeightKind kKind, int kRows>
 cudaError_t launch_tiles(const GemmParams& params, int splits, const DeviceProperties& device, cudaStream_t stream) {
   const GemmShape& shape = params.shape;
   const WeightFormat& format = shape.weight_format;
-  constexpr int kSharedBytes = QuantizedLayout<kKind, kRows>::kBytes;
+  constexpr int kSharedBytes = QuantizedTilesLayout<kKind, kRows>::kBytes;
   auto* const kernel = gemm_quantized_tiles<T, kKind, kRows>;
   // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);

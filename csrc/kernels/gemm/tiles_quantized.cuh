@@ -24,8 +24,8 @@ namespace qwen_plugins {
 
 constexpr int kQuantizedTileWeights = 128;  // weight rows of a block's tile
 constexpr int kQuantizedHalf = kQuantizedTileWeights / 2;
-constexpr int kQuantizedGroups = 2;         // consumer warpgroups, of 64 weight rows each
-constexpr int kQuantizedCluster = 2;        // blocks, with the same rows of x
+constexpr int kQuantizedGroups = 2;   // consumer warpgroups, of 64 weight rows each
+constexpr int kQuantizedCluster = 2;  // blocks, with the same rows of x
 constexpr int kQuantizedThreads = kWarpgroupThreads * (kQuantizedGroups + 1);
 constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at a time
 
@@ -34,10 +34,10 @@ constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at
 constexpr int kQuantizedResultRowBytes = 2 * 64 + 16;
 constexpr int kQuantizedPartBytes = kQuantizedPartRows * kQuantizedResultRowBytes;
 
-// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has x, the codes of the
-// weights, and their scales and zero points, of two groups at most.
+// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has x, the codes of
+// the weights, and their scales and zero points, of two groups at most.
 template <WeightKind kKind, int kRows>
-struct QuantizedLayout {
+struct QuantizedTilesLayout {
   static constexpr int kXBytes = kRows * kSwizzleBytes;
   static constexpr int kBlockBytes = superblock_bytes_of(kKind) * kBlockK / kPackedK;  // codes of 16 weight rows
   static constexpr int kCodeBytes = kQuantizedTileWeights / kPackedRows * kBlockBytes;
@@ -83,9 +83,9 @@ struct QuantizedTile {
 
 // The tile scheduler: which tiles a cluster computes, and in which order. Bands of row tiles, and weight tile after
 // weight tile in a band, so that the clusters that run at the same time read few rows of x and few weights.
-class QuantizedTileOrder {
+class QuantizedTilesOrder {
  public:
-  __device__ __forceinline__ explicit QuantizedTileOrder(const QuantizedTilesArguments& p)
+  __device__ __forceinline__ explicit QuantizedTilesOrder(const QuantizedTilesArguments& p)
       : p_(p), index_(static_cast<int>(blockIdx.x) / kQuantizedCluster) {}
   __device__ __forceinline__ bool done() const { return index_ >= p_.row_tiles * p_.weight_tiles * p_.splits; }
   __device__ __forceinline__ void advance() { index_ += static_cast<int>(gridDim.x) / kQuantizedCluster; }
@@ -108,15 +108,15 @@ class QuantizedTileOrder {
 
 // A block's place in its cluster, and the addresses in its shared memory.
 template <WeightKind kKind, int kRows>
-struct QuantizedBlock {
-  using Layout = QuantizedLayout<kKind, kRows>;
+struct QuantizedTilesBlock {
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
   const QuantizedTilesArguments& p;
   const uint32_t ring;  // at a multiple of 1024
   const uint32_t results = ring + Layout::kRingBytes;
   const uint32_t barriers = results + kQuantizedGroups * Layout::kResultBytes;
   const int rank = cluster_block_rank();
 
-  __device__ __forceinline__ QuantizedBlock(const QuantizedTilesArguments& arguments, uint32_t shared)
+  __device__ __forceinline__ QuantizedTilesBlock(const QuantizedTilesArguments& arguments, uint32_t shared)
       : p(arguments), ring(shared) {}
 
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
@@ -142,14 +142,15 @@ struct QuantizedBlock {
 };
 
 // A producer warp: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. Codes,
-// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop, of which
-// one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs them.
+// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop, of
+// which one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs
+// them.
 template <WeightKind kKind, int kRows, typename Load>
-__device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& block, Load load) {
-  using Layout = QuantizedLayout<kKind, kRows>;
+__device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>& block, Load load) {
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
   PipelineState state;
   int free_stages = Layout::kStages;  // at first
-  for (QuantizedTileOrder order(block.p); !order.done(); order.advance()) {
+  for (QuantizedTilesOrder order(block.p); !order.done(); order.advance()) {
     const QuantizedTile tile = order.tile(block.rank);
     const int end = order.first_chunk(tile.split + 1);
     int chunk = order.first_chunk(tile.split);
@@ -173,7 +174,7 @@ __device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& bloc
 template <WeightKind kKind, int kRows>
 class LoadX {
  public:
-  __device__ __forceinline__ explicit LoadX(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+  __device__ __forceinline__ explicit LoadX(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
     row_ = tile.row_tile * kRows + block_.rank * kHalf;
@@ -187,7 +188,7 @@ class LoadX {
 
  private:
   static constexpr int kHalf = kRows / kQuantizedCluster;
-  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   int row_ = 0;
 };
 
@@ -199,7 +200,7 @@ __device__ __forceinline__ int first_weight_row(const QuantizedTilesArguments& p
 template <WeightKind kKind, int kRows>
 class LoadCodes {
  public:
-  __device__ __forceinline__ explicit LoadCodes(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+  __device__ __forceinline__ explicit LoadCodes(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
     row_block_ = first_weight_row(block_.p, tile) / kPackedRows;
@@ -213,8 +214,8 @@ class LoadCodes {
   __device__ __forceinline__ void advance() {}
 
  private:
-  using Layout = QuantizedLayout<kKind, kRows>;
-  const QuantizedBlock<kKind, kRows>& block_;
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   int row_block_ = 0;
 };
 
@@ -222,7 +223,7 @@ class LoadCodes {
 template <WeightKind kKind, int kRows>
 class LoadScales {
  public:
-  __device__ __forceinline__ explicit LoadScales(const QuantizedBlock<kKind, kRows>& block)
+  __device__ __forceinline__ explicit LoadScales(const QuantizedTilesBlock<kKind, kRows>& block)
       : block_(block), p_(block.p) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
@@ -259,7 +260,7 @@ class LoadScales {
     bulk_load(block_.zeros(stage) + to, p_.zeros + from, count, block_.full(stage), policy_);
   }
 
-  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
   const uint64_t policy_ = evict_normal_policy();
   int count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
@@ -269,9 +270,9 @@ class LoadScales {
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
 // and g + 8 of a warp's 16 weight rows (g = lane / 4), or with SwiGLU a gate row and its up row.
 template <typename T>
-class QuantizedResults {
+class QuantizedTilesResults {
  public:
-  __device__ __forceinline__ QuantizedResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
+  __device__ __forceinline__ QuantizedTilesResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
       : p_(p), group_(group), staging_(staging) {}
 
   // The bias of a tile's weight rows.
@@ -343,8 +344,8 @@ class QuantizedResults {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* const z = sums[i + j];
-        matrices[j] = pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]),
-                                   silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
+        matrices[j] =
+            pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]), silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
       }
       stmatrix_x4_trans(own + i * 8 * kQuantizedResultRowBytes, matrices);
     }
@@ -363,16 +364,16 @@ template <int kRows>
 __device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, const QuantizedTile& tile,
                                                 int group) {
   const int64_t weight_tiles = static_cast<int64_t>(p.weight_tiles) * kQuantizedCluster;
-  const int64_t index = (tile.split * static_cast<int64_t>(p.row_tiles) + tile.row_tile) * weight_tiles +
-                        tile.weight_tile;
+  const int64_t index =
+      (tile.split * static_cast<int64_t>(p.row_tiles) + tile.row_tile) * weight_tiles + tile.weight_tile;
   return p.sums + (index * kQuantizedGroups + group) * (kRows / 8 * kWarpgroupThreads);
 }
 
 // A consumer warpgroup.
 template <typename T, WeightKind kKind, int kRows>
-class QuantizedConsumer {
+class QuantizedTilesConsumer {
  public:
-  __device__ __forceinline__ QuantizedConsumer(const QuantizedBlock<kKind, kRows>& block, int group)
+  __device__ __forceinline__ QuantizedTilesConsumer(const QuantizedTilesBlock<kKind, kRows>& block, int group)
       : block_(block), p_(block.p), group_(group) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -414,7 +415,7 @@ class QuantizedConsumer {
     release(previous_stage);
   }
 
-  __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedResults<T>& results) const {
+  __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedTilesResults<T>& results) const {
     if (p_.splits == 1) {
       results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
       return;
@@ -427,7 +428,7 @@ class QuantizedConsumer {
   }
 
  private:
-  using Layout = QuantizedLayout<kKind, kRows>;
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
   static constexpr int kTiles = kRows / 8;
   static constexpr int kSteps = kBlockK / 16;  // wgmmas of a chunk
 
@@ -484,7 +485,7 @@ class QuantizedConsumer {
     }
   }
 
-  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
   const int group_;
   int rows_[2];   // the thread's weight rows, in the tile
@@ -498,7 +499,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     gemm_quantized_tiles(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
-  const QuantizedBlock<kKind, kRows> block(p, shared_address(shared));
+  const QuantizedTilesBlock<kKind, kRows> block(p, shared_address(shared));
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   const int producer = warp - kWarpgroupThreads * kQuantizedGroups / 32;
@@ -519,11 +520,11 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     take_registers<232>();
     wait_for_previous_kernel();
     const int group = warp / (kWarpgroupThreads / 32);
-    QuantizedConsumer<T, kKind, kRows> consumer(block, group);
-    using Layout = QuantizedLayout<kKind, kRows>;
-    for (QuantizedTileOrder order(p); !order.done(); order.advance()) {
+    QuantizedTilesConsumer<T, kKind, kRows> consumer(block, group);
+    using Layout = QuantizedTilesLayout<kKind, kRows>;
+    for (QuantizedTilesOrder order(p); !order.done(); order.advance()) {
       const QuantizedTile tile = order.tile(block.rank);
-      QuantizedResults<T> results(p, group, block.results + group * Layout::kResultBytes);
+      QuantizedTilesResults<T> results(p, group, block.results + group * Layout::kResultBytes);
       if (p.splits == 1) results.load_bias(tile.weight_tile);
       consumer.multiply(order.first_chunk(tile.split + 1) - order.first_chunk(tile.split));
       consumer.write(tile, results);
@@ -545,12 +546,11 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
   QuantizedTile tile{index / weight_tiles, index % weight_tiles, 0};
   const int part = static_cast<int>(blockIdx.y);
   wait_for_previous_kernel();
-  QuantizedResults<T> results(p, group, 0);
+  QuantizedTilesResults<T> results(p, group, 0);
   results.load_bias(tile.weight_tile);
   float sums[8][4] = {};
   for (; tile.split < p.splits; ++tile.split) {
-    const float4* const from =
-        partial_sums<kRows>(p, tile, group) + part * 8 * kWarpgroupThreads + threadIdx.x;
+    const float4* const from = partial_sums<kRows>(p, tile, group) + part * 8 * kWarpgroupThreads + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float4 more = from[i * kWarpgroupThreads];
@@ -560,7 +560,8 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
       sums[i][3] += more.w;
     }
   }
-  results.write_part(sums, tile.row_tile * kRows + part * kQuantizedPartRows, tile.weight_tile, shared_address(staging));
+  results.write_part(sums, tile.row_tile * kRows + part * kQuantizedPartRows, tile.weight_tile,
+                     shared_address(staging));
   bulk_store_wait();
 }
 

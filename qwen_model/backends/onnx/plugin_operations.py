@@ -79,7 +79,7 @@ class PluginOperations:
             "activation": ACTIVATIONS[activation],
             "constant_weight": 1,
         }
-        return str(self._graph.plugin(GEMM, [x, *weights.tensors], module, fields))
+        return str(self._graph.plugin(GEMM, [x, *weights.tensors], module, fields, version="1"))
 
     def norm(self, x: str, module: str, residual: str | None = None, into: tuple[str, ...] = ()) -> tuple[str, str]:
         """See `qwen_model.network.decoder.Operations`."""
