@@ -134,10 +134,11 @@ def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -
     from benchmarks.generate_torch import random_session, random_weights
     from qwen_model.checkpoints.config import read_config
     from qwen_model.engine.sequences import Sequence
+    from qwen_model.interface.engine_config import Limits
 
     config = read_config({**COMMON, **SHAPES[shape]})
     weights = random_weights(config, getattr(torch, dtype), "cuda")
-    session = random_session(config, weights, Load(max(batch_sizes), prompt_tokens, 4 * STEPS))
+    session = random_session(config, weights, Limits(max(batch_sizes), prompt_tokens, 4 * STEPS))
     recordings = []
     for batch_size in batch_sizes:
         prompts = Load(batch_size, prompt_tokens, 1).prompts(config.vocab_size, seed=0)

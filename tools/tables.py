@@ -18,7 +18,12 @@ from typing import Any
 
 from benchmarks import attention, gemm, gemm_sweep, generate_report, nsys_report, rms_norm
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
+from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.common.files import write_whole
+from qwen_model.engine.plan import CARDS, fitting_cards, memory_plan
+from qwen_model.interface.engine_config import Limits
+from qwen_model.quantization.formats import own_formats
+from qwen_model.quantization.options import QuantizationOptions
 
 ROOT = Path(__file__).parent.parent
 NOT_MEASURED = "*Not measured yet.*"
@@ -208,6 +213,70 @@ def decode_step() -> str:
     return markdown(["microseconds", *(f"batch {r['batch_size']}" for r in recordings)], rows)
 
 
+def quantization_quality() -> str:
+    """Return what each quantization does to the packaged model, without and with outliers."""
+    records = read("quantization")
+    models = sorted({r["model"] for r in records})
+    found = {(r["method"], r["model"]): r for r in records}
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        cells = [f"{found[method, models[0]]['bits']:.2f}"] if method != "not quantized" else [""]
+        for model in models:
+            record, plain = found[method, model], found["not quantized", model]
+            cells.append(f"{record['perplexity']:.3f} ({record['perplexity'] / plain['perplexity'] - 1:+.2%})")
+            cells.append(f"{1000 * record['divergence']:.2f}" if "divergence" in record else "")
+        rows.append([method, *cells])
+    heads = [head for model in models for head in (f"perplexity, {model}", "divergence")]
+    return markdown(["weights", "bits", *heads], rows)
+
+
+MEMORY_FORMATS = {"16 bit": None, "int8": QuantizationOptions("int8"), "int4": QuantizationOptions("int4")}
+PROMPT, OUTPUT = 3584, 512
+"""The tokens of a sequence in the table of memory."""
+
+
+def published_model(sizes: str) -> ModelConfig:
+    """Return a model by its hidden and MLP sizes, layers, heads, key-value heads, vocabulary and whether it is tied."""
+    hidden, inner, layers, heads, kv_heads, vocabulary, *tied = sizes.split()
+    return read_config(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "hidden_size": int(hidden),
+            "intermediate_size": int(inner),
+            "num_hidden_layers": int(layers),
+            "num_attention_heads": int(heads),
+            "num_key_value_heads": int(kv_heads),
+            "vocab_size": int(vocabulary),
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": bool(tied),
+        }
+    )
+
+
+PUBLISHED_MODELS = {
+    "Qwen2.5-1.5B": "1536 8960 28 12 2 151936 tied",
+    "Qwen2.5-3B": "2048 11008 36 16 2 151936 tied",
+    "Qwen2.5-7B": "3584 18944 28 28 4 152064",
+    "Qwen2.5-14B": "5120 13824 48 40 8 152064",
+    "Qwen2.5-32B": "5120 27648 64 40 8 152064",
+    "Qwen2.5-72B": "8192 29568 80 64 8 152064",
+}
+
+
+def quantization_memory() -> str:
+    """Return how many sequences have room on cards of some sizes, by model and format."""
+    limits = Limits(max_batch_size=64, max_input_len=PROMPT, max_output_len=OUTPUT)
+    rows = []
+    for name, sizes in PUBLISHED_MODELS.items():
+        model = published_model(sizes)
+        for text, options in MEMORY_FORMATS.items():
+            formats = {} if options is None else own_formats(options, model, "float16")
+            plan = memory_plan(model, limits, "float16", formats)
+            counts = [str(count) if count else "–" for count in fitting_cards(plan).values()]
+            rows.append([name, text, f"{plan.weight_bytes / 1e9:.2f}", f"{plan.token_bytes / 1024:.0f}", *counts])
+    return markdown(["model", "weights", "GB", "KiB a token", *(f"{card} GB" for card in CARDS)], rows)
+
+
 def measured() -> str:
     """Return which GPU and commit each file of results is from."""
     rows = []
@@ -216,7 +285,14 @@ def measured() -> str:
         machine, versions = content["machine"], content.get("versions", content["machine"])
         library = next((f"{name} {versions[name]}" for name in ("torch", "tensorrt") if name in versions), "")
         commit = content.get("commit") or machine["commit"]
-        rows.append([path.relative_to(RESULTS).as_posix(), machine["gpu"].split(",")[0], library, f"`{commit[:7]}`"])
+        rows.append(
+            [
+                path.relative_to(RESULTS).as_posix(),
+                (machine["gpu"] or machine["cpu"]).split(",")[0],
+                library,
+                f"`{commit[:7]}`",
+            ]
+        )
     return markdown(["file", "GPU", "with", "ran at"], rows)
 
 
@@ -244,6 +320,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_step": decode_step,
     "nsys": lambda: nsys_report.table(read("nsys")),
     "nsys-layers": lambda: nsys_report.layer_table(read("nsys")),
+    "quantization-quality": quantization_quality,
+    "quantization-memory": quantization_memory,
     "measured": measured,
 }
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -8,7 +8,9 @@ along its inputs, and zero points along the outputs, neither transposed.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +40,8 @@ SUFFIXES = (
     "weight_shape",
     "weight_g_idx",
 )
+COLUMNS = 128
+"""The columns of words that are unpacked at a time."""
 _AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of a word's eight outputs
 
 
@@ -98,10 +102,10 @@ class QuantizedLayer:
         return as_numpy(self.tensors[suffix].read(()))
 
     def _gptq_codes(self) -> Codes:
-        return _along_rows(np.ascontiguousarray(self._array("qweight").T), self.bits)
+        return _by_columns(self._array("qweight"), lambda words: _along_rows(words, self.bits))
 
     def _awq_codes(self) -> Codes:
-        return _awq_unpacked(np.ascontiguousarray(self._array("qweight").T))
+        return _by_columns(self._array("qweight"), _awq_unpacked)
 
     def _compressed_tensors_codes(self) -> Codes:
         return _along_rows(self._array("weight_packed"), self.bits)[:, : self.in_features]
@@ -196,6 +200,14 @@ def _same_order(one: npt.NDArray[np.int32] | None, other: npt.NDArray[np.int32] 
     if one is None or other is None:
         return one is other
     return np.array_equal(one, other)
+
+
+def _by_columns(words: Words, unpack: Callable[[Words], Codes]) -> Codes:
+    """Unpack [rows, columns], given transposed, some columns at a time in each of several threads."""
+    starts = range(0, words.shape[1], COLUMNS)
+    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as threads:
+        parts = threads.map(lambda start: unpack(np.ascontiguousarray(words[:, start : start + COLUMNS].T)), starts)
+        return np.concatenate(list(parts))
 
 
 def _along_rows(words: Words, bits: int) -> Codes:

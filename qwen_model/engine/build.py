@@ -52,6 +52,8 @@ from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
 LOG = logging.getLogger(__name__)
+LARGE_KEY_BIAS = 50.0
+"""Keys without a bias are a few units: beside this one, a code of int8 is nearly half a unit."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,11 @@ def build_engine(
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
     formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
+    if formats and backend != "torch":
+        raise QwenModelError(
+            f"the {backend} back end does not run quantized weights in this version: use the torch back end, or give "
+            "quantization none (--quantization none)"
+        )
     _check_calibration(activation_aware, calibration, quantization)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
@@ -183,6 +190,9 @@ def build_engine(
         compute_capabilities=capabilities,
         kv_cache_dtype=kv_cache_dtype,
         weight_formats=formats,
+        quantization_options=_quantization_options(
+            quantization, group_size, symmetric, head_quantization, activation_aware, calibration
+        ),
     )
     sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
     warnings = [
@@ -190,6 +200,7 @@ def build_engine(
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
+        *_key_bias_warnings(checkpoint, model, kv_cache_dtype),
     ]
     report = progress or no_progress
     calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
@@ -212,6 +223,24 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise QwenModelError if an argument is not one of its choices."""
     if value not in choices:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _quantization_options(
+    quantization: str,
+    group_size: int | None,
+    symmetric: bool | None,
+    head_quantization: str | None,
+    activation_aware: bool,
+    calibration: str | os.PathLike[str] | None,
+) -> tuple[str, ...]:
+    """Return the words of a build command that ask for the same quantization."""
+    words = [] if quantization == "auto" else ["--quantization", quantization]
+    words += [] if group_size is None else ["--group-size", str(group_size)]
+    words += ["--asymmetric"] if symmetric is False else []
+    words += [] if head_quantization is None else ["--head-quantization", head_quantization]
+    words += ["--activation-aware"] if activation_aware else []
+    words += [] if calibration is None else ["--calibration", os.fsdecode(calibration)]
+    return tuple(words)
 
 
 def _check_calibration(activation_aware: bool, calibration: object, quantization: str) -> None:
@@ -288,6 +317,21 @@ def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
         yield (
             f"the checkpoint's scales are {other} and the engine is {dtype}: they are kept as they are, but slower "
             f"kernels compute prompts; --dtype {other} has the faster ones"
+        )
+
+
+def _key_bias_warnings(checkpoint: Checkpoint, model: ModelConfig, kv_cache_dtype: str) -> Iterator[str]:
+    """Warn of biases that take the room in int8 codes of keys: one of them makes the scale of all numbers of a head."""
+    if kv_cache_dtype != "int8" or not model.qkv_bias:
+        return
+    heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    specs = (spec for group in weight_groups(model, "float32") for spec in group.specs)
+    biases = (checkpoint.read(spec) for spec in specs if spec.name.endswith(".attention.qkv.bias"))
+    largest = max(float(abs(bias[heads : heads + kv_heads]).max()) for bias in biases)
+    if largest > LARGE_KEY_BIAS:
+        yield (
+            f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
+            "coarsely: --kv-cache-dtype fp8 is more exact"
         )
 
 

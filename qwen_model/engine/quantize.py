@@ -109,7 +109,7 @@ class _Writer:
         self._stored_as = stored_as
         self._report = report
         self.formats = own_formats(options, model, checkpoint.dtype)
-        self.configuration = quantization_config(stored_as, next(iter(self.formats.values())))
+        self.configuration = quantization_config(stored_as, options)
         self.relative_errors: dict[str, float] = {}
         self.bytes_written = 0
         self._files: dict[str, list[str]] = {}  # the tensors of each shard, by its first name

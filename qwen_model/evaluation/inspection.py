@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
+from ..checkpoints.module_weights import WeightFormat
 from ..common.errors import QwenModelError
 from ..engine import load_engine
 from ..interface.engine_config import EngineConfig, GemmKernels
@@ -93,7 +95,7 @@ def _linear_kernels(config: EngineConfig, chosen: GemmKernels | None) -> list[Li
     if chosen is None:
         return []
     kernels: dict[tuple[str, LinearShape], int] = {}
-    for module, shape in linear_layers(config.model, config.dtype).items():
+    for module, shape in linear_layers(config.model, config.dtype, config.weight_formats).items():
         kind = re.sub(r"\d+", "*", module), shape
         kernels[kind] = kernels.get(kind, 0) + 1
     return [
@@ -125,6 +127,9 @@ def text(found: Inspection, every_layer: bool = False) -> str:
         f"limits    {limits['max_batch_size']} sequences, prompts of {limits['max_input_len']} tokens, outputs of "
         f"{limits['max_output_len']} tokens",
     ]
+    formats = Counter(WeightFormat(**each).text for each in config["weight_formats"].values())
+    if formats:
+        lines.append("weights   " + "; ".join(f"{count} x {text}" for text, count in formats.items()))
     if found.linear_layers:
         lines += ["", "GEMM kernels of the linear layers, by the rows of x", *table(_kernel_rows(found.linear_layers))]
     if found.tensors:

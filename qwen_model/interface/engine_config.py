@@ -87,6 +87,7 @@ class EngineConfig:
     compute_capabilities: tuple[str, ...] = ()  # of the GPUs that a plan is for; (): it is for the GPU in `versions`
     kv_cache_dtype: str = "auto"  # of KV_CACHE_DTYPES
     weight_formats: Formats = field(default_factory=dict)  # of the quantized modules; the others have `weight_format`
+    quantization_options: tuple[str, ...] = ()  # of the build, as words of its command
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -167,6 +168,7 @@ class EngineConfig:
             "sampling_defaults": SamplingDefaults(**values["sampling_defaults"]),
             "gemm_kernels": _gemm_kernels(values.get("gemm_kernels", {})),
             "compute_capabilities": tuple(values.get("compute_capabilities", ())),
+            "quantization_options": tuple(map(str, values.get("quantization_options", ()))),
             "weight_formats": formats_from_json(values.get("weight_formats", [])),
         }
         config = cls(**{**values, **nested})
@@ -189,6 +191,7 @@ class EngineConfig:
             options += ["--compute-capability", *self.compute_capabilities]
         if self.kv_cache_dtype != "auto":
             options += ["--kv-cache-dtype", self.kv_cache_dtype]
+        options += self.quantization_options
         return _build_command(self.backend, self.dtype, self.limits, options, engine_dir)
 
 

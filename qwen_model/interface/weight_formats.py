@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.json_values import is_integer
 from ..checkpoints.module_weights import Formats, WeightFormat
 from ..common.errors import QwenModelError, shown
+
+if TYPE_CHECKING:
+    from qwen_plugins.quantized import WeightFormat as KernelFormat
+
+
+def kernel_format(weight_format: WeightFormat) -> KernelFormat:
+    """Return the format as the GEMM kernels know it; of a weight that is not quantized, that it has the type of x."""
+    from qwen_plugins import quantized
+
+    if not weight_format.bits:
+        return quantized.WeightFormat()
+    return quantized.WeightFormat(
+        weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
+    )
 
 
 def formats_as_json(formats: Formats) -> list[dict[str, Any]]:

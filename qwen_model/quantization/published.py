@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoints.module_weights import WeightFormat
 from ..checkpoints.quantized_weight import Codes, QuantizedWeight
+from .options import QuantizationOptions
 
 Array = npt.NDArray[Any]
 FORMATS = ("compressed-tensors", "gptq")
@@ -26,9 +26,11 @@ def layer_tensors(stored_as: str, weight: QuantizedWeight) -> dict[str, Array]:
     return _TENSORS[stored_as](weight)
 
 
-def quantization_config(stored_as: str, weight_format: WeightFormat) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint whose layers, but for the head, have this format."""
-    return _CONFIGURATIONS[stored_as](weight_format)
+def quantization_config(stored_as: str, options: QuantizationOptions) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint whose layers, but for the head, are quantized like this."""
+    bits = {"int4": 4, "int8": 8}[options.kind]
+    group_size = options.group_size if options.kind == "int4" else -1
+    return _CONFIGURATIONS[stored_as](bits, group_size, options.symmetric)
 
 
 def _gptq_tensors(weight: QuantizedWeight) -> dict[str, Array]:
@@ -46,15 +48,15 @@ def _gptq_tensors(weight: QuantizedWeight) -> dict[str, Array]:
     }
 
 
-def _gptq_config(weight_format: WeightFormat) -> dict[str, Any]:
+def _gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
     return {
         "quant_method": "gptq",
-        "bits": weight_format.bits,
-        "group_size": weight_format.group_size or -1,
+        "bits": bits,
+        "group_size": group_size,
         "desc_act": False,
-        "sym": weight_format.symmetric,
+        "sym": symmetric,
         "lm_head": False,
-        "checkpoint_format": "gptq" if weight_format.symmetric else "gptq_v2",
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
     }
 
 
@@ -69,14 +71,14 @@ def _compressed_tensors(weight: QuantizedWeight) -> dict[str, Array]:
     return tensors
 
 
-def _compressed_tensors_config(weight_format: WeightFormat) -> dict[str, Any]:
-    grouped = weight_format.group_size > 0
+def _compressed_tensors_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    grouped = group_size > 0
     weights = {
-        "num_bits": weight_format.bits,
+        "num_bits": bits,
         "type": "int",
-        "symmetric": weight_format.symmetric,
+        "symmetric": symmetric,
         "strategy": "group" if grouped else "channel",
-        "group_size": weight_format.group_size if grouped else None,
+        "group_size": group_size if grouped else None,
         "dynamic": False,
         "actorder": None,
         "block_structure": None,
@@ -109,7 +111,7 @@ _TENSORS: dict[str, Callable[[QuantizedWeight], dict[str, Array]]] = {
     "gptq": _gptq_tensors,
     "compressed-tensors": _compressed_tensors,
 }
-_CONFIGURATIONS: dict[str, Callable[[WeightFormat], dict[str, Any]]] = {
+_CONFIGURATIONS: dict[str, Callable[[int, int, bool], dict[str, Any]]] = {
     "gptq": _gptq_config,
     "compressed-tensors": _compressed_tensors_config,
 }

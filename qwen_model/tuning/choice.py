@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..checkpoints.config import ModelConfig
+from ..checkpoints.module_weights import NOT_QUANTIZED, Formats
 from ..common.progress import GEMM_KERNELS, Progress
 from ..interface.engine_config import GemmKernels, KernelChoices, Limits
+from ..interface.weight_formats import kernel_format
 from ..network.inputs import logit_rows
 from .linear_layers import LinearShape, linear_layers
 from .timings import GemmTimings, Microseconds, user_timings
@@ -42,16 +44,22 @@ class Measurement(Protocol):
 
 
 def choose_kernels(
-    model: ModelConfig, limits: Limits, dtype: str, progress: Progress, measurement: Measurement | None = None
+    model: ModelConfig,
+    limits: Limits,
+    dtype: str,
+    progress: Progress,
+    measurement: Measurement | None = None,
+    formats: Formats = NOT_QUANTIZED,
 ) -> GemmKernels:
     """Return the kernels of each shape of a linear layer, measured on the current GPU or read from the user's file.
 
     measurement: None: `qwen_plugins.tuning`.
+    formats: of the quantized modules.
 
     Shapes that could not be measured, in time or in the free memory, are left out: rules choose their kernels.
     """
     gpu: Any = _gpu() if measurement is None else measurement
-    most_rows = rows_of_shapes(model, limits, dtype)
+    most_rows = rows_of_shapes(model, limits, dtype, formats)
     timings = user_timings(gpu.environment())
     wanted = [(shape, rows) for shape, most in most_rows.items() for rows in buckets(most)]
     _measure_missing(gpu, timings, wanted, progress)
@@ -60,17 +68,21 @@ def choose_kernels(
     return {text: choices for text, choices in chosen.items() if choices}
 
 
-def by_module(model: ModelConfig, dtype: str, kernels: GemmKernels) -> dict[str, KernelChoices]:
+def by_module(
+    model: ModelConfig, dtype: str, kernels: GemmKernels, formats: Formats = NOT_QUANTIZED
+) -> dict[str, KernelChoices]:
     """Return the chosen kernels of each linear layer that has any, by its module."""
-    layers = linear_layers(model, dtype)
+    layers = linear_layers(model, dtype, formats)
     return {name: kernels[shape.text] for name, shape in layers.items() if shape.text in kernels}
 
 
-def rows_of_shapes(model: ModelConfig, limits: Limits, dtype: str) -> dict[LinearShape, int]:
+def rows_of_shapes(
+    model: ModelConfig, limits: Limits, dtype: str, formats: Formats = NOT_QUANTIZED
+) -> dict[LinearShape, int]:
     """Return the shapes of the network's linear layers, and the most rows of x that each meets."""
     prompt_rows = limits.step_tokens
     most: dict[LinearShape, int] = {}
-    for name, shape in linear_layers(model, dtype).items():
+    for name, shape in linear_layers(model, dtype, formats).items():
         rows = logit_rows(limits) if name == "lm_head" else prompt_rows
         most[shape] = max(rows, most.get(shape, 0))
     return most
@@ -113,11 +125,13 @@ def _measure_missing(
 
 
 def _arguments(shape: LinearShape) -> dict[str, Any]:
+    quantized = {} if shape.weight_format is None else {"weight_format": kernel_format(shape.weight_format)}
     return {
         "in_features": shape.in_features,
         "out_features": shape.out_features,
         "activation": shape.activation,
         "dtype": shape.dtype,
+        **quantized,
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ..checkpoints.config import ModelConfig
+from ..checkpoints.module_weights import NOT_QUANTIZED, Formats, WeightFormat
 from ..checkpoints.weights import network_modules
 from ..network.decoder import decoder
 
@@ -14,7 +16,8 @@ class LinearShape:
     """Describe a linear layer as a GEMM: layers of the same shape use the same kernels.
 
     out_features: of the weight; with the activation "swiglu" twice the columns of the result.
-    dtype: of x, weight, bias and result.
+    dtype: of x, bias and result, and of a weight that is not quantized.
+    weight_format: of a quantized weight; None: it is not.
     """
 
     in_features: int
@@ -22,11 +25,13 @@ class LinearShape:
     dtype: str
     activation: str | None = None
     bias: bool = False
+    weight_format: WeightFormat | None = None
 
     @property
     def text(self) -> str:
         """Return the shape as files and tables have it: "float16 3584 to 4608, bias"."""
         parts = [f"{self.dtype} {self.in_features} to {self.out_features}"]
+        parts += [] if self.weight_format is None else [f"{self.weight_format.text}, {self.weight_format.scale_dtype}"]
         parts += ["bias"] if self.bias else []
         parts += [self.activation] if self.activation else []
         return ", ".join(parts)
@@ -56,14 +61,17 @@ class _Recorder:
         return None, None
 
 
-def linear_layers(config: ModelConfig, dtype: str) -> dict[str, LinearShape]:
+def linear_layers(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTIZED) -> dict[str, LinearShape]:
     """Return the shape of every linear layer, by the name of its module, in the order of the network."""
     recorder = _Recorder()
     decoder(recorder, config, None)
-    modules = network_modules(config, dtype)
+    modules = network_modules(config, dtype, formats)
     found = {}
     for name, activation in recorder.activations.items():
-        out_features, in_features = modules[name].weight.shape
-        bias = modules[name].bias is not None
-        found[name] = LinearShape(in_features, out_features, dtype, activation, bias)
+        module = modules[name]
+        out_features, in_features = module.shape
+        # The order of x's columns does not matter: x is gathered before.
+        weight_format = dataclasses.replace(module.format, permuted=False) if module.format.bits else None
+        bias = module.bias is not None
+        found[name] = LinearShape(in_features, out_features, dtype, activation, bias, weight_format)
     return found

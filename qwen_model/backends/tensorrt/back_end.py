@@ -75,7 +75,7 @@ def choose_kernels(config: EngineConfig, progress: Progress) -> GemmKernels:
     """Measure the GEMM kernels of the linear layers on the first GPU, unless the plan is for others; see `BackEnd`."""
     if "gemm" in config.disabled_plugins or config.compute_capabilities:
         return {}
-    return measure_kernels(config.model, config.limits, config.dtype, progress)
+    return measure_kernels(config.model, config.limits, config.dtype, progress, formats=config.weight_formats)
 
 
 def write_engine(
@@ -150,7 +150,7 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: T
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
     modules = network_modules(config.model, config.dtype)
-    kernels = by_module(config.model, config.dtype, config.gemm_kernels)
+    kernels = by_module(config.model, config.dtype, config.gemm_kernels, config.weight_formats)
     ops = operations(
         network,
         config.model,

@@ -100,7 +100,9 @@ def load_device(
     kernels: GemmKernels = {}
     if tuning and not deterministic and "gemm" not in config.disabled_plugins and uses_kernels(config.model, target):
         with torch.cuda.device(target):  # before the weights take the memory that measuring needs
-            kernels = measure_kernels(config.model, config.limits, config.dtype, progress)
+            kernels = measure_kernels(
+                config.model, config.limits, config.dtype, progress, formats=config.weight_formats
+            )
     watch, weights = Stopwatch(LOG), dict[str, Tensor]()
     for group in weight_groups(config.model, config.dtype, config.weight_formats):
         path = _weights_file(engine_dir, group)
@@ -237,6 +239,8 @@ def check_memory(config: EngineConfig, device: torch.device, utilization: float)
 
 def _usable_bytes(device: torch.device, utilization: float) -> float:
     """Return the bytes that may still be taken; a CPU's memory may be used whole."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for later allocations is not among what is free
     free, total = _memory(device)
     return free - (1.0 - utilization) * total if device.type == "cuda" else free
 

@@ -58,18 +58,22 @@ def memory_errors() -> Iterator[None]:
 class _PendingChoice:
     """Hold a choice that is being copied to the host."""
 
-    def __init__(self, tokens: Tensor, best: Sequence[Tensor] = ()):
-        """Take tokens, and their log-probabilities and the best tokens with theirs, if they are wanted."""
+    def __init__(self, found: Sequence[Tensor], copies: torch.cuda.Stream | None):
+        """Take tokens, and their log-probabilities and the best tokens with theirs, if they are wanted.
+
+        copies: the stream to copy them on, so that the next step does not wait; None: they are on the CPU.
+        """
         self._event: torch.cuda.Event | None = None
-        found = (tokens, *best)
-        if tokens.device.type != "cuda":
+        if copies is None:
             self._host = [tensor.clone() for tensor in found]
             return
         self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in found]
-        for host, tensor in zip(self._host, found, strict=True):
-            host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tokens.device))
+        copies.wait_stream(torch.cuda.current_stream(copies.device))
+        with torch.cuda.stream(copies):
+            for host, tensor in zip(self._host, found, strict=True):
+                host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(copies)
+        self._event = copies.record_event()
 
     def wait(self) -> Chosen:
         """See `PendingChoice`."""
@@ -88,9 +92,12 @@ class _Uploads:
     On a GPU the host writes into a ring of pinned buffers, so that it need not wait for the copy before.
     """
 
-    def __init__(self, target: Tensor):
-        """Take where steps are copied to: int32 [elements]."""
+    def __init__(self, target: Tensor, use_kernels: bool):
+        """Take where steps are copied to, int32 [elements], and whether our kernels may be used."""
         self._target = target
+        self._use_kernels = use_kernels
+        if use_kernels:
+            self._row_numbers = torch.arange(len(target), dtype=torch.int32, device=target.device)
         self._next = 0
         on_gpu = target.device.type == "cuda"
         places = range(STEPS_IN_FLIGHT if on_gpu else 0)
@@ -109,8 +116,14 @@ class _Uploads:
         """Copy the first `count` elements that were written, on the current stream."""
         if not self._copied:
             return
-        self._target[:count].copy_(self._hosts[self._next][:count], non_blocking=True)
-        self._copied[self._next].record()
+        host, target = self._hosts[self._next][:count], self._target[:count]
+        if self._use_kernels:
+            from .kernel_operations import copy_from_host
+
+            copy_from_host(host, target, self._row_numbers)
+        else:
+            target.copy_(host, non_blocking=True)
+        self._copied[self._next].record(torch.cuda.current_stream(target.device))
         self._next = (self._next + 1) % len(self._hosts)
 
 
@@ -187,7 +200,7 @@ class TorchDevice:
         if not ours:
             modules = unpacked_modules(modules)
         self.gemm_kernels: GemmKernels | None = (gemm_kernels or {}) if ours else None
-        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {})
+        chosen = by_module(config, str(dtype).removeprefix("torch."), self.gemm_kernels or {}, weight_formats)
         self._sizes = decode_sizes(self.max_sequences)
         self._deterministic = deterministic
         if use_kernels:
@@ -203,7 +216,8 @@ class TorchDevice:
         self._token_table = torch.zeros(self._first_row + self._largest_step(), dtype=torch.int32, device=self.device)
         last_tokens = self._token_table[: self.max_sequences + 1]
         self._step_inputs = self._token_table[self._first_row :]
-        self._uploads = _Uploads(self._step_inputs)
+        self._uploads = _Uploads(self._step_inputs, use_kernels)
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
         make_sampler = KernelSampler if use_kernels else TorchSampler
         self.sampler = make_sampler(self.max_sequences, config.vocab_size, self.device, last_tokens)
         self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None
@@ -246,7 +260,7 @@ class TorchDevice:
         self.sampler.set_masks(masks or {})
         tokens = self.sampler.choose(logits, device_slots, self.sampler.variant(slots, bool(masks)))
         best = () if num_best is None else self.sampler.logprobs(logits, tokens, num_best)
-        return _PendingChoice(tokens, best)
+        return _PendingChoice((tokens, *best), self._copies)
 
     @memory_errors()
     @torch.inference_mode()
@@ -277,8 +291,8 @@ class TorchDevice:
         pages, chooses = self.probe_pages[None], np.array([past > 0])
         batch = Batch(np.array(tokens, np.int32), slot, length, before, whole, pages, chooses)
         rows = np.arange(len(tokens), dtype=np.int32)
-        layout, own = self._packed(batch, rows, len(batch.lengths))
         with self._running(len(tokens)):
+            layout, own = self._packed(batch, rows, len(batch.lengths))
             observed = ObservedOperations(self.operations, observe)
             self._begin(batch.lengths.tolist(), [past], layout, own, decoding=past > 0)
             decoder(observed, self.config, self._token_ids(layout), last_token_only=False)
@@ -296,8 +310,8 @@ class TorchDevice:
         if decoding and self._graphs is not None:
             count = padded(count, self._sizes)
             graph = self._graph(count)
-        layout, own = self._packed(batch, rows, count)
         with self._running(len(batch.tokens)):
+            layout, own = self._packed(batch, rows, count)
             if graph is not None and own is None:
                 return graph.replay(), layout
             self._begin(batch.lengths.tolist(), batch.past_lengths.tolist(), layout, own, decoding)
@@ -331,7 +345,6 @@ class TorchDevice:
 
         The host's lengths are for PyTorch's own operations, which no step is padded for; kernels do not look at them.
         """
-
         table, query_scale = self._rotary if own is None else self._on_device(own.values, own.query_scale)
         self.operations.begin(
             Step(
@@ -350,7 +363,7 @@ class TorchDevice:
 
     def _token_ids(self, layout: StepLayout) -> Tensor:
         """Gather the ids of a step's tokens, some of which only the device knows: int32 [tokens]."""
-        return torch.index_select(self._token_table, 0, self._part(layout, "token_rows"))
+        return self.operations.token_ids(self._token_table, self._part(layout, "token_rows"))
 
     def _part(self, layout: StepLayout, name: str) -> Tensor:
         """Return a part of the step on the device, as `StepLayout.part` does of an array."""

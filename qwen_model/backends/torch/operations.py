@@ -92,6 +92,10 @@ class TorchOperations:
         """Set the step of the next pass, which runs on the current stream."""
         self.step = step
 
+    def token_ids(self, table: Tensor, rows: Tensor) -> Tensor:
+        """Return table[rows], int32 [tokens]: the ids of a step's tokens, some of which only the device knows."""
+        return table.index_select(0, rows)
+
     def embedding(self, input_ids: Tensor, module: str) -> Tensor:
         """See `qwen_model.network.decoder.Operations`."""
         return F.embedding(input_ids, self.modules[module].weight)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...interface.probe import Array
 from .device import TorchDevice
+from .quantized import dequantized
 
 
 class TorchProbe:
@@ -35,7 +36,8 @@ class TorchProbe:
     def module(self, name: str) -> tuple[Array, Array | None]:
         """See `Probe`."""
         weights = self._device.operations.modules[name]
-        return _array(weights.weight), None if weights.bias is None else _array(weights.bias)
+        weight = dequantized(weights) if weights.format.bits else weights.weight
+        return _array(weight), None if weights.bias is None else _array(weights.bias)
 
     def _record_queries(self) -> None:
         operations, heads = self._device.operations, self._heads

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checkpoints.module_weights import ModuleWeights
+from ...interface.weight_formats import kernel_format
 
 BLOCK_NUMBERS = 1 << 24
 """The numbers of a weight that are dequantized at a time."""
@@ -34,9 +35,7 @@ def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
         codes=module.weight.cpu().numpy(),
         scales=module.scales.cpu().view(torch.int16).numpy().view(np.uint16),
         zeros=None if module.zeros is None else module.zeros.cpu().numpy(),
-        format=quantized.WeightFormat(
-            module.format.bits, module.format.group_size, module.zeros is not None, module.format.scale_dtype
-        ),
+        format=kernel_format(module.format),
         out_features=out_features,
         in_features=in_features,
     )
@@ -48,6 +47,18 @@ def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
         zeros=None if zeros is None else torch.from_numpy(zeros).to(device),
         format=dataclasses.replace(module.format, layout=1),
     )
+
+
+def dequantized(module: ModuleWeights[Tensor]) -> Tensor:
+    """Return the weight that a quantized module of either layout stands for, float32 [out, in]."""
+    if module.format.layout != 1:
+        module = _unpacked(module)
+    w = torch.cat(list(_dequantized(module, torch.float32)))
+    if module.permutation is None:
+        return w
+    natural = torch.empty_like(w)
+    natural[:, module.permutation.long()] = w
+    return natural
 
 
 def linear(x: Tensor, module: ModuleWeights[Tensor]) -> Tensor:

@@ -102,10 +102,10 @@ def generate(device: Any, sequences: Sequence[Running], new_tokens: int, chunk: 
     return [sequence.output for sequence in sequences]
 
 
-def prompt_logits(device: Any, prompt: list[int], pages: list[int], slot: int = 0, chunk: int = 1000) -> np.ndarray:
-    """The logits after every token of a prompt."""
-    sequence, found = Running(prompt, slot, pages), []
-    while sequence.has_chunks:
+def prompt_logits(device: Any, prompt: list[int], pages: list[int], chunk: int = 1000, count: int = 1000) -> np.ndarray:
+    """The logits after each token of a prompt, or after the first ones: in chunks, until there are `count`."""
+    sequence, found = Running(prompt, 0, pages), []
+    while sequence.has_chunks and sequence.past < count:
         row = sequence.chunk(chunk)
         row.chooses = False
         found.append(device.logits(batch_of([row]), np.arange(len(row.tokens), dtype=np.int32)))

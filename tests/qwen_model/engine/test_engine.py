@@ -15,7 +15,15 @@ from qwen_model.backends.torch import device as torch_device
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
-WEIGHT_FORMAT = {"kind": "float32", "group_size": 0, "symmetric": True, "activation": None, "layout": 1}
+WEIGHT_FORMAT = {
+    "kind": "float32",
+    "group_size": 0,
+    "symmetric": True,
+    "activation": None,
+    "layout": 1,
+    "permuted": False,
+    "scale_dtype": "",
+}
 
 
 def build(model_dir, output_dir, **options):
@@ -120,9 +128,9 @@ def test_limits_follow_the_model(tmp_path):
         assert "the engine will take token ids only" in summary.warnings[0]
         return summary.config.limits, summary.warnings[1:]
 
-    assert limits() == (Limits(8, 66, 34), ())
-    assert limits(max_input_len=80) == (Limits(8, 80, 20), ())
-    assert limits(max_output_len=10) == (Limits(8, 90, 10), ())
+    assert limits() == (Limits(256, 66, 34), ())
+    assert limits(max_input_len=80) == (Limits(256, 80, 20), ())
+    assert limits(max_output_len=10) == (Limits(256, 90, 10), ())
     for asked, text in (
         (
             {"max_input_len": 100},
@@ -172,7 +180,7 @@ def test_engines_that_cannot_be_loaded(engine_dir, model_dir, tmp_path):
         path.write_text(json.dumps(values))
         return qwen_model.load_engine(tmp_path / "engine", device="cpu")
 
-    options = "--dtype float32 --max-batch-size 6 --max-input-len 120 --max-output-len 40"
+    options = "--dtype float32 --max-batch-size 6 --max-input-len 120 --max-output-len 40 --max-num-tokens 720"
     with pytest.raises(QwenModelError, match=rf"is an engine of format 7.*build it again.*{options} --output-dir"):
         load(format_version=7)
     for rmsnorm_plugin, more in ((True, ""), (False, " --disable-plugin rms_norm")):
@@ -272,13 +280,14 @@ def test_devices_that_are_not_there(engine_dir, name, message):
 
 
 def test_what_a_gpu_needs_is_said_before_it_is_taken(engine_dir, monkeypatch):
-    """Without a GPU: with one that has 1 MiB free."""
+    """Without a GPU: with one that has 1 KiB free, and one that has 1 GiB left of its tenth."""
     config = EngineConfig.read(engine_dir)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**34))
-    with pytest.raises(
-        QwenModelError, match=r"not enough GPU memory.*6 sequences of 160 tokens.*of 16\.00 GiB are free"
-    ):
-        back_end.check_memory(config.model, config.limits, "float32", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**10, 2**34))
+    with pytest.raises(QwenModelError, match=r"not enough GPU memory: the weights need .* of 16\.00 GiB are free"):
+        back_end.check_memory(config, torch.device("cuda"), 0.9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
+    with pytest.raises(QwenModelError, match=r"one sequence of 160 tokens needs .* a larger --gpu-memory-utilization"):
+        back_end.check_memory(config, torch.device("cuda"), 0.9)
 
 
 def test_what_a_cpu_needs_is_said_too(engine_dir, tmp_path):
@@ -287,7 +296,7 @@ def test_what_a_cpu_needs_is_said_too(engine_dir, tmp_path):
     values = json.loads(path.read_text())
     values["limits"]["max_batch_size"] = 2**30
     path.write_text(json.dumps(values))
-    with pytest.raises(QwenModelError, match=r"not enough memory.*GiB of key-value cache.*--max-batch-size"):
+    with pytest.raises(QwenModelError, match=r"key-value cache has 0\.00 GiB.* one sequence .*--max-batch-size"):
         qwen_model.load_engine(tmp_path / "engine", device="cpu")
 
 

@@ -227,3 +227,83 @@ def test_formats_that_this_version_does_not_read(tmp_path, plain_dir):
         path.write_text(json.dumps({**values, "weight_formats": damaged}))
         with pytest.raises(QwenModelError, match="weight_formats must"):
             EngineConfig.read(tmp_path / "engine")
+
+
+def test_the_command_that_builds_such_an_engine(tmp_path, plain_dir):
+    options = {"quantization": "int4", "group_size": 32, "symmetric": False, "head_quantization": "none"}
+    build(plain_dir, tmp_path / "engine", **options)
+    config = EngineConfig.read(tmp_path / "engine")
+    command = "--quantization int4 --group-size 32 --asymmetric --head-quantization none"
+    assert command in config.build_command(tmp_path / "engine")
+
+
+def test_inspect_shows_the_formats(tmp_path, plain_dir):
+    from qwen_model.evaluation.inspection import inspect_engine, text
+
+    build(plain_dir, tmp_path / "engine", quantization="int4", group_size=32)
+    shown = text(inspect_engine(str(tmp_path / "engine"), device="cpu"))
+    assert "weights   8 x int4, groups of 32; 1 x int8, a scale per output" in shown
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_back_ends_without_quantized_weights_say_so(tmp_path, plain_dir, backend):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(QwenModelError, match="back end does not run quantized weights in this version"):
+        build(plain_dir, tmp_path / "engine", backend=backend, dtype="float16", quantization="int8")
+
+
+def test_activation_aware(tmp_path, model_dir):
+    """With a scale per output and 8 bits almost nothing is left of the quantization, so the function is the same."""
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    options = {"quantization": "int8", "head_quantization": "none"}
+    build(model_dir, tmp_path / "plain")
+    build(model_dir, tmp_path / "aware", **options, activation_aware=True, calibration=tmp_path / "text")
+    build(model_dir, tmp_path / "unaware", **options)
+    plain, aware, unaware = (tokens_and_logits(tmp_path / name)[1] for name in ("plain", "aware", "unaware"))
+    error = np.abs(aware - plain).mean()
+    assert 0 < error < 2 * np.abs(unaware - plain).mean() < 0.05 * np.abs(plain).mean()
+    from safetensors.torch import load_file
+
+    norms = [
+        load_file(tmp_path / name / "weights" / "layer_001.safetensors")["layers.1.input_norm.weight"]
+        for name in ("plain", "aware")
+    ]
+    assert not torch.equal(*norms)  # the input scales are folded there
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_aware": True}, r"activation_aware \(--activation-aware\) is for quantization int8 or int4"),
+        ({"quantization": "int8", "calibration": "text"}, r"calibration \(--calibration\) is for activation_aware"),
+        ({"quantization": "int8", "activation_aware": True, "calibration": "nothing"}, "nothing cannot be read"),
+    ],
+)
+def test_calibration_that_cannot_be(tmp_path, model_dir, options, message):
+    with pytest.raises(QwenModelError, match=message):
+        build(model_dir, tmp_path / "engine", **options)
+    (tmp_path / "short").write_text("short")
+    with pytest.raises(QwenModelError, match="needs at least 256 tokens"):
+        build(
+            model_dir, tmp_path / "engine", quantization="int8", activation_aware=True, calibration=tmp_path / "short"
+        )
+
+
+def test_plan(tmp_path, plain_dir):
+    """As large as the engine that is then built."""
+    from qwen_model.engine.plan import fitting_cards, plan_engine
+
+    sizes = {"max_batch_size": 3, "max_input_len": 60, "max_output_len": NEW_TOKENS}
+    options = {"dtype": "float16", "quantization": "int4", "group_size": 32, **sizes}
+    plan, summary = plan_engine(plain_dir, **options), build(plain_dir, tmp_path / "engine", **options)
+    assert plan.weight_bytes == summary.weight_bytes
+    assert plan.sequence_bytes == summary.sequence_bytes
+    files = sum(path.stat().st_size for path in (tmp_path / "engine" / "weights").iterdir())
+    assert plan.weight_bytes < files < plan.weight_bytes + 4 * 8192  # headers
+    assert plan.token_bytes == 2 * 2 * 2 * 16 * 2  # layers, k and v, kv heads, head size, bytes
+    assert (plan.sequences, plan.positions) == (3, 60 + NEW_TOKENS)
+    counts = fitting_cards(plan, cards=(1, 2))
+    assert 0 < counts[1] < counts[2]
+    assert plan_engine(plain_dir, dtype="float16").weight_bytes > plan.weight_bytes
+    with pytest.raises(QwenModelError, match="no groups of 128"):
+        plan_engine(plain_dir, quantization="int4")

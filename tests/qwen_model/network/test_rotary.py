@@ -30,21 +30,6 @@ SCALINGS = [
 @pytest.mark.parametrize("base", [10000.0, 1e6])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("length", [100, 700, 4001])
-def test_prompts_of_equal_stretch_have_equal_rotations():
-    """Prefixes of the cache are shared where it is equal."""
-    lengths = range(1, 300)
-    for scaling in ("none", "linear", "dynamic", "qwen_dynamic", "llama3", "yarn"):
-        rotary = RotaryConfig(dim=16, base=1e4, scaling=scaling, factor=2.0, original_max_positions=64)
-        rotations: dict[int, set[bytes]] = {}
-        for length in lengths:
-            rotations.setdefault(rotary_stretch(rotary, length), set()).add(
-                inverse_frequencies(rotary, length).tobytes()
-            )
-        assert all(len(found) == 1 for found in rotations.values()), scaling
-        if scaling not in ("dynamic", "qwen_dynamic"):
-            assert len(rotations) == 1
-
-
 def test_as_transformers(scaling, base, length):
     theirs = transformers.LlamaConfig(**SIZES, rope_parameters={**scaling, "rope_theta": base})
     expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu", seq_len=length)
@@ -143,3 +128,18 @@ def test_prompts_longer_than_the_trained_length_bring_a_table_of_their_own():
         np.testing.assert_array_equal(chunks.query_scale[start + first : start + end], whole.query_scale[first:end])
     after = slice(-140 + 200, -140 + 240)  # of tokens that were generated before the sequence lost its pages
     np.testing.assert_array_equal(chunks.values[after], table.values[200:240])
+
+
+def test_prompts_of_equal_stretch_have_equal_rotations():
+    """Prefixes of the cache are shared where it is equal."""
+    lengths = range(1, 300)
+    for scaling in ("none", "linear", "dynamic", "qwen_dynamic", "llama3", "yarn"):
+        rotary = RotaryConfig(dim=16, base=1e4, scaling=scaling, factor=2.0, original_max_positions=64)
+        rotations: dict[int, set[bytes]] = {}
+        for length in lengths:
+            rotations.setdefault(rotary_stretch(rotary, length), set()).add(
+                inverse_frequencies(rotary, length).tobytes()
+            )
+        assert all(len(found) == 1 for found in rotations.values()), scaling
+        if scaling not in ("dynamic", "qwen_dynamic"):
+            assert len(rotations) == 1

@@ -1,18 +1,22 @@
 """The choice of GEMM kernels by measured times, with a measurement that needs no GPU."""
 
+import dataclasses
 import json
 
 import pytest
 
 from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.checkpoints.module_weights import WeightFormat
+from qwen_model.checkpoints.weights import network_modules
 from qwen_model.interface.engine_config import Limits
 from qwen_model.tuning import choice
 from qwen_model.tuning.choice import MANY_ROWS, ROWS, KernelRange, buckets, by_module, choose_kernels, ranges
 from qwen_model.tuning.linear_layers import LinearShape, linear_layers
 from qwen_model.tuning.timings import GemmTimings
+from qwen_plugins import quantized
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 
-LIMITS = Limits(max_batch_size=4, max_input_len=100, max_output_len=10)
+LIMITS = Limits(max_batch_size=4, max_input_len=100, max_output_len=10, max_num_tokens=400)
 
 
 class FakeGpu:
@@ -66,6 +70,40 @@ def test_a_shape_as_text():
     assert LinearShape(64, 128, "float16", "swiglu", True).text == "float16 64 to 128, bias, swiglu"
 
 
+def test_quantized_layers_are_measured_in_their_formats(model):
+    """Those whose formats differ only in the order of x's columns are measured once."""
+    four = WeightFormat("int4", 32, symmetric=False, layout=2, scale_dtype="float16")
+    eight = WeightFormat("int8", layout=2, scale_dtype="bfloat16")
+    layers = {"layers.0.attention.qkv": four, "layers.1.attention.qkv": dataclasses.replace(four, permuted=True)}
+    formats = {**layers, "lm_head": eight}
+    shapes = linear_layers(model, "float16", formats)
+    qkv, head = shapes["layers.0.attention.qkv"], shapes["lm_head"]
+    assert (qkv.out_features, qkv.in_features) == network_modules(model, "float16")["layers.0.attention.qkv"].shape
+    assert qkv == shapes["layers.1.attention.qkv"] != shapes["layers.2.attention.qkv"]
+    assert "int4, groups of 32, zero points, float16, bias" in qkv.text
+    assert head.text.endswith("int8, a scale per output, bfloat16")
+
+    class Quantized(FakeGpu):
+        def candidates(self, *, weight_format=None, **shape):
+            return ["stream"] if weight_format is None else ["stream_quantized"]
+
+        def measure(self, *, weight_format=None, rows, bias, **shape):
+            self.measured.append((rows, weight_format))
+            return {"stream": 2.0} if weight_format is None else {"stream_quantized": 1.0}
+
+    gpu = Quantized()
+    kernels = choose_kernels(model, LIMITS, "float16", nothing, gpu, formats)
+    modules = by_module(model, "float16", kernels, formats)
+    assert modules["layers.1.attention.qkv"][0][1] == modules["lm_head"][0][1] == "stream_quantized"
+    assert modules["layers.0.mlp.down"][0][1] == "stream"
+    asked = {each for _, each in gpu.measured}
+    assert asked == {
+        None,
+        quantized.WeightFormat(4, 32, True, "float16"),
+        quantized.WeightFormat(8, 0, False, "bfloat16"),
+    }
+
+
 def test_buckets_reach_the_most_rows():
     assert buckets(1) == [1]
     assert buckets(3) == [1, 2, 4]
@@ -108,7 +146,7 @@ def test_times_are_kept_for_the_same_gpu_and_libraries(model, cache):
     assert sorted(other.measured, key=str) == sorted(first.measured, key=str)
     assert len(list(cache.iterdir())) == 2
     more = FakeGpu()
-    choose_kernels(model, Limits(4, 200, 10), "float16", nothing, more)
+    choose_kernels(model, Limits(4, 200, 10, max_num_tokens=800), "float16", nothing, more)
     assert {rows for rows, *_ in more.measured} == {192, 256, 1024}  # what larger limits add
 
 
