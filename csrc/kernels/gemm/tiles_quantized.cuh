@@ -3,8 +3,8 @@
 // A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 weight rows
 // times kRows rows of x at a time: each of two consumer warpgroups has 64 weight rows, which it dequantizes in
 // registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer warp
-// fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and weights by
-// TMA, scales and zero points by bulk copies. The two blocks of a cluster have the same rows of x, of which each loads
+// fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and codes by
+// TMA, scales and zero points by cp.async. The two blocks of a cluster have the same rows of x, of which each loads
 // half and multicasts it to both. With few tiles k is split: blocks write float32 sums to the workspace, and a second
 // kernel adds them in a fixed order. Launched while the previous kernel runs, as gemm_stream.
 #pragma once
@@ -128,7 +128,7 @@ struct QuantizedTilesBlock {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
-      mbarrier_init(full(stage), 3);
+      mbarrier_init(full(stage), 1 + 1 + 32);  // lanes that load x, codes and scales
       mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
@@ -142,8 +142,8 @@ struct QuantizedTilesBlock {
 };
 
 // A producer warp: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. Codes,
-// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop, of
-// which one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs
+// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop even
+// where one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs
 // them.
 template <WeightKind kKind, int kRows, typename Load>
 __device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>& block, Load load) {
@@ -162,7 +162,7 @@ __device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>&
       } else {
         mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
       }
-      if (threadIdx.x % 32 == 0) load(state.stage, chunk);
+      if (static_cast<int>(threadIdx.x) % 32 < Load::kLanes) load(state.stage, chunk);
       __syncwarp();
       load.advance();
       state.advance(Layout::kStages);
@@ -174,6 +174,7 @@ __device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>&
 template <WeightKind kKind, int kRows>
 class LoadX {
  public:
+  static constexpr int kLanes = 1;
   __device__ __forceinline__ explicit LoadX(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
@@ -200,6 +201,7 @@ __device__ __forceinline__ int first_weight_row(const QuantizedTilesArguments& p
 template <WeightKind kKind, int kRows>
 class LoadCodes {
  public:
+  static constexpr int kLanes = 1;
   __device__ __forceinline__ explicit LoadCodes(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
@@ -219,52 +221,63 @@ class LoadCodes {
   int row_block_ = 0;
 };
 
-// Loads scales and zero points.
+// Loads scales and zero points, 16 bytes a lane: TMA would take as long for these few as for a stage's codes.
 template <WeightKind kKind, int kRows>
 class LoadScales {
  public:
+  static constexpr int kLanes = 32;
   __device__ __forceinline__ explicit LoadScales(const QuantizedTilesBlock<kKind, kRows>& block)
       : block_(block), p_(block.p) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
-    const int row = first_weight_row(p_, tile);
-    // Rows that there are: a multiple of 16. With SwiGLU there are gate rows and up rows.
-    const int most = p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights;
-    count_ = max(0, min(p_.scale_rows - row, most));
-    up_count_ = p_.swiglu ? max(0, min(p_.scale_rows - p_.columns - row, most)) : 0;
-    bytes_ = p_.groups * (count_ + up_count_) * (p_.zeros == nullptr ? 2 : 3);
     const int group = chunk / p_.group_chunks;
     chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
-    from_ = static_cast<int64_t>(group) * p_.groups * p_.scale_rows + row;
+    const int64_t first = static_cast<int64_t>(group) * p_.groups * p_.scale_rows;
+    scales_ = Part(*this, tile, 8, first);
+    zeros_ = Part(*this, tile, 16, first);
   }
   __device__ __forceinline__ void operator()(int stage, int) const {
-    mbarrier_arrive_expect_tx(block_.full(stage), bytes_);
-    for (int group = 0; group < p_.groups; ++group) {
-      const int64_t from = from_ + group * p_.scale_rows;
-      const int to = group * kQuantizedTileWeights;
-      load(stage, from, to, count_);
-      load(stage, from + p_.columns, to + kQuantizedHalf, up_count_);
+    if (scales_.group < p_.groups) {
+      cp_async_16(block_.scales(stage) + 2 * scales_.to, p_.scales + scales_.from, scales_.exists);
     }
+    if (p_.zeros != nullptr && zeros_.group < p_.groups) {
+      cp_async_16(block_.zeros(stage) + zeros_.to, p_.zeros + zeros_.from, zeros_.exists);
+    }
+    mbarrier_arrive_after_cp_async(block_.full(stage));
   }
   __device__ __forceinline__ void advance() {
     if (--chunks_left_ > 0) return;
     chunks_left_ = p_.group_chunks;
-    from_ += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+    scales_.from += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+    zeros_.from += static_cast<int64_t>(p_.groups) * p_.scale_rows;
   }
 
  private:
-  __device__ __forceinline__ void load(int stage, int64_t from, int to, int count) const {
-    if (count == 0) return;
-    bulk_load(block_.scales(stage) + 2 * to, p_.scales + from, 2 * count, block_.full(stage), policy_);
-    if (p_.zeros == nullptr) return;
-    bulk_load(block_.zeros(stage) + to, p_.zeros + from, count, block_.full(stage), policy_);
-  }
+  // What a lane loads: `count` rows of a group of a chunk.
+  struct Part {
+    int group = 0, to = 0;
+    int64_t from = 0;
+    bool exists = false;
+
+    Part() = default;
+    __device__ __forceinline__ Part(const LoadScales& all, const QuantizedTile& tile, int count, int64_t first) {
+      const QuantizedTilesArguments& p = all.p_;
+      const int lanes = kQuantizedTileWeights / count;
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const int in_tile = lane % lanes * count;
+      group = lane / lanes;
+      to = group * kQuantizedTileWeights + in_tile;
+      const bool is_up = p.swiglu && in_tile >= kQuantizedHalf;
+      const int row = first_weight_row(p, tile) + in_tile + (is_up ? p.columns - kQuantizedHalf : 0);
+      exists = row < p.scale_rows;
+      from = exists ? first + static_cast<int64_t>(group) * p.scale_rows + row : 0;
+    }
+  };
 
   const QuantizedTilesBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
-  const uint64_t policy_ = evict_normal_policy();
-  int count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
-  int64_t from_ = 0;
+  int chunks_left_ = 0;
+  Part scales_, zeros_;
 };
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
