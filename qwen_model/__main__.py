@@ -20,6 +20,7 @@ from . import (
     perplexity,
     quantize,
     run,
+    serve,
     summarize,
 )
 from .command_line import run_command
@@ -29,6 +30,7 @@ COMMANDS = {
     "build": build,
     "run": run,
     "chat": chat,
+    "serve": serve,
     "quantize": quantize,
     "export": export,
     "inspect": inspect,

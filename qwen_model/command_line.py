@@ -352,14 +352,13 @@ def open_engine(options: argparse.Namespace) -> Session:
     from .engine import load_engine
 
     with progress_bar() as progress:
-        return load_engine(
-            options.engine_dir,
-            device=options.device,
-            tuning=options.tuning,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            deterministic=options.deterministic,
-            progress=progress,
-        )
+        return load_engine(options.engine_dir, **load_settings(options), progress=progress)
+
+
+def load_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `add_engine_arguments` except --engine-dir, as arguments of `load_engine`."""
+    names = ("device", "tuning", "gpu_memory_utilization", "deterministic")
+    return {name: getattr(options, name) for name in names}
 
 
 @contextmanager

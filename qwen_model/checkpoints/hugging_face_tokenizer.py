@@ -62,6 +62,11 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_token = named_tokens.get("eos_token")
         self.eos_token_ids = () if eos_token is None else (self._id_of(eos_token),)
 
+    def to_json(self) -> str:
+        """Return the content of a ``tokenizer.json`` of this tokenizer."""
+        content: str = self._tokenizer.to_str()
+        return content
+
     def _has_chatml(self) -> bool:
         return all(self._tokenizer.token_to_id(token) is not None for token in (CHAT_START, CHAT_END))
 

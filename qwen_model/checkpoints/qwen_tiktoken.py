@@ -37,7 +37,7 @@ class QwenTiktokenTokenizer(Tokenizer):
         names = (END_OF_TEXT, CHAT_START, CHAT_END, *extras)
         self.special_tokens = {name: len(ranks) + index for index, name in enumerate(names)}
         self._ranks = ranks
-        self._encoding = self._tiktoken(QWEN_SPLIT_PATTERN, self.special_tokens)
+        self.encoding = self._tiktoken(QWEN_SPLIT_PATTERN, self.special_tokens)
         self.vocab_size = len(ranks) + len(names)
         self.eos_token_ids = (self.special_tokens[END_OF_TEXT], self.special_tokens[CHAT_END])
 
@@ -50,8 +50,8 @@ class QwenTiktokenTokenizer(Tokenizer):
         if _has_long_whitespace(text):
             return self._encode_piece_by_piece(text, parse_special_tokens)
         if parse_special_tokens:
-            return self._encoding.encode(text, allowed_special="all", disallowed_special=())
-        return self._encoding.encode_ordinary(text)
+            return self.encoding.encode(text, allowed_special="all", disallowed_special=())
+        return self.encoding.encode_ordinary(text)
 
     def _encode_piece_by_piece(self, text: str, parse_special_tokens: bool) -> list[int]:
         """Return the ids of a text split by ``regex``, which tiktoken depends on: slower, but without a limit."""
@@ -69,7 +69,7 @@ class QwenTiktokenTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         end = len(self._ranks) if skip_special_tokens else self.vocab_size
-        return self._encoding.decode([token_id for token_id in ids if 0 <= token_id < end], errors="replace")
+        return self.encoding.decode([token_id for token_id in ids if 0 <= token_id < end], errors="replace")
 
     def _chat_ids(self, messages: list[dict[str, Any]], add_generation_prompt: bool, options: ChatOptions) -> list[int]:
         check_plain_chat(messages, options)

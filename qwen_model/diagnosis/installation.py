@@ -33,6 +33,11 @@ PURPOSES = {
     "tqdm": "building",
     "ml_dtypes": "bfloat16 in TensorRT",
     "cuda-bindings": "TensorRT",
+    "fastapi": "serving",
+    "uvicorn": "serving",
+    "msgspec": "serving",
+    "prometheus-client": "serving",
+    "llguidance": "structured output",
     "transformers": "comparing with the original model",
     "matplotlib": "drawing results",
 }

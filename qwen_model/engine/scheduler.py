@@ -29,6 +29,8 @@ from .slots import Slots
 
 CHUNK_TOKENS = 512
 """Tokens of a step of prompts while others decode: it takes a large model about as long as one or two decode steps."""
+PATIENCE = 8
+"""The most steps of decoding for which a free slot is kept until more are free."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, ...], Sequence]] = []  # a heap; what has ended is dropped when it is met
         self._patient = False
         self._filling = False  # free slots are being given to those that wait
+        self._kept_free = 0  # steps for which there were free slots, but too few
         self._prefilling: list[Sequence] = []  # have slot and pages; a part of their tokens is not in the cache
         self._starts: list[Start] = []  # of slots, before the next step
         self._in_flight: deque[_Launched] = deque()
         self._launched_prompts = False
         self._last_read = 0  # number of the step that was read last
         self._ended: list[Sequence] = []  # have a slot yet
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -91,6 +95,16 @@ class Scheduler:
             or self._first_waiting() is not None
             or self._slots.decoding.any()
         )
+
+    @property
+    def num_running(self) -> int:
+        """Return the number of sequences that have a slot."""
+        return self.device.max_sequences - len(self._slots.free)
+
+    @property
+    def num_waiting(self) -> int:
+        """Return the number of sequences that wait for a slot or for pages."""
+        return sum(sequence.finish_reason is None for _, sequence in self._waiting)
 
     def check(self, sequence: Sequence, name: str = "the prompt") -> None:
         """Raise QwenModelError if the cache is too small for a sequence even when it is alone."""
@@ -213,6 +227,7 @@ class Scheduler:
             if filled:
                 sources[own[0]] = sources.get(parent.pages[full], parent.pages[full])  # the parent's may be a copy, too
             self._begin(sequence, parent.pages[:full] + own, full * size + filled)
+            sequence.num_cached = full * size + filled
             self._slots.decode_last_token(sequence)
         if sources:
             self.device.copy_pages([(source, copy) for copy, source in sources.items()])
@@ -222,7 +237,7 @@ class Scheduler:
         parent, past = sequence.parent, len(sequence.tokens) - 1
         if parent is None or self.deterministic or self._past(parent) < past or sequence.logit_rows:
             return None
-        room = self._slots.free and self.pool.num_free > self._num_running()
+        room = self._slots.free and self.pool.num_free > self.num_running
         return parent if room and parent.tokens[:past] == sequence.tokens[:past] else None
 
     def _admit(self) -> Sequence | None:
@@ -235,16 +250,14 @@ class Scheduler:
         shared = self.pool.find(sequence.names[: (tokens - max(1, sequence.logit_rows)) // size])
         self.pool.share(shared)
         needed = (self._longest(sequence) if self.deterministic else self.pool.pages_of(tokens)) - len(shared)
-        spare = 0 if self.deterministic else self._num_running()  # a next page of each, or it would soon be preempted
+        spare = 0 if self.deterministic else self.num_running  # a next page of each, or it would soon be preempted
         if needed + spare > self.pool.num_free:
             self.pool.release(shared)
             return None
         self._begin(sequence, shared + self.pool.allocate(needed), len(shared) * size)
+        sequence.num_cached = len(shared) * size
         self._prefilling.append(sequence)
         return sequence
-
-    def _num_running(self) -> int:
-        return self.device.max_sequences - len(self._slots.free)
 
     def _extend_names(self, sequence: Sequence) -> None:
         salt = sequence.salt + b"/%d" % self._stretch(len(sequence.prompt))
@@ -281,6 +294,7 @@ class Scheduler:
         youngest = self._slots.youngest()
         held = youngest.hold and youngest not in self._prefilling and not self._slots.decoding[youngest.slot]
         self._leave(youngest)
+        self.num_preemptions += 1
         if not held:
             self._wait(youngest)
 
@@ -384,9 +398,7 @@ class Scheduler:
         decoding = self._slots.decoding.any()
         budget = self.chunk_tokens if decoding and not self._patient else self.device.max_tokens
         rows = self.device.max_logit_rows
-        # A step of a few prompts takes as long as one of many: while others decode, wait for a few free slots.
-        enough = min(len(self._waiting), max(1, self.device.max_sequences // 16))
-        self._filling = (self._filling and bool(self._waiting)) or not decoding or len(self._slots.free) >= enough
+        self._filling = self._fills(bool(decoding))
         parts: list[tuple[Sequence, int]] = []
         for sequence in chain(list(self._prefilling), iter(self._admit, None) if self._filling else ()):
             past = self._past(sequence)
@@ -409,6 +421,18 @@ class Scheduler:
                 break
         self._filling = self._filling and len(self._slots.free) > 0
         return parts
+
+    def _fills(self, decoding: bool) -> bool:
+        """Tell whether free slots are given to those that wait.
+
+        A step of a few prompts takes as long as one of many. So where slots are scarce and others decode, free ones are
+        kept until they are a sixteenth of all, or for some steps.
+        """
+        free = len(self._slots.free)
+        enough = min(len(self._waiting), max(1, self.device.max_sequences // 16))
+        self._kept_free = self._kept_free + 1 if 0 < free < enough else 0
+        filling = (self._filling and bool(self._waiting)) or not decoding or free >= enough
+        return filling or self._kept_free > PATIENCE
 
     def _start_slots(self) -> None:
         if self._starts:

@@ -39,6 +39,7 @@ class Sequence:
     parent: wait for its prompt, and share what it computed.
     on_event: for the client, to be called with each event; the scheduler does not call it.
     tokens: the prompt, then the new tokens. finish_reason: None while it is not finished.
+    num_cached: tokens that were in the cache already when it began, or came back.
     """
 
     prompt: list[int]
@@ -57,6 +58,7 @@ class Sequence:
     finish_reason: EndReason | None = None
     error: Exception | None = None
     logits: list[FloatArray] = field(default_factory=list)
+    num_cached: int = 0
 
     # The scheduler's own: what it has of the device. Without a slot the sequence waits, or is held.
     order: tuple[int, ...] = ()

@@ -168,10 +168,10 @@ def test_engines_for_each_compute_capability(capabilities: tuple[str, ...]) -> N
     assert len(built.plugins) == 5
 
 
-def check_decoder(model_dir: Path, dtype: str, folder: Path) -> None:
+def check_decoder(model_dir: Path, dtype: str, folder: Path, **options: Any) -> None:
     """Export a checkpoint's network as ONNX, with the plug-ins as nodes, and build it."""
     sizes = {"max_batch_size": 4, "max_input_len": 32, "max_output_len": 32}
-    summary = export_onnx(model_dir, output=folder / "network.onnx", dtype=dtype, **sizes)
+    summary = export_onnx(model_dir, output=folder / "network.onnx", dtype=dtype, **sizes, **options)
     built = build(summary.path, summary.profiles, ["SM86", "SM89", "SM120"])
     assert built.plan is not None, built.errors
     # A layer has two norms, attention, and four products; after the last come a norm and a product. Each profile lists
@@ -184,6 +184,11 @@ def check_decoder(model_dir: Path, dtype: str, folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_packaged_model(dtype: str, tmp_path: Path) -> None:
     check_decoder(packaged_model_dir(), dtype, tmp_path)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_caches_of_8_bits(kv_cache_dtype: str, tmp_path: Path) -> None:
+    check_decoder(packaged_model_dir(), "float16", tmp_path, kv_cache_dtype=kv_cache_dtype)
 
 
 def test_weights_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,43 +42,38 @@ __device__ __forceinline__ float quantize_head(float* head, CacheDataType dtype)
   return scale;
 }
 
-// Prepares the new key and value in shared memory, and writes them to the cache if this block is the one that does.
+// Prepares the new key or value in shared memory, and writes it to the cache if this block is the one that does.
 template <typename T, int kHeadSize, typename Attention>
-__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, const T* qkv,
+__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, bool is_value, const T* qkv,
                                                   const float* cos_sin, typename Attention::SharedMemory& shared) {
   const DecodeAttentionParams& p = a.params;
-  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
-  const int page = work.writes_new_token ? cache.page_of(work.past_length) : 0;  // loaded early, used last
-  const int key_row = p.heads.num_heads + work.kv_head;
-  const T* const value = qkv + (key_row + p.heads.num_kv_heads) * kHeadSize;
+  const CacheDataType dtype = p.cache.dtype;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
+  const int page = work.writes_new_token ? page_of(p.cache, work.sequence, work.past_length) : 0;
+  const T* const from = qkv + (p.heads.num_heads + (is_value ? p.heads.num_kv_heads : 0) + work.kv_head) * kHeadSize;
+  float* const head = is_value ? shared.new_value : shared.new_key;
+  if (is_value) {
 #pragma unroll
-  for (int d = lane; d < kHeadSize; d += 32) shared.new_value[d] = to_float(value[d]);
-  prepare_head<T, kHeadSize>(shared.new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight),
-                             p.heads, cos_sin, 1.0F);
-  char* const key_place = cache.key(page, work.past_length);
+    for (int d = lane; d < kHeadSize; d += 32) head[d] = to_float(from[d]);
+  } else {
+    prepare_head<T, kHeadSize>(head, from, static_cast<const T*>(p.heads.k_norm_weight), p.heads, cos_sin, 1.0F);
+  }
+  float scale = 1.0F;
   if constexpr (Attention::kQuantized) {
-    const CacheDataType dtype = p.cache.dtype;
-    const float key_scale = quantize_head<kHeadSize>(shared.new_key, dtype);
-    const float value_scale = quantize_head<kHeadSize>(shared.new_value, dtype);
-    shared.new_scales[0] = key_scale;
-    shared.new_scales[1] = value_scale;
-    if (!work.writes_new_token) return;
-    *cache.key_scale(page, work.past_length) = key_scale;
-    *cache.value_scale(page, work.past_length) = value_scale;
+    scale = quantize_head<kHeadSize>(head, dtype);
+    shared.new_scales[is_value ? 1 : 0] = scale;
+  }
+  if (!work.writes_new_token) return;
+  char* const to = cache.key(page, work.past_length) + (is_value ? cache.value_bytes() : 0);
+  if constexpr (Attention::kQuantized) {
+    *(is_value ? cache.value_scale(page, work.past_length) : cache.key_scale(page, work.past_length)) = scale;
     const CodeOf code(1.0F, dtype);
 #pragma unroll
-    for (int d = lane; d < kHeadSize; d += 32) {
-      key_place[d] = static_cast<char>(code(shared.new_key[d]));
-      key_place[cache.value_bytes() + d] = static_cast<char>(code(shared.new_value[d]));
-    }
+    for (int d = lane; d < kHeadSize; d += 32) to[d] = static_cast<char>(code(head[d]));
   } else {
-    if (!work.writes_new_token) return;
 #pragma unroll
-    for (int d = lane; d < kHeadSize; d += 32) {
-      reinterpret_cast<T*>(key_place)[d] = from_float<T>(shared.new_key[d]);
-      reinterpret_cast<T*>(key_place + cache.value_bytes())[d] = from_float<T>(shared.new_value[d]);
-    }
+    for (int d = lane; d < kHeadSize; d += 32) reinterpret_cast<T*>(to)[d] = from_float<T>(head[d]);
   }
 }
 
@@ -93,14 +88,15 @@ __device__ __forceinline__ void prepare(const Arguments& a, const Work& work, in
   const int warp = static_cast<int>(threadIdx.x) / 32;
   Attention::clear_other_queries(shared, work.num_heads);
   const int first = warp - Attention::first_preparing_warp();
-  for (int i = first < 0 ? first + warps : first; i <= work.num_heads; i += warps) {
+  const int heads = work.num_heads + (work.has_new_token ? 2 : 0);
+  for (int i = first < 0 ? first + warps : first; i < heads; i += warps) {
     if (i < work.num_heads) {
       prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
                                  static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
                                  query_factor(p.heads, rotary_row));
       Attention::pack_query(shared, i);
-    } else if (work.has_new_token) {
-      prepare_new_token<T, kHeadSize, Attention>(a, work, qkv, cos_sin, shared);
+    } else {
+      prepare_new_token<T, kHeadSize, Attention>(a, work, i > work.num_heads, qkv, cos_sin, shared);
     }
   }
 }
@@ -294,7 +290,7 @@ __device__ __forceinline__ void prefetch_page(const Arguments& a, const Work& wo
     const int positions = min(end, (first / kPageSize + 1) * kPageSize) - first;
     if (positions <= 0) return;
     const Cache cache(a.params.cache, a.layout, work.sequence, work.kv_head);
-    const int page = cache.page_of(first);
+    const int page = page_of(a.params.cache, work.sequence, first);
     const int64_t offset = lane % 2 == 0 ? 0 : cache.value_bytes();
     bulk_prefetch_to_l2(cache.key(page, first) + offset, positions * kTokenBytes);
     if constexpr (kQuantized) {
@@ -350,6 +346,7 @@ __global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(co
   const int offset = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z));
   Work work;
   work.past_length = a.params.past_lengths[blockIdx.z];
+  work.pages = PageNumbers(a.params.cache, static_cast<int>(blockIdx.z));
   if (!find_work(a, work)) return;
   const int rotary_row = offset + work.past_length;
   if (std::is_same_v<Single, Attention> || (work.num_heads == 1 && work.num_splits == 1)) {

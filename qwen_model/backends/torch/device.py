@@ -345,7 +345,6 @@ class TorchDevice:
 
         The host's lengths are for PyTorch's own operations, which no step is padded for; kernels do not look at them.
         """
-
         table, query_scale = self._rotary if own is None else self._on_device(own.values, own.query_scale)
         self.operations.begin(
             Step(

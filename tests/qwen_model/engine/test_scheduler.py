@@ -113,6 +113,19 @@ def test_where_all_slots_are_taken_several_are_given_at_once():
     assert min(prompts) >= 2
 
 
+def test_a_free_slot_is_not_kept_for_long():
+    device = FakeDevice(max_sequences=32, max_tokens=200, num_pages=900)
+    scheduler = scheduler_of(device)
+    run(
+        scheduler,
+        [Sequence([1, 2, place], 60 if place else 5) for place in range(32)]
+        + [Sequence([token, token], 1) for token in (3, 4)],
+    )
+    prompts = [place for place, batch in enumerate(device.forwards) if not batch.is_decode]
+    assert prompts[0] == 0
+    assert 5 < prompts[1] <= 5 + 1 + 8
+
+
 def test_the_host_is_one_step_ahead():
     """A step is launched with the tokens that the device chose last, before these are read."""
     device = FakeDevice(runs_ahead=True)

@@ -1,0 +1,104 @@
+"""Make grammars of requests, and the masks of allowed tokens that keep an output to one, with llguidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.hugging_face_tokenizer import HuggingFaceTokenizer
+from ..checkpoints.tokenizer import Tokenizer
+from ..common.errors import QwenModelError
+from ..common.extras import import_extra
+from ..interface.device import TokenMask
+
+LARGEST_GRAMMAR = 1 << 18  # characters
+WHITE_SPACE = "\\n?[ ]{0,20}"
+"""What may be between the tokens of JSON: enough for indented lines, and not without an end."""
+
+
+def _llguidance() -> Any:
+    return import_extra("llguidance", "structured output", "serve")
+
+
+def json_grammar(schema: Mapping[str, Any] | bool) -> str:
+    """Return the grammar of JSON that follows a JSON schema.
+
+    Raises:
+        QwenModelError: the schema is too large.
+    """
+    text = json.dumps(schema)
+    if len(text) > LARGEST_GRAMMAR:
+        raise QwenModelError(f"the JSON schema has {len(text)} characters, at most {LARGEST_GRAMMAR} are allowed")
+    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITE_SPACE})
+    return grammar
+
+
+JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+def call_schema(functions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the JSON schema of a call of one of the functions, {"name": ..., "arguments": ...}."""
+    return {"anyOf": [_call_of(function) for function in functions]}
+
+
+def _call_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function["name"]},
+            "arguments": function.get("parameters") or {"type": "object"},
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+class GrammarCompiler:
+    """Compile grammars for the tokens of one model."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Iterable[int]):
+        """Take a model's tokenizer, the number of its logits, and the tokens that end an output.
+
+        Raises:
+            QwenModelError: llguidance is not installed.
+        """
+        library = _llguidance()
+        ends = list(end_token_ids)
+        self._vocab_size = vocab_size
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            self._tokenizer = library.LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=ends)
+        else:
+            from llguidance.tiktoken import lltokenizer_from_encoding
+
+            encoding = tokenizer.encoding  # type: ignore[attr-defined]
+            self._tokenizer = lltokenizer_from_encoding(encoding, n_vocab=vocab_size, eos_token=ends)
+
+    def error_of(self, grammar: str) -> str:
+        """Return what is wrong with a grammar; "" if nothing is."""
+        error: str = _llguidance().LLMatcher.validate_grammar(grammar, self._tokenizer)
+        return "" if error.startswith("WARNING") else error
+
+    def compile(self, grammar: str) -> GrammarState:
+        """Return the state of an output that has no token yet."""
+        return GrammarState(_llguidance().LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab_size)
+
+
+class GrammarState:
+    """Tell which tokens may follow an output, and follow it; see the scheduler's masks."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._matcher = matcher
+        self._words = (vocab_size + 31) // 32
+
+    def allowed(self) -> TokenMask:
+        """Return the tokens that may come next; the end tokens alone when the output is complete."""
+        mask = np.zeros(self._words, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen."""
+        self._matcher.consume_token(token)

@@ -1,0 +1,176 @@
+"""Start a server's processes: the engine's and the HTTP processes, and end them together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..checkpoints.tokenizer import load_tokenizer
+from ..common.errors import QwenModelError
+from ..common.log import show_log
+from ..interface.engine_config import EngineConfig
+from .context import Context, ServerLimits
+from .generation import ServerModel
+
+LOG = logging.getLogger(__name__)
+READY = b"ready"
+BACKLOG = 4096
+SHUTDOWN_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Hold the options of a server.
+
+    load: arguments of `load_engine`. drain_seconds: how long requests may go on after SIGTERM.
+    """
+
+    engine_dir: Path
+    name: str
+    load: dict[str, Any]
+    host: str
+    port: int
+    http_processes: int
+    api_keys: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
+    limits: ServerLimits
+    drain_seconds: float
+    verbose: bool
+
+
+def serve(options: ServerOptions) -> int:
+    """Run a server until a signal or the end of its engine; return the exit status.
+
+    Raises:
+        QwenModelError: the engine cannot be loaded, or the address is not free.
+    """
+    listener = _listen(options.host, options.port)
+    spawn = multiprocessing.get_context("spawn")
+    pairs = [socket.socketpair() for _ in range(options.http_processes)]
+    receiver, sender = spawn.Pipe(duplex=False)
+    engine = spawn.Process(target=_run_engine, args=(options, [ours for ours, _ in pairs], sender), name="engine")
+    engine.start()
+    sender.close()
+    _wait_until_loaded(engine, receiver)
+    secret = os.urandom(16).hex()
+    workers = [
+        spawn.Process(target=_run_http, args=(options, theirs, listener, secret), name=f"http-{number}")
+        for number, (_, theirs) in enumerate(pairs)
+    ]
+    for worker in workers:
+        worker.start()
+    for pair in pairs:
+        for end in pair:
+            end.close()
+    address = listener.getsockname()
+    print(f"serving {options.name} at http://{_shown_host(address[0])}:{address[1]}", file=sys.stderr, flush=True)
+    return _supervise(engine, workers, options.drain_seconds)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise QwenModelError(f"cannot listen on {host}:{port}: {error}") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _shown_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait_until_loaded(engine: BaseProcess, receiver: Any) -> None:
+    """Wait until the engine's process says that it is ready; raise QwenModelError with what it says otherwise."""
+    try:
+        said = receiver.recv_bytes()
+    except EOFError:
+        engine.join()
+        raise QwenModelError(f"the engine's process ended while it loaded, with status {engine.exitcode}") from None
+    if said != READY:
+        engine.join()
+        raise QwenModelError(said.decode())
+
+
+def _run_engine(options: ServerOptions, connections: list[socket.socket], sender: Any) -> None:
+    """Be the engine's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the HTTP processes have gone
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    show_log(options.verbose)
+    from ..engine.load import load_engine
+    from .engine_loop import EngineLoop
+
+    try:
+        session = load_engine(options.engine_dir, **options.load)
+        loop = EngineLoop(session, connections, options.limits.max_waiting)
+    except QwenModelError as error:
+        sender.send_bytes(str(error).encode())
+        return
+    sender.send_bytes(READY)
+    sender.close()
+    loop.run()
+
+
+def _run_http(options: ServerOptions, connection: socket.socket, listener: socket.socket, secret: str) -> None:
+    """Be an HTTP process."""
+    show_log(options.verbose)
+    import uvicorn
+
+    from .app import make_app
+
+    tokenizer = load_tokenizer(options.engine_dir)
+    model = ServerModel(options.name, EngineConfig.read(options.engine_dir), tokenizer, int(time.time()))
+    context = Context(model, options.limits, options.api_keys, salt=secret)
+    app = make_app(context, lambda: context.client.connect(connection), options.allowed_origins)
+    config = uvicorn.Config(
+        app,
+        log_level="info" if options.verbose else "warning",
+        access_log=False,
+        timeout_graceful_shutdown=max(1, int(options.drain_seconds)),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=1 << 16,
+        server_header=False,
+    )
+    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+
+
+def _supervise(engine: BaseProcess, workers: Sequence[BaseProcess], drain_seconds: float) -> int:
+    """Wait for a signal or the end of a process, then end all; return the exit status."""
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        for worker in workers:
+            if worker.pid is not None and worker.is_alive():
+                os.kill(worker.pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    ended = wait([engine.sentinel, *(worker.sentinel for worker in workers)])
+    expected = stopping
+    if not expected:
+        name = next(each.name for each in (engine, *workers) if each.sentinel in ended)
+        LOG.error("the process %s has ended by itself: the server ends, too", name)
+        stop(signal.SIGTERM, None)
+    limit = time.monotonic() + drain_seconds + SHUTDOWN_SECONDS
+    for process in (*workers, engine):  # the engine ends when all HTTP processes have gone
+        process.join(max(0.0, limit - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return 0 if expected else 1

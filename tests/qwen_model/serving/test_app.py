@@ -1,0 +1,242 @@
+"""Test what guards the server, its errors, and its other paths, over a stub of the engine."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from qwen_model.serving.context import ServerLimits
+
+from .conftest import NAME, REPLY, Served
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "hot"),
+        ("temperature", -1),
+        ("temperature", 3),
+        ("top_p", 0),
+        ("top_p", True),
+        ("top_k", 1.5),
+        ("min_p", 2),
+        ("max_tokens", 0),
+        ("max_tokens", "many"),
+        ("max_tokens", 1 << 40),
+        ("max_completion_tokens", -1),
+        ("n", 0),
+        ("n", 1000),
+        ("stop", 3),
+        ("stop", [""]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1 << 40]),
+        ("seed", 1 << 70),
+        ("presence_penalty", 3),
+        ("logit_bias", {"1": 200}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"99999999": 1}),
+        ("logit_bias", [1]),
+        ("top_logprobs", 3),
+        ("logprobs", 5),
+        ("response_format", {"type": "xml"}),
+        ("response_format", {"type": "json_schema"}),
+        ("tools", [{"type": "retrieval"}]),
+        ("tool_choice", "required"),
+        ("stream", "yes"),
+        ("messages", []),
+        ("messages", "hi"),
+        ("chat_template_kwargs", []),
+    ],
+)
+def test_a_wrong_field_is_named(served: Served, field: str, value: Any) -> None:
+    response = served.post("/v1/chat/completions", **{"messages": HELLO, field: value})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"].split(".")[0] == field
+    assert error["type"] == "invalid_request_error"
+    assert served.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"3", b'{"messages": [{"role": "user"}]}', b'{"messages": [3]}'],
+)
+def test_a_body_that_is_none_is_an_error(served: Served, body: bytes) -> None:
+    response = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+def test_unknown_fields_are_ignored(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    body = {"messages": HELLO, "a_new_field": {"x": 1}}
+    assert served.post("/v1/chat/completions", **body).status_code == 200
+    assert served.post("/v1/chat/completions", **body).status_code == 200
+    assert caplog.text.count("a_new_field") == 1
+
+
+def test_prompts_that_are_too_long(served: Served) -> None:
+    limit = served.context.model.config.limits.max_input_len
+    response = served.post("/v1/completions", prompt=[1] * (limit + 1))
+    assert response.status_code == 400
+    assert str(limit) in response.json()["error"]["message"]
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_another_model(served: Served) -> None:
+    response = served.post("/v1/chat/completions", model="gpt-4", messages=HELLO)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert served.http.get("/v1/models/gpt-4").status_code == 404
+    assert served.http.get(f"/v1/models/{NAME}").json()["id"] == NAME
+    assert [model["id"] for model in served.http.get("/v1/models").json()["data"]] == [NAME]
+
+
+def test_errors_of_paths_and_methods(served: Served) -> None:
+    assert served.http.get("/nothing").json()["error"]["code"] == "not_found"
+    assert served.http.get("/v1/completions").status_code == 405
+
+
+def test_tokens_and_text(served: Served) -> None:
+    tokens = served.post("/tokenize", prompt="def f(x):").json()
+    assert tokens["count"] == len(tokens["tokens"])
+    assert served.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "def f(x):"}
+    chat = served.post("/tokenize", messages=HELLO).json()["tokens"]
+    assert chat == served.context.model.tokenizer.apply_chat_template(HELLO)
+    assert served.post("/tokenize").status_code == 400
+    assert served.post("/detokenize", tokens=[1 << 40]).status_code == 400
+
+
+def test_state(served: Served) -> None:
+    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/health/live").status_code == 200
+    assert served.http.get("/version").json()["version"]
+    assert served.http.get("/metrics").text.startswith("# TYPE")
+
+
+def test_completions(served: Served) -> None:
+    answer = served.openai().completions.create(model=NAME, prompt=["a", "b"], n=2, max_tokens=100)
+    assert [choice.text for choice in answer.choices] == [REPLY] * 4
+    chunks = list(served.openai().completions.create(model=NAME, prompt="a", max_tokens=100, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == REPLY
+
+
+def test_echo_with_log_probabilities_of_the_prompt(served: Served) -> None:
+    answer = served.openai().completions.create(model=NAME, prompt="def f", max_tokens=0, echo=True, logprobs=1)
+    logprobs = answer.choices[0].logprobs
+    assert answer.choices[0].text == "def f"
+    assert "".join(logprobs.tokens) == "def f"
+    assert logprobs.token_logprobs[0] is None
+    assert set(logprobs.token_logprobs[1:]) == {-0.5}
+    assert logprobs.text_offset == [0, *[len("".join(logprobs.tokens[:i])) for i in range(1, len(logprobs.tokens))]]
+
+
+def test_responses(served: Served) -> None:
+    client = served.openai()
+    answer = client.responses.create(model=NAME, input="Hello", instructions="Be brief.")
+    assert answer.output_text == REPLY
+    assert answer.status == "completed"
+    with client.responses.stream(model=NAME, input="Hello") as stream:
+        events = list(stream)
+        assert stream.get_final_response().output_text == REPLY
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.completed"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_responses_with_a_tool_call(served: Served) -> None:
+    served.engine.reply = lambda request: '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+    answer = served.openai().responses.create(model=NAME, input="Hello", tools=[tool])
+    call = answer.output[0]
+    assert (call.type, call.name, call.arguments) == ("function_call", "f", '{"a": 1}')
+    conversation = [
+        {"role": "user", "content": "Hello"},
+        call.to_dict(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "2"},
+    ]
+    served.engine.reply = lambda request: "It is 2."
+    assert served.openai().responses.create(model=NAME, input=conversation, tools=[tool]).output_text == "It is 2."
+
+
+def test_the_api_key_guards_all_but_health(serve_stub: Callable[..., Served]) -> None:
+    served = serve_stub(api_keys=("secret", "another"))
+    for path in ("/", "/v1/models", "/metrics", "/version", "/openapi.json", "/nothing"):
+        assert served.http.get(path).status_code == 401, path
+    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert served.http.get("/v1/models", headers={"Authorization": "Bearer another"}).status_code == 200
+    basic = base64.b64encode(b"anyone:secret").decode()
+    assert served.http.get("/", headers={"Authorization": f"Basic {basic}"}).status_code == 200
+
+
+def test_prefixes_are_shared_within_a_key_alone(serve_stub: Callable[..., Served]) -> None:
+    served = serve_stub(api_keys=("a", "b"))
+    for key in ("a", "a", "b"):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert served.http.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 200
+    salts = [request.salt for request in served.engine.requests]  # type: ignore[union-attr]
+    assert salts[0] == salts[1] != salts[2]
+
+
+def test_a_body_that_is_too_large(serve_stub: Callable[..., Served]) -> None:
+    served = serve_stub(limits=ServerLimits(max_body_bytes=1000))
+    assert served.post("/v1/completions", prompt="x" * 1000).status_code == 413
+    chunks = (b"x" * 100 for _ in range(20))
+    assert served.http.post("/v1/completions", content=chunks).status_code == 413
+    assert served.post("/v1/completions", prompt="x").status_code == 200
+
+
+def test_the_engine_refuses(served: Served) -> None:
+    served.engine.refusal = (429, "too many requests wait")
+    response = served.post("/v1/completions", prompt="x")
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) > 0
+    assert served.post("/v1/completions", prompt="x", stream=True).status_code == 429
+
+
+def test_the_engine_ends(served: Served) -> None:
+    import json
+
+    served.engine.holds = True
+    with served.http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert "choices" in json.loads(next(lines).removeprefix("data: "))
+        served.engine.end()
+        assert json.loads(next(lines).removeprefix("data: "))["error"]["type"] == "server_error"
+    assert served.http.get("/health").status_code == 503
+    assert served.http.get("/health/live").status_code == 200
+    assert served.post("/v1/completions", prompt="x").status_code == 503
+
+
+def test_the_time_limit(serve_stub: Callable[..., Served]) -> None:
+    served = serve_stub(limits=ServerLimits(timeout=0.3))
+    served.engine.holds = True
+    assert served.post("/v1/completions", prompt="x").status_code == 408
+    assert "408" not in served.post("/v1/completions", prompt="x", stream=True).text
+
+
+def test_cors_is_off_unless_allowed(serve_stub: Callable[..., Served]) -> None:
+    origin = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in serve_stub().http.options("/v1/completions", headers=origin).headers
+    allowed = serve_stub(origins=("https://example.org",)).http.options("/v1/completions", headers=origin)
+    assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_the_page_has_a_policy_and_names_no_other_host(served: Served) -> None:
+    for path in ("/", "/page.js", "/page.css"):
+        response = served.http.get(path)
+        assert response.status_code == 200
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+        assert "https://" not in response.text
+        assert "innerHTML" not in response.text
+
+
+def test_the_openapi_document(served: Served) -> None:
+    document = httpx.get(f"{served.url}/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"} <= set(document["paths"])
