@@ -170,7 +170,7 @@ def random_session(
     embedding = weights["embedding.weight"]
     dtype = str(embedding.dtype).removeprefix("torch.")
     engine = EngineConfig("torch", dtype, limits, config, (), 0, {}, kv_cache_dtype=kv_cache_dtype)
-    kernels = choose_kernels(config, limits, dtype, no_progress)
+    kernels = choose_kernels(config, limits, dtype, no_progress) if embedding.is_cuda else {}
     pages = num_pages(engine, embedding.device, GPU_MEMORY_UTILIZATION)
     device = TorchDevice(config, limits, weights, num_pages=pages, kv_cache_dtype=kv_cache_dtype, gemm_kernels=kernels)
     return Session(engine, Scheduler(device))
