@@ -172,7 +172,7 @@ def vllm_command(folder: Path, port: int, options: argparse.Namespace) -> list[s
         "--gpu-memory-utilization": "0.9",
         "--worker-extension-cls": "benchmarks.vllm_weights.WorkerExtension",
     }
-    flags = ["--no-enable-prefix-caching", "--disable-log-requests", *options.vllm_arguments.split()]
+    flags = ["--no-enable-prefix-caching", *options.vllm_arguments.split()]
     flat = [text for pair in settings.items() for text in pair]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "checkpoint")]
     return [*command, *flat, *flags]
@@ -312,6 +312,7 @@ def result(
     ]
     gaps = [gap for record in good for gap in np.diff(record.arrivals).tolist()]
     new_tokens = sum(record.new_tokens for record in good)
+    (first_p50, first_p99), (token_p50, token_p99), (gap_p50, gap_p99) = map(_percentiles, (first, per_token, gaps))
     found = Result(
         name,
         options.shape,
@@ -320,11 +321,16 @@ def result(
         None if rate is None else round(rate, 3),
         len(records),
         len(errors),
-        round(seconds, 3),
-        round(len(good) / seconds, 3),
-        round(new_tokens / seconds, 1),
-        *(round(1000 * value, 2) for values in (first, per_token, gaps) for value in _percentiles(values)),
-        errors[0] if errors else None,
+        seconds=round(seconds, 3),
+        requests_per_second=round(len(good) / seconds, 3),
+        new_tokens_per_second=round(new_tokens / seconds, 1),
+        first_token_p50=first_p50,
+        first_token_p99=first_p99,
+        per_token_p50=token_p50,
+        per_token_p99=token_p99,
+        between_events_p50=gap_p50,
+        between_events_p99=gap_p99,
+        error=errors[0] if errors else None,
     )
     print(
         f"{name:10} {load:6} {'' if rate is None else f'{rate:.1f}/s':>8} {len(good):5} requests in {seconds:6.1f} s: "
@@ -337,9 +343,8 @@ def result(
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:
-    if not values:
-        return math.nan, math.nan
-    ordered = sorted(values)
+    """Return the median and the 99th percentile of seconds, in milliseconds; zeros if there are none."""
+    ordered = [round(1000 * value, 2) for value in sorted(values)] or [0.0]
     return statistics.median(ordered), ordered[math.ceil(0.99 * len(ordered)) - 1]
 
 
@@ -414,6 +419,13 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", choices=("fixed", "mixed"), default=["fixed", "mixed"])
     parser.add_argument("--requests", type=int, default=1000, help="of a load (default: %(default)s)")
     parser.add_argument("--parts", nargs="*", type=float, default=[0.5, 0.9], help="of saturation, as request rates")
+    parser.add_argument(
+        "--saturation",
+        nargs="*",
+        default=[],
+        metavar="LOAD=RATE",
+        help="requests a second at saturation, of another run (default: what the first implementation reaches)",
+    )
     parser.add_argument("--rate-seconds", type=float, default=30, help="of a run at a rate (default: %(default)s)")
     parser.add_argument("--alone-tokens", type=int, default=256)
     parser.add_argument("--max-batch-size", type=int, default=256)
@@ -430,7 +442,7 @@ def main() -> None:
     if options.serve is not None:
         sys.exit(serve_ours(options.serve, options.port, options.device, options.http_processes))
     found: list[Result] = []
-    rates: dict[str, float] = {}
+    rates = {kind: float(rate) for kind, _, rate in (each.partition("=") for each in options.saturation)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder, model_values(options), options)

@@ -71,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _talk_to_server(options: argparse.Namespace, template_settings: dict[str, Any]) -> None:
-    """Read lines and stream the answers of a server; leave out the oldest turns when it says that there are too many."""
-    from .serving.chat_client import ChatClient, PromptTooLong
+    """Read lines and stream the answers of a server, without the oldest turns where it says they are too long."""
+    from .serving.chat_client import ChatClient, PromptTooLongError
 
     if options.chat_template is not None:
         raise QwenModelError("a server uses its model's own chat template: --chat-template needs an engine")
@@ -98,7 +98,7 @@ def _talk_to_server(options: argparse.Namespace, template_settings: dict[str, An
                     print(text, end="", flush=True)
                     answer += text
                 break
-            except PromptTooLong:
+            except PromptTooLongError:
                 if len(turns) == 1:
                     raise
                 print("note: the oldest turn is left out: the conversation is too long", file=sys.stderr)

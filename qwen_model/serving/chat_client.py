@@ -14,7 +14,7 @@ from ..common.errors import QwenModelError
 LONGEST_ERROR = 1 << 16  # bytes
 
 
-class PromptTooLong(QwenModelError):  # noqa: N818 (it says what is wrong)
+class PromptTooLongError(QwenModelError):
     """The server says that a conversation is longer than its model takes."""
 
 
@@ -37,6 +37,8 @@ class ChatClient:
         try:
             with self._open("/models") as response:
                 self.model = str(json.load(response)["data"][0]["id"])
+        except QwenModelError:  # is a ValueError, too
+            raise
         except (ValueError, LookupError, TypeError) as error:
             raise QwenModelError(f"{url} does not name its model: is it a server with OpenAI's API?") from error
 
@@ -46,7 +48,7 @@ class ChatClient:
         settings: other fields of the request.
 
         Raises:
-            PromptTooLong: see there.
+            PromptTooLongError: see there.
             QwenModelError: the server refuses the request, or does not end the answer.
         """
         body = {"model": self.model, "messages": messages, "stream": True, **settings}
@@ -59,6 +61,8 @@ class ChatClient:
                     elif line.startswith(b"data: [DONE]"):
                         yield text.end()
                         return
+        except QwenModelError:
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise QwenModelError(f"the answer of {self._base} broke off: {error or type(error).__name__}") from error
         raise QwenModelError(f"{self._base} closed the connection before the end of the answer")
@@ -77,7 +81,7 @@ class ChatClient:
 def _refusal(status: int, content: bytes) -> QwenModelError:
     try:
         error = json.loads(content)["error"]
-        kind = PromptTooLong if error.get("code") == "context_length_exceeded" else QwenModelError
+        kind = PromptTooLongError if error.get("code") == "context_length_exceeded" else QwenModelError
         return kind(f"the server refuses this: {error['message']}")
     except (ValueError, LookupError, TypeError, AttributeError):
         return QwenModelError(f"the server answers with HTTP {status}: {content[:200].decode(errors='replace')}")

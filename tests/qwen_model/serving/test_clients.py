@@ -66,6 +66,7 @@ def test_every_example_is_in_their_table() -> None:
     assert all(f"({path.name})" in text for path in EXAMPLES.iterdir() if path.name != "README.md")
 
 
+@pytest.mark.filterwarnings("ignore:Item")  # litellm's own types
 @pytest.mark.parametrize("stream", [False, True])
 def test_litellm(served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
