@@ -31,7 +31,7 @@ LISTED_TYPES = {FLOAT: "Float", HALF: "Half", INT8: "Int8", INT32: "Int32", FP8:
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "QWenLMHeadModel", "DeciCoderForCausalLM")
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 LEAST_MODES = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1}
-LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 36}
+LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 36, "Gemm:2": 24, "QwenGemm:2": 1}
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32}
 
 
@@ -251,6 +251,15 @@ FULL = {
         "inputs": {"x": [HALF, [3, 64]], "weight": [HALF, [48, 64]], "bias": [HALF, [48]]},
         "outputs": [[HALF, [3, 24]]],
     },
+    "Gemm:2": {
+        "fields": {"type_id": HALF, "in_features": 192, "out_features": 96, "weight_bits": 4}
+        | {"group_size": 64, "zeros": 1, "bias": 1, "activation": 1},
+        "inputs": {
+            **{"x": [HALF, [3, 192]], "weight": [INT32, [2, 8, 256]], "scales": [INT32, [4, 64]]},
+            **{"zeros": [INT32, [4, 32]], "bias": [HALF, [96]]},
+        },
+        "outputs": [[HALF, [3, 48]]],
+    },
     "GptAttention": {
         "fields": {"type_id": HALF, **ATTENTION, "rotary_embedding_dim": 32, "position_embedding_type": 2}
         | {"query_scale": 1, "qk_norm": 1},
@@ -280,7 +289,7 @@ WRONG_TYPES = {
 
 
 # Dimensions that may change alone.
-FREE = {("Gemm", "x", 0), ("GptAttention", "qkv", 0), ("GptAttention", "past_key_value", 3)}
+FREE = {("Gemm", "x", 0), ("Gemm:2", "x", 0), ("GptAttention", "qkv", 0), ("GptAttention", "past_key_value", 3)}
 FREE |= {("GptAttention:2", *axis) for axis in (("qkv", 0), ("past_key_value", 0), ("pages", 1), ("semaphores", 0))}
 FREE |= {("GptAttention:2", "rotary_table", 0)}
 
