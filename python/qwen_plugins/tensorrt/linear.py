@@ -48,7 +48,7 @@ def gemm(
             GPU while the engine runs.
         dtype: ``tensorrt.DataType`` of x, weight, bias and y; None: ``x.dtype``. Pass it in TensorRT 8.6 where x
             reports float32 but will be computed in float16.
-        plugin: True: one Gemm plug-in layer; False: TensorRT's own layers, with SwiGLU computed in float32, and with the
+        plugin: True: one Gemm plug-in layer; False: TensorRT's own layers, with SwiGLU computed in float32, and the
             weights that a PackedWeight stands for.
         kernels: of the plug-in: pairs (max_rows, name), a kernel for up to so many rows of x, in increasing order, as
             `qwen_plugins.tuning` measures and names them; at most 32. For more rows, and where a kernel cannot compute
