@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 
+from qwen_plugins import quantized
 from tests import stand_ins
 from tests.stand_ins.numpy_kernels import GEMM_KERNELS
 from tests.stand_ins.numpy_tensorrt import DataType, ITensor, tensor_of
@@ -224,8 +225,6 @@ def test_gemm_gets_its_fields_and_inputs(tensorrt: Any) -> None:
 
 
 def packed_weight(**changed: Any) -> Any:
-    from qwen_plugins import quantized
-
     generator = np.random.default_rng(5)
     codes = generator.integers(0, 16, (96, 192), np.uint8)
     given = {"scales": generator.uniform(0.01, 0.02, (96, 3)).astype(np.float16), "bits": 4, "group_size": 64}
@@ -236,8 +235,6 @@ def packed_weight(**changed: Any) -> Any:
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("plugin", [False, True])
 def test_gemm_of_a_packed_weight(tensorrt: Any, permuted: bool, plugin: bool) -> None:
-    from qwen_plugins import quantized
-
     x, bias, weight = rows(2, 3, 192), rows(96).array, packed_weight()
     order = np.random.default_rng(1).permutation(192) if permuted else None
     y = tensorrt.functions.gemm(

@@ -6,6 +6,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qwen_plugins import quantized  # with the compiled module, not its stand-in: packing is a function of the host
+
 Arrays = list[np.ndarray]
 Shape = tuple[int, ...]
 Outputs = list[tuple[Shape, int]]  # -1 for what is not known yet, and the number of the type
@@ -42,8 +44,6 @@ def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
 
 def dequantized(fields: dict[str, Any], inputs: Arrays) -> tuple[np.ndarray, Arrays]:
     """Return the weight that the inputs of Gemm "2" stand for, and the inputs behind them."""
-    from qwen_plugins import quantized
-
     codes, scales, *rest = inputs
     scale_dtype = {1: "float16", 7: "bfloat16"}[fields["scale_type_id"]]
     zeros = rest.pop(0).view(np.uint8) if fields["zeros"] else None

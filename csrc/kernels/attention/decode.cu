@@ -43,21 +43,21 @@ __device__ __forceinline__ float quantize_head(float* head, CacheDataType dtype)
 }
 
 // Prepares the new key or value in shared memory, and writes it to the cache if this block is the one that does.
-template <typename T, int kHeadSize, typename Attention>
-__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, bool is_value, const T* qkv,
+template <typename E, int kHeadSize, typename Attention>
+__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, bool is_value, const E* qkv,
                                                   const float* cos_sin, typename Attention::SharedMemory& shared) {
   const DecodeAttentionParams& p = a.params;
   const CacheDataType dtype = p.cache.dtype;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
+  const HeadCacheOf<E, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
   const int page = work.writes_new_token ? page_of(p.cache, work.sequence, work.past_length) : 0;
-  const T* const from = qkv + (p.heads.num_heads + (is_value ? p.heads.num_kv_heads : 0) + work.kv_head) * kHeadSize;
+  const E* const from = qkv + (p.heads.num_heads + (is_value ? p.heads.num_kv_heads : 0) + work.kv_head) * kHeadSize;
   float* const head = is_value ? shared.new_value : shared.new_key;
   if (is_value) {
 #pragma unroll
     for (int d = lane; d < kHeadSize; d += 32) head[d] = to_float(from[d]);
   } else {
-    prepare_head<T, kHeadSize>(head, from, static_cast<const T*>(p.heads.k_norm_weight), p.heads, cos_sin, 1.0F);
+    prepare_head<E, kHeadSize>(head, from, static_cast<const E*>(p.heads.k_norm_weight), p.heads, cos_sin, 1.0F);
   }
   float scale = 1.0F;
   if constexpr (Attention::kQuantized) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work
     for (int d = lane; d < kHeadSize; d += 32) to[d] = static_cast<char>(code(head[d]));
   } else {
 #pragma unroll
-    for (int d = lane; d < kHeadSize; d += 32) reinterpret_cast<T*>(to)[d] = from_float<T>(head[d]);
+    for (int d = lane; d < kHeadSize; d += 32) reinterpret_cast<E*>(to)[d] = from_float<E>(head[d]);
   }
 }
 
@@ -82,7 +82,6 @@ template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prepare(const Arguments& a, const Work& work, int rotary_row,
                                         typename Attention::SharedMemory& shared) {
   const DecodeAttentionParams& p = a.params;
-  const T* const qkv = static_cast<const T*>(p.qkv) + work.sequence * p.qkv_row_stride;
   const float* const cos_sin = p.heads.rotary_table + rotary_row * int64_t{p.heads.rotary_dim};
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -90,14 +89,18 @@ __device__ __forceinline__ void prepare(const Arguments& a, const Work& work, in
   const int first = warp - Attention::first_preparing_warp();
   const int heads = work.num_heads + (work.has_new_token ? 2 : 0);
   for (int i = first < 0 ? first + warps : first; i < heads; i += warps) {
-    if (i < work.num_heads) {
-      prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
-                                 static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
-                                 query_factor(p.heads, rotary_row));
-      Attention::pack_query(shared, i);
-    } else {
-      prepare_new_token<T, kHeadSize, Attention>(a, work, i > work.num_heads, qkv, cos_sin, shared);
-    }
+    with_element<T>(p.heads.dtype, [&](auto element) {
+      using E = decltype(element);
+      const E* const qkv = static_cast<const E*>(p.qkv) + work.sequence * p.qkv_row_stride;
+      if (i < work.num_heads) {
+        prepare_head<E, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
+                                   static_cast<const E*>(p.heads.q_norm_weight), p.heads, cos_sin,
+                                   query_factor(p.heads, rotary_row));
+      } else {
+        prepare_new_token<E, kHeadSize, Attention>(a, work, i > work.num_heads, qkv, cos_sin, shared);
+      }
+    });
+    if (i < work.num_heads) Attention::pack_query(shared, i);
   }
 }
 
@@ -173,9 +176,12 @@ template <typename T, int kHeadSize, int kCount>
 __device__ __forceinline__ void write_context(const DecodeAttentionParams& p, int64_t head, int d,
                                               const Elements<kCount>& value, const Partial& total) {
   if (d >= kHeadSize) return;
-  T* const to = static_cast<T*>(p.context) + head * kHeadSize + d;
+  with_element<T>(p.heads.dtype, [&](auto element) {
+    using E = decltype(element);
+    E* const to = static_cast<E*>(p.context) + head * kHeadSize + d;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = from_float<T>(__fdividef(value.at[i], total.sum));
+    for (int i = 0; i < kCount; ++i) to[i] = from_float<E>(__fdividef(value.at[i], total.sum));
+  });
 }
 
 // Combines the results of the block's warps and calls `put(head, element, value, total)` with them.
@@ -306,7 +312,6 @@ __device__ __forceinline__ void prefetch_page(const Arguments& a, const Work& wo
 template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prefetch(const Arguments& a) {
   constexpr int kLine = 128;
-  constexpr int kHeadBytes = kHeadSize * static_cast<int>(sizeof(T));
   if (threadIdx.x >= 32 || !a.prefetches) return;
   const int lane = static_cast<int>(threadIdx.x);
   const DecodeAttentionParams& p = a.params;
@@ -314,17 +319,20 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
   work.past_length = max(0, min(work.past_length, a.longest - 1));
   if (!find_work(a, work)) return;
-  const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * int64_t{sizeof(T)};
+  int element_bytes = 0;
+  with_element<T>(p.heads.dtype, [&](auto element) { element_bytes = static_cast<int>(sizeof(element)); });
+  const int head_bytes = kHeadSize * element_bytes;
+  const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * element_bytes;
   const int key = p.heads.num_heads + work.kv_head;
-  for (int i = kLine * lane; i < kHeadBytes * work.num_heads; i += kLine * 32) {
-    prefetch_to_l2(qkv + work.first_head * kHeadBytes + i);
+  for (int i = kLine * lane; i < head_bytes * work.num_heads; i += kLine * 32) {
+    prefetch_to_l2(qkv + work.first_head * head_bytes + i);
   }
   if (lane * 32 < p.heads.rotary_dim) {
     prefetch_to_l2(p.heads.rotary_table + work.past_length * int64_t{p.heads.rotary_dim} + lane * 32);
   }
   if (lane < 2) {  // lane 0: key, lane 1: value
-    for (int i = 0; i < kHeadBytes; i += kLine) {
-      prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * kHeadBytes + i);
+    for (int i = 0; i < head_bytes; i += kLine) {
+      prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * head_bytes + i);
     }
   }
   // As many positions as the block has in flight; twice as many where it reads the whole sequence alone.
@@ -424,7 +432,7 @@ cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties
 template <typename T, int kHeadSize>
 cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   if (p.cache.dtype != CacheDataType::kSame) {
-    return launch_blocks<T, kHeadSize, TileAttention<T, kHeadSize, true>>(p, device, stream);
+    return launch_blocks<AnyFloat, kHeadSize, TileAttention<AnyFloat, kHeadSize, true>>(p, device, stream);
   }
   if constexpr (!std::is_same_v<T, float>) {
     if (p.heads.num_heads > p.heads.num_kv_heads) {

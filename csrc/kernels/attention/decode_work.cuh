@@ -30,6 +30,24 @@ struct Arguments {
   bool prefetches;   // while the previous kernel runs; only where all blocks are resident at once
 };
 
+// Stands for the element type of qkv where a kernel is for all of them: those for a cache of 8 bits, in which it only
+// decides how q, k and v are read and the context is written.
+struct AnyFloat {};
+
+// Calls `function(E{})` with the element type E of qkv: T or, for AnyFloat, that of `dtype`.
+template <typename T, typename Function>
+__device__ __forceinline__ void with_element(DataType dtype, const Function& function) {
+  if constexpr (!std::is_same_v<T, AnyFloat>) {
+    function(T{});
+  } else if (dtype == DataType::kFloat16) {
+    function(__half{});
+  } else if (dtype == DataType::kBFloat16) {
+    function(__nv_bfloat16{});
+  } else {
+    function(float{});
+  }
+}
+
 // Maximum of the scores, and sum of the weights 2^(score - maximum).
 struct Partial {
   float maximum = kLowestScore;

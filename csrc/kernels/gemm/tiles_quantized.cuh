@@ -5,8 +5,11 @@
 // registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer warp
 // fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and codes by
 // TMA, scales and zero points by cp.async. The two blocks of a cluster have the same rows of x, of which each loads
-// half and multicasts it to both. With few tiles k is split: blocks write float32 sums to the workspace, and a second
-// kernel adds them in a fixed order. Launched while the previous kernel runs, as gemm_stream.
+// half and multicasts it to both. Launched while the previous kernel runs, as gemm_stream.
+//
+// Shares. The chunks of k of all tiles, tile after tile, are divided into equal shares, one or several for a cluster,
+// and a share may begin and end within a tile. Of such tiles the clusters write float32 sums to the workspace, and a
+// second kernel adds them in a fixed order. With as many shares as tiles there is nothing to add.
 #pragma once
 
 #include <cuda.h>
@@ -61,7 +64,7 @@ struct QuantizedTilesArguments {
   const uint8_t* zeros;  // null: none
   const void* bias;
   void* y;
-  float4* sums;          // where k is split: those of all blocks
+  float4* sums;          // of parts of tiles
   int32_t columns;       // of y
   int32_t rows;          // of x
   int32_t chunks;        // of kBlockK elements of k
@@ -70,40 +73,76 @@ struct QuantizedTilesArguments {
   int32_t scale_rows;    // from one group's scales to the next
   int32_t row_tiles;     // each of kRows rows of x
   int32_t weight_tiles;  // each of kQuantizedTileWeights weight rows of every block of a cluster
-  int32_t splits;        // of k
-  bool swiglu;           // a tile is 64 gate rows, then their up rows
+  int32_t shares;
+  bool swiglu;  // a tile is 64 gate rows, then their up rows
   bool constant_weight;
 };
 
-// The rows of a block's tile, and its part of k.
-struct QuantizedTile {
-  int row_tile, weight_tile;  // weight_tile: of a block, not of a cluster
-  int split;
+// Chunks of one tile: a share's, or a part of it.
+struct QuantizedPart {
+  int tile;  // of the cluster
+  int first_chunk;
+  int chunks;
+  int share;
 };
 
-// The tile scheduler: which tiles a cluster computes, and in which order. Bands of row tiles, and weight tile after
-// weight tile in a band, so that the clusters that run at the same time read few rows of x and few weights.
-class QuantizedTilesOrder {
+// The first chunk of a share, counted over all tiles.
+__device__ __forceinline__ int64_t first_chunk_of_share(const QuantizedTilesArguments& p, int share) {
+  return static_cast<int64_t>(p.row_tiles) * p.weight_tiles * p.chunks * share / p.shares;
+}
+
+// The parts that a cluster multiplies.
+class QuantizedParts {
  public:
-  __device__ __forceinline__ explicit QuantizedTilesOrder(const QuantizedTilesArguments& p)
-      : p_(p), index_(static_cast<int>(blockIdx.x) / kQuantizedCluster) {}
-  __device__ __forceinline__ bool done() const { return index_ >= p_.row_tiles * p_.weight_tiles * p_.splits; }
-  __device__ __forceinline__ void advance() { index_ += static_cast<int>(gridDim.x) / kQuantizedCluster; }
-  __device__ __forceinline__ QuantizedTile tile(int rank) const {
-    constexpr int kBand = 8;
-    const int tiles = p_.row_tiles * p_.weight_tiles;
-    const int split = index_ / tiles;
-    const int index = index_ - split * tiles;
-    const int band = index / (kBand * p_.weight_tiles);
-    const int height = min(kBand, p_.row_tiles - band * kBand);
-    const int within = index - band * kBand * p_.weight_tiles;
-    return {band * kBand + within % height, within / height * kQuantizedCluster + rank, split};
+  __device__ __forceinline__ explicit QuantizedParts(const QuantizedTilesArguments& p)
+      : p_(p), share_(static_cast<int>(blockIdx.x) / kQuantizedCluster) {
+    begin_share();
   }
-  __device__ __forceinline__ int first_chunk(int split) const { return p_.chunks * split / p_.splits; }
+  __device__ __forceinline__ bool done() const { return share_ >= p_.shares; }
+  __device__ __forceinline__ const QuantizedPart& part() const { return part_; }
+  __device__ __forceinline__ void advance() {
+    left_ -= part_.chunks;
+    if (left_ > 0) {
+      ++part_.tile;
+      part_.first_chunk = 0;
+      part_.chunks = min(left_, p_.chunks);
+    } else {
+      share_ += static_cast<int>(gridDim.x) / kQuantizedCluster;
+      begin_share();
+    }
+  }
 
  private:
+  __device__ __forceinline__ void begin_share() {
+    if (done()) return;
+    const int64_t first = first_chunk_of_share(p_, share_);
+    left_ = static_cast<int>(first_chunk_of_share(p_, share_ + 1) - first);
+    part_.share = share_;
+    part_.tile = static_cast<int>(first / p_.chunks);
+    part_.first_chunk = static_cast<int>(first - static_cast<int64_t>(part_.tile) * p_.chunks);
+    part_.chunks = min(left_, p_.chunks - part_.first_chunk);
+  }
+
   const QuantizedTilesArguments& p_;
-  int index_;
+  int share_;
+  int left_ = 0;  // chunks of the share
+  QuantizedPart part_{};
+};
+
+// The rows of a block's tile.
+struct QuantizedTile {
+  int row_tile, weight_tile;  // weight_tile: of a block, not of a cluster
+
+  // The order of tiles: bands of row tiles, and weight tile after weight tile in a band, so that the clusters that run
+  // at the same time read few rows of x and few weights.
+  __device__ __forceinline__ QuantizedTile(const QuantizedTilesArguments& p, int index, int rank) {
+    constexpr int kBand = 8;
+    const int band = index / (kBand * p.weight_tiles);
+    const int height = min(kBand, p.row_tiles - band * kBand);
+    const int within = index - band * kBand * p.weight_tiles;
+    row_tile = band * kBand + within % height;
+    weight_tile = within / height * kQuantizedCluster + rank;
+  }
 };
 
 // A block's place in its cluster, and the addresses in its shared memory.
@@ -150,10 +189,10 @@ __device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>&
   using Layout = QuantizedTilesLayout<kKind, kRows>;
   PipelineState state;
   int free_stages = Layout::kStages;  // at first
-  for (QuantizedTilesOrder order(block.p); !order.done(); order.advance()) {
-    const QuantizedTile tile = order.tile(block.rank);
-    const int end = order.first_chunk(tile.split + 1);
-    int chunk = order.first_chunk(tile.split);
+  for (QuantizedParts parts(block.p); !parts.done(); parts.advance()) {
+    int chunk = parts.part().first_chunk;
+    const int end = chunk + parts.part().chunks;
+    const QuantizedTile tile(block.p, parts.part().tile, block.rank);
     load.begin(tile, chunk);
 #pragma unroll 1
     for (; chunk < end; ++chunk) {
@@ -372,13 +411,12 @@ class QuantizedTilesResults {
   float bias_[2] = {0.0F, 0.0F};
 };
 
-// Where a warpgroup's sums are in the workspace, in the order in which its threads have them.
+// Where a warpgroup's sums of a part are in the workspace, in the order in which its threads have them. A share has two
+// places: at most its first part begins within a tile, and at most its last is a part that begins a tile.
 template <int kRows>
-__device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, const QuantizedTile& tile,
+__device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, int share, bool begins_tile, int rank,
                                                 int group) {
-  const int64_t weight_tiles = static_cast<int64_t>(p.weight_tiles) * kQuantizedCluster;
-  const int64_t index =
-      (tile.split * static_cast<int64_t>(p.row_tiles) + tile.row_tile) * weight_tiles + tile.weight_tile;
+  const int64_t index = (int64_t{2} * share + (begins_tile ? 1 : 0)) * kQuantizedCluster + rank;
   return p.sums + (index * kQuantizedGroups + group) * (kRows / 8 * kWarpgroupThreads);
 }
 
@@ -428,12 +466,13 @@ class QuantizedTilesConsumer {
     release(previous_stage);
   }
 
+  // Stores y, or the sums of a part of a tile.
   __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedTilesResults<T>& results) const {
-    if (p_.splits == 1) {
-      results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
-      return;
-    }
-    float4* const to = partial_sums<kRows>(p_, tile, group_) + threadIdx.x % kWarpgroupThreads;
+    results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
+  }
+  __device__ __forceinline__ void write_sums(const QuantizedPart& part) const {
+    float4* const to = partial_sums<kRows>(p_, part.share, part.first_chunk == 0, block_.rank, group_) +
+                       threadIdx.x % kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       to[i * kWarpgroupThreads] = make_float4(sums_[i][0], sums_[i][1], sums_[i][2], sums_[i][3]);
@@ -535,35 +574,46 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     const int group = warp / (kWarpgroupThreads / 32);
     QuantizedTilesConsumer<T, kKind, kRows> consumer(block, group);
     using Layout = QuantizedTilesLayout<kKind, kRows>;
-    for (QuantizedTilesOrder order(p); !order.done(); order.advance()) {
-      const QuantizedTile tile = order.tile(block.rank);
+    for (QuantizedParts parts(p); !parts.done(); parts.advance()) {
+      const QuantizedPart part = parts.part();
+      const QuantizedTile tile(p, part.tile, block.rank);
       QuantizedTilesResults<T> results(p, group, block.results + group * Layout::kResultBytes);
-      if (p.splits == 1) results.load_bias(tile.weight_tile);
-      consumer.multiply(order.first_chunk(tile.split + 1) - order.first_chunk(tile.split));
-      consumer.write(tile, results);
+      const bool is_whole = part.chunks == p.chunks;
+      if (is_whole) results.load_bias(tile.weight_tile);
+      consumer.multiply(part.chunks);
+      if (is_whole) {
+        consumer.write(tile, results);
+      } else {
+        consumer.write_sums(part);
+      }
     }
     bulk_store_wait();
   }
   block.sync_cluster();  // the other block may still write here
 }
 
-// Adds the sums of the parts of k: a block for each warpgroup's tile (x) and part of its rows of x (y).
+// Adds the sums of a tile's parts. For each beginning of a share that is the first one within a tile (x, together with
+// a block of the cluster and a warpgroup), and each part of the tile's rows of x (y), a block.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kWarpgroupThreads)
     gemm_quantized_tiles_add(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   __shared__ __align__(16) char staging[kQuantizedPartBytes];
   const int group = static_cast<int>(blockIdx.x) % kQuantizedGroups;
-  const int index = static_cast<int>(blockIdx.x) / kQuantizedGroups;
-  const int weight_tiles = p.weight_tiles * kQuantizedCluster;
-  QuantizedTile tile{index / weight_tiles, index % weight_tiles, 0};
-  const int part = static_cast<int>(blockIdx.y);
+  const int rank = static_cast<int>(blockIdx.x) / kQuantizedGroups % kQuantizedCluster;
+  int share = static_cast<int>(blockIdx.x) / (kQuantizedGroups * kQuantizedCluster);  // that has the tile's beginning
   wait_for_previous_kernel();
+  const int64_t within = first_chunk_of_share(p, share + 1);
+  const int64_t first = within / p.chunks * p.chunks;  // chunk of the tile
+  if (within == first || first_chunk_of_share(p, share) > first) return;
+  const QuantizedTile tile(p, static_cast<int>(first / p.chunks), rank);
+  const int rows = static_cast<int>(blockIdx.y);
   QuantizedTilesResults<T> results(p, group, 0);
   results.load_bias(tile.weight_tile);
   float sums[8][4] = {};
-  for (; tile.split < p.splits; ++tile.split) {
-    const float4* const from = partial_sums<kRows>(p, tile, group) + part * 8 * kWarpgroupThreads + threadIdx.x;
+  for (bool begins_tile = true; first_chunk_of_share(p, share) < first + p.chunks; ++share, begins_tile = false) {
+    const float4* const from =
+        partial_sums<kRows>(p, share, begins_tile, rank, group) + rows * 8 * kWarpgroupThreads + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float4 more = from[i * kWarpgroupThreads];
@@ -573,7 +623,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
       sums[i][3] += more.w;
     }
   }
-  results.write_part(sums, tile.row_tile * kRows + part * kQuantizedPartRows, tile.weight_tile,
+  results.write_part(sums, tile.row_tile * kRows + rows * kQuantizedPartRows, tile.weight_tile,
                      shared_address(staging));
   bulk_store_wait();
 }

@@ -78,7 +78,7 @@ def gemm(
     layers = NativeLayers(network, name)
     if is_packed(weight):
         _check_packed(weight, permutation, shape[-1], activation)
-        x = x if permutation is None else layers.gather(x, permutation)
+        x = x if permutation is None else layers.gather(x, permutation, dtype)
         if plugin:
             return _packed_gemm(layers, x, weight, bias, activation, constant_weight, dtype, kernels)
         from .. import quantized
