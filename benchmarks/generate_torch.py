@@ -194,7 +194,7 @@ def random_session(
     engine = EngineConfig(
         "torch", dtype, limits, config, (), 0, {}, kv_cache_dtype=kv_cache_dtype, weight_formats=formats
     )
-    kernels = choose_kernels(config, limits, dtype, no_progress, formats=formats)
+    kernels = choose_kernels(config, limits, dtype, no_progress, formats=formats) if embedding.is_cuda else {}
     pages = num_pages(engine, embedding.device, GPU_MEMORY_UTILIZATION)
     device = TorchDevice(
         config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from .command_line import (
 from .common.errors import QwenModelError
 from .common.log import show_log
 
+DEFAULT_MAX_NEW_TOKENS = 128
+
 if TYPE_CHECKING:
     from .checkpoints.chat_template import ChatOptions
     from .checkpoints.tokenizer import Tokenizer
@@ -32,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     show_log(options.verbose)
     given_sampling(options)  # raises for wrong options before the engine is loaded
     template_settings = chat_settings(options)
+    if options.url is not None:
+        _talk_to_server(options, template_settings)
+        return
 
     from .checkpoints.chat_template import ChatOptions
 
@@ -64,6 +70,43 @@ def main(arguments: list[str] | None = None) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
+def _talk_to_server(options: argparse.Namespace, template_settings: dict[str, Any]) -> None:
+    """Read lines and stream the answers of a server, without the oldest turns where it says they are too long."""
+    from .serving.chat_client import ChatClient, PromptTooLongError
+
+    if options.chat_template is not None:
+        raise QwenModelError("a server uses its model's own chat template: --chat-template needs an engine")
+    if not options.sanitize_control_tokens:
+        raise QwenModelError("a server reads control tokens as text: --no-sanitize-control-tokens needs an engine")
+    client = ChatClient(options.url, options.api_key or os.environ.get("QWEN_MODEL_API_KEY"))
+    settings = given_sampling(options)
+    for name, value in (
+        ("max_tokens", options.max_new_tokens or DEFAULT_MAX_NEW_TOKENS),
+        ("tools", template_settings["tools"]),
+        ("chat_template_kwargs", template_settings["chat_template_kwargs"]),
+    ):
+        if value is not None:
+            settings[name] = value
+    system: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
+    turns: list[Message] = []
+    while (line := _read_line()) is not None:
+        turns.append({"role": "user", "content": line})
+        answer = ""
+        while True:
+            try:
+                for text in client.stream([*system, *turns], settings):
+                    print(text, end="", flush=True)
+                    answer += text
+                break
+            except PromptTooLongError:
+                if len(turns) == 1:
+                    raise
+                print("note: the oldest turn is left out: the conversation is too long", file=sys.stderr)
+                del turns[:2]
+        print()
+        turns.append({"role": "assistant", "content": answer.rpartition("</think>")[2].lstrip()})
+
+
 def _within_limit(
     messages: list[Message], tokenizer: Tokenizer, limit: int, options: ChatOptions
 ) -> list[Message] | None:
@@ -89,7 +132,12 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command's options."""
     parser = argparse.ArgumentParser(prog="qwen-model chat", description="Talk with a chat model.")
     add_engine_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
+    server = parser.add_argument_group("server", "Talk to a server in place of an engine, to any with OpenAI's API.")
+    server.add_argument("--url", metavar="URL", help="its address, such as http://127.0.0.1:8000")
+    server.add_argument("--api-key", metavar="KEY", help="of the server (default: the variable QWEN_MODEL_API_KEY)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"of an answer (default: {DEFAULT_MAX_NEW_TOKENS})"
+    )
     add_sampling_arguments(parser)
     add_chat_arguments(parser, sanitize=True)
     add_verbose_argument(parser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from .command_line import (
@@ -26,9 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
         import_extra(module, "the server", "serve")
 
     from .checkpoints.tokenizer import has_tokenizer
+    from .engine import load_engine
     from .interface.engine_config import EngineConfig
     from .serving.context import ServerLimits
-    from .serving.supervisor import ServerOptions, serve
+    from .serving.supervisor import ServerOptions, default_http_processes, serve
 
     engine_dir = Path(options.engine_dir)
     EngineConfig.read(engine_dir)
@@ -41,10 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
             ServerOptions(
                 engine_dir=engine_dir,
                 name=options.served_model_name or engine_dir.resolve().name,
-                load=load_settings(options),
+                load=partial(load_engine, engine_dir, **load_settings(options)),
                 host=options.host,
                 port=options.port,
-                http_processes=options.http_processes or max(1, min(4, (os.cpu_count() or 1) // 4)),
+                http_processes=options.http_processes or default_http_processes(),
                 api_keys=tuple(keys),
                 allowed_origins=tuple(options.allow_origin),
                 limits=limits,

@@ -287,7 +287,8 @@ def _sampling(fields: dict[str, Any]) -> SamplingOptions:
 
 
 def _token(running: _Running, event: Event) -> Token:
-    token = Token(running.id, event.token, event.finish_reason)
+    reason = event.finish_reason
+    token = Token(running.id, event.token, reason if reason == "stop" or reason == "length" else None)
     if event.logprob is not None:
         token.logprob = event.logprob.logprob
         token.best = event.logprob.best

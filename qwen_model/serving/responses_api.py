@@ -227,9 +227,11 @@ class _Answer:
             part = "output_text" if kind == "message" else "reasoning_text"
             content: dict[str, Any] = {"type": part, "text": ""}
             item = {"id": new_id("msg" if kind == "message" else "rs"), "content": [content]}
-            item |= {"role": "assistant"} if kind == "message" else {"summary": []}
             if kind == "message":
                 content |= {"annotations": [], "logprobs": []}
+                item["role"] = "assistant"
+            else:
+                item["summary"] = []
         self._items.append({"type": kind, "status": "in_progress", **item})
         index = len(self._items) - 1
         events.append({"type": "response.output_item.added", "output_index": index, "item": self._items[-1]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -21,6 +21,7 @@ from typing import Any
 from ..checkpoints.tokenizer import load_tokenizer
 from ..common.errors import QwenModelError
 from ..common.log import show_log
+from ..engine.session import Session
 from ..interface.engine_config import EngineConfig
 from .context import Context, ServerLimits
 from .generation import ServerModel
@@ -35,12 +36,13 @@ SHUTDOWN_SECONDS = 30
 class ServerOptions:
     """Hold the options of a server.
 
-    load: arguments of `load_engine`. drain_seconds: how long requests may go on after SIGTERM.
+    engine_dir: has the engine's config.json and its tokenizer. load: loads the engine, in its own process; a function
+    that pickle can name. drain_seconds: how long requests may go on after SIGTERM.
     """
 
     engine_dir: Path
     name: str
-    load: dict[str, Any]
+    load: Callable[[], Session]
     host: str
     port: int
     http_processes: int
@@ -49,6 +51,11 @@ class ServerOptions:
     limits: ServerLimits
     drain_seconds: float
     verbose: bool
+
+
+def default_http_processes() -> int:
+    """Return how many HTTP processes serve an engine that fills a GPU: one for four cores, at most four."""
+    return max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 def serve(options: ServerOptions) -> int:
@@ -111,15 +118,17 @@ def _run_engine(options: ServerOptions, connections: list[socket.socket], sender
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the HTTP processes have gone
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     show_log(options.verbose)
-    from ..engine.load import load_engine
     from .engine_loop import EngineLoop
 
     try:
-        session = load_engine(options.engine_dir, **options.load)
+        session = options.load()
+        session.device.prepare(session.device.max_sequences)
         loop = EngineLoop(session, connections, options.limits.max_waiting)
     except QwenModelError as error:
         sender.send_bytes(str(error).encode())
         return
+    gc.collect()
+    gc.freeze()  # what is loaded stays: a collection need not look at it between two steps
     sender.send_bytes(READY)
     sender.close()
     loop.run()
@@ -145,7 +154,7 @@ def _run_http(options: ServerOptions, connection: socket.socket, listener: socke
         h11_max_incomplete_event_size=1 << 16,
         server_header=False,
     )
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    uvicorn.Server(config).run(sockets=[listener])  # in uvloop, where it is installed
 
 
 def _supervise(engine: BaseProcess, workers: Sequence[BaseProcess], drain_seconds: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -65,7 +65,7 @@ class Token(msgspec.Struct, array_like=True):
 
     id: int
     token: int
-    finish_reason: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     logprob: float | None = None
     best: list[tuple[int, float]] | None = None
     cached: int | None = None

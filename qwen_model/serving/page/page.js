@@ -179,6 +179,7 @@ async function answer() {
     text.replaceChildren(markdown(found.content));
     if (nearEnd) node.scrollIntoView({ block: "end" });
   };
+  document.querySelectorAll("article.error").forEach((each) => each.remove());
   request = new AbortController();
   setBusy(true);
   try {

@@ -1,0 +1,66 @@
+"""Test that the Dockerfile, the systemd unit and the page about serving name what there is."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shlex
+from pathlib import Path
+
+from qwen_model.chat import make_parser as make_chat_parser
+from qwen_model.serve import make_parser
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "deploy"
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """Return the instructions of the Dockerfile."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line]  # type: ignore[misc]
+
+
+def extras() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    return set(re.findall(r"^([\w-]+) = \[", text.partition("\n[")[0], flags=re.M))
+
+
+def test_the_dockerfile_starts_the_server_on_the_port_that_it_exposes() -> None:
+    values = dict(dockerfile())
+    command = json.loads(values["CMD"])
+    assert json.loads(values["ENTRYPOINT"]) == ["qwen-model"]
+    assert command[0] == "serve"
+    options = make_parser().parse_args(command[1:])
+    assert options.port == int(values["EXPOSE"])
+    assert f":{options.port}/health" in values["HEALTHCHECK"]
+
+
+def test_the_dockerfile_installs_extras_that_there_are() -> None:
+    [installed] = [value for name, value in dockerfile() if name == "RUN" and "pip install" in value]
+    names = re.search(r"\[([\w,-]+)\]", installed)
+    assert names
+    assert set(names[1].split(",")) <= extras()
+    assert "serve" in names[1]
+
+
+def test_the_unit_starts_the_server_and_waits_until_it_has_drained() -> None:
+    unit = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",), strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "qwen-model.service")
+    program, command, *arguments = shlex.split(unit["Service"]["ExecStart"])
+    assert Path(program).name == "qwen-model"
+    assert command == "serve"
+    options = make_parser().parse_args(arguments)
+    assert float(unit["Service"]["TimeoutStopSec"]) > options.drain_seconds + 30
+    assert unit["Service"]["Restart"] == "on-failure"
+
+
+def test_the_page_names_every_option() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    options = {name for action in make_parser()._actions for name in action.option_strings if name.startswith("--")}
+    options -= {"--help", "--verbose", "--no-tuning"}
+    assert {name for name in options if name not in text} == set()
+    known = options | {name for action in make_chat_parser()._actions for name in action.option_strings}
+    table = text[text.index("## Options") : text.index("## Endpoints")]
+    assert set(re.findall(r"^\| `(--[\w-]+)", table, flags=re.M)) <= known
