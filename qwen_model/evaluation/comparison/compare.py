@@ -88,7 +88,9 @@ def compare_engine(
     checkpoint = None if model_dir is None else CheckpointModules(model_dir, config.model, loaded.FRAMEWORK)
     progress("the engine's logits", 0, 0)
     logits = _prompt_logits(loaded.load_device(engine_dir, config, device, progress=progress), reference.prompt)
-    read_weight, read_module = (None, None) if checkpoint is None else (checkpoint.read, checkpoint.arrays)
+    read_weight = None if checkpoint is None else checkpoint.of_engine(config)
+    # Quantized weights are not those of the checkpoint: faults are looked for with the engine's own.
+    read_module = None if checkpoint is None or config.weight_formats else checkpoint.arrays
     probe = loaded.load_probe(engine_dir, config, device, read_weight, progress)
     passes, finding = compare_probe(probe, reference, config.dtype, read_module, progress)
     error = error_of(logits, reference.values[0]["lm_head"])
