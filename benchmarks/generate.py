@@ -128,6 +128,7 @@ class QwenModel(Implementation):
 
 def run(options: argparse.Namespace, module: Any) -> None:
     largest = Load(max(options.batch_sizes), max(options.prompt_tokens), options.new_tokens)
+    weights = ", ".join(filter(None, [options.dtype, options.quantization]))
     for shape in options.shapes:
         for name, implementation in module.loaded(options, shape, largest):
             results = []
@@ -137,11 +138,11 @@ def run(options: argparse.Namespace, module: Any) -> None:
                     first, rate = implementation.measure(load, options.repeats)
                     sizes = (load.batch_size, load.prompt_tokens, load.new_tokens)
                     memory = module.memory_gib(name)
-                    results.append(Measurement(shape, name, options.dtype, *sizes, first, rate, memory))
+                    results.append(Measurement(shape, name, weights, *sizes, first, rate, memory))
                     print(line(results[-1]), flush=True)
             del implementation
             module.reset_memory()
-            path = options.results / f"generate_{shape}_{name}.json"
+            path = options.results / f"{options.quantization or 'generate'}_{shape}_{name}.json"
             write_results(path, [dataclasses.asdict(result) for result in results])
             print(path, flush=True)
 
@@ -167,7 +168,15 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="of our torch back end's random weights")
+    parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
+    parser.add_argument("--asymmetric", action="store_true", help="with int4")
+    parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8")
     options = parser.parse_args()
+    if options.quantization is not None:
+        options.implementations = options.implementations or ["qwen_model"]
+        if options.backend != "torch" or options.implementations != ["qwen_model"] or "packaged" in options.shapes:
+            parser.error("--quantization is for --backend torch --implementations qwen_model, and not for packaged")
     (require_tensorrt if options.backend == "tensorrt" else require_torch)()
     module = importlib.import_module(f"benchmarks.generate_{options.backend}")
     options.implementations = options.implementations or module.IMPLEMENTATIONS

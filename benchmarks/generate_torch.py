@@ -25,12 +25,15 @@ from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.back_end import num_pages
 from qwen_model.backends.torch.device import TorchDevice
 from qwen_model.checkpoints.config import ModelConfig, read_config
+from qwen_model.checkpoints.module_weights import NOT_QUANTIZED, Formats
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.common.progress import no_progress
 from qwen_model.engine.scheduler import Scheduler
 from qwen_model.engine.session import Session
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.memory import GPU_MEMORY_UTILIZATION
+from qwen_model.quantization.formats import own_formats
+from qwen_model.quantization.options import QuantizationOptions
 from qwen_model.tuning.choice import choose_kernels
 
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
@@ -55,12 +58,27 @@ def memory_gib(implementation: str) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, device: str, formats: Formats = NOT_QUANTIZED
+) -> dict[str, Tensor]:
+    """Return weights by the names of checkpoints/weights.py; formats: of the quantized modules."""
     weights = {}
-    for group in weight_groups(config, str(dtype).removeprefix("torch.")):
-        for spec in group.specs:
-            weight = torch.empty(spec.shape, dtype=dtype, device=device)
-            weights[spec.name] = weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, WEIGHT_SCALE)
+    for group in weight_groups(config, str(dtype).removeprefix("torch."), formats):
+        for module in group.modules.values():
+            deviation = (2**module.format.bits) / 12**0.5 if module.format.bits else 1.0  # of uniform codes
+            for spec in module.tensors:
+                weight = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+                if spec is module.scales:
+                    weight.fill_(WEIGHT_SCALE / deviation)
+                elif spec is module.zeros:
+                    weight.fill_(1 << module.format.bits - 1)
+                elif not weight.is_floating_point():
+                    weight.random_(-(2**31), 2**31)
+                elif weight.dim() == 1:
+                    weight.fill_(1.0)
+                else:
+                    weight.normal_(0.0, WEIGHT_SCALE)
+                weights[spec.name] = weight
     return weights
 
 
@@ -164,16 +182,39 @@ def vllm_engine(
 
 
 def random_session(
-    config: ModelConfig, weights: dict[str, Tensor], limits: Limits, kv_cache_dtype: str = "auto"
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    limits: Limits,
+    kv_cache_dtype: str = "auto",
+    formats: Formats = NOT_QUANTIZED,
 ) -> Session:
     """Return a session over these weights, whose cache takes what they leave of the GPU's memory."""
     embedding = weights["embedding.weight"]
     dtype = str(embedding.dtype).removeprefix("torch.")
-    engine = EngineConfig("torch", dtype, limits, config, (), 0, {}, kv_cache_dtype=kv_cache_dtype)
-    kernels = choose_kernels(config, limits, dtype, no_progress) if embedding.is_cuda else {}
+    engine = EngineConfig(
+        "torch", dtype, limits, config, (), 0, {}, kv_cache_dtype=kv_cache_dtype, weight_formats=formats
+    )
+    kernels = choose_kernels(config, limits, dtype, no_progress, formats=formats) if embedding.is_cuda else {}
     pages = num_pages(engine, embedding.device, GPU_MEMORY_UTILIZATION)
-    device = TorchDevice(config, limits, weights, num_pages=pages, kv_cache_dtype=kv_cache_dtype, gemm_kernels=kernels)
+    device = TorchDevice(
+        config,
+        limits,
+        weights,
+        num_pages=pages,
+        kv_cache_dtype=kv_cache_dtype,
+        gemm_kernels=kernels,
+        weight_formats=formats,
+    )
     return Session(engine, Scheduler(device))
+
+
+def random_formats(options: argparse.Namespace, config: ModelConfig) -> Formats:
+    """Return the formats that --quantization, --group-size, --asymmetric and --head-quantization ask for."""
+    if options.quantization is None:
+        return NOT_QUANTIZED
+    head = None if options.head_quantization == "none" else options.head_quantization
+    own = QuantizationOptions(options.quantization, options.group_size, not options.asymmetric, head)
+    return own_formats(own, config, options.dtype)
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:
@@ -200,12 +241,13 @@ def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[t
         return
     values = {**COMMON, **SHAPES[shape]}
     config = read_config(values)
+    formats = random_formats(options, config)
     weights: dict[str, Tensor] = {}
     if {"qwen_model", "products"} & set(options.implementations):
-        weights = random_weights(config, dtype, options.device)
+        weights = random_weights(config, dtype, options.device, formats)
     if "qwen_model" in options.implementations:
         limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-        yield "qwen_model", QwenModel(random_session(config, weights, limits))
+        yield "qwen_model", QwenModel(random_session(config, weights, limits, formats=formats))
     if "products" in options.implementations and options.device != "cpu":
         yield "products", Products(config, weights)
     weights.clear()

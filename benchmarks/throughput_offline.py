@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-7b")
     parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--max-batch-size", type=int, default=256)
+    parser.add_argument("--max-batch-size", type=int, default=512, help="of both (default: %(default)s)")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="ours")
     parser.add_argument("--repeats", type=int, default=3)

@@ -121,14 +121,27 @@ def _stream(session: Session, prompts: list[str | list[int]], system: str | None
     if session.tokenizer is None:
         raise QwenModelError("--stream prints text, and this engine has no tokenizer")
     conversations = [_with_system(prompt, system) for prompt in prompts]
-    # stream() checks its prompt: make all streams first, so that a wrong prompt is an error before anything is printed.
-    streams = [session.stream([each], **settings) for each in conversations]
-    for place, (prompt, events) in enumerate(zip(prompts, streams, strict=True)):
-        if len(prompts) > 1:
-            print(("\n" if place else "") + _heading(prompt))
-        for event in events:
-            print(event.text, end="", flush=True)
-        print()
+    events = session.stream(conversations, **settings)  # raises for a wrong prompt before anything is printed
+    texts, ended = [""] * len(prompts), [False] * len(prompts)
+    place = 0  # of the prompt whose text is being printed; those of later ones are kept
+    _print_heading(prompts, place)
+    for event in events:
+        texts[event.index] += event.text
+        ended[event.index] = event.finish_reason is not None
+        while place < len(prompts):
+            print(texts[place], end="", flush=True)
+            texts[place] = ""
+            if not ended[place]:
+                break
+            print()
+            place += 1
+            _print_heading(prompts, place)
+
+
+def _print_heading(prompts: list[str | list[int]], place: int) -> None:
+    """Print a line with the beginning of a prompt, if there are several."""
+    if 1 < len(prompts) > place:
+        print(("\n" if place else "") + _heading(prompts[place]))
 
 
 def _as_text(prompts: list[str | list[int]], result: GenerationResult) -> str:

@@ -215,6 +215,8 @@ def decode_step() -> str:
 
 def quantization_quality() -> str:
     """Return what each quantization does to the packaged model, without and with outliers."""
+    if not (RESULTS / "quantization.json").exists():
+        return NOT_MEASURED
     records = read("quantization")
     models = sorted({r["model"] for r in records})
     found = {(r["method"], r["model"]): r for r in records}

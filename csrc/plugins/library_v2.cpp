@@ -1,6 +1,7 @@
 // The functions that IPluginRegistry::loadLibrary of TensorRT 8.6 looks up by name.
 #include "dynamic_ext_adapter.h"
 #include "gemm/gemm_plugin.h"
+#include "gemm/quantized_gemm_plugin.h"
 #include "gpt_attention/gpt_attention_plugin.h"
 #include "rms_norm/rms_norm_plugin.h"
 #include "rms_norm_quantization/rms_norm_quantization_plugin.h"
@@ -16,8 +17,11 @@ QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& 
   static qwen_plugins::DynamicExtCreator<qwen_plugins::GptAttentionPlugin> gpt_attention;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenGemmPlugin> qwen_gemm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::PagedGptAttentionPlugin> paged_gpt_attention;
-  static nvinfer1::IPluginCreator* const creators[] = {&rms_norm,  &rms_norm_quantization, &gemm, &gpt_attention,
-                                                       &qwen_gemm, &paged_gpt_attention};
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::QuantizedGemmPlugin> quantized_gemm;
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenQuantizedGemmPlugin> qwen_quantized_gemm;
+  static nvinfer1::IPluginCreator* const creators[] = {
+      &rms_norm,  &rms_norm_quantization, &gemm,           &gpt_attention,
+      &qwen_gemm, &paged_gpt_attention,   &quantized_gemm, &qwen_quantized_gemm};
   count = static_cast<int32_t>(std::size(creators));
   return creators;
 }

@@ -16,10 +16,13 @@ from typing import Any
 PLUGIN_NAMESPACE = "qwen_plugins"
 # The versions of each plug-in in the libraries, the newest last: csrc/plugins/README.md.
 # QwenGemm is Gemm under a name that no operator of ONNX has.
-PLUGIN_VERSIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("RmsNorm", "RmsNormQuantization", "Gemm", "QwenGemm"), ("1",)
-)
-PLUGIN_VERSIONS["GptAttention"] = ("1", "2")  # 2: over a cache of pages
+PLUGIN_VERSIONS: dict[str, tuple[str, ...]] = {
+    "RmsNorm": ("1",),
+    "RmsNormQuantization": ("1",),
+    "Gemm": ("1", "2"),  # 2: with a quantized weight
+    "QwenGemm": ("1", "2"),  # likewise
+    "GptAttention": ("1", "2"),  # 2: over a cache of pages
+}
 
 # The packages whose registries take plug-ins: TensorRT, its runtimes without a builder, and TensorRT-RTX.
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_rtx")

@@ -163,11 +163,6 @@ def build_engine(
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
     formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
-    if formats and backend != "torch":
-        raise QwenModelError(
-            f"the {backend} back end does not run quantized weights in this version: use the torch back end, or give "
-            "quantization none (--quantization none)"
-        )
     _check_calibration(activation_aware, calibration, quantization)
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)

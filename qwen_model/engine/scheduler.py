@@ -29,6 +29,8 @@ from .slots import Slots
 
 CHUNK_TOKENS = 512
 """Tokens of a step of prompts while others decode: it takes a large model about as long as one or two decode steps."""
+PATIENCE = 8
+"""The most steps of decoding for which a free slot is kept until more are free."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, ...], Sequence]] = []  # a heap; what has ended is dropped when it is met
         self._patient = False
         self._filling = False  # free slots are being given to those that wait
+        self._kept_free = 0  # steps for which there were free slots, but too few
         self._prefilling: list[Sequence] = []  # have slot and pages; a part of their tokens is not in the cache
         self._starts: list[Start] = []  # of slots, before the next step
         self._in_flight: deque[_Launched] = deque()
@@ -395,9 +398,7 @@ class Scheduler:
         decoding = self._slots.decoding.any()
         budget = self.chunk_tokens if decoding and not self._patient else self.device.max_tokens
         rows = self.device.max_logit_rows
-        # A step of a few prompts takes as long as one of many: while others decode, wait for a few free slots.
-        enough = min(len(self._waiting), max(1, self.device.max_sequences // 16))
-        self._filling = (self._filling and bool(self._waiting)) or not decoding or len(self._slots.free) >= enough
+        self._filling = self._fills(bool(decoding))
         parts: list[tuple[Sequence, int]] = []
         for sequence in chain(list(self._prefilling), iter(self._admit, None) if self._filling else ()):
             past = self._past(sequence)
@@ -420,6 +421,18 @@ class Scheduler:
                 break
         self._filling = self._filling and len(self._slots.free) > 0
         return parts
+
+    def _fills(self, decoding: bool) -> bool:
+        """Tell whether free slots are given to those that wait.
+
+        A step of a few prompts takes as long as one of many. So where slots are scarce and others decode, free ones are
+        kept until they are a sixteenth of all, or for some steps.
+        """
+        free = len(self._slots.free)
+        enough = min(len(self._waiting), max(1, self.device.max_sequences // 16))
+        self._kept_free = self._kept_free + 1 if 0 < free < enough else 0
+        filling = (self._filling and bool(self._waiting)) or not decoding or free >= enough
+        return filling or self._kept_free > PATIENCE
 
     def _start_slots(self) -> None:
         if self._starts:

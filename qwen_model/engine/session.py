@@ -16,7 +16,7 @@ from ..checkpoints.chat_template import ChatOptions
 from ..common.errors import QwenModelError, shown
 from ..interface.device import Device, FloatArray
 from ..interface.engine_config import EngineConfig
-from ..interface.sampling import SamplingOptions
+from ..interface.sampling import MOST_BEST, SamplingOptions
 from . import sequences
 from .beam_search import beam_search, beam_sequence
 from .growing_output import GrowingOutput, Timer
@@ -32,8 +32,6 @@ LOG = logging.getLogger(__name__)
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or (with chat=True) a conversation
 DEFAULT_NEW_TOKENS = 128
-MAX_LOGPROBS = 128
-"""The most likely tokens that log-probabilities can be asked of."""
 
 
 class Session:
@@ -190,6 +188,7 @@ class Session:
     ) -> _Request:
         stops, ends = self._stops(stop, stop_token_ids)
         options = self._sampling(sampling)
+        options.check_vocabulary(self.config.model.vocab_size)
         samples, num_best = _positive_integer("n", n), _num_best(logprobs, self.config.model.vocab_size)
         token_ids = self._token_ids(prompts, chat, chat_options)
         count = self._new_tokens(max_new_tokens)
@@ -357,8 +356,8 @@ class Session:
         if max(2, len(ends) + 1) > self.config.model.vocab_size:
             raise QwenModelError(f"beam search needs a vocabulary of more than {len(ends)} tokens")
         num_best = min(num_beams + len(ends), self.config.model.vocab_size)  # num_beams of a beam's own may go on
-        if num_best > MAX_LOGPROBS:
-            raise QwenModelError(f"num_beams and end tokens together must be at most {MAX_LOGPROBS}, not {num_best}")
+        if num_best > MOST_BEST:
+            raise QwenModelError(f"num_beams and end tokens together must be at most {MOST_BEST}, not {num_best}")
         beams = [beam_sequence(prompt, count, num_best) for prompt in token_ids]
         self._check_fit(beams)
         self.device.prepare(min(len(token_ids) * num_beams, self.device.max_sequences))
@@ -422,8 +421,8 @@ def _positive_integer(name: str, value: Any) -> int:
 def _num_best(logprobs: int | None, vocab_size: int) -> int | None:
     if logprobs is None:
         return None
-    if isinstance(logprobs, bool) or not isinstance(logprobs, Integral) or not 0 <= logprobs <= MAX_LOGPROBS:
-        raise QwenModelError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, not {shown(logprobs)}")
+    if isinstance(logprobs, bool) or not isinstance(logprobs, Integral) or not 0 <= logprobs <= MOST_BEST:
+        raise QwenModelError(f"logprobs must be an integer from 0 to {MOST_BEST}, not {shown(logprobs)}")
     return min(int(logprobs), vocab_size)
 
 

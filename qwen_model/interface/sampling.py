@@ -8,13 +8,14 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.json_values import LARGEST_NUMBER, SMALLEST_NUMBER
 from ..common.errors import QwenModelError, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MOST_BIASES = 512
 """The most entries of `SamplingOptions.logit_bias`: kMaxBiases of csrc/kernels/sampling/sampling.h."""
@@ -214,20 +215,10 @@ def check_masks(masks: Mapping[int, npt.NDArray[np.uint32]], vocab_size: int) ->
     Raises:
         QwenModelError: one is not an array of this type and size.
     """
+    import numpy as np  # late: commands check their options without it
+
     words = (vocab_size + 31) // 32
     for mask in masks.values():
         if not isinstance(mask, np.ndarray) or mask.dtype != np.uint32 or mask.shape != (words,):
             given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else shown(mask)
             raise QwenModelError(f"a mask of allowed tokens must be uint32 [{words}], not {given}")
-
-
-class Choice(NamedTuple):
-    """Hold the options that a captured step depends on; it reads the others on the device."""
-
-    greedy: bool
-    penalty: bool
-
-    @classmethod
-    def of(cls, options: SamplingOptions) -> Choice:
-        """Return the choice for these options."""
-        return cls(options.greedy, options.penalizes or bool(options.logit_bias))

@@ -6,10 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.json_values import is_integer
-from ..checkpoints.module_weights import Formats, WeightFormat
+from ..checkpoints.module_weights import Formats, ModuleWeights, WeightFormat
 from ..common.errors import QwenModelError, shown
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qwen_plugins.quantized import PackedWeight
     from qwen_plugins.quantized import WeightFormat as KernelFormat
 
 
@@ -22,6 +25,32 @@ def kernel_format(weight_format: WeightFormat) -> KernelFormat:
     return quantized.WeightFormat(
         weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
     )
+
+
+def packed_weight(module: ModuleWeights[NDArray[Any]]) -> PackedWeight:
+    """Return the weight of a quantized module, whose tensors are arrays in layout 2, as the kernels' functions take it.
+
+    Its scales may be of any type of 16 bits: the format says what they are.
+    """
+    from qwen_plugins import quantized
+
+    assert module.scales is not None  # quantized weights have scales
+    out_features, in_features = module.shape
+    return quantized.PackedWeight(
+        module.weight, module.scales, module.zeros, kernel_format(module.format), out_features, in_features
+    )
+
+
+def dequantized(module: ModuleWeights[NDArray[Any]]) -> NDArray[Any]:
+    """Return the numbers that a quantized module's weight stands for, float32 [out, in]."""
+    from qwen_plugins import quantized
+
+    weight = quantized.dequantize(packed_weight(module))
+    if module.permutation is None:
+        return weight
+    natural = weight.copy()
+    natural[:, module.permutation] = weight
+    return natural
 
 
 def formats_as_json(formats: Formats) -> list[dict[str, Any]]:

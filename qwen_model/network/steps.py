@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class StepLayout:
         starts, end = {}, 0
         for name, shape in self.shapes.items():
             starts[name] = end
-            end += aligned(int(np.prod(shape)))
+            end += aligned(math.prod(shape))
         return starts
 
     @cached_property
@@ -80,7 +81,7 @@ class StepLayout:
     def part(self, array: Int32Array, name: str) -> Int32Array:
         """Return a view of a part."""
         start, shape = self.starts[name], self.shapes[name]
-        return array[start : start + int(np.prod(shape))].reshape(shape)
+        return array[start : start + math.prod(shape)].reshape(shape)
 
 
 def chosen_rows(batch: Batch) -> Int32Array:

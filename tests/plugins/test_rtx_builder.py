@@ -31,7 +31,7 @@ LISTED_TYPES = {FLOAT: "Float", HALF: "Half", INT8: "Int8", INT32: "Int32", FP8:
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "QWenLMHeadModel", "DeciCoderForCausalLM")
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 LEAST_MODES = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1}
-LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 36}
+LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 36, "Gemm:2": 24, "QwenGemm:2": 1}
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32}
 
 
@@ -168,10 +168,10 @@ def test_engines_for_each_compute_capability(capabilities: tuple[str, ...]) -> N
     assert len(built.plugins) == 5
 
 
-def check_decoder(model_dir: Path, dtype: str, folder: Path) -> None:
+def check_decoder(model_dir: Path, dtype: str, folder: Path, **options: Any) -> None:
     """Export a checkpoint's network as ONNX, with the plug-ins as nodes, and build it."""
     sizes = {"max_batch_size": 4, "max_input_len": 32, "max_output_len": 32}
-    summary = export_onnx(model_dir, output=folder / "network.onnx", dtype=dtype, **sizes)
+    summary = export_onnx(model_dir, output=folder / "network.onnx", dtype=dtype, **sizes, **options)
     built = build(summary.path, summary.profiles, ["SM86", "SM89", "SM120"])
     assert built.plan is not None, built.errors
     # A layer has two norms, attention, and four products; after the last come a norm and a product. Each profile lists
@@ -184,6 +184,11 @@ def check_decoder(model_dir: Path, dtype: str, folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_packaged_model(dtype: str, tmp_path: Path) -> None:
     check_decoder(packaged_model_dir(), dtype, tmp_path)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_caches_of_8_bits(kv_cache_dtype: str, tmp_path: Path) -> None:
+    check_decoder(packaged_model_dir(), "float16", tmp_path, kv_cache_dtype=kv_cache_dtype)
 
 
 def test_weights_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +251,15 @@ FULL = {
         "inputs": {"x": [HALF, [3, 64]], "weight": [HALF, [48, 64]], "bias": [HALF, [48]]},
         "outputs": [[HALF, [3, 24]]],
     },
+    "Gemm:2": {
+        "fields": {"type_id": HALF, "in_features": 192, "out_features": 96, "weight_bits": 4}
+        | {"group_size": 64, "zeros": 1, "bias": 1, "activation": 1},
+        "inputs": {
+            **{"x": [HALF, [3, 192]], "weight": [INT32, [2, 8, 256]], "scales": [INT32, [4, 64]]},
+            **{"zeros": [INT32, [4, 32]], "bias": [HALF, [96]]},
+        },
+        "outputs": [[HALF, [3, 48]]],
+    },
     "GptAttention": {
         "fields": {"type_id": HALF, **ATTENTION, "rotary_embedding_dim": 32, "position_embedding_type": 2}
         | {"query_scale": 1, "qk_norm": 1},
@@ -275,7 +289,7 @@ WRONG_TYPES = {
 
 
 # Dimensions that may change alone.
-FREE = {("Gemm", "x", 0), ("GptAttention", "qkv", 0), ("GptAttention", "past_key_value", 3)}
+FREE = {("Gemm", "x", 0), ("Gemm:2", "x", 0), ("GptAttention", "qkv", 0), ("GptAttention", "past_key_value", 3)}
 FREE |= {("GptAttention:2", *axis) for axis in (("qkv", 0), ("past_key_value", 0), ("pages", 1), ("semaphores", 0))}
 FREE |= {("GptAttention:2", "rotary_table", 0)}
 

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 
+from qwen_plugins import quantized
 from tests import stand_ins
 from tests.stand_ins.numpy_kernels import GEMM_KERNELS
 from tests.stand_ins.numpy_tensorrt import DataType, ITensor, tensor_of
@@ -221,6 +222,58 @@ def test_gemm_gets_its_fields_and_inputs(tensorrt: Any) -> None:
     np.testing.assert_array_equal(plugin.inputs[1].array, weight)
     np.testing.assert_array_equal(plugin.inputs[2].array, bias)
     assert y.known_type == DataType.HALF
+
+
+def packed_weight(**changed: Any) -> Any:
+    generator = np.random.default_rng(5)
+    codes = generator.integers(0, 16, (96, 192), np.uint8)
+    given = {"scales": generator.uniform(0.01, 0.02, (96, 3)).astype(np.float16), "bits": 4, "group_size": 64}
+    given["zeros"] = generator.integers(0, 16, (96, 3), np.uint8)
+    return quantized.pack(codes, **(given | changed))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("plugin", [False, True])
+def test_gemm_of_a_packed_weight(tensorrt: Any, permuted: bool, plugin: bool) -> None:
+    x, bias, weight = rows(2, 3, 192), rows(96).array, packed_weight()
+    order = np.random.default_rng(1).permutation(192) if permuted else None
+    y = tensorrt.functions.gemm(
+        tensorrt.network, x, weight, bias, activation="swiglu", permutation=order, plugin=plugin, name="gate_up"
+    )
+
+    columns = np.arange(192) if order is None else order
+    z = x.array[..., columns].astype(np.float32) @ quantized.dequantize(weight).T + bias
+    gate, up = np.split(z, 2, axis=-1)
+    np.testing.assert_allclose(y.array, gate / (1 + np.exp(-gate)) * up, rtol=5e-3, atol=5e-3)
+    assert y.known_type == DataType.HALF
+    if not plugin:
+        assert not tensorrt.network.plugins
+        return
+    (added,) = tensorrt.network.plugins
+    assert (added.name, added.version, added.layer) == ("Gemm", "2", "gate_up")
+    sizes = {"in_features": 192, "out_features": 96, "weight_bits": 4, "group_size": 64, "zeros": 1, "scale_type_id": 1}
+    assert added.fields == sizes | {"type_id": 1, "bias": 1, "activation": 1, "constant_weight": 1}
+    assert [tensor.known_type for tensor in added.inputs[1:4]] == [DataType.INT32] * 3
+    assert np.shares_memory(added.inputs[1].array, weight.codes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": rows(5, 64)}, "weight has 192 columns; expected those of x, 64"),
+        (
+            {"permutation": np.zeros(192, np.int32)},
+            r"permutation has shape \(192,\); expected each of 192 columns once",
+        ),
+        ({"bias": np.zeros(95)}, r"bias has shape \(95,\)"),
+        ({"weight": rows(96, 192).array, "permutation": np.arange(192)}, "permutation is given; expected None unless"),
+    ],
+)
+def test_bad_arguments_with_a_packed_weight(tensorrt: Any, changed: dict[str, Any], message: str) -> None:
+    given = {"x": rows(5, 192), "weight": packed_weight()} | changed
+    with pytest.raises(ValueError, match=message):
+        tensorrt.functions.gemm(tensorrt.network, **given)
+    assert tensorrt.network.plugins == []
 
 
 def test_gemm_takes_kernels_by_the_number_of_rows(tensorrt: Any) -> None:

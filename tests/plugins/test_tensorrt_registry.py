@@ -128,6 +128,8 @@ def test_loading_again_does_no_harm(creators: dict[str, Any]) -> None:
         ("Gemm", {}, 1),
         ("QwenGemm", {}, 1),
         ("Gemm", {"bias": np.int32(1), "activation": np.int32(1), "constant_weight": np.int32(0)}, 1),
+        ("Gemm:2", {}, 1),
+        ("QwenGemm:2", {"weight_bits": np.int32(8), "zeros": np.int32(0), "activation": np.int32(1)}, 1),
         ("GptAttention", {}, 2),
         ("GptAttention", {"rotary_embedding_dim": np.int32(0), "position_embedding_type": np.int32(0)}, 2),
         ("GptAttention:2", {}, 2),

@@ -43,7 +43,7 @@ def command(capsys):
 def test_build_and_run_in_processes_of_their_own(model_dir, tmp_path):
     built = python("-m", "qwen_model.build", "--model-dir", model_dir, "--output-dir", tmp_path / "engine")
     assert built.returncode == 0, built.stderr
-    for part in ("Qwen2ForCausalLM", "million parameters", "8 sequences", "MiB of weights", "time"):
+    for part in ("Qwen2ForCausalLM", "million parameters", "256 sequences", "MiB of weights", "time"):
         assert part in built.stdout
     ran = python(
         "-m", "qwen_model.run", "--engine-dir", tmp_path / "engine", "--device", "cpu", "--json", "Hi", "there"

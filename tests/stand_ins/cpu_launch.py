@@ -28,9 +28,17 @@ def rows_of(address: int, rows: int, columns: int, stride: int) -> np.ndarray:
     return view(address, rows, stride)[:, :columns]
 
 
+@dataclass
+class WeightFormat:
+    """As x."""
+
+
 @dataclass(kw_only=True)
 class LinearLayer:
     weight: int
+    weight_format: WeightFormat
+    scales: int
+    zeros: int
     bias: int
     in_features: int
     out_features: int
@@ -51,6 +59,7 @@ def gemm(layer: LinearLayer, *, x: int, x_row_stride: int, y: int, rows: int, wo
     assert stream == STREAM
     assert layer.dtype == "float32"
     assert layer.constant_weight
+    assert layer.scales == layer.zeros == 0
     if layer.workspace_bytes(rows):
         view(workspace, layer.workspace_bytes(rows), dtype=np.uint8)[:] = 0xFF
     inputs = [
@@ -121,7 +130,14 @@ def decode_attention_workspace_bytes(heads: AttentionHeads, *, sequences: int) -
 
 
 def decode_attention(
-    *, past_lengths: int, sequences: int, workspace: int, semaphores: int, heads: AttentionHeads, **operands: Any
+    *,
+    past_lengths: int,
+    sequences: int,
+    workspace: int,
+    semaphores: int,
+    heads: AttentionHeads,
+    batch_invariant: bool,
+    **operands: Any,
 ) -> None:
     view(workspace, decode_attention_workspace_bytes(heads, sequences=sequences), dtype=np.uint8)[:] = 0xFF
     assert not view(semaphores, sequences, heads.num_heads, dtype=np.int32).any()

@@ -6,6 +6,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qwen_plugins import quantized  # with the compiled module, not its stand-in: packing is a function of the host
+
 Arrays = list[np.ndarray]
 Shape = tuple[int, ...]
 Outputs = list[tuple[Shape, int]]  # -1 for what is not known yet, and the number of the type
@@ -25,7 +27,10 @@ def normalise(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    """Compute a linear layer; with a quantized weight this is version "2"."""
     x, weight, *bias = inputs
+    if "weight_bits" in fields:
+        weight, bias = dequantized(fields, inputs[1:])
     assert len(bias) == fields["bias"]
     assert fields["constant_weight"] == 1
     z = x.astype(np.float32) @ weight.astype(np.float32).T
@@ -35,6 +40,18 @@ def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
         gate, up = np.split(z, 2, axis=-1)
         z = gate / (1 + np.exp(-gate)) * up
     return [z.astype(x.dtype)]
+
+
+def dequantized(fields: dict[str, Any], inputs: Arrays) -> tuple[np.ndarray, Arrays]:
+    """Return the weight that the inputs of Gemm "2" stand for, and the inputs behind them."""
+    codes, scales, *rest = inputs
+    scale_dtype = {1: "float16", 7: "bfloat16"}[fields["scale_type_id"]]
+    zeros = rest.pop(0).view(np.uint8) if fields["zeros"] else None
+    weight_format = quantized.WeightFormat(fields["weight_bits"], fields["group_size"], zeros is not None, scale_dtype)
+    packed = quantized.PackedWeight(
+        codes, scales.view(scale_dtype), zeros, weight_format, fields["out_features"], fields["in_features"]
+    )
+    return quantized.dequantize(packed), rest
 
 
 def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
@@ -154,7 +171,8 @@ def norm_quant_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
 
 
 def gemm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
-    return [((*shapes[0][:-1], shapes[1][0] // (2 if fields["activation"] else 1)), fields["type_id"])]
+    out_features = fields.get("out_features", shapes[1][0])
+    return [((*shapes[0][:-1], out_features // (2 if fields["activation"] else 1)), fields["type_id"])]
 
 
 def attention_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:

@@ -203,8 +203,11 @@ class INetworkDefinition:
         return self.add([], tuple(shape), weights.dtype, lambda: weights.array.reshape(shape))
 
     def add_gather(self, table: ITensor, rows: ITensor, axis: int) -> Layer:
-        assert axis == 0
-        return self.add([table, rows], (*rows.shape, *table.shape[1:]), table.known_type, gather)
+        if axis == 0:
+            return self.add([table, rows], (*rows.shape, *table.shape[1:]), table.known_type, gather)
+        assert axis == len(table.shape) - 1
+        shape = (*table.shape[:-1], *rows.shape)
+        return self.add([table, rows], shape, table.known_type, lambda x, numbers: gather(x.T, numbers).T)
 
     def add_elementwise(self, a: ITensor, b: ITensor, operation: str) -> Layer:
         assert len(a.shape) == len(b.shape), "elementwise layers take two tensors of one rank"
@@ -513,7 +516,9 @@ def make_module(version: str) -> types.ModuleType:
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
-    creators = [Creator(name, "1") for name in PLUGIN_OUTPUTS] + [Creator("GptAttention", "2")]
+    creators = [Creator(name, "1") for name in PLUGIN_OUTPUTS] + [
+        Creator(name, "2") for name in ("GptAttention", "Gemm", "QwenGemm")
+    ]
     others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
     operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")

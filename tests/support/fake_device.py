@@ -178,6 +178,7 @@ class FakeDevice:
     def _run(self, batch: Batch) -> list[np.ndarray]:
         """Write the tokens into the cache, and return the logits after each."""
         written: set[tuple[int, int]] = set()
+        read: set[tuple[int, int]] = set()  # what earlier steps must have written
         found: list[np.ndarray] = []
         self._logits = []
         ends = np.cumsum(batch.lengths)
@@ -194,12 +195,14 @@ class FakeDevice:
                 assert place not in written, "two sequences write to one place"
                 written.add(place)
                 self.cache[place] = self.slots[slot].last if token == LAST_TOKEN else token
+            read |= {(pages[place // self.page_size], place % self.page_size) for place in range(past)}
             tokens = self.cache[pages].ravel()[:end].tolist()
             length = int(batch.prompt_lengths[row])
             for place in range(past, end):
                 found.append(self.model(tokens[: place + 1], length))
             if batch.chooses[row]:
                 self._logits.append((slot, found[-1]))
+        assert not read & written, "a sequence reads what another writes in the same step"
         return found
 
     def _chosen(self, masks: Mapping[int, np.ndarray], num_best: int | None) -> Chosen:

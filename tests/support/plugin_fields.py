@@ -25,6 +25,14 @@ ATTENTION = {
     **{"type_id": np.int32(1), "num_heads": np.int32(8), "num_kv_heads": np.int32(2), "head_size": np.int32(64)},
     **{"rotary_embedding_dim": np.int32(64), "position_embedding_type": np.int32(2)},
 }
+QUANTIZED_GEMM_FIELDS = {
+    *("type_id", "in_features", "out_features", "weight_bits", "group_size", "zeros", "scale_type_id"),
+    *("bias", "activation", "constant_weight", "kernels"),
+}
+QUANTIZED_GEMM = {
+    **{"type_id": np.int32(1), "in_features": np.int32(192), "out_features": np.int32(96), "weight_bits": np.int32(4)},
+    **{"group_size": np.int32(64), "zeros": np.int32(1)},
+}
 FIELDS = {
     "RmsNorm": {"eps", "type_id", "weight_type_id", "residual", "unit_offset", "round_before_weight"},
     "RmsNormQuantization": {
@@ -35,18 +43,30 @@ FIELDS = {
     "QwenGemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
     "GptAttention": ATTENTION_FIELDS,
     "GptAttention:2": ATTENTION_FIELDS | {"tokens_per_block", "kv_cache_type"},
+    "Gemm:2": QUANTIZED_GEMM_FIELDS,
+    "QwenGemm:2": QUANTIZED_GEMM_FIELDS,
 }
 # Of the state in engines; earlier versions are read, too.
 SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | {"Gemm": 2, "QwenGemm": 2}
-NUM_OUTPUTS = {"RmsNorm": 1, "RmsNormQuantization": 2, "Gemm": 1, "QwenGemm": 1, "GptAttention": 2, "GptAttention:2": 2}
+NUM_OUTPUTS = dict.fromkeys(FIELDS, 1) | {"RmsNormQuantization": 2, "GptAttention": 2, "GptAttention:2": 2}
 FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
-GOOD_FIELDS = {
+GOOD_QUANTIZED_GEMM_FIELDS = {
+    *("type_id", "in_features", "out_features", "weight_bits", "group_size", "zeros", "scale_type_id"),
+    *("bias", "activation", "constant_weight", "kernels"),
+}
+QUANTIZED_GEMM = {
+    **{"type_id": np.int32(1), "in_features": np.int32(192), "out_features": np.int32(96), "weight_bits": np.int32(4)},
+    **{"group_size": np.int32(64), "zeros": np.int32(1)},
+}
+FIELDS = {
     "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
     "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
     "Gemm": {"type_id": np.int32(1)},
     "QwenGemm": {"type_id": np.int32(1)},
     "GptAttention": ATTENTION,
     "GptAttention:2": ATTENTION | {"tokens_per_block": np.int32(64)},
+    "Gemm:2": QUANTIZED_GEMM,
+    "QwenGemm:2": QUANTIZED_GEMM,
 }
 
 EVERY_PLUGIN = [
@@ -89,10 +109,17 @@ PAGES = [
     ({"tokens_per_block": np.int32(16)}, "field 'tokens_per_block' is 16; expected one of 64"),
     ({"kv_cache_type": np.int32(3)}, "field 'kv_cache_type' is 3; expected one of 0, 1, 2"),
 ]
+QUANTIZED = [
+    ({"weight_bits": None}, "required field 'weight_bits' is missing"),
+    ({"weight_bits": np.int32(3)}, "field 'weight_bits' is 3; expected one of 4, 8"),
+    ({"group_size": np.int32(128)}, "field 'in_features' is 192; expected a multiple of 128"),
+    ({"scale_type_id": np.int32(0)}, "field 'scale_type_id' is 0; expected one of 1, 7"),
+]
 REFUSED_FIELDS = [
     *[(name, *case) for name in FIELDS for case in EVERY_PLUGIN],
     *[(name, *case) for name in ("RmsNorm", "RmsNormQuantization") for case in RMS_NORM],
-    *[("Gemm", *case) for case in GEMM],
+    *[(name, *case) for name in ("Gemm", "Gemm:2") for case in GEMM],
+    *[("Gemm:2", *case) for case in QUANTIZED],
     *[(name, *case) for name in ("GptAttention", "GptAttention:2") for case in GPT_ATTENTION],
     *[("GptAttention:2", *case) for case in PAGES],
 ]

@@ -42,43 +42,38 @@ __device__ __forceinline__ float quantize_head(float* head, CacheDataType dtype)
   return scale;
 }
 
-// Prepares the new key and value in shared memory, and writes them to the cache if this block is the one that does.
-template <typename T, int kHeadSize, typename Attention>
-__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, const T* qkv,
+// Prepares the new key or value in shared memory, and writes it to the cache if this block is the one that does.
+template <typename E, int kHeadSize, typename Attention>
+__device__ __forceinline__ void prepare_new_token(const Arguments& a, const Work& work, bool is_value, const E* qkv,
                                                   const float* cos_sin, typename Attention::SharedMemory& shared) {
   const DecodeAttentionParams& p = a.params;
-  const HeadCacheOf<T, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
-  const int page = work.writes_new_token ? cache.page_of(work.past_length) : 0;  // loaded early, used last
-  const int key_row = p.heads.num_heads + work.kv_head;
-  const T* const value = qkv + (key_row + p.heads.num_kv_heads) * kHeadSize;
+  const CacheDataType dtype = p.cache.dtype;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const HeadCacheOf<E, kHeadSize, Attention::kQuantized> cache(p.cache, a.layout, work.sequence, work.kv_head);
+  const int page = work.writes_new_token ? page_of(p.cache, work.sequence, work.past_length) : 0;
+  const E* const from = qkv + (p.heads.num_heads + (is_value ? p.heads.num_kv_heads : 0) + work.kv_head) * kHeadSize;
+  float* const head = is_value ? shared.new_value : shared.new_key;
+  if (is_value) {
 #pragma unroll
-  for (int d = lane; d < kHeadSize; d += 32) shared.new_value[d] = to_float(value[d]);
-  prepare_head<T, kHeadSize>(shared.new_key, qkv + key_row * kHeadSize, static_cast<const T*>(p.heads.k_norm_weight),
-                             p.heads, cos_sin, 1.0F);
-  char* const key_place = cache.key(page, work.past_length);
+    for (int d = lane; d < kHeadSize; d += 32) head[d] = to_float(from[d]);
+  } else {
+    prepare_head<E, kHeadSize>(head, from, static_cast<const E*>(p.heads.k_norm_weight), p.heads, cos_sin, 1.0F);
+  }
+  float scale = 1.0F;
   if constexpr (Attention::kQuantized) {
-    const CacheDataType dtype = p.cache.dtype;
-    const float key_scale = quantize_head<kHeadSize>(shared.new_key, dtype);
-    const float value_scale = quantize_head<kHeadSize>(shared.new_value, dtype);
-    shared.new_scales[0] = key_scale;
-    shared.new_scales[1] = value_scale;
-    if (!work.writes_new_token) return;
-    *cache.key_scale(page, work.past_length) = key_scale;
-    *cache.value_scale(page, work.past_length) = value_scale;
+    scale = quantize_head<kHeadSize>(head, dtype);
+    shared.new_scales[is_value ? 1 : 0] = scale;
+  }
+  if (!work.writes_new_token) return;
+  char* const to = cache.key(page, work.past_length) + (is_value ? cache.value_bytes() : 0);
+  if constexpr (Attention::kQuantized) {
+    *(is_value ? cache.value_scale(page, work.past_length) : cache.key_scale(page, work.past_length)) = scale;
     const CodeOf code(1.0F, dtype);
 #pragma unroll
-    for (int d = lane; d < kHeadSize; d += 32) {
-      key_place[d] = static_cast<char>(code(shared.new_key[d]));
-      key_place[cache.value_bytes() + d] = static_cast<char>(code(shared.new_value[d]));
-    }
+    for (int d = lane; d < kHeadSize; d += 32) to[d] = static_cast<char>(code(head[d]));
   } else {
-    if (!work.writes_new_token) return;
 #pragma unroll
-    for (int d = lane; d < kHeadSize; d += 32) {
-      reinterpret_cast<T*>(key_place)[d] = from_float<T>(shared.new_key[d]);
-      reinterpret_cast<T*>(key_place + cache.value_bytes())[d] = from_float<T>(shared.new_value[d]);
-    }
+    for (int d = lane; d < kHeadSize; d += 32) reinterpret_cast<E*>(to)[d] = from_float<E>(head[d]);
   }
 }
 
@@ -87,21 +82,25 @@ template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prepare(const Arguments& a, const Work& work, int rotary_row,
                                         typename Attention::SharedMemory& shared) {
   const DecodeAttentionParams& p = a.params;
-  const T* const qkv = static_cast<const T*>(p.qkv) + work.sequence * p.qkv_row_stride;
   const float* const cos_sin = p.heads.rotary_table + rotary_row * int64_t{p.heads.rotary_dim};
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   Attention::clear_other_queries(shared, work.num_heads);
   const int first = warp - Attention::first_preparing_warp();
-  for (int i = first < 0 ? first + warps : first; i <= work.num_heads; i += warps) {
-    if (i < work.num_heads) {
-      prepare_head<T, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
-                                 static_cast<const T*>(p.heads.q_norm_weight), p.heads, cos_sin,
-                                 query_factor(p.heads, rotary_row));
-      Attention::pack_query(shared, i);
-    } else if (work.has_new_token) {
-      prepare_new_token<T, kHeadSize, Attention>(a, work, qkv, cos_sin, shared);
-    }
+  const int heads = work.num_heads + (work.has_new_token ? 2 : 0);
+  for (int i = first < 0 ? first + warps : first; i < heads; i += warps) {
+    with_element<T>(p.heads.dtype, [&](auto element) {
+      using E = decltype(element);
+      const E* const qkv = static_cast<const E*>(p.qkv) + work.sequence * p.qkv_row_stride;
+      if (i < work.num_heads) {
+        prepare_head<E, kHeadSize>(shared.queries[i], qkv + (work.first_head + i) * kHeadSize,
+                                   static_cast<const E*>(p.heads.q_norm_weight), p.heads, cos_sin,
+                                   query_factor(p.heads, rotary_row));
+      } else {
+        prepare_new_token<E, kHeadSize, Attention>(a, work, i > work.num_heads, qkv, cos_sin, shared);
+      }
+    });
+    if (i < work.num_heads) Attention::pack_query(shared, i);
   }
 }
 
@@ -177,9 +176,12 @@ template <typename T, int kHeadSize, int kCount>
 __device__ __forceinline__ void write_context(const DecodeAttentionParams& p, int64_t head, int d,
                                               const Elements<kCount>& value, const Partial& total) {
   if (d >= kHeadSize) return;
-  T* const to = static_cast<T*>(p.context) + head * kHeadSize + d;
+  with_element<T>(p.heads.dtype, [&](auto element) {
+    using E = decltype(element);
+    E* const to = static_cast<E*>(p.context) + head * kHeadSize + d;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = from_float<T>(__fdividef(value.at[i], total.sum));
+    for (int i = 0; i < kCount; ++i) to[i] = from_float<E>(__fdividef(value.at[i], total.sum));
+  });
 }
 
 // Combines the results of the block's warps and calls `put(head, element, value, total)` with them.
@@ -294,7 +296,7 @@ __device__ __forceinline__ void prefetch_page(const Arguments& a, const Work& wo
     const int positions = min(end, (first / kPageSize + 1) * kPageSize) - first;
     if (positions <= 0) return;
     const Cache cache(a.params.cache, a.layout, work.sequence, work.kv_head);
-    const int page = cache.page_of(first);
+    const int page = page_of(a.params.cache, work.sequence, first);
     const int64_t offset = lane % 2 == 0 ? 0 : cache.value_bytes();
     bulk_prefetch_to_l2(cache.key(page, first) + offset, positions * kTokenBytes);
     if constexpr (kQuantized) {
@@ -310,7 +312,6 @@ __device__ __forceinline__ void prefetch_page(const Arguments& a, const Work& wo
 template <typename T, int kHeadSize, typename Attention>
 __device__ __forceinline__ void prefetch(const Arguments& a) {
   constexpr int kLine = 128;
-  constexpr int kHeadBytes = kHeadSize * static_cast<int>(sizeof(T));
   if (threadIdx.x >= 32 || !a.prefetches) return;
   const int lane = static_cast<int>(threadIdx.x);
   const DecodeAttentionParams& p = a.params;
@@ -318,17 +319,20 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   work.past_length = *static_cast<const volatile int32_t*>(p.past_lengths + blockIdx.z);
   work.past_length = max(0, min(work.past_length, a.longest - 1));
   if (!find_work(a, work)) return;
-  const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * int64_t{sizeof(T)};
+  int element_bytes = 0;
+  with_element<T>(p.heads.dtype, [&](auto element) { element_bytes = static_cast<int>(sizeof(element)); });
+  const int head_bytes = kHeadSize * element_bytes;
+  const char* const qkv = static_cast<const char*>(p.qkv) + work.sequence * p.qkv_row_stride * element_bytes;
   const int key = p.heads.num_heads + work.kv_head;
-  for (int i = kLine * lane; i < kHeadBytes * work.num_heads; i += kLine * 32) {
-    prefetch_to_l2(qkv + work.first_head * kHeadBytes + i);
+  for (int i = kLine * lane; i < head_bytes * work.num_heads; i += kLine * 32) {
+    prefetch_to_l2(qkv + work.first_head * head_bytes + i);
   }
   if (lane * 32 < p.heads.rotary_dim) {
     prefetch_to_l2(p.heads.rotary_table + work.past_length * int64_t{p.heads.rotary_dim} + lane * 32);
   }
   if (lane < 2) {  // lane 0: key, lane 1: value
-    for (int i = 0; i < kHeadBytes; i += kLine) {
-      prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * kHeadBytes + i);
+    for (int i = 0; i < head_bytes; i += kLine) {
+      prefetch_to_l2(qkv + (key + lane * p.heads.num_kv_heads) * head_bytes + i);
     }
   }
   // As many positions as the block has in flight; twice as many where it reads the whole sequence alone.
@@ -350,6 +354,7 @@ __global__ void __launch_bounds__(32 * Attention::kWarps, 1) decode_attention(co
   const int offset = rotary_offset(a.params.heads, static_cast<int>(blockIdx.z));
   Work work;
   work.past_length = a.params.past_lengths[blockIdx.z];
+  work.pages = PageNumbers(a.params.cache, static_cast<int>(blockIdx.z));
   if (!find_work(a, work)) return;
   const int rotary_row = offset + work.past_length;
   if (std::is_same_v<Single, Attention> || (work.num_heads == 1 && work.num_splits == 1)) {
@@ -427,7 +432,7 @@ cudaError_t launch_blocks(const DecodeAttentionParams& p, const DeviceProperties
 template <typename T, int kHeadSize>
 cudaError_t launch(const DecodeAttentionParams& p, const DeviceProperties& device, cudaStream_t stream) {
   if (p.cache.dtype != CacheDataType::kSame) {
-    return launch_blocks<T, kHeadSize, TileAttention<T, kHeadSize, true>>(p, device, stream);
+    return launch_blocks<AnyFloat, kHeadSize, TileAttention<AnyFloat, kHeadSize, true>>(p, device, stream);
   }
   if constexpr (!std::is_same_v<T, float>) {
     if (p.heads.num_heads > p.heads.num_kv_heads) {

@@ -1,13 +1,13 @@
-// Loads a warp's keys and values from the cache to shared memory in tiles of 16 positions; the scales of 8-bit codes
-// come with them. The next keys are in flight while values are used, and vice versa; so is the number of the page that
-// the next tile is in. On Hopper and later the loads are bulk copies, which need neither registers nor many
-// instructions for what is in flight; elsewhere they are cp.async of 16 bytes.
+// Loads a warp's keys and values from the cache to shared memory in tiles of 16 positions, or of 32 with 8-bit codes,
+// which are as many bytes; the scales of the codes come with them. The next keys are in flight while values are used,
+// and vice versa. On Hopper and later the loads are bulk copies, which need neither registers nor many instructions for
+// what is in flight; elsewhere they are cp.async of 16 bytes.
 //
-// Two tiles in flight for each warp are enough: twice as many were 2 to 3 % slower, since all other loads wait behind
-// them. Tiles of codes are half as long, and there are more of them.
+// Two tiles in flight for each warp are enough: twice as many, or longer ones, were 2 to 3 % slower, since all other
+// loads wait behind them.
 #pragma once
 
-#include "heads.cuh"
+#include "decode_work.cuh"
 #include "kernels/common/elements.cuh"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/tensor_cores.cuh"
@@ -21,41 +21,36 @@ class CacheStream {
  public:
   using Cache = HeadCacheOf<T, kHeadSize, kQuantized>;
   static constexpr int kTokenBytes = kHeadSize * (kQuantized ? 1 : static_cast<int>(sizeof(T)));
-  static constexpr int kStep = 16;                     // positions of a tile
-  static constexpr int kStages = kQuantized ? 3 : 1;   // tiles of keys, and of values
+  static constexpr int kStep = kQuantized ? 32 : 16;   // positions of a tile
   static constexpr int kScales = kStep * kTokenBytes;  // the offset of a tile's scales
   static constexpr int kScaleBytes = kQuantized ? kStep * 4 : 0;
   static constexpr int kTileBytes = kScales + kScaleBytes;
   struct Tiles {  // of one warp
-    alignas(16) unsigned char bytes[kStages][2][kTileBytes];
+    alignas(16) unsigned char bytes[2][kTileBytes];
   };
   struct Barriers {  // the mbarriers of one warp
-    uint64_t of_tile[kStages][2];
+    uint64_t of_tile[2];
   };
 
   // A warp's positions are `begin` to begin + 15, then those `stride` further on, and so on up to `end`. Issues the
-  // loads of the first tiles of keys and of values.
-  __device__ __forceinline__ CacheStream(const Cache& cache, int begin, int end, int stride, Tiles& tiles,
-                                         Barriers& barriers)
-      : start(begin), end_(end), stride_(stride), cache_(cache) {
+  // loads of the first tile of keys and of values.
+  __device__ __forceinline__ CacheStream(const Cache& cache, const PageNumbers& pages, int begin, int end, int stride,
+                                         Tiles& tiles, Barriers& barriers)
+      : start(begin), end_(end), stride_(stride), cache_(cache), pages_(pages) {
     if (done()) return;
     tiles_ = shared_address(&tiles);
     barriers_ = shared_address(&barriers);
     if constexpr (kHasHopperInstructions) {
       if (lane() == 0) {
-#pragma unroll
-        for (int i = 0; i < 2 * kStages; ++i) mbarrier_init(barriers_ + 8 * i, 1);
+        mbarrier_init(barrier(Cached::kKeys), 1);
+        mbarrier_init(barrier(Cached::kValues), 1);
         fence_mbarrier_init();
       }
     }
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      const int first = begin + i * stride;
-      if (first < end) page_ = cache_.page_of(first);
-      load(Cached::kKeys, first, i);
-      load(Cached::kValues, first, i);
-    }
+    page_ = pages_(begin);
+    load(Cached::kKeys, begin);
+    load(Cached::kValues, begin);
     find_next_page();
   }
 
@@ -64,24 +59,21 @@ class CacheStream {
   // the end on are undefined.
   __device__ __forceinline__ uint32_t wait_for(Cached which) const {
     if constexpr (kHasHopperInstructions) {
-      mbarrier_wait(barrier(which, stage_), parity_);
+      mbarrier_wait(barrier(which), parity_);
     } else {
-      cp_async_wait<2 * kStages - 1>();  // the loads of the other tiles may be in flight
+      cp_async_wait<1>();  // the load of the other tile may be in flight
       __syncwarp();
     }
-    return tile(which, stage_);
+    return tile(which);
   }
   // Called when the warp has read the current tile: loads the next one in its place.
   __device__ __forceinline__ void release(Cached which) const {
     __syncwarp();
-    load(which, start + kStages * stride_, stage_);
+    load(which, start + stride_);
   }
   __device__ __forceinline__ void advance() {
     start += stride_;
-    if (kStages == 1 || ++stage_ == kStages) {
-      stage_ = 0;
-      parity_ ^= 1;
-    }
+    parity_ ^= 1;
     find_next_page();
   }
 
@@ -89,29 +81,28 @@ class CacheStream {
 
  private:
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ __forceinline__ uint32_t tile(Cached which, int stage) const {
-    return tiles_ + static_cast<uint32_t>((2 * stage + static_cast<int>(which)) * kTileBytes);
+  __device__ __forceinline__ uint32_t tile(Cached which) const {
+    return tiles_ + static_cast<uint32_t>(static_cast<int>(which) * kTileBytes);
   }
-  __device__ __forceinline__ uint32_t barrier(Cached which, int stage) const {
-    return barriers_ + static_cast<uint32_t>((2 * stage + static_cast<int>(which)) * 8);
+  __device__ __forceinline__ uint32_t barrier(Cached which) const {
+    return barriers_ + static_cast<uint32_t>(static_cast<int>(which) * 8);
   }
 
   __device__ __forceinline__ void find_next_page() {
-    const int next = start + kStages * stride_;
-    if (next < end_) page_ = cache_.page_of(next);
+    if (start + stride_ < end_) page_ = pages_(start + stride_);
   }
 
   // Loads the tile at `first`, which is in page `page_`.
-  __device__ __forceinline__ void load(Cached which, int first, int stage) const {
+  __device__ __forceinline__ void load(Cached which, int first) const {
     const int bytes = min(end_ - first, kStep) * kTokenBytes;
-    const uint32_t to = tile(which, stage);
+    const uint32_t to = tile(which);
     const char* const from = cache_.key(page_, first) + (which == Cached::kKeys ? 0 : cache_.value_bytes());
     if constexpr (kHasHopperInstructions) {
       if (bytes <= 0 || lane() != 0) return;
-      mbarrier_arrive_expect_tx(barrier(which, stage), bytes + kScaleBytes);
-      bulk_load(to, from, bytes, barrier(which, stage), evict_first_policy());  // 2 to 4 % faster with the policy
+      mbarrier_arrive_expect_tx(barrier(which), bytes + kScaleBytes);
+      bulk_load(to, from, bytes, barrier(which), evict_first_policy());  // 2 to 4 % faster with the policy
       if constexpr (kQuantized) {
-        bulk_load(to + kScales, scales(which, first), kScaleBytes, barrier(which, stage), evict_first_policy());
+        bulk_load(to + kScales, scales(which, first), kScaleBytes, barrier(which), evict_first_policy());
       }
     } else {
       for (int i = 16 * lane(); i < bytes; i += 16 * 32) cp_async_16(to + i, from + i, true);
@@ -129,9 +120,9 @@ class CacheStream {
 
   int end_;
   int stride_;
-  int stage_ = 0;
   int parity_ = 0;
   Cache cache_;
+  PageNumbers pages_;
   int page_ = 0;  // of the next tile to load
   uint32_t tiles_ = 0;
   uint32_t barriers_ = 0;

@@ -2,7 +2,7 @@
 // K · q^T has a row for each position and a column for each head; context^T = V^T · P^T a row for each element of the
 // values and a column for each head.
 //
-// Half of a block's warps read the cache, each its own tiles of 16 positions; the others prepare q meanwhile. Keys and
+// Half of a block's warps read the cache, each its own tiles; the others prepare q meanwhile. Keys and
 // values go from shared memory to registers with 16-byte loads and are not rearranged there: a row, column or k index
 // of an mma may stand for any element, as long as both operands agree. Only the probabilities are rearranged between
 // the two matrix multiplies, 8 x 8 of them with one movmatrix.
@@ -67,7 +67,7 @@ class TileAttention {
 
   __device__ __forceinline__ TileAttention(const Arguments& a, const Work& work, SharedMemory& shared)
       : end_(work.end),
-        stream_(typename Stream::Cache(a.params.cache, a.layout, work.sequence, work.kv_head),
+        stream_(typename Stream::Cache(a.params.cache, a.layout, work.sequence, work.kv_head), work.pages,
                 warp() < num_readers() ? work.begin + warp() * kStep : work.end, work.end, num_readers() * kStep,
                 shared.tiles[warp() % kReaders], shared.barriers[warp() % kReaders]) {}
 
@@ -127,7 +127,7 @@ class TileAttention {
     return i / kPerLoad * 4 * kLoad + column() * kLoad + i % kPerLoad * kVecSize;
   }
   static __device__ __forceinline__ int value_element(int group) { return (8 * group + row()) * kLoad; }
-  // The position in a tile of row or k index `i` of a lane: row() and row() + 8, or 2 * column() and so on.
+  // The position in 16 of them of row or k index `i` of a lane: row() and row() + 8, or 2 * column() and so on.
   static __device__ __forceinline__ int row_position(int i) { return row() + 8 * i; }
   static __device__ __forceinline__ int k_position(int i) { return 2 * column() + i % 2 + i / 2 * 8; }
 
@@ -152,33 +152,41 @@ class TileAttention {
   template <CacheDataType kType>
   __device__ __forceinline__ void attend_cached(float scale, const SharedMemory& shared) {
     for (; !stream_.done(); stream_.advance()) {
-      float scores[4];
-      compute_scores<kType>(scores, stream_.wait_for(Cached::kKeys), scale, shared);
+      float scores[kStep / 16][4];
+      const uint32_t keys = stream_.wait_for(Cached::kKeys);
+#pragma unroll
+      for (int first = 0; first < kStep; first += 16) {
+        compute_scores<kType>(scores[first / 16], keys, first, scale, shared);
+      }
       stream_.release(Cached::kKeys);
-      if constexpr (kQuantized) {
-        add_codes<kType>(scores, stream_.wait_for(Cached::kValues));
-      } else {
-        raise_maxima(scores);
-        FullPack values[4][kValueGroups];
-        load_values(values, stream_.wait_for(Cached::kValues));
-        add_values(scores, values);
+      const uint32_t values = stream_.wait_for(Cached::kValues);
+#pragma unroll
+      for (int first = 0; first < kStep; first += 16) {
+        if constexpr (kQuantized) {
+          add_codes<kType>(scores[first / 16], values, first);
+        } else {
+          raise_maxima(scores[first / 16]);
+          FullPack vectors[4][kValueGroups];
+          load_values(vectors, values, first);
+          add_values(scores[first / 16], vectors);
+        }
       }
       stream_.release(Cached::kValues);
     }
   }
 
-  // The scores of a tile.
+  // The scores of 16 positions of a tile, from `first` on.
   template <CacheDataType kType>
-  __device__ __forceinline__ void compute_scores(float (&scores)[4], uint32_t tile, float scale,
+  __device__ __forceinline__ void compute_scores(float (&scores)[4], uint32_t tile, int first, float scale,
                                                  const SharedMemory& shared) const {
     FullPack keys[2][kKeyVectors];
-    load_keys<kType>(keys, tile);
+    load_keys<kType>(keys, tile, first);
     multiply_keys(scores, keys, shared);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float factor = scale;
-      if constexpr (kQuantized) factor *= load_scale(tile, row_position(r));
-      const bool exists = stream_.start + row_position(r) < end_;
+      if constexpr (kQuantized) factor *= load_scale(tile, first + row_position(r));
+      const bool exists = stream_.start + first + row_position(r) < end_;
 #pragma unroll
       for (int i = 2 * r; i < 2 * r + 2; ++i) scores[i] = exists ? scores[i] * factor : kLowestScore;
     }
@@ -186,7 +194,7 @@ class TileAttention {
 
   // Loads a lane's vectors of keys row() and row() + 8. Scores of positions from the end on are not used.
   template <CacheDataType kType>
-  static __device__ __forceinline__ void load_keys(FullPack (&keys)[2][kKeyVectors], uint32_t tile) {
+  static __device__ __forceinline__ void load_keys(FullPack (&keys)[2][kKeyVectors], uint32_t tile, int first) {
     constexpr int kPerLoad = kLoad / kVecSize;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -194,7 +202,7 @@ class TileAttention {
       for (int c = 0; c < kKeyChunks; ++c) {
         const int element = key_element(c * kPerLoad);
         FullPack loaded = {};
-        if (kHeadSize % (4 * kLoad) == 0 || element < kHeadSize) loaded = load(tile, row_position(r), element);
+        if (kHeadSize % (4 * kLoad) == 0 || element < kHeadSize) loaded = load(tile, first + row_position(r), element);
         if constexpr (kQuantized) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -211,12 +219,12 @@ class TileAttention {
 
   // Loads a lane's parts of its four values. Positions from the end on are set to zero: what is there may be NaN, which
   // a probability of 0 would not hide.
-  __device__ __forceinline__ void load_values(FullPack (&values)[4][kValueGroups], uint32_t tile) const {
+  __device__ __forceinline__ void load_values(FullPack (&values)[4][kValueGroups], uint32_t tile, int first) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int g = 0; g < kValueGroups; ++g) {
-        const int position = k_position(i);
+        const int position = first + k_position(i);
         values[i][g] = {};
         if (stream_.start + position < end_ && (kHeadSize % (8 * kLoad) == 0 || value_element(g) < kHeadSize)) {
           values[i][g] = load(tile, position, value_element(g));
@@ -354,12 +362,12 @@ class TileAttention {
 
   // Likewise from codes; codes of two positions are brought together before they are converted.
   template <CacheDataType kType>
-  __device__ __forceinline__ void add_codes(const float (&scores)[4], uint32_t tile) {
+  __device__ __forceinline__ void add_codes(const float (&scores)[4], uint32_t tile, int first) {
     float scales[2];
     float biased[4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int position = row_position(r);
+      const int position = first + row_position(r);
       scales[r] = stream_.start + position < end_ ? load_scale(tile, position) : 0.0F;
       const float logarithm = __log2f(fmaxf(scales[r], kLeastScale));
       biased[2 * r] = scores[2 * r] + logarithm;
@@ -367,7 +375,7 @@ class TileAttention {
     }
     raise_maxima(biased);
     FullPack codes[4][kValueGroups];
-    load_values(codes, tile);
+    load_values(codes, tile, first);
     uint32_t probabilities[2];
     apply_softmax(probabilities, scores, scales);
 #pragma unroll

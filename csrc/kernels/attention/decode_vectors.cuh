@@ -50,11 +50,13 @@ class VectorAttention {
         end_(work.end),
         stride_(num_warps() * kStep),
         cache_(a.params.cache, a.layout, work.sequence, work.kv_head),
-        rows_{cache_.first_row(), cache_.first_row()},
-        page_end_(cache_.is_paged() ? 0 : INT_MAX) {
+        pages_(work.pages),
+        rows_{cache_.row(0, 0), cache_.row(0, 0)} {
     find_pages(begin_);
-    load(key_vectors_, 0, begin_);
-    load(value_vectors_, cache_.value_bytes(), begin_);
+    for_positions(begin_, 0, [&](int u, const char* from) {
+      load(key_vectors_[u], u, from);
+      load(value_vectors_[u], u, from + cache_.value_bytes());
+    });
     find_pages(begin_ + stride_);
   }
 
@@ -136,12 +138,12 @@ class VectorAttention {
   // has an address of its own.
   __device__ __forceinline__ void find_pages(int start) {
     static_assert(kStep <= kPageSize);
-    if (!cache_.is_paged() || start >= end_) return;
-    rows_[0] = cache_.row_of_page(start);
-    page_end_ = (static_cast<unsigned>(start) / kPageSize + 1) * kPageSize;
-    if (page_end_ < min(start + kStep, end_)) rows_[1] = cache_.row_of_page(page_end_);
+    if (!pages_.exist() || start >= end_) return;
+    rows_[0] = cache_.row(pages_(start), start);
+    page_end_ = static_cast<int>((static_cast<unsigned>(start) / kPageSize + 1) * kPageSize);
+    if (page_end_ < min(start + kStep, end_)) rows_[1] = cache_.row(pages_(page_end_), page_end_);
   }
-  // Calls `load(u, vectors)` with the address of each of a group's positions in a step: keys, or values with `offset`.
+  // Calls `load(u, from)` with the address of each of the group's positions in a step: keys, or values with `offset`.
   template <typename Load>
   __device__ __forceinline__ void for_positions(int start, int64_t offset, const Load& load) const {
     constexpr int kTokenBytes = kHeadSize * static_cast<int>(sizeof(T));
@@ -158,16 +160,15 @@ class VectorAttention {
     }
   }
 
-  __device__ __forceinline__ void load(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
-    for_positions(start, offset, [&](int u, const char* from) {
-      vectors[u] = {};
-      if (in_head() && start + u * kGroups + group() < end_) vectors[u] = *reinterpret_cast<const Vector<T>*>(from);
-    });
+  // Loads a position of the first step.
+  __device__ __forceinline__ void load(Vector<T>& vector, int u, const char* from) const {
+    vector = {};
+    if (in_head() && begin_ + u * kGroups + group() < end_) vector = *reinterpret_cast<const Vector<T>*>(from);
   }
 
-  // As load(), for the loop: with the streaming cache hint (.cs), since the cache is read once, and as single
-  // predicated instructions. With the code that the compiler generates for load(), short sequences, which need no
-  // second step, take 0.5 us longer (measured).
+  // Loads the keys, or with `offset` the values, of a later step: with the streaming cache hint (.cs), since the cache
+  // is read once, and as single predicated instructions. With the code that the compiler generates for load(), short
+  // sequences, which need no second step, take 0.5 us longer (measured).
   __device__ __forceinline__ void load_once(Vector<T> (&vectors)[kUnroll], int64_t offset, int start) const {
     const int end = in_head() ? end_ : 0;
     for_positions(start, offset, [&](int u, const char* from) {
@@ -209,9 +210,10 @@ class VectorAttention {
   int end_;
   int stride_;
   HeadCacheOf<T, kHeadSize, false> cache_;
+  PageNumbers pages_;
   // What a position's bytes are added to, for the next step's positions below page_end_ and for the others.
   const char* rows_[2];
-  int page_end_;
+  int page_end_ = INT_MAX;
   Vector<T> key_vectors_[kUnroll];
   Vector<T> value_vectors_[kUnroll];
   float q_[kVecSize] = {};

@@ -9,8 +9,8 @@
 
 namespace qwen_plugins::decoding {
 
-constexpr int kSplitStep = 16;           // positions, of which the splits' lengths are multiples
-constexpr int kMinSplit = 32;            // positions
+constexpr int kSplitStep = 32;  // positions, of which the splits' lengths are multiples: those of the longest tile
+constexpr int kMinSplit = 32;   // positions
 constexpr int kInvariantMinSplit = 256;  // with batch_invariant: short enough to use a GPU with one sequence
 constexpr int kMaxSplits = 32;           // combined by the last block: one for each lane of a warp
 constexpr int kMaxCluster = 8;           // blocks; every device with clusters has this many
@@ -29,6 +29,24 @@ struct Arguments {
   int longest;       // the most positions of a sequence
   bool prefetches;   // while the previous kernel runs; only where all blocks are resident at once
 };
+
+// Stands for the element type of qkv where a kernel is for all of them: those for a cache of 8 bits, in which it only
+// decides how q, k and v are read and the context is written.
+struct AnyFloat {};
+
+// Calls `function(E{})` with the element type E of qkv: T or, for AnyFloat, that of `dtype`.
+template <typename T, typename Function>
+__device__ __forceinline__ void with_element(DataType dtype, const Function& function) {
+  if constexpr (!std::is_same_v<T, AnyFloat>) {
+    function(T{});
+  } else if (dtype == DataType::kFloat16) {
+    function(__half{});
+  } else if (dtype == DataType::kBFloat16) {
+    function(__nv_bfloat16{});
+  } else {
+    function(float{});
+  }
+}
 
 // Maximum of the scores, and sum of the weights 2^(score - maximum).
 struct Partial {
@@ -55,7 +73,41 @@ struct alignas(16) SharedInputs {
   bool is_last_block;
 };
 
+// The numbers of a sequence's pages, of which the lanes of a warp have 32 at a time. The first are loaded together with
+// the length of the sequence: a load after that would delay the first keys.
+class PageNumbers {
+ public:
+  PageNumbers() = default;
+  __device__ __forceinline__ PageNumbers(const KvCache& cache, int sequence) {
+    if (cache.pages == nullptr) return;
+    table_ = cache.pages + sequence * int64_t{cache.pages_row_stride};
+    size_ = cache.pages_row_stride;
+    load(0);
+  }
+  __device__ __forceinline__ bool exist() const { return table_ != nullptr; }
+  // The page that has a position, the same for all lanes of a warp and not below that of the last call.
+  __device__ __forceinline__ int operator()(int position) {
+    const int index = static_cast<unsigned>(position) / kPageSize;
+    if (table_ == nullptr) return index;
+    if (index >= first_ + 32) load(index);
+    return __shfl_sync(0xffffffffU, numbers_, index - first_);
+  }
+
+ private:
+  __device__ __forceinline__ void load(int first) {
+    first_ = first;
+    const int index = first + static_cast<int>(threadIdx.x) % 32;
+    if (index < size_) numbers_ = table_[index];
+  }
+
+  const int32_t* table_ = nullptr;  // of the sequence; null: its pages follow each other
+  int size_ = 0;
+  int first_ = 0;
+  int numbers_ = 0;
+};
+
 struct Work {
+  PageNumbers pages;
   int sequence;
   int kv_head;
   int first_head;  // of the query heads
@@ -69,8 +121,8 @@ struct Work {
 };
 
 // Fills in the rest of `work`, whose past_length is known. The grid is made for the longest sequences; a short one is
-// split into fewer blocks. Splits begin at multiples of 16, so that no tile straddles two pages. Returns false in
-// the blocks that the sequence does not need.
+// split into fewer blocks. Splits begin at multiples of kSplitStep, so that no tile straddles two pages. Returns false
+// in the blocks that the sequence does not need.
 __device__ __forceinline__ bool find_work(const Arguments& a, Work& work) {
   const unsigned kv_head = blockIdx.y / static_cast<unsigned>(a.chunks);
   const int chunk = static_cast<int>(blockIdx.y - kv_head * a.chunks);

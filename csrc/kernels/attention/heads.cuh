@@ -16,7 +16,7 @@ struct CacheLayout {
   int64_t scale_page;  // from the scales of a page to those of the next
 };
 
-// The number of a sequence's page that has a position.
+// The number of a sequence's page that has a position; without a page table, its place in the sequence.
 __device__ __forceinline__ int page_of(const KvCache& cache, int sequence, int position) {
   const int index = static_cast<unsigned>(position) / kPageSize;
   return cache.pages == nullptr ? index : cache.pages[sequence * int64_t{cache.pages_row_stride} + index];
@@ -38,29 +38,11 @@ class HeadCache {
   }
 
   __device__ __forceinline__ HeadCache(const KvCache& cache, const CacheLayout& layout, int sequence, int kv_head)
-      : layout_(layout) {
-    keys_ = static_cast<char*>(cache.data) + kv_head * layout.block;
-    if (cache.pages == nullptr) {
-      keys_ += sequence * layout.row;
-    } else {
-      pages_ = cache.pages + sequence * int64_t{cache.pages_row_stride};
-    }
+      : layout_(layout), keys_(static_cast<char*>(cache.data) + kv_head * layout.block) {
+    if (cache.pages == nullptr) keys_ += sequence * layout.row;
     if constexpr (kQuantized) scales_ = cache.max_positions * kTokenBytes;
   }
 
-  // The number of the sequence's page that has a position.
-  __device__ __forceinline__ int page_of(int position) const {
-    const int index = static_cast<unsigned>(position) / kPageSize;
-    return pages_ == nullptr ? index : pages_[index];
-  }
-  __device__ __forceinline__ bool is_paged() const { return pages_ != nullptr; }
-  // Without pages: the sequence's keys.
-  __device__ __forceinline__ const char* first_row() const { return keys_; }
-  // What the bytes before a position, kTokenBytes for each, are added to for the keys of its page.
-  __device__ __forceinline__ const char* row_of_page(int position) const {
-    const int index = static_cast<unsigned>(position) / kPageSize;
-    return keys_ + pages_[index] * layout_.page - int64_t{index} * (kPageSize * kTokenBytes);
-  }
   // The key at a position, which is in page `page`; those behind it in the page follow.
   __device__ __forceinline__ char* key(int page, int position) const {
     return keys_ + page * layout_.page + static_cast<unsigned>(position) % kPageSize * kTokenBytes;
@@ -75,12 +57,16 @@ class HeadCache {
   __device__ __forceinline__ float* value_scale(int page, int position) const {
     return reinterpret_cast<float*>(reinterpret_cast<char*>(key_scale(page, position)) + layout_.value);
   }
+  // What the bytes before a position of a page, kTokenBytes for each, are added to.
+  __device__ __forceinline__ const char* row(int page, int position) const {
+    const int index = static_cast<unsigned>(position) / kPageSize;
+    return keys_ + page * layout_.page - int64_t{index} * (kPageSize * kTokenBytes);
+  }
 
  private:
   const CacheLayout& layout_;
-  char* keys_;                      // of page 0
-  const int32_t* pages_ = nullptr;  // of the sequence; null: page i is the i-th
-  int scales_ = 0;                  // from the keys of a page to their scales, for page 0
+  char* keys_;      // of page 0
+  int scales_ = 0;  // from the keys of a page to their scales, for page 0
 };
 
 // Of a cache of T, or of 8-bit codes.

@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
   float maximum = -INFINITY;
   float sum = 0.0F;
   for (int position = 0; position <= place.position; ++position) {
-    const int page = cache.page_of(position);
+    const int page = page_of(p.cache, place.sequence, position);
     const char* const key = cache.key(page, position);
     const float* scales[2] = {};
     if constexpr (kQuantized) {

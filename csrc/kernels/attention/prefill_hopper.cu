@@ -57,7 +57,10 @@ class KeysAndValues {
         num_keys_(tile.first_position + tile.num_rows),
         dtype_(a.params.cache.dtype),
         cache_(a.params.cache, a.layout, tile.sequence,
-               head / (a.params.heads.num_heads / a.params.heads.num_kv_heads)) {}
+               head / (a.params.heads.num_heads / a.params.heads.num_kv_heads)) {
+    const KvCache& record = a.params.cache;
+    if (record.pages != nullptr) pages_ = record.pages + tile.sequence * int64_t{record.pages_row_stride};
+  }
 
   __device__ __forceinline__ int num_tiles() const { return divide_up(num_keys_, Shape::kKeys); }
   __device__ __forceinline__ uint32_t keys(int tile) const { return shared_ + tile % Shape::kKeyStages * kTileBytes; }
@@ -69,7 +72,7 @@ class KeysAndValues {
   __device__ __forceinline__ void load(int tile) const {
     const int first = tile * Shape::kKeys;
     if (first >= num_keys_) return;
-    const int page = cache_.page_of(first);
+    const int page = pages_ == nullptr ? tile : pages_[tile];
     const char* const key = cache_.key(page, first);
     const char* const value = key + cache_.value_bytes();
     if constexpr (Shape::kQuantized) {
@@ -106,6 +109,7 @@ class KeysAndValues {
   uint32_t shared_;
   int num_keys_;
   CacheDataType dtype_;
+  const int32_t* pages_ = nullptr;  // of the sequence
   HeadCacheOf<T, Shape::kHeadSize, Shape::kQuantized> cache_;
 };
 

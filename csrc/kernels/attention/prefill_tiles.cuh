@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   const int num_keys = tile.first_position + tile.num_rows;
   // A tile of keys or, `offset` bytes further on, values: one page of the cache.
   const auto load_cached = [&](T* to, int first, int64_t offset) {
-    const int page = cache.page_of(first);
+    const int page = page_of(p.cache, tile.sequence, first);
     const char* const from = cache.key(page, first) + offset;
     if constexpr (kQuantized) {
       const float* const scales = offset == 0 ? cache.key_scale(page, first) : cache.value_scale(page, first);

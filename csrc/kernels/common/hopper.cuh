@@ -33,6 +33,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Arrives when all earlier cp.async of this thread are complete.
+__device__ __forceinline__ void mbarrier_arrive_after_cp_async(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -214,8 +218,8 @@ __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.
 // after a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// --- Registers of a warpgroup's threads, a multiple of 8: all of its warps release some, or take those that others have
-// released. Only in kernels with __launch_bounds__(threads, 1).
+// --- Registers of a warpgroup's threads, a multiple of 8: all of its warps release some, or take those that others
+// have released. Only in kernels with __launch_bounds__(threads, 1).
 
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {

@@ -22,9 +22,9 @@ __device__ __forceinline__ uint32_t masked_onto(uint32_t value, uint32_t mask, u
 
 // The scale and the zero point of a weight row.
 //
-// A code is written into the mantissa of a large number (1024 in float16, 128 in bfloat16), and the same number plus the
-// zero point subtracted, which is exact. bfloat16's mantissa has room for seven bits of eight: the number is 128 or 256,
-// by the eighth.
+// A code is written into the mantissa of a large number (1024 in float16, 128 in bfloat16), and the same number plus
+// the zero point subtracted, which is exact. bfloat16's mantissa has room for seven bits of eight: the number is 128 or
+// 256, by the eighth.
 template <typename T, WeightKind kKind>
 class Dequantizer {
  public:

@@ -1,8 +1,7 @@
-#include "dequantized.h"
-
 #include <algorithm>
 
 #include "cublas_lt_gemm.h"
+#include "dequantized.h"
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
@@ -51,7 +50,8 @@ __device__ __forceinline__ void transpose_among_four(uint32_t (&values)[4]) {
 template <typename T, WeightKind kKind>
 class SuperblockDequantizer {
  public:
-  __device__ __forceinline__ SuperblockDequantizer(const DequantizeArguments& p, int64_t row_block, int64_t column_block)
+  __device__ __forceinline__ SuperblockDequantizer(const DequantizeArguments& p, int64_t row_block,
+                                                   int64_t column_block)
       : p_(p), first_row_(row_block * kPackedRows), first_k_(column_block * kPackedK) {
     const int64_t superblock = column_block * (p.scale_rows / kPackedRows) + row_block;
     codes_ = p.codes + superblock * (superblock_bytes_of(kKind) / 4);
@@ -220,8 +220,8 @@ cudaError_t launch_part(const GemmParams& p, int32_t variant, int64_t first_colu
     return launch_cublas_lt(product, variant, static_cast<char*>(p.y) + 2 * first_column, p.shape.out_features, stream);
   }
   if (error == cudaSuccess) {
-    error = launch_dequantize(p, columns_of(p.shape) + first_column, columns, weight + 2 * columns * p.shape.in_features,
-                              device, stream);
+    error = launch_dequantize(p, columns_of(p.shape) + first_column, columns,
+                              weight + 2 * columns * p.shape.in_features, device, stream);
   }
   const int64_t rows = std::min(p.shape.rows, kMaxSwigluRows);
   for (int64_t row = 0; row < p.shape.rows && error == cudaSuccess; row += rows) {
@@ -246,8 +246,7 @@ bool takes(const GemmParams& p, const DeviceProperties& device, int32_t) {
 }
 
 int64_t workspace_bytes(const GemmShape& shape) {
-  const bool serves =
-      is_quantized(shape.weight_format) && shape.dtype != DataType::kFloat32 && shape.rows >= kMinRows;
+  const bool serves = is_quantized(shape.weight_format) && shape.dtype != DataType::kFloat32 && shape.rows >= kMinRows;
   return serves ? Workspace(shape).total : 0;
 }
 

@@ -1,6 +1,6 @@
-#include "hopper_clusters.h"
-
 #include <mutex>
+
+#include "hopper_clusters.h"
 
 namespace qwen_plugins {
 namespace {

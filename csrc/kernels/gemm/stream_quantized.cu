@@ -57,6 +57,8 @@ struct Partition {
   int row_warps = 0, k_warps = 0;
   int stages = 0;
   int shared_bytes = 0;
+  int received_bytes = 0;
+  QuantizedStage stage{0, 0, 0, 0, false};
   int64_t loaded = 0;  // bytes, by the block that loads most
 
   Partition(const GemmShape& shape, const Variant& variant, const ClustersAtOnce& clusters,
@@ -78,13 +80,13 @@ struct Partition {
     const int64_t loads = int64_t{variant.waves} * divide_up(chunks, variant.splits);
     const WeightFormat& format = shape.weight_format;
     const int groups_of_chunk = format.group_size == 0 ? 0 : kPackedK / format.group_size;
-    const QuantizedStage stage(x_tiles, bits_of(format.kind), (swiglu ? 2 : 1) * tile_blocks, groups_of_chunk,
-                               format.has_zeros);
+    stage = QuantizedStage(x_tiles, bits_of(format.kind), (swiglu ? 2 : 1) * tile_blocks, groups_of_chunk,
+                           format.has_zeros);
     loaded = loads * stage.stride;
-    const int received = quantized_received_bytes(x_tiles, row_warps, k_warps, variant.splits);
+    received_bytes = quantized_received_bytes(x_tiles, row_warps, k_warps, variant.splits);
     // A last warp with one block reads a block behind the last stage.
-    const int others = kQuantizedBarrierBytes + superblock_bytes_of(format.kind) +
-                       (variant.waves > 1 ? 2 : 1) * received;
+    const int others =
+        kQuantizedBarrierBytes + superblock_bytes_of(format.kind) + (variant.waves > 1 ? 2 : 1) * received_bytes;
     // The runtime keeps 1 KB for each block.
     const int half_bytes = (device.max_shared_memory_per_block + 1024) / 2 - 1024;
     const int most_bytes = variant.half ? half_bytes : device.max_shared_memory_per_block;
@@ -99,13 +101,22 @@ struct Partition {
   }
 };
 
-// About how many cycles a launch takes in a chain of launches. Not a theory: it orders the variants.
+// About how many cycles a launch takes in a chain of launches. Not a theory: the constants are fitted to measurements
+// on an H100, so that the order of the variants comes out right (docs/gemm.md).
 double cycles(const GemmShape& shape, const Variant& variant, const Partition& partition) {
   const WeightFormat& format = shape.weight_format;
-  const double load = static_cast<double>(partition.loaded) / 26.0;
-  const double memory = static_cast<double>(PackedSizes(format, shape.out_features, shape.in_features).code_bytes) / 2500.0;
-  const double exchange = variant.splits > 1 ? 1500.0 + 200.0 * partition.x_tiles : partition.k_warps > 1 ? 400.0 : 0.0;
-  return std::max(load, memory) + exchange + 250.0 * variant.waves;
+  const double x_tiles = partition.x_tiles;
+  const double loading = static_cast<double>(partition.loaded) / 30.0;
+  const double memory =
+      static_cast<double>(PackedSizes(format, shape.out_features, shape.in_features).code_bytes) / 1790.0;
+  const double chunk =
+      std::max(940.0, 77.0 * partition.row_warps * partition.k_warps) * (0.92 + 0.08 * x_tiles * x_tiles);
+  const double chunks = variant.waves * divide_up(divide_up(partition.chunks, variant.splits), partition.k_warps);
+  const double multiprocessor = std::max(loading, chunk * chunks);
+  const double exchange = variant.splits == 1 ? 0.0 : 440.0 + 410.0 * x_tiles;
+  const double sums = 4.2 * partition.row_warps * partition.k_warps * variant.splits * x_tiles;
+  return std::max(multiprocessor, memory) + 0.13 * std::min(multiprocessor, memory) + 4750.0 + exchange +
+         150.0 * variant.waves + sums;
 }
 
 // How many cycles a variant takes, about; infinite where the device cannot run this GEMM in it.
@@ -140,7 +151,8 @@ StreamQuantizedArguments arguments_of(const GemmParams& params, const Variant& v
   arguments.y = params.y;
   arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.rows = static_cast<int32_t>(shape.rows);
-  arguments.chunks = partition.chunks;
+  arguments.chunks = partition.chunks / variant.splits;
+  arguments.extra_chunks = partition.chunks % variant.splits;
   arguments.row_blocks =
       static_cast<int32_t>(PackedSizes(format, shape.out_features, shape.in_features).rows / kPackedRows);
   arguments.used_blocks = partition.used_blocks;
@@ -148,10 +160,16 @@ StreamQuantizedArguments arguments_of(const GemmParams& params, const Variant& v
   arguments.tile_blocks = partition.tile_blocks;
   arguments.tiles = partition.tiles;
   arguments.splits = variant.splits;
+  arguments.splits_inverse = static_cast<uint32_t>(divide_up(65536, variant.splits));
   arguments.row_warps = partition.row_warps;
+  arguments.row_warps_inverse = static_cast<uint32_t>(divide_up(65536, partition.row_warps));
   arguments.k_warps = partition.k_warps;
   arguments.stages = partition.stages;
   arguments.groups_of_chunk = format.group_size == 0 ? 0 : kPackedK / format.group_size;
+  arguments.stage_stride = partition.stage.stride;
+  arguments.scales_offset = partition.stage.scales;
+  arguments.zeros_offset = partition.stage.zeros;
+  arguments.received_bytes = partition.received_bytes;
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.bfloat16_scales = format.scale_dtype == DataType::kBFloat16;
   arguments.writes_pairs = arguments.columns % 2 == 0 && reinterpret_cast<uintptr_t>(params.y) % 4 == 0;

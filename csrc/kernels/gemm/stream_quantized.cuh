@@ -1,15 +1,15 @@
 // The streaming GEMM of quantized weights for few rows on Hopper: reads the packed weight once, at the speed of memory.
 //
 // A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, rows of x
-// are operand b. A lane loads 16 bytes of codes, which are whole operands (packed_weight.h), turns them into code - zero
-// in the type of x, which is exact, and multiplies. The sums of a group of k are scaled in float32. Nothing is rounded
-// before the end.
+// are operand b. A lane loads 16 bytes of codes, which are whole operands (packed_weight.h), turns them into code -
+// zero in the type of x, which is exact, and multiplies. The sums of a group of k are scaled in float32. Nothing is
+// rounded before the end.
 //
 // One warp issues bulk copies of a tile's codes, scales and zeros, 128 k (a chunk) at a time, another TMA loads of the
-// same k of x, into a ring buffer that runs on from tile to tile. The warps of a block divide the rows of the tile among
-// them, and where these are few, also its chunks (k warps). The blocks of a cluster may split k as well. Partial sums are
-// sent to the block that owns their part of the result, through distributed shared memory, and added there, always in
-// the same order.
+// same k of x, into a ring buffer that runs on from tile to tile. The warps of a block divide the rows of the tile
+// among them, and where these are few, also its chunks (k warps). The blocks of a cluster may split k as well. Partial
+// sums are sent to the block that owns their part of the result, through distributed shared memory, and added there,
+// always in the same order.
 //
 // As in gemm_stream a block is launched while the previous kernel runs (programmatic dependent launch), and fills its
 // ring buffer with weights before it waits for that kernel. Some variants take less than half of a multiprocessor, so
@@ -48,19 +48,26 @@ struct StreamQuantizedArguments {
   const uint8_t* zeros;
   const void* bias;
   void* y;
-  int32_t columns;          // of y
-  int32_t rows;             // of x
-  int32_t chunks;           // of 128 k
-  int32_t row_blocks;       // blocks of 16 rows of the padded weight
-  int32_t used_blocks;      // of these, that have columns of y; with SwiGLU of the gate
-  int32_t up_blocks;        // from a gate block to its up block
-  int32_t tile_blocks;      // that a tile loads, with SwiGLU of the gate
+  int32_t columns;       // of y
+  int32_t rows;          // of x
+  int32_t chunks;        // of 128 k: those of each split, and
+  int32_t extra_chunks;  // the first splits that have one more
+  int32_t row_blocks;    // blocks of 16 rows of the padded weight
+  int32_t used_blocks;   // of these, that have columns of y; with SwiGLU of the gate
+  int32_t up_blocks;     // from a gate block to its up block
+  int32_t tile_blocks;   // that a tile loads, with SwiGLU of the gate
   int32_t tiles;
   int32_t splits;           // blocks of a cluster that split k
+  uint32_t splits_inverse;  // 65536 / splits, rounded up
   int32_t row_warps;        // warps that divide the rows of a tile
-  int32_t k_warps;          // warps that divide its chunks
+  uint32_t row_warps_inverse;
+  int32_t k_warps;  // warps that divide its chunks
   int32_t stages;
   int32_t groups_of_chunk;  // groups of 128 k; 0: one group of all k
+  int32_t stage_stride;     // bytes, and where scales and zeros are in a stage
+  int32_t scales_offset;
+  int32_t zeros_offset;
+  int32_t received_bytes;  // of one of the two buffers for partial sums
   bool swiglu;
   bool bfloat16_scales;
   bool writes_pairs;  // y and its rows begin at multiples of 4 bytes
@@ -79,17 +86,23 @@ struct QuantizedStage {
         stride(divide_up(zeros + (has_zeros ? groups_of_chunk * blocks * kPackedRows : 0), 1024) * 1024) {}
 };
 
-// An item is the result of a warp's weight rows times a tile of 8 rows of x: 16 bytes of partial sums a lane and block.
-constexpr int kItemBlockBytes = kPackedRows * 8 * 4;
-constexpr int kItemBytes = kWarpBlocks * kItemBlockBytes;
+// An item is the result of 16 weight rows times a tile of 8 rows of x: 16 bytes of partial sums a lane.
+constexpr int kItemBytes = kPackedRows * 8 * 4;
 // Bytes for the partial sums that a block receives for one tile.
-__host__ __device__ constexpr int quantized_received_bytes(int x_tiles, int row_warps, int k_warps, int splits) {
-  return splits * k_warps == 1 ? 0 : divide_up(row_warps * x_tiles, splits) * splits * k_warps * kItemBytes;
+constexpr int quantized_received_bytes(int x_tiles, int row_warps, int k_warps, int splits) {
+  return divide_up(kWarpBlocks * row_warps * x_tiles, splits) * splits * k_warps * kItemBytes;
+}
+
+// value / divisor for small numbers, by the inverse of the divisor: instructions that run once in a block take the time
+// to fetch them, and a division is many.
+__device__ __forceinline__ int divide(int value, uint32_t inverse) {
+  return static_cast<int>(static_cast<uint32_t>(value) * inverse >> 16);
 }
 
 // --- Codes to operands: code - zero, exactly.
 
-// 1024 + code is exact in float16, 128 + code in bfloat16, where codes are below 16: a code in the lower bits of a half.
+// 1024 + code is exact in float16, 128 + code in bfloat16, where codes are below 16: a code in the lower bits of a
+// half.
 template <typename T>
 constexpr uint32_t kCodeBase = std::is_same_v<T, __half> ? 0x64006400U : 0x43004300U;
 
@@ -179,11 +192,6 @@ __device__ __forceinline__ void load_shared_words(uint32_t (&words)[4], uint32_t
 __device__ __forceinline__ void load_shared_words(uint32_t& first, uint32_t& second, uint32_t from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(from));
 }
-__device__ __forceinline__ uint32_t load_shared_8(uint32_t from) {
-  uint32_t value;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from));
-  return value;
-}
 __device__ __forceinline__ void store_to_block(uint32_t mapped_to, const float (&v)[4]) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mapped_to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
                "f"(v[3])
@@ -198,12 +206,12 @@ struct QuantizedBlock {
   const int split = p.splits == 1 ? 0 : cluster_block_rank();
   const int first_tile = p.splits == 1 ? static_cast<int>(blockIdx.x) : cluster_index();
   const int tile_step = p.splits == 1 ? static_cast<int>(gridDim.x) : num_clusters();
-  const int first_chunk = p.chunks * split / p.splits;
-  const int chunks = p.chunks * (split + 1) / p.splits - first_chunk;  // of a tile
-  const QuantizedStage layout{kXTiles, kBits, parts * p.tile_blocks, p.groups_of_chunk, p.zeros != nullptr};
+  const int first_chunk = split * p.chunks + min(split, p.extra_chunks);
+  const int chunks = p.chunks + (split < p.extra_chunks ? 1 : 0);  // of a tile
+  static constexpr int kCodesOffset = kXTiles * 8 * kPackedK * 2;  // in a stage: behind x
   const uint32_t barriers;
   const uint32_t ring = (barriers + 16 * kQuantizedMaxStages + 1023) / 1024 * 1024;
-  const uint32_t received = ring + p.stages * layout.stride;
+  const uint32_t received = ring + p.stages * p.stage_stride;
 
   __device__ __forceinline__ QuantizedBlock(const StreamQuantizedArguments& arguments, uint32_t shared)
       : p(arguments), barriers(shared) {}
@@ -229,22 +237,22 @@ class QuantizedProducer {
   __device__ __forceinline__ explicit QuantizedProducer(const QuantizedBlock<kBits, kXTiles>& block) : block_(block) {
     const StreamQuantizedArguments& p = block.p;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int part = lane % block.parts, kind = lane / block.parts, groups = p.groups_of_chunk;
+    const int part = p.swiglu ? lane % 2 : 0, kind = p.swiglu ? lane / 2 : lane, groups = p.groups_of_chunk;
     copies_ = kind < 1 + groups * (p.zeros == nullptr ? 1 : 2);
     const int64_t first_block = static_cast<int64_t>(part) * p.up_blocks;
     if (kind == 0) {
       bytes_of_block_ = kPackedRows * kPackedK * kBits / 8;
       from_ = p.codes;
       chunk_stride_ = static_cast<int64_t>(p.row_blocks) * bytes_of_block_;
-      to_ = block.ring + block.layout.codes;
+      to_ = block.ring + block.kCodesOffset;
     } else {
       const bool zeros = kind > groups;
-      const int group = (kind - 1) % max(groups, 1);
+      const int group = (kind - 1) & (groups - 1);
       bytes_of_block_ = zeros ? kPackedRows : 2 * kPackedRows;
       const int64_t row_bytes = static_cast<int64_t>(p.row_blocks) * bytes_of_block_;
       from_ = (zeros ? p.zeros : reinterpret_cast<const uint8_t*>(p.scales)) + group * row_bytes;
       chunk_stride_ = groups * row_bytes;
-      to_ = block.ring + (zeros ? block.layout.zeros : block.layout.scales) +
+      to_ = block.ring + (zeros ? p.zeros_offset : p.scales_offset) +
             group * block.parts * p.tile_blocks * bytes_of_block_;
     }
     from_ += first_block * bytes_of_block_;
@@ -262,27 +270,28 @@ class QuantizedProducer {
       const int first_block = tile * p.tile_blocks;
       const int blocks = min(p.tile_blocks, p.used_blocks - first_block);
       const int bytes = blocks * bytes_of_block_;
-      const int all_bytes = blocks * block_.parts *
-                            (kPackedRows * kPackedK * kBits / 8 +
-                             p.groups_of_chunk * kPackedRows * (p.zeros == nullptr ? 2 : 3));
-      const uint8_t* from = from_ + block_.first_chunk * chunk_stride_ + first_block * static_cast<int64_t>(bytes_of_block_);
+      const int all_bytes =
+          blocks * block_.parts *
+          (kPackedRows * kPackedK * kBits / 8 + p.groups_of_chunk * kPackedRows * (p.zeros == nullptr ? 2 : 3));
+      const uint8_t* from =
+          from_ + block_.first_chunk * chunk_stride_ + first_block * static_cast<int64_t>(bytes_of_block_);
       for (int chunk = 0; chunk < block_.chunks; ++chunk, from += chunk_stride_, state.advance(p.stages)) {
         if (--free_stages < 0) mbarrier_wait(block_.empty(state.stage), state.parity ^ 1);
         const uint32_t full = block_.full(state.stage);
         if (leads) mbarrier_arrive_expect_tx(full, all_bytes);
         __syncwarp();
-        if (copies_) bulk_load(to_ + state.stage * block_.layout.stride, from, bytes, full, policy);
+        if (copies_) bulk_load(to_ + state.stage * p.stage_stride, from, bytes, full, policy);
       }
     }
   }
 
  private:
   const QuantizedBlock<kBits, kXTiles>& block_;
-  const uint8_t* from_;    // of chunk 0 of the first block
-  int64_t chunk_stride_;   // bytes
-  uint32_t to_;            // in stage 0
-  int bytes_of_block_;     // that a block of 16 rows has of this lane's array in a chunk
-  bool copies_;            // this lane has something to copy
+  const uint8_t* from_;   // of chunk 0 of the first block
+  int64_t chunk_stride_;  // bytes
+  uint32_t to_;           // in stage 0
+  int bytes_of_block_;    // that a block of 16 rows has of this lane's array in a chunk
+  bool copies_;           // this lane has something to copy
 };
 
 template <int kBits, int kXTiles>
@@ -294,16 +303,16 @@ __device__ __forceinline__ void produce_quantized_x(const QuantizedBlock<kBits, 
   for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
     for (int chunk = block.first_chunk; chunk < block.first_chunk + block.chunks; ++chunk, state.advance(p.stages)) {
       if (--free_stages < 0) mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
-      const uint32_t full = block.full(state.stage), to = block.ring + state.stage * block.layout.stride;
-      mbarrier_arrive_expect_tx(full, block.layout.codes);
+      const uint32_t full = block.full(state.stage), to = block.ring + state.stage * p.stage_stride;
+      mbarrier_arrive_expect_tx(full, block.kCodesOffset);
       tma_load_2d(to, p.x, full, policy, chunk * kPackedK, 0);
-      tma_load_2d(to + block.layout.codes / 2, p.x, full, policy, chunk * kPackedK + kXBoxK, 0);
+      tma_load_2d(to + block.kCodesOffset / 2, p.x, full, policy, chunk * kPackedK + kXBoxK, 0);
     }
   }
 }
 
-// A consumer warp. Its block of 16 rows is one of the weight's, or with SwiGLU 8 gate rows and the 8 up rows that belong
-// to them: a lane has a row of the first 8 and one of the second 8.
+// A consumer warp. Its block of 16 rows is one of the weight's, or with SwiGLU 8 gate rows and the 8 up rows that
+// belong to them: a lane has a row of the first 8 and one of the second 8.
 template <typename T, int kBits, int kXTiles>
 class QuantizedConsumer {
  public:
@@ -318,15 +327,15 @@ class QuantizedConsumer {
       for (int h = 0; h < 2; ++h) {
         const int index = kWarpBlocks * row_warp_ + r;
         const int slot = p.swiglu ? h * p.tile_blocks + index / 2 : index, half = p.swiglu ? index % 2 : h;
-        codes_[r][h] = block.layout.codes + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
+        codes_[r][h] = block.kCodesOffset + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
         row_[r][h] = slot * kPackedRows + lane_ / 4 + 8 * half;
         if (!kSubtractsFromSums) zero_[r][h].set(kMiddle);
       }
     }
   }
 
-  // `first_number`: of the tile's first chunk among all that the block loads.
-  __device__ __forceinline__ void multiply_tile(int tile, int first_number) {
+  // Multiplies the tile's chunks, whose numbers among all that the block loads end before `end_number`.
+  __device__ __forceinline__ void multiply_tile(int tile, int end_number) {
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
@@ -334,59 +343,44 @@ class QuantizedConsumer {
     }
     if (p.groups_of_chunk == 0) load_scales_of_rows(tile);
     if (p.groups_of_chunk <= 1) {
-      p.swiglu ? multiply_chunks<true, false>(first_number) : multiply_chunks<false, false>(first_number);
+      p.swiglu ? multiply_chunks<true, false>(end_number) : multiply_chunks<false, false>(end_number);
     } else {
-      p.swiglu ? multiply_chunks<true, true>(first_number) : multiply_chunks<false, true>(first_number);
+      p.swiglu ? multiply_chunks<true, true>(end_number) : multiply_chunks<false, true>(end_number);
     }
   }
-
-  // Writes y where this warp has the whole sums.
-  __device__ __forceinline__ void write_tile(int tile) const {
-#pragma unroll
-    for (int i = 0; i < kXTiles; ++i) {
-      float sums[kWarpBlocks][4];
-#pragma unroll
-      for (int r = 0; r < kWarpBlocks; ++r) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[r][j] = sums_[r][i][j];
-      }
-      write_item(tile, row_warp_, i, sums);
-    }
-  }
-  __device__ __forceinline__ void load_own_bias(int tile) { load_bias(tile, row_warp_); }
 
   // Sends the partial sums to the blocks that own their items. `buffer` is where those receive them.
   __device__ __forceinline__ void send_sums(uint32_t buffer) const {
-    int item = row_warp_ * kXTiles;
+    const int part = block_.split * p.k_warps + k_warp_;
 #pragma unroll
-    for (int i = 0; i < kXTiles; ++i, ++item) {
-      const uint32_t to = received(buffer, item / p.splits, block_.split * p.k_warps + k_warp_);
-      const uint32_t mapped = p.splits == 1 ? to : map_to_block(to, item % p.splits);
+    for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
-      for (int r = 0; r < kWarpBlocks; ++r) store_to_block(mapped + r * kItemBlockBytes, sums_[r][i]);
+      for (int i = 0; i < kXTiles; ++i) {
+        const int item = (row_warp_ * kWarpBlocks + r) * kXTiles + i;
+        const int index = divide(item, p.splits_inverse);
+        const uint32_t to = received(buffer, index, part);
+        store_to_block(p.splits == 1 ? to : map_to_block(to, item - index * p.splits), sums_[r][i]);
+      }
     }
   }
   // Loads the bias of the first item that finish_items writes: before the barrier between the two.
-  __device__ __forceinline__ void load_first_bias(int tile) {
-    if (first_item() < items()) load_bias(tile, first_item() / kXTiles);
-  }
+  __device__ __forceinline__ void load_first_bias(int tile) { load_bias(tile, first_item() / kXTiles); }
   // Adds the partial sums of the items that the block owns, each by one warp, and writes them.
   __device__ __forceinline__ void finish_items(int tile, uint32_t buffer) {
-    const int consumers = p.row_warps * p.k_warps;
+    const int consumers = p.row_warps * p.k_warps, parts = p.splits * p.k_warps;
+    uint32_t from = received(buffer, warp_, 0);
 #pragma unroll 1
-    for (int item = first_item(); item < items(); item += consumers * p.splits) {
+    for (int item = first_item(); item < kWarpBlocks * p.row_warps * kXTiles; item += consumers * p.splits) {
       if (item != first_item()) load_bias(tile, item / kXTiles);
-      float sums[kWarpBlocks][4] = {};
-#pragma unroll 4
-      for (int part = 0; part < p.splits * p.k_warps; ++part) {
+      float sums[4] = {};
+#pragma unroll 2
+      for (int part = 0; part < parts; ++part) {
+        float more[4];
+        load_shared(more, from + part * kItemBytes);
 #pragma unroll
-        for (int r = 0; r < kWarpBlocks; ++r) {
-          float more[4];
-          load_shared(more, received(buffer, item / p.splits, part) + r * kItemBlockBytes);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sums[r][j] += more[j];
-        }
+        for (int j = 0; j < 4; ++j) sums[j] += more[j];
       }
+      from += consumers * parts * kItemBytes;
       write_item(tile, item / kXTiles, item % kXTiles, sums);
     }
   }
@@ -399,32 +393,26 @@ class QuantizedConsumer {
   static constexpr int kSets = kSubtractsFromSums && kXTiles == 1 ? 2 : 1;  // of sums of a group
   static constexpr int kSuperblockBytes = kPackedRows * kPackedK * kBits / 8;
 
-  // The chunk with number n is multiplied by the k warp n % k_warps: always the same for a stage, whose number of chunks
-  // is a multiple.
+  // The chunk with number n is multiplied by the k warp n % k_warps: always the same for a stage, whose number of
+  // chunks is a multiple.
   template <bool kSwiglu, bool kSeveralGroups>
-  __device__ __forceinline__ void multiply_chunks(int first_number) {
-    const int end_number = first_number + block_.chunks;
-    int number = first_number + (k_warp_ - first_number % p.k_warps + p.k_warps) % p.k_warps;
-    PipelineState state{number % p.stages, number / p.stages % 2};
-    uint32_t stage = block_.ring + state.stage * block_.layout.stride;
-    const int step = p.k_warps * block_.layout.stride;
-    for (; number < end_number; number += p.k_warps) {
-      mbarrier_wait(block_.full(state.stage), state.parity);
-      multiply_chunk<kSwiglu, kSeveralGroups>(stage);
+  __device__ __forceinline__ void multiply_chunks(int end_number) {
+    for (; number_ < end_number; number_ += p.k_warps) {
+      mbarrier_wait(block_.full(state_.stage), state_.parity);
+      multiply_chunk<kSwiglu, kSeveralGroups>(block_.ring + state_.stage * p.stage_stride);
       __syncwarp();
-      if (lane_ == 0) mbarrier_arrive(block_.empty(state.stage));
-      state.stage += p.k_warps;
-      stage += step;
-      if (state.stage >= p.stages) {
-        state.stage -= p.stages;
-        stage = block_.ring + state.stage * block_.layout.stride;
-        state.parity ^= 1;
+      if (lane_ == 0) mbarrier_arrive(block_.empty(state_.stage));
+      state_.stage += p.k_warps;
+      if (state_.stage >= p.stages) {  // then it is that of k_warp_
+        state_.stage = k_warp_;
+        state_.parity ^= 1;
       }
     }
   }
 
   __device__ __forceinline__ void set_scale(int r, int h, uint16_t bits) {
-    scale_[r][h] = bfloat16_scales_ ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
+    scale_[r][h] =
+        bfloat16_scales_ ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
   }
   __device__ __forceinline__ void set_zero(int r, int h, uint32_t zero) {
     if constexpr (kSubtractsFromSums) {
@@ -454,7 +442,7 @@ class QuantizedConsumer {
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        set_scale(r, h, load_shared_16(stage + block_.layout.scales + 2 * (first + row_[r][h])));
+        set_scale(r, h, load_shared_16(stage + p.scales_offset + 2 * (first + row_[r][h])));
       }
     }
     if (kSubtractsFromSums && !has_zeros_) {
@@ -469,7 +457,7 @@ class QuantizedConsumer {
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        set_zero(r, h, load_shared_8(stage + block_.layout.zeros + first + row_[r][h]));
+        set_zero(r, h, load_shared_8(stage + p.zeros_offset + first + row_[r][h]));
       }
     }
   }
@@ -531,7 +519,7 @@ class QuantizedConsumer {
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float(&sums)[kSets][4] = group_sums[r][i];
+        const float (&sums)[kSets][4] = group_sums[r][i];
         float& all = sums_[r][i][j];
         if constexpr (!kSubtractsFromSums) {
           all = fmaf(scale_[r][j / 2], sums[0][j], all);
@@ -545,8 +533,8 @@ class QuantizedConsumer {
   }
   // The operands of 32 k. A word of int4 has pairs of two rows of k, k + 8, k + 16 and k + 24: the first instruction
   // multiplies k and k + 16, the second the others. Two words of int8 have one instruction each.
-  __device__ __forceinline__ void load_operands(const uint32_t (&words)[4], int step, const ZeroPoint<T, kBits> (&zero)[2],
-                                                uint32_t (&a)[2][4]) const {
+  __device__ __forceinline__ void load_operands(const uint32_t (&words)[4], int step,
+                                                const ZeroPoint<T, kBits> (&zero)[2], uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if constexpr (kBits == 4) {
@@ -572,48 +560,41 @@ class QuantizedConsumer {
     }
   }
 
-  __device__ __forceinline__ int items() const { return p.row_warps * kXTiles; }
   __device__ __forceinline__ int first_item() const { return block_.split + warp_ * p.splits; }
   // Where a block receives part `part` of the sums of the `index`-th item that it owns.
   __device__ __forceinline__ uint32_t received(uint32_t buffer, int index, int part) const {
     return buffer + (index * p.splits * p.k_warps + part) * kItemBytes + lane_ * 16;
   }
 
-  // The first column of y of a warp's block, which has 16, or 8 with SwiGLU; and the end of the tile's.
-  __device__ __forceinline__ int first_column(int tile, int row_warp, int r) const {
-    return tile * p.tile_blocks * kPackedRows + (kWarpBlocks * row_warp + r) * (p.swiglu ? 8 : 16);
+  // The first column of y of a tile's block, which has 16, or 8 with SwiGLU.
+  __device__ __forceinline__ int first_column(int tile, int block) const {
+    return tile * p.tile_blocks * kPackedRows + block * (p.swiglu ? 8 : 16);
   }
-  __device__ __forceinline__ int end_column(int tile) const {
-    return min(p.columns, (tile + 1) * p.tile_blocks * kPackedRows);
-  }
-  __device__ __forceinline__ void load_bias(int tile, int row_warp) {
-#pragma unroll
-    for (int r = 0; r < kWarpBlocks; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int column = first_column(tile, row_warp, r) + lane_ / 4 + (p.swiglu ? 0 : 8 * h);
-        const bool exists = p.bias != nullptr && column < p.columns;
-        bias_[r][h] = exists ? to_float(static_cast<const T*>(p.bias)[column + (p.swiglu ? h * p.columns : 0)]) : 0.0F;
-      }
+  __device__ __forceinline__ void load_bias(int tile, int block) {
+    bias_[0] = bias_[1] = 0.0F;
+    if (p.bias == nullptr) return;
+    const T* const bias = static_cast<const T*>(p.bias);
+    const int column = first_column(tile, block) + lane_ / 4;
+    if (column < p.columns) bias_[0] = to_float(bias[column]);
+    if (p.swiglu) {
+      if (column < p.columns) bias_[1] = to_float(bias[column + p.columns]);
+    } else if (column + 8 < p.columns) {
+      bias_[1] = to_float(bias[column + 8]);
     }
   }
-  // Writes 8 rows times 16 columns of y for each block, or 8 columns with SwiGLU. A lane has two rows of one column (or
-  // of two, 8 apart), and gets two columns of one row.
-  __device__ __forceinline__ void write_item(int tile, int row_warp, int x_tile,
-                                             const float (&sums)[kWarpBlocks][4]) const {
-    const int row = 8 * x_tile + lane_ / 4;
-#pragma unroll
-    for (int r = 0; r < kWarpBlocks; ++r) {
-      const float z[4] = {sums[r][0] + bias_[r][0], sums[r][1] + bias_[r][0], sums[r][2] + bias_[r][1],
-                          sums[r][3] + bias_[r][1]};
-      const int column = first_column(tile, row_warp, r) + 2 * (lane_ % 4);
-      if (p.swiglu) {
-        write_pair(row, column, end_column(tile),
-                   movmatrix_trans(pack_pair<T>(silu<T>(z[0]) * z[2], silu<T>(z[1]) * z[3])));
-      } else {
-        write_pair(row, column, end_column(tile), movmatrix_trans(pack_pair<T>(z[0], z[1])));
-        write_pair(row, column + 8, end_column(tile), movmatrix_trans(pack_pair<T>(z[2], z[3])));
-      }
+  // Writes 8 rows times 16 columns of y, or 8 columns with SwiGLU. A lane has two rows of one column (or of two, 8
+  // apart), and gets two columns of one row.
+  __device__ __forceinline__ void write_item(int tile, int block, int x_tile, const float (&sums)[4]) const {
+    const float z[4] = {sums[0] + bias_[0], sums[1] + bias_[0], sums[2] + bias_[1], sums[3] + bias_[1]};
+    const int row = 8 * x_tile + lane_ / 4, column = first_column(tile, block) + 2 * (lane_ % 4);
+    const int end_column = min(p.columns, (tile + 1) * p.tile_blocks * kPackedRows);
+    if (p.swiglu) {
+      const uint32_t pair = movmatrix_trans(pack_pair<T>(silu<T>(z[0]) * z[2], silu<T>(z[1]) * z[3]));
+      write_pair(row, column, end_column, pair);
+    } else {
+      const uint32_t pairs[2] = {movmatrix_trans(pack_pair<T>(z[0], z[1])), movmatrix_trans(pack_pair<T>(z[2], z[3]))};
+      write_pair(row, column, end_column, pairs[0]);
+      write_pair(row, column + 8, end_column, pairs[1]);
     }
   }
   __device__ __forceinline__ void write_pair(int row, int column, int end_column, uint32_t pair) const {
@@ -633,8 +614,10 @@ class QuantizedConsumer {
   const StreamQuantizedArguments& p;
   const int warp_ = static_cast<int>(threadIdx.x) / 32;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  const int row_warp_ = warp_ % p.row_warps;
-  const int k_warp_ = warp_ / p.row_warps;
+  const int k_warp_ = divide(warp_, p.row_warps_inverse);
+  const int row_warp_ = warp_ - k_warp_ * p.row_warps;
+  int number_ = k_warp_;  // of the next chunk that this warp multiplies
+  PipelineState state_{k_warp_, 0};
   // Offsets in a stage, of this lane: bytes of x and codes, rows among the scales of a group.
   uint32_t x_, codes_[kWarpBlocks][2];
   int row_[kWarpBlocks][2];
@@ -643,7 +626,7 @@ class QuantizedConsumer {
   ZeroPoint<T, kBits> zero_[kWarpBlocks][2];
   float scale_[kWarpBlocks][2];
   float offset_[kWarpBlocks][2];  // -scale * zero
-  float bias_[kWarpBlocks][2];
+  float bias_[2];                 // of an item
   float sums_[kWarpBlocks][kXTiles][4];
 };
 
@@ -661,7 +644,7 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
     prefetch_tensor_map(p.x);
   }
   __syncthreads();
-  if (p.splits > 1) cluster_arrive();
+  if (p.splits > 1) cluster_arrive_relaxed_aligned();
   if (warp == 0) {
     if (!p.constant_weight) wait_for_previous_kernel();
     QuantizedProducer<kBits, kXTiles>(block).load_all();
@@ -670,7 +653,7 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
     produce_quantized_x(block);
   }
   __syncwarp();
-  if (p.splits > 1) cluster_wait();  // the other blocks have started: their shared memory can be written
+  if (p.splits > 1) cluster_wait_aligned();  // the other blocks have started: their shared memory can be written
   if (warp >= 0) {
     if (p.splits > 1) {
       cluster_arrive();
@@ -680,21 +663,10 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
   }
   if (!p.constant_weight) wait_for_previous_kernel();
   QuantizedConsumer<T, kBits, kXTiles> consumer(block);
-  const bool exchanges = p.splits * p.k_warps > 1;
-  const int received_bytes = quantized_received_bytes(kXTiles, p.row_warps, p.k_warps, p.splits);
-  int chunk_number = 0, parity = 0;
-  for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
-    if (!exchanges) consumer.load_own_bias(tile);
-    consumer.multiply_tile(tile, chunk_number);
-    chunk_number += block.chunks;
-    if (!exchanges) {
-      if (p.constant_weight) wait_for_previous_kernel();
-      consumer.write_tile(tile);
-      continue;
-    }
-    // The next tile's sums go to the other buffer: one barrier is enough.
-    const uint32_t buffer = block.received + parity * received_bytes;
-    parity ^= 1;
+  int end_number = block.chunks;
+  uint32_t buffer = block.received, other_buffer = buffer + p.received_bytes;
+  for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step, end_number += block.chunks) {
+    consumer.multiply_tile(tile, end_number);
     consumer.send_sums(buffer);
     consumer.load_first_bias(tile);
     if (p.splits > 1) {  // then the block has one tile
@@ -705,6 +677,10 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
     }
     if (p.constant_weight) wait_for_previous_kernel();
     consumer.finish_items(tile, buffer);
+    // The next tile's sums go to the other buffer: one barrier is enough.
+    const uint32_t finished = buffer;
+    buffer = other_buffer;
+    other_buffer = finished;
   }
 }
 

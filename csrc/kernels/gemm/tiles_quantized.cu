@@ -1,30 +1,33 @@
-#include "tiles_quantized.cuh"
-
 #include <algorithm>
 #include <array>
 
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/tensor_map.h"
+#include "tiles_quantized.cuh"
 #include "tiles_quantized.h"
 
 namespace qwen_plugins {
 namespace {
 
 constexpr int64_t kMinRows = 17;  // with fewer, most of each tile is idle
-constexpr int64_t kMaxSumsBytes = int64_t{32} << 20;
+constexpr int64_t kMaxSumsBytes = int64_t{40} << 20;
 
-// How a GEMM is divided: the rows of x in a tile, and the parts of k.
+// How a GEMM is divided: the rows of x in a tile, and the shares of a tile's k.
 struct Tiling {
   int rows;
-  int splits;
+  int splits;  // of each tile; kEven: all clusters have equal shares of all tiles
 };
+constexpr int kEven = 15;
 constexpr std::array<int, 3> kTileRows{64, 128, 256};
-constexpr std::array<int, 6> kSplits{1, 2, 3, 4, 6, 8};
+constexpr std::array<int, 7> kSplits{1, 2, 3, 4, 6, 8, kEven};
 constexpr int32_t kRowsUnit = 64;
 
-// The number of the kernel's variant.
+// The number of the kernel's variant, and its name.
 constexpr int32_t variant_of(const Tiling& tiling) { return tiling.rows / kRowsUnit * 16 + tiling.splits; }
 constexpr Tiling tiling_of(int32_t variant) { return {variant / 16 * kRowsUnit, variant % 16}; }
+std::string name_of(const Tiling& tiling) {
+  return "n" + std::to_string(tiling.rows) + (tiling.splits == kEven ? "e" : "s" + std::to_string(tiling.splits));
+}
 
 int64_t chunks_of(const GemmShape& shape) { return divide_up(shape.in_features, kBlockK); }
 // Weight rows of a cluster's tile, and the tiles of all clusters.
@@ -33,22 +36,33 @@ int64_t weight_tiles_of(const GemmShape& shape) { return divide_up(shape.out_fea
 int64_t tiles_of(const GemmShape& shape, const Tiling& tiling) {
   return divide_up(shape.rows, tiling.rows) * weight_tiles_of(shape);
 }
-int64_t sums_bytes(const GemmShape& shape, const Tiling& tiling) {
-  return tiling.splits == 1 ? 0 : tiles_of(shape, tiling) * tiling.splits * kClusterWeights * tiling.rows * 4;
+int64_t clusters_of(const DeviceProperties& device) { return device.multiprocessors / kQuantizedCluster; }
+int64_t shares_of(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
+  return tiling.splits == kEven ? clusters_of(device) : tiles_of(shape, tiling) * tiling.splits;
 }
-bool is_possible(const GemmShape& shape, const Tiling& tiling) {
-  return tiling.splits <= chunks_of(shape) && sums_bytes(shape, tiling) <= kMaxSumsBytes;
+int64_t sums_bytes(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
+  if (tiling.splits == 1) return 0;
+  return 2 * shares_of(shape, tiling, device) * kClusterWeights * tiling.rows * 4;
+}
+bool is_possible(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
+  constexpr int64_t kMinChunks = 4;  // of a share
+  if (tiling.splits == 1) return true;
+  return tiles_of(shape, tiling) * chunks_of(shape) >= kMinChunks * shares_of(shape, tiling, device) &&
+         sums_bytes(shape, tiling, device) <= kMaxSumsBytes;
 }
 
-// An estimate of the time, in a multiprocessor's cycles.
+// An estimate of the time, in a multiprocessor's cycles: fitted to measurements of Qwen2.5-7B's layers on an H200.
 double cycles(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
-  const double clusters = device.multiprocessors / kQuantizedCluster;
-  const auto units = static_cast<double>(tiles_of(shape, tiling) * tiling.splits);
-  const double chunk = std::max(4.6 * tiling.rows, 450.0);
-  const double chunks = static_cast<double>(chunks_of(shape)) / tiling.splits;
-  const double ending = 2000 + (tiling.splits > 1 ? 20.0 * tiling.rows : 6.0 * tiling.rows);
-  const double adding = tiling.splits == 1 ? 0 : 4500 + static_cast<double>(sums_bytes(shape, tiling)) / 2500;
-  return std::ceil(units / clusters) * (chunks * chunk + ending) + adding;
+  const double chunk = tiling.rows == 64 ? 635 : tiling.rows == 128 ? 880 : 1300;
+  const auto clusters = static_cast<double>(clusters_of(device));
+  const auto tiles = static_cast<double>(tiles_of(shape, tiling));
+  const auto chunks = static_cast<double>(chunks_of(shape));
+  const double ending = 1500 + 4.0 * tiling.rows;
+  if (tiling.splits == 1) return std::ceil(tiles / clusters) * (chunks * chunk + ending);
+  const double partial = 1000 + 24.0 * tiling.rows;
+  const double adding = 7000 + static_cast<double>(sums_bytes(shape, tiling, device)) / 7000;
+  if (tiling.splits == kEven) return tiles / clusters * (chunks * chunk + ending) + 2 * partial + adding;
+  return std::ceil(tiles * tiling.splits / clusters) * (chunks / tiling.splits * chunk + partial) + adding;
 }
 
 // All possible tilings, the best first.
@@ -56,7 +70,7 @@ std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties&
   std::vector<Tiling> tilings;
   for (const int rows : kTileRows) {
     for (const int splits : kSplits) {
-      if (is_possible(shape, {rows, splits})) tilings.push_back({rows, splits});
+      if (is_possible(shape, {rows, splits}, device)) tilings.push_back({rows, splits});
     }
   }
   std::stable_sort(tilings.begin(), tilings.end(), [&](const Tiling& a, const Tiling& b) {
@@ -65,8 +79,8 @@ std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties&
   return tilings;
 }
 
-// The coordinates are: word in 128 columns of k (kBlockK at a time), block of 16 weight rows, with SwiGLU gate (0) or up
-// (1), 128 columns of k.
+// The coordinates are: word in 128 columns of k (kBlockK at a time), block of 16 weight rows, with SwiGLU gate (0) or
+// up (1), 128 columns of k.
 bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) {
   const GemmShape& shape = params.shape;
   const PackedSizes sizes(shape.weight_format, shape.out_features, shape.in_features);
@@ -83,10 +97,11 @@ bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) 
 }
 
 template <typename T, WeightKind kKind, int kRows>
-cudaError_t launch_tiles(const GemmParams& params, int splits, const DeviceProperties& device, cudaStream_t stream) {
+cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
+                         cudaStream_t stream) {
   const GemmShape& shape = params.shape;
   const WeightFormat& format = shape.weight_format;
-  constexpr int kSharedBytes = QuantizedLayout<kKind, kRows>::kBytes;
+  constexpr int kSharedBytes = QuantizedTilesLayout<kKind, kRows>::kBytes;
   auto* const kernel = gemm_quantized_tiles<T, kKind, kRows>;
   // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -111,16 +126,15 @@ cudaError_t launch_tiles(const GemmParams& params, int splits, const DevicePrope
   arguments.scale_rows = static_cast<int32_t>(PackedSizes(format, shape.out_features, shape.in_features).rows);
   arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kRows));
   arguments.weight_tiles = static_cast<int32_t>(weight_tiles_of(shape));
-  arguments.splits = splits;
+  arguments.shares = static_cast<int32_t>(shares_of(shape, tiling, device));
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.constant_weight = params.constant_weight;
-  const int64_t tiles = int64_t{arguments.row_tiles} * arguments.weight_tiles;
-  const auto clusters =
-      static_cast<unsigned>(std::min<int64_t>(tiles * splits, device.multiprocessors / kQuantizedCluster));
+  const auto clusters = static_cast<unsigned>(std::min<int64_t>(arguments.shares, clusters_of(device)));
   const cudaError_t error = launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(kQuantizedThreads),
                                             kSharedBytes, kQuantizedCluster, device, stream, arguments);
-  if (error != cudaSuccess || splits == 1) return error;
-  const dim3 blocks(static_cast<unsigned>(tiles * kQuantizedCluster * kQuantizedGroups), kRows / kQuantizedPartRows);
+  if (error != cudaSuccess || tiling.splits == 1) return error;
+  const dim3 blocks(static_cast<unsigned>((arguments.shares - 1) * kQuantizedCluster * kQuantizedGroups),
+                    kRows / kQuantizedPartRows);
   return launch_kernel(gemm_quantized_tiles_add<T, kRows>, blocks, dim3(kWarpgroupThreads), 0, device, stream,
                        arguments);
 }
@@ -128,9 +142,9 @@ cudaError_t launch_tiles(const GemmParams& params, int splits, const DevicePrope
 template <typename T, WeightKind kKind>
 cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
                           cudaStream_t stream) {
-  if (tiling.rows == 64) return launch_tiles<T, kKind, 64>(params, tiling.splits, device, stream);
-  if (tiling.rows == 128) return launch_tiles<T, kKind, 128>(params, tiling.splits, device, stream);
-  return launch_tiles<T, kKind, 256>(params, tiling.splits, device, stream);
+  if (tiling.rows == 64) return launch_tiles<T, kKind, 64>(params, tiling, device, stream);
+  if (tiling.rows == 128) return launch_tiles<T, kKind, 128>(params, tiling, device, stream);
+  return launch_tiles<T, kKind, 256>(params, tiling, device, stream);
 }
 
 template <typename T>
@@ -149,7 +163,7 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t var
                     shape.in_features % 8 == 0 && params.x_row_stride % 8 == 0;
   if (device.major != 9 || device.multiprocessors < kQuantizedCluster || !fits || shape.rows < kMinRows) return false;
   if (columns_of(shape) % (shape.activation == Activation::kSwiglu ? kPackedRows : 8) != 0) return false;
-  return variant == kOwnVariant || is_possible(shape, tiling_of(variant));
+  return variant == kOwnVariant || is_possible(shape, tiling_of(variant), device);
 }
 
 bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
@@ -179,8 +193,7 @@ GemmKernel tiles_quantized_kernel() {
   kernel.name = "tiles_quantized";
   for (const int rows : kTileRows) {
     for (const int splits : kSplits) {
-      kernel.variants.push_back(
-          {variant_of({rows, splits}), "n" + std::to_string(rows) + "s" + std::to_string(splits)});
+      kernel.variants.push_back({variant_of({rows, splits}), name_of({rows, splits})});
     }
   }
   kernel.takes = takes;

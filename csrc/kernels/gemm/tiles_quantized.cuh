@@ -3,10 +3,13 @@
 // A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 weight rows
 // times kRows rows of x at a time: each of two consumer warpgroups has 64 weight rows, which it dequantizes in
 // registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer warp
-// fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and weights by
-// TMA, scales and zero points by bulk copies. The two blocks of a cluster have the same rows of x, of which each loads
-// half and multicasts it to both. With few tiles k is split: blocks write float32 sums to the workspace, and a second
-// kernel adds them in a fixed order. Launched while the previous kernel runs, as gemm_stream.
+// fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and codes by
+// TMA, scales and zero points by cp.async. The two blocks of a cluster have the same rows of x, of which each loads
+// half and multicasts it to both. Launched while the previous kernel runs, as gemm_stream.
+//
+// Shares. The chunks of k of all tiles, tile after tile, are divided into equal shares, one or several for a cluster,
+// and a share may begin and end within a tile. Of such tiles the clusters write float32 sums to the workspace, and a
+// second kernel adds them in a fixed order. With as many shares as tiles there is nothing to add.
 #pragma once
 
 #include <cuda.h>
@@ -24,8 +27,8 @@ namespace qwen_plugins {
 
 constexpr int kQuantizedTileWeights = 128;  // weight rows of a block's tile
 constexpr int kQuantizedHalf = kQuantizedTileWeights / 2;
-constexpr int kQuantizedGroups = 2;         // consumer warpgroups, of 64 weight rows each
-constexpr int kQuantizedCluster = 2;        // blocks, with the same rows of x
+constexpr int kQuantizedGroups = 2;   // consumer warpgroups, of 64 weight rows each
+constexpr int kQuantizedCluster = 2;  // blocks, with the same rows of x
 constexpr int kQuantizedThreads = kWarpgroupThreads * (kQuantizedGroups + 1);
 constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at a time
 
@@ -34,10 +37,10 @@ constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at
 constexpr int kQuantizedResultRowBytes = 2 * 64 + 16;
 constexpr int kQuantizedPartBytes = kQuantizedPartRows * kQuantizedResultRowBytes;
 
-// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has x, the codes of the
-// weights, and their scales and zero points, of two groups at most.
+// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has x, the codes of
+// the weights, and their scales and zero points, of two groups at most.
 template <WeightKind kKind, int kRows>
-struct QuantizedLayout {
+struct QuantizedTilesLayout {
   static constexpr int kXBytes = kRows * kSwizzleBytes;
   static constexpr int kBlockBytes = superblock_bytes_of(kKind) * kBlockK / kPackedK;  // codes of 16 weight rows
   static constexpr int kCodeBytes = kQuantizedTileWeights / kPackedRows * kBlockBytes;
@@ -61,7 +64,7 @@ struct QuantizedTilesArguments {
   const uint8_t* zeros;  // null: none
   const void* bias;
   void* y;
-  float4* sums;          // where k is split: those of all blocks
+  float4* sums;          // of parts of tiles
   int32_t columns;       // of y
   int32_t rows;          // of x
   int32_t chunks;        // of kBlockK elements of k
@@ -70,53 +73,89 @@ struct QuantizedTilesArguments {
   int32_t scale_rows;    // from one group's scales to the next
   int32_t row_tiles;     // each of kRows rows of x
   int32_t weight_tiles;  // each of kQuantizedTileWeights weight rows of every block of a cluster
-  int32_t splits;        // of k
-  bool swiglu;           // a tile is 64 gate rows, then their up rows
+  int32_t shares;
+  bool swiglu;  // a tile is 64 gate rows, then their up rows
   bool constant_weight;
 };
 
-// The rows of a block's tile, and its part of k.
-struct QuantizedTile {
-  int row_tile, weight_tile;  // weight_tile: of a block, not of a cluster
-  int split;
+// Chunks of one tile: a share's, or a part of it.
+struct QuantizedPart {
+  int tile;  // of the cluster
+  int first_chunk;
+  int chunks;
+  int share;
 };
 
-// The tile scheduler: which tiles a cluster computes, and in which order. Bands of row tiles, and weight tile after
-// weight tile in a band, so that the clusters that run at the same time read few rows of x and few weights.
-class QuantizedTileOrder {
+// The first chunk of a share, counted over all tiles.
+__device__ __forceinline__ int64_t first_chunk_of_share(const QuantizedTilesArguments& p, int share) {
+  return static_cast<int64_t>(p.row_tiles) * p.weight_tiles * p.chunks * share / p.shares;
+}
+
+// The parts that a cluster multiplies.
+class QuantizedParts {
  public:
-  __device__ __forceinline__ explicit QuantizedTileOrder(const QuantizedTilesArguments& p)
-      : p_(p), index_(static_cast<int>(blockIdx.x) / kQuantizedCluster) {}
-  __device__ __forceinline__ bool done() const { return index_ >= p_.row_tiles * p_.weight_tiles * p_.splits; }
-  __device__ __forceinline__ void advance() { index_ += static_cast<int>(gridDim.x) / kQuantizedCluster; }
-  __device__ __forceinline__ QuantizedTile tile(int rank) const {
-    constexpr int kBand = 8;
-    const int tiles = p_.row_tiles * p_.weight_tiles;
-    const int split = index_ / tiles;
-    const int index = index_ - split * tiles;
-    const int band = index / (kBand * p_.weight_tiles);
-    const int height = min(kBand, p_.row_tiles - band * kBand);
-    const int within = index - band * kBand * p_.weight_tiles;
-    return {band * kBand + within % height, within / height * kQuantizedCluster + rank, split};
+  __device__ __forceinline__ explicit QuantizedParts(const QuantizedTilesArguments& p)
+      : p_(p), share_(static_cast<int>(blockIdx.x) / kQuantizedCluster) {
+    begin_share();
   }
-  __device__ __forceinline__ int first_chunk(int split) const { return p_.chunks * split / p_.splits; }
+  __device__ __forceinline__ bool done() const { return share_ >= p_.shares; }
+  __device__ __forceinline__ const QuantizedPart& part() const { return part_; }
+  __device__ __forceinline__ void advance() {
+    left_ -= part_.chunks;
+    if (left_ > 0) {
+      ++part_.tile;
+      part_.first_chunk = 0;
+      part_.chunks = min(left_, p_.chunks);
+    } else {
+      share_ += static_cast<int>(gridDim.x) / kQuantizedCluster;
+      begin_share();
+    }
+  }
 
  private:
+  __device__ __forceinline__ void begin_share() {
+    if (done()) return;
+    const int64_t first = first_chunk_of_share(p_, share_);
+    left_ = static_cast<int>(first_chunk_of_share(p_, share_ + 1) - first);
+    part_.share = share_;
+    part_.tile = static_cast<int>(first / p_.chunks);
+    part_.first_chunk = static_cast<int>(first - static_cast<int64_t>(part_.tile) * p_.chunks);
+    part_.chunks = min(left_, p_.chunks - part_.first_chunk);
+  }
+
   const QuantizedTilesArguments& p_;
-  int index_;
+  int share_;
+  int left_ = 0;  // chunks of the share
+  QuantizedPart part_{};
+};
+
+// The rows of a block's tile.
+struct QuantizedTile {
+  int row_tile, weight_tile;  // weight_tile: of a block, not of a cluster
+
+  // The order of tiles: bands of row tiles, and weight tile after weight tile in a band, so that the clusters that run
+  // at the same time read few rows of x and few weights.
+  __device__ __forceinline__ QuantizedTile(const QuantizedTilesArguments& p, int index, int rank) {
+    constexpr int kBand = 8;
+    const int band = index / (kBand * p.weight_tiles);
+    const int height = min(kBand, p.row_tiles - band * kBand);
+    const int within = index - band * kBand * p.weight_tiles;
+    row_tile = band * kBand + within % height;
+    weight_tile = within / height * kQuantizedCluster + rank;
+  }
 };
 
 // A block's place in its cluster, and the addresses in its shared memory.
 template <WeightKind kKind, int kRows>
-struct QuantizedBlock {
-  using Layout = QuantizedLayout<kKind, kRows>;
+struct QuantizedTilesBlock {
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
   const QuantizedTilesArguments& p;
   const uint32_t ring;  // at a multiple of 1024
   const uint32_t results = ring + Layout::kRingBytes;
   const uint32_t barriers = results + kQuantizedGroups * Layout::kResultBytes;
   const int rank = cluster_block_rank();
 
-  __device__ __forceinline__ QuantizedBlock(const QuantizedTilesArguments& arguments, uint32_t shared)
+  __device__ __forceinline__ QuantizedTilesBlock(const QuantizedTilesArguments& arguments, uint32_t shared)
       : p(arguments), ring(shared) {}
 
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
@@ -128,7 +167,7 @@ struct QuantizedBlock {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
-      mbarrier_init(full(stage), 3);
+      mbarrier_init(full(stage), 1 + 1 + 32);  // lanes that load x, codes and scales
       mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
@@ -142,17 +181,18 @@ struct QuantizedBlock {
 };
 
 // A producer warp: loads a part of all chunks of the block's tiles, as many stages ahead as the ring buffer has. Codes,
-// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop, of which
-// one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs them.
+// scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop even
+// where one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs
+// them.
 template <WeightKind kKind, int kRows, typename Load>
-__device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& block, Load load) {
-  using Layout = QuantizedLayout<kKind, kRows>;
+__device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>& block, Load load) {
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
   PipelineState state;
   int free_stages = Layout::kStages;  // at first
-  for (QuantizedTileOrder order(block.p); !order.done(); order.advance()) {
-    const QuantizedTile tile = order.tile(block.rank);
-    const int end = order.first_chunk(tile.split + 1);
-    int chunk = order.first_chunk(tile.split);
+  for (QuantizedParts parts(block.p); !parts.done(); parts.advance()) {
+    int chunk = parts.part().first_chunk;
+    const int end = chunk + parts.part().chunks;
+    const QuantizedTile tile(block.p, parts.part().tile, block.rank);
     load.begin(tile, chunk);
 #pragma unroll 1
     for (; chunk < end; ++chunk) {
@@ -161,7 +201,7 @@ __device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& bloc
       } else {
         mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
       }
-      if (threadIdx.x % 32 == 0) load(state.stage, chunk);
+      if (static_cast<int>(threadIdx.x) % 32 < Load::kLanes) load(state.stage, chunk);
       __syncwarp();
       load.advance();
       state.advance(Layout::kStages);
@@ -173,7 +213,8 @@ __device__ __forceinline__ void produce(const QuantizedBlock<kKind, kRows>& bloc
 template <WeightKind kKind, int kRows>
 class LoadX {
  public:
-  __device__ __forceinline__ explicit LoadX(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+  static constexpr int kLanes = 1;
+  __device__ __forceinline__ explicit LoadX(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
     row_ = tile.row_tile * kRows + block_.rank * kHalf;
@@ -187,7 +228,7 @@ class LoadX {
 
  private:
   static constexpr int kHalf = kRows / kQuantizedCluster;
-  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   int row_ = 0;
 };
 
@@ -199,7 +240,8 @@ __device__ __forceinline__ int first_weight_row(const QuantizedTilesArguments& p
 template <WeightKind kKind, int kRows>
 class LoadCodes {
  public:
-  __device__ __forceinline__ explicit LoadCodes(const QuantizedBlock<kKind, kRows>& block) : block_(block) {}
+  static constexpr int kLanes = 1;
+  __device__ __forceinline__ explicit LoadCodes(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
     row_block_ = first_weight_row(block_.p, tile) / kPackedRows;
@@ -213,65 +255,76 @@ class LoadCodes {
   __device__ __forceinline__ void advance() {}
 
  private:
-  using Layout = QuantizedLayout<kKind, kRows>;
-  const QuantizedBlock<kKind, kRows>& block_;
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   int row_block_ = 0;
 };
 
-// Loads scales and zero points.
+// Loads scales and zero points, 16 bytes a lane: TMA would take as long for these few as for a stage's codes.
 template <WeightKind kKind, int kRows>
 class LoadScales {
  public:
-  __device__ __forceinline__ explicit LoadScales(const QuantizedBlock<kKind, kRows>& block)
+  static constexpr int kLanes = 32;
+  __device__ __forceinline__ explicit LoadScales(const QuantizedTilesBlock<kKind, kRows>& block)
       : block_(block), p_(block.p) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
-    const int row = first_weight_row(p_, tile);
-    // Rows that there are: a multiple of 16. With SwiGLU there are gate rows and up rows.
-    const int most = p_.swiglu ? kQuantizedHalf : kQuantizedTileWeights;
-    count_ = max(0, min(p_.scale_rows - row, most));
-    up_count_ = p_.swiglu ? max(0, min(p_.scale_rows - p_.columns - row, most)) : 0;
-    bytes_ = p_.groups * (count_ + up_count_) * (p_.zeros == nullptr ? 2 : 3);
     const int group = chunk / p_.group_chunks;
     chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
-    from_ = static_cast<int64_t>(group) * p_.groups * p_.scale_rows + row;
+    const int64_t first = static_cast<int64_t>(group) * p_.groups * p_.scale_rows;
+    scales_ = Part(*this, tile, 8, first);
+    zeros_ = Part(*this, tile, 16, first);
   }
   __device__ __forceinline__ void operator()(int stage, int) const {
-    mbarrier_arrive_expect_tx(block_.full(stage), bytes_);
-    for (int group = 0; group < p_.groups; ++group) {
-      const int64_t from = from_ + group * p_.scale_rows;
-      const int to = group * kQuantizedTileWeights;
-      load(stage, from, to, count_);
-      load(stage, from + p_.columns, to + kQuantizedHalf, up_count_);
+    if (scales_.group < p_.groups) {
+      cp_async_16(block_.scales(stage) + 2 * scales_.to, p_.scales + scales_.from, scales_.exists);
     }
+    if (p_.zeros != nullptr && zeros_.group < p_.groups) {
+      cp_async_16(block_.zeros(stage) + zeros_.to, p_.zeros + zeros_.from, zeros_.exists);
+    }
+    mbarrier_arrive_after_cp_async(block_.full(stage));
   }
   __device__ __forceinline__ void advance() {
     if (--chunks_left_ > 0) return;
     chunks_left_ = p_.group_chunks;
-    from_ += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+    scales_.from += static_cast<int64_t>(p_.groups) * p_.scale_rows;
+    zeros_.from += static_cast<int64_t>(p_.groups) * p_.scale_rows;
   }
 
  private:
-  __device__ __forceinline__ void load(int stage, int64_t from, int to, int count) const {
-    if (count == 0) return;
-    bulk_load(block_.scales(stage) + 2 * to, p_.scales + from, 2 * count, block_.full(stage), policy_);
-    if (p_.zeros == nullptr) return;
-    bulk_load(block_.zeros(stage) + to, p_.zeros + from, count, block_.full(stage), policy_);
-  }
+  // What a lane loads: `count` rows of a group of a chunk.
+  struct Part {
+    int group = 0, to = 0;
+    int64_t from = 0;
+    bool exists = false;
 
-  const QuantizedBlock<kKind, kRows>& block_;
+    Part() = default;
+    __device__ __forceinline__ Part(const LoadScales& all, const QuantizedTile& tile, int count, int64_t first) {
+      const QuantizedTilesArguments& p = all.p_;
+      const int lanes = kQuantizedTileWeights / count;
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const int in_tile = lane % lanes * count;
+      group = lane / lanes;
+      to = group * kQuantizedTileWeights + in_tile;
+      const bool is_up = p.swiglu && in_tile >= kQuantizedHalf;
+      const int row = first_weight_row(p, tile) + in_tile + (is_up ? p.columns - kQuantizedHalf : 0);
+      exists = row < p.scale_rows;
+      from = exists ? first + static_cast<int64_t>(group) * p.scale_rows + row : 0;
+    }
+  };
+
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
-  const uint64_t policy_ = evict_normal_policy();
-  int count_ = 0, up_count_ = 0, bytes_ = 0, chunks_left_ = 0;
-  int64_t from_ = 0;
+  int chunks_left_ = 0;
+  Part scales_, zeros_;
 };
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
 // and g + 8 of a warp's 16 weight rows (g = lane / 4), or with SwiGLU a gate row and its up row.
 template <typename T>
-class QuantizedResults {
+class QuantizedTilesResults {
  public:
-  __device__ __forceinline__ QuantizedResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
+  __device__ __forceinline__ QuantizedTilesResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
       : p_(p), group_(group), staging_(staging) {}
 
   // The bias of a tile's weight rows.
@@ -343,8 +396,8 @@ class QuantizedResults {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* const z = sums[i + j];
-        matrices[j] = pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]),
-                                   silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
+        matrices[j] =
+            pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]), silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
       }
       stmatrix_x4_trans(own + i * 8 * kQuantizedResultRowBytes, matrices);
     }
@@ -358,21 +411,20 @@ class QuantizedResults {
   float bias_[2] = {0.0F, 0.0F};
 };
 
-// Where a warpgroup's sums are in the workspace, in the order in which its threads have them.
+// Where a warpgroup's sums of a part are in the workspace, in the order in which its threads have them. A share has two
+// places: at most its first part begins within a tile, and at most its last is a part that begins a tile.
 template <int kRows>
-__device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, const QuantizedTile& tile,
+__device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, int share, bool begins_tile, int rank,
                                                 int group) {
-  const int64_t weight_tiles = static_cast<int64_t>(p.weight_tiles) * kQuantizedCluster;
-  const int64_t index = (tile.split * static_cast<int64_t>(p.row_tiles) + tile.row_tile) * weight_tiles +
-                        tile.weight_tile;
+  const int64_t index = (int64_t{2} * share + (begins_tile ? 1 : 0)) * kQuantizedCluster + rank;
   return p.sums + (index * kQuantizedGroups + group) * (kRows / 8 * kWarpgroupThreads);
 }
 
 // A consumer warpgroup.
 template <typename T, WeightKind kKind, int kRows>
-class QuantizedConsumer {
+class QuantizedTilesConsumer {
  public:
-  __device__ __forceinline__ QuantizedConsumer(const QuantizedBlock<kKind, kRows>& block, int group)
+  __device__ __forceinline__ QuantizedTilesConsumer(const QuantizedTilesBlock<kKind, kRows>& block, int group)
       : block_(block), p_(block.p), group_(group) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -414,12 +466,13 @@ class QuantizedConsumer {
     release(previous_stage);
   }
 
-  __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedResults<T>& results) const {
-    if (p_.splits == 1) {
-      results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
-      return;
-    }
-    float4* const to = partial_sums<kRows>(p_, tile, group_) + threadIdx.x % kWarpgroupThreads;
+  // Stores y, or the sums of a part of a tile.
+  __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedTilesResults<T>& results) const {
+    results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
+  }
+  __device__ __forceinline__ void write_sums(const QuantizedPart& part) const {
+    float4* const to = partial_sums<kRows>(p_, part.share, part.first_chunk == 0, block_.rank, group_) +
+                       threadIdx.x % kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       to[i * kWarpgroupThreads] = make_float4(sums_[i][0], sums_[i][1], sums_[i][2], sums_[i][3]);
@@ -427,7 +480,7 @@ class QuantizedConsumer {
   }
 
  private:
-  using Layout = QuantizedLayout<kKind, kRows>;
+  using Layout = QuantizedTilesLayout<kKind, kRows>;
   static constexpr int kTiles = kRows / 8;
   static constexpr int kSteps = kBlockK / 16;  // wgmmas of a chunk
 
@@ -484,7 +537,7 @@ class QuantizedConsumer {
     }
   }
 
-  const QuantizedBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, kRows>& block_;
   const QuantizedTilesArguments& p_;
   const int group_;
   int rows_[2];   // the thread's weight rows, in the tile
@@ -498,7 +551,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     gemm_quantized_tiles(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
-  const QuantizedBlock<kKind, kRows> block(p, shared_address(shared));
+  const QuantizedTilesBlock<kKind, kRows> block(p, shared_address(shared));
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   const int producer = warp - kWarpgroupThreads * kQuantizedGroups / 32;
@@ -519,38 +572,48 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     take_registers<232>();
     wait_for_previous_kernel();
     const int group = warp / (kWarpgroupThreads / 32);
-    QuantizedConsumer<T, kKind, kRows> consumer(block, group);
-    using Layout = QuantizedLayout<kKind, kRows>;
-    for (QuantizedTileOrder order(p); !order.done(); order.advance()) {
-      const QuantizedTile tile = order.tile(block.rank);
-      QuantizedResults<T> results(p, group, block.results + group * Layout::kResultBytes);
-      if (p.splits == 1) results.load_bias(tile.weight_tile);
-      consumer.multiply(order.first_chunk(tile.split + 1) - order.first_chunk(tile.split));
-      consumer.write(tile, results);
+    QuantizedTilesConsumer<T, kKind, kRows> consumer(block, group);
+    using Layout = QuantizedTilesLayout<kKind, kRows>;
+    for (QuantizedParts parts(p); !parts.done(); parts.advance()) {
+      const QuantizedPart part = parts.part();
+      const QuantizedTile tile(p, part.tile, block.rank);
+      QuantizedTilesResults<T> results(p, group, block.results + group * Layout::kResultBytes);
+      const bool is_whole = part.chunks == p.chunks;
+      if (is_whole) results.load_bias(tile.weight_tile);
+      consumer.multiply(part.chunks);
+      if (is_whole) {
+        consumer.write(tile, results);
+      } else {
+        consumer.write_sums(part);
+      }
     }
     bulk_store_wait();
   }
   block.sync_cluster();  // the other block may still write here
 }
 
-// Adds the sums of the parts of k: a block for each warpgroup's tile (x) and part of its rows of x (y).
+// Adds the sums of a tile's parts. For each beginning of a share that is the first one within a tile (x, together with
+// a block of the cluster and a warpgroup), and each part of the tile's rows of x (y), a block.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kWarpgroupThreads)
     gemm_quantized_tiles_add(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   __shared__ __align__(16) char staging[kQuantizedPartBytes];
   const int group = static_cast<int>(blockIdx.x) % kQuantizedGroups;
-  const int index = static_cast<int>(blockIdx.x) / kQuantizedGroups;
-  const int weight_tiles = p.weight_tiles * kQuantizedCluster;
-  QuantizedTile tile{index / weight_tiles, index % weight_tiles, 0};
-  const int part = static_cast<int>(blockIdx.y);
+  const int rank = static_cast<int>(blockIdx.x) / kQuantizedGroups % kQuantizedCluster;
+  int share = static_cast<int>(blockIdx.x) / (kQuantizedGroups * kQuantizedCluster);  // that has the tile's beginning
   wait_for_previous_kernel();
-  QuantizedResults<T> results(p, group, 0);
+  const int64_t within = first_chunk_of_share(p, share + 1);
+  const int64_t first = within / p.chunks * p.chunks;  // chunk of the tile
+  if (within == first || first_chunk_of_share(p, share) > first) return;
+  const QuantizedTile tile(p, static_cast<int>(first / p.chunks), rank);
+  const int rows = static_cast<int>(blockIdx.y);
+  QuantizedTilesResults<T> results(p, group, 0);
   results.load_bias(tile.weight_tile);
   float sums[8][4] = {};
-  for (; tile.split < p.splits; ++tile.split) {
+  for (bool begins_tile = true; first_chunk_of_share(p, share) < first + p.chunks; ++share, begins_tile = false) {
     const float4* const from =
-        partial_sums<kRows>(p, tile, group) + part * 8 * kWarpgroupThreads + threadIdx.x;
+        partial_sums<kRows>(p, share, begins_tile, rank, group) + rows * 8 * kWarpgroupThreads + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float4 more = from[i * kWarpgroupThreads];
@@ -560,7 +623,8 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
       sums[i][3] += more.w;
     }
   }
-  results.write_part(sums, tile.row_tile * kRows + part * kQuantizedPartRows, tile.weight_tile, shared_address(staging));
+  results.write_part(sums, tile.row_tile * kRows + rows * kQuantizedPartRows, tile.weight_tile,
+                     shared_address(staging));
   bulk_store_wait();
 }
 

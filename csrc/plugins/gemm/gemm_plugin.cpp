@@ -10,34 +10,6 @@ bool has_swiglu(Attributes const& attributes) {
   return attributes.activation == static_cast<int32_t>(Activation::kSwiglu);
 }
 
-void check_kernels(Int32Array const& kernels) {
-  auto const fail = [](std::string const& found, std::string const& expected) {
-    throw std::invalid_argument("field 'kernels' has " + found + "; expected " + expected);
-  };
-  if (kernels.size % 2 != 0) {
-    fail(std::to_string(kernels.size) + " values", "pairs");
-  }
-  int32_t rows_before = 0;
-  for (int32_t i = 0; i < kernels.size; i += 2) {
-    int32_t const rows = kernels.values[i], choice = kernels.values[i + 1];
-    if (rows <= rows_before) {
-      fail(std::to_string(rows) + " rows after " + std::to_string(rows_before), "more rows");
-    }
-    if (choice < 0) {
-      fail("the kernel " + std::to_string(choice), "0 or a kernel's number");
-    }
-    rows_before = rows;
-  }
-}
-
-std::vector<GemmChoiceUpTo> choices_of(Int32Array const& kernels) {
-  std::vector<GemmChoiceUpTo> choices;
-  for (int32_t i = 0; i < kernels.size; i += 2) {
-    choices.push_back({kernels.values[i], static_cast<GemmChoice>(kernels.values[i + 1])});
-  }
-  return choices;
-}
-
 Attributes checked(Attributes attributes) {
   require_type("type_id", attributes.type_id, floating_types());
   require_flag("bias", attributes.bias);
@@ -68,6 +40,34 @@ std::string description(GemmShape const& shape) {
 }
 
 }  // namespace
+
+void check_kernels(Int32Array const& kernels) {
+  auto const fail = [](std::string const& found, std::string const& expected) {
+    throw std::invalid_argument("field 'kernels' has " + found + "; expected " + expected);
+  };
+  if (kernels.size % 2 != 0) {
+    fail(std::to_string(kernels.size) + " values", "pairs");
+  }
+  int32_t rows_before = 0;
+  for (int32_t i = 0; i < kernels.size; i += 2) {
+    int32_t const rows = kernels.values[i], choice = kernels.values[i + 1];
+    if (rows <= rows_before) {
+      fail(std::to_string(rows) + " rows after " + std::to_string(rows_before), "more rows");
+    }
+    if (choice < 0) {
+      fail("the kernel " + std::to_string(choice), "0 or a kernel's number");
+    }
+    rows_before = rows;
+  }
+}
+
+std::vector<GemmChoiceUpTo> choices_of(Int32Array const& kernels) {
+  std::vector<GemmChoiceUpTo> choices;
+  for (int32_t i = 0; i < kernels.size; i += 2) {
+    choices.push_back({kernels.values[i], static_cast<GemmChoice>(kernels.values[i + 1])});
+  }
+  return choices;
+}
 
 AttributeSchema const& GemmPlugin::schema() {
   static AttributeSchema const schema{

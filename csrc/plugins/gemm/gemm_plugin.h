@@ -18,6 +18,10 @@ struct GemmAttributes {
   Int32Array kernels;           // pairs of a number of rows and the GemmChoice for up to so many
 };
 
+// What an attribute `kernels` must be: throws std::invalid_argument for anything else. And what it means.
+void check_kernels(Int32Array const& kernels);
+std::vector<GemmChoiceUpTo> choices_of(Int32Array const& kernels);
+
 class GemmPlugin : public PluginBase<GemmAttributes> {
  public:
   static constexpr char const* kName = "Gemm";

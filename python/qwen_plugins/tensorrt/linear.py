@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import tensorrt as trt
 
-from .._numbers import ACTIVATIONS, MAX_KERNELS
+from .._numbers import ACTIVATIONS, MAX_KERNELS, SCALE_TYPES
 from .layers import add_plugin, check_network, check_type, checked_dtype, free_name, parameter, tensor_shape
 from .native import NativeLayers
 
@@ -23,6 +24,7 @@ def gemm(
     dtype: Any = None,
     plugin: bool = True,
     kernels: Sequence[tuple[int, str]] = (),
+    permutation: Any = None,
     name: str | None = None,
 ) -> Any:
     """Add y = x · weightᵀ + bias, or with ``activation="swiglu"`` y = silu(z_gate) · z_up of the halves of that z.
@@ -34,7 +36,8 @@ def gemm(
         weight: [out_features, in_features], an ``ITensor``, an array or ``tensorrt.Weights``. An array of another
             floating-point type is converted to ``dtype``. An array that has ``dtype`` and is contiguous, such as that
             of a memory-mapped file, is not copied; the network keeps it alive. ``Weights`` must have ``dtype``, and
-            the caller keeps their memory until the engine is built.
+            the caller keeps their memory until the engine is built. Or a `qwen_plugins.quantized.PackedWeight`, whose
+            arrays are not copied either and become int32 constants, which TensorRT leaves as they are.
         bias: [out_features], likewise, or None.
         activation: None or "swiglu" (Shazeer, "GLU Variants Improve Transformer", 2020): the first half of
             out_features is z_gate, the second half z_up.
@@ -45,10 +48,13 @@ def gemm(
             GPU while the engine runs.
         dtype: ``tensorrt.DataType`` of x, weight, bias and y; None: ``x.dtype``. Pass it in TensorRT 8.6 where x
             reports float32 but will be computed in float16.
-        plugin: True: one Gemm plug-in layer; False: TensorRT's own layers, with SwiGLU computed in float32.
+        plugin: True: one Gemm plug-in layer; False: TensorRT's own layers, with SwiGLU computed in float32, and the
+            weights that a PackedWeight stands for.
         kernels: of the plug-in: pairs (max_rows, name), a kernel for up to so many rows of x, in increasing order, as
             `qwen_plugins.tuning` measures and names them; at most 32. For more rows, and where a kernel cannot compute
             the GEMM on the GPU that runs the engine, the plug-in chooses by its rules.
+        permutation: of a PackedWeight: int32 [in_features], the column of x that each column of the weight multiplies
+            (GPTQ's act-order); None: its own.
         name: of the layer, and prefix of its constants' names, unique in the network; None: gemm with a number.
 
     Returns:
@@ -70,6 +76,16 @@ def gemm(
 
     name = name or free_name(network, "gemm")
     layers = NativeLayers(network, name)
+    if is_packed(weight):
+        _check_packed(weight, permutation, shape[-1], activation)
+        x = x if permutation is None else layers.gather(x, permutation, dtype)
+        if plugin:
+            return _packed_gemm(layers, x, weight, bias, activation, constant_weight, dtype, kernels)
+        from .. import quantized
+
+        weight = quantized.dequantize(weight)
+    elif permutation is not None:
+        raise ValueError("permutation is given; expected None unless weight is a PackedWeight")
     weight = _parameter(layers, weight, (-1, shape[-1]), dtype, "weight")
     out_features = int(weight.shape[0])
     if out_features < 1 or (activation == "swiglu" and out_features % 2 != 0):
@@ -87,7 +103,60 @@ def gemm(
     }
     if kernels:
         fields["kernels"] = _kernel_numbers(kernels)
-    return add_plugin(network, "Gemm", inputs, fields, name, [dtype])[0]
+    return add_plugin(network, "Gemm", inputs, fields, name, [dtype], version="1")[0]
+
+
+def is_packed(weight: Any) -> bool:
+    """Return whether it is a `qwen_plugins.quantized.PackedWeight`, whose module needs the compiled one."""
+    return type(weight).__name__ == "PackedWeight" and type(weight).__module__ == "qwen_plugins.quantized"
+
+
+def _check_packed(weight: Any, permutation: Any, in_features: int, activation: str | None) -> None:
+    if weight.in_features != in_features:
+        raise ValueError(f"weight has {weight.in_features} columns; expected those of x, {in_features}")
+    if activation == "swiglu" and weight.out_features % 2 != 0:
+        raise ValueError(f"weight has {weight.out_features} rows; expected an even number")
+    if permutation is None:
+        return
+    order = np.asarray(permutation)
+    if order.dtype.kind not in "iu" or not np.array_equal(np.sort(order.ravel()), np.arange(in_features)):
+        raise ValueError(f"permutation has shape {order.shape}; expected each of {in_features} columns once")
+
+
+def _packed_gemm(
+    layers: NativeLayers,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    activation: str | None,
+    constant_weight: bool,
+    dtype: Any,
+    kernels: Sequence[tuple[int, str]],
+) -> Any:
+    """Add the plug-in's version 2."""
+    arrays = {"weight": weight.codes, "scales": weight.scales, "zeros": weight.zeros}
+    inputs = [x]
+    for what, array in arrays.items():
+        if array is not None:
+            words = np.ascontiguousarray(array).view(np.int32)
+            inputs.append(layers.constant(words, trt.int32, what, keeps_type=True))
+    if bias is not None:
+        inputs.append(_parameter(layers, bias, (weight.out_features,), dtype, "bias"))
+    fields: dict[str, int | float | list[int]] = {
+        "type_id": int(dtype),
+        "in_features": weight.in_features,
+        "out_features": weight.out_features,
+        "weight_bits": weight.format.bits,
+        "group_size": weight.format.group_size,
+        "zeros": int(weight.zeros is not None),
+        "scale_type_id": SCALE_TYPES[weight.format.scale_dtype],
+        "bias": int(bias is not None),
+        "activation": ACTIVATIONS[activation],
+        "constant_weight": int(constant_weight),
+    }
+    if kernels:
+        fields["kernels"] = _kernel_numbers(kernels)
+    return add_plugin(layers.network, "Gemm", inputs, fields, layers.name, [dtype], version="2")[0]
 
 
 def _kernel_numbers(kernels: Sequence[tuple[int, str]]) -> list[int]:

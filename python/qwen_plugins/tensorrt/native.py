@@ -79,6 +79,11 @@ class NativeLayers:
         shuffle.reshape_dims = (0,) * (rank - 1) + (int(weight.shape[-2]) // 2,)
         return self._of_type(shuffle, dtype)
 
+    def gather(self, x: Any, columns: Any, dtype: Any) -> Any:
+        """Return columns of x, which has ``dtype``, in the order of their numbers."""
+        numbers = self.constant(np.asarray(columns), trt.int32, "permutation")
+        return self._of_type(self._named(self.network.add_gather(x, numbers, len(x.shape) - 1), "permute"), dtype)
+
     def quantize(self, y: Any, quant_dtype: Any, scale: Any, smoothing: Any) -> list[Any]:
         """Return [q], or [q, scales] where ``scale`` is None; ``y`` is float32."""
         rank = len(y.shape)

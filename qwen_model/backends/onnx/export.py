@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.module_weights import NOT_QUANTIZED, Formats
 from ...checkpoints.weights import network_modules
 from ...common.progress import Progress
 from ...interface.back_end import ReadWeight
@@ -41,21 +42,23 @@ def write_model(
     kv_cache_dtype: str,
     read_weight: ReadWeight,
     progress: Progress,
+    formats: Formats = NOT_QUANTIZED,
 ) -> WrittenModel:
     """Write the model, and the file of its weights where they are large.
 
     place: from `output_place`.
     limits: the sizes of the plug-ins' cache and profiles; None: the network is written in standard operators.
     kv_cache_dtype: of the plug-ins' cache, see `EngineConfig`.
-    read_weight: reads a weight as a NumPy array of any floating-point type.
+    read_weight: reads a weight as a NumPy array of any floating-point type, or of its own if it is quantized.
+    formats: of the quantized modules, with the plug-ins alone.
 
     Raises:
         QwenModelError: the plug-ins cannot run the model, a weight does not fit into its type, or the files cannot be
             written. Nothing has changed then.
     """
-    num_bytes = weight_bytes(config, dtype)
+    num_bytes = weight_bytes(config, dtype, formats)
     read = reporting_reader(read_weight, num_bytes, progress)
-    modules = network_modules(config, dtype)
+    modules = network_modules(config, dtype, formats)
     external = num_bytes > LARGEST_MODEL
     with written_whole(place) as path:
         with weights_path(path).open("xb") if external else nullcontext() as file:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES, KV_CACHE_TYPES
+import numpy as np
+
+from qwen_plugins._numbers import ACTIVATIONS, HEAD_SIZES, KV_CACHE_TYPES, SCALE_TYPES
 
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.weights import Modules, WeightSpec
@@ -72,14 +74,35 @@ class PluginOperations:
         self, x: str, module: str, activation: str | None = None, into: tuple[str, ...] = (), reduce: bool = False
     ) -> str:
         """See `qwen_model.network.decoder.Operations`."""
-        weights = self._modules[module].map(self._weight)
         fields = {
             "type_id": self._type_id,
-            "bias": int(weights.bias is not None),
+            "bias": int(self._modules[module].bias is not None),
             "activation": ACTIVATIONS[activation],
             "constant_weight": 1,
         }
-        return str(self._graph.plugin(GEMM, [x, *weights.tensors], module, fields))
+        if self._modules[module].format.bits:
+            return self._quantized_linear(x, module, fields)
+        weights = self._modules[module].map(self._weight)
+        return str(self._graph.plugin(GEMM, [x, *weights.tensors], module, fields, version="1"))
+
+    def _quantized_linear(self, x: str, module: str, fields: dict[str, int]) -> str:
+        weights = self._modules[module]
+        if weights.permutation is not None:
+            columns = self._weight(weights.permutation)
+            x = str(self._graph.op("Gather", [x, columns], f"{module}.permutation", axis=1))
+        specs = (weights.weight, weights.scales, weights.zeros)
+        inputs = [self._words(spec) for spec in specs if spec is not None]
+        inputs += [] if weights.bias is None else [self._weight(weights.bias)]
+        out_features, in_features = weights.shape
+        fields |= {
+            "in_features": in_features,
+            "out_features": out_features,
+            "weight_bits": weights.format.bits,
+            "group_size": weights.format.group_size,
+            "zeros": int(weights.zeros is not None),
+            "scale_type_id": SCALE_TYPES[weights.format.scale_dtype],
+        }
+        return str(self._graph.plugin(GEMM, [x, *inputs], module, fields, version="2"))
 
     def norm(self, x: str, module: str, residual: str | None = None, into: tuple[str, ...] = ()) -> tuple[str, str]:
         """See `qwen_model.network.decoder.Operations`."""
@@ -140,6 +163,10 @@ class PluginOperations:
     def _weight(self, spec: WeightSpec) -> str:
         """Return a weight's tensor; a tied head shares that of the embedding."""
         return spec.name if self._graph.has_weight(spec.name) else self._graph.weight(spec.name, self._read(spec))
+
+    def _words(self, spec: WeightSpec) -> str:
+        """Return a quantized weight's tensor as int32, which TensorRT leaves as it is."""
+        return self._graph.weight(spec.name, np.ascontiguousarray(self._read(spec)).view(np.int32))
 
     def _gather(self, table: str, rows: str, name: str) -> str:
         return str(self._graph.op("Gather", [table, rows], name, axis=0))

@@ -25,6 +25,7 @@ from ...interface.back_end import ReadWeight
 from ...interface.engine_config import EngineConfig, GemmKernels, Limits
 from ...interface.memory import GPU_MEMORY_UTILIZATION, weight_bytes
 from ...interface.numpy_weights import reporting_reader
+from ...interface.weight_formats import dequantized
 from ...network.decoder import Operations, decoder
 from ...network.inputs import LOGIT_ROWS, NetworkInput, Range, network_inputs
 from ...network.observed import ObservedOperations
@@ -130,7 +131,7 @@ def _build_plan(
 
 
 def _reporting(read_weight: ReadWeight, config: EngineConfig, progress: Progress) -> ReadWeight:
-    return reporting_reader(read_weight, weight_bytes(config.model, config.dtype), progress)
+    return reporting_reader(read_weight, weight_bytes(config.model, config.dtype, config.weight_formats), progress)
 
 
 def _given_inputs(config: EngineConfig, taps: Taps) -> dict[str, NetworkInput]:
@@ -149,7 +150,7 @@ def _define(network: Any, config: EngineConfig, read_weight: ReadWeight, taps: T
     }
     dtype = compat.dtypes()[config.dtype]
     operations = NativeRotaryOperations if "rotary" in config.disabled_plugins else TensorRTOperations
-    modules = network_modules(config.model, config.dtype)
+    modules = network_modules(config.model, config.dtype, config.weight_formats)
     kernels = by_module(config.model, config.dtype, config.gemm_kernels, config.weight_formats)
     ops = operations(
         network,
@@ -243,8 +244,9 @@ def load_probe(
             return _observed_device(config, read, progress, prompt_length, isolated)
 
     def read_module(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-        module = network_modules(config.model, config.dtype)[name].map(read)
-        return module.weight.astype(np.float32), None if module.bias is None else module.bias.astype(np.float32)
+        module = network_modules(config.model, config.dtype, config.weight_formats)[name].map(read)
+        weight = dequantized(module) if module.format.bits else module.weight.astype(np.float32)
+        return weight, None if module.bias is None else module.bias.astype(np.float32)
 
     return TensorRTProbe(build, read_module)
 

@@ -12,6 +12,7 @@ from ...checkpoints.weights import Modules
 from ...common.errors import QwenModelError
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import KernelChoices
+from ...interface.weight_formats import packed_weight
 from .compat import set_type
 
 
@@ -69,12 +70,13 @@ class TensorRTOperations:
         return layers.gemm(
             self._network,
             x,
-            weights.weight,
+            packed_weight(weights) if weights.format.bits else weights.weight,
             weights.bias,
             activation=activation,
             dtype=self._dtype,
             plugin="gemm" not in self._disabled,
             kernels=self._gemm_kernels.get(module, ()),
+            permutation=weights.permutation,
             name=module,
         )
 

@@ -34,7 +34,7 @@ def write_plan(rtx: Package, folder: Path, config: EngineConfig, read_weight: Re
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as work:
         model = Path(work, "model.onnx")
         sizes = config.limits, config.dtype, config.kv_cache_dtype
-        write_model(model, config.model, *sizes, read_weight, progress)
+        write_model(model, config.model, *sizes, read_weight, progress, config.weight_formats)
         watch.lap("weights read, and the ONNX model written")
         progress(rtx.title, 0, 0)
         _build(rtx, model, folder / PLAN, config, progress)

@@ -239,6 +239,8 @@ def check_memory(config: EngineConfig, device: torch.device, utilization: float)
 
 def _usable_bytes(device: torch.device, utilization: float) -> float:
     """Return the bytes that may still be taken; a CPU's memory may be used whole."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for later allocations is not among what is free
     free, total = _memory(device)
     return free - (1.0 - utilization) * total if device.type == "cuda" else free
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ LOG = logging.getLogger(__name__)
 
 ONE_THREAD_WORK = 8e6
 """The most multiplications of a layer for which one CPU thread is faster than several, which wait for each other."""
+step_layout = lru_cache(maxsize=256)(StepLayout)
+"""Return the layout of a step of this size; those of decode steps are needed again and again."""
 STEPS_IN_FLIGHT = 4
 """How many steps the host may describe before the GPU has read the first of them."""
 
@@ -292,7 +295,7 @@ class TorchDevice:
         batch = Batch(np.array(tokens, np.int32), slot, length, before, whole, pages, chooses)
         rows = np.arange(len(tokens), dtype=np.int32)
         with self._running(len(tokens)):
-            layout, own = self._packed(batch, rows, len(batch.lengths))
+            layout, own = self._packed(batch, rows, 1, pages.shape[1])
             observed = ObservedOperations(self.operations, observe)
             self._begin(batch.lengths.tolist(), [past], layout, own, decoding=past > 0)
             decoder(observed, self.config, self._token_ids(layout), last_token_only=False)
@@ -311,7 +314,9 @@ class TorchDevice:
             count = padded(count, self._sizes)
             graph = self._graph(count)
         with self._running(len(batch.tokens)):
-            layout, own = self._packed(batch, rows, count)
+            # A graph's page table has room for the longest sequences.
+            max_pages = batch.pages.shape[1] if graph is None else self._max_pages
+            layout, own = self._packed(batch, rows, count, max_pages)
             if graph is not None and own is None:
                 return graph.replay(), layout
             self._begin(batch.lengths.tolist(), batch.past_lengths.tolist(), layout, own, decoding)
@@ -324,15 +329,17 @@ class TorchDevice:
         # What runs a prompt's last token must not depend on whether the other sequences are prompts, too.
         return not self._deterministic or bool((batch.past_lengths >= batch.prompt_lengths).all())
 
-    def _packed(self, batch: Batch, rows: Int32Array, sequences: int) -> tuple[StepLayout, PromptTable | None]:
+    def _packed(
+        self, batch: Batch, rows: Int32Array, sequences: int, max_pages: int
+    ) -> tuple[StepLayout, PromptTable | None]:
         """Send a step to the device; return its layout, and the rotary table of its prompts if they have their own.
 
         sequences: of the step, in which the sequences behind those of the batch are padding.
+        max_pages: columns of the step's page table.
         """
         padding = sequences - len(batch.lengths)
         rows = rows if len(rows) else np.zeros(1, np.int32)  # the network computes at least one row of logits
-        max_pages = self._max_pages if self._graphs is not None and self._decodes(batch) else batch.pages.shape[1]
-        layout = StepLayout(len(batch.tokens) + padding, sequences, len(rows) + padding, max_pages)
+        layout = step_layout(len(batch.tokens) + padding, sequences, len(rows) + padding, max_pages)
         spare = {"spare_slot": self.max_sequences, "first_row": self._first_row}
         own = pack(batch, layout, self._table, self._uploads.begin(), rows=rows, **spare)
         self._uploads.send(layout.size)
@@ -345,7 +352,6 @@ class TorchDevice:
 
         The host's lengths are for PyTorch's own operations, which no step is padded for; kernels do not look at them.
         """
-
         table, query_scale = self._rotary if own is None else self._on_device(own.values, own.query_scale)
         self.operations.begin(
             Step(
@@ -377,7 +383,7 @@ class TorchDevice:
         assert graphs is not None
         if size not in graphs:
             start = time.perf_counter()
-            layout = StepLayout(size, size, size, self._max_pages)
+            layout = step_layout(size, size, size, self._max_pages)
 
             def step() -> Tensor:
                 self._begin([1] * size, [0] * size, layout, None, decoding=True)

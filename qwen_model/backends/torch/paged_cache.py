@@ -64,7 +64,10 @@ class PagedCache:
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages, given as (source, target), in all layers; no target is the source of another pair."""
-        sources, targets = torch.from_numpy(np.array(pairs, dtype=np.int64).T.copy()).to(self.data.device)
+        numbers = torch.tensor(pairs)
+        if self.data.device.type == "cuda":
+            numbers = numbers.pin_memory()  # so that the host does not wait for what runs
+        sources, targets = numbers.to(self.data.device, non_blocking=True).unbind(1)
         self.data[:, targets] = self.data[:, sources]
 
     def _codes_and_scales(self, layer: int) -> tuple[Tensor, Tensor]:

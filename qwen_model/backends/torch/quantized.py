@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checkpoints.module_weights import ModuleWeights
-from ...interface.weight_formats import kernel_format
+from ...interface.weight_formats import packed_weight
 
 BLOCK_NUMBERS = 1 << 24
 """The numbers of a weight that are dequantized at a time."""
@@ -30,15 +32,7 @@ def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
 
     assert module.scales is not None  # quantized weights have scales
     device, scale_dtype = module.weight.device, module.scales.dtype
-    out_features, in_features = module.shape
-    packed = quantized.PackedWeight(
-        codes=module.weight.cpu().numpy(),
-        scales=module.scales.cpu().view(torch.int16).numpy().view(np.uint16),
-        zeros=None if module.zeros is None else module.zeros.cpu().numpy(),
-        format=kernel_format(module.format),
-        out_features=out_features,
-        in_features=in_features,
-    )
+    packed = packed_weight(module.map(_as_array))
     codes, scales, zeros = quantized.unpack(packed)
     return dataclasses.replace(
         module,
@@ -47,6 +41,12 @@ def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:
         zeros=None if zeros is None else torch.from_numpy(zeros).to(device),
         format=dataclasses.replace(module.format, layout=1),
     )
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array; numbers of 16 bits, which may be bfloat16, as their bits."""
+    bits: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype.itemsize == 2 else tensor).cpu().numpy()
+    return bits.view(np.uint16) if bits.dtype == np.int16 else bits
 
 
 def dequantized(module: ModuleWeights[Tensor]) -> Tensor:

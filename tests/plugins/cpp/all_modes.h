@@ -26,13 +26,14 @@ inline std::string refused_version(char const* plugin, std::string const& found)
 }
 
 inline std::vector<ExpectedCreator> expected_creators() {
-  return {{"RmsNorm", "1", 6},  {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 5}, {"GptAttention", "1", 10},
-          {"QwenGemm", "1", 5}, {"GptAttention:2", "2", 12}};
+  return {{"RmsNorm", "1", 6},  {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 5},    {"GptAttention", "1", 10},
+          {"QwenGemm", "1", 5}, {"GptAttention:2", "2", 12},     {"Gemm:2", "2", 11}, {"QwenGemm:2", "2", 11}};
 }
 
 inline std::vector<Mode> all_modes() {
   std::vector<Mode> all;
-  for (std::vector<Mode> const& modes : {rms_norm_modes(), gemm_modes(), gpt_attention_modes()}) {
+  for (std::vector<Mode> const& modes :
+       {rms_norm_modes(), gemm_modes(), quantized_gemm_modes(), gpt_attention_modes()}) {
     all.insert(all.end(), modes.begin(), modes.end());
   }
   return all;
@@ -41,8 +42,12 @@ inline std::vector<Mode> all_modes() {
 // One mode of each plug-in.
 inline std::vector<Mode> first_modes() {
   using nvinfer1::DataType;
-  return {rms_norm_mode(DataType::kHALF, DataType::kHALF, true), rms_norm_modes().back(),
-          gemm_mode(DataType::kHALF, true, true, true), gpt_attention_mode({}), gpt_attention_mode(with_pages())};
+  return {rms_norm_mode(DataType::kHALF, DataType::kHALF, true),
+          rms_norm_modes().back(),
+          gemm_mode(DataType::kHALF, true, true, true),
+          gpt_attention_mode({}),
+          gpt_attention_mode(with_pages()),
+          quantized_gemm_mode(DataType::kHALF, {})};
 }
 
 // Prints which numbers a field takes, for the Python test to compare with the package's. `creates(plugin, fields)`.
@@ -155,10 +160,35 @@ inline std::vector<BadFields> bad_decoder_fields() {
   };
 }
 
+inline std::vector<BadFields> bad_quantized_gemm_fields() {
+  auto fields = [](int32_t in_features, int32_t out_features) {
+    return Fields().add("type_id", 1).add("in_features", in_features).add("out_features", out_features);
+  };
+  auto good = [&] { return fields(192, 96).add("weight_bits", 4); };
+  char const* const name = "Gemm:2";
+  return {
+      {name, fields(192, 96), "required field 'weight_bits' is missing"},
+      {name, fields(192, 96).add("weight_bits", 3), "'weight_bits' is 3; expected one of 4, 8"},
+      {name, fields(0, 96).add("weight_bits", 4), "'in_features' is 0; expected a number above 0"},
+      {name, fields(192, 1 << 30).add("weight_bits", 4), "'out_features' is 1073741824; expected a number up to"},
+      {name, fields(192, 95).add("weight_bits", 4).add("activation", 1),
+       "'out_features' is 95; expected a multiple of 2"},
+      {name, good().add("group_size", 128), "'in_features' is 192; expected a multiple of 128"},
+      {name, good().add("group_size", 48), "'group_size' is 48; expected one of 0, 32, 64, 128"},
+      {name, good().add("zeros", 2), "'zeros' is 2; expected 0 or 1"},
+      {name, good().add("scale_type_id", 0), "'scale_type_id' is 0; expected one of 1, 7"},
+      {name, good().add("bias", 2), "'bias' is 2; expected 0 or 1"},
+      {name, good().add("activation", 2), "'activation' is 2; expected one of 0, 1"},
+      {name, good().add("constant_weight", 2), "'constant_weight' is 2; expected 0 or 1"},
+      {name, good().add_array("kernels", {16}), "'kernels' has 1 values; expected pairs"},
+  };
+}
+
 inline std::vector<BadFields> all_bad_fields() {
   std::vector<BadFields> all = bad_rms_norm_fields();
-  std::vector<BadFields> const more = bad_decoder_fields();
-  all.insert(all.end(), more.begin(), more.end());
+  for (std::vector<BadFields> const& more : {bad_decoder_fields(), bad_quantized_gemm_fields()}) {
+    all.insert(all.end(), more.begin(), more.end());
+  }
   return all;
 }
 
@@ -179,11 +209,16 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
   Mode const attention = gpt_attention_mode({});
   Mode const paged = gpt_attention_mode(with_pages());
   Mode const eight_bits = gpt_attention_mode(with_pages(1));
+  Mode const quantized = quantized_gemm_mode(half, {});
   return {
       {rms_norm, 1, tensor(half, {32}), "input 'weight' has shape [32]; expected [hidden_size], here [64]"},
       {gemm, 1, tensor(half, {48, 32}), "input 'weight' has shape [48, 32]; expected [2 * columns, in_features]"},
       {gemm, 1, tensor(half, {47, 64}), "input 'weight' has shape [47, 64]; expected [2 * columns, in_features]"},
       {gemm, 2, tensor(half, {24}), "input 'bias' has shape [24]; expected [2 * columns], here [48]"},
+      {quantized, 0, tensor(half, {5, 3, 64}), "input 'x' has shape [5, 3, 64]; expected [..., 192]"},
+      {quantized, 1, tensor(int32, {2, 6, 256}), "input 'weight' has shape [2, 6, 256]; expected [2, 8, 256]"},
+      {quantized, 2, tensor(int32, {1, 64}), "input 'scales' has shape [1, 64]; expected [4, 64]"},
+      {quantized, 3, tensor(int32, {4, 64}), "input 'zeros' has shape [4, 64]; expected [4, 32]"},
       {attention, 0, tensor(half, {7, 384}), "input 'qkv' has shape [7, 384]; expected [tokens, 640]"},
       {attention, 1, tensor(half, {4, 2, 6, 100, 64}), "expected [max_batch, 2, 2, max_positions, 64]"},
       {attention, 2, tensor(int32, {0}), "input 'cu_seqlens' has shape [0]; expected [sequences + 1]"},
@@ -308,6 +343,8 @@ inline std::vector<Mode> modes_without_rows() {
   rms_norm.inputs[0] = tensor(half, {0, 3, 64});
   Mode gemm = gemm_mode(half, true, true, true);
   gemm.inputs[0] = tensor(half, {5, 0, 64});
+  Mode quantized = quantized_gemm_mode(half, {});
+  quantized.inputs[0] = tensor(half, {5, 0, 192});
   Mode attention = gpt_attention_mode({});
   attention.inputs[0] = tensor(half, {0, 640});
   attention.inputs[2] = tensor(DataType::kINT32, {1});
@@ -317,7 +354,7 @@ inline std::vector<Mode> modes_without_rows() {
   paged.inputs[2] = tensor(DataType::kINT32, {1});
   paged.inputs[3] = paged.inputs[5] = tensor(DataType::kINT32, {0});
   paged.inputs[4] = tensor(DataType::kINT32, {0, 5});
-  return {rms_norm, gemm, attention, paged};
+  return {rms_norm, gemm, quantized, attention, paged};
 }
 
 // What is logged where a launcher reports an error.
@@ -327,6 +364,7 @@ inline std::vector<std::pair<Mode, char const*>> modes_and_failures() {
   decode.decode = true;
   return {{rms_norm_mode(half, half, false), "launch of 6 rows of 64 failed: recorded error"},
           {gemm_mode(half, false, false, true), "15 rows of 64 times [48, 64] failed: recorded error"},
+          {quantized_gemm_mode(half, {}), "15 rows of 192 times quantized [96, 192] failed: recorded error"},
           {gpt_attention_mode({}), "launch of attention of 7 tokens in 3 sequences failed: recorded error"},
           {gpt_attention_mode(decode), "launch of attention of 3 tokens in 3 sequences failed: recorded error"}};
 }

@@ -52,6 +52,82 @@ inline Mode gemm_mode(nvinfer1::DataType type, bool bias, bool swiglu, bool cons
   return mode;
 }
 
+// A quantized weight, and its packed form's shapes: int4 of [96, 192] or int8 of [96, 256], padded to 128 rows.
+struct QuantizedMode {
+  int bits = 4;
+  int group_size = 64;  // 0: one group
+  bool zeros = true;
+  bool bias = true;
+  bool swiglu = true;
+  int scale_type = 1;
+};
+
+// x [5, 3, in_features], of which 5 is dynamic.
+inline Mode quantized_gemm_mode(nvinfer1::DataType type, QuantizedMode const& given) {
+  using nvinfer1::DataType;
+  Extent const in_features = given.bits == 4 ? 192 : 256;
+  Extent const groups = given.group_size == 0 ? 1 : 256 / given.group_size;
+  Mode mode{"Gemm:2",
+            {},
+            {tensor(type, {5, 3, in_features}), tensor(DataType::kINT32, {2, 8, given.bits == 4 ? 256 : 512}),
+             tensor(DataType::kINT32, {groups, 64})},
+            {tensor(type, {5, 3, given.swiglu ? 48 : 96})},
+            {5},
+            {}};
+  mode.fields.add("type_id", int_of(type)).add("in_features", static_cast<int32_t>(in_features));
+  mode.fields.add("out_features", 96).add("weight_bits", given.bits).add("group_size", given.group_size);
+  mode.fields.add("zeros", given.zeros ? 1 : 0).add("bias", given.bias ? 1 : 0);
+  mode.fields.add("activation", given.swiglu ? 1 : 0).add("constant_weight", 1).add_array("kernels", {15, 7});
+  mode.fields.add("scale_type_id", given.scale_type);
+  if (given.zeros) {
+    mode.inputs.push_back(tensor(DataType::kINT32, {groups, 32}));
+  }
+  if (given.bias) {
+    mode.inputs.push_back(tensor(type, {96}));
+  }
+  mode.workspace_bytes = workspace_of_kernels(15, in_features, {15, 7});
+  mode.check_launch = [=](Addresses const& inputs, Addresses const& outputs) {
+    qwen_plugins::GemmParams const& params = recorded.gemm.value();
+    qwen_plugins::WeightFormat const& format = params.shape.weight_format;
+    CHECK(params.shape.rows == 15 && params.shape.in_features == in_features && params.shape.out_features == 96);
+    CHECK((params.shape.activation == qwen_plugins::Activation::kSwiglu) == given.swiglu);
+    CHECK(static_cast<int32_t>(params.shape.dtype) == int_of(type));
+    CHECK(qwen_plugins::is_quantized(format) && (format.kind == qwen_plugins::WeightKind::kInt4) == (given.bits == 4));
+    CHECK(format.group_size == given.group_size && format.has_zeros == given.zeros);
+    CHECK(static_cast<int32_t>(format.scale_dtype) == given.scale_type);
+    CHECK(params.x == inputs[0] && params.x_row_stride == in_features && params.weight == inputs[1]);
+    CHECK(params.scales == inputs[2] && params.zeros == (given.zeros ? inputs[3] : nullptr));
+    CHECK(params.bias == (given.bias ? inputs.back() : nullptr));
+    CHECK(params.y == outputs[0] && params.constant_weight && static_cast<int32_t>(params.choice) == 7);
+    CHECK(params.workspace == workspace_address());
+    CHECK(params.workspace_bytes == workspace_of_kernels(15, in_features, {15, 7}));
+  };
+  return mode;
+}
+
+inline std::vector<Mode> quantized_gemm_modes() {
+  std::vector<Mode> modes;
+  for (nvinfer1::DataType const type : tested_types()) {
+    for (int const bits : {0, 1, 2, 3, 4, 5, 6, 7}) {
+      QuantizedMode mode;
+      mode.zeros = (bits & 1) != 0;
+      mode.bias = (bits & 2) != 0;
+      mode.swiglu = (bits & 4) != 0;
+      modes.push_back(quantized_gemm_mode(type, mode));
+    }
+  }
+  for (int const group_size : {0, 32, 128}) {
+    QuantizedMode mode;
+    mode.bits = 8;
+    mode.group_size = group_size;
+    mode.scale_type = 7;
+    modes.push_back(quantized_gemm_mode(nvinfer1::DataType::kHALF, mode));
+  }
+  modes.push_back(quantized_gemm_mode(nvinfer1::DataType::kHALF, {}));
+  modes.back().plugin = "QwenGemm:2";
+  return modes;
+}
+
 inline std::vector<Mode> gemm_modes() {
   std::vector<Mode> modes;
   for (nvinfer1::DataType const type : tested_types()) {

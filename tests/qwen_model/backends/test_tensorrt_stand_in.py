@@ -191,6 +191,21 @@ def test_beams_are_the_same(sessions, num_beams):
         np.testing.assert_allclose([b.score for b in output.beams], [b.score for b in other.beams], atol=1e-4)
 
 
+@pytest.mark.parametrize("num_pages", [4, 7])
+def test_many_prompts_in_little_memory(trt, model_dir, tmp_path, monkeypatch, num_pages):
+    """They wait, run in chunks, share what they begin with, lose their pages and come back: the tokens are the same."""
+    expected, _ = both(model_dir, tmp_path, max_num_tokens=25, max_input_len=100)
+    shared = random_prompt(70, seed=7)
+    prompts = [shared + random_prompt(length, seed=length) for length in (3, 20, 9)]
+    prompts += [random_prompt(length, seed=length) for length in (60, 1, 33, 59, 60, 2, 48)]
+    wanted = [expected.generate(prompt, max_new_tokens=30).outputs[0].output_ids for prompt in prompts]
+    monkeypatch.setattr("qwen_model.backends.tensorrt.device.pool_pages", lambda *_: num_pages)
+    session = qwen_model.load_engine(tmp_path / "tensorrt")
+    assert session.device.num_pages == num_pages
+    outputs = session.generate(prompts, max_new_tokens=30).outputs
+    assert [output.output_ids for output in outputs] == wanted
+
+
 def test_a_session_is_as_good_as_new_after_requests_that_fail_or_stop(sessions):
     expected, session = sessions
     prompts = [random_prompt(20, seed=3), random_prompt(11, seed=4)]

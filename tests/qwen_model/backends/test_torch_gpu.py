@@ -63,7 +63,7 @@ def test_float32_is_the_cpus(model, plugin):
     _, folder = model
     engine = build(folder, "float32", plugin)
     gpu, cpu = (qwen_model.load_engine(engine, device=device) for device in ("cuda", "cpu"))
-    assert gpu.executor.runs_ahead
+    assert gpu.device.runs_ahead
     expected = token_ids(cpu, PROMPTS)
     assert token_ids(gpu, PROMPTS) == expected
     for prompt, ids in zip(PROMPTS, expected, strict=True):
@@ -129,22 +129,23 @@ def test_a_greedy_request_after_a_sampled_one(model):
 
 
 def test_graphs_are_captured_before_a_request_is_timed(model, monkeypatch):
-    """By `prepare`, for the request's own kind of choice."""
+    """By `prepare`: none is captured as the request runs, whatever its kind of choice."""
     _, folder = model
     session = qwen_model.load_engine(build(folder, "float16"), device="cuda")
-    prefill, captured = session.executor.prefill, []
+    device = session.device
+    run, captured = device.forward, []
 
-    def watched(prompts, sampling):
-        before = set(session.executor._graphs)
-        pending = prefill(prompts, sampling)
-        captured.append(set(session.executor._graphs) - before)
-        return pending
+    def watched(batch):
+        before = set(device._graphs)
+        run(batch)
+        captured.append(set(device._graphs) - before)
 
-    monkeypatch.setattr(session.executor, "prefill", watched)
+    monkeypatch.setattr(device, "forward", watched)
     for options in ({}, {"temperature": 2.0}, {"repetition_penalty": 1.5}, {"top_p": 0.3, "seed": 3}):
         token_ids(session, PROMPTS[:2], sampling=SamplingOptions(**options))
-    assert captured == [set()] * 4
-    assert len(session.executor._graphs) == 3
+    assert captured
+    assert not any(captured)
+    assert set(device._graphs) == {1, 2}
 
 
 def test_repetition_penalty_is_the_cpus(model):
@@ -201,7 +202,7 @@ def test_out_of_memory_is_said_before_loading(model, tmp_path):
     engine = build(folder, "float16", max_batch_size=4)
     path = engine / "config.json"
     values = json.loads(path.read_text())
-    values["limits"]["max_batch_size"] = 2**24
+    values["limits"]["max_output_len"] = 2**30
     path.write_text(json.dumps(values))
-    with pytest.raises(qwen_model.QwenModelError, match=r"not enough GPU memory.*GiB of key-value cache"):
+    with pytest.raises(qwen_model.QwenModelError, match=r"key-value cache has .* GiB, and one sequence of .* tokens"):
         qwen_model.load_engine(engine, device="cuda")

@@ -245,13 +245,6 @@ def test_inspect_shows_the_formats(tmp_path, plain_dir):
     assert "weights   8 x int4, groups of 32; 1 x int8, a scale per output" in shown
 
 
-@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
-def test_back_ends_without_quantized_weights_say_so(tmp_path, plain_dir, backend):
-    pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(QwenModelError, match="back end does not run quantized weights in this version"):
-        build(plain_dir, tmp_path / "engine", backend=backend, dtype="float16", quantization="int8")
-
-
 def test_activation_aware(tmp_path, model_dir):
     """With a scale per output and 8 bits almost nothing is left of the quantization, so the function is the same."""
     (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 40)

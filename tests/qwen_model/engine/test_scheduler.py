@@ -10,7 +10,7 @@ from qwen_model.engine.sequences import Sequence
 from tests.qwen_model.engine.sequences_alone import EvenOrOdd, alone, check, run, scheduler_of
 from tests.support.fake_device import VOCAB, FakeDevice, hashed_logits, overflowing_logits
 
-PREFIX = [random.Random(0).randrange(VOCAB) for _ in range(30)]
+PREFIX = random.Random(0).choices(range(VOCAB), k=30)
 
 
 def random_sequence(source: random.Random, before: list[Sequence]) -> Sequence:
@@ -113,6 +113,19 @@ def test_where_all_slots_are_taken_several_are_given_at_once():
     assert min(prompts) >= 2
 
 
+def test_a_free_slot_is_not_kept_for_long():
+    device = FakeDevice(max_sequences=32, max_tokens=200, num_pages=900)
+    scheduler = scheduler_of(device)
+    run(
+        scheduler,
+        [Sequence([1, 2, place], 60 if place else 5) for place in range(32)]
+        + [Sequence([token, token], 1) for token in (3, 4)],
+    )
+    prompts = [place for place, batch in enumerate(device.forwards) if not batch.is_decode]
+    assert prompts[0] == 0
+    assert 5 < prompts[1] <= 5 + 1 + 8
+
+
 def test_the_host_is_one_step_ahead():
     """A step is launched with the tokens that the device chose last, before these are read."""
     device = FakeDevice(runs_ahead=True)
@@ -153,6 +166,35 @@ def test_an_answer_is_a_prefix_too():
     device.forwards.clear()
     run(scheduler, [Sequence([*first.tokens, 5], 1)])
     assert device.forwards[0].past_lengths.tolist() == [40]
+
+
+def test_a_deterministic_scheduler_shares_pages_of_prompts_only():
+    device = FakeDevice(max_tokens=100, num_pages=100)
+    scheduler = scheduler_of(device, deterministic=True)
+    first = Sequence(PREFIX, 12)
+    run(scheduler, [first])
+    device.forwards.clear()
+    run(scheduler, [Sequence([*first.tokens, 5], 1)])
+    assert device.forwards[0].past_lengths.tolist() == [28]  # seven pages of the prompt
+
+
+def test_a_prefix_is_shared_where_the_rotary_embedding_is_equal():
+    device = FakeDevice(max_tokens=100, num_pages=100)
+    scheduler = scheduler_of(device, stretch=lambda length: 1 + (length > 20))
+    run(scheduler, [Sequence(PREFIX, 1), Sequence(PREFIX[:20], 1), Sequence(PREFIX[:25], 1)])
+    device.forwards.clear()
+    for length, past in ((18, 16), (22, 20)):
+        run(scheduler, [Sequence([*PREFIX[:length], 1, 2], 1)])
+        assert device.forwards[-1].past_lengths.tolist() == [past]
+
+
+def test_a_sample_shares_nothing_with_a_parent_of_other_tokens():
+    scheduler = scheduler_of(FakeDevice(max_tokens=100, num_pages=100))
+    parent = Sequence(PREFIX, 9)
+    child = Sequence(PREFIX[::-1], 9, parent=parent)
+    events = run(scheduler, [parent, child])
+    check(parent, events[parent])
+    check(child, events[child])
 
 
 def test_samples_of_a_prompt_share_its_pages():
@@ -199,6 +241,7 @@ def test_a_deterministic_scheduler_preempts_nobody_and_cuts_prompts_where_it_alw
                 begin, length = int(batch.past_lengths[row]), int(batch.lengths[row])
                 start = int(batch.lengths[:row].sum())
                 found.setdefault(tuple(batch.tokens[start : start + length].tolist()), []).append((begin, length))
+        assert all(begin % 16 == 0 and length <= 16 for value in found.values() for begin, length in value)
         pieces.append({key: sorted(value) for key, value in found.items()})
     assert pieces[0] == pieces[1]
 

@@ -16,7 +16,7 @@ from qwen_model.tuning.timings import GemmTimings
 from qwen_plugins import quantized
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 
-LIMITS = Limits(max_batch_size=4, max_input_len=100, max_output_len=10)
+LIMITS = Limits(max_batch_size=4, max_input_len=100, max_output_len=10, max_num_tokens=400)
 
 
 class FakeGpu:
@@ -146,7 +146,7 @@ def test_times_are_kept_for_the_same_gpu_and_libraries(model, cache):
     assert sorted(other.measured, key=str) == sorted(first.measured, key=str)
     assert len(list(cache.iterdir())) == 2
     more = FakeGpu()
-    choose_kernels(model, Limits(4, 200, 10), "float16", nothing, more)
+    choose_kernels(model, Limits(4, 200, 10, max_num_tokens=800), "float16", nothing, more)
     assert {rows for rows, *_ in more.measured} == {192, 256, 1024}  # what larger limits add
 
 

@@ -1,0 +1,143 @@
+#include "quantized_gemm_plugin.h"
+
+#include "kernels/gemm/packed_weight.h"
+
+namespace qwen_plugins {
+namespace {
+
+using nvinfer1::PluginFieldType;
+using Attributes = QuantizedGemmAttributes;
+
+WeightFormat format_of(Attributes const& attributes) {
+  WeightFormat format;
+  format.kind = attributes.weight_bits == 4 ? WeightKind::kInt4 : WeightKind::kInt8;
+  format.group_size = attributes.group_size;
+  format.has_zeros = attributes.zeros != 0;
+  format.scale_dtype = static_cast<DataType>(attributes.scale_type_id);
+  return format;
+}
+
+bool has_swiglu(Attributes const& attributes) {
+  return attributes.activation == static_cast<int32_t>(Activation::kSwiglu);
+}
+
+// A number of features, which a launch takes, and a multiple of `unit`.
+void check_features(char const* name, int32_t value, int32_t unit) {
+  require_positive(name, value);
+  if (value > kMaxGemmSize || (unit > 1 && value % unit != 0)) {
+    throw std::invalid_argument("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected " +
+                                (unit > 1 ? "a multiple of " + std::to_string(unit) : "a number") + " up to " +
+                                std::to_string(kMaxGemmSize));
+  }
+}
+
+Attributes checked(Attributes attributes) {
+  require_type("type_id", attributes.type_id, floating_types());
+  require_one_of("weight_bits", attributes.weight_bits, {4, 8});
+  require_one_of("group_size", attributes.group_size, {0, 32, 64, 128});
+  require_flag("zeros", attributes.zeros);
+  require_one_of("scale_type_id", attributes.scale_type_id,
+                 {static_cast<int32_t>(DataType::kFloat16), static_cast<int32_t>(DataType::kBFloat16)});
+  require_flag("bias", attributes.bias);
+  require_one_of("activation", attributes.activation,
+                 {static_cast<int32_t>(Activation::kNone), static_cast<int32_t>(Activation::kSwiglu)});
+  check_features("in_features", attributes.in_features, attributes.group_size);
+  check_features("out_features", attributes.out_features, has_swiglu(attributes) ? 2 : 1);
+  require_flag("constant_weight", attributes.constant_weight);
+  check_kernels(attributes.kernels);
+  return attributes;
+}
+
+// The packed weight is int32 to TensorRT, which leaves that alone: codes, two scales in a word, four zero points.
+TensorRoles make_roles(Attributes const& attributes) {
+  using nvinfer1::DataType;
+  auto const type = static_cast<DataType>(attributes.type_id);
+  WeightFormat const format = format_of(attributes);
+  PackedSizes const sizes(format, attributes.out_features, attributes.in_features);
+  Pattern const codes{sizes.k / kPackedK, sizes.rows / kPackedRows, int64_t{superblock_bytes_of(format.kind)} / 4};
+  std::vector<TensorRole> inputs{{"x", type, {"...", int64_t{attributes.in_features}}},
+                                 {"weight", DataType::kINT32, codes},
+                                 {"scales", DataType::kINT32, {sizes.groups, sizes.rows / 2}}};
+  if (attributes.zeros != 0) {
+    inputs.push_back({"zeros", DataType::kINT32, {sizes.groups, sizes.rows / 4}});
+  }
+  if (attributes.bias != 0) {
+    inputs.push_back({"bias", type, {int64_t{attributes.out_features}}});
+  }
+  int64_t const columns = attributes.out_features / (has_swiglu(attributes) ? 2 : 1);
+  return {inputs, {{"y", type, {"...", columns}}}, {{"...", 0, kMaxGemmSize}}};
+}
+
+std::string description(GemmShape const& shape) {
+  return std::to_string(shape.rows) + " rows of " + std::to_string(shape.in_features) + " times quantized [" +
+         std::to_string(shape.out_features) + ", " + std::to_string(shape.in_features) + "]";
+}
+
+}  // namespace
+
+AttributeSchema const& QuantizedGemmPlugin::schema() {
+  static AttributeSchema const schema{
+      kName,
+      1,
+      {
+          {"type_id", PluginFieldType::kINT32, offsetof(Attributes, type_id), true},
+          {"in_features", PluginFieldType::kINT32, offsetof(Attributes, in_features), true},
+          {"out_features", PluginFieldType::kINT32, offsetof(Attributes, out_features), true},
+          {"weight_bits", PluginFieldType::kINT32, offsetof(Attributes, weight_bits), true},
+          {"group_size", PluginFieldType::kINT32, offsetof(Attributes, group_size), false},
+          {"zeros", PluginFieldType::kINT32, offsetof(Attributes, zeros), false},
+          {"scale_type_id", PluginFieldType::kINT32, offsetof(Attributes, scale_type_id), false},
+          {"bias", PluginFieldType::kINT32, offsetof(Attributes, bias), false},
+          {"activation", PluginFieldType::kINT32, offsetof(Attributes, activation), false},
+          {"constant_weight", PluginFieldType::kINT32, offsetof(Attributes, constant_weight), false},
+          {"kernels", PluginFieldType::kINT32, offsetof(Attributes, kernels), false, true},
+      }};
+  return schema;
+}
+
+QuantizedGemmPlugin::QuantizedGemmPlugin(Attributes const& attributes)
+    : PluginBase(checked(attributes), make_roles), choices_(choices_of(attributes.kernels)) {}
+
+GemmShape QuantizedGemmPlugin::shape(int64_t rows) const {
+  GemmShape shape;
+  shape.rows = rows;
+  shape.in_features = attributes().in_features;
+  shape.out_features = attributes().out_features;
+  shape.activation = static_cast<Activation>(attributes().activation);
+  shape.dtype = static_cast<DataType>(attributes().type_id);
+  shape.weight_format = format_of(attributes());
+  return shape;
+}
+
+size_t QuantizedGemmPlugin::needed_workspace(GemmShape const& shape) const {
+  int64_t bytes = 0;
+  check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(shape); });
+  return static_cast<size_t>(bytes);
+}
+
+size_t QuantizedGemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
+  return needed_workspace(shape(roles().largest_sizes(largest_inputs).leading()));
+}
+
+void QuantizedGemmPlugin::enqueue(Execution const& execution) const {
+  GemmParams params;
+  params.shape = shape(roles().sizes(execution.input_descs).leading());
+  if (params.shape.rows == 0) {
+    return;
+  }
+  params.x = input(execution, "x");
+  params.weight = input(execution, "weight");
+  params.scales = input(execution, "scales");
+  params.zeros = input(execution, "zeros");
+  params.bias = input(execution, "bias");
+  params.y = output(execution, "y");
+  params.x_row_stride = params.shape.in_features;
+  params.constant_weight = attributes().constant_weight != 0;
+  params.choice = choice_for(choices_, params.shape.rows);
+  params.workspace = execution.workspace;
+  // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
+  params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));
+  check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
+}
+
+}  // namespace qwen_plugins

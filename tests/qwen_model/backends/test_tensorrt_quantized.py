@@ -1,0 +1,56 @@
+"""Engines of the TensorRT and TensorRT-RTX back ends with quantized weights, on these, CUDA and kernels in NumPy."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import qwen_model
+from qwen_model.interface.engine_config import EngineConfig
+from tests import stand_ins
+from tests.qwen_model.model_files import random_prompt
+from tests.qwen_model.quantized_files import Layout, save_layout
+from tests.stand_ins import numpy_cuda
+
+HEADS = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+NEW_TOKENS = 12
+CHECKPOINTS = {
+    "gptq desc_act": (Layout("gptq", desc_act=True), {}),
+    "awq": (Layout("awq", symmetric=False, group_size=64), {"head_quantization": "int8"}),
+    "w8a16": (Layout("compressed-tensors", bits=8, group_size=-1), {}),
+    "gptq dynamic": (Layout("gptq", dynamic={"mlp.down_proj": (8, 64)}, ignored=("layers.1.mlp.down_proj",)), {}),
+}
+
+
+@pytest.fixture(params=["8.6.0", "10.14.1", "11.1.0", "rtx"])
+def backend(request, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "rtx":
+        pytest.importorskip("onnx")
+        monkeypatch.setattr(numpy_cuda.device, "capability", (8, 9))
+    with stand_ins.installed(request.param):
+        yield "tensorrt-rtx" if request.param == "rtx" else "tensorrt"
+
+
+def tokens_and_logits(folder, device):
+    dataclasses.replace(EngineConfig.read(folder), end_token_ids=()).write(folder)
+    session = qwen_model.load_engine(folder, device=device)
+    prompt = random_prompt(40, seed=3)
+    return session.generate(prompt, max_new_tokens=NEW_TOKENS).outputs[0].output_ids, session.logits(prompt)
+
+
+@pytest.mark.parametrize("options", [{}, {"disable_plugins": ["gemm"]}], ids=["plugin", "layers"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_tokens_are_those_of_the_torch_back_end(backend, checkpoint, options, tmp_path):
+    if options and backend == "tensorrt-rtx":
+        pytest.skip("it has no layers in place of plug-ins")
+    layout, chosen = checkpoint
+    model_dir, _, _ = save_layout(tmp_path, layout, **HEADS)
+    settings = {"dtype": "float32", "max_batch_size": 2, "max_input_len": 60, "max_output_len": 20, **chosen}
+    qwen_model.build_engine(model_dir, output_dir=tmp_path / "torch", **settings)
+    summary = qwen_model.build_engine(model_dir, output_dir=tmp_path / "engine", backend=backend, **settings, **options)
+    assert summary.config.weight_formats
+    expected, expected_logits = tokens_and_logits(tmp_path / "torch", "cpu")
+    tokens, logits = tokens_and_logits(tmp_path / "engine", None)
+    assert tokens == expected
+    np.testing.assert_allclose(logits, expected_logits, atol=2e-4)

@@ -1,0 +1,99 @@
+"""The key-value cache of an engine: how it keeps numbers, how many pages it gets, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import qwen_model
+from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.common.errors import OutOfMemoryError
+from qwen_model.interface.engine_config import EngineConfig, Limits
+from qwen_model.interface.memory import most_pages, page_bytes, pool_pages
+from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_an_8_bit_cache(model_dir, tmp_path, session, kind):
+    sizes = {"max_batch_size": 3, "max_input_len": 100, "max_output_len": 20, "max_num_tokens": 150}
+    summary = qwen_model.build_engine(
+        model_dir, output_dir=tmp_path / "e", dtype="float32", kv_cache_dtype=kind, **sizes
+    )
+    assert summary.config.limits.max_num_tokens == 150
+    assert EngineConfig.read(tmp_path / "e").kv_cache_dtype == kind
+    loaded = qwen_model.load_engine(tmp_path / "e", device="cpu")
+    model = summary.config.model
+    assert loaded.device.cache.data.nbytes == loaded.device.num_pages * page_bytes(model, "float32", kind)
+    assert loaded.device.num_pages == most_pages(summary.config.limits) == 3 * 2 + 1
+    # A code for each number of 4 bytes, and a scale of 4 bytes for each head's numbers.
+    size = model.head_size
+    assert page_bytes(model, "float32") / page_bytes(model, "float32", kind) == 4 * size / (size + 4)
+    prompts = [random_prompt(length, seed=length) for length in (40, 7, 99)]
+    exact = [torch.from_numpy(session.logits(prompt)).log_softmax(-1) for prompt in prompts]
+    for prompt, expected in zip(prompts, exact, strict=True):
+        found = torch.from_numpy(loaded.logits(prompt)).log_softmax(-1)
+        assert 0 < (found - expected).abs().max() < {"int8": 0.3, "fp8": 1.5}[kind]
+    assert len(loaded.generate(prompts, max_new_tokens=20).outputs[2].output_ids) == 20
+
+
+def test_engines_without_these_options_read_as_before(engine_dir, tmp_path):
+    folder = shutil.copytree(engine_dir, tmp_path / "engine")
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["kv_cache_dtype"], values["limits"]["max_num_tokens"]
+    path.write_text(json.dumps(values))
+    config = EngineConfig.read(folder)
+    assert (config.kv_cache_dtype, config.limits.max_num_tokens) == ("auto", 8192)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be one of auto, int8, fp8, not 'int4'"),
+        ({"max_num_tokens": 0}, "max_num_tokens must be a positive integer, not 0"),
+    ],
+)
+def test_options_that_cannot_be_built(model_dir, tmp_path, options, message):
+    with pytest.raises(qwen_model.QwenModelError, match=message):
+        qwen_model.build_engine(model_dir, output_dir=tmp_path / "engine", **options)
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("value", [0, 1.1, -0.5, True, "0.9"])
+def test_parts_of_the_memory_that_there_are_not(engine_dir, value):
+    with pytest.raises(
+        qwen_model.QwenModelError, match="gpu_memory_utilization must be a number above 0 and at most 1"
+    ):
+        qwen_model.load_engine(engine_dir, device="cpu", gpu_memory_utilization=value)
+
+
+def test_a_cpu_is_not_deterministic(engine_dir):
+    with pytest.raises(qwen_model.QwenModelError, match=r"deterministic \(--deterministic\) is for NVIDIA GPUs.*cpu"):
+        qwen_model.load_engine(engine_dir, device="cpu", deterministic=True)
+
+
+def test_how_many_pages_there_are(engine_dir):
+    """As many as fit, no more than can be used, and no fewer than one sequence needs."""
+    config = EngineConfig.read(engine_dir)
+    model: ModelConfig = config.model
+    limits = Limits(max_batch_size=10, max_input_len=100, max_output_len=60)  # 3 pages each
+    size = page_bytes(model, "float16")
+    assert pool_pages(model, limits, "float16", "auto", 20.9 * size) == 20
+    assert pool_pages(model, limits, "float16", "auto", 1e12) == most_pages(limits) == 31
+    assert pool_pages(model, limits, "float16", "auto", 4 * size) == 4
+    for available in (3.9 * size, -1e9):
+        with pytest.raises(
+            OutOfMemoryError, match=r"one sequence of 160 tokens needs .* GiB: give a larger --gpu-memory"
+        ):
+            pool_pages(model, limits, "float16", "auto", available)
+
+
+def test_large_key_biases_beside_int8_codes(tmp_path):
+    model = hugging_face_model("Qwen2ForCausalLM")
+    model.model.layers[1].self_attn.k_proj.bias.data[5] = -312.0
+    save_hugging_face(model, tmp_path / "model")
+    for kind in ("int8", "fp8", "auto"):
+        summary = qwen_model.build_engine(tmp_path / "model", output_dir=tmp_path / kind, kv_cache_dtype=kind)
+        warned = [warning for warning in summary.warnings if "keys have biases of up to 312" in warning]
+        assert len(warned) == (kind == "int8")
