@@ -411,7 +411,6 @@ def model_values(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     from benchmarks.generate import SHAPES
-    from qwen_model.command_line import add_int4_arguments
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("vllm", "qwen_model", "session")
@@ -435,7 +434,8 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="ours")
     parser.add_argument("--quantization", choices=["int8", "int4"], help="ours; vLLM's: --vllm-arguments")
     parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8", help="ours")
-    add_int4_arguments(parser)
+    parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
+    parser.add_argument("--asymmetric", action="store_true", help="with int4")
     parser.add_argument("--device", default="cuda", help="ours")
     parser.add_argument("--http-processes", type=int, default=0, help="ours (default: the command's)")
     parser.add_argument("--load-processes", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
