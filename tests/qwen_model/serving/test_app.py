@@ -11,7 +11,7 @@ import pytest
 
 from qwen_model.serving.context import ServerLimits
 
-from .conftest import NAME, REPLY, Served
+from .served import NAME, REPLY, Served
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_model.serving.wire import Add, Cancel
 
-from .conftest import NAME, REPLY, Served
+from .served import NAME, REPLY, Served
 
 HELLO = [{"role": "user", "content": "Hello"}]
 WEATHER = {

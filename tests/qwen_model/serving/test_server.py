@@ -22,7 +22,7 @@ import pytest
 import qwen_model
 from qwen_model import SamplingOptions
 
-from .conftest import NAME
+from .served import NAME
 from .server_process import ServerProcess
 
 pytestmark = pytest.mark.server
