@@ -145,12 +145,13 @@ def test_a_client_that_leaves_cancels(served: Served) -> None:
     assert cancelled == {request.id for request in asked(served)}
 
 
-def test_a_client_that_leaves_a_whole_answer_cancels(served: Served) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token_cancels(served: Served, stream: bool) -> None:
     import httpx
 
-    served.engine.holds = True
+    served.engine.silent = True
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/chat/completions", json={"messages": HELLO}, timeout=0.5)
+        httpx.post(f"{served.url}/v1/chat/completions", json={"messages": HELLO, "stream": stream}, timeout=0.5)
     assert wait_for(lambda: {each.id for each in served.engine.requests if isinstance(each, Cancel)}, 1)
 
 
