@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_a_stream_gives_the_same_text(served: Served) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == len(served.context.model.tokenizer.encode(REPLY)) + 1
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_the_async_client(served: Served) -> None:
+    import openai
+
+    async def text(client: openai.AsyncOpenAI) -> str:
+        stream = await client.chat.completions.create(model=NAME, messages=HELLO, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def three() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(text(client) for _ in range(3)))
+
+    assert asyncio.run(three()) == [REPLY] * 3
 
 
 def test_n_choices_draw_differently(served: Served) -> None:
