@@ -90,13 +90,14 @@ class Record:
 
 def write_model(folder: Path, values: dict[str, Any], options: argparse.Namespace) -> None:
     """Write the configurations of a checkpoint and of an engine without weights, and a tokenizer, into two folders."""
+    from benchmarks.generate_torch import random_formats
     from qwen_model.checkpoints.config import read_config
     from qwen_model.interface.engine_config import EngineConfig, Limits
 
+    model = read_config(values)
     limits = Limits(options.max_batch_size, LONGEST, LONGEST)
-    engine = EngineConfig(
-        "torch", options.dtype, limits, read_config(values), (), 0, {}, kv_cache_dtype=options.kv_cache_dtype
-    )
+    kinds = {"kv_cache_dtype": options.kv_cache_dtype, "weight_formats": random_formats(options, model)}
+    engine = EngineConfig("torch", options.dtype, limits, model, (), 0, {}, **kinds)
     for name in ("checkpoint", "engine"):
         (folder / name).mkdir()
         write_tokenizer(folder / name, values["vocab_size"])
@@ -132,8 +133,8 @@ def load_random(engine_dir: Path, device: str) -> Session:
     from qwen_model.interface.engine_config import EngineConfig
 
     config = EngineConfig.read(engine_dir)
-    weights = random_weights(config.model, getattr(torch, config.dtype), device)
-    session = random_session(config.model, weights, config.limits, config.kv_cache_dtype)
+    weights = random_weights(config.model, getattr(torch, config.dtype), device, config.weight_formats)
+    session = random_session(config.model, weights, config.limits, config.kv_cache_dtype, config.weight_formats)
     session.tokenizer = load_tokenizer(engine_dir)
     return session
 
@@ -316,7 +317,7 @@ def result(
     found = Result(
         name,
         options.shape,
-        options.dtype,
+        " ".join(filter(None, [options.dtype, options.quantization if name != "vllm" else None])),
         load,
         None if rate is None else round(rate, 3),
         len(records),
@@ -431,6 +432,10 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="ours")
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="ours; vLLM's: --vllm-arguments")
+    parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8", help="ours")
+    parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
+    parser.add_argument("--asymmetric", action="store_true", help="with int4")
     parser.add_argument("--device", default="cuda", help="ours")
     parser.add_argument("--http-processes", type=int, default=0, help="ours (default: the command's)")
     parser.add_argument("--load-processes", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))

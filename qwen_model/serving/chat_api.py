@@ -187,7 +187,7 @@ async def chat_completions(context: Context, body: ChatRequest, request: Request
     chat = await prepare(context, body, context.salt_of(request))
     generation = Generation(chat.job, context.model, context.client, context.limits.timeout)
     if body.stream:
-        return await streamed(_events(context, body, chat, generation))
+        return await streamed(request, _events(context, body, chat, generation))
     return json_response(await whole(request, lambda: _completion(context, chat, generation)))
 
 

@@ -63,7 +63,7 @@ async def completions(context: Context, body: CompletionRequest, request: Reques
     job = await prepare(context, body, context.salt_of(request))
     generation = Generation(job, context.model, context.client, context.limits.timeout)
     if body.stream:
-        return await streamed(_events(context, body, generation))
+        return await streamed(request, _events(context, body, generation))
     return json_response(await whole(request, lambda: _completion(context, body, generation)))
 
 

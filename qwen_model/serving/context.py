@@ -79,13 +79,15 @@ def sse(value: Any, event: str | None = None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-async def streamed(events: AsyncIterator[bytes], done: bytes = DONE) -> Response:
+async def streamed(request: Request, events: AsyncIterator[bytes], done: bytes = DONE) -> Response:
     """Return a stream of events; an error before the first is an ordinary response, later ones are events.
+
+    It ends when the client goes away, also before the first event.
 
     Raises:
         ApiError: the request is refused.
     """
-    first = await anext(events, b"")
+    first = await whole(request, lambda: _first(events))
 
     async def all_events() -> AsyncIterator[bytes]:
         yield first
@@ -99,6 +101,10 @@ async def streamed(events: AsyncIterator[bytes], done: bytes = DONE) -> Response
         yield done
 
     return StreamingResponse(all_events(), headers=SSE_HEADERS, media_type="text/event-stream")
+
+
+async def _first(events: AsyncIterator[bytes]) -> bytes:
+    return await anext(events, b"")
 
 
 async def whole(request: Request, work: Callable[[], Awaitable[R]]) -> R:

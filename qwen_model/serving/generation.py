@@ -50,12 +50,14 @@ class TokenizerThread:
         """Return what the function returns.
 
         Raises:
-            ApiError: it raises QwenModelError.
+            ApiError: it raises QwenModelError or RecursionError.
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, function)
         except QwenModelError as error:
             raise ApiError(400, str(error)) from error
+        except RecursionError as error:
+            raise ApiError(400, "a field of the request is nested too deeply") from error
 
 
 @dataclass(frozen=True)

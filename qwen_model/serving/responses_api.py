@@ -115,7 +115,7 @@ async def responses(context: Context, body: ResponsesRequest, request: Request) 
     generation = Generation(chat.job, context.model, context.client, context.limits.timeout)
     answer = _Answer(context, body, chat, generation)
     if body.stream:
-        return await streamed(_events(answer), done=b"")
+        return await streamed(request, _events(answer), done=b"")
     return json_response(await whole(request, lambda: _response(answer)))
 
 

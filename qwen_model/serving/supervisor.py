@@ -6,6 +6,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -137,6 +138,8 @@ def _run_engine(options: ServerOptions, connections: list[socket.socket], sender
 def _run_http(options: ServerOptions, connection: socket.socket, listener: socket.socket, secret: str) -> None:
     """Be an HTTP process."""
     show_log(options.verbose)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file; often 1024 are allowed
     import uvicorn
 
     from .app import make_app

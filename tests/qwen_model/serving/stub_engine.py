@@ -36,6 +36,7 @@ class StubEngine:
         self.reply = reply
         self.refusal: tuple[int, str] | None = None
         self.holds = False  # give one token, and never end
+        self.silent = False  # give none
         self.requests: list[Add | Cancel | Ask | Score] = []
         self._tokenizer = tokenizer
         self._ours, self.connection = socket.socketpair()
@@ -63,7 +64,7 @@ class StubEngine:
         if isinstance(request, Score):
             rest = request.prompt[1:]
             return [Frame([], [Scored(request.id, [LOGPROB] * len(rest), [[(token, LOGPROB)] for token in rest])])]
-        return [Frame([token], []) for token in self._tokens(request)]
+        return [] if self.silent else [Frame([token], []) for token in self._tokens(request)]
 
     def _tokens(self, request: Add) -> list[Token]:
         ids = self._tokenizer.encode(self.reply(request), add_special_tokens=False)

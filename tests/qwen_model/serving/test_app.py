@@ -11,7 +11,7 @@ import pytest
 
 from qwen_model.serving.context import ServerLimits
 
-from .conftest import NAME, REPLY, Served
+from .served import NAME, REPLY, Served
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -71,6 +71,23 @@ def test_a_body_that_is_none_is_an_error(served: Served, body: bytes) -> None:
     response = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("depth", [100, 600, 950, 3000])
+@pytest.mark.parametrize("field", ["messages", "tools", "response_format", "chat_template_kwargs", "x"])
+def test_fields_that_are_nested_deeply(served: Served, field: str, depth: int) -> None:
+    nested: Any = '{"a": ' * depth + "1" + "}" * depth
+    value = {
+        "messages": '[{"role": "user", "content": "x", "more": %s}]',
+        "tools": '[{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+        "response_format": '{"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}',
+        "chat_template_kwargs": '{"x": %s}',
+        "x": "%s",
+    }[field] % nested
+    messages = "" if field == "messages" else '"messages": [{"role": "user", "content": "x"}], '
+    body = f'{{{messages}"{field}": {value}}}'
+    response = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400), response.text
 
 
 def test_unknown_fields_are_ignored(served: Served, caplog: pytest.LogCaptureFixture) -> None:

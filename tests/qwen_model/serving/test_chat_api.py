@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from qwen_model.serving.wire import Add, Cancel
 
-from .conftest import NAME, REPLY, Served
+from .served import NAME, REPLY, Served
 
 HELLO = [{"role": "user", "content": "Hello"}]
 WEATHER = {
@@ -52,6 +53,20 @@ def test_a_stream_gives_the_same_text(served: Served) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == len(served.context.model.tokenizer.encode(REPLY)) + 1
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_the_async_client(served: Served) -> None:
+    import openai
+
+    async def text(client: openai.AsyncOpenAI) -> str:
+        stream = await client.chat.completions.create(model=NAME, messages=HELLO, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def three() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(text(client) for _ in range(3)))
+
+    assert asyncio.run(three()) == [REPLY] * 3
 
 
 def test_n_choices_draw_differently(served: Served) -> None:
@@ -145,12 +160,13 @@ def test_a_client_that_leaves_cancels(served: Served) -> None:
     assert cancelled == {request.id for request in asked(served)}
 
 
-def test_a_client_that_leaves_a_whole_answer_cancels(served: Served) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token_cancels(served: Served, stream: bool) -> None:
     import httpx
 
-    served.engine.holds = True
+    served.engine.silent = True
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/chat/completions", json={"messages": HELLO}, timeout=0.5)
+        httpx.post(f"{served.url}/v1/chat/completions", json={"messages": HELLO, "stream": stream}, timeout=0.5)
     assert wait_for(lambda: {each.id for each in served.engine.requests if isinstance(each, Cancel)}, 1)
 
 

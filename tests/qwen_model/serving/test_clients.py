@@ -15,7 +15,7 @@ import pytest
 from qwen_model.chat import main as chat
 from qwen_model.common.errors import QwenModelError
 
-from .conftest import NAME, REPLY, Served
+from .served import NAME, REPLY, Served
 from .stub_engine import Add
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

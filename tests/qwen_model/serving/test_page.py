@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Served
+from .served import Served
 from .stub_engine import Add, Cancel
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")

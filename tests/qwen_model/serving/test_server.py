@@ -22,7 +22,7 @@ import pytest
 import qwen_model
 from qwen_model import SamplingOptions
 
-from .conftest import NAME
+from .served import NAME
 from .server_process import ServerProcess
 
 pytestmark = pytest.mark.server
@@ -49,6 +49,7 @@ WEATHER = {
         },
     },
 }
+MANY = 900  # connections, fewer than the files that a process may usually open
 PROMPTS = ["def f(x):", "import", "class A:\n    def __init__(self", "for i in range(", "# The"]
 
 
@@ -181,7 +182,7 @@ for line in urllib.request.urlopen(urllib.request.Request("{server.url}/v1/compl
 
 def test_half_sent_bodies_and_idle_connections(server: ServerProcess) -> None:
     address = (httpx.URL(server.url).host, httpx.URL(server.url).port)
-    idle = [socket.create_connection(address) for _ in range(500)]
+    idle = [socket.create_connection(address) for _ in range(MANY)]
     half = [socket.create_connection(address) for _ in range(20)]
     for connection in half:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
@@ -340,3 +341,31 @@ def test_api_key_of_the_environment_and_a_full_queue(packaged_engine: Path) -> N
 
 def _endless(**options: Any) -> dict[str, Any]:
     return {"prompt": "x", "max_tokens": 500, "stream": True, "ignore_eos": True, **options}
+
+
+def test_lm_eval_scores_lines_through_the_server(server: ServerProcess, packaged_engine: Path) -> None:
+    """lm-eval's `local-completions` gives the log-likelihoods of its own class on this engine."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from qwen_model.evaluation.lm_eval_model import QwenModelLM
+    from qwen_model.packaged_model import held_out_text
+
+    lines = [line for line in held_out_text().splitlines() if " " in line.strip()][:20]
+    pairs = [(line.rpartition(" ")[0], " " + line.rpartition(" ")[2]) for line in lines]
+    pairs += [(line, " = 1") for line in lines]
+    instances = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    theirs = LocalCompletionsAPI(
+        model=NAME,
+        base_url=f"{server.url}/v1/completions",
+        tokenizer=str(packaged_engine),
+        tokenizer_backend="huggingface",
+        batch_size=4,
+        max_length=512,
+    )
+    found = theirs.loglikelihood(instances, disable_tqdm=True)
+    expected = QwenModelLM(str(packaged_engine), device="cpu").loglikelihood(instances, disable_tqdm=True)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-4, abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
