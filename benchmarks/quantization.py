@@ -1,10 +1,10 @@
 """Measure what each quantization does to the packaged model, also with outliers put into it.
 
-    python -m benchmarks.quantization [--tokens 8192] [--device cpu]
+    python -m benchmarks.quantization [--tokens 4096] [--device cpu]
 
 Large models have channels whose activations are a hundred times larger than others. The packaged model is too small for
 that, so it is also measured with some put in that change nothing of its function: norm weights are multiplied by up to
-100, and the columns behind them divided by as much. Calibration is on the first quarter of the held-out text. On tokens
+100, and the columns behind them divided by as much. Calibration is on the first eighth of the held-out text. On tokens
 of its second half the perplexity is measured, and the Kullback-Leibler divergence of the next token from the model that
 is not quantized.
 """
@@ -88,7 +88,7 @@ def measure(
     from qwen_model.packaged_model import held_out_text
 
     text = held_out_text()
-    (work / "calibration.txt").write_text(text[: len(text) // 4], encoding="utf-8")
+    (work / "calibration.txt").write_text(text[: len(text) // 8], encoding="utf-8")
     calibration: dict[str, Any] = {"calibration": work / "calibration.txt"} if "activation_aware" in method else {}
     summary = qwen_model.build_engine(
         model_dir, output_dir=work / "engine", dtype="float32", max_batch_size=1, **method, **calibration
@@ -108,7 +108,7 @@ def measure(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="that are predicted (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="that are predicted (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "quantization.json")
     options = parser.parse_args()

@@ -225,8 +225,9 @@ def quantization_quality() -> str:
         cells = [f"{found[method, models[0]]['bits']:.2f}"] if method != "not quantized" else [""]
         for model in models:
             record, plain = found[method, model], found["not quantized", model]
-            cells.append(f"{record['perplexity']:.3f} ({record['perplexity'] / plain['perplexity'] - 1:+.2%})")
-            cells.append(f"{1000 * record['divergence']:.2f}" if "divergence" in record else "")
+            lost = f" ({record['perplexity'] / plain['perplexity'] - 1:+.2%})" if record is not plain else ""
+            cells.append(f"{record['perplexity']:.3f}{lost}")
+            cells.append("" if record is plain else f"{1000 * record['divergence']:.2f}")
         rows.append([method, *cells])
     heads = [head for model in models for head in (f"perplexity, {model}", "divergence")]
     return markdown(["weights", "bits", *heads], rows)

@@ -56,7 +56,7 @@ class EngineWeights:
         return self._made[1][spec.name]
 
     def _packed(self, name: str, module: ModuleWeights[WeightSpec]) -> dict[str, Weight]:
-        tensors = packed_tensors(self._quantized(name, module), module, self._checkpoint.framework)
+        tensors = packed_tensors(self._quantized(name, module), self._checkpoint.framework)
         return {f"{name}.{field}": tensor for field, tensor in tensors.items()}
 
     def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight:
@@ -67,20 +67,15 @@ class EngineWeights:
         return rounded.weight
 
 
-def packed_tensors(
-    weight: QuantizedWeight, module: ModuleWeights[WeightSpec], framework: Framework
-) -> dict[str, Weight]:
+def packed_tensors(weight: QuantizedWeight, framework: Framework) -> dict[str, Weight]:
     """Pack a quantized weight in layout 2; return the tensors by the fields of `ModuleWeights` that they are for."""
     from qwen_plugins import quantized
 
     groups = weight.scales.shape[1]
-    zeros = weight.zeros
-    if zeros is None and not module.format.symmetric:  # joined with a layer that has zero points
-        zeros = np.full(weight.scales.shape, 1 << weight.bits - 1, np.uint8)
     packed = quantized.pack(
         weight.codes,
         bits_of(weight.scales, weight.scale_dtype),
-        zeros,
+        weight.zeros,
         bits=weight.bits,
         group_size=weight.codes.shape[1] // groups if groups > 1 else 0,
         scale_dtype=weight.scale_dtype,

@@ -31,6 +31,10 @@ ATTENTION: dict[str, int | float] = {
     "qk_norm": 0,
     "norm_eps": 1e-6,
 }
+QUANTIZED_GEMM: dict[str, int | float] = {
+    **{"type_id": int(trt.float16), "in_features": 192, "out_features": 96, "weight_bits": 4, "group_size": 64},
+    **{"zeros": 1, "bias": 0, "activation": 1, "constant_weight": 1},
+}
 PLUGINS: dict[str, dict[str, int | float]] = {
     "RmsNorm": {"eps": 1e-6, "type_id": int(trt.float16), "weight_type_id": int(trt.float16), "residual": 1},
     "RmsNormQuantization": {
@@ -42,10 +46,8 @@ PLUGINS: dict[str, dict[str, int | float]] = {
     },
     "Gemm": {"type_id": int(trt.bfloat16), "bias": 0, "activation": 1, "constant_weight": 1},
     "QwenGemm": {"type_id": int(trt.float16), "bias": 1, "activation": 0, "constant_weight": 1},
-    "Gemm:2": {
-        **{"type_id": int(trt.float16), "in_features": 192, "out_features": 96, "weight_bits": 4, "group_size": 64},
-        **{"zeros": 1, "bias": 0, "activation": 1, "constant_weight": 1},
-    },
+    "Gemm:2": QUANTIZED_GEMM,
+    "QwenGemm:2": QUANTIZED_GEMM,
     "GptAttention": ATTENTION,
     "GptAttention:2": {**ATTENTION, "tokens_per_block": 64, "kv_cache_type": 1},
 }

@@ -235,7 +235,9 @@ def packed_weight(**changed: Any) -> Any:
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("plugin", [False, True])
 def test_gemm_of_a_packed_weight(tensorrt: Any, permuted: bool, plugin: bool) -> None:
-    x, bias, weight = rows(2, 3, 192), rows(96).array, packed_weight()
+    if not (plugin or tensorrt.strongly_typed):
+        pytest.skip("the stand-in's native products need types")
+    x, bias, weight = rows(6, 192), rows(96).array, packed_weight()
     order = np.random.default_rng(1).permutation(192) if permuted else None
     y = tensorrt.functions.gemm(
         tensorrt.network, x, weight, bias, activation="swiglu", permutation=order, plugin=plugin, name="gate_up"

@@ -111,6 +111,22 @@ def test_wrong_use(engine_dir, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kv_cache_dtype": "int8"},
+            "the engine's key-value cache has int8, beside whose error no other would be seen",
+        ),
+        ({"max_batch_size": 1, "max_num_tokens": 2}, "tokens is more than the engine's steps of 2"),
+    ],
+)
+def test_engines_that_are_not_compared(tmp_path, options, message, capsys):
+    engine = save_engine(None, tmp_path / "engine", "float16", **options)
+    assert run("--engine-dir", str(engine), *IDS) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_picture(engine_dir, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "errors.svg"

@@ -134,7 +134,10 @@ def launch_kernel(name, layer, x, bias, activation, y, scale_dtype=None):
     )
 
 
-KERNELS = ["dequantized", *[f"tiles_quantized:n{rows}s{splits}" for rows in (64, 128, 256) for splits in (1, 3, 8)]]
+KERNELS = [
+    "dequantized",
+    *[f"tiles_quantized:n{rows}{splits}" for rows in (64, 128, 256) for splits in ("s1", "s3", "s8", "e")],
+]
 
 
 @pytest.mark.gpu

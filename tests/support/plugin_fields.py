@@ -50,15 +50,7 @@ FIELDS = {
 SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | {"Gemm": 2, "QwenGemm": 2}
 NUM_OUTPUTS = dict.fromkeys(FIELDS, 1) | {"RmsNormQuantization": 2, "GptAttention": 2, "GptAttention:2": 2}
 FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
-GOOD_QUANTIZED_GEMM_FIELDS = {
-    *("type_id", "in_features", "out_features", "weight_bits", "group_size", "zeros", "scale_type_id"),
-    *("bias", "activation", "constant_weight", "kernels"),
-}
-QUANTIZED_GEMM = {
-    **{"type_id": np.int32(1), "in_features": np.int32(192), "out_features": np.int32(96), "weight_bits": np.int32(4)},
-    **{"group_size": np.int32(64), "zeros": np.int32(1)},
-}
-FIELDS = {
+GOOD_FIELDS = {
     "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
     "RmsNormQuantization": {"eps": np.float32(1e-5), "type_id": np.int32(1), "dyn_act_scaling": np.int32(1)},
     "Gemm": {"type_id": np.int32(1)},

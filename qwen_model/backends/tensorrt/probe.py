@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from ...interface.device import Batch
 from ...interface.engine_config import EngineConfig
-from ...interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, sequence_pages
+from ...interface.memory import GPU_MEMORY_UTILIZATION, sequence_pages
 from ...interface.numpy_weights import numpy_dtype
 from ...interface.probe import Array
 from ...network.steps import StepLayout
@@ -19,11 +17,9 @@ from . import cuda_runtime as cuda
 from .device import Rotary, TensorRTDevice
 from .observed_network import Taps, given_tensor, result_tensor
 
-CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
-
 
 class ObservedDevice(TensorRTDevice):
-    """Run an engine that `Taps` was called for, of one sequence, which has the cache's first pages."""
+    """Run an engine that `Taps` was called for, of one sequence, whose cache has the engine's type."""
 
     def __init__(self, config: EngineConfig, engine: Any, decode_profile: int, prefill_profile: int, taps: Taps):
         """Allocate buffers for every result and every input in place of one; see `TensorRTDevice`."""
@@ -71,24 +67,11 @@ class ObservedDevice(TensorRTDevice):
         found = {name: array.download(self.stream, count) for name, array in arrays.items()}
         for layer, cache in enumerate(self._cache):
             pages = cache.download(self.stream, 1 + sequence_pages(self.config.limits))[1:]
-            for name, heads in zip("kv", elements(pages, self.config), strict=True):
-                rows = heads[:, start:end].swapaxes(0, 1)  # [tokens, kv_heads, head_size]
-                found[f"layers.{layer}.attention.{name}"] = rows.reshape(count, -1)
+            _, _, kv_heads, _, head_size = pages.shape
+            for name, heads in zip("kv", pages.swapaxes(0, 1), strict=True):
+                rows = heads.swapaxes(1, 2).reshape(-1, kv_heads * head_size)  # one for each position
+                found[f"layers.{layer}.attention.{name}"] = rows[start:end]
         return found
-
-
-def elements(pages: npt.NDArray[Any], config: EngineConfig) -> npt.NDArray[Any]:
-    """Return what the pages of one sequence hold: [2, kv_heads, positions, head_size]."""
-    model = config.model
-    blocks = len(pages), 2, model.num_kv_heads
-    if config.kv_cache_dtype == "auto":
-        values = pages
-    else:
-        words = pages.view(np.uint8).reshape(*blocks, -1)
-        codes = words[..., : PAGE_SIZE * model.head_size].view(CODES[config.kv_cache_dtype])
-        scales = words[..., PAGE_SIZE * model.head_size :].view(np.float32)
-        values = codes.astype(np.float32).reshape(*blocks, PAGE_SIZE, model.head_size) * scales[..., None]
-    return values.transpose(1, 2, 0, 3, 4).reshape(2, model.num_kv_heads, -1, model.head_size)
 
 
 class TensorRTProbe:

@@ -88,7 +88,9 @@ def compare_engine(
     checkpoint = None if model_dir is None else CheckpointModules(model_dir, config.model, loaded.FRAMEWORK)
     progress("the engine's logits", 0, 0)
     logits = _prompt_logits(loaded.load_device(engine_dir, config, device, progress=progress), reference.prompt)
-    read_weight, read_module = (None, None) if checkpoint is None else (checkpoint.read, checkpoint.arrays)
+    read_weight = None if checkpoint is None else checkpoint.of_engine(config)
+    # Quantized weights are not those of the checkpoint: faults are looked for with the engine's own.
+    read_module = None if checkpoint is None or config.weight_formats else checkpoint.arrays
     probe = loaded.load_probe(engine_dir, config, device, read_weight, progress)
     passes, finding = compare_probe(probe, reference, config.dtype, read_module, progress)
     error = error_of(logits, reference.values[0]["lm_head"])
@@ -157,7 +159,7 @@ def _first_off(
 
 
 def check_engine(config: EngineConfig, model: ModelConfig, prompt_length: int, num_steps: int) -> None:
-    """Check that an engine is of a model, and takes this prompt and so many decode steps.
+    """Check that an engine is of a model, shows its errors, and takes this prompt and so many decode steps.
 
     Raises:
         QwenModelError: it is not, or does not.
@@ -173,6 +175,15 @@ def check_engine(config: EngineConfig, model: ModelConfig, prompt_length: int, n
         raise QwenModelError(
             f"a prompt of {prompt_length} tokens and {num_steps} steps exceed the engine's {limits.max_input_len} "
             f"tokens of input and {limits.max_output_len} of output"
+        )
+    if prompt_length > limits.step_tokens:
+        raise QwenModelError(
+            f"a prompt of {prompt_length} tokens is more than the engine's steps of {limits.step_tokens}"
+        )
+    if config.kv_cache_dtype != "auto":
+        raise QwenModelError(
+            f"the engine's key-value cache has {config.kv_cache_dtype}, beside whose error no other would be seen: "
+            "compare one built without --kv-cache-dtype"
         )
 
 

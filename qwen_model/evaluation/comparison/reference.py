@@ -13,7 +13,9 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.tensor_files import Framework, Weight
 from ...checkpoints.weights import WeightSpec, network_modules
+from ...interface.engine_config import EngineConfig
 from ...interface.probe import Array
+from ...quantization.engine_weights import EngineWeights
 from .case import Case
 from .errors import Error
 
@@ -109,6 +111,10 @@ class CheckpointModules:
     def read(self) -> Callable[[WeightSpec], Weight]:
         """Return the function that reads a tensor of the network."""
         return self._checkpoint.read
+
+    def of_engine(self, config: EngineConfig) -> EngineWeights:
+        """Return what reads the tensors that an engine's modules are made of."""
+        return EngineWeights(self._checkpoint, network_modules(config.model, config.dtype, config.weight_formats))
 
     def __call__(self, name: str) -> tuple[Weight, Weight | None]:
         """Return weight and bias, in the checkpoint's type; KeyError: there is no such module."""
