@@ -37,9 +37,7 @@ static_assert(16 * kQuantizedMaxStages + 1023 <= kQuantizedBarrierBytes && kPack
 // Blocks of 16 weight rows of a warp; and by the tiles of 8 rows of x, the warps that multiply for which there are
 // registers.
 constexpr int kWarpBlocks = 2;
-constexpr int quantized_max_consumers(int x_tiles) {
-  return x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : x_tiles == 4 ? 10 : 6;
-}
+constexpr int quantized_max_consumers(int x_tiles) { return x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : 10; }
 // Likewise of a block that takes less than half of a multiprocessor; 0: there are too few registers.
 constexpr int quantized_max_consumers_of_half(int x_tiles) { return x_tiles == 1 ? 8 : x_tiles == 2 ? 6 : 0; }
 
@@ -172,6 +170,18 @@ __device__ __forceinline__ void to_pairs(uint32_t word, const ZeroPoint<T, kBits
     pairs[0] = __byte_perm(bit_cast<uint32_t>(values[0]), bit_cast<uint32_t>(values[2]), 0x7632);
     pairs[1] = __byte_perm(bit_cast<uint32_t>(values[1]), bit_cast<uint32_t>(values[3]), 0x7632);
   }
+}
+
+// Codes of int4 as subnormal float16 numbers, in as few instructions as there can be: the pairs of a word are codes *
+// 2^-24, but pairs 1 and 3 with kSeparate codes * 2^-20. Their zero point is subtracted from sums: of a group,
+// scale * (sum of code * x - zero * sum of x).
+template <bool kSeparate>
+__device__ __forceinline__ void to_subnormal_pairs(uint32_t word, uint32_t (&pairs)[4]) {
+  constexpr uint32_t kLow = 0x000f000fU, kHigh = 0x00f000f0U;
+  pairs[0] = word & kLow;
+  pairs[1] = kSeparate ? word & kHigh : word >> 4 & kLow;
+  pairs[2] = word >> 8 & kLow;
+  pairs[3] = kSeparate ? word >> 8 & kHigh : word >> 12 & kLow;
 }
 
 __device__ __forceinline__ void load_shared_words(uint32_t (&words)[4], uint32_t from) {
@@ -319,7 +329,7 @@ class QuantizedConsumer {
         const int slot = p.swiglu ? h * p.tile_blocks + index / 2 : index, half = p.swiglu ? index % 2 : h;
         codes_[r][h] = block.kCodesOffset + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
         row_[r][h] = slot * kPackedRows + lane_ / 4 + 8 * half;
-        zero_[r][h].set(1U << (kBits - 1));
+        if (!kSubtractsFromSums) zero_[r][h].set(kMiddle);
       }
     }
   }
@@ -377,6 +387,10 @@ class QuantizedConsumer {
 
  private:
   static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma instructions
+  static constexpr uint32_t kMiddle = 1U << (kBits - 1);
+  // For few rows of x: more of them would take more instructions to sum than codes take to convert.
+  static constexpr bool kSubtractsFromSums = kBits == 4 && std::is_same_v<T, __half> && kXTiles <= 2;
+  static constexpr int kSets = kSubtractsFromSums && kXTiles == 1 ? 2 : 1;  // of sums of a group
   static constexpr int kSuperblockBytes = kPackedRows * kPackedK * kBits / 8;
 
   // The chunk with number n is multiplied by the k warp n % k_warps: always the same for a stage, whose number of
@@ -400,6 +414,13 @@ class QuantizedConsumer {
     scale_[r][h] =
         bfloat16_scales_ ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
   }
+  __device__ __forceinline__ void set_zero(int r, int h, uint32_t zero) {
+    if constexpr (kSubtractsFromSums) {
+      offset_[r][h] = -scale_[r][h] * static_cast<float>(zero);
+    } else {
+      zero_[r][h].set(zero);
+    }
+  }
   // The scales, and zeros, of one group of all k.
   __device__ __forceinline__ void load_scales_of_rows(int tile) {
 #pragma unroll
@@ -411,7 +432,7 @@ class QuantizedConsumer {
         const int row = block * kPackedRows + in_tile;
         if (row >= p.row_blocks * kPackedRows) continue;
         set_scale(r, h, p.scales[row]);
-        if (p.zeros != nullptr) zero_[r][h].set(p.zeros[row]);
+        set_zero(r, h, p.zeros == nullptr ? kMiddle : p.zeros[row]);
       }
     }
   }
@@ -424,12 +445,19 @@ class QuantizedConsumer {
         set_scale(r, h, load_shared_16(stage + p.scales_offset + 2 * (first + row_[r][h])));
       }
     }
+    if (kSubtractsFromSums && !has_zeros_) {
+#pragma unroll
+      for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) offset_[r][h] = -static_cast<float>(kMiddle) * scale_[r][h];
+      }
+    }
     if (!has_zeros_) return;
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        zero_[r][h].set(load_shared_8(stage + p.zeros_offset + first + row_[r][h]));
+        set_zero(r, h, load_shared_8(stage + p.zeros_offset + first + row_[r][h]));
       }
     }
   }
@@ -439,9 +467,10 @@ class QuantizedConsumer {
   __device__ __forceinline__ void multiply_chunk(uint32_t stage) {
     const uint32_t x = stage + x_;
     if (!kSeveralGroups && p.groups_of_chunk == 1) load_group(stage, 0);
-    constexpr int kStepsOfSums = kSeveralGroups ? 1 : kSteps;  // after which sums are scaled
+    constexpr int kFoldSteps = kSubtractsFromSums && !kSeveralGroups ? kSteps : 1;  // after which sums are scaled
     uint32_t words[kWarpBlocks][4];
-    float sums[kWarpBlocks][kXTiles][4];
+    float group_sums[kWarpBlocks][kXTiles][kSets][4];
+    float x_sums[kXTiles][4];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (kSeveralGroups) load_group(stage, step * p.groups_of_chunk / kSteps);
@@ -464,14 +493,40 @@ class QuantizedConsumer {
         uint32_t b[4];
         ldmatrix_x4(b, (x + step / 2 * (kXTiles * 1024) + i * 1024) ^ (step % 2 * 64));
 #pragma unroll
-        for (int r = 0; r < kWarpBlocks; ++r) {
-          float (&z)[4] = sums[r][i];
-          if (step % kStepsOfSums == 0) z[0] = z[1] = z[2] = z[3] = 0.0F;
-          mma_m16n8k16<T>(z, a[r][0], b[0], b[1]);
-          mma_m16n8k16<T>(z, a[r][1], b[2], b[3]);
-          if (step % kStepsOfSums < kStepsOfSums - 1) continue;
+        for (int j = 0; j < 4 && step % kFoldSteps == 0; ++j) {
+          x_sums[i][j] = 0.0F;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sums_[r][i][j] = fmaf(scale_[r][j / 2], z[j], sums_[r][i][j]);
+          for (int r = 0; r < kWarpBlocks; ++r) group_sums[r][i][0][j] = group_sums[r][i][kSets - 1][j] = 0.0F;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int r = 0; r < kWarpBlocks; ++r) {
+            mma_m16n8k16<T>(group_sums[r][i][half * (kSets - 1)], a[r][half], b[2 * half], b[2 * half + 1]);
+          }
+          if (kSubtractsFromSums) {
+            constexpr uint32_t kOnes[4] = {0x3c003c00U, 0x3c003c00U, 0x3c003c00U, 0x3c003c00U};
+            mma_m16n8k16<T>(x_sums[i], kOnes, b[2 * half], b[2 * half + 1]);
+          }
+        }
+        if (step % kFoldSteps == kFoldSteps - 1) scale_sums(group_sums, x_sums, i);
+      }
+    }
+  }
+  __device__ __forceinline__ void scale_sums(const float (&group_sums)[kWarpBlocks][kXTiles][kSets][4],
+                                             const float (&x_sums)[kXTiles][4], int i) {
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float (&sums)[kSets][4] = group_sums[r][i];
+        float& all = sums_[r][i][j];
+        if constexpr (!kSubtractsFromSums) {
+          all = fmaf(scale_[r][j / 2], sums[0][j], all);
+        } else {
+          all = fmaf(offset_[r][j / 2], x_sums[i][j], all);
+          all = fmaf(0x1p24F * scale_[r][j / 2], sums[0][j], all);
+          if (kSets == 2) all = fmaf(0x1p20F * scale_[r][j / 2], sums[kSets - 1][j], all);
         }
       }
     }
@@ -484,7 +539,11 @@ class QuantizedConsumer {
     for (int h = 0; h < 2; ++h) {
       if constexpr (kBits == 4) {
         uint32_t pairs[4];
-        to_pairs<T, 4>(words[2 * h + step], zero[h], pairs);
+        if constexpr (kSubtractsFromSums) {
+          to_subnormal_pairs<kSets == 2>(words[2 * h + step], pairs);
+        } else {
+          to_pairs<T, 4>(words[2 * h + step], zero[h], pairs);
+        }
         a[0][h] = pairs[0];
         a[0][2 + h] = pairs[2];
         a[1][h] = pairs[1];
@@ -566,7 +625,8 @@ class QuantizedConsumer {
   const bool bfloat16_scales_ = p.bfloat16_scales;
   ZeroPoint<T, kBits> zero_[kWarpBlocks][2];
   float scale_[kWarpBlocks][2];
-  float bias_[2];  // of an item
+  float offset_[kWarpBlocks][2];  // -scale * zero
+  float bias_[2];                 // of an item
   float sums_[kWarpBlocks][kXTiles][4];
 };
 
