@@ -96,7 +96,7 @@ def write_model(folder: Path, values: dict[str, Any], options: argparse.Namespac
 
     model = read_config(values)
     limits = Limits(options.max_batch_size, LONGEST, LONGEST)
-    kinds = {"kv_cache_dtype": options.kv_cache_dtype, "weight_formats": random_formats(options, model)}
+    kinds = {"kv_cache_dtype": options.kv_cache_dtype, "weight_formats": dict(random_formats(options, model))}
     engine = EngineConfig("torch", options.dtype, limits, model, (), 0, {}, **kinds)
     for name in ("checkpoint", "engine"):
         (folder / name).mkdir()
@@ -125,18 +125,15 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def load_random(engine_dir: Path, device: str) -> Session:
-    """Return a session of an engine's configuration with random weights."""
+    """Return a session of an engine's configuration with random weights; only the HTTP processes need a tokenizer."""
     import torch
 
     from benchmarks.generate_torch import random_session, random_weights
-    from qwen_model.checkpoints.tokenizer import load_tokenizer
     from qwen_model.interface.engine_config import EngineConfig
 
     config = EngineConfig.read(engine_dir)
     weights = random_weights(config.model, getattr(torch, config.dtype), device, config.weight_formats)
-    session = random_session(config.model, weights, config.limits, config.kv_cache_dtype, config.weight_formats)
-    session.tokenizer = load_tokenizer(engine_dir)
-    return session
+    return random_session(config.model, weights, config.limits, config.kv_cache_dtype, config.weight_formats)
 
 
 # The servers.
@@ -350,47 +347,56 @@ def _percentiles(values: list[float]) -> tuple[float, float]:
 
 
 def loads(options: argparse.Namespace, vocab_size: int) -> dict[str, list[Request]]:
-    """Return the requests of each load."""
-    draw = np.random.default_rng(1)
-    count, end = options.requests, vocab_size - 3  # without the special tokens
-    prompts = draw.integers(256, end, (count, FIXED_PROMPT)).tolist()
+    """Return the requests of each load, whose lengths count: `fresh` gives their tokens."""
     return {
-        "fixed": [Request(prompt, FIXED_OUTPUT) for prompt in prompts],
-        "mixed": requests(count, end),
+        "fixed": [Request([0] * FIXED_PROMPT, FIXED_OUTPUT)] * options.requests,
+        "mixed": requests(options.requests, vocab_size),
     }
+
+
+def fresh(given: list[Request], run: int, vocab_size: int) -> list[Request]:
+    """Return requests of the same lengths with other tokens for each run: a prefix cache must not know them."""
+    draw = np.random.default_rng(run)
+    return [Request(draw.integers(256, vocab_size - 3, len(each.prompt)).tolist(), each.new_tokens) for each in given]
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace, rates: dict[str, float]) -> list[Result]:
     """Return the results of a server; `rates` gets its saturation where there is none yet."""
     found = []
-    values = model_values(options)
+    vocab_size = model_values(options)["vocab_size"]
     with Server(name, folder, options) as server:
         load = Load(server.port, options.load_processes)
         most = 2 * options.max_batch_size
-        chosen = {kind: given for kind, given in loads(options, values["vocab_size"]).items() if kind in options.loads}
+        chosen = {kind: given for kind, given in loads(options, vocab_size).items() if kind in options.loads}
         for kind, given in chosen.items():
-            load.run(given[: max(1, len(given) // 10)], None, most)
-            records, seconds = load.run(given, None, most)
+            load.run(fresh(given[: max(1, len(given) // 10)], 1, vocab_size), None, most)
+            records, seconds = load.run(fresh(given, 2, vocab_size), None, most)
             found.append(result(name, options, kind, None, records, seconds))
             rates.setdefault(kind, found[-1].requests_per_second)
-            for part in options.parts:
+            for run, part in enumerate(options.parts, 3):
                 rate = part * rates[kind]
                 timed = given[: min(len(given), max(1, int(rate * options.rate_seconds)))]
-                records, seconds = load.run(timed, rate, len(timed))
+                records, seconds = load.run(fresh(timed, run, vocab_size), rate, len(timed))
                 found.append(result(name, options, kind, rate, records, seconds))
-        alone = [Request(request.prompt, options.alone_tokens) for request in next(iter(chosen.values()))[:ALONE]]
-        records, seconds = load.run(alone, None, 1)
+        records, seconds = load.run(alone(options, vocab_size), None, 1)
         found.append(result(name, options, "alone", None, records, seconds))
         load.close()
     return found
 
 
+def alone(options: argparse.Namespace, vocab_size: int) -> list[Request]:
+    """Return the requests of one user."""
+    return fresh([Request([0] * FIXED_PROMPT, options.alone_tokens)] * ALONE, 0, vocab_size)
+
+
 def measure_session(folder: Path, options: argparse.Namespace) -> list[Result]:
     """Return what one user gets from `Session.stream`."""
+    from qwen_model.checkpoints.tokenizer import load_tokenizer
+
     session = load_random(folder / "engine", options.device)
-    session.device.prepare(1)
-    given = loads(options, session.config.model.vocab_size)[options.loads[0]][:ALONE]
-    list(session.stream([given[0].prompt], max_new_tokens=16))
+    session.tokenizer = load_tokenizer(folder / "engine")
+    given = alone(options, session.config.model.vocab_size)
+    list(session.stream([given[0].prompt[::-1]], max_new_tokens=16))
     records = []
     began = time.perf_counter()
     for request in given:
