@@ -36,7 +36,10 @@ TENSORRT = """
 import types
 __version__ = {version!r}
 names = {names!r}
-creators = [types.SimpleNamespace(name=n, plugin_version="1", plugin_namespace="qwen_plugins") for n in names]
+creators = [
+    types.SimpleNamespace(name=name, plugin_version=version, plugin_namespace="qwen_plugins")
+    for name in names for version in ("1", "2")
+]
 known = []
 registry = types.SimpleNamespace(plugin_creator_list=known, load_library=lambda path: known.extend(creators))
 get_plugin_registry = lambda: registry
