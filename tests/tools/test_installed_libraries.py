@@ -110,8 +110,10 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
         "launch_start_sampling",
         "launch_swiglu",
         "measure_gemm",
+        "pack_weight",
         "sampling_workspace_bytes",
         "synchronize",
+        "unpack_weight",
     }
 
 
