@@ -143,8 +143,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print the memory that such an engine needs, for --max-batch-size sequences of --max-input-len and "
-        "--max-output-len tokens, and which cards have it; build nothing",
+        help="print the memory that such an engine needs, for --max-batch-size sequences (default here: 1) of "
+        "--max-input-len and --max-output-len tokens, and which cards have it; build nothing",
     )
     add_tuning_argument(parser)
     add_verbose_argument(parser)
@@ -196,7 +196,8 @@ def _plan_text(options: argparse.Namespace) -> str:
     cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
     return (
         f"{weights_text(plan.weights)}"
-        f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequences of {plan.positions} tokens\n"
+        f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequence{'s' * (plan.sequences != 1)} "
+        f"of {plan.positions} tokens\n"
         f"weights     {plan.weight_bytes / mib:,.1f} MiB\n"
         f"activations {plan.activation_bytes / mib:,.1f} MiB in the largest step\n"
         f"cache       {plan.token_bytes / 1024:,.1f} KiB a token, {plan.sequence_bytes / mib:,.1f} MiB a sequence\n"

@@ -102,7 +102,9 @@ def plan_engine(
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     source = model_folder(model_dir)
     model = ModelConfig.from_model_dir(source)
-    limits = engine_limits(model, max_batch_size or 1, max_input_len, max_output_len, max_num_tokens)
+    limits = engine_limits(
+        model, 1 if max_batch_size is None else max_batch_size, max_input_len, max_output_len, max_num_tokens
+    )
     checkpoint = Checkpoint(source, "torch" if importlib.util.find_spec("torch") else "numpy")
     checkpoint.check(model)
     chosen = dtype or model.dtype or checkpoint.dtype
