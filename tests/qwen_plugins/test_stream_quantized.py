@@ -101,7 +101,7 @@ def test_numbers_of_the_names():
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("group_size", "zeros"), itertools.product([0, 32, 64, 128], [False, True]))
+@pytest.mark.parametrize(("group_size", "zeros"), list(itertools.product([0, 32, 64, 128], [False, True])))
 def test_every_variant_matches_float64(dtype, activation, bits, group_size, zeros):
     # Few chunks of k and many; rows that are no multiple of a block of 16, and with SwiGLU whole blocks.
     for in_features, out_features in ((640, 448), (1184 if group_size == 32 else 1152, 4256 if activation else 3581)):
