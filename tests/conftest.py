@@ -1,12 +1,15 @@
-"""Skips tests that this machine can't run, with the reason."""
+"""Skip tests that this machine can't run, with the reason, and free the GPU memory of large ones."""
 
 import importlib.util
 import os
+import sys
 
 import pytest
 
 # NumPy's threads only wait for each other in products as small as those of tests. Read when NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+LARGE_TEST = 2**31  # bytes of GPU memory
 
 
 def _why_no_gpu() -> str | None:
@@ -42,3 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             reason = known[mark]
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_teardown() -> None:
+    """Free what PyTorch keeps of the GPU memory of a large test: workers of pytest-xdist share the GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > LARGE_TEST:
+        torch.cuda.empty_cache()

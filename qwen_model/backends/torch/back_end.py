@@ -239,8 +239,6 @@ def check_memory(config: EngineConfig, device: torch.device, utilization: float)
 
 def _usable_bytes(device: torch.device, utilization: float) -> float:
     """Return the bytes that may still be taken; a CPU's memory may be used whole."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch keeps for later allocations is not among what is free
     free, total = _memory(device)
     return free - (1.0 - utilization) * total if device.type == "cuda" else free
 
@@ -248,6 +246,7 @@ def _usable_bytes(device: torch.device, utilization: float) -> float:
 def _memory(device: torch.device) -> tuple[int, int]:
     """Return free and total bytes. All of a CPU's memory counts as free: the system drops caches and swaps."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for later allocations is not among what is free
         return torch.cuda.mem_get_info(device)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total, total
