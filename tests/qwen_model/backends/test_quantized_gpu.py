@@ -24,14 +24,17 @@ CLOSE = 0.06
 
 
 def engine(model_dir, folder, **options):
-    sizes = {"max_batch_size": 24, "max_input_len": 600, "max_output_len": NEW_TOKENS}
+    sizes = {"max_batch_size": 24, "max_input_len": 640, "max_output_len": NEW_TOKENS}
     qwen_model.build_engine(model_dir, output_dir=folder, **sizes, **options)
     dataclasses.replace(EngineConfig.read(folder), end_token_ids=()).write(folder)
     return qwen_model.load_engine(folder, device="cuda", tuning=False)
 
 
-def assert_same_but_for_ties(session, reference, prompts):
-    """Where tokens first differ, the reference must have had them nearly tied."""
+def check_but_for_ties(session, reference, prompts):
+    """Where tokens first differ, the reference must have had them nearly tied; return how many prompts' are the same.
+
+    The largest logits of bfloat16 are often equal.
+    """
     found = session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs
     expected = reference.generate(prompts, max_new_tokens=NEW_TOKENS).outputs
     same = 0
@@ -42,7 +45,7 @@ def assert_same_but_for_ties(session, reference, prompts):
         if place is not None:
             logits = reference.logits([*prompt, *second[:place]])[-1]
             assert logits[second[place]] - logits[first[place]] < CLOSE * np.abs(logits).max()
-    assert same >= 0.7 * len(prompts)
+    return same
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -57,8 +60,11 @@ def test_the_packaged_model(tmp_path, options, dtype):
     assert quantized.config.weight_formats
     plain = engine(checkpoint, tmp_path / "plain", dtype=dtype, quantization="none")
     tokens = plain.tokenizer.encode(held_out_text()[:20_000])
+    same = 0
     for count, length in ((1, 40), (3, 17), (20, 100), (2, 550)):
-        assert_same_but_for_ties(quantized, plain, [tokens[index * 50 : index * 50 + length] for index in range(count)])
+        prompts = [tokens[index * 50 : index * 50 + length] for index in range(count)]
+        same += check_but_for_ties(quantized, plain, prompts)
+    assert same >= (20 if dtype == "float16" else 13)  # of 26
     cpu = qwen_model.load_engine(tmp_path / "quantized", device="cpu")
     logits, expected = quantized.logits(tokens[:200]), cpu.logits(tokens[:200])
     assert np.abs(logits - expected).max() < (0.02 if dtype == "float16" else 0.15) * np.abs(expected).max()
@@ -66,7 +72,8 @@ def test_the_packaged_model(tmp_path, options, dtype):
 
 @pytest.mark.parametrize("disabled", [(), ("gemm",)], ids=["kernels", "pytorch"])
 def test_act_order_and_a_quantized_head(tmp_path, disabled):
-    folder, _, _ = save_layout(tmp_path, Layout("gptq", desc_act=True))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32, which there are kernels for
+    folder, _, _ = save_layout(tmp_path, Layout("gptq", desc_act=True), **heads)
     options = {"max_batch_size": 4, "max_input_len": 60, "dtype": "float16", "head_quantization": "int8"}
     qwen_model.build_engine(folder, output_dir=tmp_path / "engine", disable_plugins=disabled, **options)
     prompt = np.random.default_rng(0).integers(0, 320, 50).tolist()

@@ -130,7 +130,8 @@ def test_logits(model, dtype, kind):
     """Of prompts in chunks, beside the CPU in float32; and those of decode steps."""
     gpu = device_on(model, "cuda", getattr(torch, dtype), kv_cache_dtype=kind)
     cpu = device_on(model, "cpu", kv_cache_dtype=kind)
-    tolerance = {"float32": 1e-4 if kind == "auto" else 2e-2, "float16": 2e-2, "bfloat16": 1.5e-1}[dtype]
+    tolerances = {"float32": (1e-4, 2e-2), "float16": (2e-2, 6e-2), "bfloat16": (1.5e-1, 1.5e-1)}
+    tolerance = tolerances[dtype][kind != "auto"]  # in 8 bits, rounding errors move some numbers to the next code
     prompt, pages = PROMPTS[-1], [3, 9, 1, 7, 2]
     expected = prompt_logits(cpu, prompt, pages)
     for chunk in (1000, 100, 64, 1):
