@@ -293,9 +293,9 @@ class TorchDevice:
         slot, length, before, whole = numbers.reshape(4, 1)
         pages, chooses = self.probe_pages[None], np.array([past > 0])
         batch = Batch(np.array(tokens, np.int32), slot, length, before, whole, pages, chooses)
-        rows = np.arange(len(tokens), dtype=np.int32)
+        no_rows = np.zeros(0, np.int32)  # of the last layer all are computed, and none is gathered
         with self._running(len(tokens)):
-            layout, own = self._packed(batch, rows, 1, pages.shape[1])
+            layout, own = self._packed(batch, no_rows, 1, pages.shape[1])
             observed = ObservedOperations(self.operations, observe)
             self._begin(batch.lengths.tolist(), [past], layout, own, decoding=past > 0)
             decoder(observed, self.config, self._token_ids(layout), last_token_only=False)

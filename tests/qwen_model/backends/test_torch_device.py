@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qwen_model
-from qwen_model.backends.torch.back_end import load_device
+from qwen_model.backends.torch.back_end import load_device, load_probe
 from qwen_model.interface.engine_config import EngineConfig
 from qwen_model.interface.sampling import SamplingOptions
 from tests.qwen_model.backends.device_runs import Running, batch_of, generate, prompt_logits, run_chunks, run_decoding
@@ -229,3 +229,17 @@ def test_sampling_does_not_depend_on_the_company(pair):
     alone = generate(device, [of(0, [1])], NEW_TOKENS)[0]
     company = [Running(PROMPTS[2], 1, [5, 6, 7], SamplingOptions(temperature=2.0, seed=1)), of(3, [2])]
     assert generate(device, company, NEW_TOKENS)[1] == alone
+
+
+def test_a_probe_runs_prompts_as_long_as_a_step(model_dir, tmp_path):
+    """All their logits are seen, more than the rows that a step otherwise computes."""
+    limits = {"max_batch_size": 1, "max_input_len": 600, "max_output_len": 8}
+    qwen_model.build_engine(model_dir, output_dir=tmp_path / "engine", dtype="float32", **limits)
+    config = EngineConfig.read(tmp_path / "engine")
+    prompt = random_prompt(config.limits.step_tokens)
+    probe, device = (load(tmp_path / "engine", config, "cpu") for load in (load_probe, load_device))
+    pages = list(range(1, 11))
+    for tokens, past in ((prompt, 0), ([5], len(prompt))):
+        found = probe.run(tokens, past)["lm_head"]
+        expected = prompt_logits(device, [*prompt[:past], *tokens], pages, chunk=200)[past:]
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
