@@ -148,7 +148,7 @@ def serve_ours(engine_dir: Path, port: int, device: str, http_processes: int) ->
     processes = http_processes or default_http_processes()
     limits = ServerLimits(max_waiting=1 << 20)
     session = partial(load, engine_dir, device)
-    options = ServerOptions(engine_dir, MODEL, session, "127.0.0.1", port, processes, (), (), limits, 10.0, False)
+    options = ServerOptions(engine_dir, MODEL, session, "127.0.0.1", port, processes, (), (), (), limits, 10.0, False)
     return serve(options)
 
 

@@ -19,7 +19,9 @@ async def answer(client: httpx.AsyncClient, question: str) -> str:
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": 64, "stream": True}
     text = ""
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        response.raise_for_status()
+        if response.is_error:
+            await response.aread()
+            response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
@@ -36,4 +38,9 @@ async def main() -> None:
             print(f"{question}\n{text}\n")
 
 
-asyncio.run(main())
+try:
+    asyncio.run(main())
+except httpx.HTTPStatusError as error:
+    sys.exit(f"{URL} answers {error.response.status_code}: {error.response.text}")
+except httpx.TransportError as error:
+    sys.exit(f"no server at {URL}: {error}")

@@ -7,9 +7,8 @@ The model must have been trained to call tools, as Qwen2.5-Instruct and Qwen3 ar
 
 import os
 import sys
-import urllib.request
-from json import load
 
+import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -25,16 +24,25 @@ def multiply(a: int, b: int) -> int:
     return a * b
 
 
-request = urllib.request.Request(f"{URL}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
-model = load(urllib.request.urlopen(request))["data"][0]["id"]
-chat = ChatOpenAI(model=model, base_url=f"{URL}/v1", api_key=KEY, max_tokens=256).bind_tools([multiply])
-messages = [HumanMessage("How much is 1234 times 5678?")]
-for _ in range(MOST_STEPS):
-    answer = chat.invoke(messages)
-    messages.append(answer)
-    if not answer.tool_calls:
-        break
-    for call in answer.tool_calls:
-        print(f"{call['name']}({call['args']})")
-        messages.append(ToolMessage(str(multiply.invoke(call["args"])), tool_call_id=call["id"]))
-print(messages[-1].content)
+def main() -> None:
+    """Ask, call what the model asks for, and print its answer."""
+    model = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY).models.list().data[0].id
+    chat = ChatOpenAI(model=model, base_url=f"{URL}/v1", api_key=KEY, max_tokens=256).bind_tools([multiply])
+    messages = [HumanMessage("How much is 1234 times 5678?")]
+    for _ in range(MOST_STEPS):
+        answer = chat.invoke(messages)
+        messages.append(answer)
+        if not answer.tool_calls:
+            break
+        for call in answer.tool_calls:
+            print(f"{call['name']}({call['args']})")
+            messages.append(ToolMessage(str(multiply.invoke(call["args"])), tool_call_id=call["id"]))
+    print(messages[-1].content)
+
+
+try:
+    main()
+except openai.APIConnectionError as error:
+    sys.exit(f"no server at {URL}: {error}")
+except openai.APIStatusError as error:
+    sys.exit(f"{URL} answers {error.status_code}: {error.message}")

@@ -6,6 +6,7 @@ python plain.py [URL]
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,12 @@ HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {os.env
 def ask(body: dict[str, Any]) -> Any:
     """Return the response to a chat."""
     request = urllib.request.Request(f"{URL}/v1/chat/completions", json.dumps(body).encode(), HEADERS)
-    return urllib.request.urlopen(request)
+    try:
+        return urllib.request.urlopen(request)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{URL} answers {error.code}: {error.read().decode()}")
+    except urllib.error.URLError as error:
+        sys.exit(f"no server at {URL}: {error.reason}")
 
 
 def whole(question: str) -> str:

@@ -22,6 +22,7 @@ from .common.errors import QwenModelError
 from .common.log import show_log
 
 DEFAULT_MAX_NEW_TOKENS = 128
+ENGINE_OPTIONS = ("engine_dir", "device", "tuning", "gpu_memory_utilization", "deterministic")
 
 if TYPE_CHECKING:
     from .checkpoints.chat_template import ChatOptions
@@ -34,6 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     show_log(options.verbose)
     given_sampling(options)  # raises for wrong options before the engine is loaded
+    if options.url is None and options.api_key is not None:
+        raise QwenModelError("--api-key is a server's: it needs --url")
+    if options.api_key == "":
+        raise QwenModelError("--api-key is empty")
+    if options.url is not None and (name := _given_engine_option(arguments)):
+        raise QwenModelError(f"--{name.replace('_', '-')} is an engine's, and --url a server's: give one of them")
     template_settings = chat_settings(options)
     if options.url is not None:
         _talk_to_server(options, template_settings)
@@ -68,6 +75,14 @@ def main(arguments: list[str] | None = None) -> None:
             answer += event.text
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _given_engine_option(arguments: list[str] | None) -> str | None:
+    """Return the name of an engine's option that is given; None if none is. A default tells nothing."""
+    parser = make_parser()
+    parser.set_defaults(**dict.fromkeys(ENGINE_OPTIONS))
+    given = parser.parse_args(arguments)
+    return next((name for name in ENGINE_OPTIONS if getattr(given, name) is not None), None)
 
 
 def _talk_to_server(options: argparse.Namespace, template_settings: dict[str, Any]) -> None:

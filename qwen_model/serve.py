@@ -19,10 +19,13 @@ from .command_line import (
 from .common.errors import QwenModelError
 from .common.extras import import_extra
 
+API_KEY_VARIABLE = "QWEN_MODEL_API_KEY"
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Serve until a signal ends it."""
     options = make_parser().parse_args(arguments)
+    keys = _api_keys(options.api_key)
     for module in ("fastapi", "uvicorn", "msgspec", "prometheus_client"):
         import_extra(module, "the server", "serve")
 
@@ -30,13 +33,15 @@ def main(arguments: list[str] | None = None) -> None:
     from .engine import load_engine
     from .interface.engine_config import EngineConfig
     from .serving.context import ServerLimits
+    from .serving.hosts import is_loopback
     from .serving.supervisor import ServerOptions, default_http_processes, serve
 
     engine_dir = Path(options.engine_dir)
     EngineConfig.read(engine_dir)
     if not has_tokenizer(engine_dir):
         raise QwenModelError("a server needs a tokenizer, and this engine has none")
-    keys = [*options.api_key, *filter(None, [os.environ.get("QWEN_MODEL_API_KEY")])]
+    if not keys and not is_loopback(options.host):
+        print(f"warning: whoever reaches {options.host} can use this server: it has no API key", file=sys.stderr)
     limits = ServerLimits(options.max_body_mib << 20, options.max_waiting, timeout=options.request_timeout)
     sys.exit(
         serve(
@@ -47,14 +52,32 @@ def main(arguments: list[str] | None = None) -> None:
                 host=options.host,
                 port=options.port,
                 http_processes=options.http_processes or default_http_processes(),
-                api_keys=tuple(keys),
+                api_keys=keys,
                 allowed_origins=tuple(options.allow_origin),
+                allowed_hosts=(options.host, *options.allowed_host),
                 limits=limits,
                 drain_seconds=options.drain_seconds,
                 verbose=options.verbose,
             )
         )
     )
+
+
+def _api_keys(given: list[str]) -> tuple[str, ...]:
+    """Return the keys of the command line and of the environment.
+
+    Raises:
+        QwenModelError: a key is empty, which would let everybody in, or has white space around it.
+    """
+    keys = [("--api-key", key) for key in given]
+    if API_KEY_VARIABLE in os.environ:
+        keys.append((API_KEY_VARIABLE, os.environ[API_KEY_VARIABLE]))
+    for source, key in keys:
+        if not key.strip():
+            raise QwenModelError(f"{source} is empty: give a key, or leave it out to serve without one")
+        if key != key.strip():
+            raise QwenModelError(f"the key of {source} begins or ends with white space, which no header keeps")
+    return tuple(key for _, key in keys)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,6 +100,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="let pages of this site use the API"
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="without a key: answer requests to this name, too, beside localhost and addresses; may be repeated",
     )
     parser.add_argument(
         "--http-processes",

@@ -24,6 +24,8 @@ from .chat_api import chat_completions
 from .completions_api import completions
 from .context import CLIENT_LEFT, Context, error_response, json_response
 from .errors import ApiError
+from .field_errors import field_error
+from .hosts import is_own_host
 from .responses_api import responses
 from .schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
 from .tokenize_api import detokenize, tokenize
@@ -44,12 +46,16 @@ SECURITY_HEADERS = {
 
 
 def make_app(
-    context: Context, connect: Callable[[], Any] | None = None, allowed_origins: tuple[str, ...] = ()
+    context: Context,
+    connect: Callable[[], Any] | None = None,
+    allowed_origins: tuple[str, ...] = (),
+    allowed_hosts: tuple[str, ...] = (),
 ) -> FastAPI:
     """Return the application of an HTTP process.
 
     connect: returns an awaitable that connects `context.client`; awaited at the start.
     allowed_origins: sites whose pages may use the API from a browser; none by default.
+    allowed_hosts: names that requests may be sent to if there is no API key, beside localhost and addresses.
     """
 
     @asynccontextmanager
@@ -67,7 +73,12 @@ def make_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(_Guard, api_keys=context.api_keys, max_body_bytes=context.limits.max_body_bytes)
+    app.add_middleware(
+        _Guard,
+        api_keys=context.api_keys,
+        allowed_hosts=allowed_hosts,
+        max_body_bytes=context.limits.max_body_bytes,
+    )
     return app
 
 
@@ -169,12 +180,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_field(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        param = ".".join(str(place) for place in first["loc"] if place != "body") or None
-        if first["type"] == "json_invalid":
-            return error_response(ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"))
-        given = "" if first["type"] == "missing" else f", given: {first.get('input')!r:.100}"
-        return error_response(ApiError(400, f"{param or 'the body'}: {first['msg']}{given}", param))
+        return error_response(field_error(error, request.headers.get("content-type")))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -191,11 +197,12 @@ def _code(status: int) -> str | None:
 
 
 class _Guard:
-    """Refuse requests without the API key, and bodies that are too large, before anything is read."""
+    """Refuse requests without the API key or to other sites' names, and large bodies, before anything is read."""
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], max_body_bytes: int):
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], allowed_hosts: tuple[str, ...], max_body_bytes: int):
         self._app = app
         self._keys = [key.encode() for key in api_keys]
+        self._allowed_hosts = frozenset(map(str.lower, allowed_hosts))
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,6 +213,11 @@ class _Guard:
         if self._keys and scope["path"] not in OPEN_PATHS and not self._is_allowed(headers.get(b"authorization", b"")):
             error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not self._keys and scope["path"] not in OPEN_PATHS and not is_own_host(host, self._allowed_hosts):
+            message = f"this server is not {host!r:.100}: --allowed-host NAME or an API key lets it answer there"
+            await error_response(ApiError(403, message, code="host_not_allowed"))(scope, receive, send)
             return
         too_large = ApiError(413, f"the body has more than this server's limit of {self._max_body_bytes} bytes")
         too_slow = ApiError(408, f"the body did not come within {BODY_SECONDS} s", kind="timeout_error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ..common.extras import import_extra
 from ..interface.device import TokenMask
 
 LARGEST_GRAMMAR = 1 << 18  # characters
+MOST_PASSES = 8
 WHITE_SPACE = "\\n?[ ]{0,20}"
 """What may be between the tokens of JSON: enough for indented lines, and not without an end."""
 
@@ -27,13 +29,86 @@ def json_grammar(schema: Mapping[str, Any] | bool) -> str:
     """Return the grammar of JSON that follows a JSON schema.
 
     Raises:
-        QwenModelError: the schema is too large.
+        QwenModelError: the schema is too large, or no JSON that ends follows it.
     """
     text = json.dumps(schema)
     if len(text) > LARGEST_GRAMMAR:
         raise QwenModelError(f"the JSON schema has {len(text)} characters, at most {LARGEST_GRAMMAR} are allowed")
+    if not _Finite(schema).is_so():
+        raise QwenModelError("no JSON follows the schema: it is recursive without an end")
     grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITE_SPACE})
     return grammar
+
+
+class _Finite:
+    """Find out whether a value of a JSON schema can end, or demands a value within a value for ever.
+
+    What it does not know counts as finite: `max_tokens` ends such an output.
+    """
+
+    def __init__(self, schema: Mapping[str, Any] | bool):
+        self._schema = schema
+        self._known: dict[str, bool] = {}
+        """Of references: in a pass, False until it is known that their schema's values can end."""
+
+    def is_so(self) -> bool:
+        """Return the answer: the least fixed point over the references, reached in passes."""
+        ends: set[str] = set()
+        for _ in range(MOST_PASSES):
+            self._known = dict.fromkeys(ends, True)
+            if self._ends(self._schema):
+                return True
+            found = {name for name, value in self._known.items() if value}
+            if found == ends:
+                return False
+            ends = found
+        return True
+
+    def _ends(self, schema: Any) -> bool:
+        if not isinstance(schema, dict):
+            return True
+        if isinstance(reference := schema.get("$ref"), str) and not self._reference_ends(reference):
+            return False
+        for name, enough in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+            if (
+                isinstance(parts := schema.get(name), list)
+                and parts
+                and not enough([self._ends(part) for part in parts])
+            ):
+                return False
+        return all(map(self._ends, _demanded(schema)))
+
+    def _reference_ends(self, reference: str) -> bool:
+        if reference not in self._known:
+            self._known[reference] = False
+            self._known[reference] = self._ends(_referred(self._schema, reference))
+        return self._known[reference]
+
+
+def _demanded(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the schemas of the values that every object or array of a schema has."""
+    properties, required, least = schema.get("properties"), schema.get("required"), schema.get("minItems")
+    if schema.get("type") == "object" and isinstance(properties, dict) and isinstance(required, list):
+        return [properties[name] for name in required if isinstance(name, str) and name in properties]
+    if schema.get("type") == "array" and isinstance(least, int) and least > 0:
+        first = schema.get("prefixItems")
+        first = first[:least] if isinstance(first, list) else []
+        return [*first, schema.get("items")] if len(first) < least else first
+    return []
+
+
+def _referred(schema: Any, reference: str) -> Any:
+    """Return the part of a schema that a JSON pointer names; None if that is none or is not there."""
+    path, *names = reference.split("/")
+    if path != "#":
+        return None
+    for name in names:
+        name = unquote(name).replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list) and name.isdecimal() and int(name) < len(schema):
+            schema = schema[int(name)]
+        else:
+            schema = schema.get(name) if isinstance(schema, dict) else None
+    return schema
 
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}

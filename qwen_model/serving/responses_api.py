@@ -12,6 +12,7 @@ from starlette.responses import Response
 from .chat_api import Change, ChatJob, ChoiceReader, prepare
 from .context import Context, json_response, new_id, now, sse, streamed, whole
 from .errors import ApiError
+from .field_errors import wrong_value
 from .generation import Generation
 from .schemas import ChatRequest, ResponsesRequest
 
@@ -42,12 +43,11 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
         "response_format": _format(body.text),
         "chat_template_kwargs": body.chat_template_kwargs,
     }
+    given = {name: value for name, value in values.items() if value is not None}
     try:
-        return ChatRequest.model_validate({name: value for name, value in values.items() if value is not None})
+        return ChatRequest.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{param}: {first['msg']}", param) from error
+        raise wrong_value(error.errors(), given) from error
 
 
 def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from .errors import ApiError
+
 LOG = logging.getLogger(__name__)
 
 
@@ -23,18 +25,40 @@ LogitBias = dict[StrictStr, Annotated[Number, Field(ge=-100, le=100)]]
 Stop = StrictStr | list[StrictStr]
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20
+INSTEAD = ": response_format of type json_schema is"
+UNSUPPORTED = {
+    "structured_outputs": INSTEAD,
+    "structural_tag": INSTEAD,
+    "use_beam_search": "",
+    "chat_template": ": the model's own is used",
+    "functions": ": tools are",
+    "function_call": ": tool_choice is",
+    "bad_words": "",
+    "allowed_token_ids": "",
+    "logits_processors": "",
+}
+"""Fields of other servers that change what is answered, and what to say beside that; guided_* are refused, too."""
 
 _warned: set[str] = set()
 
 
 class Body(BaseModel):
-    """Take fields that are not known, too, and warn of each once: clients of other servers send them."""
+    """Take fields that are not known, too, and warn of each once: clients of other servers send them.
+
+    Those of `UNSUPPORTED` are refused: without them the answer would be another one than was asked for.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     def model_post_init(self, context: Any) -> None:
-        """Warn of unknown fields."""
-        for name in self.model_extra or ():
+        """Warn of unknown fields.
+
+        Raises:
+            ApiError: one is known, and not supported.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if (name in UNSUPPORTED or name.startswith("guided_")) and value not in (None, False):
+                raise ApiError(400, f"{name} is not supported{UNSUPPORTED.get(name, INSTEAD)}", name)
             if name not in _warned and len(_warned) < 1000:
                 _warned.add(name)
                 LOG.warning("the field %.80r of a request is not known, and is ignored", name)

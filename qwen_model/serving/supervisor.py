@@ -49,6 +49,7 @@ class ServerOptions:
     http_processes: int
     api_keys: tuple[str, ...]
     allowed_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
     limits: ServerLimits
     drain_seconds: float
     verbose: bool
@@ -147,7 +148,7 @@ def _run_http(options: ServerOptions, connection: socket.socket, listener: socke
     tokenizer = load_tokenizer(options.engine_dir)
     model = ServerModel(options.name, EngineConfig.read(options.engine_dir), tokenizer, int(time.time()))
     context = Context(model, options.limits, options.api_keys, salt=secret)
-    app = make_app(context, lambda: context.client.connect(connection), options.allowed_origins)
+    app = make_app(context, lambda: context.client.connect(connection), options.allowed_origins, options.allowed_hosts)
     config = uvicorn.Config(
         app,
         log_level="info" if options.verbose else "warning",
@@ -157,7 +158,13 @@ def _run_http(options: ServerOptions, connection: socket.socket, listener: socke
         h11_max_incomplete_event_size=1 << 16,
         server_header=False,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_malformed_request)
     uvicorn.Server(config).run(sockets=[listener])  # in uvloop, where it is installed
+
+
+def _is_no_malformed_request(record: logging.LogRecord) -> bool:
+    """Tell whether a line of uvicorn's is worth showing: what anybody can send must not fill the log."""
+    return record.levelno > logging.WARNING or "Invalid HTTP request" not in record.getMessage()
 
 
 def _supervise(engine: BaseProcess, workers: Sequence[BaseProcess], drain_seconds: float) -> int:

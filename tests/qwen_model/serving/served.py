@@ -71,13 +71,16 @@ def serve_stub(packaged_engine: Path) -> Iterator[Callable[..., Served]]:
     running = []
 
     def start(
-        limits: ServerLimits | None = None, api_keys: tuple[str, ...] = (), origins: tuple[str, ...] = ()
+        limits: ServerLimits | None = None,
+        api_keys: tuple[str, ...] = (),
+        origins: tuple[str, ...] = (),
+        hosts: tuple[str, ...] = (),
     ) -> Served:
         tokenizer = load_tokenizer(packaged_engine)
         engine = StubEngine(tokenizer, lambda request: REPLY)
         model = ServerModel(NAME, EngineConfig.read(packaged_engine), tokenizer, int(time.time()))
         context = Context(model, limits or ServerLimits(), api_keys)
-        app = make_app(context, lambda: context.client.connect(engine.connection), origins)
+        app = make_app(context, lambda: context.client.connect(engine.connection), origins, hosts)
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)

@@ -90,6 +90,87 @@ def test_fields_that_are_nested_deeply(served: Served, field: str, depth: int) -
     assert response.status_code in (200, 400), response.text
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value", "expected"),
+    [
+        (
+            "completions",
+            "prompt",
+            ["a", [1, 2]],
+            "a string or a list of integers or a list of strings or a list of lists",
+        ),
+        ("completions", "prompt", 3, "given: 3"),
+        ("completions", "stop", [1], "expected a string or a list of strings, given: [1]"),
+        ("chat/completions", "tool_choice", "maybe", "'none', 'auto', 'required' or "),
+        ("chat/completions", "tool_choice", {"type": "function", "function": {}}, '{"type": "function"'),
+        ("responses", "input", 3, "a string or a list of objects"),
+        ("responses", "tool_choice", 3, "'required' or an object"),
+    ],
+)
+def test_a_union_says_which_forms_it_takes(served: Served, path: str, field: str, value: Any, expected: str) -> None:
+    body = {"completions": {"prompt": "a"}, "responses": {"input": "a"}}.get(path, {"messages": HELLO})
+    error = served.post(f"/v1/{path}", **{**body, field: value}).json()["error"]
+    assert error["param"] == field
+    assert expected in error["message"]
+
+
+def test_a_wrong_schema_is_named_as_the_client_wrote_it(served: Served) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}
+    error = served.post("/v1/chat/completions", messages=HELLO, response_format=wanted).json()["error"]
+    assert error["param"] == "response_format.json_schema.schema"
+    assert "an object or true or false" in error["message"]
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_of_another_type_is_told_which_header_it_needs(served: Served, content_type: str | None) -> None:
+    """JSON under these types is what a page of another site could send without asking first."""
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    response = served.http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+    assert served.engine.requests == []
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "structured_outputs",
+        "structural_tag",
+        "use_beam_search",
+        "chat_template",
+    ],
+)
+def test_fields_that_are_known_but_not_supported_are_refused(served: Served, path: str, field: str) -> None:
+    body = {"completions": {"prompt": "a"}, "responses": {"input": "a"}}.get(path, {"messages": HELLO})
+    response = served.post(f"/v1/{path}", **body, **{field: {"x": 1}})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+    for unset in (None, False):
+        assert served.post(f"/v1/{path}", **body, **{field: unset}).status_code == 200
+
+
+def test_a_name_that_is_not_this_servers_is_refused_without_a_key(serve_stub: Callable[..., Served]) -> None:
+    """Else a page whose own name leads here (DNS rebinding) could use the server."""
+    served = serve_stub(hosts=("Model.example",))
+
+    def status(host: str, path: str = "/v1/models", server: Served = served, **headers: str) -> int:
+        return server.http.get(path, headers={"Host": host, **headers}).status_code
+
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[evil]"):
+        assert status(host) == 403, host
+    assert status("evil.example", "/") == 403
+    assert status("evil.example", "/health") == 200
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "10.0.0.7:8000", "model.EXAMPLE:80", "LOCALHOST."):
+        assert status(host) == 200, host
+    guarded = serve_stub(api_keys=("secret",))
+    assert status("any.example", server=guarded, Authorization="Bearer secret") == 200
+
+
 def test_unknown_fields_are_ignored(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     body = {"messages": HELLO, "a_new_field": {"x": 1}}
     assert served.post("/v1/chat/completions", **body).status_code == 200

@@ -61,6 +61,30 @@ def test_examples(served: Served, name: str, module: str | None, expected: str) 
     assert expected in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("plain.py", "json"),
+        ("async_stream.py", "httpx"),
+        ("openai_chat.py", "openai"),
+        ("openai_stream.py", "openai"),
+        ("langchain_agent.py", "langchain_openai"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["no server", "an error"])
+def test_examples_say_what_is_wrong_in_one_line(served: Served, name: str, module: str, fault: str) -> None:
+    """A model whose template takes no tools, for example, is an error of that kind."""
+    pytest.importorskip(module)
+    served.engine.refusal = (400, "the model's chat template takes no tools")
+    url = served.url if fault == "an error" else "http://127.0.0.1:9"
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), url], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert ("takes no tools" if fault == "an error" else f"no server at {url}") in done.stderr
+
+
 def test_every_example_is_in_their_table() -> None:
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"({path.name})" in text for path in EXAMPLES.iterdir() if path.name != "README.md")
@@ -142,6 +166,14 @@ def test_our_chat_leaves_out_what_is_too_long(served: Served, talk: Any, capsys:
 def test_our_chat_says_what_is_wrong(served: Served, talk: Any) -> None:
     with pytest.raises(QwenModelError, match="begins with http"):
         talk(["x"], "--url", "localhost:8000")
+    with pytest.raises(QwenModelError, match="--engine-dir is an engine's, and --url a server's"):
+        talk(["x"], "--url", served.url, "--engine-dir", "engine")
+    with pytest.raises(QwenModelError, match="--tuning is an engine's"):
+        talk(["x"], "--url", served.url, "--no-tuning")
+    with pytest.raises(QwenModelError, match="needs --url"):
+        talk(["x"], "--api-key", "k")
+    with pytest.raises(QwenModelError, match="--api-key is empty"):
+        talk(["x"], "--url", served.url, "--api-key", "")
     with pytest.raises(QwenModelError, match="cannot be reached"):
         talk(["x"], "--url", "http://127.0.0.1:9")
     with pytest.raises(QwenModelError, match="own chat template"):
