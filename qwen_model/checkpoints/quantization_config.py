@@ -86,7 +86,7 @@ class _Reader:
         if method == "compressed-tensors":
             return self._compressed_tensors()
         bits = f", {values['bits']} bits" if isinstance(values.get("bits"), int) else ""
-        raise self._refused(shown(method).strip("'") + bits)
+        raise self._refused((method if isinstance(method, str) else shown(method)) + bits)
 
     def _refused(self, what: str) -> QwenModelError:
         return QwenModelError(

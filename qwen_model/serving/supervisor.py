@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import multiprocessing
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -29,6 +31,7 @@ from .generation import ServerModel
 
 LOG = logging.getLogger(__name__)
 READY = b"ready"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BACKLOG = 4096
 SHUTDOWN_SECONDS = 30
 
@@ -127,17 +130,29 @@ def _run_engine(options: ServerOptions, connections: list[socket.socket], sender
         session.device.prepare(session.device.max_sequences)
         loop = EngineLoop(session, connections, options.limits.max_waiting)
     except QwenModelError as error:
-        sender.send_bytes(str(error).encode())
+        _say(sender, str(error).encode())
         return
     gc.collect()
     gc.freeze()  # what is loaded stays: a collection need not look at it between two steps
-    sender.send_bytes(READY)
-    sender.close()
+    _say(sender, READY)
     loop.run()
+
+
+def _say(sender: Any, message: bytes) -> None:
+    """Tell the command how loading ended; it may have been interrupted, and then nobody listens."""
+    with suppress(OSError):
+        sender.send_bytes(message)
+    sender.close()
+
+
+def _end_with_parent() -> None:
+    """Let this process get SIGTERM when the command's process ends, however that ends: Linux's PR_SET_PDEATHSIG."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _run_http(options: ServerOptions, connection: socket.socket, listener: socket.socket, secret: str) -> None:
     """Be an HTTP process."""
+    _end_with_parent()  # the engine's process ends when all HTTP processes have
     show_log(options.verbose)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file; often 1024 are allowed

@@ -318,6 +318,17 @@ def test_an_http_process_is_killed(packaged_engine: Path) -> None:
     assert "has ended" in server.log
 
 
+def test_the_command_is_killed(packaged_engine: Path) -> None:
+    server = ServerProcess(packaged_engine)
+    children = list(server.children())
+    server.process.kill()
+    server.process.wait(30)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, "the other processes go on"
+        time.sleep(0.05)
+
+
 def test_api_key_of_the_environment_and_a_full_queue(packaged_engine: Path) -> None:
     server = ServerProcess(packaged_engine, "--max-waiting", "1", environment={"QWEN_MODEL_API_KEY": "secret"})
     try:
