@@ -148,6 +148,9 @@ def _say(sender: Any, message: bytes) -> None:
 def _end_with_parent() -> None:
     """Let this process get SIGTERM when the command's process ends, however that ends: Linux's PR_SET_PDEATHSIG."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before
+        sys.exit(1)
 
 
 def _run_http(options: ServerOptions, connection: socket.socket, listener: socket.socket, secret: str) -> None:
