@@ -29,7 +29,6 @@ class ServerLimits:
 
     max_body_bytes: int = 4 << 20
     max_waiting: int = 1024
-    max_choices: int = 128
     timeout: float = 600.0
 
 

@@ -191,10 +191,13 @@ def _supervise(engine: BaseProcess, workers: Sequence[BaseProcess], drain_second
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
-        stopping = True
+        again, stopping = stopping, True
+        if not again:
+            said = f"ending: running requests have {drain_seconds:g} s; a second signal ends them at once\n"
+            os.write(sys.stderr.fileno(), said.encode())
         for worker in workers:
             if worker.pid is not None and worker.is_alive():
-                os.kill(worker.pid, signal.SIGTERM)
+                os.kill(worker.pid, signal.SIGINT if again else signal.SIGTERM)  # uvicorn's second SIGINT is at once
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -9,7 +9,6 @@ import msgspec
 
 LENGTH = struct.Struct("<I")
 """Begins a frame: the bytes that follow."""
-LARGEST_FRAME = 1 << 30
 
 
 class Add(msgspec.Struct, tag=True, omit_defaults=True):
