@@ -6,7 +6,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qwen_plugins import quantized  # with the compiled module, not its stand-in: packing is a function of the host
+try:  # with the compiled module, not its stand-in: packing is a function of the host
+    from qwen_plugins import quantized
+except ModuleNotFoundError:  # it is built for another version of Python
+    quantized = None  # type: ignore[assignment]
+
 
 Arrays = list[np.ndarray]
 Shape = tuple[int, ...]
