@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 WEIGHT_SCALE = 0.02
+FP8_DEVIATION = 64.0
+"""The standard deviation of codes of e4m3, whose largest is 448."""
 
 
 class WorkerExtension:
@@ -19,11 +21,17 @@ class WorkerExtension:
     def fill_weights(self) -> int:
         """Fill weights as `benchmarks.generate_torch.random_weights` does, and return how many.
 
-        Weights of one dimension become ones, the others normally distributed numbers.
+        Weights of one dimension become ones, the others normally distributed numbers; scales are those of codes.
         """
         count = 0
-        for weight in self.model_runner.get_model().parameters():
-            if weight.dim() == 1:
+        for name, weight in self.model_runner.get_model().named_parameters():
+            if name.endswith("weight_scale"):
+                weight.data.fill_(WEIGHT_SCALE / FP8_DEVIATION)
+            elif weight.element_size() == 1:
+                # Row by row: normal_ has no 8-bit types, and the weight need not be contiguous.
+                for row in weight.data:
+                    row.copy_((row.float().normal_(0.0, FP8_DEVIATION)).clamp_(-448, 448))
+            elif weight.dim() == 1:
                 weight.data.fill_(1.0)
             else:
                 weight.data.normal_(0.0, WEIGHT_SCALE)
