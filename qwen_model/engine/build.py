@@ -306,7 +306,7 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
 
 
 def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
-    scales = {each.scale_dtype for each in formats.values()}
+    scales = {each.scale_dtype for each in formats.values() if each.activation is None}
     if dtype != "float32" and scales - {dtype}:
         other = (scales - {dtype}).pop()
         yield (

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.eight_bit_weight import EightBitWeight
 from ..checkpoints.module_weights import ModuleWeights
 from ..checkpoints.quantized_weight import QuantizedWeight
 from ..checkpoints.tensor_files import Framework, Weight
@@ -56,10 +57,15 @@ class EngineWeights:
         return self._made[1][spec.name]
 
     def _packed(self, name: str, module: ModuleWeights[WeightSpec]) -> dict[str, Weight]:
-        tensors = packed_tensors(self._quantized(name, module), self._checkpoint.framework)
+        weight = self._quantized(name, module)
+        if isinstance(weight, EightBitWeight):
+            wrap = _WRAPPED[self._checkpoint.framework]
+            tensors = {field: wrap(array, "") for field, array in weight.tensors.items()}
+        else:
+            tensors = packed_tensors(weight, self._checkpoint.framework)
         return {f"{name}.{field}": tensor for field, tensor in tensors.items()}
 
-    def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight:
+    def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight | EightBitWeight:
         if self._checkpoint.is_quantized(module.weight):
             return self._checkpoint.read_quantized(module.weight)
         rounded = round_weight(self._read(module.weight), module.format, self._importance.get(name))
