@@ -7,6 +7,7 @@
 #include "embedding.h"
 #include "gemm.h"
 #include "packed_weight.h"
+#include "quantize.h"
 #include "rms_norm.h"
 #include "sampling.h"
 #include "types.h"
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_core, module) {
   qwen_plugins::bind_embedding(module);
   qwen_plugins::bind_gemm(module);
   qwen_plugins::bind_packed_weight(module);
+  qwen_plugins::bind_quantize(module);
   qwen_plugins::bind_rms_norm(module);
   qwen_plugins::bind_sampling(module);
 }

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_plugins import _gemm, _quantized_gemm, _scaled_gemm
+from qwen_plugins import _gemm, _quantize, _quantized_gemm, _scaled_gemm
 from qwen_plugins import _rms_norm as implementation
 from qwen_plugins._quantized_gemm import QuantizedWeight
 from qwen_plugins._rms_norm import Norm, Quantization
 
-__all__ = ["QuantizedWeight", "cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant", "scaled_gemm"]
+__all__ = ["QuantizedWeight", "cublas_lt_status", "gemm", "quantize", "rms_norm", "rms_norm_quant", "scaled_gemm"]
 
 _library = torch.library.Library("qwen_plugins", "DEF")
 _NORM_OPTIONS = "float eps, bool unit_offset, bool round_before_weight"
@@ -34,6 +34,8 @@ _SCHEMAS = (
 _OPERATORS = [schema.split("(")[0] for schema in _SCHEMAS]
 for _schema in _SCHEMAS:
     _library.define(_schema)
+_library.define("quantize(Tensor x, Tensor scale, ScalarType dtype) -> Tensor")
+_library.define("dynamic_quantize(Tensor x, ScalarType dtype) -> (Tensor, Tensor)")
 _GEMM_OPTIONS = "str? activation, bool constant_weight"
 _library.define(f"gemm(Tensor x, Tensor weight, Tensor? bias, {_GEMM_OPTIONS}) -> Tensor")
 _library.define(f"gemm_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, {_GEMM_OPTIONS}) -> ()")
@@ -273,6 +275,37 @@ def rms_norm_quant(
     return ops.rms_norm_quant_residual(x, residual, weight, scale, *options)
 
 
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize x: q = saturate(round(x / scale)), rounding to nearest even.
+
+    Quotients are those of float32. On a GPU this is one kernel on the current stream, which reads x once; the function
+    works inside CUDA graph capture and torch.compile. It computes no gradients.
+
+    Args:
+        x: [..., columns], float16, bfloat16 or float32. The last dimension must be contiguous, the others may be
+            strided.
+        dtype: torch.int8 (-128 to 127) or torch.float8_e4m3fn (-448 to 448).
+        scale: for static quantization of the whole tensor, one float32 above 0 on the device of x. None: dynamic
+            quantization, where each row (token) has its own scale, max|x| / 127 (448 for float8_e4m3fn).
+
+    Returns:
+        (q, scales): q has the shape of x and is contiguous. scales is `scale`, or float32 of the shape of x with a last
+        dimension of 1; q · scales gives x back.
+
+    A row of zeros has the smallest normal float32 as its scale. A row with NaN or infinity has the scale NaN; these
+    elements are 0 as int8, which has no NaN, and NaN as float8. With a static scale infinity saturates.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
+    """
+    _check_types(1.0, x=x, scale=scale)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, not {dtype!r}")
+    if scale is None:
+        return torch.ops.qwen_plugins.dynamic_quantize(x, dtype)
+    return torch.ops.qwen_plugins.quantize(x, scale, dtype), scale
+
+
 def _check_types(eps: float, **tensors: Tensor | None) -> None:
     """Check what PyTorch's dispatcher would report less clearly. The operators check everything else."""
     if not isinstance(eps, float | int):
@@ -433,6 +466,8 @@ def _gemm_quantized_out(
 
 
 for _key in ("CPU", "CUDA", "Meta"):
+    _library.impl("quantize", _quantize.quantize, _key)
+    _library.impl("dynamic_quantize", _quantize.dynamic_quantize, _key)
     _library.impl("gemm", _gemm.gemm, _key)
     _library.impl("gemm_out", _gemm_out, _key)
     _library.impl("gemm_quantized", _quantized_gemm.gemm, _key)

@@ -23,6 +23,14 @@ def kernel_format(weight_format: WeightFormat) -> KernelFormat:
 
     if not weight_format.bits:
         return quantized.WeightFormat()
+    if weight_format.activation is not None:
+        return quantized.WeightFormat(
+            weight_format.bits,
+            weight_format.group_size,
+            scale_dtype=weight_format.scale_dtype,
+            activation=weight_format.activation,
+            activation_scale=weight_format.activation_scale,
+        )
     return quantized.WeightFormat(
         weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
     )

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ...interface.probe import Array
+from . import eight_bit
 from .device import TorchDevice
+from .eight_bit import Activations, QuantizedTensor
 from .quantized import dequantized
 
 
@@ -26,7 +28,10 @@ class TorchProbe:
         found: dict[str, Array] = {}
         self._heads.clear()
 
-        def observe(name: str, result: Tensor) -> Tensor:
+        def observe(name: str, result: Activations) -> Activations:
+            if isinstance(result, QuantizedTensor):
+                found[name] = _array(result.dequantized())
+                return result if given is None else result.like(torch.from_numpy(given[name]).to(result.codes.device))
             found[name] = _array(result)
             return result if given is None else torch.from_numpy(given[name]).to(result).contiguous()
 
@@ -36,7 +41,10 @@ class TorchProbe:
     def module(self, name: str) -> tuple[Array, Array | None]:
         """See `Probe`."""
         weights = self._device.operations.modules[name]
-        weight = dequantized(weights) if weights.format.bits else weights.weight
+        if weights.format.activation is not None:
+            weight = eight_bit.dequantized(weights)
+        else:
+            weight = dequantized(weights) if weights.format.bits else weights.weight
         return _array(weight), None if weights.bias is None else _array(weights.bias)
 
     def _record_queries(self) -> None:

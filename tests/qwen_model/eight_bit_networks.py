@@ -1,0 +1,176 @@
+"""Networks whose linear layers have quantized x and weights, written plainly: transformers' models with other layers.
+
+The layers quantize x in float64 as the issue's formulas say, and multiply the numbers that codes stand for. Engines of
+the same codes are written without any of the quantization of `qwen_model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qwen_model
+from qwen_model.backends.torch import back_end
+from qwen_model.checkpoints.checkpoint import Checkpoint
+from qwen_model.checkpoints.module_weights import WeightFormat
+from qwen_model.checkpoints.weights import network_modules
+from qwen_model.common.progress import no_progress
+from qwen_model.interface.engine_config import EngineConfig
+
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+FUSED = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.output": ("self_attn.o_proj",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How x and weights are quantized; blocks: of 128 x 128 numbers, in place of a scale for each output."""
+
+    kind: str
+    static: bool = False
+    blocks: bool = False
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat(
+            self.kind,
+            group_size=128 if self.blocks else 0,
+            activation=self.kind,
+            scale_dtype="float32",
+            activation_scale="tensor" if self.static else "token",
+        )
+
+    def codes(self, numbers: Tensor) -> Tensor:
+        """Numbers of `kind` nearest to these, which scales have been divided out of."""
+        if self.kind == "int8":
+            return numbers.round().clamp(-128, 127)
+        return numbers.clamp(-448, 448).to(torch.float8_e4m3fn).to(numbers.dtype)
+
+
+SCHEMES = {
+    "int8 per token": Scheme("int8"),
+    "int8 static": Scheme("int8", static=True),
+    "fp8 per token": Scheme("fp8"),
+    "fp8 static": Scheme("fp8", static=True),
+    "fp8 in blocks": Scheme("fp8", blocks=True),
+}
+
+
+class EightBitLinear(nn.Module):
+    """A linear layer of which `codes`, float64, and scales are the weight."""
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme):
+        super().__init__()
+        self.scheme, self.bias = scheme, linear.bias
+        w = linear.weight.detach().double()
+        rows, columns = w.shape
+        if scheme.blocks:
+            padded = nn.functional.pad(w, (0, -columns % 128, 0, -rows % 128))
+            largest = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax((1, 3))
+            self.scales = (largest / LARGEST[scheme.kind]).float()
+            by_number = self.scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        else:
+            self.scales = by_number = (w.abs().amax(1, keepdim=True) / LARGEST[scheme.kind]).float()
+        self.codes = scheme.codes(w / by_number)
+        self.w = self.codes * by_number
+        self.input_scale: Tensor | None = None
+        self.largest_input = 0.0
+        self.exact = False  # x is left as it is, and its largest magnitude is kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.double()
+        if self.exact:
+            self.largest_input = max(self.largest_input, float(wide.abs().max()))
+        else:
+            scale = self.input_scale
+            if scale is None:
+                scale = (wide.abs().amax(-1, keepdim=True) / LARGEST[self.scheme.kind]).float()
+            wide = self.scheme.codes(wide / scale) * scale
+        y = wide @ self.w.T
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def stored_codes(self) -> Tensor:
+        if self.scheme.kind == "int8":
+            return self.codes.to(torch.int8)
+        return self.codes.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def quantize_layers(model: Any, scheme: Scheme, prompt: list[int]) -> None:
+    """Replace the linear layers of each decoder layer; static scales of x are those of the prompt."""
+    for layer in model.model.layers:
+        for names in FUSED.values():
+            for name in names:
+                owner, _, child = name.rpartition(".")
+                linear = getattr(layer.get_submodule(owner), child)
+                setattr(layer.get_submodule(owner), child, EightBitLinear(linear, scheme))
+    if not scheme.static:
+        return
+    layers = [module for module in model.modules() if isinstance(module, EightBitLinear)]
+    set_exact(model, True)
+    with torch.no_grad():
+        model(torch.tensor([prompt]))
+    for layer in layers:
+        layer.input_scale = torch.tensor([layer.largest_input / LARGEST[scheme.kind]])
+    set_exact(model, False)
+
+
+def set_exact(model: Any, exact: bool) -> None:
+    """Whether x of all layers is left as it is."""
+    for module in model.modules():
+        if isinstance(module, EightBitLinear):
+            module.exact = exact
+
+
+def write_engine(model: Any, scheme: Scheme, checkpoint_dir: Path, folder: Path, **options: Any) -> Path:
+    """Write an engine of a model that `quantize_layers` has changed; the checkpoint is that of the model before."""
+    qwen_model.build_engine(checkpoint_dir, output_dir=folder, **options)
+    shutil.rmtree(folder / "weights")
+    config = EngineConfig.read(folder)
+    modules = [f"layers.{layer}.{name}" for layer in range(config.model.num_layers) for name in FUSED]
+    config = dataclasses.replace(config, weight_formats=dict.fromkeys(modules, scheme.format))
+    config.write(folder)
+    tensors = engine_tensors(model)
+    checkpoint = Checkpoint(checkpoint_dir, "torch")
+    checkpoint.check(config.model)
+    expected = {spec.name for name in modules for spec in network_modules_of(config)[name].tensors}
+    assert tensors.keys() == {name for name in expected if not name.endswith(".bias")}
+
+    def read(spec: Any) -> Tensor:
+        found = tensors.get(spec.name)
+        return checkpoint.read(spec) if found is None else found
+
+    back_end.write_engine(folder, config, read, no_progress)
+    return folder
+
+
+def network_modules_of(config: EngineConfig) -> Any:
+    return network_modules(config.model, config.dtype, config.weight_formats)
+
+
+def engine_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of quantized modules, by the names that engines give them."""
+    found = {}
+    for index, layer in enumerate(model.model.layers):
+        for fused, names in FUSED.items():
+            parts = [layer.get_submodule(name) for name in names]
+            name = f"layers.{index}.{fused}"
+            found[f"{name}.weight"] = torch.cat([part.stored_codes() for part in parts])
+            found[f"{name}.scales"] = torch.cat([part.scales for part in parts])
+            if parts[0].input_scale is not None:
+                found[f"{name}.input_scale"] = torch.stack([part.input_scale for part in parts]).amax(0)
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The root of the mean squared difference."""
+    return float((found.double() - expected.double()).square().mean().sqrt())
