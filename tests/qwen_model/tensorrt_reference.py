@@ -61,9 +61,10 @@ def expected(session: qwen_model.Session) -> dict[str, np.ndarray]:
     prompts = [random_prompt(length, seed, vocab_size) for seed, length in enumerate(PROMPT_LENGTHS)]
     found: dict[str, Any] = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
     found["logits"] = session.logits(prompts[LOGITS_OF])
-    found["tokens"], found["scores"] = candidates(session.device, prompts)
     beams = session.generate(prompts[1:3], max_new_tokens=BEAM_TOKENS, num_beams=NUM_BEAMS).outputs
     found |= {f"beams_{i}": output.output_ids for i, output in enumerate(beams)}
+    # Last: it writes into pages that the session's prefix cache knows by what they held before.
+    found["tokens"], found["scores"] = candidates(session.device, prompts)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
