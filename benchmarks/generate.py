@@ -81,7 +81,7 @@ class Load:
     new_tokens: int
 
     def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
-        """Return random prompts, different for each seed, so that no prefix cache helps."""
+        """Return random prompts, different for each seed."""
         tokens: list[list[int]] = (
             np.random.default_rng(seed).integers(0, vocab_size, (self.batch_size, self.prompt_tokens)).tolist()
         )
@@ -116,7 +116,7 @@ class Implementation(ABC):
 
 
 class QwenModel(Implementation):
-    """A QwenModel generates with a session of this project, of either back end."""
+    """A QwenModel generates with a session of this project, of either back end, without its prefix cache."""
 
     def __init__(self, session: Session):
         self.vocab_size = session.config.model.vocab_size
@@ -124,6 +124,7 @@ class QwenModel(Implementation):
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
+        self._session.scheduler.forget_prefixes()
         self._session.generate(prompts, max_new_tokens=new_tokens)
 
 

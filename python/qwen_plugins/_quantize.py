@@ -39,13 +39,13 @@ def check_quant_dtype(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be {type_names(tuple(QUANT_LIMITS))}, not {type_name(dtype)}")
 
 
-def check_static_scale(scale: Tensor, x: Tensor) -> None:
+def check_static_scale(name: str, scale: Tensor, x: Tensor) -> None:
     """Check for one float32 on the device of x."""
-    check_tensor("scale", scale)
-    check_dtype("scale", scale, (torch.float32,))
+    check_tensor(name, scale)
+    check_dtype(name, scale, (torch.float32,))
     if scale.numel() != 1:
-        raise ValueError(f"scale must have one element, but its shape is {tuple(scale.shape)}")
-    check_device("scale", scale, x)
+        raise ValueError(f"{name} must have one element, but its shape is {tuple(scale.shape)}")
+    check_device(name, scale, x)
 
 
 def _quantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def _quantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tens
     check_contiguous_rows("x", x)
     check_quant_dtype("dtype", dtype)
     if scale is not None:
-        check_static_scale(scale, x)
+        check_static_scale("scale", scale, x)
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if scale is None else scale
     if x.device.type == "cpu":

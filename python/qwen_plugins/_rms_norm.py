@@ -68,7 +68,7 @@ class Quantization:
         if self.smoothing is not None:
             check_per_channel("smoothing", self.smoothing, norm.x)
         if self.scale is not None:
-            check_static_scale(self.scale, norm.x)
+            check_static_scale("scale", self.scale, norm.x)
 
 
 def check_like(name: str, tensor: Any, x: Tensor) -> None:

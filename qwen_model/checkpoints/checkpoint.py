@@ -5,12 +5,14 @@ A quantized weight is read as its codes and scales, or as the numbers that they 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
@@ -56,6 +58,7 @@ class Checkpoint:
         self.quantization = read_quantization(self.model_dir, read_json_object(config) if is_file(config) else {})
         self._tensors = _find_tensors(self.model_dir, framework)
         self._layers: dict[str, QuantizedLayer | EightBitLayer] = {}  # the quantized ones, by name; `check` finds them
+        self._row_factors: dict[str, npt.NDArray[np.float32]] = {}
 
     @property
     def dtype(self) -> str:
@@ -191,9 +194,15 @@ class Checkpoint:
         """
         parts = [self._read_layer(_layer(source.name)) for source in spec.sources]
         eight_bit = [part for part in parts if isinstance(part, EightBitWeight)]
+        weight: QuantizedWeight | EightBitWeight
         if eight_bit:
-            return joined_eight_bit(eight_bit, spec.name)
-        return joined([part for part in parts if isinstance(part, QuantizedWeight)])
+            weight = joined_eight_bit(eight_bit, spec.name)
+        else:
+            weight = joined([part for part in parts if isinstance(part, QuantizedWeight)])
+        factors = self._row_factors.get(_module(spec))
+        if factors is None:
+            return weight
+        return dataclasses.replace(weight, scales=weight.scales.astype(np.float32) * factors[:, None])
 
     def _read_layer(self, name: str) -> QuantizedWeight | EightBitWeight:
         try:
@@ -244,15 +253,28 @@ class Checkpoint:
                 f"to false, or remove {head}"
             )
 
+    def scale_rows(self, factors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Multiply the rows of weight and bias of these modules, by name, with factors [out] whenever they are read."""
+        self._row_factors = dict(factors)
+
     def read(self, spec: WeightSpec, rank: int = 0, num_ranks: int = 1) -> Weight:
         """Read a weight of the network, or the part of it that one of `num_ranks` devices has.
 
-        It has the checkpoint's type, or float32 if it is quantized there. Of files that can be memory-mapped only the
-        part is read.
+        It has the checkpoint's type, or float32 if it is quantized there or `scale_rows` names it. Of files that can be
+        memory-mapped only the part is read.
 
         Raises:
             QwenModelError: there is no such rank, the devices cannot have equal parts, or numbers are not finite.
         """
+        weight = self._read(spec, rank, num_ranks)
+        factors = self._row_factors.get(_module(spec))
+        if factors is None:
+            return weight
+        assert num_ranks == 1  # factors are those of all rows
+        array = as_numpy(weight).astype(np.float32)
+        return as_framework(array * (factors if array.ndim == 1 else factors[:, None]), self.framework)
+
+    def _read(self, spec: WeightSpec, rank: int, num_ranks: int) -> Weight:
         before = (slice(None),) * spec.axis
         parts = [
             self._part(source.name, () if num_ranks == 1 else (*before, part))
@@ -272,6 +294,10 @@ class Checkpoint:
         if layer not in self._layers or not name.endswith(".weight"):
             return self.tensor(name, part)
         return as_framework(self._read_layer(layer).dequantized()[part or ...], self.framework)
+
+
+def _module(spec: WeightSpec) -> str:
+    return spec.name.rpartition(".")[0]
 
 
 def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTensor]:

@@ -44,6 +44,7 @@ from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
 from ..quantization.engine_weights import EngineWeights
 from ..quantization.formats import chosen_formats
+from ..quantization.key_balance import key_factors
 from ..quantization.options import KINDS
 from ..quantization.summary import WeightSummary, weight_summary
 from .back_ends import back_end
@@ -52,8 +53,6 @@ from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
 LOG = logging.getLogger(__name__)
-LARGE_KEY_BIAS = 50.0
-"""Keys without a bias are a few units: beside this one, a code of int8 is nearly half a unit."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def build_engine(
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
-        *_key_bias_warnings(checkpoint, model, kv_cache_dtype),
+        *_balance_keys(checkpoint, model, formats, kv_cache_dtype),
     ]
     report = progress or no_progress
     calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
@@ -315,15 +314,13 @@ def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
         )
 
 
-def _key_bias_warnings(checkpoint: Checkpoint, model: ModelConfig, kv_cache_dtype: str) -> Iterator[str]:
-    """Warn of biases that take the room in int8 codes of keys: one of them makes the scale of all numbers of a head."""
+def _balance_keys(checkpoint: Checkpoint, model: ModelConfig, formats: Formats, kv_cache_dtype: str) -> Iterator[str]:
+    """Give the keys of an int8 cache one size; yield a warning where that cannot be done."""
     if kv_cache_dtype != "int8" or not model.qkv_bias:
         return
-    heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    specs = (spec for group in weight_groups(model, "float32") for spec in group.specs)
-    biases = (checkpoint.read(spec) for spec in specs if spec.name.endswith(".attention.qkv.bias"))
-    largest = max(float(abs(bias[heads : heads + kv_heads]).max()) for bias in biases)
-    if largest > LARGE_KEY_BIAS:
+    factors, largest = key_factors(checkpoint, model, formats)
+    checkpoint.scale_rows(factors)
+    if largest:
         yield (
             f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
             "coarsely: --kv-cache-dtype fp8 is more exact"

@@ -134,6 +134,10 @@ class Scheduler:
         if sequence.finish_reason is None:
             self._end(sequence, "cancelled")
 
+    def forget_prefixes(self) -> None:
+        """Let sequences that are added from now on share nothing that is in the cache: measurements need that."""
+        self.pool.forget()
+
     def step(self, patient: bool = False) -> list[Event]:
         """Launch the next step, or two if the device runs ahead; wait for the oldest and return its tokens.
 

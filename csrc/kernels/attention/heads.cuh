@@ -139,6 +139,21 @@ class CodeOf {
   QuotientBy quotient_;
 };
 
+// The codes of a context's elements, which have been multiplied by the reciprocal of its scale: 1, 2 or 4 neighbours,
+// whose address is a multiple of their number.
+template <int kCount>
+__device__ __forceinline__ void store_context_codes(void* to, const float (&scaled)[kCount], DataType dtype) {
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t code = dtype == DataType::kInt8 ? to_int8_bits(scaled[i]) & 0xffU : to_float8_e4m3_bits(scaled[i]);
+    codes |= code << 8 * i;
+  }
+  if constexpr (kCount == 1) *static_cast<uint8_t*>(to) = static_cast<uint8_t>(codes);
+  if constexpr (kCount == 2) *static_cast<uint16_t*>(to) = static_cast<uint16_t>(codes);
+  if constexpr (kCount == 4) *static_cast<uint32_t*>(to) = codes;
+}
+
 // The float16 values of four codes, which float16 represents exactly: two in each of two registers.
 template <CacheDataType kType>
 __device__ __forceinline__ void codes_to_float16(uint32_t (&values)[2], uint32_t codes) {

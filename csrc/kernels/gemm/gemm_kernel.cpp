@@ -6,6 +6,7 @@
 #include "dequantized.h"
 #include "plain.h"
 #include "stream.h"
+#include "stream_eight_bit.h"
 #include "stream_hopper.h"
 #include "stream_quantized.h"
 #include "tiles_hopper.h"
@@ -22,6 +23,7 @@ const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
 #ifdef QWEN_PLUGINS_HOPPER
       stream_quantized_kernel(),
+      stream_eight_bit_kernel(),
       stream_hopper_kernel(),
 #endif
       stream_kernel(),
