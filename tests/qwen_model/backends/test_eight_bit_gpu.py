@@ -1,5 +1,6 @@
 """Engines with quantized x and weights on a GPU: the logits and tokens of the CPU's, whatever the scheduler does."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,13 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 import qwen_model
+from qwen_model.backends.torch import eight_bit
 from qwen_model.backends.torch.device import TorchDevice
+from qwen_model.backends.torch.eight_bit import QuantizedTensor
+from qwen_model.backends.torch.fixed_kernels import tiled_kernels
 from qwen_model.checkpoints.config import read_config
 from qwen_model.checkpoints.weights import network_modules
 from qwen_model.engine.scheduler import Scheduler
 from qwen_model.interface.engine_config import EngineConfig, Limits
+from qwen_model.interface.weight_formats import kernel_format
+from qwen_plugins import launch
 from tests.qwen_model.backends.device_runs import Running, generate
-from tests.qwen_model.backends.test_eight_bit import random_module
+from tests.qwen_model.backends.test_eight_bit import random_codes, random_module
 from tests.qwen_model.eight_bit_networks import SCHEMES, distance, quantize_layers, set_exact, write_engine
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
@@ -177,3 +183,59 @@ def launches(scheme):
         generate(device, [Running(PROMPTS[2], 0, [1, 2, 3])], 4)
         torch.cuda.synchronize()
     return sum(event.count for event in profile.key_averages() if "Memcpy" not in event.key)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("shape", [(4608, 3584, ""), (3584, 18944, ""), (37888, 3584, "swiglu")], ids=str)
+def test_fixed_kernels_give_rows_the_same_bits(scheme, shape):
+    """Of the linear layers of a 7B model, whose tiles are divided otherwise for each number of rows."""
+    out_features, in_features, activation = shape
+    gpu = torch.cuda.get_device_properties(0)
+    if gpu.major != 9:
+        pytest.skip("elsewhere the plain kernel is the fixed one")
+    kernels = tiled_kernels(out_features, activation == "swiglu", gpu.multi_processor_count, scheme.kind)
+    most_rows = kernels[-1][0]
+    generator = torch.Generator().manual_seed(0)
+    module = random_module(scheme, out_features, in_features, generator).map(torch.Tensor.cuda)
+    codes = random_codes(scheme, most_rows, in_features, generator).cuda()
+    scales = torch.rand(most_rows, 1, generator=generator).cuda() + 0.1
+    bias = torch.zeros(out_features, dtype=torch.bfloat16, device="cuda")
+    layer = launch.LinearLayer(
+        weight=module.weight.data_ptr(),
+        weight_format=kernel_format(module.format).for_launch(),
+        scales=module.scales.data_ptr(),
+        input_scale=module.input_scale.data_ptr() if scheme.static else 0,
+        bias=bias.data_ptr(),
+        in_features=in_features,
+        out_features=out_features,
+        activation=launch.Activation.swiglu if activation else launch.Activation.none,
+        dtype=launch.DataType.bfloat16,
+        constant_weight=True,
+        kernels=kernels,
+    )
+
+    def product(rows):
+        x, x_scales = codes[rows], scales[rows]
+        y = torch.empty(len(x), layer.columns, dtype=torch.bfloat16, device="cuda")
+        workspace = torch.empty(max(1, layer.workspace_bytes(len(x))), dtype=torch.uint8, device="cuda")
+        launch.gemm(
+            layer,
+            x=x.data_ptr(),
+            x_row_stride=in_features,
+            x_scales=0 if scheme.static else x_scales.data_ptr(),
+            y=y.data_ptr(),
+            rows=len(x),
+            workspace=workspace.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+        return y
+
+    whole = product(slice(None))
+    if not activation:
+        of_x = QuantizedTensor(codes, module.input_scale if scheme.static else scales)
+        expected = eight_bit.linear(of_x, dataclasses.replace(module, bias=None))
+        assert distance(whole, expected) < 0.01 * float(expected.std())
+    for count in (1, 2, 8, 16, 17, 64, 65, 100, most_rows - 1):
+        for first in (0, most_rows - count):
+            rows = slice(first, first + count)
+            assert torch.equal(product(rows), whole[rows])
