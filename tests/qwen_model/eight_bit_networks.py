@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qwen_model
@@ -194,6 +194,34 @@ def write_engine(model: Any, scheme: Scheme, checkpoint_dir: Path, folder: Path,
         return checkpoint.read(spec) if found is None else found
 
     back_end.write_engine(folder, config, read, no_progress)
+    return folder
+
+
+def save_checkpoint(model: Any, scheme: Scheme, checkpoint_dir: Path, folder: Path) -> Path:
+    """Write a checkpoint of a model that `quantize_layers` has changed, in the form of its scheme's publishers."""
+    tensors = load_file(checkpoint_dir / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, EightBitLinear):
+            codes = module.stored_codes()
+            tensors[f"{name}.weight"] = codes if scheme.kind == "int8" else codes.view(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale{'_inv' if scheme.blocks else ''}"] = module.scales
+            if module.input_scale is not None:
+                tensors[f"{name}.input_scale"] = module.input_scale
+    of_x = {"strategy": "tensor" if scheme.static else "token", "dynamic": not scheme.static}
+    number = {"num_bits": 8, "type": "int" if scheme.kind == "int8" else "float", "symmetric": True}
+    both = {"weights": {**number, "strategy": "channel"}, "input_activations": {**number, **of_x}}
+    quantization: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if scheme.kind == "int8" else "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], **both}},
+        "ignore": ["lm_head"],
+    }
+    if scheme.blocks:
+        quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder.mkdir()
+    values = json.loads((checkpoint_dir / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": quantization}))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
 
