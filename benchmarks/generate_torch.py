@@ -20,11 +20,12 @@ from torch import Tensor
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from benchmarks.timing import capture
-from benchmarks.vllm_weights import WEIGHT_SCALE
+from benchmarks.vllm_weights import WEIGHT_SCALE, fill_codes
 from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.back_end import num_pages
 from qwen_model.backends.torch.device import TorchDevice
 from qwen_model.checkpoints.config import ModelConfig, read_config
+from qwen_model.checkpoints.eight_bit_weight import LARGEST_CODES
 from qwen_model.checkpoints.module_weights import NOT_QUANTIZED, Formats
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.common.progress import no_progress
@@ -37,6 +38,8 @@ from qwen_model.quantization.options import QuantizationOptions
 from qwen_model.tuning.choice import choose_kernels
 
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
+LARGEST_INPUT = 16.0
+"""What static scales of x leave room for."""
 
 
 def default_device() -> str:
@@ -65,15 +68,17 @@ def random_weights(
     weights = {}
     for group in weight_groups(config, str(dtype).removeprefix("torch."), formats):
         for module in group.modules.values():
-            deviation = (2**module.format.bits) / 12**0.5 if module.format.bits else 1.0  # of uniform codes
+            deviation = 1.0  # of what the codes stand for
             for spec in module.tensors:
                 weight = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-                if spec is module.scales:
+                if spec is module.weight and module.format.bits:
+                    deviation = fill_codes(weight, module.format.bits)
+                elif spec is module.scales:
                     weight.fill_(WEIGHT_SCALE / deviation)
                 elif spec is module.zeros:
                     weight.fill_(1 << module.format.bits - 1)
-                elif not weight.is_floating_point():
-                    weight.random_(-(2**31), 2**31)
+                elif spec is module.input_scale:
+                    weight.fill_(LARGEST_INPUT / LARGEST_CODES[module.format.kind])
                 elif weight.dim() == 1:
                     weight.fill_(1.0)
                 else:
