@@ -25,7 +25,7 @@ from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.back_end import num_pages
 from qwen_model.backends.torch.device import TorchDevice
 from qwen_model.checkpoints.config import ModelConfig, read_config
-from qwen_model.checkpoints.eight_bit_weight import LARGEST_CODES
+from qwen_model.checkpoints.eight_bit_weight import LARGEST_CODES, eight_bit_format
 from qwen_model.checkpoints.module_weights import NOT_QUANTIZED, Formats
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.common.progress import no_progress
@@ -37,9 +37,10 @@ from qwen_model.quantization.formats import own_formats
 from qwen_model.quantization.options import QuantizationOptions
 from qwen_model.tuning.choice import choose_kernels
 
+EIGHT_BIT_KINDS = {"smoothquant": "int8", "fp8": "fp8"}
+LARGEST_INPUT = 8.0
+"""The largest magnitude of x that static scales are for: RMSNorm gives numbers of about 1."""
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
-LARGEST_INPUT = 16.0
-"""What static scales of x leave room for."""
 
 
 def default_device() -> str:
@@ -75,10 +76,10 @@ def random_weights(
                     deviation = fill_codes(weight, module.format.bits)
                 elif spec is module.scales:
                     weight.fill_(WEIGHT_SCALE / deviation)
-                elif spec is module.zeros:
-                    weight.fill_(1 << module.format.bits - 1)
                 elif spec is module.input_scale:
                     weight.fill_(LARGEST_INPUT / LARGEST_CODES[module.format.kind])
+                elif spec is module.zeros:
+                    weight.fill_(1 << module.format.bits - 1)
                 elif weight.dim() == 1:
                     weight.fill_(1.0)
                 else:
@@ -147,12 +148,19 @@ class Transformers(Implementation):
 class Vllm(Implementation):
     """Vllm runs vLLM, with weights drawn as ours are."""
 
-    def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
+    def __init__(self, values: dict[str, Any], largest: Load, options: argparse.Namespace):
         import vllm
 
         self.vocab_size = values["vocab_size"]
         self._sampling = vllm.SamplingParams
-        self._engine = vllm_engine(values, dtype, largest.prompt_tokens + largest.new_tokens, largest.batch_size)
+        self._engine = vllm_engine(
+            values,
+            options.dtype,
+            largest.prompt_tokens + largest.new_tokens,
+            largest.batch_size,
+            quantization=options.quantization,
+            kv_cache_dtype=options.kv_cache_dtype,
+        )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
@@ -161,9 +169,18 @@ class Vllm(Implementation):
 
 
 def vllm_engine(
-    values: dict[str, Any], dtype: str, max_model_len: int, max_num_seqs: int, gpu_memory_utilization: float = 0.78
+    values: dict[str, Any],
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    gpu_memory_utilization: float = 0.78,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Any:
-    """Return a vLLM engine of this shape, with weights drawn as ours are."""
+    """Return a vLLM engine of this shape, with weights drawn as ours are.
+
+    quantization: None or "fp8", by vLLM itself: static weights, and x per token as it runs.
+    """
     import vllm
 
     # A process that has used the GPU, as this one may have, cannot be forked.
@@ -179,6 +196,8 @@ def vllm_engine(
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=False,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         worker_extension_cls="benchmarks.vllm_weights.WorkerExtension",
     )
     if not all(engine.collective_rpc("fill_weights")):
@@ -214,10 +233,15 @@ def random_session(
 
 
 def random_formats(options: argparse.Namespace, config: ModelConfig) -> Formats:
-    """Return the formats that --quantization, --group-size, --asymmetric and --head-quantization ask for."""
+    """Return the formats that --quantization and the options beside it ask for."""
     if options.quantization is None:
         return NOT_QUANTIZED
     head = None if options.head_quantization == "none" else options.head_quantization
+    if options.quantization in EIGHT_BIT_KINDS:
+        found = own_formats(QuantizationOptions("int8", head=head), config, options.dtype)
+        scale = "token" if options.per_token else "tensor"
+        of_layers = eight_bit_format(EIGHT_BIT_KINDS[options.quantization], scale)
+        return {name: each if name == "lm_head" else of_layers for name, each in found.items()}
     own = QuantizationOptions(options.quantization, options.group_size, not options.asymmetric, head)
     return own_formats(own, config, options.dtype)
 
@@ -252,13 +276,13 @@ def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[t
         weights = random_weights(config, dtype, options.device, formats)
     if "qwen_model" in options.implementations:
         limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-        yield "qwen_model", QwenModel(random_session(config, weights, limits, formats=formats))
+        yield "qwen_model", QwenModel(random_session(config, weights, limits, options.kv_cache_dtype, formats))
     if "products" in options.implementations and options.device != "cpu":
         yield "products", Products(config, weights)
     weights.clear()
     for name, make in (
         ("transformers", lambda: Transformers(values, dtype, options.device)),
-        ("vllm", lambda: Vllm(values, options.dtype, largest)),
+        ("vllm", lambda: Vllm(values, largest, options)),
     ):
         if name in options.implementations and importlib.util.find_spec(name) is not None:
             yield name, make()

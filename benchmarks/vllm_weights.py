@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 WEIGHT_SCALE = 0.02
-FP8_SCALE = 64.0
+FP8_DEVIATION = 64.0
+"""The standard deviation of codes of e4m3, whose largest is 448."""
 CODES = ("qweight", "weight_packed")
 SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
@@ -26,9 +27,9 @@ def fill_codes(weight: Tensor, bits: int) -> float:
     weight: int32, words of codes whose zero point is in the middle; int8; or fp8 (e4m3), also as bytes.
     """
     if weight.dtype in (torch.uint8, torch.float8_e4m3fn):
-        numbers = torch.empty(weight.shape, device=weight.device).normal_(0.0, FP8_SCALE)
-        weight.view(torch.float8_e4m3fn).copy_(numbers)
-        return FP8_SCALE
+        numbers = torch.empty(weight.shape, dtype=torch.float16, device=weight.device).normal_(0.0, FP8_DEVIATION)
+        weight.view(torch.float8_e4m3fn).copy_(numbers.clamp_(-448, 448))
+        return FP8_DEVIATION
     if weight.dtype == torch.int8:
         weight.random_(-127, 128)
     else:
@@ -64,6 +65,6 @@ class WorkerExtension:
                 elif name == "qzeros":
                     weight.fill_(0x88888888 - (1 << 32))
                 elif weight.is_floating_point() and weight.itemsize > 1:
-                    weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, WEIGHT_SCALE)
+                    weight.fill_(1.0) if weight.dim() <= 1 else weight.normal_(0.0, WEIGHT_SCALE)
             count += len(tensors)
         return count

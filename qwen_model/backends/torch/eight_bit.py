@@ -41,15 +41,6 @@ class QuantizedTensor:
         codes = self.codes.view(torch.uint8)[rows].view(self.codes.dtype)
         return QuantizedTensor(codes, self.scales[rows] if self.per_token else self.scales)
 
-    def dequantized(self) -> Tensor:
-        """Return scales · codes, float32."""
-        return self.codes.float() * self.scales
-
-    def like(self, x: Tensor) -> QuantizedTensor:
-        """Quantize other numbers in the same way: with the same scale, or one for each token."""
-        kind = next(kind for kind, dtype in CODE_TYPES.items() if dtype == self.codes.dtype)
-        return quantized(x, kind, None if self.per_token else self.scales)
-
 
 Activations = Tensor | QuantizedTensor
 
@@ -75,14 +66,6 @@ def linear(x: QuantizedTensor, module: ModuleWeights[Tensor]) -> Tensor:
             sums.append(F.linear(x.codes.float(), _scaled(w, module, start)))
     y = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)) * x.scales
     return y if module.bias is None else y + module.bias.float()
-
-
-def dequantized(module: ModuleWeights[Tensor]) -> Tensor:
-    """Return the weight that the codes of a module stand for, float32 [out, in]."""
-    assert module.scales is not None
-    if module.format.kind == "int8":
-        return module.weight.float() * module.scales
-    return _scaled(module.weight, module, 0)
 
 
 def _scaled(codes: Tensor, module: ModuleWeights[Tensor], start: int) -> Tensor:

@@ -209,11 +209,14 @@ class KernelOperations(TorchOperations):
         weights = self.modules[module]
         out_features, in_features = weights.shape
         gpu = torch.cuda.get_device_properties(self.cache.data.device)
-        tiled = gpu.major == 9 and launch.has_hopper_kernels() and not weights.format.bits and in_features % 8 == 0
+        activation = weights.format.activation or ""
+        is_packed = weights.format.bits > 0 and not activation
+        aligned = in_features % (16 if activation else 8) == 0
+        tiled = gpu.major == 9 and launch.has_hopper_kernels() and not is_packed and aligned
         swiglu = module.endswith(".gate_up")
         if not tiled or self.cache.dtype == torch.float32 or (swiglu and out_features % 16):
             return fixed_kernels.PLAIN
-        return fixed_kernels.tiled_kernels(out_features, swiglu, gpu.multi_processor_count)
+        return fixed_kernels.tiled_kernels(out_features, swiglu, gpu.multi_processor_count, activation)
 
     def _linear_layer(
         self, module: str, activation: str | None, reader: ModuleWeights[Tensor] | None

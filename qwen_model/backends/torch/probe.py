@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ...interface.probe import Array
-from . import eight_bit
 from .device import TorchDevice
-from .eight_bit import Activations, QuantizedTensor
+from .eight_bit import Activations
 from .quantized import dequantized
 
 
@@ -29,9 +28,7 @@ class TorchProbe:
         self._heads.clear()
 
         def observe(name: str, result: Activations) -> Activations:
-            if isinstance(result, QuantizedTensor):
-                found[name] = _array(result.dequantized())
-                return result if given is None else result.like(torch.from_numpy(given[name]).to(result.codes.device))
+            assert isinstance(result, Tensor)  # networks with quantized x are not probed
             found[name] = _array(result)
             return result if given is None else torch.from_numpy(given[name]).to(result).contiguous()
 
@@ -41,10 +38,7 @@ class TorchProbe:
     def module(self, name: str) -> tuple[Array, Array | None]:
         """See `Probe`."""
         weights = self._device.operations.modules[name]
-        if weights.format.activation is not None:
-            weight = eight_bit.dequantized(weights)
-        else:
-            weight = dequantized(weights) if weights.format.bits else weights.weight
+        weight = dequantized(weights) if weights.format.bits else weights.weight
         return _array(weight), None if weights.bias is None else _array(weights.bias)
 
     def _record_queries(self) -> None:

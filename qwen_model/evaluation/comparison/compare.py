@@ -185,6 +185,12 @@ def check_engine(config: EngineConfig, model: ModelConfig, prompt_length: int, n
             f"the engine's key-value cache has {config.kv_cache_dtype}, beside whose error no other would be seen: "
             "compare one built without --kv-cache-dtype"
         )
+    quantized = [each for each in config.weight_formats.values() if each.activation is not None]
+    if quantized:
+        raise QwenModelError(
+            f"the engine's linear layers quantize what they read ({quantized[0].text}), beside whose error no other "
+            "would be seen: compare one built with --quantization none"
+        )
 
 
 def _described(model: ModelConfig) -> dict[str, object]:

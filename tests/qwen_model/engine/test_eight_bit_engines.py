@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import qwen_model
+from qwen_model import QwenModelError
+from qwen_model.evaluation.comparison.compare import check_engine
+from qwen_model.interface.engine_config import EngineConfig
+from qwen_model.quantization.summary import weight_summary
 from tests.qwen_model.eight_bit_networks import SCHEMES, distance, quantize_layers, set_exact, write_engine
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
@@ -75,3 +79,19 @@ def test_chunks_and_company_change_nothing(pair):
     first = session.generate(PROMPT, max_new_tokens=NEW_TOKENS).outputs[0].output_ids
     again = session.generate([PROMPT, PROMPT[:40], PROMPT], max_new_tokens=NEW_TOKENS).outputs
     assert again[0].output_ids == again[2].output_ids == first
+
+
+def test_what_is_shown_of_an_engine(pair, tmp_path):
+    _, scheme, session = pair
+    session.config.write(tmp_path)
+    assert EngineConfig.read(tmp_path) == session.config
+    layers = len(session.config.weight_formats)
+    summary = weight_summary(session.config.model, "float32", session.config.weight_formats, {})
+    assert summary.formats == {scheme.format.text: layers, "float32": 1}
+    assert 8 < summary.bits < 8.8
+
+
+def test_engines_with_quantized_x_are_not_compared(pair):
+    _, scheme, session = pair
+    with pytest.raises(QwenModelError, match=f"quantize what they read .{scheme.format.text}., beside whose error"):
+        check_engine(session.config, session.config.model, 5, 1)
