@@ -25,13 +25,45 @@ def rms_norm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
     return [y, h] if residual else [y]
 
 
+def rms_norm_quant(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    x, weight, *rest = inputs
+    h = x + rest.pop(0) if fields["residual"] else x
+    scale = None if fields["dyn_act_scaling"] else rest.pop(0)
+    assert not rest
+    found = quantized_rows(fields, normalise(h, weight, fields["eps"]), scale)
+    return [*found, h] if fields["residual"] else found
+
+
+def quantize(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    x, *scale = inputs
+    return quantized_rows(fields, x.astype(np.float32), scale[0] if scale else None)
+
+
+def quantized_rows(fields: dict[str, Any], values: np.ndarray, scale: np.ndarray | None) -> Arrays:
+    """Return codes, and their scales where none is given."""
+    assert fields["int32_output"] == 1
+    codes, largest = CODE_TYPES[fields["out_type_id"]]
+    if scale is not None:
+        return [codes_of(values / scale, codes)]
+    scales = np.maximum(np.abs(values).max(-1, keepdims=True) / np.float32(largest), np.finfo(np.float32).tiny)
+    return [codes_of(values / scales, codes), scales]
+
+
+def codes_of(scaled: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Round to codes, and return them as int32."""
+    codes = np.clip(np.rint(scaled), -128, 127) if kind == np.int8 else np.clip(scaled, -448, 448)
+    return np.ascontiguousarray(codes.astype(kind)).view(np.int32)
+
+
 def normalise(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     wide = h.astype(np.float32)
     return wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps)) * weight.astype(np.float32)
 
 
 def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
-    """Compute a linear layer; with a quantized weight this is version "2"."""
+    """Compute a linear layer; with a quantized weight this is version "2", with codes of 8 bits version "3"."""
+    if "x_type_id" in fields:
+        return eight_bit_gemm(fields, inputs)
     x, weight, *bias = inputs
     if "weight_bits" in fields:
         weight, bias = dequantized(fields, inputs[1:])
@@ -44,6 +76,27 @@ def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
         gate, up = np.split(z, 2, axis=-1)
         z = gate / (1 + np.exp(-gate)) * up
     return [z.astype(x.dtype)]
+
+
+def eight_bit_gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    x, weight, scales, x_scales, *rest = inputs
+    kind, _ = CODE_TYPES[fields["x_type_id"]]
+    y_scale = rest.pop(0) if fields["quantize_output"] else None
+    bias = rest.pop(0).astype(np.float32) if fields["bias"] else np.float32(0)
+    assert not rest
+    assert fields["constant_weight"] == 1
+    assert x_scales.shape == ((*x.shape[:-1], 1) if fields["has_per_token_scaling"] else (1,))
+    x_codes, codes = x.view(kind).astype(np.float32), weight.view(kind).astype(np.float32)
+    assert codes.shape == (fields["out_features"], fields["in_features"])
+    if fields["group_size"]:
+        scales = scales.repeat(128, 0)[: codes.shape[0]].repeat(128, 1)[:, : codes.shape[1]]
+        z = x_codes @ (codes * scales).T * x_scales + bias
+    else:
+        z = x_codes @ codes.T * scales * x_scales + bias
+    if fields["activation"]:
+        gate, up = np.split(z, 2, axis=-1)
+        z = gate / (1 + np.exp(-gate)) * up
+    return [z.astype(TYPES[fields["type_id"]]) if y_scale is None else codes_of(z / y_scale, kind)]
 
 
 def dequantized(fields: dict[str, Any], inputs: Arrays) -> tuple[np.ndarray, Arrays]:
@@ -70,6 +123,7 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
     assert semaphores.shape[1:] == (heads,)
     assert not semaphores.any()
     query_scale = rest.pop(0) if fields["query_scale"] else None
+    context_scale = rest.pop() if fields.get("context_type") else None
     norms = rest if fields["qk_norm"] else None
     cache = Cache(pool, pages, kv_heads, size, fields.get("kv_cache_type", 0))
     decoding = len(qkv) == len(past_lengths)
@@ -92,11 +146,16 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
         cache.write(sequence, positions, k, v)
         keys, values = cache.read(sequence, past + end - start)
         context[start:end] = attend(q, keys, values, positions).astype(qkv.dtype)
-    return [context.reshape(len(qkv), -1), pool]
+    context = context.reshape(len(qkv), -1)
+    if context_scale is not None:
+        context = codes_of(context.astype(np.float32) / context_scale, CODES[fields["context_type"]][0])
+    return [context, pool]
 
 
 PAGE_SIZE = 64
 CODES = {1: (np.dtype(np.int8), 127), 2: (np.dtype(ml_dtypes.float8_e4m3fn), 448)}
+CODE_TYPES = {2: CODES[1], 6: CODES[2]}
+TYPES = {0: np.float32, 1: np.float16, 7: ml_dtypes.bfloat16}
 
 
 class Cache:
@@ -159,6 +218,9 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.nd
 
 PLUGINS: dict[str, Callable[[dict[str, Any], Arrays], Arrays]] = {
     "RmsNorm": rms_norm,
+    "RmsNormQuantization": rms_norm_quant,
+    "QuantizePerToken": quantize,
+    "QuantizeTensor": quantize,
     "Gemm": gemm,
     "QwenGemm": gemm,
     "GptAttention": gpt_attention,
@@ -171,22 +233,36 @@ def norm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
 
 def norm_quant_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
     scales = [((*shapes[0][:-1], 1), 0)] if fields["dyn_act_scaling"] else []
-    return [(shapes[0], fields["out_type_id"]), *scales, *[(shapes[0], fields["type_id"])] * fields["residual"]]
+    q = quantize_outputs(fields, shapes[:2])[0] if fields.get("int32_output") else (shapes[0], fields["out_type_id"])
+    return [q, *scales, *[(shapes[0], fields["type_id"])] * fields["residual"]]
+
+
+def quantize_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
+    *leading, columns = shapes[0]
+    scales = [((*leading, 1), 0)] if len(shapes) == 1 else []
+    return [((*leading, columns // 4), 3), *scales]
 
 
 def gemm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
-    out_features = fields.get("out_features", shapes[1][0])
-    return [((*shapes[0][:-1], out_features // (2 if fields["activation"] else 1)), fields["type_id"])]
+    columns = fields.get("out_features", shapes[1][0]) // (2 if fields["activation"] else 1)
+    if fields.get("quantize_output"):
+        return [((*shapes[0][:-1], columns // 4), 3)]
+    return [((*shapes[0][:-1], columns), fields["type_id"])]
 
 
 def attention_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
-    context = (shapes[0][0], fields["num_heads"] * fields["head_size"])
-    return [(context, fields["type_id"]), (shapes[1], 3 if fields.get("kv_cache_type") else fields["type_id"])]
+    columns = fields["num_heads"] * fields["head_size"]
+    context = ((shapes[0][0], columns), fields["type_id"])
+    if fields.get("context_type"):
+        context = ((shapes[0][0], columns // 4), 3)
+    return [context, (shapes[1], 3 if fields.get("kv_cache_type") else fields["type_id"])]
 
 
 PLUGIN_OUTPUTS: dict[str, Callable[[dict[str, Any], list[Shape]], Outputs]] = {
     "RmsNorm": norm_outputs,
     "RmsNormQuantization": norm_quant_outputs,
+    "QuantizePerToken": quantize_outputs,
+    "QuantizeTensor": quantize_outputs,
     "Gemm": gemm_outputs,
     "QwenGemm": gemm_outputs,
     "GptAttention": attention_outputs,

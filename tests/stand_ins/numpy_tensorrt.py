@@ -281,7 +281,8 @@ class INetworkDefinition:
 
         def compute(*arrays: np.ndarray) -> Arrays:
             floating = {array.dtype for array in arrays[:2] if array.dtype.kind != "i"}
-            assert floating == {dtype}, f"{plugin.name} of {dtype} was given {floating}"
+            if plugin.name != "QuantizeTensor":  # whose second input is a float32 scale
+                assert floating <= {dtype}, f"{plugin.name} of {dtype} was given {floating}"
             return PLUGINS[plugin.name](plugin.fields, list(arrays))
 
         plugin.inputs = inputs
@@ -519,6 +520,7 @@ def make_module(version: str) -> types.ModuleType:
     creators = [Creator(name, "1") for name in PLUGIN_OUTPUTS] + [
         Creator(name, "2") for name in ("GptAttention", "Gemm", "QwenGemm")
     ]
+    creators += [Creator(name, "3") for name in ("Gemm", "QwenGemm")]
     others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
     operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")
