@@ -49,6 +49,7 @@ def quantize(fields: dict[str, Any], inputs: Arrays) -> Arrays:
 
 INT8, FP8 = np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn)
 KINDS = {2: INT8, 6: FP8}  # nvinfer1::DataType
+TYPES = {0: np.float32, 1: np.float16, 7: ml_dtypes.bfloat16}
 LARGEST = {INT8: np.float32(127), FP8: np.float32(448)}
 
 
@@ -86,7 +87,7 @@ def eight_bit_gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
     y = activated(fields, x * x_scales, weight * scales, rest)
     if y_scale is not None:
         return [quantized_rows(y, kind, y_scale)[0].view(np.int32)]
-    return [y.astype({0: np.float32, 1: np.float16}[fields["type_id"]])]
+    return [y.astype(TYPES[fields["type_id"]])]
 
 
 def activated(fields: dict[str, Any], x: np.ndarray, weight: np.ndarray, bias: Arrays) -> np.ndarray:

@@ -111,9 +111,10 @@ class TensorRTOperations:
         activation: str | None,
         into: tuple[str, ...],
     ) -> Any:
+        assert weights.scales is not None  # quantized weights have scales
         reader = self._reader(into)
         scale = None
-        if reader is not None and quantizes_for(self._modules[module], reader):
+        if reader is not None and reader.input_scale is not None and quantizes_for(self._modules[module], reader):
             scale = self._read(reader.input_scale)
         y = layers.scaled_gemm(
             self._network,
