@@ -17,6 +17,7 @@ from qwen_model.checkpoints.weights import network_modules
 from qwen_model.engine.scheduler import Scheduler
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.weight_formats import kernel_format
+from qwen_model.packaged_model import held_out_text
 from qwen_plugins import launch
 from tests.qwen_model.backends.device_runs import Running, generate
 from tests.qwen_model.backends.test_eight_bit import random_codes, random_module
@@ -239,3 +240,28 @@ def test_fixed_kernels_give_rows_the_same_bits(scheme, shape):
         for first in (0, most_rows - count):
             rows = slice(first, first + count)
             assert torch.equal(product(rows), whole[rows])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"quantization": "smoothquant", "per_token": True, "per_channel": True},
+        {"quantization": "smoothquant"},
+    ],
+    ids=str,
+)
+def test_the_packaged_model_with_measured_kernels(tmp_path, monkeypatch, options):
+    """The codes of an engine's weights are those that the CPU computes with; many sequences give what one gives."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = {"max_batch_size": 24, "max_input_len": 640, "max_output_len": NEW_TOKENS, "max_num_tokens": 2048}
+    qwen_model.build_engine(output_dir=tmp_path / "engine", dtype="bfloat16", **sizes, **options)
+    gpu, cpu = (qwen_model.load_engine(tmp_path / "engine", device=device) for device in ("cuda", "cpu"))
+    assert any("x per t" in shape for shape in gpu.device.gemm_kernels)
+    tokens = gpu.tokenizer.encode(held_out_text()[:20_000])
+    found, expected = (torch.from_numpy(session.logits(tokens[:200])) for session in (gpu, cpu))
+    assert distance(found, expected) < 0.1 * float(expected.std())
+    prompts = [tokens[index * 50 : index * 50 + 100] for index in range(20)]
+    many = [output.output_ids for output in gpu.generate(prompts, max_new_tokens=16).outputs]
+    alone = [gpu.generate(prompt, max_new_tokens=16).outputs[0].output_ids for prompt in prompts]
+    assert sum(one == other for one, other in zip(many, alone, strict=True)) > 10
