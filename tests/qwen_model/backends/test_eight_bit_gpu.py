@@ -109,11 +109,11 @@ def test_16_bits_are_near_the_plain_network(network, dtype, cache):
     check_but_for_ties(reference, session, share=0.7 if exact else 0.5, margin=0.25)
 
 
-def check_but_for_ties(reference, session, share, margin):
+def check_but_for_ties(reference, session, share, margin, prompts=PROMPTS):
     """Most tokens are the plain network's choice after the same tokens, and the others are near it."""
-    outputs = session.generate(PROMPTS, max_new_tokens=NEW_TOKENS).outputs
+    outputs = session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs
     chosen, total = 0, 0
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         logits = logits_of(reference, [*prompt, *output.output_ids])[len(prompt) - 1 : -1]
         behind = logits.max(-1).values - logits[range(NEW_TOKENS), output.output_ids]
         assert float(behind.max()) < margin * float(logits.abs().max())
@@ -150,9 +150,10 @@ def test_deterministic_tokens_are_the_same_in_any_company(network, dtype):
 def test_prefixes_and_preemption(network):
     """Pages of prompts are used again, and a pool that is too small for all sequences takes those of some."""
     reference, _, _ = network
-    session = session_of(network, "float32", num_pages=11)
+    session = session_of(network, "float32", num_pages=8)
+    prompts = [random_prompt(60, seed=seed, vocab_size=1000) for seed in range(4)]  # all have one page, and need two
     for _ in range(2):
-        check_but_for_ties(reference, session, share=0.9, margin=0.05)
+        check_but_for_ties(reference, session, 0.9, 0.05, [*prompts, PROMPTS[-1]])
     assert session.scheduler.num_preemptions > 0
 
 
