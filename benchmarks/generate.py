@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument(
         "--quantization",
         choices=["int8", "int4", "smoothquant", "fp8"],
-        help="of our torch back end's random weights; smoothquant and fp8: of x, too, static; vllm has fp8, per token",
+        help="of our torch back end's random weights, and vLLM's; smoothquant and fp8: of x, too, with static scales",
     )
     parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")
     parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
@@ -187,12 +187,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quantization is not None:
         options.implementations = options.implementations or ["qwen_model"]
-        peers = {"vllm"} if options.quantization == "fp8" else set()
-        others = set(options.implementations) - {"qwen_model"} - peers
+        others = set(options.implementations) - {"qwen_model", "vllm"}
         if options.backend != "torch" or others or "packaged" in options.shapes:
-            parser.error(
-                "--quantization is for --backend torch --implementations qwen_model (fp8: and vllm), not for packaged"
-            )
+            parser.error("--quantization is for --backend torch --implementations qwen_model vllm, not for packaged")
     if options.per_token and options.quantization not in ("smoothquant", "fp8"):
         parser.error("--per-token is for --quantization smoothquant and fp8")
     if options.kv_cache_dtype != "auto" and (options.backend != "torch" or "packaged" in options.shapes):
