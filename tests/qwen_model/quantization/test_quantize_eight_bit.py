@@ -124,3 +124,23 @@ def test_a_tied_head_is_written_beside_the_embedding(tmp_path):
             tensors = load_file(tmp_path / "expected" / "weights" / name)
             others = load_file(tmp_path / f"{stored_as} engine" / "weights" / name)
             assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("plain_dir", ["float32"], indirect=True)
+def test_commands(tmp_path, plain_dir, capsys, caplog):
+    from qwen_model import build, quantize
+
+    texts, out = str(plain_dir / "texts.txt"), str(tmp_path / "out")
+    smoothquant = ["--quantization", "smoothquant", "--per-channel", "--alpha", "auto"]
+    quantize.main(["--model-dir", str(plain_dir), "--output-dir", out, *smoothquant, "--calibration", texts])
+    assert "8 x int8, a scale per output, x per tensor" in capsys.readouterr().out
+    assert not caplog.messages
+    quantize.main(["--model-dir", str(plain_dir), "--output-dir", f"{out}2", *smoothquant, "--per-token"])
+    assert "8 x int8, a scale per output, x per token" in capsys.readouterr().out
+    assert "calibrated on the packaged model's held-out text" in caplog.text
+    build.main(["--model-dir", str(plain_dir), "--plan", "--quantization", "fp8"])
+    assert "8 x fp8, a scale per output, x per token" in capsys.readouterr().out
+    for alpha in ("half", "1.5", "nan"):
+        with pytest.raises(SystemExit):
+            build.main(["--quantization", "smoothquant", "--alpha", alpha])
+        assert "expected a number from 0 to 1, auto or none" in capsys.readouterr().err
