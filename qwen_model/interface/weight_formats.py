@@ -53,7 +53,7 @@ def dequantized(module: ModuleWeights[NDArray[Any]]) -> NDArray[Any]:
     """Return the numbers that a quantized module's weight stands for, float32 [out, in]."""
     from qwen_plugins import quantized
 
-    from ..checkpoints.eight_bit_weight import EightBitWeight
+    from ..checkpoints.eight_bit_weight import EightBitWeight  # with NumPy, which `doctor` does without
 
     if module.format.activation is not None:
         assert module.scales is not None

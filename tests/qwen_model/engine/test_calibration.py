@@ -129,6 +129,16 @@ def test_options_that_do_not_go_together(tmp_path, model_dir, options, message):
     assert not (tmp_path / "engine").exists()
 
 
+def test_a_plan_says_what_an_engine_on_a_gpu_has(tmp_path, model_dir, capsys):
+    from qwen_model import build as command
+
+    plan = ["--model-dir", str(model_dir), "--plan", "--quantization", "fp8"]
+    command.main([*plan, "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.startswith("type        bfloat16\nweights     12 x fp8")
+    with pytest.raises(QwenModelError, match="nothing cannot be read"):
+        command.main([*plan, "--calibration", str(tmp_path / "nothing")])
+
+
 METHODS = {
     "plain": {},
     "not smoothed": {"quantization": "smoothquant", "alpha": "none"},
