@@ -95,7 +95,10 @@ def measure(
     for name, options in methods.items():
         method = dict(options)
         calibrated = method.pop("calibrated", False) or "activation_aware" in method
-        if calibrated or method.get("quantization") == "smoothquant":
+        smoothed = method.get("quantization") == "smoothquant" and not (
+            method.get("per_token") and method.get("alpha") == "none"
+        )
+        if calibrated or smoothed:
             method["calibration"] = work / "calibration.txt"
         summaries[name] = qwen_model.build_engine(
             model_dir, output_dir=work / name, dtype=dtype, max_batch_size=1, **method

@@ -120,6 +120,10 @@ def test_the_options_of_an_engine_that_is_built(tmp_path, model_dir):
         ({"quantization": "smoothquant", "alpha": -0.1}, "alpha must be 0 to 1, auto or none, not -0.1"),
         ({"quantization": "smoothquant", "group_size": 32}, r"group_size .* for quantization int4"),
         ({"quantization": "smoothquant", "activation_aware": True}, "is for quantization int8 or int4, not 'smooth"),
+        (
+            {"quantization": "smoothquant", "per_token": True, "alpha": "none", "calibration": "texts"},
+            r"calibration \(--calibration\) has nothing to find",
+        ),
         ({"calibration": "texts"}, r"calibration \(--calibration\) is for activation_aware"),
     ],
 )

@@ -54,6 +54,7 @@ def settings(name, plain_dir):
     """Options with the texts, where they are calibrated."""
     options = {**OPTIONS, **HEADS}[name]
     calibrated = name == "fp8 static" or options.get("activation_aware") or "smoothquant" in name
+    calibrated = calibrated and options.get("alpha") != "none"
     return {**options, "calibration": plain_dir / "texts.txt"} if calibrated else options
 
 
