@@ -1,6 +1,6 @@
 """Measure what each quantization does to the packaged model, also with outliers put into it.
 
-    python -m benchmarks.quantization [--tokens 4096] [--device cpu] [--methods smoothquant fp8]
+    python -m benchmarks.quantization [--tokens 4096] [--device cpu] [--dtype float32] [--methods smoothquant fp8]
 
 Large models have channels whose activations are a hundred times larger than others. The packaged model is too small for
 that, so it is also measured with some put in that change nothing of its function: norm weights are multiplied by up to
@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.common import RESULTS, require_torch, write_results
 
 WINDOW = 512
+MODELS = ("as packaged", "with outliers")
 PLAIN = "not quantized"
 METHODS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -81,7 +82,7 @@ def with_outliers(source: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def measure(
-    model_dir: Path, work: Path, methods: Mapping[str, Mapping[str, Any]], tokens: int, device: str
+    model_dir: Path, work: Path, methods: Mapping[str, Mapping[str, Any]], tokens: int, device: str, dtype: str
 ) -> Iterator[dict[str, Any]]:
     """Yield what an engine of the model has with each method; the divergence is from the first."""
     import qwen_model
@@ -94,10 +95,13 @@ def measure(
     for name, options in methods.items():
         method = dict(options)
         calibrated = method.pop("calibrated", False) or "activation_aware" in method
-        if calibrated or method.get("quantization") == "smoothquant":
+        smoothed = method.get("quantization") == "smoothquant" and not (
+            method.get("per_token") and method.get("alpha") == "none"
+        )
+        if calibrated or smoothed:
             method["calibration"] = work / "calibration.txt"
         summaries[name] = qwen_model.build_engine(
-            model_dir, output_dir=work / name, dtype="float32", max_batch_size=1, **method
+            model_dir, output_dir=work / name, dtype=dtype, max_batch_size=1, **method
         )
 
     def load(engine: str) -> qwen_model.Session:
@@ -123,6 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="that are predicted (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the engines (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--methods", nargs="+", default=[""], help="beginnings of the names of methods (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS / "quantization.json")
     options = parser.parse_args()
@@ -133,10 +139,12 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as folder:
         outliers = with_outliers(packaged_model_dir(), Path(folder) / "outliers")
-        for model, model_dir in {"as packaged": packaged_model_dir(), "with outliers": outliers}.items():
+        for model, model_dir in zip(MODELS, (packaged_model_dir(), outliers), strict=True):
+            if model not in options.models:
+                continue
             work = Path(folder) / model
             work.mkdir()
-            for record in measure(model_dir, work, methods, options.tokens, options.device):
+            for record in measure(model_dir, work, methods, options.tokens, options.device, options.dtype):
                 records.append({"model": model, **record})
                 print({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
     write_results(options.output, records)

@@ -175,6 +175,7 @@ def _plan_text(options: argparse.Namespace) -> str:
     mib = 2.0**20
     cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
     return (
+        f"type        {plan.dtype}\n"
         f"{weights_text(plan.weights)}"
         f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequence{'s' * (plan.sequences != 1)} "
         f"of {plan.positions} tokens\n"

@@ -59,10 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quantization",
-        default="int4",
         choices=QUANTIZATIONS,
-        help="of the linear layers but the output projection: int4 (default) or int8: of their weights; smoothquant or "
-        "fp8: of their inputs, too, in int8 or fp8",
+        help="of the linear layers but the output projection: int4 or int8: of their weights; smoothquant or fp8: of "
+        "their inputs, too, in int8 or fp8 (default: smoothquant with its options, or with --calibration but not "
+        "--activation-aware; else int4)",
     )
     add_quantization_arguments(parser)
     add_verbose_argument(parser)

@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
+BLOCK_SIZE = 128
+"""The outputs, and the inputs, that share a scale where scales are those of blocks (fp8)."""
+
 
 @dataclass(frozen=True)
 class WeightFormat:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
-from .eight_bit_weight import BLOCK_SIZE
+from .module_weights import BLOCK_SIZE
 
 BITS = (4, 8)
 SOURCE = "give the checkpoint that it was made from, in 16 bits"
@@ -186,9 +186,10 @@ class _Reader:
             extra = values.get(key)
             if extra and not (isinstance(extra, Mapping) and extra.get("format") == "dense"):
                 raise self._refused(f"{name} with a {key}")
-        self._check_ignored(values.get("ignore"))
+        self._check_names("ignore", values.get("ignore"))
         packed, eight_bit = set(), set()
         for group in groups.values():
+            self._check_names("targets", group.get("targets"))
             stored_as = group.get("format") or values.get("format")
             if stored_as == "pack-quantized":
                 packed.add(self._packed_scheme(group))
@@ -202,12 +203,12 @@ class _Reader:
             eight_bit=frozenset(eight_bit),
         )
 
-    def _check_ignored(self, ignored: Any) -> None:
-        """Check the list of layers that are not quantized; which they are, the tensors show."""
-        ignored = [] if ignored is None else ignored
-        if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
-            raise self._damaged(f"ignore must be a list of names of layers, not {shown(ignored)}")
-        self._check_patterns("ignore", [name.removeprefix("re:") for name in ignored if name.startswith("re:")])
+    def _check_names(self, key: str, names: Any) -> None:
+        """Check a list of names of layers, or of patterns of them; which layers are quantized, the tensors show."""
+        names = [] if names is None else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._damaged(f"{key} must be a list of names of layers, not {shown(names)}")
+        self._check_patterns(key, [name.removeprefix("re:") for name in names if name.startswith("re:")])
 
     def _check_patterns(self, key: str, patterns: Iterable[str]) -> None:
         for pattern in patterns:

@@ -62,7 +62,7 @@ def quantize_checkpoint(
     *,
     output_dir: str | os.PathLike[str],
     stored_as: str = "compressed-tensors",
-    quantization: str = "int4",
+    quantization: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     head_quantization: str | None = None,
@@ -79,7 +79,8 @@ def quantize_checkpoint(
 
     output_dir: a new or an empty folder.
     stored_as: "compressed-tensors", or for "int8" and "int4" also "gptq".
-    quantization: "int8" or "int4": of weights; "smoothquant" or "fp8": of the inputs of layers, too.
+    quantization: "int8" or "int4": of weights; "smoothquant" or "fp8": of the inputs of layers, too. None: "int4", or
+        "smoothquant" if an option of it is given, or texts to calibrate on without `activation_aware`.
     head_quantization: of the output projection: "int8" or "int4"; "none" or None: it stays as it is. A tied one is
         written beside the embedding.
     The others are as in `build_engine`; progress: see `Progress`.
@@ -90,6 +91,9 @@ def quantize_checkpoint(
     """
     start = time.perf_counter()
     check_choice("format", stored_as, FORMATS)
+    if quantization is None:
+        calibrated_inputs = per_token or per_channel or alpha is not None or calibration is not None
+        quantization = "smoothquant" if calibrated_inputs and not activation_aware else "int4"
     options = quantization_options(
         quantization,
         group_size=group_size,

@@ -13,7 +13,6 @@ from typing import Any
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.json_values import is_integer
 from ..checkpoints.module_weights import WeightFormat
-from ..checkpoints.weights import network_modules
 from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
@@ -203,6 +202,8 @@ def check_quantized_x(config: EngineConfig) -> None:
 
     They see codes as numbers of 32 bits, and there are no layers of TensorRT to put in their place.
     """
+    from ..checkpoints.weights import network_modules  # brings NumPy, which `build --help` needs not
+
     modules = network_modules(config.model, config.dtype)
     for name, each in config.weight_formats.items():
         if each.activation is None:

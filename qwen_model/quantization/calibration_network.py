@@ -15,8 +15,12 @@ from torch import Tensor
 from ..checkpoints.config import ModelConfig
 from ..checkpoints.tensor_files import Weight, as_numpy
 from ..checkpoints.weights import WeightSpec, network_modules
+from ..common.errors import OutOfMemoryError
 from ..network.decoder import decoder
 from ..network.rotary import cos_sin, inverse_frequencies
+
+ROWS = 8192
+"""The tokens of which a linear layer's outputs are computed at a time, before SwiGLU halves them."""
 
 ReadWeight = Callable[[WeightSpec], Weight]
 Observe = Callable[[str, Tensor, Tensor], None]
@@ -72,11 +76,9 @@ class CalibrationOperations:
         weights = self._modules[module]
         weight = self._tensor(weights.weight)
         self._observe(module, x, weight)
-        y = F.linear(x, weight, None if weights.bias is None else self._tensor(weights.bias))
-        if activation is None:
-            return y
-        gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        bias = None if weights.bias is None else self._tensor(weights.bias)
+        outputs = (F.linear(part, weight, bias) for part in x.split(ROWS))
+        return torch.cat([y if activation is None else _swiglu(y) for y in outputs])
 
     def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
         """See `Operations`."""
@@ -108,10 +110,26 @@ class CalibrationOperations:
         return x, residual
 
 
+def _swiglu(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 @torch.inference_mode()
 def observe_linear_layers(
     config: ModelConfig, read: ReadWeight, texts: Sequence[Sequence[int]], observe: Observe
 ) -> None:
-    """Run the network over texts, given as token ids, and call `observe` before each linear layer."""
+    """Run the network over texts, given as token ids, and call `observe` before each linear layer.
+
+    Raises:
+        OutOfMemoryError: the GPU's memory does not suffice.
+    """
     operations = CalibrationOperations(config, read, [len(text) for text in texts], observe)
-    decoder(operations, config, torch.tensor([token for text in texts for token in text]), last_token_only=False)
+    tokens = torch.tensor([token for text in texts for token in text])
+    try:
+        decoder(operations, config, tokens, last_token_only=False)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"not enough GPU memory to run one layer over {len(tokens):,} tokens: give fewer texts (--calibration), or "
+            "hide the GPU (CUDA_VISIBLE_DEVICES=)"
+        ) from error

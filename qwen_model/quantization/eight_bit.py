@@ -59,12 +59,12 @@ def round_to_eight_bits(
 
     with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as threads:
         list(threads.map(find_largest, starts))
-        scales = _scales(shared_largest(largest, parts), kind, scale_dtype)
+        scales = _scales(_shared(largest, parts), kind, scale_dtype)
         errors, sums = np.sum(list(threads.map(round_rows, starts)), axis=0)
     return EightBitWeight(kind, codes, scales, input_scale), float((errors / sums) ** 0.5) if sums else 0.0
 
 
-def shared_largest(largest: Floats, parts: Sequence[int]) -> Floats:
+def _shared(largest: Floats, parts: Sequence[int]) -> Floats:
     """Give the rows of each part the largest number of all of them."""
     if not parts:
         return largest

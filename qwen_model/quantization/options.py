@@ -127,3 +127,7 @@ def check_mixture(
             "calibration (--calibration) is for activation_aware (--activation-aware) and for quantization "
             f"{' and '.join(EIGHT_BIT_KINDS)}"
         )
+    if calibration is not None and per_token and alpha == "none":
+        raise QwenModelError(
+            "calibration (--calibration) has nothing to find with per_token (--per-token) and alpha (--alpha) none"
+        )

@@ -23,7 +23,6 @@ from ..common.errors import QwenModelError
 from ..common.extras import import_extra
 from ..common.progress import Progress
 from .activation_aware import SAMPLE_ROWS, CalibratedWeights, InputScales, shared_inputs
-from .eight_bit import shared_largest
 from .options import QuantizationOptions
 from .search import Floats
 
@@ -115,11 +114,11 @@ class _Calibration:
             return _scales(inputs.largest, columns, float(self._options.alpha), shared)
         tried = [np.ones_like(columns), *(_scales(inputs.largest, columns, alpha, shared) for alpha in ALPHAS)]
         rows = slice(None, None, max(1, len(weight) // SAMPLE_ROWS))
-        parts = () if self._options.per_channel else tuple(source.shape[0] for source in spec.sources)
-        errors = []
-        for scales in tried:
-            steps = _steps(weight, scales, parts)[rows]
-            errors.append(_error(inputs, weight[rows], scales, steps, self._options.per_token))
+        sample = weight[rows]
+        bounds = np.abs(sample)
+        if not self._options.per_channel:
+            bounds = _bounds_of_parts(weight, [source.shape[0] for source in spec.sources], rows)
+        errors = [_error(inputs, sample, bounds, scales, self._options.per_token) for scales in tried]
         return tried[int(np.argmin(errors))]
 
 
@@ -131,18 +130,23 @@ def _scales(inputs: Floats, columns: Floats, alpha: float, shared: tuple[int, in
     return np.array(np.broadcast_to(scales.max(axis=1, keepdims=True), scales.shape)).reshape(-1)
 
 
-def _steps(weight: Floats, scales: Floats, parts: Sequence[int]) -> Floats:
-    """Return the distance of neighbouring codes of each row of weight · scales, [out, 1]; see `round_to_eight_bits`."""
-    largest: Floats = np.abs(weight * scales).max(axis=1, keepdims=True)
-    largest = np.maximum(shared_largest(largest, parts), LEAST_SCALE)
-    return np.asarray(largest / np.float32(LARGEST_CODES["int8"]), np.float32)
+def _bounds_of_parts(weight: Floats, parts: Sequence[int], rows: slice) -> Floats:
+    """Return for some rows the largest magnitudes of the columns of their parts, [rows, in]."""
+    ends = np.cumsum(parts)
+    maxima = np.stack([np.abs(part).max(axis=0) for part in np.split(weight, ends[:-1])])
+    return np.asarray(maxima[np.repeat(np.arange(len(parts)), parts)[rows]])
 
 
-def _error(inputs: _Inputs, weight: Floats, scales: Floats, steps: Floats, per_token: bool) -> float:
-    """Return the squared error of the products of sampled tokens with rows of a weight, both rounded to int8."""
+def _error(inputs: _Inputs, weight: Floats, bounds: Floats, scales: Floats, per_token: bool) -> float:
+    """Return the squared error of the products of sampled tokens with rows of a weight, both rounded to int8.
+
+    bounds: magnitudes [rows, in], the largest of which, times the scales, is a row's largest code.
+    """
+    largest_code = np.float32(LARGEST_CODES["int8"])
+    steps = np.maximum((bounds * scales).max(axis=1, keepdims=True), LEAST_SCALE) / largest_code
     x = inputs.sample / scales
     largest = np.abs(x).max(axis=1, keepdims=True) if per_token else np.abs(inputs.largest / scales).max()
-    rounded_x = _rounded(x, np.maximum(largest, LEAST_SCALE) / np.float32(LARGEST_CODES["int8"]))
+    rounded_x = _rounded(x, np.maximum(largest, LEAST_SCALE) / largest_code)
     difference = rounded_x @ _rounded(weight * scales, steps).T - inputs.sample @ weight.T
     return float(np.square(difference).sum(dtype=np.float64))
 

@@ -13,6 +13,7 @@ from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.eight_bit_weight import eight_bit_format
 from qwen_model.checkpoints.quantization_config import read_quantization
 from qwen_model.checkpoints.weights import network_modules
+from qwen_model.quantization.formats import chosen_formats
 from tests.qwen_model.eight_bit_files import (
     FP8_METHODS,
     INPUT_SCALES,
@@ -182,6 +183,7 @@ def test_blocks_that_would_belong_to_two_layers(tmp_path, monkeypatch):
     checkpoint, config = opened(folder)
     with pytest.raises(QwenModelError, match=r"q_proj has 192 outputs, which are no whole blocks of 128.*one layer"):
         checkpoint.formats(config)
+    assert chosen_formats(checkpoint, config, "float16", "none") == {}
     numbers = checkpoint.read(network_modules(config, "float32")["layers.0.attention.qkv"].weight)
     parts = [expected[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"]
     np.testing.assert_array_equal(numbers.numpy(), torch.cat(parts).numpy())
@@ -229,6 +231,8 @@ def test_schemes_that_are_not_read_are_named(tmp_path, values, message):
     [
         ({**scheme(), "ignore": ["lm_head", "re:.*("]}, r"'\.\*\(' of ignore is not a regular expression"),
         ({**scheme(), "ignore": "lm_head"}, "ignore must be a list of names of layers, not 'lm_head'"),
+        (scheme(targets=["re:[a"]), r"'\[a' of targets is not a regular expression"),
+        (scheme(targets="Linear"), "targets must be a list of names of layers, not 'Linear'"),
         ({**scheme(), "ignore": [1]}, r"ignore must be a list of names of layers, not \[1\]"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:[": {}}}, r"'\[' of dynamic is not a regular expression"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:*": {"bits": 8}}}, r"'\*' of dynamic is not a regular"),

@@ -120,6 +120,10 @@ def test_the_options_of_an_engine_that_is_built(tmp_path, model_dir):
         ({"quantization": "smoothquant", "alpha": -0.1}, "alpha must be 0 to 1, auto or none, not -0.1"),
         ({"quantization": "smoothquant", "group_size": 32}, r"group_size .* for quantization int4"),
         ({"quantization": "smoothquant", "activation_aware": True}, "is for quantization int8 or int4, not 'smooth"),
+        (
+            {"quantization": "smoothquant", "per_token": True, "alpha": "none", "calibration": "texts"},
+            r"calibration \(--calibration\) has nothing to find",
+        ),
         ({"calibration": "texts"}, r"calibration \(--calibration\) is for activation_aware"),
     ],
 )
@@ -127,6 +131,16 @@ def test_options_that_do_not_go_together(tmp_path, model_dir, options, message):
     with pytest.raises(QwenModelError, match=message):
         build(tmp_path / "engine", model_dir, **options)
     assert not (tmp_path / "engine").exists()
+
+
+def test_a_plan_says_what_an_engine_on_a_gpu_has(tmp_path, model_dir, capsys):
+    from qwen_model import build as command
+
+    plan = ["--model-dir", str(model_dir), "--plan", "--quantization", "fp8"]
+    command.main([*plan, "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.startswith("type        bfloat16\nweights     12 x fp8")
+    with pytest.raises(QwenModelError, match="nothing cannot be read"):
+        command.main([*plan, "--calibration", str(tmp_path / "nothing")])
 
 
 METHODS = {

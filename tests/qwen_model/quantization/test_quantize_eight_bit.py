@@ -14,6 +14,7 @@ from qwen_model import quantize_checkpoint
 from qwen_model.interface.engine_config import EngineConfig
 from tests.qwen_model.conftest import save_byte_tokenizer
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
+from tests.qwen_model.quantization.test_smoothing import MODELS
 from tests.qwen_model.quantized_files import SIZES
 
 TEXTS = "".join(f"{number} is a number, and so is {number * number}.\n" for number in range(100))
@@ -54,6 +55,7 @@ def settings(name, plain_dir):
     """Options with the texts, where they are calibrated."""
     options = {**OPTIONS, **HEADS}[name]
     calibrated = name == "fp8 static" or options.get("activation_aware") or "smoothquant" in name
+    calibrated = calibrated and options.get("alpha") != "none"
     return {**options, "calibration": plain_dir / "texts.txt"} if calibrated else options
 
 
@@ -87,23 +89,33 @@ def test_transformers_computes_the_same(tmp_path, plain_dir, name):
     assert session.generate(prompt, max_new_tokens=16).outputs[0].output_ids == tokens[0, 40:].tolist()
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, *HEADS])
-@pytest.mark.parametrize("plain_dir", ["float32"], indirect=True)  # to which scales and norms are not rounded
-def test_as_an_engine_quantized_in_the_same_way(tmp_path, plain_dir, name):
+def check_as_built(plain_dir, work, options):
     """An engine of the written checkpoint has what one that is quantized as it is built has."""
-    options = settings(name, plain_dir)
-    written = quantize_checkpoint(plain_dir, output_dir=tmp_path / "out", **options)
+    written = quantize_checkpoint(plain_dir, output_dir=work / "out", **options)
     build = {"quantization": "int4", "head_quantization": "none", **options}
     summary = qwen_model.build_engine(
-        plain_dir, output_dir=tmp_path / "expected", dtype="float32", max_batch_size=1, **build
+        plain_dir, output_dir=work / "expected", dtype="float32", max_batch_size=1, **build
     )
-    qwen_model.build_engine(written.output_dir, output_dir=tmp_path / "engine", dtype="float32", max_batch_size=1)
-    for path in sorted((tmp_path / "expected" / "weights").iterdir()):
-        tensors, others = load_file(path), load_file(tmp_path / "engine" / "weights" / path.name)
+    qwen_model.build_engine(written.output_dir, output_dir=work / "engine", dtype="float32", max_batch_size=1)
+    for path in sorted((work / "expected" / "weights").iterdir()):
+        tensors, others = load_file(path), load_file(work / "engine" / "weights" / path.name)
         assert tensors.keys() == others.keys()
         for key, tensor in tensors.items():
             assert torch.equal(tensor, others[key]), key
     assert summary.weights.relative_errors == pytest.approx(written.weights.relative_errors, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *HEADS])
+@pytest.mark.parametrize("plain_dir", ["float32"], indirect=True)  # to which scales and norms are not rounded
+def test_as_an_engine_quantized_in_the_same_way(tmp_path, plain_dir, name):
+    check_as_built(plain_dir, tmp_path, settings(name, plain_dir))
+
+
+@pytest.mark.parametrize("model", ["qwen3", "llama, biases", "qwen", "decicoder"])
+def test_other_architectures(tmp_path, model):
+    plain = save_byte_tokenizer(MODELS[model](tmp_path / "plain"))
+    (tmp_path / "texts").write_text(TEXTS)
+    check_as_built(plain, tmp_path, {"quantization": "smoothquant", "calibration": tmp_path / "texts"})
 
 
 def test_a_tied_head_is_written_beside_the_embedding(tmp_path):
@@ -124,3 +136,23 @@ def test_a_tied_head_is_written_beside_the_embedding(tmp_path):
             tensors = load_file(tmp_path / "expected" / "weights" / name)
             others = load_file(tmp_path / f"{stored_as} engine" / "weights" / name)
             assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("plain_dir", ["float32"], indirect=True)
+def test_commands(tmp_path, plain_dir, capsys, caplog):
+    from qwen_model import build, quantize
+
+    texts, out = str(plain_dir / "texts.txt"), str(tmp_path / "out")
+    smoothquant = ["--quantization", "smoothquant", "--per-channel", "--alpha", "auto"]
+    quantize.main(["--model-dir", str(plain_dir), "--output-dir", out, "--calibration", texts])
+    assert "8 x int8, a scale per output, x per tensor" in capsys.readouterr().out
+    assert not caplog.messages
+    quantize.main(["--model-dir", str(plain_dir), "--output-dir", f"{out}2", *smoothquant, "--per-token"])
+    assert "8 x int8, a scale per output, x per token" in capsys.readouterr().out
+    assert "calibrated on the packaged model's held-out text" in caplog.text
+    build.main(["--model-dir", str(plain_dir), "--plan", "--quantization", "fp8"])
+    assert "8 x fp8, a scale per output, x per token" in capsys.readouterr().out
+    for alpha in ("half", "1.5", "nan"):
+        with pytest.raises(SystemExit):
+            build.main(["--quantization", "smoothquant", "--alpha", alpha])
+        assert "expected a number from 0 to 1, auto or none" in capsys.readouterr().err
