@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.errors import QwenModelError
-from .eight_bit_weight import BLOCK_SIZE, EightBitWeight, eight_bit_format
-from .module_weights import WeightFormat
+from .eight_bit_weight import EightBitWeight, eight_bit_format
+from .module_weights import BLOCK_SIZE, WeightFormat
 from .quantization_config import EightBitScheme, PublishedQuantization
 from .tensor_files import WEIGHT_DTYPES, Shape, StoredTensor, as_numpy
 

@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.errors import QwenModelError
-from .module_weights import WeightFormat
+from .module_weights import BLOCK_SIZE, WeightFormat
 
 Floats = npt.NDArray[np.float32]
-BLOCK_SIZE = 128
 LARGEST_CODES = {"int8": 127.0, "fp8": 448.0}
 """The largest numbers of codes, by the kind of the weight: a scale is the largest magnitude divided by these."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
-from .eight_bit_weight import BLOCK_SIZE
+from .module_weights import BLOCK_SIZE
 
 BITS = (4, 8)
 SOURCE = "give the checkpoint that it was made from, in 16 bits"

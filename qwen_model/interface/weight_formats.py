@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.eight_bit_weight import EightBitWeight
 from ..checkpoints.json_values import is_integer
 from ..checkpoints.module_weights import Formats, ModuleWeights, WeightFormat
 from ..common.errors import QwenModelError, shown
@@ -53,6 +52,8 @@ def packed_weight(module: ModuleWeights[NDArray[Any]]) -> PackedWeight:
 def dequantized(module: ModuleWeights[NDArray[Any]]) -> NDArray[Any]:
     """Return the numbers that a quantized module's weight stands for, float32 [out, in]."""
     from qwen_plugins import quantized
+
+    from ..checkpoints.eight_bit_weight import EightBitWeight  # with NumPy, which `doctor` does without
 
     if module.format.activation is not None:
         assert module.scales is not None

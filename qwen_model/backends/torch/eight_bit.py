@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checkpoints.eight_bit_weight import BLOCK_SIZE
-from ...checkpoints.module_weights import ModuleWeights
+from ...checkpoints.module_weights import BLOCK_SIZE, ModuleWeights
 from .paged_cache import CODE_TYPES
 from .quantized import BLOCK_NUMBERS
 
