@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from benchmarks.timing import capture
-from benchmarks.vllm_weights import WEIGHT_SCALE, fill_codes
+from benchmarks.vllm_weights import FP8_DEVIATION, WEIGHT_SCALE
 from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.back_end import num_pages
 from qwen_model.backends.torch.device import TorchDevice
@@ -69,17 +69,24 @@ def random_weights(
     weights = {}
     for group in weight_groups(config, str(dtype).removeprefix("torch."), formats):
         for module in group.modules.values():
-            deviation = 1.0  # of what the codes stand for
+            deviation = (2**module.format.bits) / 12**0.5 if module.format.bits else 1.0  # of uniform codes
+            if module.format.kind == "fp8":
+                deviation = FP8_DEVIATION
             for spec in module.tensors:
                 weight = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-                if spec is module.weight and module.format.bits:
-                    deviation = fill_codes(weight, module.format.bits)
-                elif spec is module.scales:
+                if spec is module.scales:
                     weight.fill_(WEIGHT_SCALE / deviation)
                 elif spec is module.input_scale:
                     weight.fill_(LARGEST_INPUT / LARGEST_CODES[module.format.kind])
                 elif spec is module.zeros:
                     weight.fill_(1 << module.format.bits - 1)
+                elif weight.dtype == torch.int8:
+                    weight.random_(-127, 128)
+                elif module.format.kind == "fp8" and spec is module.weight:
+                    codes = torch.randn(spec.shape, dtype=torch.float16, device=device) * deviation
+                    weight.copy_(codes.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+                elif not weight.is_floating_point():
+                    weight.random_(-(2**31), 2**31)
                 elif weight.dim() == 1:
                     weight.fill_(1.0)
                 else:

@@ -257,6 +257,10 @@ class Checkpoint:
         """Multiply the rows of weight and bias of these modules, by name, with factors [out] whenever they are read."""
         self._row_factors = dict(factors)
 
+    def scales_rows(self, spec: WeightSpec) -> bool:
+        """Tell whether `scale_rows` names the module of this weight."""
+        return _module(spec) in self._row_factors
+
     def read(self, spec: WeightSpec, rank: int = 0, num_ranks: int = 1) -> Weight:
         """Read a weight of the network, or the part of it that one of `num_ranks` devices has.
 

@@ -87,8 +87,10 @@ class QuantizedLayer:
         """Read and unpack the layer.
 
         Raises:
-            QwenModelError: scales are not finite, or 0 where they must not be, or the order of inputs is damaged.
+            QwenModelError: scales are not finite, or 0 where they must not be, or the order of inputs or the shape is
+                damaged.
         """
+        self._check_weight_shape()
         permutation = self.permutation
         codes = {"gptq": self._gptq_codes, "awq": self._awq_codes}.get(
             self.quantization.method, self._compressed_tensors_codes

@@ -90,6 +90,11 @@ def plan_engine(
     group_size: int | None = None,
     symmetric: bool | None = None,
     head_quantization: str | None = None,
+    per_token: bool = False,
+    per_channel: bool = False,
+    alpha: float | str | None = None,
+    activation_aware: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> MemoryPlan:
     """Compute what `build_engine` with the same arguments would need on a GPU; only the headers of weights are read.
 
@@ -109,7 +114,20 @@ def plan_engine(
     checkpoint.check(model)
     chosen = dtype or model.dtype or checkpoint.dtype
     check_choice("dtype", chosen, DTYPES)
-    formats = chosen_formats(checkpoint, model, chosen, quantization, group_size, symmetric, head_quantization)
+    formats = chosen_formats(
+        checkpoint,
+        model,
+        chosen,
+        quantization,
+        group_size,
+        symmetric,
+        head_quantization,
+        per_token=per_token,
+        per_channel=per_channel,
+        alpha=alpha,
+        activation_aware=activation_aware,
+        calibration=calibration,
+    )
     return memory_plan(model, limits, chosen, formats, kv_cache_dtype, limits.max_batch_size)
 
 

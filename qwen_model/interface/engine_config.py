@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.json_values import is_integer
 from ..checkpoints.module_weights import WeightFormat
+from ..checkpoints.weights import network_modules
 from ..common.errors import QwenModelError, shown
 from ..common.files import check_readable, is_file, is_folder, read_json_object
 from .sampling import SamplingDefaults
@@ -32,6 +33,8 @@ PLUGINS = ("rms_norm", "gemm", "rotary")
 rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention; it is applied before instead.
 """
 
+CODES_PER_WORD = 4
+"""Codes of 8 bits in a number of 32, as which TensorRT has them."""
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 """How the cache keeps a number: auto: in the engine's type; else in 8 bits, with a scale for each token and head."""
 
@@ -193,6 +196,28 @@ class EngineConfig:
             options += ["--kv-cache-dtype", self.kv_cache_dtype]
         options += self.quantization_options
         return _build_command(self.backend, self.dtype, self.limits, options, engine_dir)
+
+
+def check_quantized_x(config: EngineConfig) -> None:
+    """Raise QwenModelError unless TensorRT's plug-ins compute the linear layers of an engine whose x is quantized.
+
+    They see codes as numbers of 32 bits, and there are no layers of TensorRT to put in their place.
+    """
+    modules = network_modules(config.model, config.dtype)
+    for name, each in config.weight_formats.items():
+        if each.activation is None:
+            continue
+        disabled = [plugin for plugin in ("rms_norm", "gemm") if plugin in config.disabled_plugins]
+        if disabled:
+            raise QwenModelError(
+                f"the plug-ins {' and '.join(disabled)} cannot be disabled in an engine of {config.backend} whose "
+                f"linear layers quantize what they read ({each.text}): use the torch back end"
+            )
+        if modules[name].shape[1] % CODES_PER_WORD:
+            raise QwenModelError(
+                f"{name} has {modules[name].shape[1]} inputs, and plug-ins take multiples of {CODES_PER_WORD} where "
+                "they are quantized: use the torch back end"
+            )
 
 
 def _gemm_kernels(values: Any) -> GemmKernels:

@@ -15,6 +15,7 @@ from ..checkpoints.quantized_weight import QuantizedWeight
 from ..checkpoints.tensor_files import Framework, Weight
 from ..checkpoints.weights import Modules, WeightSpec
 from .activation_aware import CalibratedWeights
+from .eight_bit import round_to_eight_bits
 from .search import Floats, round_weight
 
 Array = npt.NDArray[Any]
@@ -29,15 +30,25 @@ class EngineWeights:
     relative_errors: of the modules that were quantized here, by name: see `Rounded`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, modules: Modules, calibrated: CalibratedWeights | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        modules: Modules,
+        calibrated: CalibratedWeights | None = None,
+        per_channel: bool = True,
+    ):
         """Take the engine's modules; quantized ones that the checkpoint does not have quantized are quantized here.
 
-        calibrated: what activation-aware quantization found.
+        calibrated: what calibration found; None: there was none.
+        per_channel: where x is quantized, too, each output has a scale of its own, rather than each of the
+            checkpoint's tensors.
         """
         self._checkpoint = checkpoint
         self._modules = modules
         self._read: Callable[[WeightSpec], Weight] = checkpoint.read if calibrated is None else calibrated
         self._importance: Mapping[str, Floats] = {} if calibrated is None else calibrated.importance
+        self._static: Mapping[str, float] = {} if calibrated is None else calibrated.static
+        self._per_channel = per_channel
         self._made: tuple[str, dict[str, Weight]] = ("", {})
         self.relative_errors: dict[str, float] = {}
 
@@ -68,6 +79,13 @@ class EngineWeights:
     def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight | EightBitWeight:
         if self._checkpoint.is_quantized(module.weight):
             return self._checkpoint.read_quantized(module.weight)
+        if module.format.activation is not None:
+            by_row = self._per_channel or self._checkpoint.scales_rows(module.weight)
+            parts = () if by_row else [source.shape[0] for source in module.weight.sources]
+            weight, self.relative_errors[name] = round_to_eight_bits(
+                self._read(module.weight), module.format.kind, parts, self._static.get(name)
+            )
+            return weight
         rounded = round_weight(self._read(module.weight), module.format, self._importance.get(name))
         self.relative_errors[name] = rounded.relative_error
         return rounded.weight

@@ -7,12 +7,16 @@ the same codes are written without any of the quantization of `qwen_model`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qwen_model
@@ -124,6 +128,46 @@ def quantize_layers(model: Any, scheme: Scheme, prompt: list[int]) -> None:
     set_exact(model, False)
 
 
+def published_network(architecture: str, folder: Path) -> Any:
+    """Return transformers' model of a checkpoint whose layers compute in 8 bits, with the codes and scales of its file.
+
+    Layers that are computed as one have one scale of x: the largest.
+    """
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("quantization_config")
+    tensors = load_file(folder / "model.safetensors")
+    model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(**values)).float().eval()
+    plain = {name: each.float() for name, each in tensors.items() if each.element_size() > 1 and "scale" not in name}
+    model.load_state_dict(plain, strict=False)
+    for index, layer in enumerate(model.model.layers):
+        for names in FUSED.values():
+            parts = [
+                _published_layer(layer.get_submodule(name), f"model.layers.{index}.{name}", tensors) for name in names
+            ]
+            scales = [part.input_scale for part in parts if part.input_scale is not None]
+            for name, part in zip(names, parts, strict=True):
+                part.input_scale = torch.stack(scales).amax(0) if scales else None
+                owner, _, child = name.rpartition(".")
+                setattr(layer.get_submodule(owner), child, part)
+    return model
+
+
+def _published_layer(linear: nn.Linear, name: str, tensors: Mapping[str, Tensor]) -> EightBitLinear:
+    codes = tensors[f"{name}.weight"]
+    scales = tensors.get(f"{name}.weight_scale", tensors.get(f"{name}.weight_scale_inv")).float()
+    rows, columns = codes.shape
+    layer = EightBitLinear(linear, Scheme("int8" if codes.dtype == torch.int8 else "fp8"))
+    blocks = (-(-rows // 128), -(-columns // 128))
+    if scales.numel() == blocks[0] * blocks[1] and scales.numel() > 1:
+        scales = scales.view(blocks).repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    else:
+        scales = scales.reshape(-1, 1)
+    layer.w = codes.double() * scales
+    if f"{name}.input_scale" in tensors:
+        layer.input_scale = tensors[f"{name}.input_scale"].float().reshape(1)
+    return layer
+
+
 def set_exact(model: Any, exact: bool) -> None:
     """Whether x of all layers is left as it is."""
     for module in model.modules():
@@ -150,6 +194,34 @@ def write_engine(model: Any, scheme: Scheme, checkpoint_dir: Path, folder: Path,
         return checkpoint.read(spec) if found is None else found
 
     back_end.write_engine(folder, config, read, no_progress)
+    return folder
+
+
+def save_checkpoint(model: Any, scheme: Scheme, checkpoint_dir: Path, folder: Path) -> Path:
+    """Write a checkpoint of a model that `quantize_layers` has changed, in the form of its scheme's publishers."""
+    tensors = load_file(checkpoint_dir / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, EightBitLinear):
+            codes = module.stored_codes()
+            tensors[f"{name}.weight"] = codes if scheme.kind == "int8" else codes.view(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale{'_inv' if scheme.blocks else ''}"] = module.scales
+            if module.input_scale is not None:
+                tensors[f"{name}.input_scale"] = module.input_scale
+    of_x = {"strategy": "tensor" if scheme.static else "token", "dynamic": not scheme.static}
+    number = {"num_bits": 8, "type": "int" if scheme.kind == "int8" else "float", "symmetric": True}
+    both = {"weights": {**number, "strategy": "channel"}, "input_activations": {**number, **of_x}}
+    quantization: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if scheme.kind == "int8" else "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], **both}},
+        "ignore": ["lm_head"],
+    }
+    if scheme.blocks:
+        quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder.mkdir()
+    values = json.loads((checkpoint_dir / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": quantization}))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
 

@@ -42,7 +42,7 @@ def check(attend, dtype: torch.dtype, exact: torch.Tensor | None = None) -> None
         assert bool((memory[:16] == 77).all() and (memory[-16:] == 77).all())
         check_codes(codes, plain, scale, plain.double().abs() * HALF_ULP[dtype] + 1e-7 * scale)
         if exact is not None:
-            check_codes(codes, exact, scale, TOLERANCE[dtype] * exact.abs().max())
+            check_codes(codes, exact.to(codes.device), scale, TOLERANCE[dtype] * float(exact.abs().max()))
     assert torch.equal(attend(), plain)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from qwen_model.interface.memory import PAGE_SIZE
@@ -28,7 +27,7 @@ def view(address: int, *shape: int, dtype: type = np.float32) -> np.ndarray:
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-CODES = {"int8": (np.dtype(np.int8), 127.0), "float8_e4m3fn": (np.dtype(ml_dtypes.float8_e4m3fn), 448.0)}
+CODES = {"int8": numpy_plugins.INT8, "float8_e4m3fn": numpy_plugins.FP8}
 BYTES = {"float32": np.float32, "int8": np.uint8, "float8_e4m3fn": np.uint8}
 
 
@@ -102,7 +101,7 @@ def gemm(
 
 
 def _scaled_operands(layer: LinearLayer, x: int, stride: int, rows: int, x_scales: int) -> list[np.ndarray]:
-    dtype, size = CODES[layer.weight_format.codes][0], layer.weight_format.group_size
+    dtype, size = CODES[layer.weight_format.codes], layer.weight_format.group_size
     codes = view(layer.weight, layer.out_features, layer.in_features, dtype=dtype).astype(np.float32)
     if size:
         blocks = [-(-extent // size) for extent in codes.shape]
@@ -117,14 +116,11 @@ def _scaled_operands(layer: LinearLayer, x: int, stride: int, rows: int, x_scale
 
 def _write_codes(numbers: np.ndarray, q: int, quant_dtype: str, static_scale: int, scales: int) -> None:
     assert (static_scale == 0) != (scales == 0)
-    dtype, largest = CODES[quant_dtype]
+    dtype = CODES[quant_dtype]
+    codes, of_rows = numpy_plugins.quantized_rows(numbers, dtype, view(static_scale, 1) if static_scale else None)
+    view(q, *numbers.shape, dtype=dtype)[:] = codes
     if scales:
-        scale = view(scales, len(numbers), 1)
-        scale[:] = np.maximum(np.abs(numbers).max(-1, keepdims=True) / np.float32(largest), np.finfo(np.float32).tiny)
-    else:
-        scale = view(static_scale, 1)
-    steps = np.clip(numbers / scale, -128 if quant_dtype == "int8" else -largest, largest)
-    view(q, *numbers.shape, dtype=dtype)[:] = (np.rint(steps) if quant_dtype == "int8" else steps).astype(dtype)
+        view(scales, len(numbers), 1)[:] = of_rows
 
 
 def quantize(

@@ -385,12 +385,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   attention.write(warp_rows, p);
   __syncwarp();
   const int element_bytes = p.context_scale == nullptr ? 2 : 1;
-  const unsigned chunks = Shape::kHeadSize * element_bytes / 16;
-  const int num_rows = min(tile.num_rows - first_row, Shape::kWarpRows);
+  const int chunks = Shape::kHeadSize * element_bytes / 16;
+  const int num_rows = min(tile.num_rows - first_row, Shape::kWarpRows);  // may be below 0
   char* const context = static_cast<char*>(p.context) + (first_element + first_row * context_stride) * element_bytes;
-  for (unsigned chunk = threadIdx.x % 32; chunk < num_rows * chunks; chunk += 32) {
-    const unsigned row = chunk / chunks;
-    const unsigned column = chunk % chunks;
+  for (int chunk = static_cast<int>(threadIdx.x) % 32; chunk < num_rows * chunks; chunk += 32) {
+    const int row = chunk / chunks;
+    const int column = chunk % chunks;
     reinterpret_cast<FullPack*>(context + row * context_stride * element_bytes)[column] =
         reinterpret_cast<const FullPack*>(warp_rows + row * Shape::kStride)[column];
   }

@@ -26,6 +26,12 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared_address, i
          (shared_address & 0x3ffff) >> 4;
 }
 
+// The descriptor of an operand that begins `bytes` bytes, a multiple of 16, behind the one of `descriptor`.
+__device__ __forceinline__ uint64_t moved_descriptor(uint64_t descriptor, uint32_t bytes) {
+  const auto low = static_cast<uint32_t>(descriptor) + bytes / 16;  // no carry: 14 bits have all of shared memory
+  return (descriptor & 0xffffffff00000000) | low;
+}
+
 // Must precede the first wgmma, and every wgmma that uses registers which other instructions wrote.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -93,19 +99,22 @@ __device__ __forceinline__ void warpgroup_sync(int barrier) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" QWEN_REGISTERS_8 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
                : QWEN_TILES_8(c) : "l"(a), "l"(b), "r"(accumulate))
-// c += a · b with a in registers; k along the rows of b where `trans` is "1", along its columns (b^T) where it is "0".
-#define QWEN_WGMMA_A_IN_REGISTERS(trans, type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
+// c += a · b with a in registers, or c = a · b where `accumulate` is "0"; k along the rows of b where `trans` is "1", along
+// its columns (b^T) where it is "0".
+#define QWEN_WGMMA_A_IN_REGISTERS(accumulate, trans, type, n, tiles, registers, a0, a1, a2, a3, operand_b, c, a, b) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " \
-               operand_b ", 1, 1, 1, " trans ";" \
+               operand_b ", " accumulate ", 1, 1, " trans ";" \
                : tiles(c) : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b))
-#define QWEN_WGMMA_A_IN_REGISTERS_8(trans, type, c, a, b) \
-  QWEN_WGMMA_A_IN_REGISTERS(trans, type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", "%34", "%35", "%36", c, a, b)
-#define QWEN_WGMMA_A_IN_REGISTERS_16(trans, type, c, a, b) \
-  QWEN_WGMMA_A_IN_REGISTERS(trans, type, "128", QWEN_TILES_16, QWEN_REGISTERS_16, "%64", "%65", "%66", "%67", "%68", c, a, b)
-#define QWEN_WGMMA_A_IN_REGISTERS_24(trans, type, c, a, b) \
-  QWEN_WGMMA_A_IN_REGISTERS(trans, type, "192", QWEN_TILES_24, QWEN_REGISTERS_24, "%96", "%97", "%98", "%99", "%100", c, a, b)
-#define QWEN_WGMMA_A_IN_REGISTERS_32(trans, type, c, a, b) \
-  QWEN_WGMMA_A_IN_REGISTERS(trans, type, "256", QWEN_TILES_32, QWEN_REGISTERS_32, "%128", "%129", "%130", "%131", "%132", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_4(accumulate, trans, type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(accumulate, trans, type, "32", QWEN_TILES_4, QWEN_REGISTERS_4, "%16", "%17", "%18", "%19", "%20", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_8(accumulate, trans, type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(accumulate, trans, type, "64", QWEN_TILES_8, QWEN_REGISTERS_8, "%32", "%33", "%34", "%35", "%36", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_16(accumulate, trans, type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(accumulate, trans, type, "128", QWEN_TILES_16, QWEN_REGISTERS_16, "%64", "%65", "%66", "%67", "%68", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_24(accumulate, trans, type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(accumulate, trans, type, "192", QWEN_TILES_24, QWEN_REGISTERS_24, "%96", "%97", "%98", "%99", "%100", c, a, b)
+#define QWEN_WGMMA_A_IN_REGISTERS_32(accumulate, trans, type, c, a, b) \
+  QWEN_WGMMA_A_IN_REGISTERS(accumulate, trans, type, "256", QWEN_TILES_32, QWEN_REGISTERS_32, "%128", "%129", "%130", "%131", "%132", c, a, b)
 // clang-format on
 
 // c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, both given by matrix descriptors. Each warp has 16 rows of c,
@@ -154,28 +163,43 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kTiles == 8 || kTiles == 16);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("1", "f16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("1", "f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("1", "1", "f16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("1", "1", "f16", c, a, b);
   } else {
-    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("1", "bf16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("1", "bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("1", "1", "bf16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("1", "1", "bf16", c, a, b);
   }
 }
 
 // c [64 x 8 kTiles] += a [64 x 16] · b [8 kTiles x 16]^T, a in registers with the layout of mma_m16n8k16.
 template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma_transposed(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(kTiles == 8 || kTiles == 16 || kTiles == 24 || kTiles == 32);
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 24 || kTiles == 32);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("0", "f16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("0", "f16", c, a, b);
-    if constexpr (kTiles == 24) QWEN_WGMMA_A_IN_REGISTERS_24("0", "f16", c, a, b);
-    if constexpr (kTiles == 32) QWEN_WGMMA_A_IN_REGISTERS_32("0", "f16", c, a, b);
+    if constexpr (kTiles == 4) QWEN_WGMMA_A_IN_REGISTERS_4("1", "0", "f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("1", "0", "f16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("1", "0", "f16", c, a, b);
+    if constexpr (kTiles == 24) QWEN_WGMMA_A_IN_REGISTERS_24("1", "0", "f16", c, a, b);
+    if constexpr (kTiles == 32) QWEN_WGMMA_A_IN_REGISTERS_32("1", "0", "f16", c, a, b);
   } else {
-    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("0", "bf16", c, a, b);
-    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("0", "bf16", c, a, b);
-    if constexpr (kTiles == 24) QWEN_WGMMA_A_IN_REGISTERS_24("0", "bf16", c, a, b);
-    if constexpr (kTiles == 32) QWEN_WGMMA_A_IN_REGISTERS_32("0", "bf16", c, a, b);
+    if constexpr (kTiles == 4) QWEN_WGMMA_A_IN_REGISTERS_4("1", "0", "bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("1", "0", "bf16", c, a, b);
+    if constexpr (kTiles == 16) QWEN_WGMMA_A_IN_REGISTERS_16("1", "0", "bf16", c, a, b);
+    if constexpr (kTiles == 24) QWEN_WGMMA_A_IN_REGISTERS_24("1", "0", "bf16", c, a, b);
+    if constexpr (kTiles == 32) QWEN_WGMMA_A_IN_REGISTERS_32("1", "0", "bf16", c, a, b);
+  }
+}
+
+// Likewise c = a · b^T, whatever c was.
+template <typename T, int kTiles>
+__device__ __forceinline__ void wgmma_transposed_first(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kTiles == 4 || kTiles == 8);
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kTiles == 4) QWEN_WGMMA_A_IN_REGISTERS_4("0", "0", "f16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("0", "0", "f16", c, a, b);
+  } else {
+    if constexpr (kTiles == 4) QWEN_WGMMA_A_IN_REGISTERS_4("0", "0", "bf16", c, a, b);
+    if constexpr (kTiles == 8) QWEN_WGMMA_A_IN_REGISTERS_8("0", "0", "bf16", c, a, b);
   }
 }
 
@@ -183,6 +207,7 @@ __device__ __forceinline__ void wgmma_transposed(float (&c)[kTiles][4], const ui
 #undef QWEN_WGMMA_A_IN_REGISTERS_24
 #undef QWEN_WGMMA_A_IN_REGISTERS_16
 #undef QWEN_WGMMA_A_IN_REGISTERS_8
+#undef QWEN_WGMMA_A_IN_REGISTERS_4
 #undef QWEN_WGMMA_A_IN_REGISTERS
 #undef QWEN_WGMMA_ACCUMULATE
 #undef QWEN_WGMMA_32

@@ -14,11 +14,13 @@ namespace {
 constexpr int kMaxSplits = kMaxClusterBlocks;
 constexpr int64_t kMaxRows = 64;
 constexpr std::array<int, 8> kWaves{1, 2, 3, 4, 6, 8, 12, 16};
+constexpr int kMaxSplitsOfWaves = 4;  // where a block has several tiles whose k is split,
+constexpr int kMaxWavesOfSplits = 6;  // of which there are at most so many
 
 // How a GEMM is divided among blocks, whatever its size.
 struct Variant {
   int splits;  // blocks of a cluster, which split k
-  int waves;   // tiles of a block: one of kWaves, and 1 where k is split
+  int waves;   // tiles of a block: one of kWaves
   bool half;   // a block takes less than half of a multiprocessor
 };
 
@@ -28,6 +30,11 @@ const std::vector<Variant>& all_variants() {
     for (const bool half : {false, true}) {
       for (const int waves : kWaves) variants.push_back({1, waves, half});
       for (int splits = 2; splits <= kMaxSplits; ++splits) variants.push_back({splits, 1, half});
+    }
+    for (int splits = 2; splits <= kMaxSplitsOfWaves; ++splits) {
+      for (const int waves : kWaves) {
+        if (waves > 1 && waves <= kMaxWavesOfSplits) variants.push_back({splits, waves, false});
+      }
     }
     return variants;
   }();
@@ -69,12 +76,16 @@ struct Partition {
     chunks = static_cast<int>(divide_up(shape.in_features, kPackedK));
     const int64_t all_tiles = int64_t{clusters[variant.splits]} * variant.waves;
     if (all_tiles == 0 || chunks < variant.splits) return;
+    // With few rows of x, memory is the limit, and such variants are none the better.
+    if (variant.splits > 1 && variant.waves > 1 && !quantized_uses_wgmma(x_tiles)) return;
     const int64_t blocks = divide_up(int64_t{used_blocks}, all_tiles);
     const int most_warps = variant.half ? quantized_max_consumers_of_half(x_tiles) : quantized_max_consumers(x_tiles);
-    if (blocks > kWarpBlocks * most_warps) return;
+    const int warp_blocks = quantized_warp_blocks(x_tiles);
+    if (blocks > warp_blocks * most_warps) return;
     tile_blocks = static_cast<int>(blocks);
     tiles = divide_up(used_blocks, tile_blocks);
-    row_warps = divide_up(swiglu ? 2 * tile_blocks : tile_blocks, kWarpBlocks);
+    const int together = quantized_row_warps(x_tiles);
+    row_warps = divide_up(swiglu ? 2 * tile_blocks : tile_blocks, warp_blocks * together) * together;
     if (row_warps > most_warps) return;
     k_warps = std::clamp(most_warps / row_warps, 1, chunks / variant.splits);
     const int64_t loads = int64_t{variant.waves} * divide_up(chunks, variant.splits);
@@ -109,12 +120,14 @@ double cycles(const GemmShape& shape, const Variant& variant, const Partition& p
   const double loading = static_cast<double>(partition.loaded) / 30.0;
   const double memory =
       static_cast<double>(PackedSizes(format, shape.out_features, shape.in_features).code_bytes) / 1790.0;
-  const double chunk =
-      std::max(940.0, 77.0 * partition.row_warps * partition.k_warps) * (0.92 + 0.08 * x_tiles * x_tiles);
+  const double warps = partition.row_warps * partition.k_warps;
+  const double chunk = quantized_uses_wgmma(partition.x_tiles)
+                           ? std::max(900.0, 10.0 * x_tiles * warps)
+                           : std::max(940.0, 77.0 * warps) * (0.92 + 0.08 * x_tiles * x_tiles);
   const double chunks = variant.waves * divide_up(divide_up(partition.chunks, variant.splits), partition.k_warps);
   const double multiprocessor = std::max(loading, chunk * chunks);
-  const double exchange = variant.splits == 1 ? 0.0 : 440.0 + 410.0 * x_tiles;
-  const double sums = 4.2 * partition.row_warps * partition.k_warps * variant.splits * x_tiles;
+  const double exchange = variant.splits == 1 ? 0.0 : variant.waves * (440.0 + 410.0 * x_tiles);
+  const double sums = 4.2 * warps * variant.splits * variant.waves * x_tiles;
   return std::max(multiprocessor, memory) + 0.13 * std::min(multiprocessor, memory) + 4750.0 + exchange +
          150.0 * variant.waves + sums;
 }

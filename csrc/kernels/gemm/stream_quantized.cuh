@@ -23,6 +23,7 @@
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/programmatic_launch.cuh"
 #include "kernels/common/tensor_cores.cuh"
+#include "kernels/common/wgmma.cuh"
 #include "packed_weight.h"
 #include "silu.cuh"
 
@@ -34,10 +35,15 @@ constexpr int kQuantizedBarrierBytes = 2048;  // and what aligns the ring to 102
 constexpr int kXBoxK = kBlockK;               // k of a TMA load of x
 static_assert(16 * kQuantizedMaxStages + 1023 <= kQuantizedBarrierBytes && kPackedK == 2 * kXBoxK);
 
-// Blocks of 16 weight rows of a warp; and by the tiles of 8 rows of x, the warps that multiply for which there are
-// registers.
-constexpr int kWarpBlocks = 2;
-constexpr int quantized_max_consumers(int x_tiles) { return x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : 10; }
+// From 17 rows of x on (3 tiles of 8 rows), warpgroups multiply with wgmma instead of warps with mma.
+constexpr bool quantized_uses_wgmma(int x_tiles) { return x_tiles > 2; }
+// By the tiles of 8 rows of x: blocks of 16 weight rows of a warp, the warps among which rows are divided together, and
+// the warps that multiply for which there are registers.
+constexpr int quantized_warp_blocks(int x_tiles) { return quantized_uses_wgmma(x_tiles) ? 1 : 2; }
+constexpr int quantized_row_warps(int x_tiles) { return quantized_uses_wgmma(x_tiles) ? 4 : 1; }
+constexpr int quantized_max_consumers(int x_tiles) {
+  return x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : x_tiles == 4 ? 16 : 12;
+}
 // Likewise of a block that takes less than half of a multiprocessor; 0: there are too few registers.
 constexpr int quantized_max_consumers_of_half(int x_tiles) { return x_tiles == 1 ? 8 : x_tiles == 2 ? 6 : 0; }
 
@@ -90,7 +96,8 @@ struct QuantizedStage {
 constexpr int kItemBytes = kPackedRows * 8 * 4;
 // Bytes for the partial sums that a block receives for one tile.
 constexpr int quantized_received_bytes(int x_tiles, int row_warps, int k_warps, int splits) {
-  return divide_up(kWarpBlocks * row_warps * x_tiles, splits) * splits * k_warps * kItemBytes;
+  if (k_warps * splits == 1 && quantized_uses_wgmma(x_tiles)) return 0;
+  return divide_up(quantized_warp_blocks(x_tiles) * row_warps * x_tiles, splits) * splits * k_warps * kItemBytes;
 }
 
 // value / divisor for small numbers, by the inverse of the divisor: instructions that run once in a block take the time
@@ -227,6 +234,14 @@ struct QuantizedBlock {
     }
     fence_mbarrier_init();
   }
+  // By a producer warp, when it has loaded a tile: waits for the barrier of the cluster before that of this tile, and
+  // arrives at this one, which the consumers wait for.
+  __device__ __forceinline__ void pass_cluster_barrier() const {
+    if (p.splits == 1) return;
+    __syncwarp();
+    cluster_wait_aligned();
+    cluster_arrive();
+  }
 };
 
 // The bulk copies of a chunk of the weight, each by one lane: codes, the scales of each group, the zeros of each group;
@@ -282,6 +297,7 @@ class QuantizedProducer {
         __syncwarp();
         if (copies_) bulk_load(to_ + state.stage * p.stage_stride, from, bytes, full, policy);
       }
+      block_.pass_cluster_barrier();
     }
   }
 
@@ -294,20 +310,23 @@ class QuantizedProducer {
   bool copies_;           // this lane has something to copy
 };
 
+// Loads x, by one lane of a warp.
 template <int kBits, int kXTiles>
 __device__ __forceinline__ void produce_quantized_x(const QuantizedBlock<kBits, kXTiles>& block) {
   const StreamQuantizedArguments& p = block.p;
   const uint64_t policy = evict_last_policy();
+  const int end_chunk = threadIdx.x % 32 == 0 ? block.first_chunk + block.chunks : 0;
   PipelineState state;
   int free_stages = p.stages;
   for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
-    for (int chunk = block.first_chunk; chunk < block.first_chunk + block.chunks; ++chunk, state.advance(p.stages)) {
+    for (int chunk = block.first_chunk; chunk < end_chunk; ++chunk, state.advance(p.stages)) {
       if (--free_stages < 0) mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
       const uint32_t full = block.full(state.stage), to = block.ring + state.stage * p.stage_stride;
       mbarrier_arrive_expect_tx(full, block.kCodesOffset);
       tma_load_2d(to, p.x, full, policy, chunk * kPackedK, 0);
       tma_load_2d(to + block.kCodesOffset / 2, p.x, full, policy, chunk * kPackedK + kXBoxK, 0);
     }
+    block.pass_cluster_barrier();
   }
 }
 
@@ -325,7 +344,8 @@ class QuantizedConsumer {
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int index = kWarpBlocks * row_warp_ + r;
+        // Warps of a warpgroup for which there are no rows read the last ones.
+        const int index = kUsesWgmma ? min(row_warp_, block.parts * p.tile_blocks - 1) : kWarpBlocks * row_warp_ + r;
         const int slot = p.swiglu ? h * p.tile_blocks + index / 2 : index, half = p.swiglu ? index % 2 : h;
         codes_[r][h] = block.kCodesOffset + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
         row_[r][h] = slot * kPackedRows + lane_ / 4 + 8 * half;
@@ -349,6 +369,14 @@ class QuantizedConsumer {
     }
   }
 
+  // Whether the sums are whole, so that nothing is to be exchanged.
+  __device__ __forceinline__ bool has_whole_sums() const { return kUsesWgmma && p.splits * p.k_warps == 1; }
+  // Writes whole sums.
+  __device__ __forceinline__ void write_sums(int tile) {
+    load_bias(tile, row_warp_);
+#pragma unroll
+    for (int i = 0; i < kXTiles; ++i) write_item(tile, row_warp_, i, sums_[0][i]);
+  }
   // Sends the partial sums to the blocks that own their items. `buffer` is where those receive them.
   __device__ __forceinline__ void send_sums(uint32_t buffer) const {
     const int part = block_.split * p.k_warps + k_warp_;
@@ -386,7 +414,9 @@ class QuantizedConsumer {
   }
 
  private:
-  static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma instructions
+  static constexpr bool kUsesWgmma = quantized_uses_wgmma(kXTiles);
+  static constexpr int kWarpBlocks = quantized_warp_blocks(kXTiles);
+  static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma or wgmma instructions
   static constexpr uint32_t kMiddle = 1U << (kBits - 1);
   // For few rows of x: more of them would take more instructions to sum than codes take to convert.
   static constexpr bool kSubtractsFromSums = kBits == 4 && std::is_same_v<T, __half> && kXTiles <= 2;
@@ -399,7 +429,12 @@ class QuantizedConsumer {
   __device__ __forceinline__ void multiply_chunks(int end_number) {
     for (; number_ < end_number; number_ += p.k_warps) {
       mbarrier_wait(block_.full(state_.stage), state_.parity);
-      multiply_chunk<kSwiglu, kSeveralGroups>(block_.ring + state_.stage * p.stage_stride);
+      const uint32_t stage = block_.ring + state_.stage * p.stage_stride;
+      if constexpr (kUsesWgmma) {
+        multiply_chunk_with_wgmma<kSwiglu, kSeveralGroups>(stage);
+      } else {
+        multiply_chunk<kSwiglu, kSeveralGroups>(stage);
+      }
       __syncwarp();
       if (lane_ == 0) mbarrier_arrive(block_.empty(state_.stage));
       state_.stage += p.k_warps;
@@ -458,6 +493,85 @@ class QuantizedConsumer {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         set_zero(r, h, load_shared_8(stage + p.zeros_offset + first + row_[r][h]));
+      }
+    }
+  }
+
+  // The warpgroup's part of a chunk. While it multiplies, the operands of the next instructions are made; the other
+  // warpgroups of the block keep the tensor cores busy while this one scales its sums.
+  template <bool kSwiglu, bool kSeveralGroups>
+  __device__ __forceinline__ void multiply_chunk_with_wgmma(uint32_t stage) {
+    const uint64_t first_x = matrix_descriptor(stage, 16);
+    constexpr int kBuffers = 3;                              // of operands
+    constexpr int kFoldSteps = kSeveralGroups ? 1 : kSteps;  // after which sums are scaled
+    constexpr int kBlockSteps = kBits == 4 ? 2 : 1;          // of a block of codes
+    uint32_t words[2][4];
+    uint32_t a[kBuffers][2][4];
+    float group_sums[kXTiles][4];
+    load_words<kSwiglu>(words[0], stage, 0);
+    if (!kSeveralGroups && p.groups_of_chunk == 1) load_group(stage, 0);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int block = step / kBlockSteps;
+      if (step % kBlockSteps == 0 && step + kBlockSteps < kSteps) {
+        load_words<kSwiglu>(words[(block + 1) % 2], stage, block + 1);
+      }
+      if (kSeveralGroups) load_group(stage, step * p.groups_of_chunk / kSteps);
+      if (!kSeveralGroups && step >= kBuffers) wgmma_wait_group<kBuffers - 1>();  // that of a[step % kBuffers]
+      load_operands_in_order(words[block % 2], step % kBlockSteps, zero_[0], a[step % kBuffers]);
+      wgmma_fence();
+      const uint32_t k_offset = step / 2 * (kXTiles * 1024) + step % 2 * 64;
+      const uint64_t x = moved_descriptor(first_x, k_offset), next_x = moved_descriptor(first_x, k_offset + 32);
+      if (step % kFoldSteps == 0) {
+        wgmma_transposed_first<T>(group_sums, a[step % kBuffers][0], x);
+      } else {
+        wgmma_transposed<T>(group_sums, a[step % kBuffers][0], x);
+      }
+      wgmma_transposed<T>(group_sums, a[step % kBuffers][1], next_x);
+      wgmma_commit_group();
+      if (step % kFoldSteps < kFoldSteps - 1) continue;
+      wgmma_wait_group<0>();
+#pragma unroll
+      for (int i = 0; i < kXTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums_[0][i][j] = fmaf(scale_[0][j / 2], group_sums[i][j], sums_[0][i][j]);
+      }
+    }
+  }
+
+  // The lane's 16 bytes of a block of codes.
+  template <bool kSwiglu>
+  __device__ __forceinline__ void load_words(uint32_t (&words)[4], uint32_t stage, int block) const {
+    const int offset = block * kPackedBlockBytes;
+    if (kSwiglu) {
+      load_shared_words(words[0], words[1], stage + codes_[0][0] + offset);
+      load_shared_words(words[2], words[3], stage + codes_[0][1] + offset);
+    } else {
+      load_shared_words(words, stage + codes_[0][0] + offset);
+    }
+  }
+  // The operands of 32 k, for two wgmma instructions of 16 consecutive k.
+  __device__ __forceinline__ void load_operands_in_order(const uint32_t (&words)[4], int step,
+                                                         const ZeroPoint<T, kBits> (&zero)[2],
+                                                         uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t pairs[4];
+      if constexpr (kBits == 4) {
+        to_pairs<T, 4>(words[2 * h + step], zero[h], pairs);
+      } else {
+        uint32_t more[2];
+        to_pairs<T, 8>(words[2 * h], zero[h], more);
+        pairs[0] = more[0];
+        pairs[1] = more[1];
+        to_pairs<T, 8>(words[2 * h + 1], zero[h], more);
+        pairs[2] = more[0];
+        pairs[3] = more[1];
+      }
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        a[w][h] = pairs[2 * w];
+        a[w][2 + h] = pairs[2 * w + 1];
       }
     }
   }
@@ -560,6 +674,12 @@ class QuantizedConsumer {
     }
   }
 
+  static __device__ __forceinline__ int warp_of_thread() {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    // The shuffle tells the compiler that the value, and control flow by it, is the same in all lanes, as wgmma needs
+    // it.
+    return kUsesWgmma ? __shfl_sync(0xffffffffU, warp, 0) : warp;
+  }
   __device__ __forceinline__ int first_item() const { return block_.split + warp_ * p.splits; }
   // Where a block receives part `part` of the sums of the `index`-th item that it owns.
   __device__ __forceinline__ uint32_t received(uint32_t buffer, int index, int part) const {
@@ -612,7 +732,7 @@ class QuantizedConsumer {
 
   const QuantizedBlock<kBits, kXTiles>& block_;
   const StreamQuantizedArguments& p;
-  const int warp_ = static_cast<int>(threadIdx.x) / 32;
+  const int warp_ = warp_of_thread();
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   const int k_warp_ = divide(warp_, p.row_warps_inverse);
   const int row_warp_ = warp_ - k_warp_ * p.row_warps;
@@ -648,28 +768,28 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
   if (warp == 0) {
     if (!p.constant_weight) wait_for_previous_kernel();
     QuantizedProducer<kBits, kXTiles>(block).load_all();
-  } else if (warp == 1 && threadIdx.x % 32 == 0) {
+  } else if (warp == 1) {
     wait_for_previous_kernel();
     produce_quantized_x(block);
   }
   __syncwarp();
-  if (p.splits > 1) cluster_wait_aligned();  // the other blocks have started: their shared memory can be written
-  if (warp >= 0) {
-    if (p.splits > 1) {
-      cluster_arrive();
-      cluster_wait();
-    }
-    return;
-  }
+  // The other blocks have started: their shared memory can be written. Producers wait for the barrier of the last tile.
+  if (p.splits > 1) cluster_wait_aligned();
+  if (warp >= 0) return;
   if (!p.constant_weight) wait_for_previous_kernel();
   QuantizedConsumer<T, kBits, kXTiles> consumer(block);
   int end_number = block.chunks;
   uint32_t buffer = block.received, other_buffer = buffer + p.received_bytes;
   for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step, end_number += block.chunks) {
     consumer.multiply_tile(tile, end_number);
+    if (consumer.has_whole_sums()) {
+      if (p.constant_weight) wait_for_previous_kernel();
+      consumer.write_sums(tile);
+      continue;
+    }
     consumer.send_sums(buffer);
     consumer.load_first_bias(tile);
-    if (p.splits > 1) {  // then the block has one tile
+    if (p.splits > 1) {
       cluster_arrive();
       cluster_wait();
     } else {

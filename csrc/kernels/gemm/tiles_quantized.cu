@@ -31,10 +31,14 @@ std::string name_of(const Tiling& tiling) {
 
 int64_t chunks_of(const GemmShape& shape) { return divide_up(shape.in_features, kBlockK); }
 // Weight rows of a cluster's tile, and the tiles of all clusters.
-constexpr int64_t kClusterWeights = int64_t{kQuantizedTileWeights} * kQuantizedCluster;
-int64_t weight_tiles_of(const GemmShape& shape) { return divide_up(shape.out_features, kClusterWeights); }
+constexpr int64_t cluster_weights(const Tiling& tiling) {
+  return int64_t{quantized_tile_weights(tiling.rows)} * kQuantizedCluster;
+}
+int64_t weight_tiles_of(const GemmShape& shape, const Tiling& tiling) {
+  return divide_up(shape.out_features, cluster_weights(tiling));
+}
 int64_t tiles_of(const GemmShape& shape, const Tiling& tiling) {
-  return divide_up(shape.rows, tiling.rows) * weight_tiles_of(shape);
+  return divide_up(shape.rows, tiling.rows) * weight_tiles_of(shape, tiling);
 }
 int64_t clusters_of(const DeviceProperties& device) { return device.multiprocessors / kQuantizedCluster; }
 int64_t shares_of(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
@@ -42,7 +46,7 @@ int64_t shares_of(const GemmShape& shape, const Tiling& tiling, const DeviceProp
 }
 int64_t sums_bytes(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
   if (tiling.splits == 1) return 0;
-  return 2 * shares_of(shape, tiling, device) * kClusterWeights * tiling.rows * 4;
+  return 2 * shares_of(shape, tiling, device) * cluster_weights(tiling) * tiling.rows * 4;
 }
 bool is_possible(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
   constexpr int64_t kMinChunks = 4;  // of a share
@@ -81,7 +85,7 @@ std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties&
 
 // The coordinates are: word in 128 columns of k (kBlockK at a time), block of 16 weight rows, with SwiGLU gate (0) or
 // up (1), 128 columns of k.
-bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) {
+bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params, int tile_weights) {
   const GemmShape& shape = params.shape;
   const PackedSizes sizes(shape.weight_format, shape.out_features, shape.in_features);
   const bool swiglu = shape.activation == Activation::kSwiglu;
@@ -93,7 +97,7 @@ bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) 
   return encode_word_tensor_map(
       tensor_map, params.weight, {bytes / 4, part_blocks, parts, columns},
       {bytes, bytes * part_blocks, bytes * row_blocks},
-      {static_cast<cuuint32_t>(bytes / 4 * kBlockK / kPackedK), kQuantizedTileWeights / kPackedRows / parts, parts, 1});
+      {static_cast<cuuint32_t>(bytes / 4 * kBlockK / kPackedK), tile_weights / kPackedRows / parts, parts, 1});
 }
 
 template <typename T, WeightKind kKind, int kRows>
@@ -109,7 +113,7 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const D
     return error;
   }
   QuantizedTilesArguments arguments{};
-  if (!encode_codes_tensor_map(arguments.codes, params) ||
+  if (!encode_codes_tensor_map(arguments.codes, params, quantized_tile_weights(kRows)) ||
       !encode_x_tensor_map(arguments.x, params, kRows / kQuantizedCluster)) {
     return cudaErrorNotSupported;
   }
@@ -125,15 +129,15 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const D
   arguments.group_chunks = format.group_size == 0 ? arguments.chunks : std::max(1, format.group_size / kBlockK);
   arguments.scale_rows = static_cast<int32_t>(PackedSizes(format, shape.out_features, shape.in_features).rows);
   arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kRows));
-  arguments.weight_tiles = static_cast<int32_t>(weight_tiles_of(shape));
+  arguments.weight_tiles = static_cast<int32_t>(weight_tiles_of(shape, tiling));
   arguments.shares = static_cast<int32_t>(shares_of(shape, tiling, device));
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.constant_weight = params.constant_weight;
   const auto clusters = static_cast<unsigned>(std::min<int64_t>(arguments.shares, clusters_of(device)));
-  const cudaError_t error = launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(kQuantizedThreads),
+  const cudaError_t error = launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(quantized_threads(kRows)),
                                             kSharedBytes, kQuantizedCluster, device, stream, arguments);
   if (error != cudaSuccess || tiling.splits == 1) return error;
-  const dim3 blocks(static_cast<unsigned>((arguments.shares - 1) * kQuantizedCluster * kQuantizedGroups),
+  const dim3 blocks(static_cast<unsigned>((arguments.shares - 1) * kQuantizedCluster * quantized_groups(kRows)),
                     kRows / kQuantizedPartRows);
   return launch_kernel(gemm_quantized_tiles_add<T, kRows>, blocks, dim3(kWarpgroupThreads), 0, device, stream,
                        arguments);

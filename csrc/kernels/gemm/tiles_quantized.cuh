@@ -1,7 +1,7 @@
 // The GEMM for tens of rows and more with int4 and int8 weights on Hopper: y^T = weight · x^T.
 //
-// A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 weight rows
-// times kRows rows of x at a time: each of two consumer warpgroups has 64 weight rows, which it dequantizes in
+// A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 to 256 weight
+// rows times kRows rows of x at a time: each of its consumer warpgroups has 64 weight rows, which it dequantizes in
 // registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer warp
 // fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and codes by
 // TMA, scales and zero points by cp.async. The two blocks of a cluster have the same rows of x, of which each loads
@@ -25,11 +25,14 @@
 
 namespace qwen_plugins {
 
-constexpr int kQuantizedTileWeights = 128;  // weight rows of a block's tile
-constexpr int kQuantizedHalf = kQuantizedTileWeights / 2;
-constexpr int kQuantizedGroups = 2;   // consumer warpgroups, of 64 weight rows each
-constexpr int kQuantizedCluster = 2;  // blocks, with the same rows of x
-constexpr int kQuantizedThreads = kWarpgroupThreads * (kQuantizedGroups + 1);
+// By the rows of x of a tile: the consumer warpgroups for whose sums there are registers, of 64 weight rows each; and
+// the weight rows of a block's tile.
+__host__ __device__ constexpr int quantized_groups(int rows) { return rows == 64 ? 4 : rows == 128 ? 3 : 2; }
+__host__ __device__ constexpr int quantized_tile_weights(int rows) { return 64 * quantized_groups(rows); }
+__host__ __device__ constexpr int quantized_threads(int rows) {
+  return kWarpgroupThreads * (quantized_groups(rows) + 1);
+}
+constexpr int kQuantizedCluster = 2;    // blocks, with the same rows of x
 constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at a time
 
 // Results of kQuantizedPartRows rows of x and a warpgroup's columns of y; 16 bytes of padding between rows spread them
@@ -41,15 +44,16 @@ constexpr int kQuantizedPartBytes = kQuantizedPartRows * kQuantizedResultRowByte
 // the weights, and their scales and zero points, of two groups at most.
 template <WeightKind kKind, int kRows>
 struct QuantizedTilesLayout {
+  static constexpr int kGroups = quantized_groups(kRows);
+  static constexpr int kTileWeights = quantized_tile_weights(kRows);
   static constexpr int kXBytes = kRows * kSwizzleBytes;
   static constexpr int kBlockBytes = superblock_bytes_of(kKind) * kBlockK / kPackedK;  // codes of 16 weight rows
-  static constexpr int kCodeBytes = kQuantizedTileWeights / kPackedRows * kBlockBytes;
+  static constexpr int kCodeBytes = kTileWeights / kPackedRows * kBlockBytes;
   static constexpr int kScales = kXBytes + kCodeBytes;
-  static constexpr int kZeros = kScales + 2 * 2 * kQuantizedTileWeights;
-  static constexpr int kStageBytes = kScales + 1024;  // a multiple of 1024
-  static_assert(kZeros + 2 * kQuantizedTileWeights <= kStageBytes && kStageBytes % 1024 == 0);
+  static constexpr int kZeros = kScales + 2 * 2 * kTileWeights;
+  static constexpr int kStageBytes = divide_up(kZeros + 2 * kTileWeights, 1024) * 1024;
   static constexpr int kResultBytes = kRows / kQuantizedPartRows * kQuantizedPartBytes;  // of a warpgroup
-  static constexpr int kAllResultBytes = kQuantizedGroups * kResultBytes;
+  static constexpr int kAllResultBytes = kGroups * kResultBytes;
   static constexpr int kMaxBytes = 232448;  // what a block can have on Hopper
   static constexpr int kFitting = (kMaxBytes - kAllResultBytes) / (kStageBytes + 16);
   static constexpr int kStages = kFitting < 8 ? kFitting : 8;
@@ -72,9 +76,9 @@ struct QuantizedTilesArguments {
   int32_t groups;        // in a chunk: 2 with groups of 32, else 1
   int32_t scale_rows;    // from one group's scales to the next
   int32_t row_tiles;     // each of kRows rows of x
-  int32_t weight_tiles;  // each of kQuantizedTileWeights weight rows of every block of a cluster
+  int32_t weight_tiles;  // each of the weight rows of the tiles of all blocks of a cluster
   int32_t shares;
-  bool swiglu;  // a tile is 64 gate rows, then their up rows
+  bool swiglu;  // a tile's first half is gate rows, the second their up rows
   bool constant_weight;
 };
 
@@ -152,7 +156,7 @@ struct QuantizedTilesBlock {
   const QuantizedTilesArguments& p;
   const uint32_t ring;  // at a multiple of 1024
   const uint32_t results = ring + Layout::kRingBytes;
-  const uint32_t barriers = results + kQuantizedGroups * Layout::kResultBytes;
+  const uint32_t barriers = results + Layout::kAllResultBytes;
   const int rank = cluster_block_rank();
 
   __device__ __forceinline__ QuantizedTilesBlock(const QuantizedTilesArguments& arguments, uint32_t shared)
@@ -168,7 +172,7 @@ struct QuantizedTilesBlock {
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
       mbarrier_init(full(stage), 1 + 1 + 32);  // lanes that load x, codes and scales
-      mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
+      mbarrier_init(empty(stage), Layout::kGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
   }
@@ -233,8 +237,9 @@ class LoadX {
 };
 
 // The first weight row of a tile, with SwiGLU of its gate rows.
+template <int kRows>
 __device__ __forceinline__ int first_weight_row(const QuantizedTilesArguments& p, const QuantizedTile& tile) {
-  return tile.weight_tile * (p.swiglu ? kQuantizedHalf : kQuantizedTileWeights);
+  return tile.weight_tile * (p.swiglu ? quantized_tile_weights(kRows) / 2 : quantized_tile_weights(kRows));
 }
 
 template <WeightKind kKind, int kRows>
@@ -244,7 +249,7 @@ class LoadCodes {
   __device__ __forceinline__ explicit LoadCodes(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
-    row_block_ = first_weight_row(block_.p, tile) / kPackedRows;
+    row_block_ = first_weight_row<kRows>(block_.p, tile) / kPackedRows;
   }
   __device__ __forceinline__ void operator()(int stage, int chunk) const {
     mbarrier_arrive_expect_tx(block_.full(stage), Layout::kCodeBytes);
@@ -272,15 +277,19 @@ class LoadScales {
     const int group = chunk / p_.group_chunks;
     chunks_left_ = p_.group_chunks - (chunk - group * p_.group_chunks);
     const int64_t first = static_cast<int64_t>(group) * p_.groups * p_.scale_rows;
-    scales_ = Part(*this, tile, 8, first);
-    zeros_ = Part(*this, tile, 16, first);
+    scales_ = Part(p_, tile, 8, first);
+    zeros_ = Part(p_, tile, 16, first);
   }
   __device__ __forceinline__ void operator()(int stage, int) const {
-    if (scales_.group < p_.groups) {
-      cp_async_16(block_.scales(stage) + 2 * scales_.to, p_.scales + scales_.from, scales_.exists);
-    }
-    if (p_.zeros != nullptr && zeros_.group < p_.groups) {
-      cp_async_16(block_.zeros(stage) + zeros_.to, p_.zeros + zeros_.from, zeros_.exists);
+    for (int group = 0; group < p_.groups; ++group) {
+      const int to = group * kTileWeights;
+      const int64_t from = static_cast<int64_t>(group) * p_.scale_rows;
+      if (scales_.loads) {
+        cp_async_16(block_.scales(stage) + 2 * (scales_.to + to), p_.scales + scales_.from + from, scales_.exists);
+      }
+      if (p_.zeros != nullptr && zeros_.loads) {
+        cp_async_16(block_.zeros(stage) + zeros_.to + to, p_.zeros + zeros_.from + from, zeros_.exists);
+      }
     }
     mbarrier_arrive_after_cp_async(block_.full(stage));
   }
@@ -292,24 +301,23 @@ class LoadScales {
   }
 
  private:
+  static constexpr int kTileWeights = quantized_tile_weights(kRows);
+
   // What a lane loads: `count` rows of a group of a chunk.
   struct Part {
-    int group = 0, to = 0;
+    bool loads = false, exists = false;
+    int to = 0;
     int64_t from = 0;
-    bool exists = false;
 
     Part() = default;
-    __device__ __forceinline__ Part(const LoadScales& all, const QuantizedTile& tile, int count, int64_t first) {
-      const QuantizedTilesArguments& p = all.p_;
-      const int lanes = kQuantizedTileWeights / count;
-      const int lane = static_cast<int>(threadIdx.x) % 32;
-      const int in_tile = lane % lanes * count;
-      group = lane / lanes;
-      to = group * kQuantizedTileWeights + in_tile;
-      const bool is_up = p.swiglu && in_tile >= kQuantizedHalf;
-      const int row = first_weight_row(p, tile) + in_tile + (is_up ? p.columns - kQuantizedHalf : 0);
-      exists = row < p.scale_rows;
-      from = exists ? first + static_cast<int64_t>(group) * p.scale_rows + row : 0;
+    __device__ __forceinline__ Part(const QuantizedTilesArguments& p, const QuantizedTile& tile, int count,
+                                    int64_t first) {
+      constexpr int kHalf = kTileWeights / 2;
+      to = static_cast<int>(threadIdx.x) % 32 * count;
+      loads = to < kTileWeights;
+      const int row = first_weight_row<kRows>(p, tile) + to + (p.swiglu && to >= kHalf ? p.columns - kHalf : 0);
+      exists = loads && row < p.scale_rows;
+      from = exists ? first + row : 0;
     }
   };
 
@@ -321,7 +329,7 @@ class LoadScales {
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
 // and g + 8 of a warp's 16 weight rows (g = lane / 4), or with SwiGLU a gate row and its up row.
-template <typename T>
+template <typename T, int kRows>
 class QuantizedTilesResults {
  public:
   __device__ __forceinline__ QuantizedTilesResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
@@ -371,7 +379,7 @@ class QuantizedTilesResults {
  private:
   __device__ __forceinline__ int group_columns() const { return p_.swiglu ? 32 : 64; }
   __device__ __forceinline__ int first_column(int weight_tile) const {
-    return (weight_tile * kQuantizedGroups + group_) * group_columns();
+    return (weight_tile * quantized_groups(kRows) + group_) * group_columns();
   }
   __device__ __forceinline__ void stage(const float (*sums)[4], uint32_t staging) const {
     const int matrix = lane_ / 8;
@@ -417,7 +425,7 @@ template <int kRows>
 __device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, int share, bool begins_tile, int rank,
                                                 int group) {
   const int64_t index = (int64_t{2} * share + (begins_tile ? 1 : 0)) * kQuantizedCluster + rank;
-  return p.sums + (index * kQuantizedGroups + group) * (kRows / 8 * kWarpgroupThreads);
+  return p.sums + (index * quantized_groups(kRows) + group) * (kRows / 8 * kWarpgroupThreads);
 }
 
 // A consumer warpgroup.
@@ -430,9 +438,9 @@ class QuantizedTilesConsumer {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (p_.swiglu) {
       rows_[0] = 8 * warp + lane / 4;
-      rows_[1] = kQuantizedHalf + rows_[0];
+      rows_[1] = Layout::kTileWeights / 2 + rows_[0];
       words_[0] = warp / 2 * Layout::kBlockBytes + lane * 16 + warp % 2 * 8;
-      words_[1] = kQuantizedHalf / kPackedRows * Layout::kBlockBytes + words_[0];
+      words_[1] = Layout::kTileWeights / 2 / kPackedRows * Layout::kBlockBytes + words_[0];
     } else {
       rows_[0] = kPackedRows * warp + lane / 4;
       rows_[1] = rows_[0] + 8;
@@ -467,7 +475,8 @@ class QuantizedTilesConsumer {
   }
 
   // Stores y, or the sums of a part of a tile.
-  __device__ __forceinline__ void write(const QuantizedTile& tile, const QuantizedTilesResults<T>& results) const {
+  __device__ __forceinline__ void write(const QuantizedTile& tile,
+                                        const QuantizedTilesResults<T, kRows>& results) const {
     results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
   }
   __device__ __forceinline__ void write_sums(const QuantizedPart& part) const {
@@ -512,7 +521,7 @@ class QuantizedTilesConsumer {
     return packed;
   }
   __device__ __forceinline__ void load_scale(PackedChunk& packed, int row, int half) const {
-    const int index = half * kQuantizedTileWeights + rows_[row];
+    const int index = half * Layout::kTileWeights + rows_[row];
     packed.scales[row][half] = load_shared_16(block_.scales(state_.stage) + 2 * index);
     packed.zeros[row][half] = middle_code_of(kKind);
     if (p_.zeros != nullptr) packed.zeros[row][half] = load_shared_8(block_.zeros(state_.stage) + index);
@@ -547,14 +556,15 @@ class QuantizedTilesConsumer {
 };
 
 template <typename T, WeightKind kKind, int kRows>
-__global__ void __launch_bounds__(kQuantizedThreads, 1)
+__global__ void __launch_bounds__(quantized_threads(kRows), 1)
     gemm_quantized_tiles(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
   const QuantizedTilesBlock<kKind, kRows> block(p, shared_address(shared));
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
-  const int producer = warp - kWarpgroupThreads * kQuantizedGroups / 32;
+  constexpr int kGroups = quantized_groups(kRows);
+  const int producer = warp - kWarpgroupThreads * kGroups / 32;
   if (producer == 0 && threadIdx.x % 32 == 0) {
     prefetch_tensor_map(p.codes);
     prefetch_tensor_map(p.x);
@@ -569,7 +579,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     if (producer == 1) produce(block, LoadScales<kKind, kRows>(block));
     if (producer == 2) produce(block, LoadX<kKind, kRows>(block));
   } else {
-    take_registers<232>();
+    take_registers<kGroups == 2 ? 232 : kGroups == 3 ? 152 : 104>();
     wait_for_previous_kernel();
     const int group = warp / (kWarpgroupThreads / 32);
     QuantizedTilesConsumer<T, kKind, kRows> consumer(block, group);
@@ -577,7 +587,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, 1)
     for (QuantizedParts parts(p); !parts.done(); parts.advance()) {
       const QuantizedPart part = parts.part();
       const QuantizedTile tile(p, part.tile, block.rank);
-      QuantizedTilesResults<T> results(p, group, block.results + group * Layout::kResultBytes);
+      QuantizedTilesResults<T, kRows> results(p, group, block.results + group * Layout::kResultBytes);
       const bool is_whole = part.chunks == p.chunks;
       if (is_whole) results.load_bias(tile.weight_tile);
       consumer.multiply(part.chunks);
@@ -599,16 +609,17 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
     gemm_quantized_tiles_add(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   __shared__ __align__(16) char staging[kQuantizedPartBytes];
-  const int group = static_cast<int>(blockIdx.x) % kQuantizedGroups;
-  const int rank = static_cast<int>(blockIdx.x) / kQuantizedGroups % kQuantizedCluster;
-  int share = static_cast<int>(blockIdx.x) / (kQuantizedGroups * kQuantizedCluster);  // that has the tile's beginning
+  constexpr int kGroups = quantized_groups(kRows);
+  const int group = static_cast<int>(blockIdx.x) % kGroups;
+  const int rank = static_cast<int>(blockIdx.x) / kGroups % kQuantizedCluster;
+  int share = static_cast<int>(blockIdx.x) / (kGroups * kQuantizedCluster);  // that has the tile's beginning
   wait_for_previous_kernel();
   const int64_t within = first_chunk_of_share(p, share + 1);
   const int64_t first = within / p.chunks * p.chunks;  // chunk of the tile
   if (within == first || first_chunk_of_share(p, share) > first) return;
   const QuantizedTile tile(p, static_cast<int>(first / p.chunks), rank);
   const int rows = static_cast<int>(blockIdx.y);
-  QuantizedTilesResults<T> results(p, group, 0);
+  QuantizedTilesResults<T, kRows> results(p, group, 0);
   results.load_bias(tile.weight_tile);
   float sums[8][4] = {};
   for (bool begins_tile = true; first_chunk_of_share(p, share) < first + p.chunks; ++share, begins_tile = false) {

@@ -8,7 +8,15 @@ from qwen_model import QwenModelError
 from qwen_model.evaluation.comparison.compare import check_engine
 from qwen_model.interface.engine_config import EngineConfig
 from qwen_model.quantization.summary import weight_summary
-from tests.qwen_model.eight_bit_networks import SCHEMES, distance, quantize_layers, set_exact, write_engine
+from tests.qwen_model.eight_bit_files import FP8_METHODS, compressed_tensors_files, fp8_files
+from tests.qwen_model.eight_bit_networks import (
+    SCHEMES,
+    distance,
+    published_network,
+    quantize_layers,
+    set_exact,
+    write_engine,
+)
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 
 NEW_TOKENS = 24
@@ -59,6 +67,29 @@ def test_logits(pair):
     found = torch.from_numpy(session.logits(PROMPT))
     errors = (found - expected).abs().amax(1) / expected.abs().max()
     assert errors.min() < 1e-5
+    assert distance(found, expected) < 0.8 * distance(not_quantized, expected)
+
+
+@pytest.mark.parametrize(
+    "files", [*[("W8A8", False), ("W8A8", True), ("FP8", False), ("FP8_DYNAMIC", False)], *FP8_METHODS]
+)
+def test_published_checkpoints(files, tmp_path):
+    """An engine of each is built as it is, and computes what its tensors say."""
+    if isinstance(files, str):
+        folder, _ = fp8_files(tmp_path / "model", files)
+    else:
+        pytest.importorskip("compressed_tensors")
+        folder = compressed_tensors_files(tmp_path / "model", *files)
+    reference = published_network("Qwen2ForCausalLM", folder)
+    limits = {"max_batch_size": 2, "max_input_len": 60, "max_output_len": 4}
+    qwen_model.build_engine(folder, output_dir=tmp_path / "engine", dtype="float32", **limits)
+    session = qwen_model.load_engine(tmp_path / "engine", device="cpu")
+    expected = logits_of(reference, PROMPT)
+    set_exact(reference, True)
+    not_quantized = logits_of(reference, PROMPT)
+    found = torch.from_numpy(session.logits(PROMPT))
+    errors = (found - expected).abs().amax(1) / expected.abs().max()
+    assert errors.min() < 1e-4
     assert distance(found, expected) < 0.8 * distance(not_quantized, expected)
 
 
