@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qwen_model
 from qwen_model.checkpoints.checkpoint import Checkpoint
@@ -15,6 +16,32 @@ from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.memory import most_pages, page_bytes, pool_pages
 from qwen_model.quantization.key_balance import key_factors
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
+
+SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+CACHE_ALONE = {
+    "llm-compressor": {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": SCHEME},
+    "llm-compressor, attention": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Attention"], "weights": None, "output_activations": SCHEME}},
+        "kv_cache_scheme": SCHEME,
+    },
+    "ModelOpt": {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+    "unnamed": None,
+}
+
+
+@pytest.mark.parametrize("quantization", CACHE_ALONE.values(), ids=CACHE_ALONE)
+def test_static_scales_of_a_cache_are_a_warning(model_dir, tmp_path, quantization):
+    """Weights are not quantized; there are scales beside them, and what made them says that the cache is."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{name}": torch.tensor([0.03]) for name in ("k_scale", "v_scale")}
+    save_file(tensors | scales, model / "model.safetensors")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "quantization_config": quantization}))
+    warnings = qwen_model.build_engine(model, output_dir=tmp_path / "engine").warnings
+    (found,) = [warning for warning in warnings if "scales" in warning]
+    assert "static scales of a key-value cache of 8 bits, which are not used: one scale for all tokens" in found
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
