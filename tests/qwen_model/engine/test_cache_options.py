@@ -121,9 +121,16 @@ def test_how_many_pages_there_are(engine_dir):
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_large_key_biases_beside_int8_codes(tmp_path, quantization):
-    """The factors of keys and queries cancel: only what an int8 cache rounds differs."""
+    """The factors of keys and queries cancel: only what an int8 cache rounds differs.
+
+    The queries that meet the large key are small: else the rounding of that key itself would be most of the difference.
+    """
     model = hugging_face_model("Qwen2ForCausalLM")
-    model.model.layers[1].self_attn.k_proj.bias.data[5] = -312.0
+    attention, heads = model.model.layers[1].self_attn, model.config.num_attention_heads
+    attention.k_proj.bias.data[5] = -312.0
+    size = model.config.hidden_size // heads
+    for parameter in (attention.q_proj.weight, attention.q_proj.bias):
+        parameter.data.view(heads, size, -1)[:, [5, 5 + size // 2]] /= 64
     save_hugging_face(model, tmp_path / "model")
     logits = {}
     for kind in ("int8", "auto"):
@@ -137,7 +144,7 @@ def test_large_key_biases_beside_int8_codes(tmp_path, quantization):
         )
         assert not any("keys have biases" in warning for warning in summary.warnings)
         logits[kind] = qwen_model.load_engine(tmp_path / kind, device="cpu").logits(list(range(40)))
-    np.testing.assert_allclose(logits["int8"], logits["auto"], atol=0.02 * np.abs(logits["auto"]).max())
+    np.testing.assert_allclose(logits["int8"], logits["auto"], atol=0.01 * np.abs(logits["auto"]).max())
 
 
 def test_factors_of_large_key_biases(tmp_path):
