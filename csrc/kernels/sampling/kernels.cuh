@@ -117,9 +117,8 @@ struct Row {
 
   // Calls visit(values, first token) for this thread's part of the groups from `begin` to `end`: logits after biases,
   // penalties and mask, kWidth or one at a time. Tokens with a mark come after the groups, in which they are -infinity
-  // like those that are not allowed. A few groups are loaded before the first is used. kReadOnce: no later pass finds
-  // them in the L1 cache.
-  template <int kAtOnce, bool kReadOnce = false, typename Visit>
+  // like those that are not allowed. A few groups are loaded before the first is used.
+  template <int kAtOnce, typename Visit>
   __device__ __forceinline__ void for_each(int32_t begin, int32_t end, Visit visit) const {
     const auto step = static_cast<int32_t>(blockDim.x);
     for (int32_t group = begin + static_cast<int32_t>(threadIdx.x); group < end; group += kAtOnce * step) {
@@ -127,12 +126,7 @@ struct Row {
       uint32_t left_out[kAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const Group* from = reinterpret_cast<const Group*>(logits) + min(group + i * step, end - 1);
-        if constexpr (kReadOnce && kWidth > 1) {
-          load_in_place(groups[i], from);
-        } else {
-          groups[i] = *from;
-        }
+        groups[i] = reinterpret_cast<const Group*>(logits)[min(group + i * step, end - 1)];
       }
       const auto bits_of = [&](const uint32_t* words, int i) {
         const int32_t first = min(group + i * step, end - 1) * kWidth;  // a group lies within one word
@@ -160,14 +154,6 @@ struct Row {
 
  private:
   using Group = std::conditional_t<kWidth == 1, T, FullPack>;
-
-  // A strong load, which ptxas leaves where it is. Where there are no marks and no mask it moves plain ones behind the
-  // conditions of the visits, where one after the other would be waited for.
-  static __device__ __forceinline__ void load_in_place(FullPack& pack, const FullPack* from) {
-    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
-                 : "l"(from));
-  }
 
   static __device__ __forceinline__ void to_values(float (&values)[kWidth], const Group& group) {
     if constexpr (kWidth == 1) {
@@ -289,10 +275,10 @@ template <typename Values>
 constexpr int kCountOf = std::extent_v<std::remove_reference_t<Values>>;
 
 // The best choice among this thread's groups, NaN before all others; `score(values, first)` turns logits into scores.
-template <bool kReadOnce = false, typename T, int kWidth, typename Score>
+template <typename T, int kWidth, typename Score>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range, Score score) {
   Choice best = 0;
-  row.template for_each<4, kReadOnce>(range.begin, range.end, [&](auto& values, int32_t first) {
+  row.template for_each<4>(range.begin, range.end, [&](auto& values, int32_t first) {
     constexpr int kCount = kCountOf<decltype(values)>;
     score(values, first);
     float largest = values[0];
@@ -307,9 +293,9 @@ __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range
   });
   return best;
 }
-template <bool kReadOnce = false, typename T, int kWidth>
+template <typename T, int kWidth>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range) {
-  return best_of<kReadOnce>(row, range, [](auto&, int32_t) {});
+  return best_of(row, range, [](auto&, int32_t) {});
 }
 
 __device__ __forceinline__ int32_t slot_of(const SamplingParams& p, int32_t sequence) {
