@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -210,12 +211,13 @@ def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
     """Read token ids with commas or spaces between them; `option` is named in errors.
 
     Raises:
-        QwenModelError: one is not an integer.
+        QwenModelError: one is not an integer, or is missing between two commas.
     """
-    try:
-        return [int(token) for token in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
+    parts = [part.split() for part in text.split(",")] if text.strip() else []
+    words = [word for part in parts for word in part]
+    if not all(parts) or not all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in words):
+        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}")
+    return [int(word) for word in words]
 
 
 def positive_integer(text: str) -> int:

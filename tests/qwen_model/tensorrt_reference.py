@@ -32,7 +32,12 @@ QUANTIZED = {
     "int4-zeros": {"quantization": "int4", "group_size": 32, "symmetric": False},
     "int8": {"quantization": "int8"},
 }
-"""The packaged model's weights: checkpoints of these options are `packaged-NAME`, in the folder."""
+QUANTIZED_X = {
+    "fp8": {"quantization": "fp8"},
+    "smoothquant": {"quantization": "smoothquant"},
+    "smoothquant-token": {"quantization": "smoothquant", "per_token": True, "per_channel": True},
+}
+"""The packaged model's weights, and x: checkpoints of these options are `packaged-NAME`, in the folder."""
 PROMPT_LENGTHS = (1, 40, 77, 7, 7)
 LOGITS_OF = 2
 NEW_TOKENS, BEAM_TOKENS, NUM_BEAMS, CANDIDATES = 64, 16, 3, 5
@@ -124,7 +129,7 @@ def main() -> None:
 
 
 def save_quantized_results(folder: Path, device: str | None) -> None:
-    for name, quantization in QUANTIZED.items():
+    for name, quantization in {**QUANTIZED, **QUANTIZED_X}.items():
         checkpoint = folder / f"packaged-{name}"
         if not checkpoint.exists():
             qwen_model.quantize_checkpoint(output_dir=checkpoint, **quantization)

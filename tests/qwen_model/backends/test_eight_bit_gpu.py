@@ -17,6 +17,7 @@ from qwen_model.checkpoints.weights import network_modules
 from qwen_model.engine.scheduler import Scheduler
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.weight_formats import kernel_format
+from qwen_model.packaged_model import held_out_text
 from qwen_plugins import launch
 from tests.qwen_model.backends.device_runs import Running, generate
 from tests.qwen_model.backends.test_eight_bit import random_codes, random_module
@@ -108,11 +109,11 @@ def test_16_bits_are_near_the_plain_network(network, dtype, cache):
     check_but_for_ties(reference, session, share=0.7 if exact else 0.5, margin=0.25)
 
 
-def check_but_for_ties(reference, session, share, margin):
+def check_but_for_ties(reference, session, share, margin, prompts=PROMPTS):
     """Most tokens are the plain network's choice after the same tokens, and the others are near it."""
-    outputs = session.generate(PROMPTS, max_new_tokens=NEW_TOKENS).outputs
+    outputs = session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs
     chosen, total = 0, 0
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         logits = logits_of(reference, [*prompt, *output.output_ids])[len(prompt) - 1 : -1]
         behind = logits.max(-1).values - logits[range(NEW_TOKENS), output.output_ids]
         assert float(behind.max()) < margin * float(logits.abs().max())
@@ -149,9 +150,10 @@ def test_deterministic_tokens_are_the_same_in_any_company(network, dtype):
 def test_prefixes_and_preemption(network):
     """Pages of prompts are used again, and a pool that is too small for all sequences takes those of some."""
     reference, _, _ = network
-    session = session_of(network, "float32", num_pages=11)
+    session = session_of(network, "float32", num_pages=8)
+    prompts = [random_prompt(60, seed=seed, vocab_size=1000) for seed in range(4)]  # all have one page, and need two
     for _ in range(2):
-        check_but_for_ties(reference, session, share=0.9, margin=0.05)
+        check_but_for_ties(reference, session, 0.9, 0.05, [*prompts, PROMPTS[-1]])
     assert session.scheduler.num_preemptions > 0
 
 
@@ -239,3 +241,28 @@ def test_fixed_kernels_give_rows_the_same_bits(scheme, shape):
         for first in (0, most_rows - count):
             rows = slice(first, first + count)
             assert torch.equal(product(rows), whole[rows])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"quantization": "smoothquant", "per_token": True, "per_channel": True},
+        {"quantization": "smoothquant"},
+    ],
+    ids=str,
+)
+def test_the_packaged_model_with_measured_kernels(tmp_path, monkeypatch, options):
+    """The codes of an engine's weights are those that the CPU computes with; many sequences give what one gives."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = {"max_batch_size": 24, "max_input_len": 640, "max_output_len": NEW_TOKENS, "max_num_tokens": 2048}
+    qwen_model.build_engine(output_dir=tmp_path / "engine", dtype="bfloat16", **sizes, **options)
+    gpu, cpu = (qwen_model.load_engine(tmp_path / "engine", device=device) for device in ("cuda", "cpu"))
+    assert any("x per t" in shape for shape in gpu.device.gemm_kernels)
+    tokens = gpu.tokenizer.encode(held_out_text()[:20_000])
+    found, expected = (torch.from_numpy(session.logits(tokens[:200])) for session in (gpu, cpu))
+    assert distance(found, expected) < 0.1 * float(expected.std())
+    prompts = [tokens[index * 50 : index * 50 + 100] for index in range(20)]
+    many = [output.output_ids for output in gpu.generate(prompts, max_new_tokens=16).outputs]
+    alone = [gpu.generate(prompt, max_new_tokens=16).outputs[0].output_ids for prompt in prompts]
+    assert sum(one == other for one, other in zip(many, alone, strict=True)) > 10
