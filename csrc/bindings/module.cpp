@@ -1,5 +1,6 @@
 // The Python module qwen_plugins._core: the launchers of the kernels, without any framework. Its public name is
 // qwen_plugins.launch. Callers check their arguments: device addresses cannot be checked here.
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include "activation.h"
@@ -14,6 +15,7 @@
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The launchers of the CUDA kernels, which qwen_plugins.launch documents and exports.";
+  module.attr("CUDA_VERSION") = CUDART_VERSION;  // such as 13000: of the runtime that is linked into the kernels
   qwen_plugins::bind_types(module);
   qwen_plugins::bind_activation(module);
   qwen_plugins::bind_attention(module);

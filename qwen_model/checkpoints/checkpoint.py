@@ -102,9 +102,8 @@ class Checkpoint:
         of_layers |= self._zero_biases(expected)
         expected = {name: shape for name, shape in expected.items() if _layer(name) not in self._layers}
         known = {*expected, *of_layers, *([head] if config.tied_embedding else [])}
-        if self.quantization is not None:
-            known |= {name for name in self._tensors if _is_cache_scale(name)}
-        self._check_tensors(expected, [name for name in self._tensors if name not in known and not _is_derived(name)])
+        known |= {name for name in self._tensors if _is_cache_scale(name) or _is_derived(name)}
+        self._check_tensors(expected, [name for name in self._tensors if name not in known])
         if config.tied_embedding and head in self._tensors:
             self._check_tied(embedding, head)
 

@@ -76,7 +76,22 @@ def read_quantization(model_dir: Path, config: Mapping[str, Any]) -> PublishedQu
         raise QwenModelError(
             f"{model_dir} is quantized with {shown(found)} ({where}), which is not read here: {SOURCE}"
         )
+    if _of_the_cache_alone(found):
+        return None
     return _Reader(model_dir, where, found).read()
+
+
+def _of_the_cache_alone(values: Mapping[str, Any]) -> bool:
+    """Tell whether only the key-value cache is quantized, with scales that are not used (see `has_cache_scales`)."""
+    if values.get("quant_method") == "modelopt":
+        return values.get("quant_algo", "") is None and bool(values.get("kv_cache_quant_algo"))
+    groups = values.get("config_groups")
+    if not values.get("kv_cache_scheme") or not isinstance(groups, Mapping):
+        return False
+    return all(
+        isinstance(group, Mapping) and not group.get("weights") and not group.get("input_activations")
+        for group in groups.values()
+    )
 
 
 def _from_older_file(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:

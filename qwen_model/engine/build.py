@@ -330,8 +330,9 @@ def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
 def _cache_scale_warnings(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.has_cache_scales:
         yield (
-            "the checkpoint has scales of a key-value cache of 8 bits, which are not used: --kv-cache-dtype fp8 makes "
-            "one for each token and head"
+            "the checkpoint has static scales of a key-value cache of 8 bits, which are not used: one scale for all "
+            "tokens does not fit keys with large biases, such as Qwen2.5's. --kv-cache-dtype fp8 makes one for each "
+            "token and head"
         )
 
 
