@@ -231,8 +231,8 @@ __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Copies a box from shared memory to coordinates c0, c1; elements outside of the tensor are not written. The thread that
-// issued the stores can wait until all but the latest kPending have read their source.
+// Copies a box from shared memory to coordinates c0, c1; elements outside of the tensor are not written. The thread
+// that issued the stores can wait until all but the latest kPending have read their source.
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap& tensor_map, uint32_t from, int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;" ::"l"(
@@ -281,6 +281,11 @@ __device__ __forceinline__ void load_shared(float (&values)[4], uint32_t from) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, const float (&values)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+               "f"(values[3])
                : "memory");
 }
 __device__ __forceinline__ void store_shared_16(uint32_t to, uint32_t value) {

@@ -90,11 +90,11 @@ GemmParams in_pairs(const GemmParams& params) {
 }
 
 // The coordinates are: column, of codes in pairs, and row.
-bool encode_y_tensor_map(CUtensorMap& tensor_map, const GemmShape& shape, void* y, int slot_tiles) {
+bool encode_y_tensor_map(CUtensorMap& tensor_map, const GemmShape& shape, void* y) {
   const int64_t row_bytes = columns_of(shape) * size_of(y_type_of(shape));
   return encode_store_tensor_map(
       tensor_map, y, {static_cast<cuuint64_t>(row_bytes / 2), static_cast<cuuint64_t>(shape.rows)},
-      {static_cast<cuuint64_t>(row_bytes)}, {static_cast<cuuint32_t>(slot_tiles * (shape.quantized_y ? 4 : 8)), 16});
+      {static_cast<cuuint64_t>(row_bytes)}, {static_cast<cuuint32_t>(kSlotTiles * (shape.quantized_y ? 4 : 8)), 16});
 }
 
 template <typename Sum, int kColumns, bool kBlockScales>
@@ -108,12 +108,10 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const C
       error != cudaSuccess) {
     return error;
   }
-  const bool swiglu = shape.activation == Activation::kSwiglu;
-  const int slot_tiles = slot_tiles_of<kColumns>(swiglu);
   TilesEightBitArguments arguments{};
   if (!encode_weight_tensor_map(arguments.weight, in_pairs(params), kColumns / tiling.cluster_rows) ||
       !encode_x_tensor_map(arguments.x, in_pairs(params), kEightBitRows / tiling.cluster_columns) ||
-      !encode_y_tensor_map(arguments.y, shape, params.y, slot_tiles)) {
+      !encode_y_tensor_map(arguments.y, shape, params.y)) {
     return cudaErrorNotSupported;
   }
   arguments.bias = params.bias;
@@ -131,7 +129,9 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const C
   arguments.whole_tiles = static_cast<int32_t>(whole_tiles_of(shape, tiling, at_once));
   const auto shares = static_cast<int32_t>(shares_of(shape, tiling, at_once));
   arguments.shares = arguments.whole_tiles + shares;
-  arguments.swiglu = swiglu;
+  arguments.tile_columns = kColumns;
+  arguments.swiglu = shape.activation == Activation::kSwiglu;
+  arguments.block_scales = kBlockScales;
   arguments.x_scale_per_row = shape.x_scale_per_row;
   arguments.quantized_y = shape.quantized_y;
   arguments.bfloat16 = shape.dtype == DataType::kBFloat16;
@@ -141,10 +141,8 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const C
   const cudaError_t error = launch_clusters(kernel, dim3(clusters * blocks), dim3(kEightBitThreads), kSharedBytes,
                                             blocks, device, stream, arguments);
   if (error != cudaSuccess || tiling.splits == 1) return error;
-  const dim3 adders(static_cast<unsigned>((shares - 1) * blocks * kEightBitGroups),
-                    static_cast<unsigned>(kColumns / 8 / (swiglu ? 2 : 1) / slot_tiles));
-  return launch_kernel(gemm_eight_bit_tiles_add<Sum, kColumns, kBlockScales>, adders, dim3(kWarpgroupThreads), 0,
-                       device, stream, arguments);
+  const dim3 adders(static_cast<unsigned>((shares - 1) * blocks * kEightBitGroups), kColumns / kAddedColumns);
+  return launch_kernel(gemm_eight_bit_tiles_add<Sum>, adders, dim3(kWarpgroupThreads), 0, device, stream, arguments);
 }
 
 cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const ClustersAtOnce& clusters,

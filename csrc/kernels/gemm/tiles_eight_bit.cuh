@@ -33,19 +33,20 @@ constexpr int kEightBitThreads = kWarpgroupThreads * (kEightBitGroups + 1);
 constexpr int kEightBitXBytes = kEightBitRows * kSwizzleBytes;  // of a stage
 constexpr int kEightBitBlock = 128;                             // weight rows, and k, that share a scale
 
-// Results are stored in slots: 16 rows of x and up to 8 tiles of 8 columns of y. A warp has two slots.
-constexpr int kSlotBytes = 16 * kSwizzleBytes;
-// The tiles of a slot: as many of 8 or 4 as divide those of a block's columns.
-template <int kColumns>
-__host__ __device__ constexpr int slot_tiles_of(bool swiglu) {
-  return kColumns / 8 / (swiglu ? 2 : 1) % 8 == 0 ? 8 : 4;
-}
+// Results are stored in slots of a warp: 16 rows of x, and 4 tiles of 8 columns of y.
+constexpr int kSlotTiles = 4;
+constexpr int kSlotBytes = 16 * kSlotTiles * 16;
+constexpr int kWarpSlots = 3;
+// Scales and bias of 2 neighbouring weight rows.
+constexpr int kPairBytes = 16;
 
 // The layout of shared memory: the ring buffer, the results to be stored, the mbarriers.
 template <int kColumns>
 struct EightBitLayout {
   static constexpr int kStageBytes = kEightBitXBytes + kColumns * kSwizzleBytes;
-  static constexpr int kResultBytes = 4 * kEightBitGroups * 2 * kSlotBytes;
+  static constexpr int kSlotsBytes = 4 * kEightBitGroups * kWarpSlots * kSlotBytes;
+  static constexpr int kPairsBytes = kColumns / 2 * kPairBytes;  // of a warpgroup
+  static constexpr int kResultBytes = kSlotsBytes + kEightBitGroups * kPairsBytes;
   static constexpr int kMaxBytes = 232448;  // what a block can have on Hopper
   static constexpr int kFitting = (kMaxBytes - kResultBytes) / (kStageBytes + 16);
   static constexpr int kStages = kFitting < 6 ? kFitting : 6;
@@ -69,9 +70,11 @@ struct TilesEightBitArguments {
   int32_t cluster_columns;  // blocks side by side
   int32_t row_tiles;        // of clusters
   int32_t column_tiles;
-  int32_t whole_tiles;  // the first tiles
-  int32_t shares;       // all, those of whole tiles included
+  int32_t whole_tiles;   // the first tiles
+  int32_t shares;        // all, those of whole tiles included
+  int32_t tile_columns;  // kColumns
   bool swiglu;
+  bool block_scales;  // weight_scales are of blocks, and have been applied to sums; else of rows
   bool x_scale_per_row;
   bool quantized_y;
   bool bfloat16;  // bias, and y where it is not quantized
@@ -159,6 +162,7 @@ struct EightBitBlock {
   const TilesEightBitArguments& p;
   const uint32_t ring;  // at a multiple of 1024
   const uint32_t results = ring + Layout::kRingBytes;
+  const uint32_t pairs = results + Layout::kSlotsBytes;
   const uint32_t barriers = results + Layout::kResultBytes;
   const int rank = cluster_block_rank();
 
@@ -283,189 +287,184 @@ class EightBitProducer {
   int weight_row_ = 0, x_row_ = 0, k_ = 0, chunks_left_ = 0;
 };
 
-// What a thread of a warpgroup knows of a tile's results: it has two rows of x, g and g + 8 of the warp's 16 (g =
+// The epilogue of a warpgroup for kColumns weight rows: a thread has two rows of x, g and g + 8 of its warp's 16 (g =
 // lane / 4), times two of every 8 weight rows. With SwiGLU 8 gate rows are followed by their 8 up rows.
-template <typename Sum, int kColumns, bool kBlockScales>
+template <typename Sum, int kColumns>
 class EightBitResults {
  public:
   static constexpr int kTiles = kColumns / 8;
 
-  __device__ __forceinline__ EightBitResults(const TilesEightBitArguments& p, int warp, uint32_t slots)
-      : p_(p), warp_(warp), slots_(slots) {
+  // `slots` are the warp's, `pairs` the warpgroup's.
+  __device__ __forceinline__ EightBitResults(const TilesEightBitArguments& p, int group, uint32_t slots, uint32_t pairs)
+      : p_(p), group_(group), slots_(slots), pairs_(pairs) {
     if (p.quantized_y) y_factor_ = 1.0F / *p.y_scale;
   }
 
-  // Loads scales and bias of a tile. Of 8 tiles of weight rows each lane has the pair of two rows of one, which
-  // shuffles give to the others.
-  __device__ __forceinline__ void begin(const EightBitTile& tile) {
-    first_row_ = tile.first_row + 16 * warp_;
-    first_column_ = tile.column_tile * (p_.swiglu ? kColumns / 2 : kColumns);
-#pragma unroll
-    for (int i = 0; i < kTiles / 8; ++i) {
-      const int own = 8 * i + lane_ / 4;
-      const int column = first_column_ + 8 * (p_.swiglu ? own / 2 : own) + lane_ % 4 * 2;
-      const int row = column + (p_.swiglu && own % 2 == 1 ? p_.columns : 0);
-      const bool exists = column < p_.columns;
-      bias_[i] = exists && p_.bias != nullptr ? static_cast<const uint32_t*>(p_.bias)[row / 2] : 0;
-      if constexpr (!kBlockScales) {
-        scales_[i] = exists ? reinterpret_cast<const float2*>(p_.weight_scales)[row / 2] : make_float2(0.0F, 0.0F);
-      }
+  // Loads scales and bias for the warpgroup's rows of x and columns of y from these on: each thread a pair of weight
+  // rows, of which write() tells the others.
+  __device__ __forceinline__ void begin(int first_row, int first_column) {
+    first_row_ = first_row + 16 * warp_;
+    first_column_ = first_column;
+    const int tile = thread_ / 4;
+    const int column = first_column + 8 * (p_.swiglu ? tile / 2 : tile) + thread_ % 4 * 2;
+    const int row = column + (p_.swiglu && tile % 2 == 1 ? p_.columns : 0);
+    bias_ = 0;
+    scales_ = make_float2(1.0F, 1.0F);
+    if (thread_ < kColumns / 2 && column < p_.columns) {
+      if (p_.bias != nullptr) bias_ = static_cast<const uint32_t*>(p_.bias)[row / 2];
+      if (!p_.block_scales) scales_ = reinterpret_cast<const float2*>(p_.weight_scales)[row / 2];
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row_ + lane_ / 4 + 8 * half;
-      x_scales_[half] = row < p_.rows ? p_.x_scales[p_.x_scale_per_row ? row : 0] : 0.0F;
+      const int x_row = first_row_ + lane_ / 4 + 8 * half;
+      x_scales_[half] = x_row < p_.rows ? p_.x_scales[p_.x_scale_per_row ? x_row : 0] : 0.0F;
     }
   }
 
-  // Stores a tile of y from its sums.
+  // Stores y from its sums.
   __device__ __forceinline__ void write(const Sum (&sums)[kTiles][4]) {
+    warpgroup_sync(1 + group_);  // the pairs of the tile before have been read
+    if (thread_ < kColumns / 2) {
+      const float2 bias = bias_pair();
+      store_shared(pairs_ + thread_ * kPairBytes, {scales_.x, scales_.y, bias.x, bias.y});
+    }
+    warpgroup_sync(1 + group_);
     if (p_.swiglu) {
-      write_slots<true>(sums);
+      write_as_type<true>(sums);
     } else {
-      write_slots<false>(sums);
-    }
-  }
-  // Stores a slot whose sums are `sums`, the slot's alone.
-  template <bool kSwiglu, int kSlot, int kSumTiles>
-  __device__ __forceinline__ void write_slot(const Sum (&sums)[kSumTiles][4], int first_sum_tile) {
-    constexpr int kSlotTiles = slot_tiles_of<kColumns>(kSwiglu);
-    if (lane_ == 0) tma_store_wait_read<1>();  // the slot before the last
-    __syncwarp();
-    const uint32_t slot = slots_ + next_slot_ * kSlotBytes;
-    next_slot_ ^= 1;
-#pragma unroll
-    for (int i = 0; i < kSlotTiles; i += 2) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int tile = kSlot * kSlotTiles + i + j;
-        results<kSwiglu>(words, 2 * j, sums + (kSwiglu ? 2 : 1) * tile - first_sum_tile, tile);
-      }
-      stage<kSlotTiles>(slot, i, words);
-    }
-    fence_proxy_async();  // the store reads it
-    __syncwarp();
-    if (lane_ == 0) {
-      const int column = first_column_ + 8 * kSlot * kSlotTiles;
-      tma_store_2d(p_.y, slot, p_.quantized_y ? column / 2 : column, first_row_);
+      write_as_type<false>(sums);
     }
   }
 
  private:
+  struct Codes {};  // the type of quantized y
+
   template <bool kSwiglu>
+  __device__ __forceinline__ void write_as_type(const Sum (&sums)[kTiles][4]) {
+    if (p_.quantized_y) {
+      write_slots<kSwiglu, Codes>(sums);
+    } else if (p_.bfloat16) {
+      write_slots<kSwiglu, __nv_bfloat16>(sums);
+    } else {
+      write_slots<kSwiglu, __half>(sums);
+    }
+  }
+  template <bool kSwiglu, typename Y>
   __device__ __forceinline__ void write_slots(const Sum (&sums)[kTiles][4]) {
-    constexpr int kSlots = kTiles / (kSwiglu ? 2 : 1) / slot_tiles_of<kColumns>(kSwiglu);
-    write_slot<kSwiglu, 0>(sums, 0);
-    if constexpr (kSlots > 1) write_slot<kSwiglu, 1>(sums, 0);
-    if constexpr (kSlots > 2) write_slot<kSwiglu, 2>(sums, 0);
-    if constexpr (kSlots > 3) write_slot<kSwiglu, 3>(sums, 0);
-    static_assert(kSlots <= 4);
+    constexpr int kSumTiles = kSlotTiles * (kSwiglu ? 2 : 1);
+#pragma unroll
+    for (int i = 0; i < kTiles / kSumTiles; ++i) {
+      if (lane_ == 0) tma_store_wait_read<kWarpSlots - 1>();
+      __syncwarp();
+      const uint32_t slot = slots_ + next_slot_ * kSlotBytes;
+      next_slot_ = next_slot_ + 1 < kWarpSlots ? next_slot_ + 1 : 0;
+#pragma unroll
+      for (int j = 0; j < kSlotTiles; j += 2) {
+        uint32_t words[4];
+        results<kSwiglu, Y>(words[0], words[1], sums, i * kSlotTiles + j);
+        results<kSwiglu, Y>(words[2], words[3], sums, i * kSlotTiles + j + 1);
+        stage<Y>(slot, j, words);
+      }
+      fence_proxy_async();  // the store reads it
+      __syncwarp();
+      if (lane_ == 0) {
+        const int column = first_column_ + 8 * i * kSlotTiles;
+        tma_store_2d(p_.y, slot, std::is_same_v<Y, Codes> ? column / 2 : column, first_row_);
+      }
+    }
   }
 
-  // Scales and bias of the two weight rows of a tile that this thread has.
-  struct Pair {
-    float2 scales, bias;
-  };
-  __device__ __forceinline__ Pair pair_of(int tile) const {
-    const int source = tile % 8 * 4 + lane_ % 4;
-    Pair pair{make_float2(1.0F, 1.0F), bias_pair(__shfl_sync(~0U, bias_[tile / 8], source))};
-    if constexpr (!kBlockScales) {
-      pair.scales.x = __shfl_sync(~0U, scales_[tile / 8].x, source);
-      pair.scales.y = __shfl_sync(~0U, scales_[tile / 8].y, source);
-    }
-    return pair;
-  }
-  __device__ __forceinline__ float2 bias_pair(uint32_t bits) const {
-    if (p_.bfloat16) return make_float2(bit_cast<float>(bits << 16), bit_cast<float>(bits & 0xffff0000U));
-    return __half22float2(bit_cast<__half2>(bits));
-  }
-  // Two neighbouring elements of z, in the row that `half` (0 or 1) names.
-  __device__ __forceinline__ float2 z(const Sum (&sums)[4], const Pair& pair, int half) const {
-    const float x = static_cast<float>(sums[2 * half]) * pair.scales.x;
-    const float y = static_cast<float>(sums[2 * half + 1]) * pair.scales.y;
-    return make_float2(fmaf(x, x_scales_[half], pair.bias.x), fmaf(y, x_scales_[half], pair.bias.y));
-  }
-  // Two neighbouring elements of y, in rows g and g + 8. `sums` are those of the tile, with SwiGLU of two.
-  template <bool kSwiglu>
-  __device__ __forceinline__ void results(uint32_t (&words)[4], int first_word, const Sum (*sums)[4], int tile) const {
+  // Two neighbouring elements of a tile of y, in rows g and g + 8.
+  template <bool kSwiglu, typename Y>
+  __device__ __forceinline__ void results(uint32_t& word, uint32_t& next_word, const Sum (&sums)[kTiles][4],
+                                          int tile) const {
+    float z[4];
+    scale(z, sums[kSwiglu ? 2 * tile : tile], kSwiglu ? 2 * tile : tile);
     if constexpr (kSwiglu) {
-      const Pair gate_pair = pair_of(2 * tile), up_pair = pair_of(2 * tile + 1);
+      float up[4];
+      scale(up, sums[2 * tile + 1], 2 * tile + 1);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 gate = z(sums[0], gate_pair, half), up = z(sums[1], up_pair, half);
-        words[first_word + half] = pack(silu<__half>(gate.x) * up.x, silu<__half>(gate.y) * up.y);
-      }
-    } else {
-      const Pair pair = pair_of(tile);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 y = z(sums[0], pair, half);
-        words[first_word + half] = pack(y.x, y.y);
-      }
+      for (int i = 0; i < 4; ++i) z[i] = silu<__half>(z[i]) * up[i];
     }
+    word = pack<Y>(z[0], z[1]);
+    next_word = pack<Y>(z[2], z[3]);
+  }
+  __device__ __forceinline__ void scale(float (&z)[4], const Sum (&sums)[4], int tile) const {
+    float pair[4];
+    load_shared(pair, pairs_ + (tile * 4 + lane_ % 4) * kPairBytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      z[i] = fmaf(static_cast<float>(sums[i]) * pair[i % 2], x_scales_[i / 2], pair[2 + i % 2]);
+  }
+  __device__ __forceinline__ float2 bias_pair() const {
+    if (p_.bfloat16) return make_float2(bit_cast<float>(bias_ << 16), bit_cast<float>(bias_ & 0xffff0000U));
+    return __half22float2(bit_cast<__half2>(bias_));
   }
   // 16-bit elements, or codes in the lower half.
+  template <typename Y>
   __device__ __forceinline__ uint32_t pack(float low, float high) const {
-    if (!p_.quantized_y) return p_.bfloat16 ? pack_pair<__nv_bfloat16>(low, high) : pack_pair<__half>(low, high);
-    low *= y_factor_;
-    high *= y_factor_;
-    if constexpr (std::is_same_v<Sum, int32_t>) return __byte_perm(to_int8_bits(low), to_int8_bits(high), 0x0040);
-    return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+    if constexpr (std::is_same_v<Y, Codes>) {
+      low *= y_factor_;
+      high *= y_factor_;
+      if constexpr (std::is_same_v<Sum, int32_t>) return __byte_perm(to_int8_bits(low), to_int8_bits(high), 0x0040);
+      return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+    } else {
+      return pack_pair<Y>(low, high);
+    }
   }
   // Writes two tiles' words into a slot: for both tiles those of rows g, then those of rows g + 8. Chunks of 16 bytes
-  // are permuted by the swizzle of the tensor map, whose bytes are those of a slot's row.
-  template <int kSlotTiles>
+  // are permuted by the swizzle of the tensor map, whose bytes are those of a slot's row: 64, of codes 32.
+  template <typename Y>
   __device__ __forceinline__ void stage(uint32_t slot, int tile, const uint32_t (&words)[4]) const {
-    const auto swizzled = [](int offset, int row_bytes) { return offset ^ (offset >> 7 & (row_bytes / 16 - 1)) << 4; };
-    if (!p_.quantized_y) {
-      const int row = lane_ % 16, column_tile = tile + lane_ / 16;
-      stmatrix_x4(slot + swizzled(row * kSlotTiles * 16 + column_tile * 16, kSlotTiles * 16), words);
-      return;
-    }
+    if constexpr (std::is_same_v<Y, Codes>) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int row = lane_ / 4 + j % 2 * 8;
-      const int offset = row * kSlotTiles * 8 + (tile + j / 2) * 8 + lane_ % 4 * 2;
-      store_shared_16(slot + swizzled(offset, kSlotTiles * 8), words[j]);
+      for (int j = 0; j < 4; ++j) {
+        const int row = lane_ / 4 + j % 2 * 8;
+        const int chunk = tile / 2 ^ (row / 4 % 2);
+        store_shared_16(slot + row * 32 + chunk * 16 + j / 2 * 8 + lane_ % 4 * 2, words[j]);
+      }
+    } else {
+      const int row = lane_ % 16;
+      stmatrix_x4(slot + row * 64 + ((tile + lane_ / 16) ^ (row / 2 % 4)) * 16, words);
     }
   }
 
   const TilesEightBitArguments& p_;
-  const int warp_;  // of the block's consumers
+  const int group_;
+  const int thread_ = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+  // The shuffle tells the compiler that the value is the same in all lanes.
+  const int warp_ = __shfl_sync(0xffffffffU, thread_ / 32, 0);
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t slots_;
+  const uint32_t slots_, pairs_;
   int next_slot_ = 0;
   int first_row_ = 0, first_column_ = 0;  // of the warp
-  uint32_t bias_[kTiles / 8];
-  float2 scales_[kTiles / 8];
+  uint32_t bias_ = 0;
+  float2 scales_;
   float x_scales_[2];
   float y_factor_ = 1.0F;
 };
 
 // Where a warpgroup's sums of a part are in the workspace, in the order in which its threads have them. A share has two
 // places: at most its first part begins within a tile, and at most its last is a part that begins a tile.
-template <int kColumns>
 __device__ __forceinline__ int4* partial_sums(const TilesEightBitArguments& p, int share, bool begins_tile, int rank,
                                               int group) {
   const int64_t index =
       (int64_t{2} * (share - p.whole_tiles) + (begins_tile ? 1 : 0)) * p.cluster_rows * p.cluster_columns + rank;
-  return p.sums + (index * kEightBitGroups + group) * (kColumns / 8 * kWarpgroupThreads);
+  return p.sums + (index * kEightBitGroups + group) * (p.tile_columns / 8 * kWarpgroupThreads);
 }
 
 // A consumer warpgroup.
 template <typename Sum, int kColumns, bool kBlockScales>
 class EightBitConsumer {
  public:
-  using Results = EightBitResults<Sum, kColumns, kBlockScales>;
-
   __device__ __forceinline__ EightBitConsumer(const EightBitBlock<kColumns>& block, int warp)
       : block_(block),
         p_(block.p),
         group_(warp / 4),
         releases_(static_cast<int>(threadIdx.x) % kWarpgroupThreads < block.neighbours()),
         released_(map_to_block(block.empty(0), releases_ ? block.neighbour(threadIdx.x % kWarpgroupThreads) : 0)),
-        results_(block.p, warp, block.results + warp * 2 * kSlotBytes) {}
+        results_(block.p, group_, block.results + warp * kWarpSlots * kSlotBytes,
+                 block.pairs + group_ * Layout::kPairsBytes) {}
 
   __device__ __forceinline__ void run() {
     const EightBitParts parts(p_);
@@ -492,12 +491,14 @@ class EightBitConsumer {
     start_loaded_chunk(sums, accumulate);
   }
   __device__ __forceinline__ void start_loaded_chunk(Sums& sums, bool accumulate) {
-    const uint32_t x = block_.x(state_.stage) + group_ * 64 * kSwizzleBytes;
-    const uint32_t weights = block_.weights(state_.stage);
+    // A step of k is 32 bytes further, 2 in the units of a descriptor: stages begin at multiples of 1024 bytes.
+    constexpr int kStep = 32 / 16;
+    const uint64_t x = matrix_descriptor(block_.x(state_.stage) + group_ * 64 * kSwizzleBytes, 16);
+    const uint64_t weights = matrix_descriptor(block_.weights(state_.stage), 16);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSwizzleBytes; k += 32) {
-      wgmma_of_codes(sums, matrix_descriptor(x + k, 16), matrix_descriptor(weights + k, 16), accumulate || k > 0);
+    for (int step = 0; step < kSwizzleBytes / 32; ++step) {
+      wgmma_of_codes(sums, x + step * kStep, weights + step * kStep, accumulate || step > 0);
     }
     wgmma_commit_group();
   }
@@ -514,7 +515,7 @@ class EightBitConsumer {
   }
   __device__ __forceinline__ void multiply(const EightBitPart& part) {
     start_chunk(sums_, false);
-    results_.begin(EightBitTile(p_, part.tile, block_.rank));
+    begin_part(part);
     for (int chunk = 1; chunk < part.chunks; ++chunk) {
       const int previous_stage = state_.stage;
       state_.advance(Layout::kStages);
@@ -570,7 +571,7 @@ class EightBitConsumer {
   }
   __device__ __forceinline__ void begin_part(const EightBitPart& part) {
     const EightBitTile tile(p_, part.tile, block_.rank);
-    results_.begin(tile);
+    results_.begin(tile.first_row + 64 * group_, tile.column_tile * (p_.swiglu ? kColumns / 2 : kColumns));
     if constexpr (kBlockScales) {
       static_assert(kColumns == kEightBitBlock);
       const int row = tile.column_tile * (p_.swiglu ? kColumns / 2 : kColumns);
@@ -604,8 +605,8 @@ class EightBitConsumer {
     }
   }
   __device__ __forceinline__ void write_sums(const Sums& sums, const EightBitPart& part) const {
-    int4* const to = partial_sums<kColumns>(p_, part.share, part.first_chunk == 0, block_.rank, group_) +
-                     threadIdx.x % kWarpgroupThreads;
+    int4* const to =
+        partial_sums(p_, part.share, part.first_chunk == 0, block_.rank, group_) + threadIdx.x % kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       to[i * kWarpgroupThreads] = make_int4(bit_cast<int32_t>(sums[i][0]), bit_cast<int32_t>(sums[i][1]),
@@ -618,7 +619,7 @@ class EightBitConsumer {
   const int group_;
   const bool releases_;      // this thread, to one block
   const uint32_t released_;  // the first stage's mbarrier of that block
-  Results results_;
+  EightBitResults<Sum, kColumns> results_;
   PipelineState state_;
   Sums sums_;    // of e4m3, of a chunk
   Sums totals_;  // of e4m3
@@ -663,18 +664,36 @@ __global__ void __launch_bounds__(kEightBitThreads, 1)
 }
 
 // Adds the sums of a tile's parts. For each beginning of a share that is the first one within a tile (x, together with
-// a block of the cluster and a warpgroup), and each slot of the tile's columns (y), a block.
-template <typename Sum, int kColumns, bool kBlockScales, bool kSwiglu, int kSlot>
-__device__ __forceinline__ void add_slot(const TilesEightBitArguments& p, int share, int64_t first, int rank, int group,
-                                         EightBitResults<Sum, kColumns, kBlockScales>& results) {
-  constexpr int kSumTiles = slot_tiles_of<kColumns>(kSwiglu) * (kSwiglu ? 2 : 1);
-  constexpr int kFirstTile = kSlot * kSumTiles;
-  Sum sums[kSumTiles][4] = {};
+// a block of the cluster and a warpgroup), and each kAddedColumns weight rows of the tile (y), a block.
+constexpr int kAddedColumns = 64;
+
+template <typename Sum>
+__global__ void __launch_bounds__(kWarpgroupThreads)
+    gemm_eight_bit_tiles_add(const __grid_constant__ TilesEightBitArguments p) {
+  trigger_dependent_launch();
+  __shared__ __align__(1024) char slots[4 * kWarpSlots * kSlotBytes];
+  __shared__ __align__(16) char pairs[kAddedColumns / 2 * kPairBytes];
+  const int group = static_cast<int>(blockIdx.x) % kEightBitGroups;
+  const int block = static_cast<int>(blockIdx.x) / kEightBitGroups;
+  const int blocks = p.cluster_rows * p.cluster_columns;
+  const int rank = block % blocks;
+  int share = p.whole_tiles + block / blocks;  // that has the tile's beginning
+  wait_for_previous_kernel();
+  const int64_t within = first_chunk_of_share(p, share + 1);
+  const int64_t first = within / p.chunks * p.chunks;  // chunk of the tile
+  if (within == first || first_chunk_of_share(p, share) > first) return;
+  const EightBitTile tile(p, static_cast<int>(first / p.chunks), rank);
+  const int first_weight_row = tile.column_tile * p.tile_columns + static_cast<int>(blockIdx.y) * kAddedColumns;
+  EightBitResults<Sum, kAddedColumns> results(p, 0, shared_address(slots) + threadIdx.x / 32 * kWarpSlots * kSlotBytes,
+                                              shared_address(pairs));
+  results.begin(tile.first_row + 64 * group, p.swiglu ? first_weight_row / 2 : first_weight_row);
+  constexpr int kTiles = kAddedColumns / 8;
+  Sum sums[kTiles][4] = {};
   for (bool begins_tile = true; first_chunk_of_share(p, share) < first + p.chunks; ++share, begins_tile = false) {
-    const int4* const from =
-        partial_sums<kColumns>(p, share, begins_tile, rank, group) + kFirstTile * kWarpgroupThreads + threadIdx.x;
+    const int4* const from = partial_sums(p, share, begins_tile, rank, group) +
+                             static_cast<int>(blockIdx.y) * kTiles * kWarpgroupThreads + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kSumTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i) {
       const int4 more = from[i * kWarpgroupThreads];
       sums[i][0] += bit_cast<Sum>(more.x);
       sums[i][1] += bit_cast<Sum>(more.y);
@@ -682,49 +701,7 @@ __device__ __forceinline__ void add_slot(const TilesEightBitArguments& p, int sh
       sums[i][3] += bit_cast<Sum>(more.w);
     }
   }
-  results.template write_slot<kSwiglu, kSlot>(sums, kFirstTile);
-}
-
-template <typename Sum, int kColumns, bool kBlockScales, bool kSwiglu>
-__device__ __forceinline__ void add_any_slot(const TilesEightBitArguments& p, int share, int64_t first, int rank,
-                                             int group, EightBitResults<Sum, kColumns, kBlockScales>& results) {
-  constexpr int kSlots = kColumns / 8 / (kSwiglu ? 2 : 1) / slot_tiles_of<kColumns>(kSwiglu);
-  const int slot = static_cast<int>(blockIdx.y);
-  if (slot == 0) add_slot<Sum, kColumns, kBlockScales, kSwiglu, 0>(p, share, first, rank, group, results);
-  if constexpr (kSlots > 1) {
-    if (slot == 1) add_slot<Sum, kColumns, kBlockScales, kSwiglu, 1>(p, share, first, rank, group, results);
-  }
-  if constexpr (kSlots > 2) {
-    if (slot == 2) add_slot<Sum, kColumns, kBlockScales, kSwiglu, 2>(p, share, first, rank, group, results);
-  }
-  if constexpr (kSlots > 3) {
-    if (slot == 3) add_slot<Sum, kColumns, kBlockScales, kSwiglu, 3>(p, share, first, rank, group, results);
-  }
-}
-
-template <typename Sum, int kColumns, bool kBlockScales>
-__global__ void __launch_bounds__(kWarpgroupThreads)
-    gemm_eight_bit_tiles_add(const __grid_constant__ TilesEightBitArguments p) {
-  trigger_dependent_launch();
-  __shared__ __align__(1024) char slots[4 * 2 * kSlotBytes];
-  const int group = static_cast<int>(blockIdx.x) % kEightBitGroups;
-  const int block = static_cast<int>(blockIdx.x) / kEightBitGroups;
-  const int blocks = p.cluster_rows * p.cluster_columns;
-  const int rank = block % blocks;
-  const int share = p.whole_tiles + block / blocks;  // that has the tile's beginning
-  wait_for_previous_kernel();
-  const int64_t within = first_chunk_of_share(p, share + 1);
-  const int64_t first = within / p.chunks * p.chunks;  // chunk of the tile
-  if (within == first || first_chunk_of_share(p, share) > first) return;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  EightBitResults<Sum, kColumns, kBlockScales> results(p, 4 * group + warp,
-                                                       shared_address(slots) + warp * 2 * kSlotBytes);
-  results.begin(EightBitTile(p, static_cast<int>(first / p.chunks), rank));
-  if (p.swiglu) {
-    add_any_slot<Sum, kColumns, kBlockScales, true>(p, share, first, rank, group, results);
-  } else {
-    add_any_slot<Sum, kColumns, kBlockScales, false>(p, share, first, rank, group, results);
-  }
+  results.write(sums);
   bulk_store_wait();
 }
 
