@@ -22,6 +22,7 @@ from .wire import Add, Token
 
 R = TypeVar("R")
 LARGEST_SEED = 2**63
+MOST_DIGITS = 18  # of a token id
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def sampling_options(body: SamplingFields, config: EngineConfig) -> SamplingOpti
     seed = None if body.seed is None else body.seed % LARGEST_SEED
     bias = {}
     for token, value in (body.logit_bias or {}).items():
-        if not token.isdecimal() or int(token) >= config.model.vocab_size:
+        if not token.isdecimal() or len(token) > MOST_DIGITS or int(token) >= config.model.vocab_size:
             raise ApiError(
                 400, f"logit_bias names the token {token!r:.40}, which the model does not have", "logit_bias"
             )
@@ -199,10 +200,12 @@ class Generation:
         """
         async with Subscription(self._client, self._timeout) as subscription:
             choices: dict[int, int] = {}
+            parent = 0
             for index, add in enumerate(self._adds()):
-                first = index - index % self.job.n
-                add.parent = next((number for number, place in choices.items() if place == first), 0)
-                choices[subscription.add(add)] = index
+                add.parent = 0 if index % self.job.n == 0 else parent
+                number = subscription.add(add)
+                parent = add.parent or number
+                choices[number] = index
             left = len(choices)
             while left:
                 for piece in self._next(await subscription.tokens(), choices, subscription):
