@@ -23,6 +23,7 @@ from .wire import Add, Token
 R = TypeVar("R")
 LARGEST_SEED = 2**63
 MOST_DIGITS = 18  # of a token id
+MOST_STOPS, LONGEST_STOP = 16, 1024  # each token is looked at beside every beginning of every stop string
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,11 @@ def ends_of(body: SamplingFields, model: ServerModel, turn_ends: Sequence[int], 
         ApiError: a stop string or a stop token is wrong.
     """
     given = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(given) > 16 or not all(given):
-        raise ApiError(400, "stop must be a string or at most 16 strings, none of them empty", "stop")
+    if len(given) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in given):
+        message = (
+            f"stop must be a string or at most {MOST_STOPS} strings, none of them empty or longer than {LONGEST_STOP}"
+        )
+        raise ApiError(400, f"{message} characters", "stop")
     tokens = frozenset(body.stop_token_ids or ())
     if not all(0 <= token < model.config.model.vocab_size for token in tokens):
         raise ApiError(400, f"stop_token_ids must be from 0 to {model.config.model.vocab_size - 1}", "stop_token_ids")

@@ -35,6 +35,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("n", 1000),
         ("stop", 3),
         ("stop", [""]),
+        ("stop", "x" * 1025),
+        ("stop", ["x"] * 17),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [1 << 40]),
         ("seed", 1 << 70),
