@@ -14,7 +14,7 @@ from .context import Context, json_response, new_id, now, sse, streamed, whole
 from .errors import ApiError
 from .generation import Generation, Job, Piece, ends_of, new_tokens, sampling_options
 from .logprobs import CompletionLogprobs
-from .schemas import CompletionRequest
+from .schemas import CompletionRequest, StreamOptions
 from .wire import Scored
 
 MOST_PROMPTS = 1024
@@ -141,13 +141,14 @@ async def _completion(context: Context, body: CompletionRequest, generation: Gen
 
 async def _events(context: Context, body: CompletionRequest, generation: Generation) -> AsyncIterator[bytes]:
     """Yield the chunks of a stream."""
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    head = {**_head(context), **({"usage": None} if include_usage else {})}
+    options = body.stream_options or StreamOptions()
+    head = {**_head(context), **({"usage": None} if options.include_usage else {})}
     choices = await _choices(context, body, generation.job)
     async for piece in _pieces(generation):
         choice = choices[piece.index]
         choice.take(piece)
         if choice.text or piece.finish_reason is not None or body.logprobs is not None:
-            yield sse({**head, "choices": [choice.value(piece.index)]})
-    if include_usage:
+            usage = {"usage": usage_of(generation)} if options.every_usage else {}
+            yield sse({**head, "choices": [choice.value(piece.index)], **usage})
+    if options.include_usage:
         yield sse({**head, "choices": [], "usage": usage_of(generation)})
