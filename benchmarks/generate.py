@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.common import RESULTS, require_tensorrt, require_torch, write_results
 from qwen_model import Session
 from qwen_model.interface.engine_config import KV_CACHE_DTYPES
+from qwen_model.quantization.options import QUANTIZATIONS
 
 # Settings of a config.json of Qwen2. Qwen-7B is Qwen v1: the GEMMs are the same, with as many key-value heads as heads.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     parser.add_argument(
         "--quantization",
-        choices=["int8", "int4", "smoothquant", "fp8"],
+        choices=QUANTIZATIONS,
         help="of our torch back end's random weights, and vLLM's; smoothquant and fp8: of x, too, with static scales",
     )
     parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")

@@ -62,6 +62,7 @@ class KernelOperations(TorchOperations):
         self._disabled = frozenset(disabled)
         data_types = launch.DataType.__members__  # a new dict each time
         self._dtype = data_types[str(cache.dtype).removeprefix("torch.")]
+        self._float32 = data_types["float32"]
         self._code_types = {kind: data_types[name] for kind, name in CODE_NAMES.items()}
         self._cache_dtype = launch.CacheDataType.__members__[CACHE_TYPES[cache.kind]]
         self._gemm_kernels = gemm_kernels or {}
@@ -116,7 +117,7 @@ class KernelOperations(TorchOperations):
             q=y.codes.data_ptr(),
             rows=x.shape[0],
             columns=x.shape[1],
-            dtype=self._dtype,
+            dtype=self._dtype if x.dtype == self.cache.dtype else self._float32,  # PyTorch's products are of float32
             quant_dtype=self._code_types[reader.format.kind],
             static_scale=_address(reader.input_scale),
             scales=y.scales.data_ptr() if y.per_token else 0,

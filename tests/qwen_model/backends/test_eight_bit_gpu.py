@@ -95,6 +95,19 @@ def test_float32_logits_are_the_plain_networks(network):
     assert distance(found, expected) < 0.8 * distance(not_quantized, expected)
 
 
+@pytest.mark.parametrize("disabled", [("gemm",), ("rms_norm",), ("rms_norm", "gemm", "rotary")], ids=str)
+def test_pytorchs_own_operations_are_near_the_plain_network(network, disabled):
+    reference, _, _ = network
+    session = session_of(network, "float16", disabled_plugins=disabled)
+    found = torch.from_numpy(session.logits(PROMPTS[-1]))
+    expected = logits_of(reference, PROMPTS[-1])
+    set_exact(reference, True)
+    not_quantized = logits_of(reference, PROMPTS[-1])
+    set_exact(reference, False)
+    near = max(distance(not_quantized, expected), 0.01 * float(expected.std()))
+    assert distance(found, expected) < 1.5 * near
+
+
 @pytest.mark.parametrize("cache", ["auto", "fp8"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bits_are_near_the_plain_network(network, dtype, cache):
