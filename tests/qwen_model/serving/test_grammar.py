@@ -93,3 +93,13 @@ def test_a_wrong_grammar_is_an_error_in_one_line(compiler: GrammarCompiler) -> N
     with pytest.raises(QwenModelError, match=r"grammar of the output is not valid: regex parse error: \( "):
         compiler.compile(json_grammar({"type": "string", "pattern": "("}))
     assert compiler.compile(json_grammar(True))
+
+
+def test_one_of_is_taken_as_any_of(compiler: GrammarCompiler) -> None:
+    """Pydantic writes it for unions with a discriminator."""
+    kinds = [
+        {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"], "additionalProperties": False}
+        for kind in ("cat", "dog")
+    ]
+    state = compiler.compile(json_grammar({"oneOf": kinds}))
+    assert state.allowed().any()
