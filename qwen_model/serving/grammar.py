@@ -40,8 +40,8 @@ def json_grammar(schema: Mapping[str, Any] | bool) -> str:
         raise QwenModelError(f"the JSON schema has {len(text)} characters, at most {LARGEST_GRAMMAR} are allowed")
     if not _Finite(schema).is_so():
         raise QwenModelError("no JSON follows the schema: it is recursive without an end")
-    # "oneOf", which Pydantic writes for unions with a discriminator, is taken as "anyOf": what follows two of its schemas
-    # at once is not excluded.
+    # "oneOf", which Pydantic writes for unions with a discriminator, is taken as "anyOf": what follows two of its
+    # schemas at once is not excluded.
     overrides = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True}
     grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides=overrides)
     return grammar
