@@ -152,8 +152,32 @@ struct Row {
     if (marks != nullptr) for_each_marked(begin * kWidth, end * kWidth, visit);
   }
 
+  // The same for logits as they are, with neither marks nor a mask. There the compiler moves loads behind the
+  // conditions of their visits, where one after the other is waited for: as long as there are kAtOnce groups, none is
+  // conditional.
+  template <int kAtOnce, typename Visit>
+  __device__ __forceinline__ void for_each_as_it_is(int32_t begin, int32_t end, Visit visit) const {
+    const auto step = static_cast<int32_t>(blockDim.x);
+    int32_t group = begin + static_cast<int32_t>(threadIdx.x);
+    for (; group + (kAtOnce - 1) * step < end; group += kAtOnce * step) visit_groups<kAtOnce>(group, step, visit);
+    for (; group < end; group += step) visit_groups<1>(group, step, visit);
+  }
+
  private:
   using Group = std::conditional_t<kWidth == 1, T, FullPack>;
+
+  template <int kCount, typename Visit>
+  __device__ __forceinline__ void visit_groups(int32_t first, int32_t step, Visit& visit) const {
+    Group groups[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) groups[i] = reinterpret_cast<const Group*>(logits)[first + i * step];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float values[kWidth];
+      to_values(values, groups[i]);
+      visit(values, (first + i * step) * kWidth);
+    }
+  }
 
   static __device__ __forceinline__ void to_values(float (&values)[kWidth], const Group& group) {
     if constexpr (kWidth == 1) {
@@ -275,10 +299,11 @@ template <typename Values>
 constexpr int kCountOf = std::extent_v<std::remove_reference_t<Values>>;
 
 // The best choice among this thread's groups, NaN before all others; `score(values, first)` turns logits into scores.
-template <typename T, int kWidth, typename Score>
+// kAsItIs: the row has neither marks nor a mask.
+template <bool kAsItIs = false, typename T, int kWidth, typename Score>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range, Score score) {
   Choice best = 0;
-  row.template for_each<4>(range.begin, range.end, [&](auto& values, int32_t first) {
+  const auto visit = [&](auto& values, int32_t first) {
     constexpr int kCount = kCountOf<decltype(values)>;
     score(values, first);
     float largest = values[0];
@@ -290,12 +315,17 @@ __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range
       if (values[i] == largest) place = i;
     }
     best = larger(best, make_choice(largest, first + place));
-  });
+  };
+  if constexpr (kAsItIs) {
+    row.template for_each_as_it_is<4>(range.begin, range.end, visit);
+  } else {
+    row.template for_each<4>(range.begin, range.end, visit);
+  }
   return best;
 }
-template <typename T, int kWidth>
+template <bool kAsItIs = false, typename T, int kWidth>
 __device__ __forceinline__ Choice best_of(const Row<T, kWidth>& row, Range range) {
-  return best_of(row, range, [](auto&, int32_t) {});
+  return best_of<kAsItIs>(row, range, [](auto&, int32_t) {});
 }
 
 __device__ __forceinline__ int32_t slot_of(const SamplingParams& p, int32_t sequence) {

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kArgmaxThreads) argmax(const __grid_constant__
   wait_for_previous_kernel();
   const int sequence = static_cast<int>(blockIdx.x) / blocks, block = static_cast<int>(blockIdx.x) % blocks;
   const Row<T, kWidth> row(p.logits, p.logits_row_stride, sequence, p.vocab_size);
-  finish_together(p, sequence, block, blocks, best_of(row, share_of(block, blocks, row.groups())));
+  finish_together(p, sequence, block, blocks, best_of<true>(row, share_of(block, blocks, row.groups())));
 }
 
 // A draw among the tokens that top-k, top-p and min-p leave, by one cluster.
