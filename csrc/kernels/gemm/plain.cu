@@ -29,7 +29,7 @@ class SameRow {
   __device__ __forceinline__ SameRow(const GemmParams& p, int64_t row)
       : row_(static_cast<const T*>(p.weight) + row * p.shape.in_features) {}
   __device__ __forceinline__ float operator[](int64_t k) const { return to_float(row_[k]); }
-  __device__ __forceinline__ float finish(float sum, int64_t) const { return sum; }
+  __device__ __forceinline__ float finish(float sum, int64_t, float bias) const { return sum + bias; }
 
  private:
   const T* row_;
@@ -54,7 +54,7 @@ class PackedRow {
     const int zero = format_.has_zeros ? zeros_[scale] : middle_code_of(format_.kind);
     return scale_at(scale) * static_cast<float>(code(k) - zero);
   }
-  __device__ __forceinline__ float finish(float sum, int64_t) const { return sum; }
+  __device__ __forceinline__ float finish(float sum, int64_t, float bias) const { return sum + bias; }
 
  private:
   __device__ __forceinline__ float scale_at(int64_t index) const {
@@ -108,9 +108,9 @@ class CodesRow {
     }
     return to_sum(row_[k]);
   }
-  __device__ __forceinline__ float finish(Sum sum, int64_t x_row) const {
+  __device__ __forceinline__ float finish(Sum sum, int64_t x_row, float bias) const {
     const float scaled = static_cast<float>(sum) * (in_blocks_ ? 1.0F : *scales_);
-    return scaled * p_.x_scales[p_.shape.x_scale_per_row ? x_row : 0];
+    return fmaf(scaled, p_.x_scales[p_.shape.x_scale_per_row ? x_row : 0], bias);
   }
 
  private:
@@ -141,8 +141,8 @@ __device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row,
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) sums[i] += __shfl_down_sync(0xffffffffU, sums[i], distance);
-    results.of_row[i] = weight.finish(sums[i], min(first_row + i, p.shape.rows - 1));
-    if (p.bias != nullptr) results.of_row[i] += to_float(static_cast<const T*>(p.bias)[weight_row]);
+    const float bias = p.bias == nullptr ? 0.0F : to_float(static_cast<const T*>(p.bias)[weight_row]);
+    results.of_row[i] = weight.finish(sums[i], min(first_row + i, p.shape.rows - 1), bias);
   }
   return results;
 }
