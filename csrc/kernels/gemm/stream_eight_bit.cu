@@ -9,8 +9,8 @@ constexpr int64_t kMaxRows = 128;  // that it may be the fastest for
 
 const StreamHopperVariants& variants_of(WeightKind kind) {
   static const std::vector<int> x_rows{8, 16, 24, 32, 48, 64, 96, 128};
-  static const StreamHopperVariants int8({x_rows, max_warpgroups_of_codes<int32_t>, true});
-  static const StreamHopperVariants fp8({x_rows, max_warpgroups_of_codes<float>, true});
+  static const StreamHopperVariants int8({x_rows, max_warpgroups_of_codes<int32_t>});
+  static const StreamHopperVariants fp8({x_rows, max_warpgroups_of_codes<float>});
   return kind == WeightKind::kInt8Rows ? int8 : fp8;
 }
 

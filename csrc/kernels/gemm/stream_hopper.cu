@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kMaxRows = 256;  // that it may be the fastest for
 
 const StreamHopperVariants& variants() {
-  static const StreamHopperVariants all({{16, 24, 32, 48, 64, 96, 128, 192, 256}, max_warpgroups_of, false});
+  static const StreamHopperVariants all({{16, 24, 32, 48, 64, 96, 128, 192, 256}, max_warpgroups_of});
   return all;
 }
 
