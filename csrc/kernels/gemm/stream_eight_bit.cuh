@@ -173,7 +173,9 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
       bias_[h] = exists && p.bias != nullptr ? load_bias(row) : 0.0F;
       weight_scales_[h] = 1.0F;
       if (arguments_.block_scales) {
-        first_of_block_row_[h] = exists ? row / 128 * p.chunks : 0;
+        // That of the warp's first row, which exists if any of these does: each lane loads scales for all of the warp.
+        const int first_row = row - lane_ / 4;
+        first_of_block_row_[h] = column - lane_ / 4 < p.columns ? first_row / 128 * p.chunks : 0;
       } else if (exists) {
         weight_scales_[h] = arguments_.weight_scales[row];
       }

@@ -31,20 +31,20 @@ std::string name_of(const StreamHopperVariant& variant) {
   return variant.waves == 1 ? name : name + "w" + std::to_string(variant.waves);
 }
 
-// About how many cycles a launch takes in a chain of launches. Not a theory: the constants are fitted to measurements
-// on an H200, so that the order of the variants comes out right (docs/gemm.md).
-double cycles(const GemmShape& shape, const StreamHopperVariant& variant, const StreamHopperPartition& partition) {
+// About how many cycles a launch takes.
+double cycles(const GemmShape& shape, const StreamHopperVariant& variant, const StreamHopperPartition& partition,
+              const StreamHopperCosts& costs) {
   const double x_rows = variant.x_rows, splits = variant.splits;
   const double chunks = static_cast<double>(divide_up(divide_up(shape.in_features, kBlockK), variant.splits));
-  const double load = (partition.tile_rows + x_rows) * kSwizzleBytes / 29.0;
-  const double multiply = partition.groups * 4 * std::max(x_rows / 2, 16.0) + 275.0;
+  const double load = (partition.tile_rows + x_rows) * kSwizzleBytes / costs.loaded;
+  const double multiply = costs.wgmma * partition.groups * 4 * std::max(x_rows / 2, 16.0) + costs.latency;
   const double multiprocessor = variant.waves * chunks * std::max(load, multiply);
-  const double memory = 2.0 * static_cast<double>(shape.in_features * shape.out_features) / 6300.0;
-  const double start = partition.is_small ? 1600.0 : 9000.0;
-  const double exchange =
-      variant.splits == 1 ? 0.0 : 1600.0 + (splits - 1) / splits * partition.tile_rows * x_rows * 4 / 4.4;
-  const double write = 22.0 * x_rows / splits + 150.0 * variant.waves;
-  return std::max(multiprocessor, memory) + 0.35 * std::min(multiprocessor, memory) + start + exchange + write;
+  const double memory = 2.0 * static_cast<double>(shape.in_features * shape.out_features) / costs.memory;
+  const double start = partition.is_small ? costs.small_start : costs.start;
+  const double sums = (splits - 1) / splits * partition.tile_rows * x_rows * 4;  // bytes that a block sends
+  const double exchange = variant.splits == 1 ? 0.0 : costs.exchange + sums / costs.exchanged;
+  const double write = costs.written * x_rows / splits + costs.tile * variant.waves;
+  return std::max(multiprocessor, memory) + costs.overlap * std::min(multiprocessor, memory) + start + exchange + write;
 }
 
 }  // namespace
@@ -112,7 +112,7 @@ bool StreamHopperVariants::is_padded(const GemmShape& shape, const StreamHopperV
 double StreamHopperVariants::cycles_or_infinite(const GemmShape& shape, const StreamHopperVariant& variant,
                                                 const ClustersAtOnce& clusters, const DeviceProperties& device) const {
   const StreamHopperPartition partition(shape, variant, kernel_, clusters, device);
-  return partition.fits ? cycles(shape, variant, partition) : std::numeric_limits<double>::infinity();
+  return partition.fits ? cycles(shape, variant, partition, kernel_.costs) : std::numeric_limits<double>::infinity();
 }
 
 bool StreamHopperVariants::fit(const GemmShape& shape, const DeviceProperties& device, int32_t number) const {

@@ -18,10 +18,27 @@ struct StreamHopperVariant {
   int waves;   // tiles of a block, 1 where k is split
 };
 
+// Of a model of the cycles that a launch takes in a chain of launches. Not a theory: fitted to measurements of a
+// kernel, so that the order of its variants comes out right (docs/gemm.md).
+struct StreamHopperCosts {
+  double loaded;       // bytes that a multiprocessor loads in a cycle
+  double wgmma;        // cycles of a chunk for each that its wgmmas would take alone
+  double latency;      // cycles of a chunk besides
+  double memory;       // bytes of the weight that all load in a cycle
+  double overlap;      // the part of the lesser of the two times above that is added to the greater
+  double small_start;  // cycles before the first chunk, where two blocks fit into a multiprocessor
+  double start;        // or do not
+  double exchange;     // cycles where k is split, and
+  double exchanged;    // bytes of sums that a block sends in a cycle
+  double written;      // cycles for each row of x that a block owns
+  double tile;         // cycles for each tile of a block
+};
+
 // What differs between the kernels.
 struct StreamHopperKernel {
   std::vector<int> x_rows;            // that a tile can have, multiples of 8 from the fewest to the most
   int (*max_warpgroups)(int x_rows);  // that multiply, of a block
+  StreamHopperCosts costs;
 };
 
 // A variant for a GEMM on a device.
