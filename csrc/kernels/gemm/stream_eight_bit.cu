@@ -5,12 +5,13 @@
 namespace qwen_plugins {
 namespace {
 
-constexpr int64_t kMaxRows = 128;  // that it may be the fastest for
+constexpr int64_t kMaxRows = 256;  // that it may be the fastest for
+constexpr StreamHopperCosts kCosts{49.4, 0.573, 245.0, 3311.0, 1.0, 0.0, 1007.0, 2646.0, 4.66, 11.5, 3.3};
 
 const StreamHopperVariants& variants_of(WeightKind kind) {
   static const std::vector<int> x_rows{8, 16, 24, 32, 48, 64, 96, 128};
-  static const StreamHopperVariants int8({x_rows, max_warpgroups_of_codes<int32_t>, true});
-  static const StreamHopperVariants fp8({x_rows, max_warpgroups_of_codes<float>, true});
+  static const StreamHopperVariants int8({x_rows, max_warpgroups_of_codes<int32_t>, kCosts});
+  static const StreamHopperVariants fp8({x_rows, max_warpgroups_of_codes<float>, kCosts});
   return kind == WeightKind::kInt8Rows ? int8 : fp8;
 }
 
@@ -79,7 +80,9 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t num
 }
 
 // Where the kernel is mostly the fastest (measured: docs/gemm.md).
-bool is_for(const GemmParams& params, const DeviceProperties&) { return params.shape.rows <= 64; }
+bool is_for(const GemmParams& params, const DeviceProperties&) {
+  return params.shape.rows <= (params.shape.activation == Activation::kSwiglu ? 128 : 192);
+}
 
 bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t number) {
   const GemmShape& shape = params.shape;

@@ -39,7 +39,7 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
 
  public:
   __device__ __forceinline__ EightBitConsumer(const StreamBlock<kRows>& block, const StreamEightBitArguments& arguments)
-      : Base(block, arguments), arguments_(arguments) {}
+      : Base(block, arguments, uniform(static_cast<int>(threadIdx.x) / kWarpgroupThreads)), arguments_(arguments) {}
 
   __device__ __forceinline__ void multiply_tile(int tile) {
     load_scales(tile);
@@ -50,18 +50,24 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
       add_chunks();
     }
   }
-  static __device__ __forceinline__ void multiply(Sum (&sums)[kTiles][4], uint64_t a, uint64_t b, bool accumulate) {
-    wgmma_of_codes(sums, a, b, accumulate);
-  }
-  __device__ __forceinline__ uint32_t results(int i, int half) const {
-    const int lane = i % 8 * 4 + lane_ % 4;  // it has the scales of the two rows
-    const float x_scales[2] = {__shfl_sync(~0U, x_scales_[i / 8][0], lane),
-                               __shfl_sync(~0U, x_scales_[i / 8][1], lane)};
-    if (p.swiglu) {
-      return pack(silu<__half>(result(i, 0, 0, x_scales)) * result(i, 1, 0, x_scales),
-                  silu<__half>(result(i, 0, 1, x_scales)) * result(i, 1, 1, x_scales));
+  static __device__ __forceinline__ void multiply_chunk(Sum (&sums)[kTiles][4], uint32_t weights, uint32_t x,
+                                                        bool accumulate) {
+    // With a single warp on each of an SM's schedulers the instructions between wgmmas take their time: the descriptors
+    // of the next 32 bytes of k are made by one addition, which cannot overflow into the bits above the address.
+    const uint64_t a = matrix_descriptor(weights, 16), b = matrix_descriptor(x, 16);
+#pragma unroll
+    for (int k = 0; k < kSwizzleBytes; k += 32) {
+      wgmma_of_codes(sums, advance_descriptor(a, k), advance_descriptor(b, k), accumulate || k > 0);
     }
-    return pack(result(i, half, 0, x_scales), result(i, half, 1, x_scales));
+  }
+  __device__ __forceinline__ void write_tile(int tile, bool last) {
+    apply_scales();
+    if (arguments_.y_scale != nullptr) {
+      this->put_results([&](int i, int half) { return codes(results(i, half)); });
+    } else {
+      this->put_results([&](int i, int half) { return halves(results(i, half)); });
+    }
+    this->write_rows(tile, last);
   }
   __device__ __forceinline__ void write_pack(int row, int column, int end_column, uint32_t from) const {
     if (arguments_.y_scale == nullptr) {
@@ -80,6 +86,12 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
   }
 
  private:
+  // The same value, of which the compiler knows that it is the same in all lanes.
+  static __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0U, value, 0); }
+  static __device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, int bytes) {
+    return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + bytes / 16);
+  }
+
   static constexpr bool kIsInt8 = std::is_same_v<Sum, int32_t>;
   static constexpr bool kOverlaps = kRows <= kMaxOverlappedRows;
   using ChunkSums = Sum[kTiles][4];
@@ -161,7 +173,9 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
       bias_[h] = exists && p.bias != nullptr ? load_bias(row) : 0.0F;
       weight_scales_[h] = 1.0F;
       if (arguments_.block_scales) {
-        first_of_block_row_[h] = exists ? row / 128 * p.chunks : 0;
+        // That of the warp's first row, which exists if any of these does: each lane loads scales for all of the warp.
+        const int first_row = row - lane_ / 4;
+        first_of_block_row_[h] = column - lane_ / 4 < p.columns ? first_row / 128 * p.chunks : 0;
       } else if (exists) {
         weight_scales_[h] = arguments_.weight_scales[row];
       }
@@ -182,17 +196,36 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
                                : to_float(static_cast<const __half*>(p.bias)[row]);
   }
 
-  // z of a weight row, the first or the second of this thread, and a row of x of tile i, likewise.
-  __device__ __forceinline__ float result(int i, int weight_row, int x_row, const float (&x_scales)[2]) const {
-    const float sum = static_cast<float>(sums_[i][2 * weight_row + x_row]);
-    return fmaf(sum * weight_scales_[weight_row], x_scales[x_row], bias_[weight_row]);
+  // Makes z of the owned sums, as float32.
+  __device__ __forceinline__ void apply_scales() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (!this->owns(i)) continue;
+      const int lane = i % 8 * 4 + lane_ % 4;  // it has the scales of the two rows
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float x_scale = __shfl_sync(~0U, x_scales_[i / 8][r], lane);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float sum = static_cast<float>(sums_[i][2 * h + r]);
+          sums_[i][2 * h + r] = bit_cast<Sum>(fmaf(sum * weight_scales_[h], x_scale, bias_[h]));
+        }
+      }
+    }
   }
-  __device__ __forceinline__ uint32_t pack(float low, float high) const {
-    if (arguments_.y_scale != nullptr) return code_of(low) | code_of(high) << 16;
-    return arguments_.bfloat16 ? pack_pair<__nv_bfloat16>(low, high) : pack_pair<__half>(low, high);
+  __device__ __forceinline__ float2 results(int i, int half) const {
+    const auto z = [&](int j) { return bit_cast<float>(sums_[i][j]); };
+    if (p.swiglu) return {silu<__half>(z(0)) * z(2), silu<__half>(z(1)) * z(3)};
+    return {z(2 * half), z(2 * half + 1)};
   }
-  __device__ __forceinline__ uint32_t code_of(float y) const {
-    return kIsInt8 ? to_int8_bits(y * y_factor_) & 0xffU : to_float8_e4m3_bits(y * y_factor_);
+  __device__ __forceinline__ uint32_t halves(float2 y) const {
+    const uint32_t bfloat16 = pack_pair<__nv_bfloat16>(y.x, y.y), float16 = pack_pair<__half>(y.x, y.y);
+    return arguments_.bfloat16 ? bfloat16 : float16;
+  }
+  __device__ __forceinline__ uint32_t codes(float2 y) const {
+    const float low = y.x * y_factor_, high = y.y * y_factor_;
+    if constexpr (kIsInt8) return __byte_perm(to_int8_bits(low), to_int8_bits(high), 0x0400);
+    return to_float8_e4m3_bits(low) | to_float8_e4m3_bits(high) << 16;
   }
   // The lower bytes of four 16-bit elements.
   static __device__ __forceinline__ uint32_t lower_bytes(float low, float high) {

@@ -7,8 +7,10 @@ namespace {
 
 constexpr int64_t kMaxRows = 256;  // that it may be the fastest for
 
+constexpr StreamHopperCosts kCosts{29.0, 1.0, 275.0, 6300.0, 0.35, 1600.0, 9000.0, 1600.0, 4.4, 22.0, 150.0};
+
 const StreamHopperVariants& variants() {
-  static const StreamHopperVariants all({{16, 24, 32, 48, 64, 96, 128, 192, 256}, max_warpgroups_of, false});
+  static const StreamHopperVariants all({{16, 24, 32, 48, 64, 96, 128, 192, 256}, max_warpgroups_of, kCosts});
   return all;
 }
 

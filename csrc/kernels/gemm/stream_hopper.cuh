@@ -215,16 +215,16 @@ __device__ __forceinline__ void produce_x(const StreamBlock<kRows>& block) {
 // weight rows (with SwiGLU a gate row and its up row) times two rows of every tile of 8 rows of x.
 //
 // `Consumer` derives from it and has
-//   multiply_tile(tile): computes sums_, by multiply_chunks() or its own loop, with all that results() needs;
-//   multiply(sums, a, b, accumulate), static: a wgmma of 32 bytes of k;
-//   results(i, half): the results of tile i as 16-bit elements, or 8-bit ones in their lower halves: those of the two
-//       rows of x that a thread holds, times a weight row (or 8 below it), or with SwiGLU a gate and its up;
-//   write_pack(row, column, end_column, from): writes 8 columns of y from shared memory, or only those before the end.
+//   multiply_chunk(sums, weights, x, accumulate), static: issues the wgmmas of a chunk in shared memory;
+//   multiply_tile(tile): computes sums_, by multiply_chunks() or a loop of its own;
+//   write_tile(tile, last): puts the results into shared memory, and calls write_rows(tile, last);
+//   write_pack(row, column, end_column, from): writes 8 columns of y from there, or those before the end.
 template <typename Consumer, typename Sum, int kRows>
 class StreamConsumer {
  public:
-  __device__ __forceinline__ StreamConsumer(const StreamBlock<kRows>& block, const StreamHopperArguments& arguments)
-      : block_(block), p(arguments) {}
+  __device__ __forceinline__ StreamConsumer(const StreamBlock<kRows>& block, const StreamHopperArguments& arguments,
+                                            int group)
+      : block_(block), p(arguments), group_(group) {}
 
   // Sends the partial sums to the blocks that own their rows of x, and adds those of the others to the own ones. The
   // block has no further tile.
@@ -234,18 +234,6 @@ class StreamConsumer {
     if (block_.owned_tiles() <= 0) return;
     mbarrier_wait(block_.received_barrier(), 0);
     add_received_sums();
-  }
-
-  // Writes the owned rows of y: transposed in shared memory, and stored in whole lines. Instructions that run once in a
-  // block are fetched anew by each, so only what needs the accumulators is unrolled.
-  __device__ __forceinline__ void write_tile(int tile, bool last) const {
-#pragma unroll
-    for (int i = 0; i < kTiles; i += 2) {
-      if (owns(i) || owns(i + 1)) put_results(i);
-    }
-    warpgroup_sync(1 + group_);
-    write_rows(tile);
-    if (!last) warpgroup_sync(1 + group_);  // the next tile's results go to the same place
   }
 
  protected:
@@ -277,10 +265,7 @@ class StreamConsumer {
     mbarrier_wait(block_.weights_full(weight_state_.stage), weight_state_.parity);
     mbarrier_wait(block_.x_full(x_state_.stage), x_state_.parity);
     wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kSwizzleBytes; k += 32) {
-      Consumer::multiply(sums, matrix_descriptor(weights + k, 16), matrix_descriptor(x + k, 16), accumulate || k > 0);
-    }
+    Consumer::multiply_chunk(sums, weights, x, accumulate);
     wgmma_commit_group();
   }
   __device__ __forceinline__ void release(int weight_stage, int x_stage) const {
@@ -293,6 +278,36 @@ class StreamConsumer {
     x_state_.advance(p.x_stages);
   }
 
+  // Puts the owned rows of y into shared memory, transposed to [row of x][column], in the 128-byte swizzle.
+  // results(i, half) gives those of tile i as 16-bit elements, or 8-bit ones in the lower halves of these: of the two
+  // rows of x that a thread has, times a weight row (or the one 8 below it), or with SwiGLU a gate and its up.
+  template <typename Results>
+  __device__ __forceinline__ void put_results(const Results& results) const {
+    const auto of_tile = [&](int i, int half) { return i < kTiles ? results(i, half) : 0; };
+    const int matrix = lane_ / 8;
+#pragma unroll
+    for (int i = 0; i < kTiles; i += 2) {
+      if (!owns(i) && !owns(i + 1)) continue;
+      if (p.swiglu) {
+        stmatrix_x2_trans(staging(8 * (i + matrix % 2) + lane_ % 8, warp_ % 4), of_tile(i, 0), of_tile(i + 1, 0));
+      } else {
+        const uint32_t matrices[4] = {of_tile(i, 0), of_tile(i, 1), of_tile(i + 1, 0), of_tile(i + 1, 1)};
+        stmatrix_x4_trans(staging(8 * (i + matrix / 2) + lane_ % 8, 2 * (warp_ % 4) + matrix % 2), matrices);
+      }
+    }
+  }
+  // Writes what was put there in whole lines. Instructions that run once in a block are fetched anew by each, so only
+  // what needs the accumulators is unrolled.
+  __device__ __forceinline__ void write_rows(int tile, bool last) const {
+    warpgroup_sync(1 + group_);
+    write_owned_rows(tile);
+    if (!last) warpgroup_sync(1 + group_);  // the next tile's results go to the same place
+  }
+
+  __device__ __forceinline__ bool owns(int tile) const {
+    return tile < kTiles &&
+           (p.splits == 1 || (tile >= block_.first_owned_tile() && tile < block_.end_of_owned_tiles()));
+  }
   __device__ __forceinline__ int first_column(int tile, int warp) const {
     const int row = block_.weight_row(tile) + 16 * warp;
     return p.swiglu ? row / 2 : row;
@@ -315,7 +330,7 @@ class StreamConsumer {
   const StreamBlock<kRows>& block_;
   const StreamHopperArguments& p;
   const int warp_ = static_cast<int>(threadIdx.x) / 32;
-  const int group_ = warp_ / 4;
+  const int group_;  // warp_ / 4
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   PipelineState weight_state_, x_state_;
   Sum sums_[kTiles][4];
@@ -354,29 +369,12 @@ class StreamConsumer {
     }
   }
 
-  __device__ __forceinline__ bool owns(int tile) const {
-    return tile < kTiles &&
-           (p.splits == 1 || (tile >= block_.first_owned_tile() && tile < block_.end_of_owned_tiles()));
-  }
   // Whether the 16 weight rows of this warp begin inside the tile.
   __device__ __forceinline__ bool has_weight_rows() const { return 16 * warp_ < p.tile_rows; }
-  __device__ __forceinline__ uint32_t results(int i, int half) const {
-    return i < kTiles ? self().results(i, half) : 0;
-  }
   __device__ __forceinline__ uint32_t staging(int row, int chunk) const {
     return block_.staging + group_ * staging_bytes_of(kRows) + swizzled_offset(kRows, row, chunk);
   }
-  // Stages tiles i and i + 1 of y as [row of x][column], in the 128-byte swizzle.
-  __device__ __forceinline__ void put_results(int i) const {
-    const int matrix = lane_ / 8;
-    if (p.swiglu) {
-      stmatrix_x2_trans(staging(8 * (i + matrix % 2) + lane_ % 8, warp_ % 4), results(i, 0), results(i + 1, 0));
-    } else {
-      const uint32_t matrices[4] = {results(i, 0), results(i, 1), results(i + 1, 0), results(i + 1, 1)};
-      stmatrix_x4_trans(staging(8 * (i + matrix / 2) + lane_ % 8, 2 * (warp_ % 4) + matrix % 2), matrices);
-    }
-  }
-  __device__ __forceinline__ void write_rows(int tile) const {
+  __device__ __forceinline__ void write_owned_rows(int tile) const {
     const int end_weight_row = block_.weight_row(tile) + p.tile_rows;
     const int end_column = min(p.columns, p.swiglu ? end_weight_row / 2 : end_weight_row);
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
@@ -399,22 +397,24 @@ class SameTypeConsumer : public StreamConsumer<SameTypeConsumer<T, kRows>, float
   using Base::first_column, Base::lane_, Base::p, Base::sums_, Base::warp_;
 
  public:
-  using Base::Base;
+  __device__ __forceinline__ SameTypeConsumer(const StreamBlock<kRows>& block, const StreamHopperArguments& arguments)
+      : Base(block, arguments, static_cast<int>(threadIdx.x) / kWarpgroupThreads) {}
 
   __device__ __forceinline__ void multiply_tile(int tile) {
     load_bias(tile);
     this->clear_sums();
     this->multiply_chunks();
   }
-  static __device__ __forceinline__ void multiply(float (&sums)[kRows / 8][4], uint64_t a, uint64_t b, bool) {
-    wgmma<T>(sums, a, b);
-  }
-  __device__ __forceinline__ uint32_t results(int i, int half) const {
-    const float (&z)[4] = sums_[i];
-    if (p.swiglu) {
-      return pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]), silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
+  static __device__ __forceinline__ void multiply_chunk(float (&sums)[kRows / 8][4], uint32_t weights, uint32_t x,
+                                                        bool) {
+#pragma unroll
+    for (int k = 0; k < kSwizzleBytes; k += 32) {
+      wgmma<T>(sums, matrix_descriptor(weights + k, 16), matrix_descriptor(x + k, 16));
     }
-    return pack_pair<T>(z[2 * half] + bias_[half], z[2 * half + 1] + bias_[half]);
+  }
+  __device__ __forceinline__ void write_tile(int tile, bool last) const {
+    this->put_results([&](int i, int half) { return results(i, half); });
+    this->write_rows(tile, last);
   }
 
  private:
@@ -426,6 +426,13 @@ class SameTypeConsumer : public StreamConsumer<SameTypeConsumer<T, kRows>, float
     const int column = first_column(tile, warp_) + lane_ / 4;
     bias_[0] = bias_of(column, false);
     bias_[1] = bias_of(p.swiglu ? column : column + 8, p.swiglu);
+  }
+  __device__ __forceinline__ uint32_t results(int i, int half) const {
+    const float (&z)[4] = sums_[i];
+    if (p.swiglu) {
+      return pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]), silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
+    }
+    return pack_pair<T>(z[2 * half] + bias_[half], z[2 * half + 1] + bias_[half]);
   }
 
   float bias_[2];

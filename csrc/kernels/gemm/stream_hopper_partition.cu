@@ -20,38 +20,37 @@ constexpr std::array<int, 8> kWaves{1, 2, 3, 4, 6, 8, 12, 16};
 // The number of the kernel's variant.
 int32_t number_of(const StreamHopperVariant& variant) {
   const auto wave = std::find(kWaves.begin(), kWaves.end(), variant.waves) - kWaves.begin();
-  return variant.half * 4096 + variant.x_rows / 8 * 64 + (variant.splits - 1) * 8 + static_cast<int32_t>(wave);
+  return variant.x_rows / 8 * 64 + (variant.splits - 1) * 8 + static_cast<int32_t>(wave);
 }
 constexpr StreamHopperVariant variant_of(int32_t number) {
-  return {number % 4096 / 64 * 8, number / 8 % 8 + 1, kWaves[number % 8], number >= 4096};
+  return {number / 64 * 8, number / 8 % 8 + 1, kWaves[number % 8]};
 }
 
 std::string name_of(const StreamHopperVariant& variant) {
-  std::string name = "n" + std::to_string(variant.x_rows) + "s" + std::to_string(variant.splits);
-  if (variant.waves > 1) name += "w" + std::to_string(variant.waves);
-  return variant.half ? name + "h" : name;
+  const std::string name = "n" + std::to_string(variant.x_rows) + "s" + std::to_string(variant.splits);
+  return variant.waves == 1 ? name : name + "w" + std::to_string(variant.waves);
 }
 
-// About how many cycles a launch takes in a chain of launches. Not a theory: the constants are fitted to measurements
-// on an H200, so that the order of the variants comes out right (docs/gemm.md).
-double cycles(const GemmShape& shape, const StreamHopperVariant& variant, const StreamHopperPartition& partition) {
+// About how many cycles a launch takes.
+double cycles(const GemmShape& shape, const StreamHopperVariant& variant, const StreamHopperPartition& partition,
+              const StreamHopperCosts& costs) {
   const double x_rows = variant.x_rows, splits = variant.splits;
   const double chunks = static_cast<double>(divide_up(divide_up(shape.in_features, kBlockK), variant.splits));
-  const double load = (partition.tile_rows + x_rows) * kSwizzleBytes / 29.0;
-  const double multiply = partition.groups * 4 * std::max(x_rows / 2, 16.0) + 275.0;
+  const double load = (partition.tile_rows + x_rows) * kSwizzleBytes / costs.loaded;
+  const double multiply = costs.wgmma * partition.groups * 4 * std::max(x_rows / 2, 16.0) + costs.latency;
   const double multiprocessor = variant.waves * chunks * std::max(load, multiply);
-  const double memory = 2.0 * static_cast<double>(shape.in_features * shape.out_features) / 6300.0;
-  const double start = partition.is_small ? 1600.0 : 9000.0;
-  const double exchange =
-      variant.splits == 1 ? 0.0 : 1600.0 + (splits - 1) / splits * partition.tile_rows * x_rows * 4 / 4.4;
-  const double write = 22.0 * x_rows / splits + 150.0 * variant.waves;
-  return std::max(multiprocessor, memory) + 0.35 * std::min(multiprocessor, memory) + start + exchange + write;
+  const double memory = 2.0 * static_cast<double>(shape.in_features * shape.out_features) / costs.memory;
+  const double start = partition.is_small ? costs.small_start : costs.start;
+  const double sums = (splits - 1) / splits * partition.tile_rows * x_rows * 4;  // bytes that a block sends
+  const double exchange = variant.splits == 1 ? 0.0 : costs.exchange + sums / costs.exchanged;
+  const double write = costs.written * x_rows / splits + costs.tile * variant.waves;
+  return std::max(multiprocessor, memory) + costs.overlap * std::min(multiprocessor, memory) + start + exchange + write;
 }
 
 }  // namespace
 
 StreamHopperPartition::StreamHopperPartition(const GemmShape& shape, const StreamHopperVariant& variant,
-                                             int max_warpgroups, const ClustersAtOnce& clusters,
+                                             const StreamHopperKernel& kernel, const ClustersAtOnce& clusters,
                                              const DeviceProperties& device) {
   const int unit = shape.activation == Activation::kSwiglu ? 16 : 8;
   const int64_t chunks = divide_up(shape.in_features, kBlockK);
@@ -59,7 +58,7 @@ StreamHopperPartition::StreamHopperPartition(const GemmShape& shape, const Strea
   const int64_t columns_of_tiles = int64_t{clusters[variant.splits]} * variant.waves / all_row_tiles;
   if (columns_of_tiles == 0 || chunks < variant.splits) return;
   const int64_t rows = divide_up(divide_up(shape.out_features, columns_of_tiles), unit) * unit;
-  if (rows > kWarpgroupRows * max_warpgroups) return;
+  if (rows > kWarpgroupRows * kernel.max_warpgroups(variant.x_rows)) return;
   tile_rows = static_cast<int>(rows);
   groups = divide_up(tile_rows, kWarpgroupRows);
   owned_tiles = divide_up(variant.x_rows / 8, variant.splits);
@@ -69,13 +68,8 @@ StreamHopperPartition::StreamHopperPartition(const GemmShape& shape, const Strea
   const int64_t loaded = variant.waves * divide_up(chunks, variant.splits) * (tile_rows + variant.x_rows);
   // The runtime keeps 1 KB for each block. Somewhat less than all loads in flight is enough.
   const int half = (device.max_shared_memory_per_block + 1024) / 2 - 1024;
-  const bool fits_half = loaded * kSwizzleBytes * 9 / 10 <= half - other_bytes(variant);
-  is_small = (variant.half || fits_half) && divide_into_stages(variant, half);
-  if (variant.half) {
-    fits = is_small && !fits_half;  // else it is the variant without `half`
-  } else {
-    fits = is_small || divide_into_stages(variant, device.max_shared_memory_per_block);
-  }
+  is_small = loaded * kSwizzleBytes * 9 / 10 <= half - other_bytes(variant) && divide_into_stages(variant, half);
+  fits = is_small || divide_into_stages(variant, device.max_shared_memory_per_block);
 }
 
 int StreamHopperPartition::other_bytes(const StreamHopperVariant& variant) const {
@@ -96,12 +90,9 @@ bool StreamHopperPartition::divide_into_stages(const StreamHopperVariant& varian
 }
 
 StreamHopperVariants::StreamHopperVariants(StreamHopperKernel kernel) : kernel_(std::move(kernel)) {
-  for (const bool half : {false, true}) {
-    if (half && !kernel_.has_halves) continue;
-    for (const int x_rows : kernel_.x_rows) {
-      for (const int waves : kWaves) variants_.push_back({x_rows, 1, waves, half});
-      for (int splits = 2; splits <= kMaxSplits; ++splits) variants_.push_back({x_rows, splits, 1, half});
-    }
+  for (const int x_rows : kernel_.x_rows) {
+    for (const int waves : kWaves) variants_.push_back({x_rows, 1, waves});
+    for (int splits = 2; splits <= kMaxSplits; ++splits) variants_.push_back({x_rows, splits, 1});
   }
 }
 
@@ -109,12 +100,6 @@ std::vector<GemmVariant> StreamHopperVariants::names() const {
   std::vector<GemmVariant> names;
   for (const StreamHopperVariant& variant : variants_) names.push_back({number_of(variant), name_of(variant)});
   return names;
-}
-
-StreamHopperPartition StreamHopperVariants::partition_of(const GemmShape& shape, const StreamHopperVariant& variant,
-                                                         const ClustersAtOnce& clusters,
-                                                         const DeviceProperties& device) const {
-  return {shape, variant, kernel_.max_warpgroups(variant.x_rows), clusters, device};
 }
 
 // Whether a tile with fewer rows of x would need no more tiles.
@@ -126,15 +111,15 @@ bool StreamHopperVariants::is_padded(const GemmShape& shape, const StreamHopperV
 // How many cycles a variant takes, about; infinite where the device cannot run this GEMM in it.
 double StreamHopperVariants::cycles_or_infinite(const GemmShape& shape, const StreamHopperVariant& variant,
                                                 const ClustersAtOnce& clusters, const DeviceProperties& device) const {
-  const StreamHopperPartition partition = partition_of(shape, variant, clusters, device);
-  return partition.fits ? cycles(shape, variant, partition) : std::numeric_limits<double>::infinity();
+  const StreamHopperPartition partition(shape, variant, kernel_, clusters, device);
+  return partition.fits ? cycles(shape, variant, partition, kernel_.costs) : std::numeric_limits<double>::infinity();
 }
 
 bool StreamHopperVariants::fit(const GemmShape& shape, const DeviceProperties& device, int32_t number) const {
   ClustersAtOnce clusters;
   if (clusters_at_once(device, clusters) != cudaSuccess) return false;
   const auto fits = [&](const StreamHopperVariant& variant) {
-    return partition_of(shape, variant, clusters, device).fits;
+    return StreamHopperPartition(shape, variant, kernel_, clusters, device).fits;
   };
   if (number != kOwnVariant) return fits(variant_of(number));
   return std::any_of(variants_.begin(), variants_.end(), fits);
@@ -168,7 +153,7 @@ cudaError_t StreamHopperVariants::choose(const GemmShape& shape, const DevicePro
     }
     if (fewest == std::numeric_limits<double>::infinity()) return cudaErrorNotSupported;
   }
-  partition = partition_of(shape, variant, clusters, device);
+  partition = StreamHopperPartition(shape, variant, kernel_, clusters, device);
   return partition.fits ? cudaSuccess : cudaErrorNotSupported;
 }
 

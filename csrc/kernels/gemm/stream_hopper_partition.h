@@ -16,14 +16,29 @@ struct StreamHopperVariant {
   int x_rows;  // of a tile
   int splits;  // blocks of a cluster, which split k
   int waves;   // tiles of a block, 1 where k is split
-  bool half;   // a block takes at most half of a multiprocessor's shared memory
+};
+
+// Of a model of the cycles that a launch takes in a chain of launches. Not a theory: fitted to measurements of a
+// kernel, so that the order of its variants comes out right (docs/gemm.md).
+struct StreamHopperCosts {
+  double loaded;       // bytes that a multiprocessor loads in a cycle
+  double wgmma;        // cycles of a chunk for each that its wgmmas would take alone
+  double latency;      // cycles of a chunk besides
+  double memory;       // bytes of the weight that all load in a cycle
+  double overlap;      // the part of the lesser of the two times above that is added to the greater
+  double small_start;  // cycles before the first chunk, where two blocks fit into a multiprocessor
+  double start;        // or do not
+  double exchange;     // cycles where k is split, and
+  double exchanged;    // bytes of sums that a block sends in a cycle
+  double written;      // cycles for each row of x that a block owns
+  double tile;         // cycles for each tile of a block
 };
 
 // What differs between the kernels.
 struct StreamHopperKernel {
   std::vector<int> x_rows;            // that a tile can have, multiples of 8 from the fewest to the most
   int (*max_warpgroups)(int x_rows);  // that multiply, of a block
-  bool has_halves;                    // there are variants with `half`; without it small GEMMs take half by themselves
+  StreamHopperCosts costs;
 };
 
 // A variant for a GEMM on a device.
@@ -40,7 +55,7 @@ struct StreamHopperPartition {
   bool is_small = false;  // two blocks fit into a multiprocessor: that of the next launch loads its first weights early
 
   StreamHopperPartition() = default;
-  StreamHopperPartition(const GemmShape& shape, const StreamHopperVariant& variant, int max_warpgroups,
+  StreamHopperPartition(const GemmShape& shape, const StreamHopperVariant& variant, const StreamHopperKernel& kernel,
                         const ClustersAtOnce& clusters, const DeviceProperties& device);
 
  private:
@@ -64,8 +79,6 @@ class StreamHopperVariants {
                      StreamHopperVariant& variant, StreamHopperPartition& partition) const;
 
  private:
-  StreamHopperPartition partition_of(const GemmShape& shape, const StreamHopperVariant& variant,
-                                     const ClustersAtOnce& clusters, const DeviceProperties& device) const;
   double cycles_or_infinite(const GemmShape& shape, const StreamHopperVariant& variant, const ClustersAtOnce& clusters,
                             const DeviceProperties& device) const;
   bool is_padded(const GemmShape& shape, const StreamHopperVariant& variant) const;
@@ -91,8 +104,9 @@ cudaError_t launch_stream(void (*kernel)(Arguments), Arguments arguments, const 
       error != cudaSuccess) {
     return error;
   }
-  if (const cudaError_t error = set_arguments(params, variant, partition, arguments); error != cudaSuccess)
+  if (const cudaError_t error = set_arguments(params, variant, partition, arguments); error != cudaSuccess) {
     return error;
+  }
   return launch_clusters(kernel, dim3(static_cast<unsigned>(partition.blocks)), threads_of(partition),
                          static_cast<size_t>(partition.shared_bytes), variant.splits, device, stream, arguments);
 }
