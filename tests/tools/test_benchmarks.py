@@ -15,6 +15,7 @@ NEED_A_GPU = [
     "gemm_eight_bit",
     "gemm_quantized",
     "gemm_sweep",
+    "quantize",
     "rms_norm",
     "sampling",
 ]

@@ -1,8 +1,6 @@
 // What quantization to 8 bits computes with: magnitudes and correctly rounded quotients.
 #pragma once
 
-#include <cfloat>
-
 #include "elements.cuh"
 
 namespace qwen_plugins {
@@ -14,9 +12,14 @@ __device__ __forceinline__ float larger_magnitude(float a, float b) {
   return result;
 }
 
-// Quotients by one divisor above 0, rounded correctly: a product with the reciprocal, and its remainder (Markstein,
-// "Computation of elementary functions", 1990). Infinity stays infinity. Of a divisor that is not above 0 the quotients
-// are those of zeros: 0 for finite values, else NaN.
+// value / divisor, rounded correctly unless something leaves the range: the product with the reciprocal, and its
+// remainder (Markstein, "Computation of elementary functions", 1990).
+__device__ __forceinline__ float quotient(float value, float divisor, float reciprocal) {
+  const float product = value * reciprocal;
+  return __fmaf_rn(__fmaf_rn(-product, divisor, value), reciprocal, product);
+}
+
+// Quotients by one divisor above 0, of any size; by another 0 for finite values, else NaN.
 class QuotientBy {
  public:
   __device__ __forceinline__ explicit QuotientBy(float divisor) {
@@ -26,9 +29,7 @@ class QuotientBy {
     reciprocal_ = __frcp_rn(divisor_);
   }
   __device__ __forceinline__ float operator()(float value) const {
-    const float product = value * factor_ * reciprocal_;
-    const float quotient = __fmaf_rn(__fmaf_rn(-product, divisor_, value * factor_), reciprocal_, product);
-    return fabsf(product) <= FLT_MAX ? quotient : product;
+    return quotient(value * factor_, divisor_, reciprocal_);
   }
 
  private:

@@ -32,15 +32,66 @@ __device__ __forceinline__ float largest_of_block(float largest) {
   return largest;
 }
 
-// The scale of the block's row. `largest()` returns the largest magnitude of a thread's elements.
-template <typename Largest>
-__device__ __forceinline__ float scale_of_row(const QuantizeParams& p, const Largest& largest) {
-  if (p.static_scale != nullptr) return *p.static_scale;
-  const float magnitude = largest_of_block(largest());
-  float scale = fmaxf(__fdiv_rn(magnitude, p.quant_dtype == DataType::kInt8 ? 127.0F : 448.0F), FLT_MIN);
-  if (!(magnitude <= FLT_MAX)) scale = NAN;
+// The scale of the block's row, whose largest magnitude is the largest of all threads'; one thread writes it.
+__device__ __forceinline__ float scale_of_row(const QuantizeParams& p, float largest) {
+  largest = largest_of_block(largest);
+  float scale = fmaxf(__fdiv_rn(largest, p.quant_dtype == DataType::kInt8 ? 127.0F : 448.0F), FLT_MIN);
+  if (!(largest <= FLT_MAX)) scale = NAN;
   if (threadIdx.x == 0) p.scales[blockIdx.x] = scale;
   return scale;
+}
+
+// Codes of elements by one scale. `kStatic`: quotients of any size saturate; else they are at most 127 or 448, or the
+// scale is NaN, with which int8 codes are 0 and float8 codes 0 for finite elements and else NaN.
+template <bool kStatic>
+class Codes {
+ public:
+  __device__ __forceinline__ Codes(float scale, DataType dtype) : dtype_(dtype) {
+    if (!(scale > 0.0F)) return;
+    divisor_ = scale;
+    reciprocal_ = __frcp_rn(scale);
+  }
+
+  __device__ __forceinline__ uint32_t of_four(const float (&values)[4]) const {
+    float scaled[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled[i] = divided(values[i]);
+    if (dtype_ != DataType::kInt8) return to_float8_e4m3x4(scaled);
+    if constexpr (kStatic) {
+      return to_int8x4(scaled);
+    } else {
+      // Faster than conversions, of which a multiprocessor has few units: 1.5 * 2^23 + x has the bits of x, rounded to
+      // an integer, in the lowest byte.
+      uint32_t bits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bits[i] = bit_cast<uint32_t>(scaled[i] + 0x1.8p23F);
+      const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
+      const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
+      return divisor_ > 0.0F ? __byte_perm(low, high, 0x5410) : 0;
+    }
+  }
+  __device__ __forceinline__ uint8_t of(float value) const {
+    const float scaled = divided(value);
+    return static_cast<uint8_t>(dtype_ == DataType::kInt8 ? to_int8_bits(scaled) : to_float8_e4m3_bits(scaled));
+  }
+
+ private:
+  __device__ __forceinline__ float divided(float value) const {
+    const float exact = quotient(value, divisor_, reciprocal_);
+    const float product = value * reciprocal_;
+    return kStatic && !(fabsf(product) <= 0x1p20F) ? product : exact;  // else infinity would become NaN
+  }
+
+  DataType dtype_;
+  float divisor_ = 0.0F;
+  float reciprocal_ = 0.0F;
+};
+
+// The larger magnitudes of the halves of a word; NaN if one is.
+template <typename T>
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  return bit_cast<uint32_t>(__hmax2_nan(__habs2(bit_cast<Pair>(a)), bit_cast<Pair>(b)));
 }
 
 // A row in registers, kPacks packs a thread: all of its loads are in flight before the first is used.
@@ -56,34 +107,27 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_in_packs(const __grid_co
   FullPack packs[kPacks];
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) packs[j] = index(j) < num_packs ? x[index(j)] : FullPack{};
-  const float scale = scale_of_row(p, [&] {
-    float largest = 0.0F;
-#pragma unroll
-    for (const FullPack& pack : packs) {
-      float values[kElements];
-      unpack<T>(values, pack);
-#pragma unroll
-      for (const float value : values) largest = larger_magnitude(largest, value);
-    }
-    return largest;
-  });
-  const QuotientBy quotient(scale);
   auto* q = reinterpret_cast<Pack<2>*>(static_cast<uint8_t*>(p.q) + row * p.columns);
+  const auto store = [&](const auto& codes) {
 #pragma unroll
-  for (int j = 0; j < kPacks; ++j) {
-    if (index(j) >= num_packs) break;
-    float values[kElements];
-    unpack<T>(values, packs[j]);
-    Pack<2> codes;
-#pragma unroll
-    for (int word = 0; word < 2; ++word) {
-      float part[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) part[i] = quotient(values[4 * word + i]);
-      codes.words[word] = p.quant_dtype == DataType::kInt8 ? to_int8x4(part) : to_float8_e4m3x4(part);
+    for (int j = 0; j < kPacks; ++j) {
+      if (index(j) >= num_packs) break;
+      float values[kElements];
+      unpack<T>(values, packs[j]);
+      const float halves[2][4] = {{values[0], values[1], values[2], values[3]},
+                                  {values[4], values[5], values[6], values[7]}};
+      q[index(j)] = {codes.of_four(halves[0]), codes.of_four(halves[1])};
     }
-    q[index(j)] = codes;
-  }
+  };
+  if (p.static_scale != nullptr) return store(Codes<true>(*p.static_scale, p.quant_dtype));
+  uint32_t largest = 0;
+#pragma unroll
+  for (const FullPack& pack : packs)
+#pragma unroll
+    for (const uint32_t word : pack.words) largest = larger_halves<T>(word, largest);
+  float halves[kElements];
+  unpack<T>(halves, FullPack{largest});
+  store(Codes<false>(scale_of_row(p, larger_magnitude(halves[0], halves[1])), p.quant_dtype));
 }
 
 // For float32, for rows that are too long for registers, and for sizes or addresses that are no multiples of 16 bytes.
@@ -93,19 +137,17 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_in_elements(const __grid
   wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
-  const float scale = scale_of_row(p, [&] {
+  float scale;
+  if (p.static_scale != nullptr) {
+    scale = *p.static_scale;
+  } else {
     float largest = 0.0F;
-    for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) {
-      largest = larger_magnitude(largest, to_float(x[i]));
-    }
-    return largest;
-  });
-  const QuotientBy quotient(scale);
-  auto* q = static_cast<uint8_t*>(p.q) + row * p.columns;
-  for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) {
-    const float value = quotient(to_float(x[i]));
-    q[i] = static_cast<uint8_t>(p.quant_dtype == DataType::kInt8 ? to_int8_bits(value) : to_float8_e4m3_bits(value));
+    for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) largest = larger_magnitude(largest, to_float(x[i]));
+    scale = scale_of_row(p, largest);
   }
+  const Codes<true> codes(scale, p.quant_dtype);
+  auto* q = static_cast<uint8_t*>(p.q) + row * p.columns;
+  for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) q[i] = codes.of(to_float(x[i]));
 }
 
 template <typename T>

@@ -134,14 +134,17 @@ struct ReciprocalRms {
   }
 };
 
+// Loads the static scale, if there is one: early, since nothing hides the latency of a load after the reduction.
+__device__ __forceinline__ float load_static_scale(const RmsNormArguments& p) {
+  return p.static_scale == nullptr ? 0.0F : *p.static_scale;
+}
+
 // The factor from h * w to the quantized value. Writes the row's scale where it is dynamic.
 template <Output kOutput>
-__device__ __forceinline__ float quantization_factor(const RmsNormArguments& p, float rstd, float largest, int64_t row,
-                                                     bool writes_scale) {
-  float scale;
-  if (p.static_scale != nullptr) {
-    scale = *p.static_scale;
-  } else {
+__device__ __forceinline__ float quantization_factor(const RmsNormArguments& p, float static_scale, float rstd,
+                                                     float largest, int64_t row, bool writes_scale) {
+  float scale = static_scale;
+  if (p.static_scale == nullptr) {
     scale = largest * rstd * (1.0F / kLargestQuantized<kOutput>);
     scale = scale < FLT_MIN ? FLT_MIN : scale;  // a row of zeros; NaN stays
     if (writes_scale) *at(p.scales, p.scale_rows, row) = scale;
@@ -269,6 +272,7 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
     }
   }
   wait_for_previous_kernel();
+  const float static_scale = kQuantize ? load_static_scale(p) : 0.0F;
   FullPack h[kPacks];
   FullPack residual[kResidual ? kPacks : 1];
   ThreadWeights<T, kPacks, kWeightMode> weights;
@@ -316,8 +320,8 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   const ReciprocalRms<T> rstd(statistics.sum_of_squares, p);
 
   if constexpr (kQuantize) {
-    const float factor =
-        quantization_factor<kOutput>(p, rstd.value, statistics.largest, row, threadIdx.x == 0 && row_exists);
+    const float factor = quantization_factor<kOutput>(p, static_scale, rstd.value, statistics.largest, row,
+                                                      threadIdx.x == 0 && row_exists);
     auto* q = at(static_cast<uint8_t*>(p.output), p.output_rows, row);
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
@@ -402,7 +406,8 @@ __global__ void __launch_bounds__(1024) rms_norm_long_row(const __grid_constant_
   const ReciprocalRms<T> rstd(statistics.sum_of_squares, p);
   float factor = 0.0F;
   if constexpr (kQuantize) {
-    factor = quantization_factor<kOutput>(p, rstd.value, statistics.largest, row, threadIdx.x == 0);
+    factor =
+        quantization_factor<kOutput>(p, load_static_scale(p), rstd.value, statistics.largest, row, threadIdx.x == 0);
   }
 
   for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
