@@ -108,7 +108,10 @@ struct Partition {
     shared_bytes = others + stages * stage.stride;
     // Two blocks of a launch must not share a multiprocessor while another has none.
     if (!variant.half) shared_bytes = std::max(shared_bytes, half_bytes + 1024);
-    fits = stages >= std::min<int64_t>(3, loads);
+    // A warpgroup waits for its next chunk before it releases one.
+    const bool has_next_stage =
+        !quantized_uses_wgmma(x_tiles) || stages >= 2 * k_warps || divide_up(chunks, variant.splits) <= k_warps;
+    fits = stages >= std::min<int64_t>(3, loads) && has_next_stage;
   }
 };
 
