@@ -458,13 +458,14 @@ class QuantizedTilesConsumer {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       mbarrier_wait(block_.full(state_.stage), state_.parity);
       const PackedChunk packed = load();
+      const uint64_t x = matrix_descriptor(block_.x(state_.stage), 16);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         wgmma_wait_group<kSteps - 1>();  // that of this step of the previous chunk has read a[step]
         if (step == kSteps - 1 && previous_stage >= 0) release(previous_stage);
         dequantize(a[step], packed, step);
         wgmma_fence();
-        wgmma_transposed<T>(sums_, a[step], matrix_descriptor(block_.x(state_.stage) + 32 * step, 16));
+        wgmma_transposed<T>(sums_, a[step], moved_descriptor(x, 32 * step));
         wgmma_commit_group();
       }
       previous_stage = state_.stage;
