@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS, require_tensorrt, require_torch, write_results
 from qwen_model import Session
+from qwen_model.interface.engine_config import KV_CACHE_DTYPES
 
 # Settings of a config.json of Qwen2. Qwen-7B is Qwen v1: the GEMMs are the same, with as many key-value heads as heads.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ class Load:
     new_tokens: int
 
     def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
-        """Return random prompts, different for each seed, so that no prefix cache helps."""
+        """Return random prompts, different for each seed."""
         tokens: list[list[int]] = (
             np.random.default_rng(seed).integers(0, vocab_size, (self.batch_size, self.prompt_tokens)).tolist()
         )
@@ -115,7 +116,7 @@ class Implementation(ABC):
 
 
 class QwenModel(Implementation):
-    """A QwenModel generates with a session of this project, of either back end."""
+    """A QwenModel generates with a session of this project, of either back end, without its prefix cache."""
 
     def __init__(self, session: Session):
         self.vocab_size = session.config.model.vocab_size
@@ -123,12 +124,15 @@ class QwenModel(Implementation):
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
+        self._session.scheduler.forget_prefixes()
         self._session.generate(prompts, max_new_tokens=new_tokens)
 
 
 def run(options: argparse.Namespace, module: Any) -> None:
     largest = Load(max(options.batch_sizes), max(options.prompt_tokens), options.new_tokens)
-    weights = ", ".join(filter(None, [options.dtype, options.quantization]))
+    per_token = "per token" if options.per_token else None
+    cache = None if options.kv_cache_dtype == "auto" else f"{options.kv_cache_dtype} cache"
+    weights = ", ".join(filter(None, [options.dtype, options.quantization, per_token, cache]))
     for shape in options.shapes:
         for name, implementation in module.loaded(options, shape, largest):
             results = []
@@ -142,7 +146,9 @@ def run(options: argparse.Namespace, module: Any) -> None:
                     print(line(results[-1]), flush=True)
             del implementation
             module.reset_memory()
-            path = options.results / f"{options.quantization or 'generate'}_{shape}_{name}.json"
+            kinds = [options.quantization or "generate", "per_token" if options.per_token else "", shape, name]
+            kinds += [] if cache is None else [f"{options.kv_cache_dtype}_cache"]
+            path = options.results / f"{'_'.join(filter(None, kinds))}.json"
             write_results(path, [dataclasses.asdict(result) for result in results])
             print(path, flush=True)
 
@@ -168,15 +174,26 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--quantization", choices=["int8", "int4"], help="of our torch back end's random weights")
+    parser.add_argument(
+        "--quantization",
+        choices=["int8", "int4", "smoothquant", "fp8"],
+        help="of our torch back end's random weights, and vLLM's; smoothquant and fp8: of x, too, with static scales",
+    )
+    parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
     parser.add_argument("--asymmetric", action="store_true", help="with int4")
     parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8")
     options = parser.parse_args()
     if options.quantization is not None:
         options.implementations = options.implementations or ["qwen_model"]
-        if options.backend != "torch" or options.implementations != ["qwen_model"] or "packaged" in options.shapes:
-            parser.error("--quantization is for --backend torch --implementations qwen_model, and not for packaged")
+        others = set(options.implementations) - {"qwen_model", "vllm"}
+        if options.backend != "torch" or others or "packaged" in options.shapes:
+            parser.error("--quantization is for --backend torch --implementations qwen_model vllm, not for packaged")
+    if options.per_token and options.quantization not in ("smoothquant", "fp8"):
+        parser.error("--per-token is for --quantization smoothquant and fp8")
+    if options.kv_cache_dtype != "auto" and (options.backend != "torch" or "packaged" in options.shapes):
+        parser.error("--kv-cache-dtype is for --backend torch, and not for packaged")
     (require_tensorrt if options.backend == "tensorrt" else require_torch)()
     module = importlib.import_module(f"benchmarks.generate_{options.backend}")
     options.implementations = options.implementations or module.IMPLEMENTATIONS

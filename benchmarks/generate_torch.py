@@ -20,11 +20,12 @@ from torch import Tensor
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from benchmarks.timing import capture
-from benchmarks.vllm_weights import WEIGHT_SCALE
+from benchmarks.vllm_weights import WEIGHT_SCALE, fill_codes
 from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.back_end import num_pages
 from qwen_model.backends.torch.device import TorchDevice
 from qwen_model.checkpoints.config import ModelConfig, read_config
+from qwen_model.checkpoints.eight_bit_weight import LARGEST_CODES
 from qwen_model.checkpoints.module_weights import NOT_QUANTIZED, Formats
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.common.progress import no_progress
@@ -34,8 +35,11 @@ from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.memory import GPU_MEMORY_UTILIZATION
 from qwen_model.quantization.formats import own_formats
 from qwen_model.quantization.options import QuantizationOptions
+from qwen_model.quantization.published import quantization_config
 from qwen_model.tuning.choice import choose_kernels
 
+LARGEST_INPUT = 8.0
+"""The largest magnitude of x that static scales are for: RMSNorm gives numbers of about 1."""
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
 
 
@@ -65,15 +69,17 @@ def random_weights(
     weights = {}
     for group in weight_groups(config, str(dtype).removeprefix("torch."), formats):
         for module in group.modules.values():
-            deviation = (2**module.format.bits) / 12**0.5 if module.format.bits else 1.0  # of uniform codes
+            deviation = 1.0  # of what the codes stand for
             for spec in module.tensors:
                 weight = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-                if spec is module.scales:
+                if spec is module.weight and module.format.bits:
+                    deviation = fill_codes(weight, module.format.bits)
+                elif spec is module.scales:
                     weight.fill_(WEIGHT_SCALE / deviation)
+                elif spec is module.input_scale:
+                    weight.fill_(LARGEST_INPUT / LARGEST_CODES[module.format.kind])
                 elif spec is module.zeros:
                     weight.fill_(1 << module.format.bits - 1)
-                elif not weight.is_floating_point():
-                    weight.random_(-(2**31), 2**31)
                 elif weight.dim() == 1:
                     weight.fill_(1.0)
                 else:
@@ -142,12 +148,18 @@ class Transformers(Implementation):
 class Vllm(Implementation):
     """Vllm runs vLLM, with weights drawn as ours are."""
 
-    def __init__(self, values: dict[str, Any], dtype: str, largest: Load):
+    def __init__(self, values: dict[str, Any], largest: Load, options: argparse.Namespace):
         import vllm
 
         self.vocab_size = values["vocab_size"]
         self._sampling = vllm.SamplingParams
-        self._engine = vllm_engine(values, dtype, largest.prompt_tokens + largest.new_tokens, largest.batch_size)
+        if options.quantization is not None:  # of the layers as ours; its head stays as it is
+            own = dataclasses.replace(quantization_options(options), head=None)
+            values = {**values, "quantization_config": quantization_config("compressed-tensors", own)}
+        positions = largest.prompt_tokens + largest.new_tokens
+        self._engine = vllm_engine(
+            values, options.dtype, positions, largest.batch_size, kv_cache_dtype=options.kv_cache_dtype
+        )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
@@ -156,7 +168,12 @@ class Vllm(Implementation):
 
 
 def vllm_engine(
-    values: dict[str, Any], dtype: str, max_model_len: int, max_num_seqs: int, gpu_memory_utilization: float = 0.78
+    values: dict[str, Any],
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    gpu_memory_utilization: float = 0.78,
+    kv_cache_dtype: str = "auto",
 ) -> Any:
     """Return a vLLM engine of this shape, with weights drawn as ours are."""
     import vllm
@@ -174,6 +191,7 @@ def vllm_engine(
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=False,
+        kv_cache_dtype=kv_cache_dtype,
         worker_extension_cls="benchmarks.vllm_weights.WorkerExtension",
     )
     if not all(engine.collective_rpc("fill_weights")):
@@ -209,12 +227,18 @@ def random_session(
 
 
 def random_formats(options: argparse.Namespace, config: ModelConfig) -> Formats:
-    """Return the formats that --quantization, --group-size, --asymmetric and --head-quantization ask for."""
+    """Return the formats that --quantization and the options beside it ask for."""
     if options.quantization is None:
         return NOT_QUANTIZED
+    return own_formats(quantization_options(options), config, options.dtype)
+
+
+def quantization_options(options: argparse.Namespace) -> QuantizationOptions:
+    """Return what --quantization and the options beside it say."""
     head = None if options.head_quantization == "none" else options.head_quantization
-    own = QuantizationOptions(options.quantization, options.group_size, not options.asymmetric, head)
-    return own_formats(own, config, options.dtype)
+    kind, group_size = options.quantization, options.group_size
+    per_token = getattr(options, "per_token", False)  # generate alone has it
+    return QuantizationOptions(kind, group_size, not options.asymmetric, head, per_token=per_token, per_channel=True)
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:
@@ -247,13 +271,13 @@ def loaded(options: argparse.Namespace, shape: str, largest: Load) -> Iterator[t
         weights = random_weights(config, dtype, options.device, formats)
     if "qwen_model" in options.implementations:
         limits = Limits(largest.batch_size, largest.prompt_tokens, largest.new_tokens)
-        yield "qwen_model", QwenModel(random_session(config, weights, limits, formats=formats))
+        yield "qwen_model", QwenModel(random_session(config, weights, limits, options.kv_cache_dtype, formats))
     if "products" in options.implementations and options.device != "cpu":
         yield "products", Products(config, weights)
     weights.clear()
     for name, make in (
         ("transformers", lambda: Transformers(values, dtype, options.device)),
-        ("vllm", lambda: Vllm(values, options.dtype, largest)),
+        ("vllm", lambda: Vllm(values, largest, options)),
     ):
         if name in options.implementations and importlib.util.find_spec(name) is not None:
             yield name, make()

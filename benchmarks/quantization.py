@@ -1,6 +1,6 @@
 """Measure what each quantization does to the packaged model, also with outliers put into it.
 
-    python -m benchmarks.quantization [--tokens 4096] [--device cpu]
+    python -m benchmarks.quantization [--tokens 4096] [--device cpu] [--dtype float32] [--methods smoothquant fp8]
 
 Large models have channels whose activations are a hundred times larger than others. The packaged model is too small for
 that, so it is also measured with some put in that change nothing of its function: norm weights are multiplied by up to
@@ -15,23 +15,19 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.common import RESULTS, require_torch, write_results
 
-if TYPE_CHECKING:
-    from qwen_model.engine.session import Session
-
-Floats = npt.NDArray[np.float32]
-
 WINDOW = 512
+MODELS = ("as packaged", "with outliers")
+PLAIN = "not quantized"
 METHODS: dict[str, dict[str, Any]] = {
-    "not quantized": {},
+    PLAIN: {},
     "int8": {"quantization": "int8"},
     "int4, groups of 128": {"quantization": "int4"},
     "int4, groups of 128, zero points": {"quantization": "int4", "symmetric": False},
@@ -43,6 +39,19 @@ METHODS: dict[str, dict[str, Any]] = {
         "symmetric": False,
         "activation_aware": True,
     },
+    "smoothquant, not smoothed": {"quantization": "smoothquant", "alpha": "none"},
+    "smoothquant": {"quantization": "smoothquant"},
+    "smoothquant, alpha auto": {"quantization": "smoothquant", "alpha": "auto"},
+    "smoothquant, per channel, alpha auto": {"quantization": "smoothquant", "per_channel": True, "alpha": "auto"},
+    "smoothquant, per token and channel, not smoothed": {
+        "quantization": "smoothquant",
+        "per_token": True,
+        "per_channel": True,
+        "alpha": "none",
+    },
+    "smoothquant, per token and channel": {"quantization": "smoothquant", "per_token": True, "per_channel": True},
+    "fp8, calibrated": {"quantization": "fp8", "calibrated": True},
+    "fp8, per token": {"quantization": "fp8"},
 }
 OUTLIER_CHANNELS, LARGEST_OUTLIER = 8, 100.0
 
@@ -72,37 +81,45 @@ def with_outliers(source: Path, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def next_token_logits(session: Session, tokens: Sequence[int]) -> Floats:
-    """Return the log-probabilities after each token but the last, in windows that do not see one another."""
-    windows = [tokens[start : start + WINDOW + 1] for start in range(0, len(tokens) - 1, WINDOW)]
-    logits = np.concatenate([session.logits(window[:-1]) for window in windows]).astype(np.float32)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
 def measure(
-    model_dir: Path, work: Path, method: Mapping[str, Any], tokens: int, device: str, reference: Floats | None
-) -> tuple[dict[str, float], Floats]:
-    """Return what an engine of the model has, and its log-probabilities; reference: those of one not quantized."""
+    model_dir: Path, work: Path, methods: Mapping[str, Mapping[str, Any]], tokens: int, device: str, dtype: str
+) -> Iterator[dict[str, Any]]:
+    """Yield what an engine of the model has with each method; the divergence is from the first."""
     import qwen_model
+    from qwen_model.evaluation.divergence import compare_predictions
     from qwen_model.packaged_model import held_out_text
 
     text = held_out_text()
     (work / "calibration.txt").write_text(text[: len(text) // 8], encoding="utf-8")
-    calibration: dict[str, Any] = {"calibration": work / "calibration.txt"} if "activation_aware" in method else {}
-    summary = qwen_model.build_engine(
-        model_dir, output_dir=work / "engine", dtype="float32", max_batch_size=1, **method, **calibration
-    )
-    session = qwen_model.load_engine(work / "engine", device=device)
-    assert session.tokenizer is not None
-    ids = session.tokenizer.encode(text[len(text) // 2 :])[: tokens + 1]
-    found = next_token_logits(session, ids)
-    nats = -found[np.arange(len(found)), ids[1:]].mean(dtype=np.float64)
-    record = {"perplexity": float(np.exp(nats)), "tokens": len(found), "bits": summary.weights.bits or 32.0}
-    record["megabytes"] = summary.weight_bytes / 1e6
-    if reference is not None:
-        record["divergence"] = float((np.exp(reference) * (reference - found)).sum(axis=1).mean(dtype=np.float64))
-    return record, found
+    summaries = {}
+    for name, options in methods.items():
+        method = dict(options)
+        calibrated = method.pop("calibrated", False) or "activation_aware" in method
+        smoothed = method.get("quantization") == "smoothquant" and not (
+            method.get("per_token") and method.get("alpha") == "none"
+        )
+        if calibrated or smoothed:
+            method["calibration"] = work / "calibration.txt"
+        summaries[name] = qwen_model.build_engine(
+            model_dir, output_dir=work / name, dtype=dtype, max_batch_size=1, **method
+        )
+
+    def load(engine: str) -> qwen_model.Session:
+        return qwen_model.load_engine(engine, device=device)
+
+    engines = [str(work / name) for name in methods]
+    found = compare_predictions(engines, load, text[len(text) // 2 :], WINDOW, tokens)
+    for (name, summary), prediction in zip(summaries.items(), found, strict=True):
+        yield {
+            "method": name,
+            "perplexity": prediction.perplexity,
+            "tokens": prediction.tokens,
+            "divergence": prediction.mean_divergence,
+            "largest_divergence": prediction.largest_divergence,
+            "same_token": prediction.same_token,
+            "bits": summary.weights.bits or 32.0,
+            "megabytes": summary.weight_bytes / 1e6,
+        }
 
 
 def main() -> None:
@@ -110,22 +127,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="that are predicted (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the engines (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--methods", nargs="+", default=[""], help="beginnings of the names of methods (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS / "quantization.json")
     options = parser.parse_args()
     require_torch()
     from qwen_model.packaged_model import packaged_model_dir
 
+    methods = {name: how for name, how in METHODS.items() if name.startswith((PLAIN, *options.methods))}
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        outliers = with_outliers(packaged_model_dir(), work / "outliers")
-        for model, model_dir in {"as packaged": packaged_model_dir(), "with outliers": outliers}.items():
-            reference = None
-            for name, method in METHODS.items():
-                record, found = measure(model_dir, work, method, options.tokens, options.device, reference)
-                reference = found if reference is None else reference
-                records.append({"method": name, "model": model, **record})
-                print(name, model, {key: round(value, 5) for key, value in record.items()}, sep=", ", flush=True)
+        outliers = with_outliers(packaged_model_dir(), Path(folder) / "outliers")
+        for model, model_dir in zip(MODELS, (packaged_model_dir(), outliers), strict=True):
+            if model not in options.models:
+                continue
+            work = Path(folder) / model
+            work.mkdir()
+            for record in measure(model_dir, work, methods, options.tokens, options.device, options.dtype):
+                records.append({"model": model, **record})
+                print({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
     write_results(options.output, records)
 
 

@@ -253,7 +253,8 @@ async def _send(port: int, request: Request) -> Record:
         "stream_options": {"include_usage": True},
     }
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
+    host = f"Host: 127.0.0.1:{port}"  # our server answers to the names of its address alone
+    head = f"POST /v1/completions HTTP/1.1\r\n{host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
     sent = time.perf_counter()
     arrivals: list[float] = []
     tokens, status, last = 0, b"", b""
@@ -354,9 +355,8 @@ def loads(options: argparse.Namespace, vocab_size: int) -> dict[str, list[Reques
     }
 
 
-def fresh(given: list[Request], run: int, vocab_size: int) -> list[Request]:
-    """Return requests of the same lengths with other tokens for each run: a prefix cache must not know them."""
-    draw = np.random.default_rng(run)
+def fresh(given: list[Request], draw: np.random.Generator, vocab_size: int) -> list[Request]:
+    """Return requests of the same lengths with tokens that are drawn anew: a prefix cache must not know them."""
     return [Request(draw.integers(256, vocab_size - 3, len(each.prompt)).tolist(), each.new_tokens) for each in given]
 
 
@@ -364,19 +364,20 @@ def measure(name: str, folder: Path, options: argparse.Namespace, rates: dict[st
     """Return the results of a server; `rates` gets its saturation where there is none yet."""
     found = []
     vocab_size = model_values(options)["vocab_size"]
+    draw = np.random.default_rng(1)
     with Server(name, folder, options) as server:
         load = Load(server.port, options.load_processes)
         most = 2 * options.max_batch_size
         chosen = {kind: given for kind, given in loads(options, vocab_size).items() if kind in options.loads}
         for kind, given in chosen.items():
-            load.run(fresh(given[: max(1, len(given) // 10)], 1, vocab_size), None, most)
-            records, seconds = load.run(fresh(given, 2, vocab_size), None, most)
+            load.run(fresh(given[: max(1, len(given) // 10)], draw, vocab_size), None, most)
+            records, seconds = load.run(fresh(given, draw, vocab_size), None, most)
             found.append(result(name, options, kind, None, records, seconds))
             rates.setdefault(kind, found[-1].requests_per_second)
-            for run, part in enumerate(options.parts, 3):
+            for part in options.parts:
                 rate = part * rates[kind]
                 timed = given[: min(len(given), max(1, int(rate * options.rate_seconds)))]
-                records, seconds = load.run(fresh(timed, run, vocab_size), rate, len(timed))
+                records, seconds = load.run(fresh(timed, draw, vocab_size), rate, len(timed))
                 found.append(result(name, options, kind, rate, records, seconds))
         records, seconds = load.run(alone(options, vocab_size), None, 1)
         found.append(result(name, options, "alone", None, records, seconds))
@@ -386,7 +387,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace, rates: dict[st
 
 def alone(options: argparse.Namespace, vocab_size: int) -> list[Request]:
     """Return the requests of one user."""
-    return fresh([Request([0] * FIXED_PROMPT, options.alone_tokens)] * ALONE, 0, vocab_size)
+    given = [Request([0] * FIXED_PROMPT, options.alone_tokens)] * ALONE
+    return fresh(given, np.random.default_rng(0), vocab_size)
 
 
 def measure_session(folder: Path, options: argparse.Namespace) -> list[Result]:

@@ -6,7 +6,7 @@ All requests are given at once; what is measured is the time until the last is d
 the seed 0, like those of ShareGPT's conversations: log-normal, of mean 250 and sigma 1 for prompts and mean 190 and
 sigma 0.8 for outputs, cut to 4 to 1024 tokens, which leaves means of 220 and 189. Tokens are random, an
 output has its length whatever its tokens are, and the choice is greedy. Both implementations have as many sequences at
-a time, and as much of the GPU's memory. The results are a file, throughput_offline.json.
+a time, and as much of the GPU's memory, and no prefix cache. The results are a file, throughput_offline.json.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class QwenModel:
         """Return when all requests are done."""
         from qwen_model.engine.sequences import Sequence
 
+        self._scheduler.forget_prefixes()
         for request in given:
             self._scheduler.add(Sequence(request.prompt, request.new_tokens))
         while self._scheduler.has_work:

@@ -171,6 +171,7 @@ def _benchmark_engine(options: argparse.Namespace) -> tuple[dict[str, Any], list
         "architecture": config.model.architecture,
         "parameters": config.num_parameters,
         "dtype": config.dtype,
+        "quantization": sorted({each.text for each in config.weight_formats.values()}),
         "device": _device_name(options.device),
         "versions": config.versions,
         "load": workload.description,
@@ -262,10 +263,18 @@ def _device_name(device: str | None) -> str:
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def _what_was_measured(heading: dict[str, Any]) -> str:
+    if "engine" not in heading:
+        return str(heading["url"])
+    formats = " and ".join(heading["quantization"])
+    quantized = [f"weights in {formats}"] if formats else []
+    return ", ".join([heading["engine"], heading["dtype"], *quantized, heading["device"]])
+
+
 def _report(options: argparse.Namespace, heading: dict[str, Any], rows: list[Row]) -> None:
     from .evaluation.throughput import draw, markdown
 
-    what = f"{heading['engine']}, {heading['dtype']}, {heading['device']}" if "engine" in heading else heading["url"]
+    what = _what_was_measured(heading)
     print(f"{what}: {heading['load']}\n")
     print(markdown(rows, "at a time" if options.url else "batch"))
     if options.output is not None:

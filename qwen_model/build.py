@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
-    add_int4_arguments,
+    add_quantization_arguments,
     add_tuning_argument,
     add_verbose_argument,
     parse_rotary_scaling,
     progress_bar,
+    quantization_settings,
     run_command,
     weights_text,
 )
 from .common.log import show_log
 from .interface.engine_config import KV_CACHE_DTYPES, PLUGINS, RTX_COMPUTE_CAPABILITIES
-from .quantization.options import HEADS, MODES
+from .quantization.options import MODES
 
 if TYPE_CHECKING:
     from .engine import BuildSummary
@@ -50,12 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_output_len=options.max_output_len,
             max_num_tokens=options.max_num_tokens,
             kv_cache_dtype=options.kv_cache_dtype,
-            quantization=options.quantization,
-            group_size=options.group_size,
-            symmetric=False if options.asymmetric else None,
-            head_quantization=options.head_quantization,
-            activation_aware=options.activation_aware,
-            calibration=options.calibration,
+            **quantization_settings(options),
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
             tuning=options.tuning,
@@ -152,28 +148,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("quantization of weights", "see docs/quantization.md")
+    group = parser.add_argument_group("quantization of linear layers", "see docs/quantization.md")
     group.add_argument(
         "--quantization",
         default="auto",
         choices=MODES,
-        help="of linear layers: int8, with a scale for each output, or int4, with one for each group of inputs; auto "
+        help="int8 or int4: of their weights; smoothquant or fp8: of their inputs, too, in int8 or fp8; auto "
         "(default): as the checkpoint is; none: in the engine's type, also if the checkpoint is quantized",
     )
-    add_int4_arguments(group)
-    group.add_argument(
-        "--head-quantization",
-        choices=HEADS,
-        help="of the output projection (default: int8 with --quantization int8 or int4, else as the checkpoint is); "
-        "the embedding stays as it is",
-    )
-    group.add_argument(
-        "--activation-aware",
-        action="store_true",
-        help="with int4 or int8: scale the inputs of layers first, as AWQ does, by what the network does with a text; "
-        "less error, and it needs PyTorch",
-    )
-    group.add_argument("--calibration", metavar="FILE", help="that text (default: the packaged model's held-out text)")
+    add_quantization_arguments(group)
 
 
 def _plan_text(options: argparse.Namespace) -> str:
@@ -187,14 +170,12 @@ def _plan_text(options: argparse.Namespace) -> str:
         max_output_len=options.max_output_len,
         max_num_tokens=options.max_num_tokens,
         kv_cache_dtype=options.kv_cache_dtype,
-        quantization=options.quantization,
-        group_size=options.group_size,
-        symmetric=False if options.asymmetric else None,
-        head_quantization=options.head_quantization,
+        **quantization_settings(options),
     )
     mib = 2.0**20
     cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
     return (
+        f"type        {plan.dtype}\n"
         f"{weights_text(plan.weights)}"
         f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequence{'s' * (plan.sequences != 1)} "
         f"of {plan.positions} tokens\n"

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from .common.extras import import_extra
 from .common.files import is_folder, parse_json_object, read_text
 from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
-from .quantization.options import DEFAULT_GROUP_SIZE, GROUP_SIZES
+from .quantization.options import DEFAULT_ALPHA, DEFAULT_GROUP_SIZE, GROUP_SIZES, HEADS
 
 if TYPE_CHECKING:
     from .engine.session import Session
@@ -210,12 +211,13 @@ def parse_token_ids(text: str, option: str = "--input-ids") -> list[int]:
     """Read token ids with commas or spaces between them; `option` is named in errors.
 
     Raises:
-        QwenModelError: one is not an integer.
+        QwenModelError: one is not an integer, or is missing between two commas.
     """
-    try:
-        return [int(token) for token in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}") from error
+    parts = [part.split() for part in text.split(",")] if text.strip() else []
+    words = [word for part in parts for word in part]
+    if not all(parts) or not all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in words):
+        raise QwenModelError(f"{option} takes integers with commas between them, not {text!r}")
+    return [int(word) for word in words]
 
 
 def positive_integer(text: str) -> int:
@@ -322,8 +324,8 @@ def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_int4_arguments(group: argparse._ActionsContainer) -> None:
-    """Add --group-size and --asymmetric."""
+def add_quantization_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options beside --quantization, which `quantization_settings` returns."""
     group.add_argument(
         "--group-size",
         type=int,
@@ -334,6 +336,63 @@ def add_int4_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--asymmetric", action="store_true", help="with int4: zero points, a little more memory and less error"
     )
+    group.add_argument(
+        "--head-quantization",
+        choices=HEADS,
+        help="of the weights of the output projection (default: int8 where an engine is built with --quantization int8 "
+        "or int4, else as the checkpoint is); the embedding stays as it is",
+    )
+    group.add_argument(
+        "--activation-aware",
+        action="store_true",
+        help="with int4 or int8: scale the inputs of layers first, as AWQ does, by what the network does with a text; "
+        "less error, and it needs PyTorch",
+    )
+    group.add_argument(
+        "--per-token",
+        action="store_true",
+        help="with smoothquant: each token's input has a scale of its own, made at run time (default: one for all, "
+        "which calibration finds)",
+    )
+    group.add_argument(
+        "--per-channel",
+        action="store_true",
+        help="with smoothquant: each output of a weight has a scale of its own (default: the tensor)",
+    )
+    group.add_argument(
+        "--alpha",
+        type=_alpha,
+        metavar="A",
+        help="with smoothquant: how much of the range of inputs moves into the weights, 0 to 1; auto: searched for "
+        f"each layer; none: nothing (default: {DEFAULT_ALPHA})",
+    )
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help='texts for --activation-aware and smoothquant, a line each, or JSONL of chats, {"messages": [...]} '
+        "(default: the packaged model's held-out text); with fp8: one scale for all inputs of a layer, found there "
+        "(default: each token has its own)",
+    )
+
+
+def _alpha(text: str) -> float | str:
+    """Convert an option's value; argparse shows the error with the usage."""
+    if text in ("auto", "none"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, auto or none, not {text!r}")
+    return value
+
+
+def quantization_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return --quantization and the options of `add_quantization_arguments`, as arguments of `build_engine`."""
+    names = ("quantization", "group_size", "head_quantization", "activation_aware")
+    settings = {name: getattr(options, name) for name in (*names, "per_token", "per_channel", "alpha", "calibration")}
+    return {**settings, "symmetric": False if options.asymmetric else None}
 
 
 def weights_text(weights: WeightSummary) -> str:

@@ -116,6 +116,7 @@ def _reference(options: argparse.Namespace, progress: Progress) -> Reference:
     if options.save_reference is None:
         engine = EngineConfig.read(_engine_dir(options))
         compare.check_engine(engine, model, len(prompt), steps)
+        compare.check_quantization(engine, model_dir)
         dtypes = [engine.dtype]
     import_extra("torch", "making reference values", extra="torch")
     from .evaluation.comparison.make_reference import make_reference

@@ -8,20 +8,28 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .command_line import add_engine_arguments, add_verbose_argument, open_engine, run_command
+from .command_line import add_engine_arguments, add_verbose_argument, open_engine, positive_integer, run_command
 from .common.files import read_text
 from .common.log import show_log
+from .evaluation.divergence import DEFAULT_TOKENS, Prediction, compare_predictions
 from .evaluation.perplexity import Perplexity, measure_perplexity, next_token_nats
+
+if TYPE_CHECKING:
+    from .engine.session import Session
 
 __all__ = ["Perplexity", "main", "measure_perplexity", "next_token_nats"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the perplexity of an engine."""
+    """Print the perplexity of an engine, or compare several."""
     options = make_parser().parse_args(arguments)
     show_log(options.verbose)
     text = None if options.text_file is None else read_text(options.text_file)
+    if options.compare is not None:
+        _compare(options, text)
+        return
 
     session = open_engine(options)
     started = time.perf_counter()
@@ -33,6 +41,38 @@ def main(arguments: list[str] | None = None) -> None:
         f"perplexity {result.per_token:.4f} per token, {result.bits_per_byte:.4f} bits per byte\n"
         f"over {result.tokens:,} tokens ({result.bytes:,} bytes) in windows of {result.window}, "
         f"{time.perf_counter() - started:.1f} s"
+    )
+
+
+def _compare(options: argparse.Namespace, text: str | None) -> None:
+    def load(engine: str) -> Session:
+        return open_engine(argparse.Namespace(**{**vars(options), "engine_dir": engine}))
+
+    found: list[Prediction] = []
+    predictions = compare_predictions(
+        options.compare, load, text, options.window, options.tokens, progress=_show_progress
+    )
+    for prediction in predictions:
+        found.append(prediction)
+        if not options.json:
+            print(_line(prediction, found[0], max(map(len, options.compare))), flush=True)
+    if options.json:
+        print(json.dumps([asdict(prediction) for prediction in found]))
+        return
+    print(
+        f"over {found[0].tokens:,} tokens; the divergence is that of the next token from the first engine's, in "
+        "thousandths of a nat"
+    )
+
+
+def _line(prediction: Prediction, first: Prediction, width: int) -> str:
+    line = f"{prediction.engine:{width}}  perplexity {prediction.perplexity:9.4f}"
+    if prediction is first:
+        return line
+    change = prediction.perplexity / first.perplexity - 1
+    return (
+        f"{line} ({change:+.2%}), divergence {1000 * prediction.mean_divergence:.3f}, at most "
+        f"{1000 * prediction.largest_divergence:,.1f}, same token {prediction.same_token:.2%}"
     )
 
 
@@ -49,6 +89,21 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens that see one another (default: 1024 or the engine's limit)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="ENGINE",
+        help="measure these engines in place of --engine-dir, and how far the next token's distribution of each is "
+        "from the first's (Kullback-Leibler divergence); one is loaded at a time",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive_integer,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="with --compare, the tokens that are predicted (default: %(default)s); a temporary file has 4 bytes for "
+        "each and each token of the vocabulary",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_verbose_argument(parser)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
-from .command_line import add_int4_arguments, add_verbose_argument, progress_bar, run_command, weights_text
+from .command_line import (
+    add_quantization_arguments,
+    add_verbose_argument,
+    progress_bar,
+    quantization_settings,
+    run_command,
+    weights_text,
+)
 from .common.log import show_log
-from .quantization.options import KINDS
+from .quantization.options import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from .engine.quantize import QuantizeSummary
+
+LOG = logging.getLogger("qwen_model.quantize")  # also where this module runs as __main__
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,11 +35,11 @@ def main(arguments: list[str] | None = None) -> None:
             options.model_dir,
             output_dir=options.output_dir,
             stored_as=options.format,
-            quantization=options.quantization,
-            group_size=options.group_size,
-            symmetric=False if options.asymmetric else None,
+            **quantization_settings(options),
             progress=progress,
         )
+    for warning in summary.warnings:
+        LOG.warning("%s", warning)
     print(_summary_text(summary))
 
 
@@ -49,11 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quantization",
-        default="int4",
-        choices=KINDS,
-        help="of the linear layers but the output projection: int4 (default) or int8, with a scale for each output",
+        choices=QUANTIZATIONS,
+        help="of the linear layers but the output projection: int4 or int8: of their weights; smoothquant or fp8: of "
+        "their inputs, too, in int8 or fp8 (default: smoothquant with its options, or with --calibration but not "
+        "--activation-aware; else int4)",
     )
-    add_int4_arguments(parser)
+    add_quantization_arguments(parser)
     add_verbose_argument(parser)
     return parser
 

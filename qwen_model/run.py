@@ -15,8 +15,10 @@ from .command_line import (
     add_verbose_argument,
     chat_settings,
     given_sampling,
+    non_negative_integer,
     open_engine,
     parse_token_ids,
+    positive_integer,
     read_text_file,
     run_command,
     sampling_options,
@@ -40,11 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--stream gives text as it comes: it cannot be combined with --json or --num-beams")
     if not options.chat and any(getattr(options, name) is not None for name in CHAT_ONLY):
         parser.error("--system, --tools, --chat-template and --chat-template-kwargs need --chat")
+    if options.logprobs is not None and not options.json:
+        parser.error("--logprobs needs --json")
     show_log(options.verbose)
     prompts = _prompts(parser, options)
     given_sampling(options)  # raises for wrong options before the engine is loaded
     settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
+        "n": options.n,
         "stop": options.stop,
         "stop_token_ids": parse_token_ids(options.stop_token_ids, "--stop-token-ids"),
         "chat": options.chat,
@@ -54,12 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
     session = open_engine(options)
     defaults = session.config.sampling_defaults if options.num_beams == 1 else None
     settings["sampling"] = sampling_options(options, defaults)
-    if options.stream:
-        _stream(session, prompts, options.system, settings)
-        return
     conversations = [_with_system(prompt, options.system) for prompt in prompts]
-    result = session.generate(conversations, num_beams=options.num_beams, **settings)
-    print(_as_json(result) if options.json else _as_text(prompts, result))
+    shown = [prompt for prompt in prompts for _ in range(options.n)]  # of each output
+    if options.stream:
+        _stream(session, conversations, shown, settings)
+        return
+    result = session.generate(conversations, num_beams=options.num_beams, logprobs=options.logprobs, **settings)
+    print(_as_json(result) if options.json else _as_text(shown, result))
 
 
 def _with_system(prompt: str | list[int], system: str | None) -> Any:
@@ -80,6 +86,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or the engine's limit")
     add_sampling_arguments(parser)
+    parser.add_argument(
+        "--n", type=positive_integer, default=1, metavar="N", help="outputs for each prompt, drawn independently"
+    )
+    parser.add_argument(
+        "--logprobs",
+        type=non_negative_integer,
+        metavar="N",
+        help="with --json: the log-probability of each token, and of the N most likely ones, at most 128",
+    )
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams")
     parser.add_argument(
         "--stop",
@@ -116,14 +131,18 @@ def _read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def _stream(session: Session, prompts: list[str | list[int]], system: str | None, settings: dict[str, Any]) -> None:
-    """Print each prompt's text as it comes, one prompt after the other, so that texts don't mix."""
+def _stream(
+    session: Session, conversations: list[Any], prompts: list[str | list[int]], settings: dict[str, Any]
+) -> None:
+    """Print each output's text as it comes, one output after the other, so that texts don't mix.
+
+    prompts: of each output, for headings.
+    """
     if session.tokenizer is None:
         raise QwenModelError("--stream prints text, and this engine has no tokenizer")
-    conversations = [_with_system(prompt, system) for prompt in prompts]
     events = session.stream(conversations, **settings)  # raises for a wrong prompt before anything is printed
     texts, ended = [""] * len(prompts), [False] * len(prompts)
-    place = 0  # of the prompt whose text is being printed; those of later ones are kept
+    place = 0  # of the output whose text is being printed; those of later ones are kept
     _print_heading(prompts, place)
     for event in events:
         texts[event.index] += event.text
@@ -159,10 +178,11 @@ def _heading(prompt: str | list[int]) -> str:
 
 
 def _as_json(result: GenerationResult) -> str:
-    outputs = [
-        {"output_ids": output.output_ids, "text": output.text, "finish_reason": output.finish_reason}
-        for output in result.outputs
-    ]
+    outputs: list[dict[str, Any]] = []
+    for output in result.outputs:
+        outputs.append({"output_ids": output.output_ids, "text": output.text, "finish_reason": output.finish_reason})
+        if output.logprobs is not None:
+            outputs[-1]["logprobs"] = [logprob._asdict() for logprob in output.logprobs]
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
     return json.dumps({"outputs": outputs, "timing": dataclasses.asdict(result.timing)}, ensure_ascii=ascii_only)
 

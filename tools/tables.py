@@ -227,10 +227,11 @@ def quantization_quality() -> str:
             record, plain = found[method, model], found["not quantized", model]
             lost = f" ({record['perplexity'] / plain['perplexity'] - 1:+.2%})" if record is not plain else ""
             cells.append(f"{record['perplexity']:.3f}{lost}")
-            cells.append("" if record is plain else f"{1000 * record['divergence']:.2f}")
+            kinds = () if record is plain else ("divergence", "largest_divergence")
+            cells.append(", ".join(f"{1000 * record[kind]:,.2f}" for kind in kinds))
         rows.append([method, *cells])
-    heads = [head for model in models for head in (f"perplexity, {model}", "divergence")]
-    return markdown(["weights", "bits", *heads], rows)
+    heads = [head for model in models for head in (f"perplexity, {model}", "divergence: mean, largest")]
+    return markdown(["quantization", "bits", *heads], rows)
 
 
 MEMORY_FORMATS = {"16 bit": None, "int8": QuantizationOptions("int8"), "int4": QuantizationOptions("int4")}

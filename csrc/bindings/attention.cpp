@@ -35,7 +35,8 @@ KvCache make_cache(Address data, int32_t max_positions, CacheDataType dtype, Add
 void prefill_attention(const AttentionHeads& heads, Address cache, int32_t max_positions, Address qkv,
                        int64_t qkv_row_stride, Address context, Address cu_seqlens, Address past_lengths,
                        int32_t sequences, int64_t tokens, float softmax_scale, Address stream,
-                       CacheDataType cache_dtype, Address pages, int32_t pages_row_stride) {
+                       CacheDataType cache_dtype, Address pages, int32_t pages_row_stride, DataType context_dtype,
+                       Address context_scale, Address queries) {
   PrefillAttentionParams params;
   params.heads = heads;
   params.cache = make_cache(cache, max_positions, cache_dtype, pages, pages_row_stride);
@@ -46,6 +47,9 @@ void prefill_attention(const AttentionHeads& heads, Address cache, int32_t max_p
   params.past_lengths = pointer<const int32_t>(past_lengths);
   params.sequences = sequences;
   params.tokens = tokens;
+  params.context_dtype = context_dtype;
+  params.context_scale = pointer<const float>(context_scale);
+  params.queries = pointer<void>(queries);
   params.softmax_scale = softmax_scale;
   check(launch_prefill_attention(params, pointer<CUstream_st>(stream)), "prefill_attention");
 }
@@ -53,7 +57,8 @@ void prefill_attention(const AttentionHeads& heads, Address cache, int32_t max_p
 void decode_attention(const AttentionHeads& heads, Address cache, int32_t max_positions, Address qkv,
                       int64_t qkv_row_stride, Address context, Address past_lengths, int32_t sequences,
                       float softmax_scale, Address workspace, Address semaphores, Address stream,
-                      CacheDataType cache_dtype, Address pages, int32_t pages_row_stride, bool batch_invariant) {
+                      CacheDataType cache_dtype, Address pages, int32_t pages_row_stride, bool batch_invariant,
+                      DataType context_dtype, Address context_scale) {
   DecodeAttentionParams params;
   params.heads = heads;
   params.cache = make_cache(cache, max_positions, cache_dtype, pages, pages_row_stride);
@@ -66,6 +71,8 @@ void decode_attention(const AttentionHeads& heads, Address cache, int32_t max_po
   params.workspace = pointer<void>(workspace);
   params.semaphores = pointer<int32_t>(semaphores);
   params.batch_invariant = batch_invariant;
+  params.context_dtype = context_dtype;
+  params.context_scale = pointer<const float>(context_scale);
   check(launch_decode_attention(params, pointer<CUstream_st>(stream)), "decode_attention");
 }
 
@@ -89,13 +96,15 @@ void bind_attention(py::module_& module) {
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("cu_seqlens"), py::arg("past_lengths"), py::arg("sequences"), py::arg("tokens"),
              py::arg("softmax_scale"), py::arg("stream"), py::arg("cache_dtype") = CacheDataType::kSame,
-             py::arg("pages") = 0, py::arg("pages_row_stride") = 0,
+             py::arg("pages") = 0, py::arg("pages_row_stride") = 0, py::arg("context_dtype") = DataType::kInt8,
+             py::arg("context_scale") = 0, py::arg("queries") = 0,
              "Launch attention of prompts: kernels/attention/prefill.h.");
   module.def("decode_attention", &decode_attention, Unlocked(), py::kw_only(), py::arg("heads"), py::arg("cache"),
              py::arg("max_positions"), py::arg("qkv"), py::arg("qkv_row_stride"), py::arg("context"),
              py::arg("past_lengths"), py::arg("sequences"), py::arg("softmax_scale"), py::arg("workspace"),
              py::arg("semaphores"), py::arg("stream"), py::arg("cache_dtype") = CacheDataType::kSame,
              py::arg("pages") = 0, py::arg("pages_row_stride") = 0, py::arg("batch_invariant") = false,
+             py::arg("context_dtype") = DataType::kInt8, py::arg("context_scale") = 0,
              "Launch attention of one new token a sequence: kernels/attention/decode.h.");
   module.def("decode_attention_workspace_bytes", &workspace_bytes, py::arg("heads"), py::kw_only(),
              py::arg("sequences"), "Return the size of the workspace that decode_attention needs, in bytes.");

@@ -71,8 +71,8 @@ void rms_norm(const RmsNormLayer& layer, Address x, Address residual, Address re
 }
 
 void rms_norm_quant(const RmsNormLayer& layer, Address x, Address residual, Address residual_out, Address q,
-                    DataType quant_dtype, Address smoothing, DataType smoothing_dtype, Address static_scale,
-                    Address scales, int64_t rows, Address stream, const RowLayout& layout) {
+                    DataType quant_dtype, Address static_scale, Address scales, int64_t rows, Address stream,
+                    Address smoothing, DataType smoothing_dtype, const RowLayout& layout) {
   RmsNormQuantParams params;
   fill(params, layer, layout, rows, x, residual, residual_out);
   params.q = pointer<void>(q);
@@ -104,9 +104,9 @@ void bind_rms_norm(py::module_& module) {
              py::arg("round_before_weight") = false, py::arg("layout") = RowLayout{},
              "Launch RMSNorm: kernels/rms_norm/rms_norm.h. Without a layout all rows are contiguous.");
   module.def("rms_norm_quant", &rms_norm_quant, Unlocked(), py::arg("layer"), py::kw_only(), py::arg("x"),
-             py::arg("residual"), py::arg("residual_out"), py::arg("q"), py::arg("quant_dtype"), py::arg("smoothing"),
-             py::arg("smoothing_dtype"), py::arg("static_scale"), py::arg("scales"), py::arg("rows"), py::arg("stream"),
-             py::arg("layout") = RowLayout{},
+             py::arg("residual"), py::arg("residual_out"), py::arg("q"), py::arg("quant_dtype"),
+             py::arg("static_scale"), py::arg("scales"), py::arg("rows"), py::arg("stream"), py::arg("smoothing") = 0,
+             py::arg("smoothing_dtype") = DataType::kFloat32, py::arg("layout") = RowLayout{},
              "Launch RMSNorm with quantization: kernels/rms_norm/rms_norm.h. q is contiguous in any layout.");
 }
 

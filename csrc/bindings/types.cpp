@@ -24,7 +24,9 @@ void bind_types(py::module_& module) {
   py::enum_<WeightKind>(module, "WeightKind")
       .value("same", WeightKind::kSame)
       .value("int8", WeightKind::kInt8)
-      .value("int4", WeightKind::kInt4);
+      .value("int4", WeightKind::kInt4)
+      .value("int8_rows", WeightKind::kInt8Rows)
+      .value("fp8_rows", WeightKind::kFp8Rows);
   py::class_<WeightFormat>(module, "WeightFormat", "How a weight is stored: kernels/gemm/gemm.h.")
       .def(py::init([](WeightKind kind, int32_t group_size, bool has_zeros, DataType scale_dtype) {
              return WeightFormat{kind, group_size, has_zeros, scale_dtype};

@@ -342,6 +342,13 @@ std::vector<nvinfer1::DataType> floating_types() {
 #endif
 }
 
+std::vector<nvinfer1::DataType> code_types(bool as_int32) {
+  if (as_int32 || QWEN_PLUGINS_TENSORRT_MAJOR >= 10) {
+    return {nvinfer1::DataType::kINT8, nvinfer1::DataType::kFP8};
+  }
+  return {nvinfer1::DataType::kINT8};
+}
+
 std::string type_name(nvinfer1::DataType type) {
   static constexpr char const* kNames[] = {"float32",       "float16",  "int8",  "int32", "bool",   "uint8",
                                            "float8_e4m3fn", "bfloat16", "int64", "int4",  "float4", "float8_e8m0fnu"};

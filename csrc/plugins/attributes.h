@@ -66,6 +66,11 @@ void require_type(char const* name, int32_t value, std::vector<nvinfer1::DataTyp
 // Returns float32, float16, and bfloat16 where this TensorRT has it.
 std::vector<nvinfer1::DataType> floating_types();
 
+// Returns the types of codes of 8 bits, int8 and float8 (e4m3). Those that are int32 to TensorRT, kCodesOfInt32 of them
+// in each number, are left alone by every version; others must be a type that this TensorRT passes between layers.
+std::vector<nvinfer1::DataType> code_types(bool as_int32);
+constexpr int32_t kCodesOfInt32 = 4;
+
 std::string type_name(nvinfer1::DataType type);
 
 }  // namespace qwen_plugins

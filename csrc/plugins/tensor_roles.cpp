@@ -330,7 +330,11 @@ DimsExprs TensorRoles::output_shape(int32_t output, DimsExprs const* inputs, int
       }
     } else {
       Sizes::Named const* const named = sizes.find(dimension.name);
-      shape.d[shape.nbDims++] = solved(*named->dimension, named->size, inputs[named->input].d[named->axis], builder);
+      Dimension const& of_input = *named->dimension;
+      IDimensionExpr const* const extent = inputs[named->input].d[named->axis];
+      bool const is_same = dimension.times == of_input.times && dimension.plus == of_input.plus;
+      // Outputs have dimensions as the input that names them, or the number alone.
+      shape.d[shape.nbDims++] = is_same ? extent : solved(of_input, named->size, extent, builder);
     }
   }
   return shape;

@@ -6,6 +6,7 @@ they are first used:
 
     qwen_plugins.rms_norm(x, weight)          qwen_plugins.rms_norm_quant(x, weight)
     qwen_plugins.gemm(x, weight, bias)        qwen_plugins.QuantizedWeight
+    qwen_plugins.quantize(x, torch.int8)      qwen_plugins.scaled_gemm(x, weight, x_scales, weight_scales)
 
 They are also custom operators, ``torch.ops.qwen_plugins.*``, registered with the first use of one of these functions or
 with ``import qwen_plugins.torch_ops``. What else a decoder needs on a GPU is in modules that import PyTorch:
@@ -27,12 +28,37 @@ from typing import TYPE_CHECKING, Any
 from qwen_plugins.registration import TENSORRT_PACKAGES, register_tensorrt_plugins, tensorrt_library_path
 
 if TYPE_CHECKING:
-    from qwen_plugins.torch_ops import QuantizedWeight, cublas_lt_status, gemm, rms_norm, rms_norm_quant
+    from qwen_plugins.torch_ops import (
+        QuantizedWeight,
+        cublas_lt_status,
+        gemm,
+        quantize,
+        rms_norm,
+        rms_norm_quant,
+        scaled_gemm,
+    )
 
-__all__ = ["QuantizedWeight", "cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant", "tensorrt_library_path"]
+__all__ = [
+    "QuantizedWeight",
+    "cublas_lt_status",
+    "gemm",
+    "quantize",
+    "rms_norm",
+    "rms_norm_quant",
+    "scaled_gemm",
+    "tensorrt_library_path",
+]
 __version__ = "0.1.0"
 
-_TORCH_FUNCTIONS = ("QuantizedWeight", "cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant")
+_TORCH_FUNCTIONS = (
+    "QuantizedWeight",
+    "cublas_lt_status",
+    "gemm",
+    "quantize",
+    "rms_norm",
+    "rms_norm_quant",
+    "scaled_gemm",
+)
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
 for _package in TENSORRT_PACKAGES:

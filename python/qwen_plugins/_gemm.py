@@ -99,8 +99,11 @@ def check_out(out: Tensor, shape: tuple[int, ...], x: Tensor, **others: Tensor |
             raise ValueError(f"out must not share memory with {name}, which is still read while out is written")
 
 
-def launch_layer(layer: Any, x: Tensor, out: Tensor) -> None:
-    """Launch the GEMM of a `qwen_plugins.launch.LinearLayer` for all rows of x, in any layout."""
+def launch_layer(layer: Any, x: Tensor, out: Tensor, x_scales: Tensor | None = None) -> None:
+    """Launch the GEMM of a `qwen_plugins.launch.LinearLayer` for all rows of x, in any layout.
+
+    x_scales: one for each row of x, contiguous, where x is codes and the layer has no scale of x.
+    """
     in_features = x.shape[-1]
     if x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < in_features:
         x = x.reshape(-1, in_features)
@@ -119,6 +122,7 @@ def launch_layer(layer: Any, x: Tensor, out: Tensor) -> None:
             rows=rows,
             workspace=address(workspace),
             stream=stream,
+            x_scales=address(x_scales),
         )
 
 

@@ -22,12 +22,9 @@ from qwen_plugins._arguments import (
     core,
     data_type,
     extents_overlap,
-    type_name,
-    type_names,
 )
+from qwen_plugins._quantize import QUANT_LIMITS, SMALLEST_SCALE, check_quant_dtype, check_static_scale
 
-QUANT_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
@@ -67,17 +64,11 @@ class Quantization:
 
     def check(self, norm: Norm) -> None:
         """Raise TypeError or ValueError where this does not fit `norm`."""
-        if self.dtype not in QUANT_LIMITS:
-            raise TypeError(f"quant_dtype must be {type_names(tuple(QUANT_LIMITS))}, not {type_name(self.dtype)}")
+        check_quant_dtype("quant_dtype", self.dtype)
         if self.smoothing is not None:
             check_per_channel("smoothing", self.smoothing, norm.x)
-        if self.scale is None:
-            return
-        check_tensor("scale", self.scale)
-        check_dtype("scale", self.scale, (torch.float32,))
-        if self.scale.numel() != 1:
-            raise ValueError(f"scale must have one element, but its shape is {tuple(self.scale.shape)}")
-        check_device("scale", self.scale, norm.x)
+        if self.scale is not None:
+            check_static_scale("scale", self.scale, norm.x)
 
 
 def check_like(name: str, tensor: Any, x: Tensor) -> None:

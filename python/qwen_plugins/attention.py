@@ -28,7 +28,6 @@ from qwen_plugins._arguments import (
     check_gpu,
     check_int32,
     check_is_tensor,
-    check_output,
     check_rows,
     check_tensor,
     data_type,
@@ -36,6 +35,7 @@ from qwen_plugins._arguments import (
     type_names,
 )
 from qwen_plugins._numbers import HEAD_SIZES
+from qwen_plugins._quantize import check_quant_dtype, check_static_scale
 
 __all__ = [
     "HEAD_SIZES",
@@ -102,6 +102,8 @@ def prefill_attention(
     past_lengths: Tensor | None = None,
     *,
     softmax_scale: float | None = None,
+    context_dtype: torch.dtype | None = None,
+    context_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute causal attention of prompts, or of further parts of them, and append their keys and values to the cache.
@@ -115,10 +117,13 @@ def prefill_attention(
         past_lengths: int32 [sequences]: tokens in the cache before these, which leave room for them (not checked);
             None: none.
         softmax_scale: factor of q · Kᵀ, above 0; None: 1 / sqrt(head_size).
+        context_dtype: torch.int8 or torch.float8_e4m3fn to quantize the result where it is written:
+            saturate(round(result / context_scale)); None: the type of qkv.
+        context_scale: one float32 above 0 on the device of qkv, with a context_dtype.
         out: where the result is written, contiguous; None: in new memory.
 
     Returns:
-        [tokens, heads · head_size], in the type of qkv.
+        [tokens, heads · head_size], in the type of qkv or in context_dtype.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
@@ -139,13 +144,17 @@ def prefill_attention(
     if inputs.rotary_offsets is not None:
         check_int32("rotary_offsets", inputs.rotary_offsets, sequences, qkv)
     scale = _softmax_scale(softmax_scale, inputs)
-    out = _context(out, qkv, inputs)
+    quantization = _context_quantization(context_dtype, context_scale, qkv)
+    out = _context(out, qkv, inputs, context_dtype)
+    queries = None if context_dtype is None else torch.empty_like(out, dtype=qkv.dtype)
     with CurrentDevice(qkv) as stream:
         launch.prefill_attention(
             heads=_heads(inputs, qkv.dtype),
             cache=cache.data_ptr(),
             max_positions=cache.shape[3],
             **_cache_options(inputs),
+            **quantization,
+            queries=address(queries),
             qkv=qkv.data_ptr(),
             qkv_row_stride=qkv.stride(0),
             context=out.data_ptr(),
@@ -194,6 +203,8 @@ def decode_attention(
     *,
     softmax_scale: float | None = None,
     batch_invariant: bool = False,
+    context_dtype: torch.dtype | None = None,
+    context_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of one new token of each sequence, and append its key and value to the cache.
@@ -207,10 +218,11 @@ def decode_attention(
         softmax_scale: factor of q · Kᵀ, above 0; None: 1 / sqrt(head_size).
         batch_invariant: give a sequence's result the same bits whatever other sequences there are, at some cost in
             speed.
+        context_dtype, context_scale: as for `prefill_attention`.
         out: where the result is written, contiguous; None: in new memory.
 
     Returns:
-        [sequences, heads · head_size], in the type of qkv.
+        [sequences, heads · head_size], in the type of qkv or in context_dtype.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
@@ -222,7 +234,8 @@ def decode_attention(
     if inputs.rotary_offsets is not None:
         check_int32("rotary_offsets", inputs.rotary_offsets, sequences, qkv)
     scale = _softmax_scale(softmax_scale, inputs)
-    out = _context(out, qkv, inputs)
+    quantization = _context_quantization(context_dtype, context_scale, qkv)
+    out = _context(out, qkv, inputs, context_dtype)
     if sequences == 0:
         return out
     heads = _heads(inputs, qkv.dtype)
@@ -233,6 +246,7 @@ def decode_attention(
             cache=cache.data_ptr(),
             max_positions=cache.shape[3],
             **_cache_options(inputs),
+            **quantization,
             batch_invariant=batch_invariant,
             qkv=qkv.data_ptr(),
             qkv_row_stride=qkv.stride(0),
@@ -320,13 +334,24 @@ def _check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, f"{name} must be a finite number above 0, not {value}")
 
 
-def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs) -> Tensor:
+def _context(out: Tensor | None, qkv: Tensor, inputs: AttentionInputs, dtype: torch.dtype | None) -> Tensor:
     """Return `out`, or new memory for the result, after the last checks of the arguments."""
     shape = (len(qkv), inputs.num_heads * _head_size(inputs))
     if out is not None:
-        check_output(out, shape, qkv)
+        check_tensor("out", out)
+        check_array("out", out, dtype or qkv.dtype, shape, qkv)
     check_gpu("qkv", qkv)
-    return qkv.new_empty(shape) if out is None else out
+    return qkv.new_empty(shape, dtype=dtype) if out is None else out
+
+
+def _context_quantization(dtype: torch.dtype | None, scale: Tensor | None, qkv: Tensor) -> dict[str, Any]:
+    """Return the arguments of the launches for a result of 8 bits: none where `dtype` is None."""
+    check((dtype is None) == (scale is None), "context_dtype and context_scale must both be given, or none of them")
+    if dtype is None or scale is None:
+        return {}
+    check_quant_dtype("context_dtype", dtype)
+    check_static_scale("context_scale", scale, qkv)
+    return {"context_dtype": data_type(dtype), "context_scale": scale.data_ptr()}
 
 
 def _check_workspace(workspace: DecodeAttentionWorkspace, size: int, inputs: AttentionInputs, qkv: Tensor) -> None:

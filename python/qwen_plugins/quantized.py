@@ -36,21 +36,41 @@ class WeightFormat:
     bits: of a code: 4 or 8; 16: the weight has the type of x and is not quantized, and the rest has no meaning.
     group_size: columns that share a scale: 32, 64 or 128; 0: all.
     has_zeros: each scale has a zero point; else all of them are in the middle, 8 or 128.
-    scale_dtype: "float16" or "bfloat16", whatever the type of x is.
+    scale_dtype: "float16" or "bfloat16", whatever the type of x is; "float32" with an activation.
+    activation: "int8" or "fp8" (e4m3): x and the weight, of 8 bits, are signed codes in rows, which are not packed;
+        group_size is 0 or, with "fp8", 128 for blocks of 128 rows and columns. None: x is not quantized.
+    activation_scale: with an activation, "token": a scale for each row of x; "tensor": one for all.
     """
 
     bits: int = 16
     group_size: int = 0
     has_zeros: bool = False
     scale_dtype: str = "float16"
+    activation: str | None = None
+    activation_scale: str = "token"
 
     def __post_init__(self) -> None:
+        if self.activation is not None:
+            self._check_activation()
+            return
         if self.bits not in (4, 8, 16):
             raise ValueError(f"bits must be 4, 8 or 16, not {self.bits!r}")
         if self.group_size not in (0, *GROUP_SIZES):
             raise ValueError(f"group_size must be 32, 64, 128 or 0 (all columns), not {self.group_size!r}")
         if self.scale_dtype not in _SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be float16 or bfloat16, not {self.scale_dtype!r}")
+
+    def _check_activation(self) -> None:
+        if self.activation not in ("int8", "fp8"):
+            raise ValueError(f'activation must be "int8", "fp8" or None, not {self.activation!r}')
+        if self.activation_scale not in ("token", "tensor"):
+            raise ValueError(f'activation_scale must be "token" or "tensor", not {self.activation_scale!r}')
+        group_sizes = (0, 128) if self.activation == "fp8" else (0,)
+        if self.bits != 8 or self.has_zeros or self.scale_dtype != "float32" or self.group_size not in group_sizes:
+            raise ValueError(
+                f"with {self.activation} activations a weight must have 8 bits, float32 scales, no zeros and a "
+                f"group_size of {' or '.join(map(str, group_sizes))}, not {self}"
+            )
 
     @property
     def middle(self) -> int:
@@ -60,8 +80,9 @@ class WeightFormat:
     def for_launch(self) -> launch.WeightFormat:
         """Return the format as `qwen_plugins.launch` takes it."""
         kinds = {4: launch.WeightKind.int4, 8: launch.WeightKind.int8, 16: launch.WeightKind.same}
+        kinds_of_rows = {"int8": launch.WeightKind.int8_rows, "fp8": launch.WeightKind.fp8_rows}
         return launch.WeightFormat(
-            kind=kinds[self.bits],
+            kind=kinds[self.bits] if self.activation is None else kinds_of_rows[self.activation],
             group_size=self.group_size,
             has_zeros=self.has_zeros,
             scale_dtype=launch.DataType.__members__[self.scale_dtype],

@@ -19,8 +19,10 @@ PLUGIN_NAMESPACE = "qwen_plugins"
 PLUGIN_VERSIONS: dict[str, tuple[str, ...]] = {
     "RmsNorm": ("1",),
     "RmsNormQuantization": ("1",),
-    "Gemm": ("1", "2"),  # 2: with a quantized weight
-    "QwenGemm": ("1", "2"),  # likewise
+    "QuantizePerToken": ("1",),
+    "QuantizeTensor": ("1",),
+    "Gemm": ("1", "2", "3"),  # 2: with a quantized weight; 3: of codes of 8 bits
+    "QwenGemm": ("1", "2", "3"),  # likewise
     "GptAttention": ("1", "2"),  # 2: over a cache of pages
 }
 

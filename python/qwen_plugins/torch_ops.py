@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_plugins import _gemm, _quantized_gemm
+from qwen_plugins import _gemm, _quantize, _quantized_gemm, _scaled_gemm
 from qwen_plugins import _rms_norm as implementation
 from qwen_plugins._quantized_gemm import QuantizedWeight
 from qwen_plugins._rms_norm import Norm, Quantization
 
-__all__ = ["QuantizedWeight", "cublas_lt_status", "gemm", "rms_norm", "rms_norm_quant"]
+__all__ = ["QuantizedWeight", "cublas_lt_status", "gemm", "quantize", "rms_norm", "rms_norm_quant", "scaled_gemm"]
 
 _library = torch.library.Library("qwen_plugins", "DEF")
 _NORM_OPTIONS = "float eps, bool unit_offset, bool round_before_weight"
@@ -34,6 +34,8 @@ _SCHEMAS = (
 _OPERATORS = [schema.split("(")[0] for schema in _SCHEMAS]
 for _schema in _SCHEMAS:
     _library.define(_schema)
+_library.define("quantize(Tensor x, Tensor scale, ScalarType dtype) -> Tensor")
+_library.define("dynamic_quantize(Tensor x, ScalarType dtype) -> (Tensor, Tensor)")
 _GEMM_OPTIONS = "str? activation, bool constant_weight"
 _library.define(f"gemm(Tensor x, Tensor weight, Tensor? bias, {_GEMM_OPTIONS}) -> Tensor")
 _library.define(f"gemm_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, {_GEMM_OPTIONS}) -> ()")
@@ -42,6 +44,10 @@ _QUANTIZED_OPTIONS = f"int group_size, int out_features, {_GEMM_OPTIONS}"
 _library.define(f"gemm_quantized(Tensor x, {_QUANTIZED_WEIGHT}, Tensor? bias, {_QUANTIZED_OPTIONS}) -> Tensor")
 _library.define(
     f"gemm_quantized_out(Tensor x, {_QUANTIZED_WEIGHT}, Tensor? bias, Tensor(a!) out, {_QUANTIZED_OPTIONS}) -> ()"
+)
+_library.define(
+    "scaled_gemm(Tensor x, Tensor weight, Tensor x_scales, Tensor weight_scales, Tensor? bias, Tensor? y_scale, "
+    "str? activation, ScalarType dtype, bool constant_weight) -> Tensor"
 )
 
 
@@ -104,6 +110,53 @@ def _quantized(
         return torch.ops.qwen_plugins.gemm_quantized(x, *operands, *options)
     torch.ops.qwen_plugins.gemm_quantized_out(x, *operands, out, *options)
     return out
+
+
+def scaled_gemm(
+    x: Tensor,
+    weight: Tensor,
+    x_scales: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float16,
+    y_scale: Tensor | None = None,
+    constant_weight: bool = False,
+) -> Tensor:
+    """Compute y = (x · weightᵀ) · weight_scales · x_scales + bias of 8-bit codes; with activation="swiglu" as `gemm`.
+
+    Products of int8 are summed exactly, those of float8 in float32. Kernels are launched on the current stream; the
+    function works inside CUDA graph capture and torch.compile. It computes no gradients.
+
+    Args:
+        x: [..., in_features], int8 or float8_e4m3fn.
+        weight: [out_features, in_features], contiguous, in the type of x.
+        x_scales: float32, one for all of x, or one for each row: [...] or [..., 1].
+        weight_scales: float32 [out_features] or [out_features, 1]; or of float8, for blocks of 128 rows times 128
+            columns, [out_features / 128, in_features / 128], both rounded up.
+        bias: [out_features], of type `dtype`.
+        activation: None or "swiglu".
+        dtype: float16, bfloat16 or float32, of bias and y.
+        y_scale: one float32 above 0. y is then codes of the type of x, saturate(round(y / y_scale)), rounded to nearest
+            even.
+        constant_weight: True where no kernel that may still run in the stream writes weight, weight_scales, bias or
+            y_scale: the kernel may then read them before the previous kernel has finished.
+
+    Returns:
+        y, [..., out_features], with SwiGLU [..., out_features / 2].
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is computed.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, not {type(dtype).__name__}")
+    operands = (x, weight, x_scales, weight_scales, bias, y_scale, activation, dtype, constant_weight)
+    if not torch.compiler.is_compiling() and type(x) in _PLAIN_TENSORS:
+        return _scaled_gemm.scaled_gemm(*operands)
+    given = {"x": x, "weight": weight, "x_scales": x_scales, "weight_scales": weight_scales}
+    _check_types(1.0, **given, bias=bias, y_scale=y_scale)
+    return torch.ops.qwen_plugins.scaled_gemm(*operands)
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # for which the dispatcher has nothing to do
@@ -222,12 +275,44 @@ def rms_norm_quant(
     return ops.rms_norm_quant_residual(x, residual, weight, scale, *options)
 
 
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize x: q = saturate(round(x / scale)), rounding to nearest even.
+
+    Quotients are those of float32. On a GPU this is one kernel on the current stream, which reads x once; the function
+    works inside CUDA graph capture and torch.compile. It computes no gradients.
+
+    Args:
+        x: [..., columns], float16, bfloat16 or float32. The last dimension must be contiguous, the others may be
+            strided.
+        dtype: torch.int8 (-128 to 127) or torch.float8_e4m3fn (-448 to 448).
+        scale: for static quantization of the whole tensor, one float32 above 0 on the device of x. None: dynamic
+            quantization, where each row (token) has its own scale, max|x| / 127 (448 for float8_e4m3fn).
+
+    Returns:
+        (q, scales): q has the shape of x and is contiguous. scales is `scale`, or float32 of the shape of x with a last
+        dimension of 1; q · scales gives x back.
+
+    A row of zeros has the smallest normal float32 as its scale. A row with NaN or infinity has the scale NaN; these
+    elements are 0 as int8, which has no NaN, and NaN as float8. With a static scale infinity saturates.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, before anything is written.
+    """
+    _check_types(1.0, x=x, scale=scale)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, not {dtype!r}")
+    if scale is None:
+        return torch.ops.qwen_plugins.dynamic_quantize(x, dtype)
+    return torch.ops.qwen_plugins.quantize(x, scale, dtype), scale
+
+
 def _check_types(eps: float, **tensors: Tensor | None) -> None:
     """Check what PyTorch's dispatcher would report less clearly. The operators check everything else."""
     if not isinstance(eps, float | int):
         raise TypeError(f"eps must be a number, not {type(eps).__name__}")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (tensor is None and name not in ("x", "weight")):
+        required = ("x", "weight", "x_scales", "weight_scales")
+        if not isinstance(tensor, Tensor) and not (tensor is None and name not in required):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
 
 
@@ -381,7 +466,10 @@ def _gemm_quantized_out(
 
 
 for _key in ("CPU", "CUDA", "Meta"):
+    _library.impl("quantize", _quantize.quantize, _key)
+    _library.impl("dynamic_quantize", _quantize.dynamic_quantize, _key)
     _library.impl("gemm", _gemm.gemm, _key)
     _library.impl("gemm_out", _gemm_out, _key)
     _library.impl("gemm_quantized", _quantized_gemm.gemm, _key)
     _library.impl("gemm_quantized_out", _gemm_quantized_out, _key)
+    _library.impl("scaled_gemm", _scaled_gemm.scaled_gemm, _key)

@@ -33,6 +33,7 @@ def candidates(
     activation: str | None = None,
     dtype: str = "float16",
     weight_format: WeightFormat | None = None,
+    quantized_y: bool = False,
 ) -> list[str]:
     """Return the names of the kernels that can compute y and may be the fastest, at least one.
 
@@ -41,10 +42,13 @@ def candidates(
         in_features: columns of x and of the weight.
         out_features: rows of the weight, with swiglu twice the columns of y.
         activation: None or "swiglu".
-        dtype: "float32", "float16" or "bfloat16", of x, weight and y.
+        dtype: "float32", "float16" or "bfloat16", of x, weight, bias and y, where these are not codes.
         weight_format: of a quantized weight (`qwen_plugins.quantized`); None: the weight has the type of x.
+        quantized_y: y is codes, as x is by the format's activation.
     """
-    return launch.gemm_candidates(**_shape(rows, in_features, out_features, activation, dtype, weight_format))
+    return launch.gemm_candidates(
+        **_shape(rows, in_features, out_features, activation, dtype, weight_format, quantized_y)
+    )
 
 
 def choice_by_rules(
@@ -55,9 +59,12 @@ def choice_by_rules(
     activation: str | None = None,
     dtype: str = "float16",
     weight_format: WeightFormat | None = None,
+    quantized_y: bool = False,
 ) -> str:
     """Return the name of the kernel that serves where nothing was measured; the arguments are those of `candidates`."""
-    return launch.gemm_choice_by_rules(**_shape(rows, in_features, out_features, activation, dtype, weight_format))
+    return launch.gemm_choice_by_rules(
+        **_shape(rows, in_features, out_features, activation, dtype, weight_format, quantized_y)
+    )
 
 
 def measure(
@@ -69,6 +76,7 @@ def measure(
     dtype: str = "float16",
     bias: bool = False,
     weight_format: WeightFormat | None = None,
+    quantized_y: bool = False,
     kernels: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Return the microseconds that one GEMM takes, by the name of the kernel, in the order of ``kernels``.
@@ -79,14 +87,14 @@ def measure(
     device memory for weights (or one weight, if it is larger), operands and workspace are allocated and freed again.
 
     Args:
-        rows, in_features, out_features, activation, dtype, weight_format: as for `candidates`.
+        rows, in_features, out_features, activation, dtype, weight_format, quantized_y: as for `candidates`.
         bias: whether a bias is added.
         kernels: names; None: the candidates. What cannot compute this GEMM is left out of the result.
 
     Raises:
         RuntimeError: too little device memory is free, or CUDA reports an error.
     """
-    shape = _shape(rows, in_features, out_features, activation, dtype, weight_format)
+    shape = _shape(rows, in_features, out_features, activation, dtype, weight_format, quantized_y)
     names = launch.gemm_candidates(**shape) if kernels is None else list(kernels)
     return dict(launch.measure_gemm(names, bias=bias, **shape))
 
@@ -113,6 +121,7 @@ def _shape(
     activation: str | None,
     dtype: str,
     weight_format: WeightFormat | None,
+    quantized_y: bool,
 ) -> dict[str, Any]:
     """Check a shape, and return it as the launchers take it."""
     for name, value in (("rows", rows), ("in_features", in_features), ("out_features", out_features)):
@@ -125,10 +134,15 @@ def _shape(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     weight_format = weight_format or WeightFormat()
-    if weight_format.bits != 16 and weight_format.group_size and in_features % weight_format.group_size:
+    is_packed = weight_format.bits != 16 and weight_format.activation is None
+    if is_packed and weight_format.group_size and in_features % weight_format.group_size:
         raise ValueError(
             f"in_features must be a multiple of the groups of {weight_format.group_size}, not {in_features}"
         )
+    if quantized_y and weight_format.activation is None:
+        raise ValueError("quantized_y must be False where weight_format has no activation")
+    if weight_format.activation == "int8" and in_features >= 2**17:
+        raise ValueError(f"in_features must be below 2**17 with int8 activations, not {in_features}")
     return {
         "rows": rows,
         "in_features": in_features,
@@ -136,4 +150,6 @@ def _shape(
         "activation": launch.Activation.__members__[activation or "none"],
         "dtype": launch.DataType.__members__[dtype],
         "weight_format": weight_format.for_launch(),
+        "x_scale_per_row": weight_format.activation is not None and weight_format.activation_scale == "token",
+        "quantized_y": quantized_y,
     }

@@ -5,20 +5,25 @@ A quantized weight is read as its codes and scales, or as the numbers that they 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ..common.errors import QwenModelError, shown
 from ..common.files import is_file, read_json_object
 from .architectures import ARCHITECTURES
 from .config import ModelConfig
+from .eight_bit_layers import EightBitLayer, find_eight_bit_layer, fused_eight_bit_format
+from .eight_bit_weight import EightBitWeight
+from .eight_bit_weight import joined as joined_eight_bit
 from .module_weights import WeightFormat
 from .other_formats import WEIGHT_FILES, reject_quantized_tensors
-from .quantization_config import read_quantization
+from .quantization_config import PublishedQuantization, read_quantization
 from .quantized_layers import QuantizedLayer, find_layer, fused_format
 from .quantized_weight import QuantizedWeight, joined
 from .tensor_files import (
@@ -52,7 +57,8 @@ class Checkpoint:
         config = self.model_dir / "config.json"
         self.quantization = read_quantization(self.model_dir, read_json_object(config) if is_file(config) else {})
         self._tensors = _find_tensors(self.model_dir, framework)
-        self._layers: dict[str, QuantizedLayer] = {}  # the quantized ones, by name; `check` finds them
+        self._layers: dict[str, QuantizedLayer | EightBitLayer] = {}  # the quantized ones, by name; `check` finds them
+        self._row_factors: dict[str, npt.NDArray[np.float32]] = {}
 
     @property
     def dtype(self) -> str:
@@ -96,7 +102,8 @@ class Checkpoint:
         of_layers |= self._zero_biases(expected)
         expected = {name: shape for name, shape in expected.items() if _layer(name) not in self._layers}
         known = {*expected, *of_layers, *([head] if config.tied_embedding else [])}
-        self._check_tensors(expected, [name for name in self._tensors if name not in known and not _is_derived(name)])
+        known |= {name for name in self._tensors if _is_cache_scale(name) or _is_derived(name)}
+        self._check_tensors(expected, [name for name in self._tensors if name not in known])
         if config.tied_embedding and head in self._tensors:
             self._check_tied(embedding, head)
 
@@ -106,9 +113,7 @@ class Checkpoint:
             return
         try:
             for name, shape in expected.items():
-                layer = None
-                if len(shape) == 2 and name not in self._tensors:
-                    layer = find_layer(_layer(name), shape, self.quantization, self._tensors)
+                layer = self._find_quantized_layer(name, shape, self.quantization) if len(shape) == 2 else None
                 if layer is not None:
                     self._layers[layer.name] = layer
         except QwenModelError as error:
@@ -118,6 +123,18 @@ class Checkpoint:
                 f"{self.model_dir} has no layers that are quantized with {self.quantization.method}, as "
                 f"{self.quantization.where} says"
             )
+
+    def _find_quantized_layer(
+        self, name: str, shape: Shape, quantization: PublishedQuantization
+    ) -> QuantizedLayer | EightBitLayer | None:
+        if name in self._tensors:
+            return find_eight_bit_layer(_layer(name), shape, quantization, self._tensors)
+        return find_layer(_layer(name), shape, quantization, self._tensors)
+
+    @property
+    def has_cache_scales(self) -> bool:
+        """Tell whether there are static scales of a key-value cache, which are not used."""
+        return any(_is_cache_scale(name) for name in self._tensors)
 
     def _zero_biases(self, expected: Mapping[str, Shape]) -> set[str]:
         """Return the biases of quantized layers that the architecture does not have; raise if one is not zero."""
@@ -151,9 +168,16 @@ class Checkpoint:
                     found[name] = self._read_format(layers)
         return found
 
-    def _read_format(self, layers: list[QuantizedLayer]) -> WeightFormat:
+    def _read_format(self, layers: list[QuantizedLayer | EightBitLayer]) -> WeightFormat:
+        eight_bit = [layer for layer in layers if isinstance(layer, EightBitLayer)]
+        packed = [layer for layer in layers if isinstance(layer, QuantizedLayer)]
         try:
-            return fused_format(layers)
+            if eight_bit and packed:
+                raise QwenModelError(
+                    f"{packed[0].name} has packed weights and {eight_bit[0].name} has not, which is not supported: "
+                    "they are computed as one layer"
+                )
+            return fused_eight_bit_format(eight_bit) if eight_bit else fused_format(packed)
         except QwenModelError as error:
             raise QwenModelError(f"{self.model_dir}: {error}") from error
 
@@ -161,15 +185,25 @@ class Checkpoint:
         """Tell whether the checkpoint has this weight quantized, after `check`."""
         return _layer(spec.sources[0].name) in self._layers
 
-    def read_quantized(self, spec: WeightSpec) -> QuantizedWeight:
+    def read_quantized(self, spec: WeightSpec) -> QuantizedWeight | EightBitWeight:
         """Read a weight whose module `formats` names, as its codes and scales.
 
         Raises:
             QwenModelError: scales are not finite, or 0 where they must not be.
         """
-        return joined([self._read_layer(_layer(source.name)) for source in spec.sources])
+        parts = [self._read_layer(_layer(source.name)) for source in spec.sources]
+        eight_bit = [part for part in parts if isinstance(part, EightBitWeight)]
+        weight: QuantizedWeight | EightBitWeight
+        if eight_bit:
+            weight = joined_eight_bit(eight_bit, spec.name)
+        else:
+            weight = joined([part for part in parts if isinstance(part, QuantizedWeight)])
+        factors = self._row_factors.get(_module(spec))
+        if factors is None:
+            return weight
+        return dataclasses.replace(weight, scales=weight.scales.astype(np.float32) * factors[:, None])
 
-    def _read_layer(self, name: str) -> QuantizedWeight:
+    def _read_layer(self, name: str) -> QuantizedWeight | EightBitWeight:
         try:
             return self._layers[name].read()
         except QwenModelError as error:
@@ -218,15 +252,32 @@ class Checkpoint:
                 f"to false, or remove {head}"
             )
 
+    def scale_rows(self, factors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Multiply the rows of weight and bias of these modules, by name, with factors [out] whenever they are read."""
+        self._row_factors = dict(factors)
+
+    def scales_rows(self, spec: WeightSpec) -> bool:
+        """Tell whether `scale_rows` names the module of this weight."""
+        return _module(spec) in self._row_factors
+
     def read(self, spec: WeightSpec, rank: int = 0, num_ranks: int = 1) -> Weight:
         """Read a weight of the network, or the part of it that one of `num_ranks` devices has.
 
-        It has the checkpoint's type, or float32 if it is quantized there. Of files that can be memory-mapped only the
-        part is read.
+        It has the checkpoint's type, or float32 if it is quantized there or `scale_rows` names it. Of files that can be
+        memory-mapped only the part is read.
 
         Raises:
             QwenModelError: there is no such rank, the devices cannot have equal parts, or numbers are not finite.
         """
+        weight = self._read(spec, rank, num_ranks)
+        factors = self._row_factors.get(_module(spec))
+        if factors is None:
+            return weight
+        assert num_ranks == 1  # factors are those of all rows
+        array = as_numpy(weight).astype(np.float32)
+        return as_framework(array * (factors if array.ndim == 1 else factors[:, None]), self.framework)
+
+    def _read(self, spec: WeightSpec, rank: int, num_ranks: int) -> Weight:
         before = (slice(None),) * spec.axis
         parts = [
             self._part(source.name, () if num_ranks == 1 else (*before, part))
@@ -246,6 +297,10 @@ class Checkpoint:
         if layer not in self._layers or not name.endswith(".weight"):
             return self.tensor(name, part)
         return as_framework(self._read_layer(layer).dequantized()[part or ...], self.framework)
+
+
+def _module(spec: WeightSpec) -> str:
+    return spec.name.rpartition(".")[0]
 
 
 def _find_tensors(model_dir: Path, framework: Framework) -> dict[str, StoredTensor]:
@@ -307,6 +362,14 @@ def _printable(name: str) -> str:
 def _layer(name: str) -> str:
     """Return the layer of a weight; "" for another tensor."""
     return name.removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def _is_cache_scale(name: str) -> bool:
+    """Tell whether a tensor is a static scale of the key-value cache, or of attention's own products."""
+    return ".self_attn." in name and name.endswith(_CACHE_SCALES)
+
+
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 def _is_derived(name: str) -> bool:

@@ -73,6 +73,7 @@ class QuantizedLayer:
         Raises:
             QwenModelError: they are damaged.
         """
+        self._check_weight_shape()
         return WeightFormat(
             f"int{self.bits}",
             self.group_size,
@@ -86,8 +87,10 @@ class QuantizedLayer:
         """Read and unpack the layer.
 
         Raises:
-            QwenModelError: scales are not finite, or 0 where they must not be, or the order of inputs is damaged.
+            QwenModelError: scales are not finite, or 0 where they must not be, or the order of inputs or the shape is
+                damaged.
         """
+        self._check_weight_shape()
         permutation = self.permutation
         codes = {"gptq": self._gptq_codes, "awq": self._awq_codes}.get(
             self.quantization.method, self._compressed_tensors_codes
@@ -97,6 +100,15 @@ class QuantizedLayer:
         weight = QuantizedWeight(self.bits, codes, self._scales(), self._zeros(), permutation, self.scale_dtype)
         weight.check(self.name)
         return weight
+
+    def _check_weight_shape(self) -> None:
+        if "weight_shape" in self.tensors:
+            shape = self._array("weight_shape").tolist()
+            if shape != [self.out_features, self.in_features]:
+                raise QwenModelError(
+                    f"{self.name}.weight_shape must be {[self.out_features, self.in_features]}, the shape that "
+                    f"config.json and the other tensors give, not {shape}"
+                )
 
     def _array(self, suffix: str) -> npt.NDArray[Any]:
         return as_numpy(self.tensors[suffix].read(()))
@@ -157,19 +169,21 @@ class QuantizedLayer:
         Raises:
             QwenModelError: groups are of different sizes.
         """
-        suffix = "weight_g_idx" if self.quantization.method == "compressed-tensors" else "g_idx"
-        if suffix not in self.tensors or self.groups == 1:
+        by_output_first = by_output(self.quantization.method)
+        suffix = "weight_g_idx" if by_output_first else "g_idx"
+        if suffix not in self.tensors:
             return None
         group_of_input = self._array(suffix)
-        if (group_of_input == -1).all():  # compressed-tensors has not set it
+        if by_output_first and (group_of_input == -1).all():  # compressed-tensors has not set it
             return None
-        if (group_of_input == np.arange(self.in_features) // self.group_size).all():
+        in_order = np.arange(self.in_features) // (self.group_size or self.in_features)
+        if (group_of_input == in_order).all():
             return None
         permutation = np.argsort(group_of_input, kind="stable").astype(np.int32)
-        if not (group_of_input[permutation] == np.arange(self.in_features) // self.group_size).all():
+        if not (group_of_input[permutation] == in_order).all():
             raise QwenModelError(
-                f"{self.name}.{suffix} is not supported: it must give each of {self.groups} groups {self.group_size} "
-                "inputs"
+                f"{self.name}.{suffix} is not supported: it must give each of {self.groups} groups "
+                f"{self.group_size or self.in_features} inputs"
             )
         return permutation
 
@@ -245,8 +259,7 @@ def find_layer(
         QwenModelError: tensors are missing, or do not fit the shape or the configuration.
     """
     own = {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES if f"{name}.{suffix}" in tensors}
-    packed = PACKED[quantization.method]
-    if packed not in own:
+    if PACKED.get(quantization.method) not in own:
         return None
     out_features, in_features = shape
     bits, groups = _bits_and_groups(name, shape, quantization, own)
@@ -287,7 +300,7 @@ def _bits_and_groups(
     if not possible or not whole_words:
         raise QwenModelError(
             f"{name}.{PACKED[method]} {list(packed)} is not a weight of {out_features} outputs and {in_features} "
-            f"inputs in {' or '.join(map(str, sorted(quantization.bits)))} bits, as {quantization.where} says"
+            f"inputs in {' or '.join(map(str, sorted(quantization.bits))) or 'no'} bits, as {quantization.where} says"
         )
     if groups not in declared or in_features % groups:
         sizes = " or ".join(str(size) if size else "all" for size in sorted(quantization.group_sizes))

@@ -5,6 +5,7 @@ Files are memory-mapped if possible; a tensor is read when it is asked for.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
@@ -28,7 +29,7 @@ Framework = Literal["torch", "numpy"]
 Weight = Any  # a torch.Tensor or a NumPy array, whose bfloat16 is that of ml_dtypes
 
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-_SAFETENSORS_DTYPES = {**_FLOATS, "I32": "int32", "I64": "int64"}
+_SAFETENSORS_DTYPES = {**_FLOATS, "F8_E4M3": "float8_e4m3fn", "I8": "int8", "I32": "int32", "I64": "int64"}
 WEIGHT_DTYPES = tuple(_FLOATS.values())
 """The types that weights can have in a checkpoint, and the scales of quantized ones."""
 _EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
@@ -44,6 +45,8 @@ _CHUNK = 1 << 20
 @dataclass(frozen=True)
 class StoredTensor:
     """Describe a tensor in a file. `dtype` is PyTorch's name of a type that is read here, or the file's of another.
+
+    NumPy has no float8_e4m3fn: an array of it has its bytes, uint8.
 
     read: takes a slice of each of the first dimensions, and reads only that part; (): all of the tensor.
     """
@@ -80,7 +83,7 @@ def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTenso
     if framework == "numpy":
         import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy, for safetensors
 
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     try:
         file = safe_open(
             str(path), framework="pt" if framework == "torch" else "numpy"
@@ -90,6 +93,8 @@ def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTenso
             dtype = part.get_dtype()
             shape = tuple(part.get_shape())
             read = partial(_read_safetensors, file, name)
+            if dtype == "F8_E4M3" and framework == "numpy":
+                read = partial(_read_bytes, path, name, shape)
             tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(dtype, dtype), read)
     except Exception as error:  # the library raises its own class, OSError and others
         raise QwenModelError(f"{path} cannot be read: {shown(str(error)).strip(chr(39))}") from error
@@ -98,6 +103,14 @@ def _open_safetensors(path: Path, framework: Framework) -> dict[str, StoredTenso
 
 def _read_safetensors(file: Any, name: str, part: tuple[slice, ...]) -> Weight:
     return file.get_slice(name)[part] if part else file.get_tensor(name)
+
+
+def _read_bytes(path: Path, name: str, shape: Shape, part: tuple[slice, ...]) -> Weight:
+    """Read numbers of one byte, whose type NumPy does not have, from a file that safetensors has checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, _ = json.loads(file.read(length))[name]["data_offsets"]
+    return np.array(np.memmap(path, np.uint8, "r", 8 + length + begin, shape)[part])
 
 
 def _open_bin(path: Path) -> dict[str, StoredTensor]:
@@ -153,11 +166,16 @@ def all_finite(weight: Weight) -> bool:
 
 
 def as_numpy(weight: Weight) -> npt.NDArray[Any]:
-    """Return a tensor or array as an array, without a copy; bfloat16, which NumPy lacks, becomes float32."""
+    """Return a tensor or array as an array, without a copy where NumPy has the type.
+
+    bfloat16 becomes float32; of float8_e4m3fn the bytes are returned, uint8.
+    """
     if isinstance(weight, np.ndarray):
         return weight.astype(np.float32) if weight.dtype.name == "bfloat16" else weight
     import torch
 
+    if weight.dtype == torch.float8_e4m3fn:
+        return np.asarray(weight.detach().contiguous().view(torch.uint8).numpy())
     return np.asarray((weight.float() if weight.dtype == torch.bfloat16 else weight).detach().numpy())
 
 

@@ -18,6 +18,8 @@ from .tensor_files import Shape
 
 PADDING, BLOCK = (64, 128), (16, 128)
 """Layout 2: rows and columns are padded to multiples of these, and stored in blocks of these sizes."""
+CODE_DTYPES = {"int8": "int8", "fp8": "uint8"}
+"""The types of codes in layout 1, by the kind of the weight: those of e4m3 are bytes."""
 
 
 @dataclass(frozen=True)
@@ -205,21 +207,41 @@ def _in_formats(modules: Modules, formats: Formats) -> Modules:
 
 def _quantized(name: str, module: ModuleWeights[WeightSpec], weight_format: WeightFormat) -> ModuleWeights[WeightSpec]:
     """Describe the tensors of a linear layer whose weight is quantized: see `qwen_plugins.quantized`."""
+    if weight_format.activation is not None:
+        return _with_quantized_x(name, module, weight_format)
     rows, columns = (-(-size // multiple) * multiple for size, multiple in zip(module.shape, PADDING, strict=True))
     groups = columns // weight_format.group_size if weight_format.group_size else 1
     blocks = columns // BLOCK[1], rows // BLOCK[0], math.prod(BLOCK) * weight_format.bits // 32
-
-    def extra(field: str, shape: Shape, dtype: str) -> WeightSpec:
-        return WeightSpec(f"{name}.{field}", (), dtype, packed_shape=shape)
 
     return dataclasses.replace(
         module,
         weight=dataclasses.replace(module.weight, dtype="int32", packed_shape=blocks),
         format=weight_format,
-        scales=extra("scales", (groups, rows), weight_format.scale_dtype),
-        zeros=None if weight_format.symmetric else extra("zeros", (groups, rows), "uint8"),
-        permutation=extra("permutation", module.shape[1:], "int32") if weight_format.permuted else None,
+        scales=_extra(name, "scales", (groups, rows), weight_format.scale_dtype),
+        zeros=None if weight_format.symmetric else _extra(name, "zeros", (groups, rows), "uint8"),
+        permutation=_extra(name, "permutation", module.shape[1:], "int32") if weight_format.permuted else None,
     )
+
+
+def _with_quantized_x(
+    name: str, module: ModuleWeights[WeightSpec], weight_format: WeightFormat
+) -> ModuleWeights[WeightSpec]:
+    """Describe the tensors of a linear layer whose x is quantized, too: codes as they are, and scales in float32."""
+    rows, columns = module.shape
+    size = weight_format.group_size
+    scales = (-(-rows // size), -(-columns // size)) if size else (rows, 1)
+    static = weight_format.activation_scale == "tensor"
+    return dataclasses.replace(
+        module,
+        weight=dataclasses.replace(module.weight, dtype=CODE_DTYPES[weight_format.kind]),
+        format=weight_format,
+        scales=_extra(name, "scales", scales, weight_format.scale_dtype),
+        input_scale=_extra(name, "input_scale", (1,), weight_format.scale_dtype) if static else None,
+    )
+
+
+def _extra(name: str, field: str, shape: Shape, dtype: str) -> WeightSpec:
+    return WeightSpec(f"{name}.{field}", (), dtype, packed_shape=shape)
 
 
 def too_large(name: str, dtype: str, largest: float) -> str:

@@ -14,7 +14,8 @@ BACK_END_MODULES = {
 }
 """The modules that each back end needs; the extra of its name brings them, and all that tokenizers and chats need."""
 
-OLDEST_DRIVER = "580, which CUDA 13 needs"
+OLDEST_DRIVERS = {12: 525, 13: 580}
+"""By the release of CUDA."""
 
 PACKAGES = {
     "cuda": "cuda-bindings",
@@ -49,6 +50,21 @@ def import_extra(module: str, needed_for: str, extra: str | None = None) -> Any:
         folder = next(iter(found.__path__), "")
         raise QwenModelError(f"{needed_for} needs {module}, of which only a part is installed, in {folder}")
     return found
+
+
+def cuda_release() -> int:
+    """Return the release of CUDA, such as 12, of the kernels; of a source tree, the one that it is built with."""
+    try:
+        core = importlib.import_module("qwen_plugins._core")
+    except ImportError:
+        return max(OLDEST_DRIVERS)
+    return int(core.CUDA_VERSION) // 1000
+
+
+def oldest_driver() -> str:
+    """Return the oldest driver that the kernels run with, and why: "580, which CUDA 13 needs"."""
+    release = cuda_release()
+    return f"{OLDEST_DRIVERS[release]}, which CUDA {release} needs"
 
 
 def require_kernels() -> None:

@@ -19,16 +19,20 @@ from types import ModuleType
 from typing import Any
 
 from ..common.errors import QwenModelError
-from ..common.extras import OLDEST_DRIVER, PACKAGES, import_extra, require_kernels
+from ..common.extras import OLDEST_DRIVERS, PACKAGES, cuda_release, import_extra, oldest_driver, require_kernels
 
 Found = dict[str, Any]
 
 TENSORRTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_rtx")
-LEAST_CUDA = 13000
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 REINSTALL = "pip install --force-reinstall"
-INSTALL_DRIVER = "install driver 580 or later: https://www.nvidia.com/drivers; in a container: docker run --gpus all"
+
+
+def install_driver() -> str:
+    """Return what to do about a driver that is missing or too old."""
+    oldest = OLDEST_DRIVERS[cuda_release()]
+    return f"install driver {oldest} or later: https://www.nvidia.com/drivers; in a container: docker run --gpus all"
 
 
 def lack(what: object, command: str) -> dict[str, str]:
@@ -41,7 +45,7 @@ def driver() -> Found:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        return {"lacks": [lack(f"there is no NVIDIA driver ({error})", INSTALL_DRIVER)]}
+        return {"lacks": [lack(f"there is no NVIDIA driver ({error})", install_driver())]}
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     found: Found = {
@@ -50,9 +54,9 @@ def driver() -> Found:
         "gpus": [],
     }
     status = cuda.cuInit(0)
-    if version.value < LEAST_CUDA:
-        what = f"the NVIDIA driver, of CUDA {found['cuda']}, is older than {OLDEST_DRIVER}"
-        found["lacks"] = [lack(what, INSTALL_DRIVER)]
+    if version.value < 1000 * cuda_release():
+        what = f"the NVIDIA driver, of CUDA {found['cuda']}, is older than {oldest_driver()}"
+        found["lacks"] = [lack(what, install_driver())]
     elif status == NO_DEVICE:
         found["lacks"] = [lack("the driver finds no GPU", "nvidia-smi; check CUDA_VISIBLE_DEVICES")]
     elif status != 0:
@@ -203,7 +207,7 @@ def torch() -> Found:
         what = f"PyTorch {module.__version__} is built without CUDA: it runs on the CPU alone"
         found["lacks"] = [lack(what, f"{REINSTALL} torch")]
     elif not available and said:
-        found["lacks"] = [lack(f"PyTorch finds no GPU: {str(said[0].message).splitlines()[0]}", INSTALL_DRIVER)]
+        found["lacks"] = [lack(f"PyTorch finds no GPU: {str(said[0].message).splitlines()[0]}", install_driver())]
     return found
 
 

@@ -44,16 +44,15 @@ from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
 from ..quantization.engine_weights import EngineWeights
 from ..quantization.formats import chosen_formats
-from ..quantization.options import KINDS
+from ..quantization.key_balance import key_factors
+from ..quantization.options import QUANTIZATIONS, quantization_options
 from ..quantization.summary import WeightSummary, weight_summary
 from .back_ends import back_end
-from .calibration import calibrated_weights
+from .calibration import calibrated_weights, calibration_warnings
 from .limits import engine_limits, usable_positions
 from .output_folder import output_place, written_whole
 
 LOG = logging.getLogger(__name__)
-LARGE_KEY_BIAS = 50.0
-"""Keys without a bias are a few units: beside this one, a code of int8 is nearly half a unit."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,9 @@ def build_engine(
     symmetric: bool | None = None,
     head_quantization: str | None = None,
     activation_aware: bool = False,
+    per_token: bool = False,
+    per_channel: bool = False,
+    alpha: float | str | None = None,
     calibration: str | os.PathLike[str] | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
@@ -109,15 +111,21 @@ def build_engine(
     max_num_tokens: tokens of prompts, or parts of them, that are computed in one step. None: up to 8192.
     kv_cache_dtype: how the key-value cache keeps a number: "auto": in the engine's type; "int8" or "fp8": in 8 bits,
         with a scale for each token and head.
-    quantization: of the weights of linear layers: "int8" or "int4"; "auto": as the checkpoint is; "none": in the
-        engine's type, also if the checkpoint is quantized.
+    quantization: of linear layers: "int8" or "int4": of their weights; "smoothquant" or "fp8": of their inputs, too, in
+        int8 or e4m3; "auto": as the checkpoint is; "none": in the engine's type, also if the checkpoint is quantized.
     group_size: with "int4", the inputs that share a scale: 32, 64, 128, or -1 for all. None: 128.
     symmetric: with "int4", whether there are no zero points. None: True.
-    head_quantization: of the output projection: "int8", "int4" or "none". None: "int8" if linear layers are quantized
-        here, else as the checkpoint is.
-    activation_aware: scale the inputs of layers before they are quantized here, as AWQ does, by what the network does
-        with a text; it needs PyTorch.
-    calibration: the file of that text; None: the packaged model's held-out text.
+    head_quantization: of the weights of the output projection: "int8", "int4" or "none". None: "int8" with "int8" and
+        "int4", else as the checkpoint is.
+    activation_aware: with "int8" or "int4", scale the inputs of layers before they are quantized here, as AWQ does, by
+        what the network does with a text; it needs PyTorch.
+    per_token, per_channel: with "smoothquant", whether each token's input, and each output of a weight, has a scale of
+        its own. Without `per_token` calibration finds one for all tokens; without `per_channel` each tensor has one.
+    alpha: with "smoothquant", how much of the range of the inputs is moved into the weights, 0 to 1; "auto": searched
+        for each layer; "none": nothing. None: 0.5.
+    calibration: the file of texts for `activation_aware` and "smoothquant", see `engine.calibration`; None: the
+        packaged model's held-out text. With "fp8" inputs have one scale for all tokens, which the texts give; without
+        it each token has its own.
     rotary_scaling: replaces the checkpoint's `rope_scaling`, in the same form.
     timing_cache: file with the timings of TensorRT's builder, read and written; None: one in the user's cache folder.
     tuning: time the GEMM kernels of the linear layers on the GPU before a TensorRT engine is built, which takes
@@ -162,8 +170,17 @@ def build_engine(
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
     groups = weight_groups(model, engine_dtype)
-    formats = chosen_formats(checkpoint, model, engine_dtype, quantization, group_size, symmetric, head_quantization)
-    _check_calibration(activation_aware, calibration, quantization)
+    asked: dict[str, Any] = {
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "per_token": per_token,
+        "per_channel": per_channel,
+        "alpha": alpha,
+        "activation_aware": activation_aware,
+        "calibration": calibration,
+    }
+    formats = chosen_formats(checkpoint, model, engine_dtype, quantization, head=head_quantization, **asked)
+    own = quantization_options(quantization, head=head_quantization, **asked) if quantization in QUANTIZATIONS else None
     generation = GenerationConfig.from_model_dir(source, model.vocab_size)
     tokenizer_warnings = _check_tokenizer(source)
     watch.lap("tokenizer checked")
@@ -185,9 +202,7 @@ def build_engine(
         compute_capabilities=capabilities,
         kv_cache_dtype=kv_cache_dtype,
         weight_formats=formats,
-        quantization_options=_quantization_options(
-            quantization, group_size, symmetric, head_quantization, activation_aware, calibration
-        ),
+        quantization_options=_quantization_words(quantization, head_quantization, asked),
     )
     sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
     warnings = [
@@ -195,11 +210,16 @@ def build_engine(
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
-        *_key_bias_warnings(checkpoint, model, kv_cache_dtype),
+        *_balance_keys(checkpoint, model, formats, kv_cache_dtype),
+        *_cache_scale_warnings(checkpoint),
+        *([] if own is None else calibration_warnings(own, activation_aware, calibration)),
     ]
     report = progress or no_progress
-    calibrated = calibrated_weights(checkpoint, model, formats, calibration, report) if activation_aware else None
-    read_weight = EngineWeights(checkpoint, network_modules(model, engine_dtype, formats), calibrated)
+    calibrated = None
+    if own is not None:
+        calibrated = calibrated_weights(checkpoint, model, formats, own, activation_aware, calibration, report)
+    modules, per_channel = network_modules(model, engine_dtype, formats), own is None or own.per_channel
+    read_weight = EngineWeights(checkpoint, modules, calibrated, per_channel)
     options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
     if tuning:
         config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
@@ -220,31 +240,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _quantization_options(
-    quantization: str,
-    group_size: int | None,
-    symmetric: bool | None,
-    head_quantization: str | None,
-    activation_aware: bool,
-    calibration: str | os.PathLike[str] | None,
-) -> tuple[str, ...]:
+def _quantization_words(quantization: str, head_quantization: str | None, asked: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the words of a build command that ask for the same quantization."""
     words = [] if quantization == "auto" else ["--quantization", quantization]
-    words += [] if group_size is None else ["--group-size", str(group_size)]
-    words += ["--asymmetric"] if symmetric is False else []
-    words += [] if head_quantization is None else ["--head-quantization", head_quantization]
-    words += ["--activation-aware"] if activation_aware else []
-    words += [] if calibration is None else ["--calibration", os.fsdecode(calibration)]
+    given = {**asked, "asymmetric": asked["symmetric"] is False, "head_quantization": head_quantization}
+    for name in (
+        "group_size",
+        "asymmetric",
+        "head_quantization",
+        "activation_aware",
+        "per_token",
+        "per_channel",
+        "alpha",
+        "calibration",
+    ):
+        value, option = given[name], f"--{name.replace('_', '-')}"
+        words += [option] if value is True else [] if value in (None, False) else [option, str(value)]
     return tuple(words)
-
-
-def _check_calibration(activation_aware: bool, calibration: object, quantization: str) -> None:
-    if activation_aware and quantization not in KINDS:
-        raise QwenModelError(
-            f"activation_aware (--activation-aware) is for quantization {' or '.join(KINDS)}, not {quantization!r}"
-        )
-    if calibration is not None and not activation_aware:
-        raise QwenModelError("calibration (--calibration) is for activation_aware (--activation-aware)")
 
 
 def _compute_capabilities(backend: str, hardware_compatible: bool, chosen: Collection[str] | None) -> tuple[str, ...]:
@@ -306,7 +318,7 @@ def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> I
 
 
 def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
-    scales = {each.scale_dtype for each in formats.values()}
+    scales = {each.scale_dtype for each in formats.values() if each.activation is None}
     if dtype != "float32" and scales - {dtype}:
         other = (scales - {dtype}).pop()
         yield (
@@ -315,15 +327,22 @@ def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
         )
 
 
-def _key_bias_warnings(checkpoint: Checkpoint, model: ModelConfig, kv_cache_dtype: str) -> Iterator[str]:
-    """Warn of biases that take the room in int8 codes of keys: one of them makes the scale of all numbers of a head."""
+def _cache_scale_warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.has_cache_scales:
+        yield (
+            "the checkpoint has static scales of a key-value cache of 8 bits, which are not used: one scale for all "
+            "tokens does not fit keys with large biases, such as Qwen2.5's. --kv-cache-dtype fp8 makes one for each "
+            "token and head"
+        )
+
+
+def _balance_keys(checkpoint: Checkpoint, model: ModelConfig, formats: Formats, kv_cache_dtype: str) -> Iterator[str]:
+    """Give the keys of an int8 cache one size; yield a warning where that cannot be done."""
     if kv_cache_dtype != "int8" or not model.qkv_bias:
         return
-    heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    specs = (spec for group in weight_groups(model, "float32") for spec in group.specs)
-    biases = (checkpoint.read(spec) for spec in specs if spec.name.endswith(".attention.qkv.bias"))
-    largest = max(float(abs(bias[heads : heads + kv_heads]).max()) for bias in biases)
-    if largest > LARGE_KEY_BIAS:
+    factors, largest = key_factors(checkpoint, model, formats)
+    checkpoint.scale_rows(factors)
+    if largest:
         yield (
             f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
             "coarsely: --kv-cache-dtype fp8 is more exact"

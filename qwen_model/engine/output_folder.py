@@ -19,8 +19,8 @@ from pathlib import Path
 
 from ..checkpoints.tokenizer import TOKENIZER_FILES
 from ..common.errors import QwenModelError
+from ..common.work_folder import INSIDE, NEW, OLD, has_work, work_folder
 from ..interface.engine_config import read_engine_json
-from .work_folder import INSIDE, NEW, OLD, has_work, work_folder
 
 CONFIG, WEIGHTS = "config.json", "weights"
 ENGINE_FILES = {CONFIG, "model.plan", *TOKENIZER_FILES}
@@ -62,7 +62,7 @@ def written_whole(place: Path) -> Iterator[Path]:
     """Yield a new folder that becomes `place` (see `output_place`) at the end; on any error nothing of it is left.
 
     Raises:
-        QwenModelError: `place` cannot be written, or another build is writing it.
+        QwenModelError: `place` cannot be written, or another command is writing it.
     """
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:

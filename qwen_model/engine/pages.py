@@ -66,6 +66,11 @@ class PagePool:
         if page not in self._names and self._named.setdefault(name, page) == page:
             self._names[page] = name
 
+    def forget(self) -> None:
+        """Let no page be found by what it holds now."""
+        self._names.clear()
+        self._named.clear()
+
     def find(self, names: Sequence[bytes]) -> list[int]:
         """Return the pages of these names, up to the first that there is none of."""
         pages = []

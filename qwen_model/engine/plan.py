@@ -6,10 +6,12 @@ import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.module_weights import Formats
+from ..common.files import check_readable
 from ..interface.engine_config import KV_CACHE_DTYPES, Limits
 from ..interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, page_bytes, step_bytes, weight_bytes
 from ..quantization.formats import chosen_formats
@@ -27,12 +29,14 @@ CONTEXT_BYTES = 600 << 20
 class MemoryPlan:
     """Say how much device memory an engine needs. Sizes are in bytes.
 
+    dtype: of the engine.
     weights: by format and part of the network.
     activations: of the largest step, an estimate.
     token_bytes: of one token in the key-value cache.
     sequences, positions: the sequences that are in the cache at the same time, and the tokens of each.
     """
 
+    dtype: str
     weights: WeightSummary
     weight_bytes: int
     activation_bytes: int
@@ -67,6 +71,7 @@ def memory_plan(
     """
     page = page_bytes(model, dtype, kv_cache_dtype)
     return MemoryPlan(
+        dtype=dtype,
         weights=weight_summary(model, dtype, formats, {}),
         weight_bytes=weight_bytes(model, dtype, formats),
         activation_bytes=step_bytes(model, limits, dtype),
@@ -90,16 +95,23 @@ def plan_engine(
     group_size: int | None = None,
     symmetric: bool | None = None,
     head_quantization: str | None = None,
+    per_token: bool = False,
+    per_channel: bool = False,
+    alpha: float | str | None = None,
+    activation_aware: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> MemoryPlan:
     """Compute what `build_engine` with the same arguments would need on a GPU; only the headers of weights are read.
 
     max_batch_size: the sequences that are in the cache at the same time; None: 1.
-    dtype: None: the checkpoint's.
+    dtype: None: the checkpoint's, which engines have on a GPU.
 
     Raises:
         QwenModelError: as `build_engine`.
     """
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    if calibration is not None:
+        check_readable(Path(calibration))
     source = model_folder(model_dir)
     model = ModelConfig.from_model_dir(source)
     limits = engine_limits(
@@ -109,7 +121,20 @@ def plan_engine(
     checkpoint.check(model)
     chosen = dtype or model.dtype or checkpoint.dtype
     check_choice("dtype", chosen, DTYPES)
-    formats = chosen_formats(checkpoint, model, chosen, quantization, group_size, symmetric, head_quantization)
+    formats = chosen_formats(
+        checkpoint,
+        model,
+        chosen,
+        quantization,
+        group_size,
+        symmetric,
+        head_quantization,
+        per_token=per_token,
+        per_channel=per_channel,
+        alpha=alpha,
+        activation_aware=activation_aware,
+        calibration=calibration,
+    )
     return memory_plan(model, limits, chosen, formats, kv_cache_dtype, limits.max_batch_size)
 
 

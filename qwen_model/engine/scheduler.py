@@ -21,6 +21,7 @@ from itertools import chain, count
 import numpy as np
 
 from ..common.errors import QwenModelError
+from ..common.turn_lock import TurnLock
 from ..interface.device import NO_TOKEN, Batch, Chosen, Device, Int32Array, PendingChoice, Start, TokenMask
 from .pages import PagePool, extend_names
 from .results import TokenLogprob
@@ -44,7 +45,7 @@ class _Launched:
 
 
 class Scheduler:
-    """Run sequences on a device, which has one scheduler. A scheduler is not for several threads."""
+    """Run sequences on a device, which has one scheduler. Several threads that use it must hold `lock`."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Scheduler:
         if device.max_tokens < device.max_sequences:
             raise ValueError(f"max_tokens {device.max_tokens} is less than max_sequences {device.max_sequences}")
         self.device = device
+        self.lock = TurnLock()
         self.deterministic = deterministic
         self._stretch = stretch
         self.chunk_tokens = min(chunk_tokens, device.max_tokens)
@@ -133,6 +135,10 @@ class Scheduler:
         """End a sequence, if it has not ended: no event comes any more, and the next steps free what it has."""
         if sequence.finish_reason is None:
             self._end(sequence, "cancelled")
+
+    def forget_prefixes(self) -> None:
+        """Let sequences that are added from now on share nothing that is in the cache: measurements need that."""
+        self.pool.forget()
 
     def step(self, patient: bool = False) -> list[Event]:
         """Launch the next step, or two if the device runs ahead; wait for the oldest and return its tokens.

@@ -35,7 +35,7 @@ DEFAULT_NEW_TOKENS = 128
 
 
 class Session:
-    """Generate with a loaded engine. Requests may overlap, but a session is not for several threads."""
+    """Generate with a loaded engine. Requests may overlap, and come from several threads: they share the batches."""
 
     def __init__(self, config: EngineConfig, scheduler: Scheduler, tokenizer: Tokenizer | None = None):
         """Take a loaded engine; `load_engine` makes sessions. Without a tokenizer prompts are token ids only.
@@ -160,14 +160,15 @@ class Session:
                 raise QwenModelError(f"a prompt of {len(prompt)} tokens has no logits after its last {count}")
         scored = [sequences.Sequence(prompt, 0, logit_rows=count) for prompt, count in zip(plain, counts, strict=True)]
         self._check_fit(scored)
-        try:
-            for sequence in scored:
-                self.scheduler.add(sequence)
-            while any(sequence.finish_reason is None for sequence in scored):
-                self._step(patient=True)
-        finally:
-            for sequence in scored:
-                self.scheduler.cancel(sequence)
+        with self.scheduler.lock:
+            try:
+                for sequence in scored:
+                    self.scheduler.add(sequence)
+                while any(sequence.finish_reason is None for sequence in scored):
+                    self._step(patient=True)
+            finally:
+                for sequence in scored:
+                    self.scheduler.cancel(sequence)
         found = [np.concatenate(sequence.logits) for sequence in scored]
         for index, logits in enumerate(found):
             if not np.isfinite(logits).all():
@@ -306,22 +307,26 @@ class Session:
 
     def _run(self, request: _Request, patient: bool = False) -> Iterator[StreamEvent]:
         """Yield the events of a request. Whoever waits for one drives the scheduler, for all requests."""
-        self.device.prepare(min(len(request.outputs), self.device.max_sequences))
-        request.start()
+        lock = self.scheduler.lock
+        with lock:
+            self.device.prepare(min(len(request.outputs), self.device.max_sequences))
+            request.start()
         try:
-            while request.events or not request.is_done:
+            while not request.is_done or request.events:  # another thread's step appends events before it is done
                 while request.events:
                     yield request.events.popleft()
                 if request.error is not None:
                     raise request.error
-                if not request.is_done:
-                    self._step(patient, request.timer)
+                with lock:
+                    if request.waits:
+                        self._step(patient, request.timer)
         finally:
-            request.cancel()
+            with lock:
+                request.cancel()
         _log_timing(request.timing())
 
     def _step(self, patient: bool, timer: Timer | None = None) -> None:
-        """Run a step, and hand its events to the requests that they belong to."""
+        """Run a step, and hand its events to the requests that they belong to. The caller holds the lock."""
         if not self.scheduler.has_work:
             raise QwenModelError("the request has ended: the device failed in another one")
         for event in self.scheduler.step(patient):
@@ -360,13 +365,14 @@ class Session:
             raise QwenModelError(f"num_beams and end tokens together must be at most {MOST_BEST}, not {num_best}")
         beams = [beam_sequence(prompt, count, num_best) for prompt in token_ids]
         self._check_fit(beams)
-        self.device.prepare(min(len(token_ids) * num_beams, self.device.max_sequences))
         timer = Timer(token_ids, len(token_ids))
-        timer.start()
         step = partial(self._step, patient=True, timer=timer)
-        found = beam_search(
-            self.scheduler, beams, num_beams, ends, step, partial(not_finite, self.config, len(token_ids))
-        )
+        with self.scheduler.lock:
+            self.device.prepare(min(len(token_ids) * num_beams, self.device.max_sequences))
+            timer.start()
+            found = beam_search(
+                self.scheduler, beams, num_beams, ends, step, partial(not_finite, self.config, len(token_ids))
+            )
         outputs = [self._beam_output([BeamOutput(beam.tokens, beam.score) for beam in beams], ends) for beams in found]
         timing = timer.timing(sum(len(output.output_ids) for output in outputs))
         _log_timing(timing)
@@ -472,6 +478,11 @@ class _Request:
     @property
     def is_done(self) -> bool:
         return self._unfinished == 0
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether nothing has come that the caller could be given."""
+        return not (self.is_done or self.events or self.error)
 
     def start(self) -> None:
         self.timer.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +15,13 @@ from ..engine import load_engine
 from ..interface.sampling import SamplingOptions
 
 STOP_REASONS: Mapping[str, Any] = {"stop": "stop", "length": "max_tokens"}
-SAMPLING_NAMES = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+GREEDY_NAMES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "seed", *GREEDY_NAMES)
 
 
 @register_model_api("qwen_model")
 class QwenModelAPI(ModelAPI):
-    """Answer chats with an engine, whose folder is the model's name; one at a time, whatever EvalScope's batch size."""
+    """Answer chats with an engine, whose folder is the model's name; EvalScope's threads share its batches."""
 
     def __init__(
         self,
@@ -45,7 +45,6 @@ class QwenModelAPI(ModelAPI):
         super().__init__(model_name, base_url, api_key, config or GenerateConfig())
         self._session = load_engine(model_name, device=device)
         self._template_kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._lock = threading.Lock()  # a session is not for several threads
 
     def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
@@ -59,15 +58,14 @@ class QwenModelAPI(ModelAPI):
             raise QwenModelError("EvalScope's tools are not supported on an engine")
         messages = [{"role": message.role, "content": message.text} for message in input]
         limit = self._session.config.limits.max_output_len
-        with self._lock:
-            result = self._session.generate(
-                [messages],
-                max_new_tokens=limit if config.max_tokens is None else min(config.max_tokens, limit),
-                sampling=_sampling(config),
-                stop=config.stop_seqs,
-                chat=True,
-                chat_template_kwargs=self._template_kwargs,
-            )
+        result = self._session.generate(
+            [messages],
+            max_new_tokens=limit if config.max_tokens is None else min(config.max_tokens, limit),
+            sampling=_sampling(config),
+            stop=config.stop_seqs,
+            chat=True,
+            chat_template_kwargs=self._template_kwargs,
+        )
         output, timing = result.outputs[0], result.timing
         message = ChatMessageAssistant(content=output.text or "", model=self.model_name, source="generate")
         return ModelOutput(
@@ -85,7 +83,7 @@ class QwenModelAPI(ModelAPI):
 def _sampling(config: GenerateConfig) -> SamplingOptions:
     given = {name: value for name in SAMPLING_NAMES if (value := getattr(config, name)) is not None}
     if config.do_sample is False:
-        given = {name: value for name, value in given.items() if name == "repetition_penalty"}
+        given = {name: value for name, value in given.items() if name in GREEDY_NAMES}
     elif config.do_sample:
         given.setdefault("temperature", 1.0)
     return SamplingOptions(**given)

@@ -27,7 +27,8 @@ LOG = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS = 256  # of lm-eval's class for transformers
 FIRST_SEED = 1234  # lm-eval's default
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING_NAMES = ("temperature", "top_k", "top_p", "repetition_penalty")
+GREEDY_NAMES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", *GREEDY_NAMES)
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of lm-eval: its two texts, the tokens of the context, and those of the continuation."""
@@ -238,5 +239,5 @@ def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     lengths = [int(arguments[name]) for name in LENGTH_NAMES if arguments.get(name) is not None]
     sampling = {name: arguments[name] for name in SAMPLING_NAMES if arguments.get(name) is not None}
     if not arguments.get("do_sample", float(sampling.get("temperature", 0)) > 0):
-        sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
+        sampling = {name: value for name, value in sampling.items() if name in GREEDY_NAMES}
     return {"stop": stop, "max_new_tokens": (*lengths, DEFAULT_NEW_TOKENS)[0], "sampling": sampling}

@@ -82,16 +82,36 @@ def measure_perplexity(
     Raises:
         QwenModelError: the engine has no tokenizer, the text is too short, or the window exceeds its limit.
     """
-    if session.tokenizer is None:
-        raise QwenModelError("measuring a perplexity needs a tokenizer, and this engine has none")
+    window = checked_window(session, window)
+    token_ids, num_bytes = text_tokens(session, text)
+    nats = next_token_nats(session.logits, token_ids, window, progress)
+    predicted = len(token_ids) - 1
+    return Perplexity(math.exp(nats / predicted), nats / math.log(2) / num_bytes, predicted, num_bytes, window)
+
+
+def checked_window(session: Session, window: int | None) -> int:
+    """Return a window's tokens; None: 1024, or the engine's ``max_input_len`` if that is lower.
+
+    Raises:
+        QwenModelError: the window exceeds the engine's limit.
+    """
     limit = session.config.limits.max_input_len
     window = min(DEFAULT_WINDOW, limit) if window is None else window
     if not 1 <= window <= limit:
         raise QwenModelError(f"the window must be 1 to {limit} tokens, the engine's max_input_len, not {window}")
+    return window
+
+
+def text_tokens(session: Session, text: str | None) -> tuple[list[int], int]:
+    """Return the tokens of a text, and its bytes without special tokens; None: the packaged model's held-out text.
+
+    Raises:
+        QwenModelError: the engine has no tokenizer, or the text is too short.
+    """
+    if session.tokenizer is None:
+        raise QwenModelError("measuring a perplexity needs a tokenizer, and this engine has none")
     token_ids = session.tokenizer.encode(held_out_text() if text is None else text)
     num_bytes = len(session.tokenizer.decode(token_ids).encode())
     if len(token_ids) < 2 or num_bytes == 0:
         raise QwenModelError(f"a perplexity needs a text of at least 2 tokens, this one has {len(token_ids)}")
-    nats = next_token_nats(session.logits, token_ids, window, progress)
-    predicted = len(token_ids) - 1
-    return Perplexity(math.exp(nats / predicted), nats / math.log(2) / num_bytes, predicted, num_bytes, window)
+    return token_ids, num_bytes

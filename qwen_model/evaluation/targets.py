@@ -11,7 +11,7 @@ from .original import Original
 
 
 class EngineTarget:
-    """Implement `BatchTarget` with a session, without making text of the tokens."""
+    """Implement `BatchTarget` with a session, without making text of the tokens; no batch reuses what another left."""
 
     def __init__(self, session: Session):
         config = dataclasses.replace(session.config, end_token_ids=())
@@ -19,6 +19,7 @@ class EngineTarget:
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, on_step: Callable[[], None]) -> None:
         """See `BatchTarget`."""
+        self._session.scheduler.forget_prefixes()
         for event in self._session.stream(prompts, max_new_tokens=new_tokens, sampling=SamplingOptions()):
             if event.index == 0:  # the first event of each step
                 on_step()

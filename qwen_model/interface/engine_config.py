@@ -32,6 +32,8 @@ PLUGINS = ("rms_norm", "gemm", "rotary")
 rms_norm: RMSNorm. gemm: the linear layers. rotary: the rotary embedding inside attention; it is applied before instead.
 """
 
+CODES_PER_WORD = 4
+"""Codes of 8 bits in a number of 32, as which TensorRT has them."""
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 """How the cache keeps a number: auto: in the engine's type; else in 8 bits, with a scale for each token and head."""
 
@@ -193,6 +195,30 @@ class EngineConfig:
             options += ["--kv-cache-dtype", self.kv_cache_dtype]
         options += self.quantization_options
         return _build_command(self.backend, self.dtype, self.limits, options, engine_dir)
+
+
+def check_quantized_x(config: EngineConfig) -> None:
+    """Raise QwenModelError unless TensorRT's plug-ins compute the linear layers of an engine whose x is quantized.
+
+    They see codes as numbers of 32 bits, and there are no layers of TensorRT to put in their place.
+    """
+    from ..checkpoints.weights import network_modules  # brings NumPy, which `build --help` needs not
+
+    modules = network_modules(config.model, config.dtype)
+    for name, each in config.weight_formats.items():
+        if each.activation is None:
+            continue
+        disabled = [plugin for plugin in ("rms_norm", "gemm") if plugin in config.disabled_plugins]
+        if disabled:
+            raise QwenModelError(
+                f"the plug-ins {' and '.join(disabled)} cannot be disabled in an engine of {config.backend} whose "
+                f"linear layers quantize what they read ({each.text}): use the torch back end"
+            )
+        if modules[name].shape[1] % CODES_PER_WORD:
+            raise QwenModelError(
+                f"{name} has {modules[name].shape[1]} inputs, and plug-ins take multiples of {CODES_PER_WORD} where "
+                "they are quantized: use the torch back end"
+            )
 
 
 def _gemm_kernels(values: Any) -> GemmKernels:

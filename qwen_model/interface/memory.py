@@ -14,7 +14,7 @@ from ..checkpoints.weights import WeightSpec, weight_groups
 from ..common.errors import OutOfMemoryError, QwenModelError
 from .engine_config import Limits
 
-ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "uint8": 1}
+ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "uint8": 1, "int8": 1}
 PAGE_SIZE = 64
 """Positions of a page of the key-value cache."""
 GPU_MEMORY_UTILIZATION = 0.9

@@ -22,6 +22,14 @@ def kernel_format(weight_format: WeightFormat) -> KernelFormat:
 
     if not weight_format.bits:
         return quantized.WeightFormat()
+    if weight_format.activation is not None:
+        return quantized.WeightFormat(
+            weight_format.bits,
+            weight_format.group_size,
+            scale_dtype=weight_format.scale_dtype,
+            activation=weight_format.activation,
+            activation_scale=weight_format.activation_scale,
+        )
     return quantized.WeightFormat(
         weight_format.bits, weight_format.group_size, not weight_format.symmetric, weight_format.scale_dtype
     )
@@ -45,6 +53,11 @@ def dequantized(module: ModuleWeights[NDArray[Any]]) -> NDArray[Any]:
     """Return the numbers that a quantized module's weight stands for, float32 [out, in]."""
     from qwen_plugins import quantized
 
+    from ..checkpoints.eight_bit_weight import EightBitWeight  # with NumPy, which `doctor` does without
+
+    if module.format.activation is not None:
+        assert module.scales is not None
+        return EightBitWeight(module.format.kind, module.weight, module.scales).dequantized()
     weight = quantized.dequantize(packed_weight(module))
     if module.permutation is None:
         return weight
@@ -84,19 +97,35 @@ def _format(values: dict[str, Any]) -> WeightFormat:
         found = WeightFormat(**values)
     except TypeError:
         raise _not_read(values) from None
-    right = (
-        found.bits > 0
-        and is_integer(found.group_size, least=0)
+    right = _with_quantized_x_is_right if found.activation is not None else _of_weights_alone_is_right
+    if not (is_integer(found.group_size, least=0) and isinstance(found.kind, str) and right(found)):
+        raise _not_read(values)
+    return found
+
+
+def _of_weights_alone_is_right(found: WeightFormat) -> bool:
+    return (
+        found.kind in ("int4", "int8")
         and found.group_size in (0, 32, 64, 128)
         and isinstance(found.symmetric, bool)
-        and found.activation is None
         and found.layout == 2
         and isinstance(found.permuted, bool)
         and found.scale_dtype in ("float16", "bfloat16")
+        and found.activation_scale == ""
     )
-    if not right:
-        raise _not_read(values)
-    return found
+
+
+def _with_quantized_x_is_right(found: WeightFormat) -> bool:
+    return (
+        found.kind in ("int8", "fp8")
+        and found.activation == found.kind
+        and found.group_size in ((0,) if found.kind == "int8" else (0, 128))
+        and found.activation_scale in (("token",) if found.group_size else ("token", "tensor"))
+        and found.symmetric is True
+        and found.layout == 1
+        and found.permuted is False
+        and found.scale_dtype == "float32"
+    )
 
 
 def _not_read(values: dict[str, Any]) -> QwenModelError:

@@ -10,7 +10,7 @@ the least error of the layer's output, over calibration texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,12 @@ class InputScales:
 
     scales: that its weight's columns are multiplied by, float32 [in].
     importance: the mean squares of its inputs, after their division by the scales, float32 [in].
+    static: the scale of its inputs, after their division, where they are quantized with one for all tokens.
     """
 
-    scales: dict[str, Floats]
-    importance: dict[str, Floats]
+    scales: dict[str, Floats] = field(default_factory=dict)
+    importance: dict[str, Floats] = field(default_factory=dict)
+    static: dict[str, float] = field(default_factory=dict)
 
 
 def find_input_scales(
@@ -56,7 +58,7 @@ def find_input_scales(
     import_extra("torch", "activation-aware quantization", extra="torch")
     from .calibration_network import observe_linear_layers
 
-    found = InputScales({}, {})
+    found = InputScales()
     total = sum(name.startswith("layers.") for name in formats)
 
     def observe(module: str, x: Any, weight: Any) -> None:
@@ -65,7 +67,7 @@ def find_input_scales(
             inputs, w = x.cpu().numpy(), weight.cpu().numpy()
             if not np.isfinite(inputs).all():
                 raise QwenModelError(f"the inputs of {module} are not finite, over the calibration texts")
-            scales = _search(inputs, w, formats[module], _shared(model, module))
+            scales = _search(inputs, w, formats[module], shared_inputs(model, module))
             found.scales[module] = scales
             found.importance[module] = np.square(inputs).mean(axis=0) / scales**2
 
@@ -73,7 +75,7 @@ def find_input_scales(
     return found
 
 
-def _shared(model: ModelConfig, module: str) -> tuple[int, int, int]:
+def shared_inputs(model: ModelConfig, module: str) -> tuple[int, int, int]:
     """Return how the inputs of a module share scales, as the shape [kv heads, query heads of each, head size]."""
     if module.endswith(".attention.output"):
         return model.num_kv_heads, model.num_heads // model.num_kv_heads, model.head_size
@@ -102,7 +104,7 @@ def _search(x: Floats, weight: Floats, weight_format: WeightFormat, shared: tupl
 class CalibratedWeights:
     """Read the weights of a checkpoint with input scales folded in: a network of the same function.
 
-    importance: see `InputScales`.
+    importance, static: see `InputScales`.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: ModelConfig, found: InputScales):
@@ -111,6 +113,7 @@ class CalibratedWeights:
         self._model = model
         self._scales = found.scales
         self.importance = found.importance
+        self.static = found.static
 
     def __call__(self, spec: WeightSpec) -> Weight:
         """Return the weight: of the checkpoint's type if nothing is folded into it, else float32."""
@@ -140,7 +143,7 @@ class CalibratedWeights:
         if scales is None or kind.endswith("norm"):
             return scales
         if kind == "qkv":
-            scales = scales.reshape(_shared(self._model, following))[:, 0].reshape(-1)
+            scales = scales.reshape(shared_inputs(self._model, following))[:, 0].reshape(-1)
         all_rows = np.ones(rows, np.float32)
         all_rows[rows - len(scales) :] = scales  # v, or up, is the last part
         return all_rows

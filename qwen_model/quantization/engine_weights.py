@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.eight_bit_weight import EightBitWeight
 from ..checkpoints.module_weights import ModuleWeights
 from ..checkpoints.quantized_weight import QuantizedWeight
 from ..checkpoints.tensor_files import Framework, Weight
 from ..checkpoints.weights import Modules, WeightSpec
 from .activation_aware import CalibratedWeights
+from .eight_bit import round_to_eight_bits
 from .search import Floats, round_weight
 
 Array = npt.NDArray[Any]
@@ -28,15 +30,25 @@ class EngineWeights:
     relative_errors: of the modules that were quantized here, by name: see `Rounded`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, modules: Modules, calibrated: CalibratedWeights | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        modules: Modules,
+        calibrated: CalibratedWeights | None = None,
+        per_channel: bool = True,
+    ):
         """Take the engine's modules; quantized ones that the checkpoint does not have quantized are quantized here.
 
-        calibrated: what activation-aware quantization found.
+        calibrated: what calibration found; None: there was none.
+        per_channel: where x is quantized, too, each output has a scale of its own, rather than each of the
+            checkpoint's tensors.
         """
         self._checkpoint = checkpoint
         self._modules = modules
         self._read: Callable[[WeightSpec], Weight] = checkpoint.read if calibrated is None else calibrated
         self._importance: Mapping[str, Floats] = {} if calibrated is None else calibrated.importance
+        self._static: Mapping[str, float] = {} if calibrated is None else calibrated.static
+        self._per_channel = per_channel
         self._made: tuple[str, dict[str, Weight]] = ("", {})
         self.relative_errors: dict[str, float] = {}
 
@@ -56,12 +68,24 @@ class EngineWeights:
         return self._made[1][spec.name]
 
     def _packed(self, name: str, module: ModuleWeights[WeightSpec]) -> dict[str, Weight]:
-        tensors = packed_tensors(self._quantized(name, module), self._checkpoint.framework)
+        weight = self._quantized(name, module)
+        if isinstance(weight, EightBitWeight):
+            wrap = _WRAPPED[self._checkpoint.framework]
+            tensors = {field: wrap(array, "") for field, array in weight.tensors.items()}
+        else:
+            tensors = packed_tensors(weight, self._checkpoint.framework)
         return {f"{name}.{field}": tensor for field, tensor in tensors.items()}
 
-    def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight:
+    def _quantized(self, name: str, module: ModuleWeights[WeightSpec]) -> QuantizedWeight | EightBitWeight:
         if self._checkpoint.is_quantized(module.weight):
             return self._checkpoint.read_quantized(module.weight)
+        if module.format.activation is not None:
+            by_row = self._per_channel or self._checkpoint.scales_rows(module.weight)
+            parts = () if by_row else [source.shape[0] for source in module.weight.sources]
+            weight, self.relative_errors[name] = round_to_eight_bits(
+                self._read(module.weight), module.format.kind, parts, self._static.get(name)
+            )
+            return weight
         rounded = round_weight(self._read(module.weight), module.format, self._importance.get(name))
         self.relative_errors[name] = rounded.relative_error
         return rounded.weight

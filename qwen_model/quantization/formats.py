@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import ModelConfig
+from ..checkpoints.eight_bit_weight import eight_bit_format
 from ..checkpoints.module_weights import WeightFormat
 from ..checkpoints.weights import weight_groups
 from ..common.errors import QwenModelError
-from .options import DEFAULT_GROUP_SIZE, GROUP_SIZES, HEADS, KINDS, MODES, QuantizationOptions
+from .options import (
+    EIGHT_BIT_KINDS,
+    GROUP_SIZES,
+    HEADS,
+    MODES,
+    QUANTIZATIONS,
+    QuantizationOptions,
+    check_mixture,
+    quantization_options,
+)
 
 
 def chosen_formats(
@@ -21,13 +32,14 @@ def chosen_formats(
     group_size: int | None = None,
     symmetric: bool | None = None,
     head: str | None = None,
+    **options: Any,
 ) -> dict[str, WeightFormat]:
     """Return the formats of the quantized modules of an engine of type `dtype`, by name; {}: there are none.
 
     quantization: of `MODES`. With "none" the engine of a quantized checkpoint has the numbers that its codes stand for.
-    group_size, symmetric: of int4; None: 128 and True.
-    head: what the output projection is quantized to, of `HEADS`; None: "int8" where linear layers are quantized here,
+    head: what the output projection is quantized to, of `HEADS`; None: "int8" where weights alone are quantized here,
         else as in the checkpoint.
+    group_size, symmetric, options: see `quantization_options`.
 
     Raises:
         QwenModelError: a value is none of these, or not for this checkpoint.
@@ -36,28 +48,24 @@ def chosen_formats(
         raise QwenModelError(f"quantization must be one of {', '.join(MODES)}, not {quantization!r}")
     if head not in (None, *HEADS):
         raise QwenModelError(f"head_quantization must be one of {', '.join(HEADS)}, not {head!r}")
-    if quantization != "int4" and (group_size, symmetric) != (None, None):
-        raise QwenModelError("group_size (--group-size) and symmetric (--asymmetric) are for quantization int4")
-    published = checkpoint.formats(model)
-    if quantization in KINDS and checkpoint.quantization is not None:
-        raise QwenModelError(
-            f"{checkpoint.model_dir} is quantized already, with {checkpoint.quantization.method} "
-            f"({checkpoint.quantization.where}): leave out quantization (--quantization), or give the checkpoint that "
-            "it was made from"
-        )
-    chosen_head = None if head == "none" else head
-    if quantization in KINDS:
-        size = DEFAULT_GROUP_SIZE if group_size is None else group_size
-        own_head = "int8" if head is None else chosen_head
-        options = QuantizationOptions(quantization, size, symmetric is not False, own_head)
-        return own_formats(options, model, dtype)
+    if quantization in QUANTIZATIONS:
+        chosen = quantization_options(quantization, group_size=group_size, symmetric=symmetric, head=head, **options)
+        if checkpoint.quantization is not None:
+            raise QwenModelError(
+                f"{checkpoint.model_dir} is quantized already, with {checkpoint.quantization.method} "
+                f"({checkpoint.quantization.where}): leave out quantization (--quantization), or give the checkpoint "
+                "that it was made from"
+            )
+        return own_formats(chosen, model, dtype)
+    check_mixture(quantization, group_size=group_size, symmetric=symmetric, **options)
+    published = checkpoint.formats(model) if quantization == "auto" or head not in (None, "none") else {}
     found = {} if quantization == "none" else engine_formats(published)
-    if chosen_head is None:
+    if head in (None, "none"):
         return found
     if "lm_head" in published:
         text = published["lm_head"].text
         raise QwenModelError(f"the head is quantized already ({text}): leave out head_quantization")
-    return {**found, "lm_head": own_formats(QuantizationOptions("int8", head=chosen_head), model, dtype)["lm_head"]}
+    return {**found, "lm_head": own_formats(QuantizationOptions("int8", head=head), model, dtype)["lm_head"]}
 
 
 def engine_formats(formats: Mapping[str, WeightFormat]) -> dict[str, WeightFormat]:
@@ -68,6 +76,9 @@ def engine_formats(formats: Mapping[str, WeightFormat]) -> dict[str, WeightForma
     """
     found = {}
     for name, weight_format in formats.items():
+        if weight_format.activation is not None:
+            found[name] = weight_format
+            continue
         size = weight_format.group_size
         if size not in (0, 32, 64) and size % 128:
             raise QwenModelError(
@@ -94,6 +105,9 @@ def own_formats(options: QuantizationOptions, model: ModelConfig, dtype: str) ->
 
 
 def _format(name: str, kind: str, options: QuantizationOptions, in_features: int, dtype: str) -> WeightFormat:
+    if kind in EIGHT_BIT_KINDS:
+        codes = {"smoothquant": "int8", "fp8": "fp8"}[kind]
+        return eight_bit_format(codes, "token" if options.per_token else "tensor")
     scale_dtype = scale_dtype_of(dtype)
     if kind == "int8":
         return WeightFormat(kind, layout=2, scale_dtype=scale_dtype)

@@ -86,7 +86,7 @@ class _Groups:
         self._importance = importance
         self._bits = weight_format.bits
         self._symmetric = weight_format.symmetric
-        self._to_scale_dtype: Callable[[Floats], Floats] = {"float16": _as_float16, "bfloat16": _as_bfloat16}[
+        self._to_scale_dtype: Callable[[Floats], Floats] = {"float16": as_float16, "bfloat16": as_bfloat16}[
             weight_format.scale_dtype
         ]
         self._signed: Floats = np.empty_like(w)  # codes less their zero points
@@ -157,12 +157,13 @@ def _divided(numerator: Floats, denominator: Floats) -> Floats:
         return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator != 0)
 
 
-def _as_float16(scale: Floats) -> Floats:
+def as_float16(scale: Floats) -> Floats:
+    """Round to float16, saturating; the numbers are float32."""
     return np.minimum(scale, np.float32(65504.0)).astype(np.float16).astype(np.float32)
 
 
-def _as_bfloat16(scale: Floats) -> Floats:
-    """Round to bfloat16, to nearest even."""
+def as_bfloat16(scale: Floats) -> Floats:
+    """Round to bfloat16, to nearest even; the numbers are float32."""
     bits = scale.astype(np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -10,7 +10,7 @@ from .errors import ApiError
 from .wire import FRAME_DECODER, Add, Ask, Cancel, Failed, Frames, Request, Score, Scored, Text, Token, framed
 
 READ_SIZE = 1 << 18
-ENGINE_ENDED = ApiError(503, "the engine has ended: the server is shutting down", kind="server_error")
+ENGINE_ENDED = ApiError(503, "the engine has ended: try again later", kind="server_error")
 
 
 def timed_out(timeout: float) -> ApiError:

@@ -72,11 +72,7 @@ def serve(options: ServerOptions) -> int:
     listener = _listen(options.host, options.port)
     spawn = multiprocessing.get_context("spawn")
     pairs = [socket.socketpair() for _ in range(options.http_processes)]
-    receiver, sender = spawn.Pipe(duplex=False)
-    engine = spawn.Process(target=_run_engine, args=(options, [ours for ours, _ in pairs], sender), name="engine")
-    engine.start()
-    sender.close()
-    _wait_until_loaded(engine, receiver)
+    engine = start_engine(options.load, [ours for ours, _ in pairs], options.limits.max_waiting, options.verbose)
     secret = os.urandom(16).hex()
     workers = [
         spawn.Process(target=_run_http, args=(options, theirs, listener, secret), name=f"http-{number}")
@@ -90,6 +86,26 @@ def serve(options: ServerOptions) -> int:
     address = listener.getsockname()
     print(f"serving {options.name} at http://{_shown_host(address[0])}:{address[1]}", file=sys.stderr, flush=True)
     return _supervise(engine, workers, options.drain_seconds)
+
+
+def start_engine(
+    load: Callable[[], Session], connections: Sequence[socket.socket], max_waiting: int, verbose: bool = False
+) -> BaseProcess:
+    """Start the engine's process, and wait until it has loaded; it ends when the connections' other ends are closed.
+
+    load: see `ServerOptions`. connections: one to each `EngineClient`; close them here afterwards.
+
+    Raises:
+        QwenModelError: the engine cannot be loaded.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    arguments = (load, connections, max_waiting, verbose, sender)
+    engine = spawn.Process(target=_run_engine, args=arguments, name="engine")
+    engine.start()
+    sender.close()
+    _wait_until_loaded(engine, receiver)
+    return engine
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -118,17 +134,19 @@ def _wait_until_loaded(engine: BaseProcess, receiver: Any) -> None:
         raise QwenModelError(said.decode())
 
 
-def _run_engine(options: ServerOptions, connections: list[socket.socket], sender: Any) -> None:
+def _run_engine(
+    load: Callable[[], Session], connections: Sequence[socket.socket], max_waiting: int, verbose: bool, sender: Any
+) -> None:
     """Be the engine's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the HTTP processes have gone
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    show_log(options.verbose)
+    show_log(verbose)
     from .engine_loop import EngineLoop
 
     try:
-        session = options.load()
+        session = load()
         session.device.prepare(session.device.max_sequences)
-        loop = EngineLoop(session, connections, options.limits.max_waiting)
+        loop = EngineLoop(session, connections, max_waiting)
     except QwenModelError as error:
         _say(sender, str(error).encode())
         return

@@ -125,7 +125,11 @@ def _measure_missing(
 
 
 def _arguments(shape: LinearShape) -> dict[str, Any]:
-    quantized = {} if shape.weight_format is None else {"weight_format": kernel_format(shape.weight_format)}
+    quantized: dict[str, Any] = {}
+    if shape.weight_format is not None:
+        quantized = {"weight_format": kernel_format(shape.weight_format)}
+    if shape.quantized_y:
+        quantized["quantized_y"] = True
     return {
         "in_features": shape.in_features,
         "out_features": shape.out_features,

@@ -35,6 +35,11 @@ QUANTIZED_GEMM: dict[str, int | float] = {
     **{"type_id": int(trt.float16), "in_features": 192, "out_features": 96, "weight_bits": 4, "group_size": 64},
     **{"zeros": 1, "bias": 0, "activation": 1, "constant_weight": 1},
 }
+EIGHT_BIT_GEMM: dict[str, int | float] = {
+    **{"type_id": int(trt.float16), "x_type_id": 6, "in_features": 192, "out_features": 96, "group_size": 128},
+    **{"has_per_token_scaling": 1, "quantize_output": 1, "bias": 1, "activation": 1, "constant_weight": 1},
+}
+QUANTIZE: dict[str, int | float] = {"type_id": int(trt.float16), "out_type_id": 2, "int32_output": 1}
 PLUGINS: dict[str, dict[str, int | float]] = {
     "RmsNorm": {"eps": 1e-6, "type_id": int(trt.float16), "weight_type_id": int(trt.float16), "residual": 1},
     "RmsNormQuantization": {
@@ -48,8 +53,12 @@ PLUGINS: dict[str, dict[str, int | float]] = {
     "QwenGemm": {"type_id": int(trt.float16), "bias": 1, "activation": 0, "constant_weight": 1},
     "Gemm:2": QUANTIZED_GEMM,
     "QwenGemm:2": QUANTIZED_GEMM,
+    "Gemm:3": EIGHT_BIT_GEMM,
+    "QwenGemm:3": EIGHT_BIT_GEMM,
+    "QuantizePerToken": QUANTIZE,
+    "QuantizeTensor": QUANTIZE,
     "GptAttention": ATTENTION,
-    "GptAttention:2": {**ATTENTION, "tokens_per_block": 64, "kv_cache_type": 1},
+    "GptAttention:2": {**ATTENTION, "tokens_per_block": 64, "kv_cache_type": 1, "context_type": 2},
 }
 
 

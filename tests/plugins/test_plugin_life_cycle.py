@@ -36,6 +36,6 @@ def test_launches_are_in_nvtx_ranges(tmp_path: Path) -> None:
     lines = run_checked([program], env=os.environ | {"NVTX_INJECTION64_PATH": str(listener)}).splitlines()
 
     pushed = [line for line in lines if line.startswith("push")]
-    names = ("RmsNorm", "RmsNormQuantization", "Gemm", "GptAttention", "QwenGemm")
+    names = ("RmsNorm", "RmsNormQuantization", "QuantizePerToken", "QuantizeTensor", "Gemm", "GptAttention", "QwenGemm")
     assert set(pushed) == {f"push {name}@qwen_plugins" for name in names}
     assert lines.count("pop") == len(pushed) >= 60

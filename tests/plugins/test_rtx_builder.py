@@ -30,8 +30,9 @@ FLOAT, HALF, INT8, INT32, BOOL, UINT8, FP8, BFLOAT16, INT64 = range(9)
 LISTED_TYPES = {FLOAT: "Float", HALF: "Half", INT8: "Int8", INT32: "Int32", FP8: "FP8", BFLOAT16: "BFloat16"}
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "QWenLMHeadModel", "DeciCoderForCausalLM")
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
-LEAST_MODES = {"RmsNorm": 12, "RmsNormQuantization": 48, "Gemm": 24, "QwenGemm": 1}
-LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 36, "Gemm:2": 24, "QwenGemm:2": 1}
+LEAST_MODES = {"RmsNorm": 12, "RmsNormQuantization": 96, "Gemm": 24, "QwenGemm": 1}
+LEAST_MODES |= {"GptAttention": 72, "GptAttention:2": 72, "Gemm:2": 24, "QwenGemm:2": 1, "Gemm:3": 144, "QwenGemm:3": 1}
+LEAST_MODES |= {"QuantizePerToken": 12, "QuantizeTensor": 12}
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32}
 
 

@@ -285,6 +285,190 @@ def test_bad_arguments_with_a_packed_weight(tensorrt: Any, changed: dict[str, An
     assert tensorrt.network.plugins == []
 
 
+CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype("float8_e4m3fn")}
+LARGEST = {"int8": 127, "fp8": 448}
+
+
+def words(codes: np.ndarray) -> ITensor:
+    return tensor_of(np.ascontiguousarray(codes).view(np.int32))
+
+
+def codes_of(tensor: ITensor, kind: str) -> np.ndarray:
+    assert tensor.known_type == DataType.INT32
+    return tensor.array.view(CODES[kind]).astype(np.float64)
+
+
+def assert_codes(tensor: ITensor, kind: str, exact: np.ndarray, scales: Any) -> None:
+    """Check codes against values within the range."""
+    scaled = exact / np.asarray(scales, np.float64)
+    step = 1.0 if kind == "int8" else 2.0 ** (np.floor(np.log2(np.maximum(np.abs(scaled), 2.0**-6))) - 3)
+    assert np.all(np.abs(codes_of(tensor, kind) - scaled) <= step * 0.51)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("kind", CODES)
+def test_norm_to_codes_in_int32(tensorrt: Any, kind: str, static: bool) -> None:
+    x, residual = rows(5, 64, dtype=np.float32), rows(5, 64, dtype=np.float32)
+    scale = 6.0 / LARGEST[kind] if static else None
+    q, *scales, h = tensorrt.functions.rms_norm_quant(
+        tensorrt.network, x, np.ones(64, np.float32), EPS, residual=residual, quant_dtype=kind, scale=scale
+    )
+    (plugin,) = tensorrt.network.plugins
+    assert {name: plugin.fields[name] for name in ("out_type_id", "int32_output", "dyn_act_scaling")} == {
+        **{"out_type_id": {"int8": 2, "fp8": 6}[kind], "int32_output": 1, "dyn_act_scaling": int(not static)},
+    }
+    assert q.shape == (5, 16)
+    assert q.dynamic_range is None
+    assert len(scales) == int(not static)
+    assert_codes(q, kind, normalised(h.array), scale if static else scales[0].array)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("kind", CODES)
+def test_quantize(tensorrt: Any, kind: str, static: bool) -> None:
+    x = rows(2, 3, 64)
+    scale = 6.0 / LARGEST[kind] if static else None
+    found = tensorrt.functions.quantize(tensorrt.network, x, kind, scale, name="codes")
+    q, scales = (found, scale) if static else (found[0], found[1].array)
+    (plugin,) = tensorrt.network.plugins
+    assert (plugin.name, plugin.layer) == ("QuantizeTensor" if static else "QuantizePerToken", "codes")
+    assert plugin.fields == {"type_id": 1, "out_type_id": {"int8": 2, "fp8": 6}[kind], "int32_output": 1}
+    assert_codes(q, kind, x.array.astype(np.float64), scales)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"network": None}, TypeError, "network is a NoneType; expected a tensorrt.INetworkDefinition"),
+        (
+            {"x": rows(2, 66)},
+            ValueError,
+            r"x has shape \(2, 66\); expected a last dimension that is a known multiple of",
+        ),
+        ({"x": rows(2, 64).array}, TypeError, "x is a ndarray; expected a tensorrt.ITensor"),
+        ({"x": words(np.zeros((2, 64), np.int8))}, TypeError, "x has type DataType.INT32; expected one of"),
+        ({"quant_dtype": "int4"}, ValueError, "quant_dtype is 'int4'; expected one of 'int8', 'fp8'"),
+        ({"scale": 0.0}, ValueError, "scale is 0.0; expected one finite number above 0"),
+    ],
+)
+def test_bad_arguments_of_quantize(
+    tensorrt: Any, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tensorrt.functions.quantize(
+            **({"network": tensorrt.network, "x": rows(2, 64), "quant_dtype": "int8"} | changed)
+        )
+    assert tensorrt.network.plugins == []
+
+
+def test_norm_to_codes_in_int32_is_a_plugin(tensorrt: Any) -> None:
+    for changed, message in (
+        ({"quant_dtype": "fp8", "plugin": False}, "plugin is False; expected True with the quant_dtype 'fp8'"),
+        ({"quant_dtype": "float8"}, "quant_dtype is 'float8'; expected one of 'int8', 'fp8'"),
+        ({"quant_dtype": "int8", "x": rows(2, 66), "weight": np.ones(66)}, "x has shape .* known multiple of 4"),
+    ):
+        given = {"network": tensorrt.network, "x": rows(2, 64), "weight": np.ones(64)} | changed
+        with pytest.raises(ValueError, match=message):
+            tensorrt.functions.rms_norm_quant(**given)
+
+
+def eight_bit_operands(kind: str, blocks: bool = False) -> dict[str, Any]:
+    generator = np.random.default_rng(3)
+    if kind == "int8":
+        x, weight = (generator.integers(-127, 128, shape, np.int8) for shape in ((6, 192), (96, 192)))
+    else:
+        x, weight = (generator.normal(0, 8, shape).astype(CODES[kind]) for shape in ((6, 192), (96, 192)))
+        weight = weight.view(np.uint8)
+    scales = generator.uniform(0.01, 0.02, (1, 2) if blocks else (96, 1)).astype(np.float32)
+    return {"x": words(x), "weight": weight, "weight_scales": scales}
+
+
+def exact_eight_bit(kind: str, given: dict[str, Any], x_scales: Any, bias: np.ndarray) -> np.ndarray:
+    weight = given["weight"].view(CODES[kind]).astype(np.float64)
+    scales = given["weight_scales"].astype(np.float64)
+    if scales.shape == (1, 2):
+        scales = scales.repeat(128, 1)[:, :192]
+    z = codes_of(given["x"], kind) @ (weight * scales).T * x_scales + bias
+    gate, up = np.split(z, 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize(("kind", "blocks"), [("int8", False), ("fp8", False), ("fp8", True)])
+def test_scaled_gemm(tensorrt: Any, kind: str, blocks: bool, per_token: bool, quantized: bool) -> None:
+    given = eight_bit_operands(kind, blocks)
+    bias = rows(96).array
+    x_scales = tensor_of(np.linspace(1e-3, 3e-3, 6, dtype=np.float32)[:, None]) if per_token else 2e-3
+    exact = exact_eight_bit(kind, given, x_scales.array if per_token else x_scales, bias)
+    y_scale = np.abs(exact).max() / LARGEST[kind] if quantized else None
+    y = tensorrt.functions.scaled_gemm(
+        tensorrt.network,
+        **given,
+        x_scales=x_scales,
+        bias=bias,
+        dtype=DataType.HALF,
+        activation="swiglu",
+        y_scale=y_scale,
+        kernels=[(16, "stream")],
+        name="gate_up",
+    )
+    (plugin,) = tensorrt.network.plugins
+    assert (plugin.name, plugin.version, plugin.layer) == ("Gemm", "3", "gate_up")
+    assert plugin.fields == {
+        **{"type_id": 1, "x_type_id": {"int8": 2, "fp8": 6}[kind], "in_features": 192, "out_features": 96},
+        **{"group_size": 128 if blocks else 0, "has_per_token_scaling": int(per_token)},
+        **{"quantize_output": int(quantized), "bias": 1, "activation": 1, "constant_weight": 1},
+        "kernels": [16, GEMM_KERNELS["stream"]],
+    }
+    assert np.shares_memory(plugin.inputs[1].array, given["weight"])
+    if quantized:
+        assert_codes(y, kind, exact, y_scale)
+    else:
+        assert y.known_type == DataType.HALF
+        np.testing.assert_allclose(y.array, exact, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"network": None}, TypeError, "network is a NoneType; expected a tensorrt.INetworkDefinition"),
+        ({"x": rows(6, 192)}, ValueError, r"x has shape \(6, 192\); expected \[..., in_features / 4\], here .* is 192"),
+        ({"dtype": DataType.INT8}, TypeError, "y has type DataType.INT8; expected one of"),
+        ({"activation": "gelu"}, ValueError, "activation is 'gelu'; expected None or 'swiglu'"),
+        ({"weight": np.zeros((96, 192), np.float16)}, TypeError, "weight is of float16; expected an array of int8, or"),
+        ({"weight": [1]}, TypeError, "weight is of list; expected an array of int8, or of e4m3"),
+        (
+            {"weight": np.zeros((96, 190), np.int8)},
+            ValueError,
+            r"weight has shape \(96, 190\); expected .* multiple of 4",
+        ),
+        ({"weight_scales": np.ones(95)}, ValueError, r"weight_scales has shape \(95,\); expected \(96,\)$"),
+        ({"weight_scales": np.ones((1, 2))}, ValueError, r"weight_scales has shape \(1, 2\); expected \(96,\)$"),
+        ({"x_scales": 0.0}, ValueError, "x_scales is 0.0; expected one finite number above 0"),
+        (
+            {"x_scales": rows(5, 1, dtype=np.float32)},
+            ValueError,
+            r"x_scales has shape \(5, 1\); expected .* \(6, 1\), or",
+        ),
+        ({"y_scale": -1}, ValueError, "y_scale is -1; expected one finite number above 0"),
+        ({"bias": np.ones(95)}, ValueError, r"bias has shape \(95,\); expected \[out_features\], here \(96,\)"),
+        (
+            {"weight": np.zeros((90, 192), np.int8), "y_scale": 1.0},
+            ValueError,
+            "weight has 90 rows; expected a multiple of 4",
+        ),
+    ],
+)
+def test_bad_arguments_of_scaled_gemm(
+    tensorrt: Any, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"network": tensorrt.network, "x_scales": 0.03, "dtype": DataType.HALF} | eight_bit_operands("int8")
+    with pytest.raises(error, match=message):
+        tensorrt.functions.scaled_gemm(**(given | changed))
+    assert tensorrt.network.plugins == []
+
+
 def test_gemm_takes_kernels_by_the_number_of_rows(tensorrt: Any) -> None:
     kernels = [(16, "stream"), (64, "cublas_lt:2"), (100, "rules")]
     tensorrt.functions.gemm(tensorrt.network, rows(5, 64), rows(96, 64), kernels=kernels)

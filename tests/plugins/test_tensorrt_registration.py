@@ -147,13 +147,13 @@ def test_a_second_version_of_a_plugin(monkeypatch: pytest.MonkeyPatch, library_f
     registry = Registry()
     install_tensorrt(monkeypatch, "8.6.0", registry)
     assert registration.register_tensorrt_plugins()
-    monkeypatch.setattr(registration, "PLUGIN_VERSIONS", registration.PLUGIN_VERSIONS | {"Gemm": ("1", "2", "3")})
+    monkeypatch.setattr(registration, "PLUGIN_VERSIONS", registration.PLUGIN_VERSIONS | {"Gemm": ("1", "2", "3", "4")})
     trt = sys.modules["tensorrt"]
     assert registration.find_creator(trt, "Gemm") is None
 
     assert registration.register_tensorrt_plugins()
 
     assert len(registry.loaded) == 2
-    assert registration.find_creator(trt, "Gemm").plugin_version == "3"
+    assert registration.find_creator(trt, "Gemm").plugin_version == "4"
     assert registration.find_creator(trt, "Gemm", "1").plugin_version == "1"
     assert registration.find_creator(trt, "RmsNorm").plugin_version == "1"

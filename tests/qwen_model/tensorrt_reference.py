@@ -27,6 +27,17 @@ ARCHITECTURES = [
     "DeciCoderForCausalLM",
 ]
 LIMITS = {"max_batch_size": 6, "max_input_len": 80, "max_output_len": 65}
+QUANTIZED = {
+    "int4": {"quantization": "int4"},
+    "int4-zeros": {"quantization": "int4", "group_size": 32, "symmetric": False},
+    "int8": {"quantization": "int8"},
+}
+QUANTIZED_X = {
+    "fp8": {"quantization": "fp8"},
+    "smoothquant": {"quantization": "smoothquant"},
+    "smoothquant-token": {"quantization": "smoothquant", "per_token": True, "per_channel": True},
+}
+"""The packaged model's weights, and x: checkpoints of these options are `packaged-NAME`, in the folder."""
 PROMPT_LENGTHS = (1, 40, 77, 7, 7)
 LOGITS_OF = 2
 NEW_TOKENS, BEAM_TOKENS, NUM_BEAMS, CANDIDATES = 64, 16, 3, 5
@@ -55,9 +66,10 @@ def expected(session: qwen_model.Session) -> dict[str, np.ndarray]:
     prompts = [random_prompt(length, seed, vocab_size) for seed, length in enumerate(PROMPT_LENGTHS)]
     found: dict[str, Any] = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
     found["logits"] = session.logits(prompts[LOGITS_OF])
-    found["tokens"], found["scores"] = candidates(session.device, prompts)
     beams = session.generate(prompts[1:3], max_new_tokens=BEAM_TOKENS, num_beams=NUM_BEAMS).outputs
     found |= {f"beams_{i}": output.output_ids for i, output in enumerate(beams)}
+    # Last: it writes into pages that the session's prefix cache knows by what they held before.
+    found["tokens"], found["scores"] = candidates(session.device, prompts)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -112,6 +124,22 @@ def main() -> None:
             export_onnx(model_dir, output=options.folder / f"{architecture}-{dtype}.onnx", dtype=dtype, **LIMITS)
             np.savez_compressed(options.folder / f"{architecture}-{dtype}.npz", **expected(session))
             print(architecture, dtype, flush=True)
+    if "float16" in options.dtypes:
+        save_quantized_results(options.folder, options.device)
+
+
+def save_quantized_results(folder: Path, device: str | None) -> None:
+    for name, quantization in {**QUANTIZED, **QUANTIZED_X}.items():
+        checkpoint = folder / f"packaged-{name}"
+        if not checkpoint.exists():
+            qwen_model.quantize_checkpoint(output_dir=checkpoint, **quantization)
+        with tempfile.TemporaryDirectory() as temporary:
+            engine = Path(temporary) / "engine"
+            qwen_model.build_engine(checkpoint, output_dir=engine, dtype="float16", head_quantization="int8", **LIMITS)
+            np.savez_compressed(
+                folder / f"packaged-{name}-float16.npz", **expected(qwen_model.load_engine(engine, device=device))
+            )
+        print(f"packaged, {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,24 @@ def test_every_option_reaches_the_session(command, engine_dir, session):
     assert command(run.main, *common, "--num-beams", 3, "--max-new-tokens", 30) == (0, beams + "\n", "")
 
 
+def test_several_outputs_of_a_prompt(command, engine_dir, session):
+    options = ("--temperature", "0.9", "--seed", "3", "--n", 2, "--max-new-tokens", 6, "a", "b")
+    sampling = qwen_model.SamplingOptions(temperature=0.9, seed=3)
+    outputs = session.generate(["a", "b"], n=2, sampling=sampling, max_new_tokens=6, logprobs=2).outputs
+    texts = [f"==> {prompt} <==\n{output.text}" for prompt, output in zip("aabb", outputs, strict=True)]
+    common = ("--engine-dir", engine_dir, "--device", "cpu", *options)
+    assert command(run.main, *common) == (0, "\n\n".join(texts) + "\n", "")
+    assert command(run.main, *common, "--stream") == (0, "\n\n".join(texts) + "\n", "")
+    status, out, err = command(run.main, *common, "--json", "--logprobs", 2)
+    assert (status, err) == (0, "")
+    for found, output in zip(json.loads(out)["outputs"], outputs, strict=True):
+        assert found["output_ids"] == output.output_ids
+        assert [each["logprob"] for each in found["logprobs"]] == pytest.approx(
+            [each.logprob for each in output.logprobs], rel=1e-4
+        )
+        assert [len(each["best"]) for each in found["logprobs"]] == [2] * len(output.output_ids)
+
+
 def test_input_file(command, engine_dir, session, tmp_path):
     (tmp_path / "prompts.txt").write_text("first\n\nzweite Zeile\u2028mit\fü\n", encoding="utf-8")
     _, out, _ = command(
@@ -395,6 +413,8 @@ def test_errors_are_one_line(command, engine_dir, arguments, message):
         ["--tools", "x", "Hi"],
         ["--stream", "--json", "Hi"],
         ["--stream", "--num-beams", "2", "Hi"],
+        ["--logprobs", "2", "Hi"],
+        ["--n", "0", "Hi"],
     ],
 )
 def test_usage_errors(command, arguments):
@@ -436,6 +456,10 @@ def test_rotary_scaling_argument():
 
 def test_token_ids_argument():
     assert parse_token_ids("1,2, 3") == parse_token_ids("1 2 3") == [1, 2, 3]
+    assert parse_token_ids("") == []
+    for text in ("1,,2", "1,", ",1", ",", "1;2", "1_0", "1.0", "9" * 5000):
+        with pytest.raises(QwenModelError, match="--input-ids takes integers with commas between them"):
+            parse_token_ids(text)
 
 
 def test_one_command_for_all(capsys):

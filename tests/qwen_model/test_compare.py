@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qwen_model import compare
+from qwen_model import build_engine, compare, quantize
 from qwen_model.checkpoints.architectures import ARCHITECTURES
 from qwen_model.packaged_model import packaged_model_dir
 from tests.qwen_model.evaluation.comparison.models import save_engine
@@ -125,6 +125,18 @@ def test_engines_that_are_not_compared(tmp_path, options, message, capsys):
     engine = save_engine(None, tmp_path / "engine", "float16", **options)
     assert run("--engine-dir", str(engine), *IDS) == 2
     assert message in capsys.readouterr().err
+
+
+def test_quantized_weights_are_compared_with_the_same_weights(tmp_path, capsys):
+    """The reference is of the quantized checkpoint, dequantized; the checkpoint before quantization is refused."""
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    quantize.main(["--output-dir", str(checkpoint), "--quantization", "int4", "--group-size", "32"])
+    build_engine(checkpoint, output_dir=engine, dtype="float32")
+    common = ["--engine-dir", str(engine), *IDS, "--until-step", "1", "--device", "cpu"]
+    assert run(*common, "--model-dir", str(checkpoint)) == 0
+    assert "checked against nothing: weights are quantized" in capsys.readouterr().out
+    assert run(*common) == 2
+    assert "quantized (int4, groups of 32), and those of" in capsys.readouterr().err
 
 
 def test_the_picture(engine_dir, tmp_path):

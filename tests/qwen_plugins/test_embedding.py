@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from qwen_plugins import launch
 from qwen_plugins.embedding import gather_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,6 +31,28 @@ def test_gather_rows_at_odd_addresses():
     table = memory[1:].view(10, 64)
     ids = torch.tensor([3, 3, 9, 0], dtype=torch.int32, device="cuda")
     assert torch.equal(gather_rows(table, ids), table[ids.long()])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row_size", [1, 2, 6, 12, 64, 3584])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_of_codes(row_size, shift):
+    memory = torch.randint(-128, 128, (10 * row_size + 1,), dtype=torch.int8, device="cuda")
+    table = memory[shift : shift + 10 * row_size].view(10, row_size)
+    ids = torch.tensor([3, 3, 9, 0, -1], dtype=torch.int32, device="cuda")
+    out = torch.full((5, row_size), 77, dtype=torch.int8, device="cuda")
+    launch.gather_rows(
+        table=table.data_ptr(),
+        ids=ids.data_ptr(),
+        y=out.data_ptr(),
+        table_rows=10,
+        row_size=row_size,
+        rows=5,
+        dtype=launch.DataType.int8,
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
+    assert torch.equal(out[:4], table[ids[:4].long()])
+    assert not out[4].any()
 
 
 TABLE, IDS = torch.zeros(5, 8), torch.zeros(3, dtype=torch.int32)

@@ -75,6 +75,29 @@ def test_a_norm_layer():
             launch.rms_norm(norm_layer(), **addresses, rows=-1, stream=0, **options)
 
 
+def test_quantization():
+    addresses = {"x": ADDRESS, "q": ADDRESS, "quant_dtype": launch.DataType.int8, "stream": 0}
+    norm = {"residual": 0, "residual_out": 0}
+    matrix = {"x_row_stride": 64, "columns": 64, "dtype": launch.DataType.float16}
+    for scales in ({"static_scale": ADDRESS, "scales": 0}, {"static_scale": 0, "scales": ADDRESS}):
+        launch.rms_norm_quant(norm_layer(), rows=0, **addresses, **norm, **scales)
+        launch.quantize(rows=0, **addresses, **matrix, **scales)
+        with pytest.raises(RuntimeError, match="rms_norm_quant: invalid argument"):
+            launch.rms_norm_quant(norm_layer(), rows=-1, **addresses, **norm, **scales)
+        with pytest.raises(RuntimeError, match="quantize: invalid argument"):
+            launch.quantize(rows=-1, **addresses, **matrix, **scales)
+    for changed in (
+        {"quant_dtype": launch.DataType.float16},
+        {"dtype": launch.DataType.int8},
+        {"columns": 0},
+        {"x": 0},
+        {"static_scale": 0, "scales": 0},
+        {"static_scale": ADDRESS, "scales": ADDRESS},
+    ):
+        with pytest.raises(RuntimeError, match="quantize: invalid argument"):
+            launch.quantize(**({"rows": 1} | addresses | matrix | {"static_scale": ADDRESS, "scales": 0} | changed))
+
+
 def test_sampling():
     sample()
     for memory, changed in (

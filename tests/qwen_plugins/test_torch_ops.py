@@ -32,6 +32,8 @@ def operator_calls(device):
         "rms_norm_quant_residual": (x, residual, weight, scale, *smoothed),
         "rms_norm_dynamic_quant": (x, weight, *smoothed),
         "rms_norm_dynamic_quant_residual": (x, residual, weight, *quant),
+        "quantize": (x, scale, torch.int8),
+        "dynamic_quantize": (x, torch.float8_e4m3fn),
     }
 
 
@@ -50,7 +52,8 @@ def test_compiles_as_one_graph(device):
         q, scales = qwen_plugins.rms_norm_quant(y * 2, weight)
         out = torch.empty_like(y)
         qwen_plugins.rms_norm(y, weight, out=out)
-        return q.float() * scales + out, residual
+        q2, scales2 = qwen_plugins.quantize(out, torch.int8)
+        return q.float() * scales + out, residual, q2.float() * scales2
 
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     for tokens in (3, 5):
@@ -67,6 +70,8 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     q, scales = qwen_plugins.rms_norm_quant(x, weight, quant_dtype=torch.float8_e4m3fn)
     assert (y.shape, h.dtype) == (x.shape, torch.float16)
     assert (q.shape, q.dtype, scales.shape) == (x.shape, torch.float8_e4m3fn, (2, 3, 1))
+    q, scales = qwen_plugins.quantize(x, torch.int8)
+    assert (q.shape, q.dtype, scales.shape) == (x.shape, torch.int8, (2, 3, 1))
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -193,6 +193,7 @@ def measure(*, rows: int, **shape: object) -> dict[str, float]:
 
 core = types.ModuleType("qwen_plugins._core")
 core.__dict__.update(
+    CUDA_VERSION=13000,
     DataType=types.SimpleNamespace(**{dtype.name: number for number, dtype in DTYPES.items()}),
     cublas_lt_status=lambda: "NumPy in its place",
     MAX_BIASES=MAX_BIASES,

@@ -30,11 +30,68 @@ def normalise(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps)) * weight.astype(np.float32)
 
 
+def rms_norm_quantization(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    assert fields["smoothing"] == 0
+    x, weight, *rest = inputs
+    h = x + rest.pop(0) if fields["residual"] else x
+    y = normalise(h, weight, fields["eps"])
+    found = quantize(fields, [y, *rest])
+    return [*found, h] if fields["residual"] else found
+
+
+def quantize(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    """Return codes as int32, and the scales of rows where none is given."""
+    assert fields["int32_output"] == 1
+    x, *scale = inputs
+    codes, scales = quantized_rows(x.astype(np.float32), KINDS[fields["out_type_id"]], *scale)
+    return [codes.view(np.int32), *([] if scale else [scales])]
+
+
+INT8, FP8 = np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn)
+KINDS = {2: INT8, 6: FP8}  # nvinfer1::DataType
+TYPES = {0: np.float32, 1: np.float16, 7: ml_dtypes.bfloat16}
+LARGEST = {INT8: np.float32(127), FP8: np.float32(448)}
+
+
+def quantized_rows(x: np.ndarray, kind: np.dtype, scale: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and scales of x, float32 [rows, columns]; scale: of all rows."""
+    largest = LARGEST[kind]
+    if scale is None:
+        scale = np.maximum(np.abs(x).max(-1, keepdims=True) / largest, np.finfo(np.float32).tiny)
+    steps = np.clip(x / scale, -128 if kind == INT8 else -largest, largest)
+    return (np.rint(steps) if kind == INT8 else steps).astype(kind), scale
+
+
 def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
-    """Compute a linear layer; with a quantized weight this is version "2"."""
+    """Compute a linear layer; with a quantized weight this is version "2", with a quantized x version "3"."""
+    if "x_type_id" in fields:
+        return eight_bit_gemm(fields, inputs)
     x, weight, *bias = inputs
     if "weight_bits" in fields:
         weight, bias = dequantized(fields, inputs[1:])
+    return [activated(fields, x, weight, bias).astype(x.dtype)]
+
+
+def eight_bit_gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
+    kind = KINDS[fields["x_type_id"]]
+    x, weight, scales, x_scales, *rest = inputs
+    x, weight = (np.ascontiguousarray(words).view(kind).astype(np.float32) for words in (x, weight))
+    assert weight.shape == (fields["out_features"], fields["in_features"])
+    if size := fields["group_size"]:
+        scales = scales.repeat(size, 0)[: len(weight)].repeat(size, 1)[:, : weight.shape[1]]
+    else:
+        assert scales.shape == (len(weight),)
+        scales = scales[:, None]
+    assert x_scales.shape == ((len(x), 1) if fields["has_per_token_scaling"] else (1,))
+    y_scale = rest.pop(0) if fields["quantize_output"] else None
+    y = activated(fields, x * x_scales, weight * scales, rest)
+    if y_scale is not None:
+        return [quantized_rows(y, kind, y_scale)[0].view(np.int32)]
+    return [y.astype(TYPES[fields["type_id"]])]
+
+
+def activated(fields: dict[str, Any], x: np.ndarray, weight: np.ndarray, bias: Arrays) -> np.ndarray:
+    """Return y, float32, of a linear layer."""
     assert len(bias) == fields["bias"]
     assert fields["constant_weight"] == 1
     z = x.astype(np.float32) @ weight.astype(np.float32).T
@@ -43,7 +100,7 @@ def gemm(fields: dict[str, Any], inputs: Arrays) -> Arrays:
     if fields["activation"]:
         gate, up = np.split(z, 2, axis=-1)
         z = gate / (1 + np.exp(-gate)) * up
-    return [z.astype(x.dtype)]
+    return z
 
 
 def dequantized(fields: dict[str, Any], inputs: Arrays) -> tuple[np.ndarray, Arrays]:
@@ -70,10 +127,12 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
     assert semaphores.shape[1:] == (heads,)
     assert not semaphores.any()
     query_scale = rest.pop(0) if fields["query_scale"] else None
+    context_scale = rest.pop() if fields.get("context_type") else None
     norms = rest if fields["qk_norm"] else None
     cache = Cache(pool, pages, kv_heads, size, fields.get("kv_cache_type", 0))
     decoding = len(qkv) == len(past_lengths)
-    context = np.zeros((len(qkv), heads, size), qkv.dtype)  # rows behind the last sequence are padding
+    context_dtype = qkv.dtype if context_scale is None else np.float32
+    context = np.zeros((len(qkv), heads, size), context_dtype)  # rows behind the last sequence are padding
     for sequence, past in enumerate(past_lengths):
         start, end = (sequence, sequence + 1) if decoding else cu_seqlens[sequence : sequence + 2]
         tokens = qkv[start:end].reshape(end - start, -1, size)
@@ -91,8 +150,11 @@ def gpt_attention(fields: dict[str, Any], inputs: Arrays) -> Arrays:
             q = (q.astype(np.float32) * query_scale[rows][:, None, None]).astype(q.dtype)
         cache.write(sequence, positions, k, v)
         keys, values = cache.read(sequence, past + end - start)
-        context[start:end] = attend(q, keys, values, positions).astype(qkv.dtype)
-    return [context.reshape(len(qkv), -1), pool]
+        context[start:end] = attend(q, keys, values, positions).astype(context_dtype)
+    rows = context.reshape(len(qkv), -1)
+    if context_scale is not None:
+        rows = quantized_rows(rows, CODES[fields["context_type"]][0], context_scale)[0].view(np.int32)
+    return [rows, pool]
 
 
 PAGE_SIZE = 64
@@ -159,6 +221,9 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.nd
 
 PLUGINS: dict[str, Callable[[dict[str, Any], Arrays], Arrays]] = {
     "RmsNorm": rms_norm,
+    "RmsNormQuantization": rms_norm_quantization,
+    "QuantizePerToken": quantize,
+    "QuantizeTensor": quantize,
     "Gemm": gemm,
     "QwenGemm": gemm,
     "GptAttention": gpt_attention,
@@ -170,23 +235,38 @@ def norm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
 
 
 def norm_quant_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
-    scales = [((*shapes[0][:-1], 1), 0)] if fields["dyn_act_scaling"] else []
-    return [(shapes[0], fields["out_type_id"]), *scales, *[(shapes[0], fields["type_id"])] * fields["residual"]]
+    scales = [row_scales(shapes[0])] if fields["dyn_act_scaling"] else []
+    q = words(shapes[0]) if fields.get("int32_output") else (shapes[0], fields["out_type_id"])
+    return [q, *scales, *[(shapes[0], fields["type_id"])] * fields["residual"]]
+
+
+def words(shape: Shape) -> tuple[Shape, int]:
+    """The output that codes of this shape are as int32."""
+    assert shape[-1] % 4 == 0
+    return (*shape[:-1], shape[-1] // 4), 3
+
+
+def row_scales(shape: Shape) -> tuple[Shape, int]:
+    return (*shape[:-1], 1), 0
 
 
 def gemm_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
     out_features = fields.get("out_features", shapes[1][0])
-    return [((*shapes[0][:-1], out_features // (2 if fields["activation"] else 1)), fields["type_id"])]
+    shape = (*shapes[0][:-1], out_features // (2 if fields["activation"] else 1))
+    return [words(shape) if fields.get("quantize_output") else (shape, fields["type_id"])]
 
 
 def attention_outputs(fields: dict[str, Any], shapes: list[Shape]) -> Outputs:
     context = (shapes[0][0], fields["num_heads"] * fields["head_size"])
-    return [(context, fields["type_id"]), (shapes[1], 3 if fields.get("kv_cache_type") else fields["type_id"])]
+    cache_type = 3 if fields.get("kv_cache_type") else fields["type_id"]
+    return [words(context) if fields.get("context_type") else (context, fields["type_id"]), (shapes[1], cache_type)]
 
 
 PLUGIN_OUTPUTS: dict[str, Callable[[dict[str, Any], list[Shape]], Outputs]] = {
     "RmsNorm": norm_outputs,
     "RmsNormQuantization": norm_quant_outputs,
+    "QuantizePerToken": lambda fields, shapes: [words(shapes[0]), row_scales(shapes[0])],
+    "QuantizeTensor": lambda fields, shapes: [words(shapes[0])],
     "Gemm": gemm_outputs,
     "QwenGemm": gemm_outputs,
     "GptAttention": attention_outputs,

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qwen_plugins.registration import PLUGIN_VERSIONS
 from tests.stand_ins.numpy_cuda import device, enqueue, thread, used_bytes, view
 from tests.stand_ins.numpy_plugins import PLUGIN_OUTPUTS, PLUGINS
 
@@ -280,8 +281,10 @@ class INetworkDefinition:
         outputs = PLUGIN_OUTPUTS[plugin.name](plugin.fields, [tensor.shape for tensor in inputs])
 
         def compute(*arrays: np.ndarray) -> Arrays:
-            floating = {array.dtype for array in arrays[:2] if array.dtype.kind != "i"}
-            assert floating == {dtype}, f"{plugin.name} of {dtype} was given {floating}"
+            typed = arrays[:1] if plugin.name.startswith("Quantize") else arrays[:2]  # and then scales
+            floating = {array.dtype for array in typed if array.dtype.kind != "i"}
+            assert floating <= {dtype}, f"{plugin.name} of {dtype} was given {floating}"
+            assert floating or "x_type_id" in plugin.fields
             return PLUGINS[plugin.name](plugin.fields, list(arrays))
 
         plugin.inputs = inputs
@@ -516,9 +519,7 @@ def make_module(version: str) -> types.ModuleType:
     MAJOR = int(version.split(".")[0])
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
-    creators = [Creator(name, "1") for name in PLUGIN_OUTPUTS] + [
-        Creator(name, "2") for name in ("GptAttention", "Gemm", "QwenGemm")
-    ]
+    creators = [Creator(name, version) for name, versions in PLUGIN_VERSIONS.items() for version in versions]
     others = ("CLIP", "SIGMOID", "NONE", "TRANSPOSE", "FLOAT32", "INT32")
     operations = types.SimpleNamespace(**{name: name for name in (*ELEMENTWISE, *UNARY, *REDUCE, *others)})
     flags = types.SimpleNamespace(FP16="FP16", OBEY_PRECISION_CONSTRAINTS="OBEY_PRECISION_CONSTRAINTS")

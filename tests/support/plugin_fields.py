@@ -33,22 +33,40 @@ QUANTIZED_GEMM = {
     **{"type_id": np.int32(1), "in_features": np.int32(192), "out_features": np.int32(96), "weight_bits": np.int32(4)},
     **{"group_size": np.int32(64), "zeros": np.int32(1)},
 }
+EIGHT_BIT_GEMM_FIELDS = {
+    *("type_id", "x_type_id", "in_features", "out_features", "group_size", "has_per_token_scaling", "quantize_output"),
+    *("bias", "activation", "constant_weight", "kernels"),
+}
+EIGHT_BIT_GEMM = {
+    **{"type_id": np.int32(1), "x_type_id": np.int32(6), "in_features": np.int32(192), "out_features": np.int32(96)},
+    **{"group_size": np.int32(128), "has_per_token_scaling": np.int32(1)},
+}
+QUANTIZE_FIELDS = {"type_id", "out_type_id", "int32_output"}
+QUANTIZE = {"type_id": np.int32(1), "out_type_id": np.int32(6), "int32_output": np.int32(1)}
 FIELDS = {
     "RmsNorm": {"eps", "type_id", "weight_type_id", "residual", "unit_offset", "round_before_weight"},
     "RmsNormQuantization": {
         *("eps", "type_id", "weight_type_id", "dyn_act_scaling", "out_type_id", "residual"),
-        *("smoothing", "smoothing_type_id", "unit_offset"),
+        *("smoothing", "smoothing_type_id", "unit_offset", "int32_output"),
     },
+    "QuantizePerToken": QUANTIZE_FIELDS,
+    "QuantizeTensor": QUANTIZE_FIELDS,
     "Gemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
     "QwenGemm": {"type_id", "bias", "activation", "constant_weight", "kernels"},
     "GptAttention": ATTENTION_FIELDS,
-    "GptAttention:2": ATTENTION_FIELDS | {"tokens_per_block", "kv_cache_type"},
+    "GptAttention:2": ATTENTION_FIELDS | {"tokens_per_block", "kv_cache_type", "context_type"},
     "Gemm:2": QUANTIZED_GEMM_FIELDS,
     "QwenGemm:2": QUANTIZED_GEMM_FIELDS,
+    "Gemm:3": EIGHT_BIT_GEMM_FIELDS,
+    "QwenGemm:3": EIGHT_BIT_GEMM_FIELDS,
 }
 # Of the state in engines; earlier versions are read, too.
-SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | {"Gemm": 2, "QwenGemm": 2}
-NUM_OUTPUTS = dict.fromkeys(FIELDS, 1) | {"RmsNormQuantization": 2, "GptAttention": 2, "GptAttention:2": 2}
+SCHEMA_VERSIONS = dict.fromkeys(FIELDS, 1) | dict.fromkeys(
+    ("Gemm", "QwenGemm", "RmsNormQuantization", "GptAttention:2"), 2
+)
+NUM_OUTPUTS = dict.fromkeys(FIELDS, 1) | dict.fromkeys(
+    ("RmsNormQuantization", "QuantizePerToken", "GptAttention", "GptAttention:2"), 2
+)
 FLOAT_FIELDS = {"eps", "q_scaling", "norm_eps"}
 GOOD_FIELDS = {
     "RmsNorm": {"eps": np.float32(1e-5), "type_id": np.int32(1)},
@@ -59,6 +77,10 @@ GOOD_FIELDS = {
     "GptAttention:2": ATTENTION | {"tokens_per_block": np.int32(64)},
     "Gemm:2": QUANTIZED_GEMM,
     "QwenGemm:2": QUANTIZED_GEMM,
+    "Gemm:3": EIGHT_BIT_GEMM,
+    "QwenGemm:3": EIGHT_BIT_GEMM,
+    "QuantizePerToken": QUANTIZE,
+    "QuantizeTensor": QUANTIZE,
 }
 
 EVERY_PLUGIN = [
@@ -100,6 +122,7 @@ PAGES = [
     ({"tokens_per_block": None}, "required field 'tokens_per_block' is missing"),
     ({"tokens_per_block": np.int32(16)}, "field 'tokens_per_block' is 16; expected one of 64"),
     ({"kv_cache_type": np.int32(3)}, "field 'kv_cache_type' is 3; expected one of 0, 1, 2"),
+    ({"context_type": np.int32(3)}, "field 'context_type' is 3; expected one of 0, 1, 2"),
 ]
 QUANTIZED = [
     ({"weight_bits": None}, "required field 'weight_bits' is missing"),
@@ -107,10 +130,23 @@ QUANTIZED = [
     ({"group_size": np.int32(128)}, "field 'in_features' is 192; expected a multiple of 128"),
     ({"scale_type_id": np.int32(0)}, "field 'scale_type_id' is 0; expected one of 1, 7"),
 ]
+EIGHT_BIT = [
+    ({"x_type_id": None}, "required field 'x_type_id' is missing"),
+    ({"x_type_id": np.int32(1)}, "field 'x_type_id' is 1; expected 2 (int8), 6 (float8_e4m3fn)"),
+    ({"x_type_id": np.int32(2)}, "field 'group_size' is 128; expected one of 0"),
+    ({"in_features": np.int32(190)}, "field 'in_features' is 190; expected a multiple of 4"),
+    ({"quantize_output": np.int32(2)}, "field 'quantize_output' is 2; expected 0 or 1"),
+]
+CODES = [
+    ({"out_type_id": np.int32(1)}, "field 'out_type_id' is 1; expected 2 (int8)"),
+    ({"int32_output": np.int32(2)}, "field 'int32_output' is 2; expected 0 or 1"),
+]
 REFUSED_FIELDS = [
     *[(name, *case) for name in FIELDS for case in EVERY_PLUGIN],
     *[(name, *case) for name in ("RmsNorm", "RmsNormQuantization") for case in RMS_NORM],
-    *[(name, *case) for name in ("Gemm", "Gemm:2") for case in GEMM],
+    *[(name, *case) for name in ("Gemm", "Gemm:2", "Gemm:3") for case in GEMM],
+    *[("Gemm:3", *case) for case in EIGHT_BIT],
+    *[(name, *case) for name in ("RmsNormQuantization", "QuantizePerToken", "QuantizeTensor") for case in CODES],
     *[("Gemm:2", *case) for case in QUANTIZED],
     *[(name, *case) for name in ("GptAttention", "GptAttention:2") for case in GPT_ATTENTION],
     *[("GptAttention:2", *case) for case in PAGES],

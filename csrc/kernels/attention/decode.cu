@@ -88,7 +88,12 @@ __device__ __forceinline__ void prepare(const Arguments& a, const Work& work, in
   Attention::clear_other_queries(shared, work.num_heads);
   const int first = warp - Attention::first_preparing_warp();
   const int heads = work.num_heads + (work.has_new_token ? 2 : 0);
-  for (int i = first < 0 ? first + warps : first; i < heads; i += warps) {
+  const int items = p.context_scale == nullptr ? heads : heads + 1;
+  for (int i = first < 0 ? first + warps : first; i < items; i += warps) {
+    if (i == heads) {
+      shared.context_factor = __frcp_rn(*p.context_scale);
+      break;
+    }
     with_element<T>(p.heads.dtype, [&](auto element) {
       using E = decltype(element);
       const E* const qkv = static_cast<const E*>(p.qkv) + work.sequence * p.qkv_row_stride;
@@ -171,11 +176,17 @@ __device__ __forceinline__ void for_elements(int num_heads, const Function& func
   }
 }
 
-// Writes kCount elements of a head's result from d on: `value` divided by the sum of the softmax.
+// Writes kCount elements of a head's result from d on: `value` divided by the sum of the softmax. `factor` is of codes.
 template <typename T, int kHeadSize, int kCount>
-__device__ __forceinline__ void write_context(const DecodeAttentionParams& p, int64_t head, int d,
+__device__ __forceinline__ void write_context(const DecodeAttentionParams& p, const float& factor, int64_t head, int d,
                                               const Elements<kCount>& value, const Partial& total) {
   if (d >= kHeadSize) return;
+  if (p.context_scale != nullptr) {
+    float scaled[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scaled[i] = __fdividef(value.at[i], total.sum) * factor;
+    return store_context_codes(static_cast<uint8_t*>(p.context) + head * kHeadSize + d, scaled, p.context_dtype);
+  }
   with_element<T>(p.heads.dtype, [&](auto element) {
     using E = decltype(element);
     E* const to = static_cast<E*>(p.context) + head * kHeadSize + d;
@@ -207,8 +218,8 @@ __device__ __forceinline__ void combine_warps(int num_heads, typename Attention:
 
 // Combines what the blocks of the cluster have sent to this one.
 template <typename T, int kHeadSize>
-__device__ __forceinline__ void combine_inbox(const DecodeAttentionParams& p, const Work& work, int64_t first_head,
-                                              int rank, int size, const Inbox<kHeadSize>& inbox) {
+__device__ __forceinline__ void combine_inbox(const DecodeAttentionParams& p, const float& factor, const Work& work,
+                                              int64_t first_head, int rank, int size, const Inbox<kHeadSize>& inbox) {
   const int heads = Inbox<kHeadSize>::num_own_heads(rank, size, work.num_heads);
   if (heads == 0) return;
   inbox.wait();
@@ -221,13 +232,13 @@ __device__ __forceinline__ void combine_inbox(const DecodeAttentionParams& p, co
     const auto read = [&](int block) { return Elements<1>{{inbox.values(row(block))[readable]}}; };
     Partial total;
     const Elements<1> value = combine<kMaxCluster, 1>(size, partial, read, total);
-    write_context<T, kHeadSize>(p, first_head + rank + i * size, d, value, total);
+    write_context<T, kHeadSize>(p, factor, first_head + rank + i * size, d, value, total);
   });
 }
 
 // Combines the splits of all blocks, from the workspace.
 template <typename T, int kHeadSize>
-__device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p, const Work& work,
+__device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p, const float& factor, const Work& work,
                                                const Workspace& workspace, int64_t first_head) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for_elements<kHeadSize, 2>(work.num_heads, [&](int h, int d) {
@@ -241,7 +252,7 @@ __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p, c
     };
     Partial total;
     const Elements<2> value = combine<kMaxSplits / 2, 2>(work.num_splits, partial, read, total);
-    write_context<T, kHeadSize>(p, first_head + h, d, value, total);
+    write_context<T, kHeadSize>(p, factor, first_head + h, d, value, total);
   });
 }
 
@@ -268,7 +279,9 @@ __device__ __forceinline__ void attend_block(const Arguments& a, const Work& wor
   }
   combine_warps<kHeadSize, Attention>(
       work.num_heads, shared, [&](int h, int d, const auto& value, const Partial& total) {
-        if (work.num_splits == 1) return write_context<T, kHeadSize>(p, first_head + h, d, value, total);
+        if (work.num_splits == 1) {
+          return write_context<T, kHeadSize>(p, shared.context_factor, first_head + h, d, value, total);
+        }
         if (d >= kHeadSize) return;
         if constexpr (Attention::kInClusters) {
           if (in_cluster) return shared.inbox.send(h, d, value, total, rank, a.cluster);
@@ -279,10 +292,12 @@ __device__ __forceinline__ void attend_block(const Arguments& a, const Work& wor
       });
   if (work.num_splits == 1) return;
   if constexpr (Attention::kInClusters) {
-    if (in_cluster) return combine_inbox<T, kHeadSize>(p, work, first_head, rank, a.cluster, shared.inbox);
+    if (in_cluster) {
+      return combine_inbox<T, kHeadSize>(p, shared.context_factor, work, first_head, rank, a.cluster, shared.inbox);
+    }
   }
   if (!is_last_block(p.semaphores + first_head, work.num_splits, shared.is_last_block)) return;
-  combine_splits<T, kHeadSize>(p, work, workspace, first_head);
+  combine_splits<T, kHeadSize>(p, shared.context_factor, work, workspace, first_head);
 }
 
 // Prefetches positions of the cache from the beginning of the block's split up to `end` to the L2 cache: lane 2 i the
@@ -462,7 +477,9 @@ cudaError_t launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t
   }
   if (p.sequences == 0) return cudaSuccess;
   if (p.qkv == nullptr || p.context == nullptr || p.past_lengths == nullptr || p.workspace == nullptr ||
-      p.semaphores == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % sizeof(FullPack) != 0) {
+      p.semaphores == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % sizeof(FullPack) != 0 ||
+      (p.context_scale != nullptr &&
+       (!is_context_code(p.context_dtype) || reinterpret_cast<uintptr_t>(p.context) % sizeof(FullPack) != 0))) {
     return cudaErrorInvalidValue;
   }
   DeviceProperties device;

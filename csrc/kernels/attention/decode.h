@@ -20,7 +20,7 @@ struct DecodeAttentionParams {
   KvCache cache;
   const void* qkv = nullptr;              // [sequences, num_heads + 2 * num_kv_heads, head_size]
   int64_t qkv_row_stride = 0;             // elements
-  void* context = nullptr;                // [sequences, num_heads, head_size], contiguous
+  void* context = nullptr;                // [sequences, num_heads, head_size], contiguous; codes 16-byte aligned
   const int32_t* past_lengths = nullptr;  // [sequences], on the device: the new tokens' positions, which the cache has
   int32_t sequences = 0;                  // at most kMaxDecodeSequences; 0 launches nothing
   float softmax_scale = 1.0F;             // above 0; usually 1 / sqrt(head_size)
@@ -29,6 +29,10 @@ struct DecodeAttentionParams {
   void* workspace = nullptr;
   // [sequences, num_heads]: zero before the first launch, and every launch leaves them so.
   int32_t* semaphores = nullptr;
+  // One float32 on the device, above 0: the context has codes of 8 bits, saturate(round(element / scale)) to nearest
+  // even. Null: it is of the type of the heads.
+  const float* context_scale = nullptr;
+  DataType context_dtype = DataType::kInt8;  // kInt8 or kFloat8E4M3: of the codes
   // How a sequence is split depends on its own length alone: its result has the same bits in every company.
   bool batch_invariant = false;
 };

@@ -69,7 +69,8 @@ struct alignas(16) SharedInputs {
   float queries[kHeads][kHeadSize];
   float new_key[kHeadSize];
   float new_value[kHeadSize];
-  float new_scales[2];  // of new_key and new_value, which are codes in a cache of 8 bits
+  float new_scales[2];   // of new_key and new_value, which are codes in a cache of 8 bits
+  float context_factor;  // 1 / scale, of a context of 8 bits
   bool is_last_block;
 };
 

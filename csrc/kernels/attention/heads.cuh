@@ -3,6 +3,7 @@
 
 #include "heads.h"
 #include "kernels/common/elements.cuh"
+#include "kernels/common/quotient.cuh"
 
 namespace qwen_plugins {
 
@@ -120,39 +121,38 @@ __device__ __forceinline__ float sum_over_warp(float value) {
   return value;
 }
 
-// The larger magnitude; NaN if one of them is.
-__device__ __forceinline__ float larger_magnitude(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(a)), "f"(fabsf(b)));
-  return result;
-}
-
 // The scale of a token and head in a cache of 8 bits, from its largest magnitude.
 __device__ __forceinline__ float cache_scale(float largest, CacheDataType dtype) {
   return __fdiv_rn(largest, dtype == CacheDataType::kInt8 ? 127.0F : 448.0F);
 }
-// The codes of elements with one scale, in the lowest bits; 0 where the scale is 0 or NaN. Quotients are rounded
-// correctly: a product with the reciprocal, and its remainder (Markstein, "Computation of elementary functions", 1990).
+// The codes of elements with one scale, in the lowest bits; 0 where the scale is 0 or NaN.
 class CodeOf {
  public:
-  __device__ __forceinline__ CodeOf(float scale, CacheDataType dtype) : dtype_(dtype) {
-    if (!(scale > 0.0F)) return;
-    factor_ = scale < 0x1p-64F ? 0x1p64F : 1.0F;  // neither reciprocal nor remainder leaves the range
-    scale_ = scale * factor_;
-    reciprocal_ = __frcp_rn(scale_);
-  }
+  __device__ __forceinline__ CodeOf(float scale, CacheDataType dtype) : dtype_(dtype), quotient_(scale) {}
   __device__ __forceinline__ uint32_t operator()(float value) const {
-    const float product = value * factor_ * reciprocal_;
-    const float quotient = __fmaf_rn(__fmaf_rn(-product, scale_, value * factor_), reciprocal_, product);
+    const float quotient = quotient_(value);
     return dtype_ == CacheDataType::kInt8 ? to_int8_bits(quotient) & 0xffU : to_float8_e4m3_bits(quotient);
   }
 
  private:
   CacheDataType dtype_;
-  float factor_ = 0.0F;
-  float scale_ = 0.0F;
-  float reciprocal_ = 0.0F;
+  QuotientBy quotient_;
 };
+
+// The codes of a context's elements, which have been multiplied by the reciprocal of its scale: 1, 2 or 4 neighbours,
+// whose address is a multiple of their number.
+template <int kCount>
+__device__ __forceinline__ void store_context_codes(void* to, const float (&scaled)[kCount], DataType dtype) {
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t code = dtype == DataType::kInt8 ? to_int8_bits(scaled[i]) & 0xffU : to_float8_e4m3_bits(scaled[i]);
+    codes |= code << 8 * i;
+  }
+  if constexpr (kCount == 1) *static_cast<uint8_t*>(to) = static_cast<uint8_t>(codes);
+  if constexpr (kCount == 2) *static_cast<uint16_t*>(to) = static_cast<uint16_t>(codes);
+  if constexpr (kCount == 4) *static_cast<uint32_t*>(to) = codes;
+}
 
 // The float16 values of four codes, which float16 represents exactly: two in each of two registers.
 template <CacheDataType kType>

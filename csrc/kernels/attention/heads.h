@@ -69,6 +69,9 @@ struct KvCache {
   int32_t pages_row_stride = 0;
 };
 
+// Whether codes of a context can be of this type.
+constexpr bool is_context_code(DataType type) { return type == DataType::kInt8 || type == DataType::kFloat8E4M3; }
+
 // The bytes of a row of the cache: with pages, of a page.
 constexpr int64_t cache_row_bytes(const AttentionHeads& heads, const KvCache& cache) {
   const int64_t token_bytes =

@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 
   const Token place(p, token, sequence_of_group<Lane::kLanes>(p, token));
   writes = writes && place.exists;
   const Lane lane(p.heads, place.rotary_row, scratch[group]);
-  T* const context = static_cast<T*>(p.context) + token * p.heads.num_heads * kHeadSize + Lane::element();
+  T* const queries = static_cast<T*>(p.queries) + token * p.heads.num_heads * kHeadSize + Lane::element();
   const HeadCacheOf<T, kHeadSize, kQuantized> cache(p.cache, a.layout, place.sequence, 0);
   char* const first_key = cache.key(place.page, place.position);
   float* first_scale = nullptr;
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kPrepareThreads, std::is_same_v<T, float> ? 1 
           kQuantized ? reinterpret_cast<float*>(reinterpret_cast<char*>(first_scale) + offset) : nullptr;
       write_to_cache<T, kHeadSize, kQuantized>(vectors[i], p.cache.dtype, first_key + offset, scale, writes);
     } else if (writes) {
-      *reinterpret_cast<Vector<T>*>(context + head * kHeadSize) = vectors[i];
+      *reinterpret_cast<Vector<T>*>(queries + head * kHeadSize) = vectors[i];
     }
   }
 }
@@ -299,11 +299,12 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
     codes_to_floats(values, static_cast<unsigned char>(head[d]), p.cache.dtype);
     return values[0] * *scale;
   };
-  T* const context = static_cast<T*>(p.context) + (token * p.heads.num_heads + head) * kHeadSize;
+  const int64_t first = (token * p.heads.num_heads + head) * kHeadSize;
+  const T* const query = static_cast<const T*>(p.queries) + first;
   float q[kPerLane] = {};
   float result[kPerLane] = {};
   for (int i = 0; i < kPerLane; ++i) {
-    if (lane + 32 * i < kHeadSize) q[i] = to_float(context[lane + 32 * i]) * p.softmax_scale;
+    if (lane + 32 * i < kHeadSize) q[i] = to_float(query[lane + 32 * i]) * p.softmax_scale;
   }
   float maximum = -INFINITY;
   float sum = 0.0F;
@@ -331,7 +332,14 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
     }
   }
   for (int i = 0; i < kPerLane; ++i) {
-    if (lane + 32 * i < kHeadSize) context[lane + 32 * i] = from_float<T>(result[i] / sum);
+    const int64_t place = first + lane + 32 * i;
+    if (lane + 32 * i >= kHeadSize) continue;
+    if (p.context_scale == nullptr) {
+      static_cast<T*>(p.context)[place] = from_float<T>(result[i] / sum);
+    } else {
+      const float scaled[1] = {result[i] / sum / *p.context_scale};
+      store_context_codes(static_cast<uint8_t*>(p.context) + place, scaled, p.context_dtype);
+    }
   }
 }
 
@@ -373,7 +381,8 @@ cudaError_t launch(const PrefillAttentionParams& p, const DeviceProperties& devi
 
 }  // namespace
 
-cudaError_t launch_prefill_attention(const PrefillAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_prefill_attention(const PrefillAttentionParams& given, cudaStream_t stream) {
+  PrefillAttentionParams p = given;
   const int64_t columns = int64_t{p.heads.num_heads + 2 * p.heads.num_kv_heads} * p.heads.head_size;
   if (!is_valid(p.heads, p.cache) || (p.qkv_row_stride < columns && p.tokens > 1) || p.tokens < 0 ||
       p.tokens > kMaxPrefillTokens || p.sequences < 0 || p.sequences > kMaxPrefillSequences) {
@@ -384,6 +393,11 @@ cudaError_t launch_prefill_attention(const PrefillAttentionParams& p, cudaStream
       reinterpret_cast<uintptr_t>(p.context) % sizeof(FullPack) != 0) {
     return cudaErrorInvalidValue;
   }
+  if (p.context_scale != nullptr && (!is_context_code(p.context_dtype) || p.queries == nullptr)) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.queries == nullptr) p.queries = p.context;
+  if (reinterpret_cast<uintptr_t>(p.queries) % sizeof(FullPack) != 0) return cudaErrorInvalidValue;
   DeviceProperties device;
   if (const cudaError_t error = current_device_properties(device); error != cudaSuccess) return error;
   return with_type_and_head_size(p.heads, [&](auto type, auto head_size) {

@@ -147,30 +147,49 @@ class HopperAttention : public TileSoftmax<T, Shape> {
   }
   __device__ __forceinline__ void wait_for_values() { wgmma_wait_group<0>(); }
 
-  // Writes by way of shared memory, over the queries, so that whole lines are written; `row` is the warp's first.
-  __device__ __forceinline__ void write(char* shared, int row, T* context, int64_t stride, int num_rows) {
-    constexpr int kChunks = Shape::kHeadSize / 8;
+  // Writes the context; `row` is the warp's first, `first_element` the first of the block's first row.
+  __device__ __forceinline__ void write(char* shared, int row, const PrefillAttentionParams& p, int64_t first_element,
+                                        int64_t stride, int num_rows) {
     this->divide_by_sums();
     warpgroup_sync(1 + row / Shape::kHalfRows);  // all warps have multiplied the queries
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const float* const pair = &this->results_[0][chunk][2 * half];
-        const int offset = swizzled_offset(Shape::kRows, row + 8 * half + this->lane() / 4, chunk);
-        *reinterpret_cast<uint32_t*>(shared + offset + this->lane() % 4 * 4) = pack_pair<T>(pair[0], pair[1]);
-      }
-    __syncwarp();
-#pragma unroll
-    for (int i = this->lane(); i < 16 * kChunks; i += 32) {
-      const int to = row + i / kChunks;
-      if (to >= num_rows) break;
-      *reinterpret_cast<FullPack*>(context + to * stride + i % kChunks * 8) =
-          *reinterpret_cast<const FullPack*>(shared + swizzled_offset(Shape::kRows, to, i % kChunks));
+    if (p.context_scale == nullptr) {
+      write_elements<2>(
+          shared, row, static_cast<char*>(p.context) + first_element * 2, stride * 2, num_rows,
+          [](char* to, const float* pair) { *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(pair[0], pair[1]); });
+    } else {
+      const float factor = __frcp_rn(*p.context_scale);
+      write_elements<1>(shared, row, static_cast<char*>(p.context) + first_element, stride, num_rows,
+                        [&](char* to, const float* pair) {
+                          const float scaled[2] = {pair[0] * factor, pair[1] * factor};
+                          store_context_codes(to, scaled, p.context_dtype);
+                        });
     }
   }
 
  private:
+  // Writes elements of kBytes by way of shared memory, over the queries, so that whole lines are written. `stride` is
+  // in bytes; `put(to, pair)` stores two neighbours.
+  template <int kBytes, typename Put>
+  __device__ __forceinline__ void write_elements(char* shared, int row, char* context, int64_t stride, int num_rows,
+                                                 const Put& put) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int d = 0; d < Shape::kHeadSize; d += 8) {
+        const int offset = swizzled_offset(Shape::kRows, row + 8 * half + this->lane() / 4, d * kBytes / 16);
+        put(shared + offset + d * kBytes % 16 + this->lane() % 4 * 2 * kBytes, &this->results_[0][d / 8][2 * half]);
+      }
+    __syncwarp();
+    constexpr int kChunks = Shape::kHeadSize * kBytes / 16;
+#pragma unroll
+    for (int i = this->lane(); i < 16 * kChunks; i += 32) {
+      const int to = row + i / kChunks;
+      if (to >= num_rows) break;
+      *reinterpret_cast<FullPack*>(context + to * stride + i % kChunks * 16) =
+          *reinterpret_cast<const FullPack*>(shared + swizzled_offset(Shape::kRows, to, i % kChunks));
+    }
+  }
+
   uint32_t probabilities_[Shape::kKeys / 16][4];
 };
 
@@ -186,7 +205,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_on_hopper(const __g
   const uint32_t queries = shared_address(shared);
   const KeysAndValues<T, Shape> cache(a, tile, head, queries + Shape::kRows * Shape::kRowBytes);
   const int64_t stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
-  T* const context = static_cast<T*>(p.context) + tile.first_token * stride + head * Shape::kHeadSize;
+  const int64_t first_element = tile.first_token * stride + head * Shape::kHeadSize;
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   const int first_row = warp / 4 * Shape::kHalfRows;  // of the warpgroup
@@ -195,7 +214,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_on_hopper(const __g
   // Tiles of keys that the warpgroup's queries see.
   const int seen = first_row < tile.num_rows ? min(num_tiles, last_position / Shape::kKeys + 1) : 0;
 
-  load_tile<T, Shape, Shape::kRows>(queries, context, stride, tile.num_rows);
+  load_tile<T, Shape, Shape::kRows>(queries, static_cast<const T*>(p.queries) + first_element, stride, tile.num_rows);
   cache.load(0);
   cache.load(1);
   HopperAttention<T, Shape> attention(tile.first_position + 16 * warp, p.softmax_scale * kLog2E);
@@ -214,7 +233,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_on_hopper(const __g
   // that are under a condition.
 #pragma unroll 1
   for (; i < num_tiles; ++i) cache.advance(i);
-  attention.write(shared, 16 * warp, context, stride, tile.num_rows);
+  attention.write(shared, 16 * warp, p, first_element, stride, tile.num_rows);
 }
 
 template <typename T, typename Shape>

@@ -291,18 +291,25 @@ class TileAttention : public TileSoftmax<T, Shape> {
     }
   }
 
-  // Writes to the warp's rows of shared memory.
-  __device__ __forceinline__ void write(T* rows) {
+  // Writes to the warp's rows of shared memory: elements, or codes at the beginning of each row.
+  __device__ __forceinline__ void write(T* rows, const PrefillAttentionParams& p) {
     this->divide_by_sums();
+    const float factor = p.context_scale == nullptr ? 0.0F : __frcp_rn(*p.context_scale);
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r)
 #pragma unroll
       for (int d = 0; d < kValueTiles; ++d)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          T* const to = rows + (16 * r + 8 * half + lane() / 4) * Shape::kStride + 8 * d + lane() % 4 * 2;
+          T* const row = rows + (16 * r + 8 * half + lane() / 4) * Shape::kStride;
+          const int column = 8 * d + lane() % 4 * 2;
           const float* const pair = &results_[r][d][2 * half];
-          *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(pair[0], pair[1]);
+          if (p.context_scale == nullptr) {
+            *reinterpret_cast<uint32_t*>(row + column) = pack_pair<T>(pair[0], pair[1]);
+          } else {
+            const float scaled[2] = {pair[0] * factor, pair[1] * factor};
+            store_context_codes(reinterpret_cast<uint8_t*>(row) + column, scaled, p.context_dtype);
+          }
         }
   }
 
@@ -332,7 +339,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   const int kv_head = head / (p.heads.num_heads / p.heads.num_kv_heads);
   const HeadCacheOf<T, Shape::kHeadSize, kQuantized> cache(p.cache, a.layout, tile.sequence, kv_head);
   const int64_t context_stride = int64_t{p.heads.num_heads} * Shape::kHeadSize;
-  T* const context = static_cast<T*>(p.context) + tile.first_token * context_stride + head * Shape::kHeadSize;
+  const int64_t first_element = tile.first_token * context_stride + head * Shape::kHeadSize;
   T* const shared_queries = reinterpret_cast<T*>(shared);
   T* const shared_keys = shared_queries + Shape::kRows * Shape::kStride;
   T* const shared_values = shared_keys + Shape::kKeys * Shape::kStride;
@@ -357,7 +364,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   T* const warp_rows = shared_queries + first_row * Shape::kStride;
   const int last_position = tile.first_position + first_row + Shape::kWarpRows - 1;
   TileAttention<T, Shape> attention(tile.first_position + first_row, p.softmax_scale * kLog2E);
-  load_rows<T, Shape, Shape::kRows>(shared_queries, context, context_stride, tile.num_rows);
+  load_rows<T, Shape, Shape::kRows>(shared_queries, static_cast<const T*>(p.queries) + first_element, context_stride,
+                                    tile.num_rows);
   load_cached(shared_keys, 0, 0);
   for (int first = 0; first < num_keys; first += Shape::kKeys) {
     const bool sees_keys = first <= last_position;
@@ -374,15 +382,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
     attention.rescale_results();
     attention.add_values(shared_values);
   }
-  attention.write(warp_rows);
+  attention.write(warp_rows, p);
   __syncwarp();
-  constexpr int kChunks = Shape::kHeadSize / 8;
-  const int num_rows = min(tile.num_rows - first_row, Shape::kWarpRows);
-  for (int chunk = static_cast<int>(threadIdx.x) % 32; chunk < num_rows * kChunks; chunk += 32) {
-    const int row = chunk / kChunks;
-    const int column = chunk % kChunks * 8;
-    *reinterpret_cast<FullPack*>(context + (first_row + row) * context_stride + column) =
-        *reinterpret_cast<const FullPack*>(warp_rows + row * Shape::kStride + column);
+  const int element_bytes = p.context_scale == nullptr ? 2 : 1;
+  const int chunks = Shape::kHeadSize * element_bytes / 16;
+  const int num_rows = min(tile.num_rows - first_row, Shape::kWarpRows);  // may be below 0
+  char* const context = static_cast<char*>(p.context) + (first_element + first_row * context_stride) * element_bytes;
+  for (int chunk = static_cast<int>(threadIdx.x) % 32; chunk < num_rows * chunks; chunk += 32) {
+    const int row = chunk / chunks;
+    const int column = chunk % chunks;
+    reinterpret_cast<FullPack*>(context + row * context_stride * element_bytes)[column] =
+        reinterpret_cast<const FullPack*>(warp_rows + row * Shape::kStride)[column];
   }
 }
 

@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxGridY = 65535;
 
-// Unit is what a thread copies at a time: 16 bytes or one element.
+// Unit is what a thread copies at a time.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ GatherRowsParams p, int64_t row_units) {
   trigger_dependent_launch();
@@ -42,18 +42,17 @@ cudaError_t launch(const GatherRowsParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_gather_rows(const GatherRowsParams& p, cudaStream_t stream) {
-  const int64_t element_bytes = size_of(p.dtype);
-  if (p.rows < 0 || p.rows > std::numeric_limits<int32_t>::max() || p.row_size <= 0 || p.table_rows < 0 ||
-      (element_bytes != 2 && element_bytes != 4)) {
+  const int64_t row_bytes = p.row_size * size_of(p.dtype);
+  if (p.rows < 0 || p.rows > std::numeric_limits<int32_t>::max() || row_bytes <= 0 || p.table_rows < 0) {
     return cudaErrorInvalidValue;
   }
   if (p.rows == 0) return cudaSuccess;
   if ((p.table == nullptr && p.table_rows > 0) || p.ids == nullptr || p.y == nullptr) return cudaErrorInvalidValue;
-  const auto addresses = reinterpret_cast<uintptr_t>(p.table) | reinterpret_cast<uintptr_t>(p.y);
-  if (addresses % sizeof(FullPack) == 0 && p.row_size * element_bytes % static_cast<int64_t>(sizeof(FullPack)) == 0) {
-    return launch<FullPack>(p, stream);
-  }
-  return element_bytes == 2 ? launch<uint16_t>(p, stream) : launch<uint32_t>(p, stream);
+  const auto unaligned =
+      reinterpret_cast<uintptr_t>(p.table) | reinterpret_cast<uintptr_t>(p.y) | static_cast<uintptr_t>(row_bytes);
+  if (unaligned % sizeof(FullPack) == 0) return launch<FullPack>(p, stream);
+  if (unaligned % 4 == 0) return launch<uint32_t>(p, stream);
+  return unaligned % 2 == 0 ? launch<uint16_t>(p, stream) : launch<uint8_t>(p, stream);
 }
 
 }  // namespace qwen_plugins

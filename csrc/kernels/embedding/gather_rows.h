@@ -16,9 +16,9 @@ struct GatherRowsParams {
   const int32_t* ids = nullptr;  // [rows], on the device; an id outside of the table gives a row of zeros
   void* y = nullptr;             // [rows, row_size], contiguous
   int64_t table_rows = 0;
-  int64_t row_size = 0;  // elements
-  int64_t rows = 0;      // 0 launches nothing
-  DataType dtype = DataType::kFloat16;
+  int64_t row_size = 0;                 // elements
+  int64_t rows = 0;                     // 0 launches nothing
+  DataType dtype = DataType::kFloat16;  // any: what is copied does not matter
 };
 
 // Launches on `stream` and returns at once. cudaErrorInvalidValue for parameters outside of what is written above.

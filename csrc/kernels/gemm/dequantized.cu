@@ -241,12 +241,12 @@ cudaError_t launch(const GemmParams& p, const DeviceProperties& device, int32_t 
 }
 
 bool takes(const GemmParams& p, const DeviceProperties& device, int32_t) {
-  return is_quantized(p.shape.weight_format) && p.shape.dtype != DataType::kFloat32 && p.shape.rows >= kMinRows &&
+  return is_packed(p.shape.weight_format) && p.shape.dtype != DataType::kFloat32 && p.shape.rows >= kMinRows &&
          device.major >= 8 && has_cublas_lt();
 }
 
 int64_t workspace_bytes(const GemmShape& shape) {
-  const bool serves = is_quantized(shape.weight_format) && shape.dtype != DataType::kFloat32 && shape.rows >= kMinRows;
+  const bool serves = is_packed(shape.weight_format) && shape.dtype != DataType::kFloat32 && shape.rows >= kMinRows;
   return serves ? Workspace(shape).total : 0;
 }
 

@@ -31,11 +31,15 @@ cudaError_t launch_by_rules(const GemmParams& params, const DeviceProperties& de
   return error;
 }
 
-// Whether the operands that a launch reads and writes are there, and quantized ones are aligned as their layout says.
+// Whether the operands that a launch reads and writes are there, and packed ones are aligned as their layout says.
 bool has_operands(const GemmParams& p) {
   if (p.x == nullptr || p.weight == nullptr || p.y == nullptr) return false;
   const WeightFormat& format = p.shape.weight_format;
   if (!is_quantized(format)) return true;
+  if (has_quantized_x(format)) {
+    return p.scales != nullptr && p.zeros == nullptr && p.x_scales != nullptr &&
+           (p.y_scale != nullptr) == p.shape.quantized_y;
+  }
   const auto bits = reinterpret_cast<uintptr_t>(p.weight) | reinterpret_cast<uintptr_t>(p.scales) |
                     reinterpret_cast<uintptr_t>(p.zeros);
   return p.scales != nullptr && (p.zeros != nullptr) == format.has_zeros && bits % 16 == 0;

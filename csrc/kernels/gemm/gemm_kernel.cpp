@@ -6,6 +6,7 @@
 #include "dequantized.h"
 #include "plain.h"
 #include "stream.h"
+#include "stream_eight_bit.h"
 #include "stream_hopper.h"
 #include "stream_quantized.h"
 #include "tiles_hopper.h"
@@ -22,6 +23,7 @@ const std::vector<GemmKernel>& gemm_kernels() {
   static const std::vector<GemmKernel> kernels{
 #ifdef QWEN_PLUGINS_HOPPER
       stream_quantized_kernel(),
+      stream_eight_bit_kernel(),
       stream_hopper_kernel(),
 #endif
       stream_kernel(),
@@ -63,7 +65,12 @@ const GemmKernel* next_by_rules(const GemmParams& params, const DeviceProperties
 bool is_valid(const WeightFormat& format, int64_t in_features) {
   if (!is_quantized(format)) return true;
   const int32_t group = format.group_size;
-  return (format.kind == WeightKind::kInt8 || format.kind == WeightKind::kInt4) &&
+  if (has_quantized_x(format)) {
+    const bool is_int8 = format.kind == WeightKind::kInt8Rows;
+    return (group == 0 || (group == 128 && !is_int8)) && !format.has_zeros &&
+           format.scale_dtype == DataType::kFloat32 && !(is_int8 && in_features > kMaxInt8Inputs);
+  }
+  return is_packed(format) &&
          (group == 0 || ((group == 32 || group == 64 || group == 128) && in_features % group == 0)) &&
          (format.scale_dtype == DataType::kFloat16 || format.scale_dtype == DataType::kBFloat16);
 }
@@ -75,15 +82,17 @@ bool is_valid(const GemmShape& shape) {
          (swiglu ? shape.out_features % 2 == 0 : shape.activation == Activation::kNone) &&
          (shape.dtype == DataType::kFloat32 || shape.dtype == DataType::kFloat16 ||
           shape.dtype == DataType::kBFloat16) &&
-         is_valid(shape.weight_format, shape.in_features);
+         is_valid(shape.weight_format, shape.in_features) &&
+         (has_quantized_x(shape.weight_format) || !(shape.x_scale_per_row || shape.quantized_y));
 }
 
 GemmParams rows_of(const GemmParams& params, int64_t first, int64_t count) {
-  const int64_t size = size_of(params.shape.dtype);
+  const GemmShape& shape = params.shape;
   GemmParams part = params;
   part.shape.rows = count;
-  part.x = static_cast<const char*>(params.x) + first * params.x_row_stride * size;
-  part.y = static_cast<char*>(params.y) + first * columns_of(params.shape) * size;
+  part.x = static_cast<const char*>(params.x) + first * params.x_row_stride * size_of(x_type_of(shape));
+  part.y = static_cast<char*>(params.y) + first * columns_of(shape) * size_of(y_type_of(shape));
+  if (shape.x_scale_per_row) part.x_scales = params.x_scales + first;
   return part;
 }
 

@@ -24,6 +24,9 @@ enum class GemmKernelId : int32_t {
   kStreamQuantized = 7,
   kTilesQuantized = 8,
   kDequantized = 9,
+  kTilesEightBit = 10,
+  kStreamEightBit = 11,
+  kCublasLtEightBit = 12,
 };
 
 // One of the configurations (tile sizes, splits, ...) in which a kernel can run.

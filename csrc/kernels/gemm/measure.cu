@@ -76,18 +76,24 @@ cudaError_t fill_random(void* values, int64_t count, DataType dtype, float scale
   });
 }
 
-// Any bits: codes of a quantized weight.
-__global__ void fill_bits(uint32_t* words, int64_t count) {
+// Any bits but those that are not in the mask: codes.
+__global__ void fill_bits(uint32_t* words, int64_t count, uint32_t mask) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    words[i] = random_bits(static_cast<uint32_t>(i));
+    words[i] = random_bits(static_cast<uint32_t>(i)) & mask;
   }
 }
 
-// Where the operands are in one piece of memory: several weights, bias, x, y and the workspace. Quantized weights are
-// followed by their scales and zeros.
+cudaError_t fill_codes(void* codes, int64_t bytes, WeightKind kind, cudaStream_t stream) {
+  const uint32_t mask = kind == WeightKind::kFp8Rows ? 0xbfbfbfbfU : 0xffffffffU;  // e4m3 below 2: no NaN
+  fill_bits<<<1024, 256, 0, stream>>>(static_cast<uint32_t*>(codes), bytes / 4, mask);
+  return cudaGetLastError();
+}
+
+// Where the operands are in one piece of memory: several weights, the scales of x and y, bias, x, y and the workspace.
+// Quantized weights are followed by their scales and zeros.
 struct Layout {
-  int64_t weight_stride, weights, bias, x, y, workspace, workspace_bytes, total;
+  int64_t weight_stride, weights, operand_scales, bias, x, y, workspace, workspace_bytes, total;
   int64_t scales = 0, zeros = 0;  // from the beginning of their weight
 
   Layout(const GemmShape& shape, bool has_bias, const std::vector<GemmChoice>& choices, int64_t cache_bytes) {
@@ -95,10 +101,11 @@ struct Layout {
     weight_stride = weight_bytes(shape);
     const int64_t rotated = std::min(kMaxRotatedBytes, kCachesFull * cache_bytes);
     weights = std::clamp<int64_t>(divide_up(rotated, weight_stride), 1, kMaxCalls);  // 1: a GPU may report no L2 cache
-    bias = weights * weight_stride;
+    operand_scales = weights * weight_stride;
+    bias = operand_scales + (has_quantized_x(shape.weight_format) ? round_up(4 * (shape.rows + 1)) : 0);
     x = bias + (has_bias ? round_up(shape.out_features * size) : 0);
-    y = x + round_up(shape.rows * shape.in_features * size);
-    workspace = y + round_up(shape.rows * columns_of(shape) * size);
+    y = x + round_up(shape.rows * shape.in_features * size_of(x_type_of(shape)));
+    workspace = y + round_up(shape.rows * columns_of(shape) * size_of(y_type_of(shape)));
     workspace_bytes = 0;
     for (const GemmChoice choice : choices) {
       int64_t bytes = 0;
@@ -113,6 +120,12 @@ struct Layout {
   int64_t weight_bytes(const GemmShape& shape) {
     const WeightFormat& format = shape.weight_format;
     if (!is_quantized(format)) return round_up(shape.out_features * shape.in_features * size_of(shape.dtype));
+    if (has_quantized_x(format)) {
+      scales = round_up(shape.out_features * shape.in_features);
+      const int64_t blocks = divide_up(shape.out_features, 128) * divide_up(shape.in_features, 128);
+      zeros = scales + round_up(4 * (format.group_size == 0 ? shape.out_features : blocks));
+      return zeros;
+    }
     const PackedSizes sizes(format, shape.out_features, shape.in_features);
     scales = round_up(sizes.code_bytes);
     zeros = scales + round_up(sizes.scale_count * size_of(format.scale_dtype));
@@ -138,11 +151,12 @@ class Measurement {
                    [&] { return own(before_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
                    [&] { return own(after_, [](cudaEvent_t* event) { return cudaEventCreate(event); }); },
                    [&] { return is_quantized(shape.weight_format) ? fill_quantized(scale) : fill_weights(scale); },
+                   [&] { return fill_operands(scale); },
                    [&] {
-                     const int64_t count = (layout_.y - layout_.bias) / size_of(shape.dtype);  // bias and x
-                     return fill_random(at(layout_.bias), count, shape.dtype, 1.0F, stream());
-                   },
-                   [&] {
+                     if (has_quantized_x(shape.weight_format)) {
+                       params_.x_scales = reinterpret_cast<float*>(at(layout_.operand_scales));
+                       params_.y_scale = shape.quantized_y ? params_.x_scales + shape.rows : nullptr;
+                     }
                      params_.bias = has_bias_ ? at(layout_.bias) : nullptr;
                      params_.x = at(layout_.x);
                      params_.y = at(layout_.y);
@@ -213,18 +227,29 @@ class Measurement {
 
   cudaError_t fill_weights(float scale) {
     const DataType dtype = params_.shape.dtype;
-    return fill_random(at(0), layout_.bias / size_of(dtype), dtype, scale, stream());
+    return fill_random(at(0), layout_.operand_scales / size_of(dtype), dtype, scale, stream());
   }
   cudaError_t fill_quantized(float scale) {
     const WeightFormat& format = params_.shape.weight_format;
     const int64_t count = (layout_.zeros - layout_.scales) / size_of(format.scale_dtype);
-    fill_bits<<<1024, 256, 0, stream()>>>(reinterpret_cast<uint32_t*>(at(0)), layout_.bias / 4);
-    cudaError_t error = cudaGetLastError();
+    cudaError_t error = fill_codes(at(0), layout_.operand_scales, format.kind, stream());
     for (int64_t i = 0; i < layout_.weights && error == cudaSuccess; ++i) {
       error = fill_random(at(i * layout_.weight_stride + layout_.scales), count, format.scale_dtype,
                           scale / static_cast<float>(middle_code_of(format.kind)), stream());
     }
     return error;
+  }
+  cudaError_t fill_operands(float scale) {
+    const GemmShape& shape = params_.shape;
+    const WeightKind kind = shape.weight_format.kind;
+    const int64_t count = (layout_.y - layout_.bias) / size_of(shape.dtype);  // bias and x
+    const cudaError_t error = fill_random(at(layout_.bias), count, shape.dtype, 1.0F, stream());
+    if (error != cudaSuccess || !has_quantized_x(shape.weight_format)) return error;
+    return in_turn([&] { return fill_codes(at(layout_.x), layout_.y - layout_.x, kind, stream()); },
+                   [&] {
+                     const int64_t scales = shape.rows + 1;  // of x and y
+                     return fill_random(at(layout_.operand_scales), scales, DataType::kFloat32, scale, stream());
+                   });
   }
 
   cudaError_t launch(int64_t calls) {

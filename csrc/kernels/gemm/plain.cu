@@ -18,21 +18,30 @@ struct Sums {
   float of_row[kRows] = {};
 };
 
-// A row of a weight with the type of x.
+// A row of a weight with the type of x. Such classes name the type of x's elements and that of sums, give the row's
+// elements as operands of these, and finish a sum.
 template <typename T>
 class SameRow {
  public:
+  using X = T;
+  using Sum = float;
+
   __device__ __forceinline__ SameRow(const GemmParams& p, int64_t row)
       : row_(static_cast<const T*>(p.weight) + row * p.shape.in_features) {}
   __device__ __forceinline__ float operator[](int64_t k) const { return to_float(row_[k]); }
+  __device__ __forceinline__ float finish(float sum, int64_t) const { return sum; }
 
  private:
   const T* row_;
 };
 
 // A row of a packed weight: packed_weight.h.
+template <typename T>
 class PackedRow {
  public:
+  using X = T;
+  using Sum = float;
+
   __device__ __forceinline__ PackedRow(const GemmParams& p, int64_t row)
       : format_(p.shape.weight_format),
         row_(row),
@@ -45,6 +54,7 @@ class PackedRow {
     const int zero = format_.has_zeros ? zeros_[scale] : middle_code_of(format_.kind);
     return scale_at(scale) * static_cast<float>(code(k) - zero);
   }
+  __device__ __forceinline__ float finish(float sum, int64_t) const { return sum; }
 
  private:
   __device__ __forceinline__ float scale_at(int64_t index) const {
@@ -71,29 +81,84 @@ class PackedRow {
   const uint8_t* zeros_;
 };
 
+// An element as an operand of a sum.
+template <typename T>
+__device__ __forceinline__ float to_sum(T value) {
+  return to_float(value);
+}
+__device__ __forceinline__ float to_sum(__nv_fp8_e4m3 code) { return static_cast<float>(code); }
+__device__ __forceinline__ int32_t to_sum(int8_t code) { return code; }
+
+// A row of codes, as those of x.
+template <typename Code>
+class CodesRow {
+ public:
+  using X = Code;
+  using Sum = std::conditional_t<std::is_same_v<Code, int8_t>, int32_t, float>;
+
+  __device__ __forceinline__ CodesRow(const GemmParams& p, int64_t row)
+      : p_(p),
+        row_(static_cast<const Code*>(p.weight) + row * p.shape.in_features),
+        in_blocks_(p.shape.weight_format.group_size != 0),
+        scales_(static_cast<const float*>(p.scales) +
+                (in_blocks_ ? row / kBlock * divide_up(p.shape.in_features, kBlock) : row)) {}
+  __device__ __forceinline__ Sum operator[](int64_t k) const {
+    if constexpr (std::is_same_v<Sum, float>) {
+      if (in_blocks_) return to_sum(row_[k]) * scales_[k / kBlock];
+    }
+    return to_sum(row_[k]);
+  }
+  __device__ __forceinline__ float finish(Sum sum, int64_t x_row) const {
+    const float scaled = static_cast<float>(sum) * (in_blocks_ ? 1.0F : *scales_);
+    return scaled * p_.x_scales[p_.shape.x_scale_per_row ? x_row : 0];
+  }
+
+ private:
+  static constexpr int kBlock = 128;  // rows and inputs that share a scale
+
+  const GemmParams& p_;
+  const Code* row_;
+  const bool in_blocks_;
+  const float* scales_;
+};
+
 // kRows rows of x (beyond the last row: the last again) times one row of the weight; the result is in lane 0.
 template <typename T, typename Row>
 __device__ __forceinline__ Sums multiply(const GemmParams& p, int64_t first_row, int64_t weight_row) {
-  Sums sums;
+  typename Row::Sum sums[kRows] = {};
+  Sums results;
   const Row weight(p, weight_row);
-  const T* x = static_cast<const T*>(p.x);
+  const auto* x = static_cast<const typename Row::X*>(p.x);
   for (int64_t k = threadIdx.x; k < p.shape.in_features; k += 32) {
-    const float w = weight[k];
+    const auto w = weight[k];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = min(first_row + i, p.shape.rows - 1);
-      sums.of_row[i] += to_float(x[row * p.x_row_stride + k]) * w;
+      sums[i] += to_sum(x[row * p.x_row_stride + k]) * w;
     }
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      sums.of_row[i] += __shfl_down_sync(0xffffffffU, sums.of_row[i], distance);
-    }
-    if (p.bias != nullptr) sums.of_row[i] += to_float(static_cast<const T*>(p.bias)[weight_row]);
+    for (int distance = 16; distance > 0; distance /= 2) sums[i] += __shfl_down_sync(0xffffffffU, sums[i], distance);
+    results.of_row[i] = weight.finish(sums[i], min(first_row + i, p.shape.rows - 1));
+    if (p.bias != nullptr) results.of_row[i] += to_float(static_cast<const T*>(p.bias)[weight_row]);
   }
-  return sums;
+  return results;
+}
+
+// Writes an element of y, of type T or a code of the type of x.
+template <typename T, typename X>
+__device__ __forceinline__ void store(const GemmParams& p, int64_t index, float value) {
+  if constexpr (sizeof(X) == 1) {
+    if (p.shape.quantized_y) {
+      const float scaled = value * (1.0F / *p.y_scale);
+      static_cast<uint8_t*>(p.y)[index] =
+          static_cast<uint8_t>(std::is_same_v<X, int8_t> ? to_int8_bits(scaled) : to_float8_e4m3_bits(scaled));
+      return;
+    }
+  }
+  static_cast<T*>(p.y)[index] = from_float<T>(value);
 }
 
 // One warp computes a column of y, kRows rows at a time.
@@ -114,7 +179,7 @@ __global__ void __launch_bounds__(32 * kWarps) gemm_plain(const __grid_constant_
     for (int i = 0; i < kRows; ++i) {
       if (first_row + i >= p.shape.rows) break;
       const float value = swiglu ? silu<T>(z.of_row[i]) * up.of_row[i] : z.of_row[i];
-      static_cast<T*>(p.y)[(first_row + i) * columns + column] = from_float<T>(value);
+      store<T, typename Row::X>(p, (first_row + i) * columns + column, value);
     }
   }
 }
@@ -124,8 +189,17 @@ cudaError_t launch_type(const GemmParams& p, const DeviceProperties& device, cud
   const int64_t columns = p.shape.out_features / (p.shape.activation == Activation::kSwiglu ? 2 : 1);
   const dim3 grid(static_cast<unsigned>(divide_up(columns, kWarps)),
                   static_cast<unsigned>(std::min<int64_t>(divide_up(p.shape.rows, kRows), 65535)));
-  auto* const kernel = is_quantized(p.shape.weight_format) ? gemm_plain<T, PackedRow> : gemm_plain<T, SameRow<T>>;
-  return launch_kernel(kernel, grid, dim3(32, kWarps), 0, device, stream, p);
+  const auto launch = [&](auto* kernel) { return launch_kernel(kernel, grid, dim3(32, kWarps), 0, device, stream, p); };
+  switch (p.shape.weight_format.kind) {
+    case WeightKind::kSame:
+      return launch(gemm_plain<T, SameRow<T>>);
+    case WeightKind::kInt8Rows:
+      return launch(gemm_plain<T, CodesRow<int8_t>>);
+    case WeightKind::kFp8Rows:
+      return launch(gemm_plain<T, CodesRow<__nv_fp8_e4m3>>);
+    default:
+      return launch(gemm_plain<T, PackedRow<T>>);
+  }
 }
 
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t, cudaStream_t stream) {

@@ -211,29 +211,20 @@ __device__ __forceinline__ void produce_x(const StreamBlock<kRows>& block) {
   }
 }
 
-// A consumer warpgroup. A thread accumulates two weight rows (with SwiGLU a gate row and its up row) times two rows of
-// every tile of 8 rows of x.
-template <typename T, int kRows>
+// A consumer warpgroup: what does not depend on the types of the operands and the result. A thread accumulates two
+// weight rows (with SwiGLU a gate row and its up row) times two rows of every tile of 8 rows of x.
+//
+// `Consumer` derives from it and has
+//   multiply_tile(tile): computes sums_, by multiply_chunks() or its own loop, with all that results() needs;
+//   multiply(sums, a, b, accumulate), static: a wgmma of 32 bytes of k;
+//   results(i, half): the results of tile i as 16-bit elements, or 8-bit ones in their lower halves: those of the two
+//       rows of x that a thread holds, times a weight row (or 8 below it), or with SwiGLU a gate and its up;
+//   write_pack(row, column, end_column, from): writes 8 columns of y from shared memory, or only those before the end.
+template <typename Consumer, typename Sum, int kRows>
 class StreamConsumer {
  public:
-  __device__ __forceinline__ explicit StreamConsumer(const StreamBlock<kRows>& block) : block_(block), p(block.p) {}
-
-  __device__ __forceinline__ void multiply_tile(int tile) {
-    load_bias(tile);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = 0.0F;
-    start_chunk();
-    for (int chunk = block_.first_chunk + 1; chunk < block_.end_chunk; ++chunk) {
-      const int weight_stage = weight_state_.stage, x_stage = x_state_.stage;
-      advance();
-      start_chunk();
-      wgmma_wait_group<1>();
-      release(weight_stage, x_stage);
-    }
-    wgmma_wait_group<0>();
-    release(weight_state_.stage, x_state_.stage);
-    advance();
-  }
+  __device__ __forceinline__ StreamConsumer(const StreamBlock<kRows>& block, const StreamHopperArguments& arguments)
+      : block_(block), p(arguments) {}
 
   // Sends the partial sums to the blocks that own their rows of x, and adds those of the others to the own ones. The
   // block has no further tile.
@@ -257,19 +248,38 @@ class StreamConsumer {
     if (!last) warpgroup_sync(1 + group_);  // the next tile's results go to the same place
   }
 
- private:
+ protected:
   static constexpr int kTiles = kRows / 8;
 
-  // Issues a chunk's wgmmas as one group.
-  __device__ __forceinline__ void start_chunk() {
+  // Adds the products of all chunks to sums_, which are 0 before.
+  __device__ __forceinline__ void multiply_chunks() {
+    start_chunk(sums_, true);
+    for (int chunk = block_.first_chunk + 1; chunk < block_.end_chunk; ++chunk) {
+      const int weight_stage = weight_state_.stage, x_stage = x_state_.stage;
+      advance();
+      start_chunk(sums_, true);
+      wgmma_wait_group<1>();
+      release(weight_stage, x_stage);
+    }
+    wgmma_wait_group<0>();
+    release(weight_state_.stage, x_state_.stage);
+    advance();
+  }
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = Sum{0};
+  }
+
+  // Issues a chunk's wgmmas as one group: sums = its products, or with `accumulate` sums += its products.
+  __device__ __forceinline__ void start_chunk(Sum (&sums)[kTiles][4], bool accumulate) {
     const uint32_t weights = block_.weights(weight_state_.stage) + group_ * kWarpgroupRows * kSwizzleBytes;
     const uint32_t x = block_.x(x_state_.stage);
     mbarrier_wait(block_.weights_full(weight_state_.stage), weight_state_.parity);
     mbarrier_wait(block_.x_full(x_state_.stage), x_state_.parity);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockK * 2; k += 32) {
-      wgmma<T>(sums_, matrix_descriptor(weights + k, 16), matrix_descriptor(x + k, 16));
+    for (int k = 0; k < kSwizzleBytes; k += 32) {
+      Consumer::multiply(sums, matrix_descriptor(weights + k, 16), matrix_descriptor(x + k, 16), accumulate || k > 0);
     }
     wgmma_commit_group();
   }
@@ -283,14 +293,47 @@ class StreamConsumer {
     x_state_.advance(p.x_stages);
   }
 
+  __device__ __forceinline__ int first_column(int tile, int warp) const {
+    const int row = block_.weight_row(tile) + 16 * warp;
+    return p.swiglu ? row / 2 : row;
+  }
+
+  __device__ __forceinline__ void write_pack(int row, int column, int end_column, uint32_t from) const {
+    uint16_t* const to = static_cast<uint16_t*>(p.y) + static_cast<int64_t>(row) * p.columns + column;
+    if (p.writes_packs) {
+      float words[4];
+      load_shared(words, from);
+      *reinterpret_cast<float4*>(to) = make_float4(words[0], words[1], words[2], words[3]);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < 8 && column + i < end_column; ++i) {
+      to[i] = load_shared_16(from + 2 * i);
+    }
+  }
+
+  const StreamBlock<kRows>& block_;
+  const StreamHopperArguments& p;
+  const int warp_ = static_cast<int>(threadIdx.x) / 32;
+  const int group_ = warp_ / 4;
+  const int lane_ = static_cast<int>(threadIdx.x) % 32;
+  PipelineState weight_state_, x_state_;
+  Sum sums_[kTiles][4];
+
+ private:
+  __device__ __forceinline__ const Consumer& self() const { return *static_cast<const Consumer*>(this); }
+
   __device__ __forceinline__ void send_sums() const {
     int owner = 0, owned_tile = 0;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       if (owner != block_.split) {
         const int distance = block_.split - owner + (block_.split < owner ? p.splits : 0);
+        float words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[j] = bit_cast<float>(sums_[i][j]);
         store_async(map_to_block(block_.received(distance, owned_tile), owner),
-                    map_to_block(block_.received_barrier(), owner), sums_[i]);
+                    map_to_block(block_.received_barrier(), owner), words);
       }
       if (++owned_tile == p.owned_tiles) {
         owned_tile = 0;
@@ -306,7 +349,7 @@ class StreamConsumer {
         float more[4];
         load_shared(more, block_.received(distance, i - block_.first_owned_tile()));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums_[i][j] += more[j];
+        for (int j = 0; j < 4; ++j) sums_[i][j] += bit_cast<Sum>(more[j]);
       }
     }
   }
@@ -317,29 +360,8 @@ class StreamConsumer {
   }
   // Whether the 16 weight rows of this warp begin inside the tile.
   __device__ __forceinline__ bool has_weight_rows() const { return 16 * warp_ < p.tile_rows; }
-  __device__ __forceinline__ int first_column(int tile, int warp) const {
-    const int row = block_.weight_row(tile) + 16 * warp;
-    return p.swiglu ? row / 2 : row;
-  }
-
-  __device__ __forceinline__ float bias_of(int column, bool is_up) const {
-    if (p.bias == nullptr || column >= p.columns) return 0.0F;
-    return to_float(static_cast<const T*>(p.bias)[column + (is_up ? p.columns : 0)]);
-  }
-  __device__ __forceinline__ void load_bias(int tile) {
-    const int column = first_column(tile, warp_) + lane_ / 4;
-    bias_[0] = bias_of(column, false);
-    bias_[1] = bias_of(p.swiglu ? column : column + 8, p.swiglu);
-  }
-
-  // Two rows of y that a thread holds of tile i, times a weight row (or 8 below it), or with SwiGLU a gate and its up.
   __device__ __forceinline__ uint32_t results(int i, int half) const {
-    if (i >= kTiles) return 0;
-    const float (&z)[4] = sums_[i];
-    if (p.swiglu) {
-      return pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]), silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
-    }
-    return pack_pair<T>(z[2 * half] + bias_[half], z[2 * half + 1] + bias_[half]);
+    return i < kTiles ? self().results(i, half) : 0;
   }
   __device__ __forceinline__ uint32_t staging(int row, int chunk) const {
     return block_.staging + group_ * staging_bytes_of(kRows) + swizzled_offset(kRows, row, chunk);
@@ -365,36 +387,53 @@ class StreamConsumer {
     const int end_row = min(p.splits == 1 ? kRows : 8 * block_.end_of_owned_tiles(), p.rows - block_.x_row(tile));
 #pragma unroll 1
     for (int row = first_row + thread / 8; row < end_row; row += kWarpgroupThreads / 8) {
-      write_pack(block_.x_row(tile) + row, column, end_column, staging(row, chunk));
+      self().write_pack(block_.x_row(tile) + row, column, end_column, staging(row, chunk));
     }
   }
-  __device__ __forceinline__ void write_pack(int row, int column, int end_column, uint32_t from) const {
-    T* const to = static_cast<T*>(p.y) + static_cast<int64_t>(row) * p.columns + column;
-    if (p.writes_packs) {
-      float words[4];
-      load_shared(words, from);
-      *reinterpret_cast<float4*>(to) = make_float4(words[0], words[1], words[2], words[3]);
-      return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < 8 && column + i < end_column; ++i) {
-      reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(load_shared_16(from + 2 * i));
-    }
-  }
-
-  const StreamBlock<kRows>& block_;
-  const StreamHopperArguments& p;
-  const int warp_ = static_cast<int>(threadIdx.x) / 32;
-  const int group_ = warp_ / 4;
-  const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  PipelineState weight_state_, x_state_;
-  float bias_[2];
-  float sums_[kTiles][4];
 };
 
+// A consumer warpgroup of x, weight, bias and y of one type.
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kWarpgroupThreads* max_warpgroups_of(kRows) + 32 * kProducerWarps, 1)
-    gemm_hopper(const __grid_constant__ StreamHopperArguments p) {
+class SameTypeConsumer : public StreamConsumer<SameTypeConsumer<T, kRows>, float, kRows> {
+  using Base = StreamConsumer<SameTypeConsumer<T, kRows>, float, kRows>;
+  using Base::first_column, Base::lane_, Base::p, Base::sums_, Base::warp_;
+
+ public:
+  using Base::Base;
+
+  __device__ __forceinline__ void multiply_tile(int tile) {
+    load_bias(tile);
+    this->clear_sums();
+    this->multiply_chunks();
+  }
+  static __device__ __forceinline__ void multiply(float (&sums)[kRows / 8][4], uint64_t a, uint64_t b, bool) {
+    wgmma<T>(sums, a, b);
+  }
+  __device__ __forceinline__ uint32_t results(int i, int half) const {
+    const float (&z)[4] = sums_[i];
+    if (p.swiglu) {
+      return pack_pair<T>(silu<T>(z[0] + bias_[0]) * (z[2] + bias_[1]), silu<T>(z[1] + bias_[0]) * (z[3] + bias_[1]));
+    }
+    return pack_pair<T>(z[2 * half] + bias_[half], z[2 * half + 1] + bias_[half]);
+  }
+
+ private:
+  __device__ __forceinline__ float bias_of(int column, bool is_up) const {
+    if (p.bias == nullptr || column >= p.columns) return 0.0F;
+    return to_float(static_cast<const T*>(p.bias)[column + (is_up ? p.columns : 0)]);
+  }
+  __device__ __forceinline__ void load_bias(int tile) {
+    const int column = first_column(tile, warp_) + lane_ / 4;
+    bias_[0] = bias_of(column, false);
+    bias_[1] = bias_of(p.swiglu ? column : column + 8, p.swiglu);
+  }
+
+  float bias_[2];
+};
+
+// A kernel's body.
+template <typename Consumer, int kRows, typename Arguments>
+__device__ __forceinline__ void stream_gemm(const Arguments& p) {
   trigger_dependent_launch();
   extern __shared__ char shared[];
   const StreamBlock<kRows> block(p, shared_address(shared));
@@ -424,12 +463,18 @@ __global__ void __launch_bounds__(kWarpgroupThreads* max_warpgroups_of(kRows) + 
   if (p.splits > 1) cluster_wait();  // the other blocks' mbarriers are initialised
   if (warp >= 0) return;
   wait_for_previous_kernel();
-  StreamConsumer<T, kRows> consumer(block);
+  Consumer consumer(block, p);
   for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
     consumer.multiply_tile(tile);
     if (p.splits > 1) consumer.exchange_sums();  // then a block has one tile
     consumer.write_tile(tile, tile + block.tile_step >= p.tiles);
   }
+}
+
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kWarpgroupThreads* max_warpgroups_of(kRows) + 32 * kProducerWarps, 1)
+    gemm_hopper(const __grid_constant__ StreamHopperArguments p) {
+  stream_gemm<SameTypeConsumer<T, kRows>, kRows>(p);
 }
 
 }  // namespace qwen_plugins

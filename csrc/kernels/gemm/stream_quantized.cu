@@ -240,7 +240,7 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t num
   const GemmShape& shape = params.shape;
   const auto addresses =
       reinterpret_cast<uintptr_t>(params.x) | static_cast<uintptr_t>(params.x_row_stride * size_of(shape.dtype));
-  if (device.major != 9 || !is_quantized(shape.weight_format) || shape.dtype == DataType::kFloat32 ||
+  if (device.major != 9 || !is_packed(shape.weight_format) || shape.dtype == DataType::kFloat32 ||
       shape.rows > kMaxRows || shape.in_features % 8 != 0 || addresses % 16 != 0) {
     return false;
   }

@@ -163,7 +163,7 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t var
   const GemmShape& shape = params.shape;
   const WeightFormat& format = shape.weight_format;
   const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.y);
-  const bool fits = is_quantized(format) && format.scale_dtype == shape.dtype && addresses % 16 == 0 &&
+  const bool fits = is_packed(format) && format.scale_dtype == shape.dtype && addresses % 16 == 0 &&
                     shape.in_features % 8 == 0 && params.x_row_stride % 8 == 0;
   if (device.major != 9 || device.multiprocessors < kQuantizedCluster || !fits || shape.rows < kMinRows) return false;
   if (columns_of(shape) % (shape.activation == Activation::kSwiglu ? kPackedRows : 8) != 0) return false;
@@ -180,7 +180,7 @@ bool is_candidate(const GemmParams& params, const DeviceProperties& device, int3
 }
 
 int64_t workspace_bytes(const GemmShape& shape) {
-  return is_quantized(shape.weight_format) && shape.rows >= kMinRows ? kMaxSumsBytes : 0;
+  return is_packed(shape.weight_format) && shape.rows >= kMinRows ? kMaxSumsBytes : 0;
 }
 
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {

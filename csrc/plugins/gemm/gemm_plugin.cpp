@@ -6,10 +6,6 @@ namespace {
 using nvinfer1::PluginFieldType;
 using Attributes = GemmAttributes;
 
-bool has_swiglu(Attributes const& attributes) {
-  return attributes.activation == static_cast<int32_t>(Activation::kSwiglu);
-}
-
 Attributes checked(Attributes attributes) {
   require_type("type_id", attributes.type_id, floating_types());
   require_flag("bias", attributes.bias);
@@ -23,7 +19,7 @@ Attributes checked(Attributes attributes) {
 TensorRoles make_roles(Attributes const& attributes) {
   auto const type = static_cast<nvinfer1::DataType>(attributes.type_id);
   // With SwiGLU a column of y takes two rows of the weight.
-  Dimension const out_features(has_swiglu(attributes) ? 2 : 1, "columns");
+  Dimension const out_features(is_swiglu(attributes.activation) ? 2 : 1, "columns");
   std::vector<TensorRole> inputs{{"x", type, {"...", "in_features"}}, {"weight", type, {out_features, "in_features"}}};
   if (attributes.bias != 0) {
     inputs.push_back({"bias", type, {out_features}});
@@ -40,6 +36,15 @@ std::string description(GemmShape const& shape) {
 }
 
 }  // namespace
+
+void check_features(char const* name, int32_t value, int32_t unit) {
+  require_positive(name, value);
+  if (value > kMaxGemmSize || (unit > 1 && value % unit != 0)) {
+    throw std::invalid_argument("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected " +
+                                (unit > 1 ? "a multiple of " + std::to_string(unit) : "a number") + " up to " +
+                                std::to_string(kMaxGemmSize));
+  }
+}
 
 void check_kernels(Int32Array const& kernels) {
   auto const fail = [](std::string const& found, std::string const& expected) {
@@ -90,7 +95,7 @@ GemmShape GemmPlugin::shape(Sizes const& sizes) const {
   GemmShape shape;
   shape.rows = sizes.leading();
   shape.in_features = sizes["in_features"];
-  shape.out_features = sizes["columns"] * (has_swiglu(attributes()) ? 2 : 1);
+  shape.out_features = sizes["columns"] * (is_swiglu(attributes().activation) ? 2 : 1);
   shape.activation = static_cast<Activation>(attributes().activation);
   shape.dtype = static_cast<DataType>(attributes().type_id);
   return shape;

@@ -18,6 +18,12 @@ struct GemmAttributes {
   Int32Array kernels;           // pairs of a number of rows and the GemmChoice for up to so many
 };
 
+// Whether an attribute `activation` is SwiGLU.
+inline bool is_swiglu(int32_t activation) { return activation == static_cast<int32_t>(Activation::kSwiglu); }
+
+// A number of features, which a launch takes, and a multiple of `unit`: throws std::invalid_argument for anything else.
+void check_features(char const* name, int32_t value, int32_t unit);
+
 // What an attribute `kernels` must be: throws std::invalid_argument for anything else. And what it means.
 void check_kernels(Int32Array const& kernels);
 std::vector<GemmChoiceUpTo> choices_of(Int32Array const& kernels);

@@ -17,20 +17,6 @@ WeightFormat format_of(Attributes const& attributes) {
   return format;
 }
 
-bool has_swiglu(Attributes const& attributes) {
-  return attributes.activation == static_cast<int32_t>(Activation::kSwiglu);
-}
-
-// A number of features, which a launch takes, and a multiple of `unit`.
-void check_features(char const* name, int32_t value, int32_t unit) {
-  require_positive(name, value);
-  if (value > kMaxGemmSize || (unit > 1 && value % unit != 0)) {
-    throw std::invalid_argument("field '" + std::string(name) + "' is " + std::to_string(value) + "; expected " +
-                                (unit > 1 ? "a multiple of " + std::to_string(unit) : "a number") + " up to " +
-                                std::to_string(kMaxGemmSize));
-  }
-}
-
 Attributes checked(Attributes attributes) {
   require_type("type_id", attributes.type_id, floating_types());
   require_one_of("weight_bits", attributes.weight_bits, {4, 8});
@@ -42,7 +28,7 @@ Attributes checked(Attributes attributes) {
   require_one_of("activation", attributes.activation,
                  {static_cast<int32_t>(Activation::kNone), static_cast<int32_t>(Activation::kSwiglu)});
   check_features("in_features", attributes.in_features, attributes.group_size);
-  check_features("out_features", attributes.out_features, has_swiglu(attributes) ? 2 : 1);
+  check_features("out_features", attributes.out_features, is_swiglu(attributes.activation) ? 2 : 1);
   require_flag("constant_weight", attributes.constant_weight);
   check_kernels(attributes.kernels);
   return attributes;
@@ -64,7 +50,7 @@ TensorRoles make_roles(Attributes const& attributes) {
   if (attributes.bias != 0) {
     inputs.push_back({"bias", type, {int64_t{attributes.out_features}}});
   }
-  int64_t const columns = attributes.out_features / (has_swiglu(attributes) ? 2 : 1);
+  int64_t const columns = attributes.out_features / (is_swiglu(attributes.activation) ? 2 : 1);
   return {inputs, {{"y", type, {"...", columns}}}, {{"...", 0, kMaxGemmSize}}};
 }
 

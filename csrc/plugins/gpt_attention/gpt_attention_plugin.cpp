@@ -63,6 +63,7 @@ Attributes checked_pages(Attributes const& attributes) {
   require_one_of("kv_cache_type", attributes.kv_cache_type,
                  {static_cast<int32_t>(CacheDataType::kSame), static_cast<int32_t>(CacheDataType::kInt8),
                   static_cast<int32_t>(CacheDataType::kFloat8E4M3)});
+  require_one_of("context_type", attributes.context_type, {0, 1, 2});
   return attributes;
 }
 
@@ -109,8 +110,13 @@ TensorRoles make_roles(Attributes const& attributes) {
     inputs.push_back({"q_norm_weight", type, {head_size}});
     inputs.push_back({"k_norm_weight", type, {head_size}});
   }
+  TensorRole context{"context", type, {"tokens", attributes.num_heads * head_size}};
+  if (attributes.context_type != 0) {
+    inputs.push_back({"context_scale", DataType::kFLOAT, {1}, true});
+    context = {"context", DataType::kINT32, {"tokens", attributes.num_heads * head_size / kCodesOfInt32}};
+  }
   return {inputs,
-          {{"context", type, {"tokens", attributes.num_heads * head_size}}, {"present_key_value", cache_type, cache}},
+          {context, {"present_key_value", cache_type, cache}},
           {{"tokens", 0, kMaxPrefillTokens},
            {"sequences", 0, kMaxDecodeSequences},
            {"max_positions", 1, kMaxInt32},
@@ -174,7 +180,8 @@ AttributeSchema const& PagedGptAttentionPlugin::schema() {
     std::vector<AttributeSpec> specs = attributes_of_all_versions();
     specs.push_back({"tokens_per_block", PluginFieldType::kINT32, offsetof(Attributes, tokens_per_block), true});
     specs.push_back({"kv_cache_type", PluginFieldType::kINT32, offsetof(Attributes, kv_cache_type), false});
-    return AttributeSchema{kName, 1, specs};
+    specs.push_back({"context_type", PluginFieldType::kINT32, offsetof(Attributes, context_type), false, false, 2});
+    return AttributeSchema{kName, 2, specs};
   }();
   return schema;
 }
@@ -215,6 +222,8 @@ void GptAttentionPlugin::set_common(Execution const& execution, Sizes const& siz
   params.qkv = input(execution, "qkv");
   params.qkv_row_stride = packed_heads(attributes()) * attributes().head_size;
   params.context = output(execution, "context");
+  params.context_scale = static_cast<float const*>(input(execution, "context_scale"));
+  params.context_dtype = attributes().context_type == 1 ? DataType::kInt8 : DataType::kFloat8E4M3;
   params.past_lengths = static_cast<int32_t const*>(input(execution, "past_lengths"));
   params.sequences = static_cast<int32_t>(sizes["sequences"]);
   params.softmax_scale = 1.0F / (attributes().q_scaling * std::sqrt(static_cast<float>(attributes().head_size)));
@@ -290,6 +299,12 @@ bool GptAttentionPlugin::pages_are_valid(std::vector<int32_t> const& pages, std:
   return true;
 }
 
+// Between the two kernels for prompts q is in the workspace where the context has no room for it.
+int64_t GptAttentionPlugin::query_bytes(int64_t tokens) const {
+  return checked_product("bytes of q", {tokens, attributes().num_heads, attributes().head_size,
+                                        size_of(static_cast<DataType>(attributes().type_id))});
+}
+
 size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
   Sizes const largest = roles().largest_sizes(largest_inputs);
   check_prompts(largest["tokens"], largest["sequences"]);
@@ -299,7 +314,7 @@ size_t GptAttentionPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* lar
   check_cuda(decode_attention_workspace_bytes(heads({largest_inputs, none, nullptr, nullptr, nullptr, Phase::kBuild}),
                                               sequences, &bytes),
              [&] { return "workspace of attention of " + std::to_string(sequences) + " sequences"; });
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(std::max(bytes, quantizes_context() ? query_bytes(largest["tokens"]) : 0));
 }
 
 // Makes present hold what past holds, which takes nothing where both are the same memory.
@@ -339,6 +354,7 @@ void GptAttentionPlugin::enqueue(Execution const& execution) const {
     set_common(execution, sizes, params);
     params.cu_seqlens = static_cast<int32_t const*>(input(execution, "cu_seqlens"));
     params.tokens = tokens;
+    params.queries = quantizes_context() ? execution.workspace : nullptr;
     status = launch_prefill_attention(params, execution.stream);
   }
   check_cuda(status, [&] {

@@ -25,6 +25,7 @@ struct GptAttentionAttributes {
   float norm_eps = 1e-6F;
   int32_t tokens_per_block = 0;  // positions of a page of the cache; 0: the cache has no pages
   int32_t kv_cache_type = static_cast<int32_t>(CacheDataType::kSame);  // of a cache with pages
+  int32_t context_type = 0;  // 0: type_id; 1: int8, 2: float8, int32 to TensorRT, four codes in each number
 };
 
 class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
@@ -43,8 +44,10 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
   void enqueue(Execution const& execution) const;
 
  private:
+  bool quantizes_context() const { return attributes().context_type != 0; }
   bool has_pages() const { return attributes().tokens_per_block != 0; }
   int64_t max_positions(Sizes const& sizes) const;
+  int64_t query_bytes(int64_t tokens) const;
   bool lengths_are_valid(Execution const& execution, Sizes const& sizes) const;
   bool pages_are_valid(std::vector<int32_t> const& pages, std::vector<int64_t> const& ends, Sizes const& sizes) const;
   void continue_cache(Execution const& execution, Sizes const& sizes) const;
@@ -53,7 +56,8 @@ class GptAttentionPlugin : public PluginBase<GptAttentionAttributes> {
   void set_common(Execution const& execution, Sizes const& sizes, Params& params) const;
 };
 
-// The same attention over a cache of pages, which may have 8 bits an element: two more fields, and one more input.
+// The same attention over a cache of pages, which may have 8 bits an element, as the context may: three more fields,
+// and one or two more inputs.
 class PagedGptAttentionPlugin : public GptAttentionPlugin {
  public:
   static constexpr char const* kVersion = "2";

@@ -32,10 +32,9 @@ void check_rms_norm_attributes(Attributes& attributes) {
 
 // Sets everything but the addresses. Tensors of TensorRT's linear format are contiguous.
 template <typename Attributes>
-void set_rms_norm_params(Attributes const& attributes, Sizes const& sizes, RmsNormParams& params) {
-  int64_t const count = sizes.leading();
+void set_rms_norm_params(Attributes const& attributes, int64_t count, int64_t hidden_size, RmsNormParams& params) {
   params.rows = {count, count};
-  params.hidden_size = sizes["hidden_size"];
+  params.hidden_size = hidden_size;
   RowStrides const contiguous{count * params.hidden_size, params.hidden_size};
   params.x_strides = contiguous;
   params.residual_strides = contiguous;

@@ -48,7 +48,8 @@ RmsNormPlugin::RmsNormPlugin(Attributes const& attributes) : PluginBase(checked(
 
 void RmsNormPlugin::enqueue(Execution const& execution) const {
   RmsNormParams params;
-  set_rms_norm_params(attributes(), roles().sizes(execution.input_descs), params);
+  Sizes const sizes = roles().sizes(execution.input_descs);
+  set_rms_norm_params(attributes(), sizes.leading(), sizes["hidden_size"], params);
   params.x = input(execution, "x");
   params.weight = input(execution, "weight");
   params.residual = input(execution, "residual");

@@ -17,6 +17,7 @@ struct RmsNormQuantizationAttributes {
   int32_t smoothing = 0;
   int32_t smoothing_type_id = static_cast<int32_t>(nvinfer1::DataType::kFLOAT);
   int32_t unit_offset = 0;
+  int32_t int32_output = 0;  // q is int32 to TensorRT, four codes in each number
 };
 
 class RmsNormQuantizationPlugin : public PluginBase<RmsNormQuantizationAttributes> {

@@ -1,4 +1,4 @@
-"""Add the plug-ins to a TensorRT network: RMSNorm, alone and with quantization, Gemm and GptAttention.
+"""Add the plug-ins to a TensorRT network: RMSNorm, alone and with quantization, quantization, Gemm and GptAttention.
 
 Each function adds one operation to an ``INetworkDefinition`` and returns its output tensors. With ``plugin=False`` the
 RMSNorm functions add the same operation in TensorRT's own layers, to compare with or to build engines that need no
@@ -27,8 +27,20 @@ from .layers import as_array, check_network
 from .linear import gemm
 from .native import NativeLayers, is_strongly_typed
 from .normalization import rms_norm, rms_norm_quant
+from .quantization import quantize
+from .scaled_linear import scaled_gemm
 
-__all__ = ["configure_builder", "constant", "gemm", "gpt_attention", "is_strongly_typed", "rms_norm", "rms_norm_quant"]
+__all__ = [
+    "configure_builder",
+    "constant",
+    "gemm",
+    "gpt_attention",
+    "is_strongly_typed",
+    "quantize",
+    "rms_norm",
+    "rms_norm_quant",
+    "scaled_gemm",
+]
 
 
 def constant(network: Any, array: Any, dtype: Any, name: str) -> Any:

@@ -14,6 +14,7 @@ from .layers import (
     check_type,
     checked_dtype,
     free_name,
+    one_scale,
     parameter,
     tensor_shape,
 )
@@ -47,6 +48,8 @@ def gpt_attention(
     pages: Any = None,
     tokens_per_block: int = _PAGE_SIZE,
     kv_cache_dtype: str = "auto",
+    context_dtype: str = "auto",
+    context_scale: Any = None,
     dtype: Any = None,
     name: str | None = None,
 ) -> tuple[Any, Any]:
@@ -98,13 +101,17 @@ def gpt_attention(
         kv_cache_dtype: of the elements of a cache of pages: "auto" (``dtype``), "int8" or "fp8" (e4m3). With 8 bits a
             head's keys, and its values, are in each page tokens_per_block · head_size codes, then a float32 scale for
             each position; an element is code · scale.
+        context_dtype: "auto" (``dtype``), or "int8" or "fp8" (e4m3) with pages: the context is quantized where it is
+            written, q = saturate(round(context / context_scale)), and is int32 to TensorRT, four codes in each number.
+        context_scale: one float32 above 0, with a context_dtype: an ``ITensor`` of shape [] or [1], or a number.
         dtype: ``tensorrt.DataType`` of qkv, cache, norm weights and context; None: ``qkv.dtype``. Pass it in TensorRT
             8.6 where qkv reports float32 but will be computed in float16.
         name: of the layer, and prefix of its constants' names, unique in the network; None: gpt_attention with a
             number.
 
     Returns:
-        (context [tokens, num_heads · head_size], present_key_value of the shape of past_key_value).
+        (context [tokens, num_heads · head_size], quantized as int32 [tokens, num_heads · head_size / 4],
+        present_key_value of the shape of past_key_value).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value.
@@ -118,6 +125,7 @@ def gpt_attention(
     check_positive(q_scaling, "q_scaling")
     check_positive(norm_eps, "norm_eps")
     _check_pages(pages, tokens_per_block, kv_cache_dtype)
+    _check_context(pages, context_dtype, context_scale)
     if (q_norm_weight is None) != (k_norm_weight is None):
         raise ValueError("only one of q_norm_weight and k_norm_weight is given; expected both or none")
 
@@ -146,6 +154,8 @@ def gpt_attention(
     tensors.add_parameter("query_scale", query_scale, (-1,), "[rows]", trt.float32)
     tensors.add_parameter("q_norm_weight", q_norm_weight, (head_size,), "[head_size]", dtype)
     tensors.add_parameter("k_norm_weight", k_norm_weight, (head_size,), "[head_size]", dtype)
+    if context_scale is not None:
+        tensors.inputs.append(one_scale(tensors.layers, context_scale, "context_scale"))
     fields = {
         "type_id": int(dtype),
         "num_heads": num_heads,
@@ -160,8 +170,10 @@ def gpt_attention(
     }
     if pages is not None:
         fields |= {"tokens_per_block": tokens_per_block, "kv_cache_type": KV_CACHE_TYPES[kv_cache_dtype]}
+    if context_scale is not None:
+        fields["context_type"] = KV_CACHE_TYPES[context_dtype]
     version = "1" if pages is None else "2"
-    types = [dtype, cache_type]
+    types = [dtype if context_scale is None else trt.int32, cache_type]
     context, present = add_plugin(network, "GptAttention", tensors.inputs, fields, name, types, version)
     return context, present
 
@@ -204,6 +216,16 @@ def _check_pages(pages: Any, tokens_per_block: int, kv_cache_dtype: str) -> None
         raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected one of {names}")
     if pages is None and kv_cache_dtype != "auto":
         raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected pages with it")
+
+
+def _check_context(pages: Any, context_dtype: str, context_scale: Any) -> None:
+    if context_dtype not in KV_CACHE_TYPES:
+        raise ValueError(f"context_dtype is {context_dtype!r}; expected one of {', '.join(KV_CACHE_TYPES)}")
+    if (context_dtype == "auto") != (context_scale is None):
+        expected = "no context_scale" if context_dtype == "auto" else "a context_scale"
+        raise ValueError(f"context_dtype is {context_dtype!r}; expected {expected} with it")
+    if pages is None and context_dtype != "auto":
+        raise ValueError(f"context_dtype is {context_dtype!r}; expected pages with it")
 
 
 def _rotary_dim(given: int | None, head_size: int, position_embedding_type: str, rotary_table: Any) -> int:

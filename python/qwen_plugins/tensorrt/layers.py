@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
+from .._numbers import CODE_TYPES
 from ..registration import PLUGIN_NAMESPACE, find_creator, register_tensorrt_plugins
 from .native import MAJOR, NativeLayers, is_strongly_typed
+
+CODES_OF_INT32 = 4
+"""Codes of 8 bits in each number of a tensor that is int32 to TensorRT."""
 
 
 def add_plugin(
@@ -84,6 +88,31 @@ def parameter(layers: NativeLayers, value: Any, expected: Sequence[int], what: s
     array = as_array(value, what)
     check_shape(array.shape, expected, what, meaning)
     return layers.constant(array, dtype, what, keeps_type=True)
+
+
+def one_scale(layers: NativeLayers, value: Any, what: str) -> Any:
+    """Return a float32 tensor of one element for a tensor or a number above 0."""
+    if isinstance(value, trt.ITensor):
+        check_type(value, trt.float32, what)
+        if tuple(value.shape) not in ((), (1,)):
+            raise ValueError(f"{what} has shape {tuple(value.shape)}; expected [] or [1]")
+        return value
+    array = as_array(value, what)
+    if array.size != 1 or not np.isfinite(array).all() or float(array.reshape(())) <= 0:
+        raise ValueError(f"{what} is {value!r}; expected one finite number above 0")
+    return layers.constant(array.reshape(1), trt.float32, what)
+
+
+def check_code_type(name: Any, what: str) -> None:
+    """Raise ValueError unless it is the name of a type of codes that are int32 to TensorRT."""
+    if name not in CODE_TYPES:
+        raise ValueError(f"{what} is {name!r}; expected one of {', '.join(map(repr, CODE_TYPES))}")
+
+
+def check_words(shape: Sequence[int], what: str) -> None:
+    """Raise ValueError unless the last dimension is known and divides into int32 numbers of four codes."""
+    if not shape or shape[-1] < 1 or shape[-1] % CODES_OF_INT32:
+        raise ValueError(f"{what} has shape {tuple(shape)}; expected a last dimension that is a known multiple of 4")
 
 
 def check_network(network: Any) -> None:

@@ -102,7 +102,7 @@ def gemm(
         "constant_weight": int(constant_weight),
     }
     if kernels:
-        fields["kernels"] = _kernel_numbers(kernels)
+        fields["kernels"] = kernel_numbers(kernels)
     return add_plugin(network, "Gemm", inputs, fields, name, [dtype], version="1")[0]
 
 
@@ -155,11 +155,11 @@ def _packed_gemm(
         "constant_weight": int(constant_weight),
     }
     if kernels:
-        fields["kernels"] = _kernel_numbers(kernels)
+        fields["kernels"] = kernel_numbers(kernels)
     return add_plugin(layers.network, "Gemm", inputs, fields, layers.name, [dtype], version="2")[0]
 
 
-def _kernel_numbers(kernels: Sequence[tuple[int, str]]) -> list[int]:
+def kernel_numbers(kernels: Sequence[tuple[int, str]]) -> list[int]:
     """Check the pairs and return them as the plug-in's field takes them."""
     from .. import launch  # compiled for one version of Python, which a network without choices does not need
 

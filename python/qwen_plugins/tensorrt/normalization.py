@@ -6,15 +6,18 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
+from .._numbers import CODE_TYPES
 from .layers import (
     add_plugin,
     as_array,
+    check_code_type,
     check_network,
     check_positive,
-    check_type,
+    check_words,
     checked_dtype,
     free_name,
     may_be_equal,
+    one_scale,
     tensor_shape,
 )
 from .native import MAJOR, NativeLayers, is_strongly_typed
@@ -102,15 +105,17 @@ def rms_norm_quant(
 
     Args:
         network, x, weight, eps, residual, unit_offset, dtype, plugin, name: as in `rms_norm`.
-        quant_dtype: ``tensorrt.int8``, or ``tensorrt.fp8`` (float8_e4m3fn) from TensorRT 10 on.
+        quant_dtype: ``tensorrt.int8``, or ``tensorrt.fp8`` (float8_e4m3fn) from TensorRT 10 on. Or "int8" or "fp8", by
+            name, for a q that is int32 to TensorRT, four codes in each number: every version leaves that alone, and
+            `scaled_gemm` takes it. There are no native layers for it.
         scale: for static quantization of the whole tensor, one float32: an ``ITensor`` of shape [] or [1], or a
             number. None: dynamic quantization, with a scale of each row as an output.
         smoothing: [hidden_size], an ``ITensor`` or an array, of ``dtype`` or float32: the divisor of each channel
             (SmoothQuant, Xiao et al. 2022).
 
     Returns:
-        q with the shape of x; in dynamic quantization followed by the scales, float32 of shape [..., 1]; with a
-        residual followed by x + residual. A tuple unless q is the only output.
+        q with the shape of x, or int32 [..., hidden_size / 4]; in dynamic quantization followed by the scales, float32
+        of shape [..., 1]; with a residual followed by x + residual. A tuple unless q is the only output.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value.
@@ -120,9 +125,16 @@ def rms_norm_quant(
     arguments = _Arguments(
         network, x, weight, eps, residual, dtype, name or free_name(network, "rms_norm_quant"), plugin
     )
-    _check_quant_dtype(quant_dtype)
+    as_int32 = isinstance(quant_dtype, str)
+    if as_int32:
+        check_code_type(quant_dtype, "quant_dtype")
+        check_words(arguments.shape, "x")
+        if not plugin:
+            raise ValueError(f"plugin is False; expected True with the quant_dtype {quant_dtype!r}")
+    else:
+        _check_quant_dtype(quant_dtype)
     smoothing = None if smoothing is None else arguments.channels(smoothing, "smoothing", trt.float32)
-    scale = None if scale is None else arguments.per_tensor(scale, "scale")
+    scale = None if scale is None else one_scale(NativeLayers(network, arguments.name), scale, "scale")
     if plugin:
         outputs = _add_quantization_plugin(arguments, quant_dtype, scale, smoothing, unit_offset)
     else:
@@ -182,18 +194,6 @@ class _Arguments:
         self.types[what] = value.dtype
         return value
 
-    def per_tensor(self, value: Any, what: str) -> Any:
-        """Return a float32 tensor of one element for a tensor or a number."""
-        if isinstance(value, trt.ITensor):
-            check_type(value, trt.float32, what)
-            if tuple(value.shape) not in ((), (1,)):
-                raise ValueError(f"{what} has shape {tuple(value.shape)}; expected [] or [1]")
-            return value
-        array = as_array(value, what)
-        if array.size != 1 or not np.isfinite(array).all() or float(array.reshape(())) <= 0:
-            raise ValueError(f"{what} is {value!r}; expected one finite number above 0")
-        return NativeLayers(self.network, self.name).constant(array.reshape(1), trt.float32, what)
-
     def fields(self) -> dict[str, int | float]:
         return {
             "eps": self.eps,
@@ -206,17 +206,20 @@ class _Arguments:
 def _add_quantization_plugin(
     arguments: _Arguments, quant_dtype: Any, scale: Any, smoothing: Any, unit_offset: bool
 ) -> list[Any]:
+    as_int32 = isinstance(quant_dtype, str)
     fields = arguments.fields() | {
         "dyn_act_scaling": int(scale is None),
-        "out_type_id": int(quant_dtype),
+        "out_type_id": CODE_TYPES[quant_dtype] if as_int32 else int(quant_dtype),
         "smoothing": int(smoothing is not None),
         "unit_offset": int(unit_offset),
     }
+    if as_int32:
+        fields["int32_output"] = 1
     if smoothing is not None:
         fields["smoothing_type_id"] = int(arguments.types["smoothing"])
     optional = (arguments.residual, scale, smoothing)
     inputs = [arguments.x, arguments.weight, *(tensor for tensor in optional if tensor is not None)]
-    types = [quant_dtype, *([trt.float32] if scale is None else [])]
+    types = [trt.int32 if as_int32 else quant_dtype, *([trt.float32] if scale is None else [])]
     types += [arguments.dtype] if arguments.residual is not None else []
     return add_plugin(arguments.network, "RmsNormQuantization", inputs, fields, arguments.name, types)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...common.errors import QwenModelError
+from ...common.work_folder import NEW, OLD, work_folder
 from .graph import PRODUCER
 
 WEIGHTS_SUFFIX = ".data"
@@ -69,17 +69,15 @@ def written_whole(place: Path) -> Iterator[Path]:
     """Yield the path of a new model in a hidden folder; at the end it and its weights, if any, go to `place`.
 
     Raises:
-        QwenModelError: they cannot be written. Nothing has changed then.
+        QwenModelError: they cannot be written, or another export is writing them. Nothing has changed then.
     """
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{place.name[:50]}.", dir=place.parent))
-        try:
-            (work / "old").mkdir()
-            new = work / place.name
+        with work_folder(place, inside=False) as work:
+            for name in (NEW, OLD):
+                (work / name).mkdir()
+            new = work / NEW / place.name
             yield new
-            _put_in_place(new, place, work / "old")
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _put_in_place(new, place, work / OLD)
     except OSError as error:
         raise QwenModelError(f"{place} cannot be written: {error.strerror or error}") from error
 

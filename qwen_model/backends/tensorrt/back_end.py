@@ -22,7 +22,7 @@ from ...common.errors import QwenModelError
 from ...common.log import Stopwatch
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import EngineConfig, GemmKernels, Limits
+from ...interface.engine_config import EngineConfig, GemmKernels, Limits, check_quantized_x
 from ...interface.memory import GPU_MEMORY_UTILIZATION, weight_bytes
 from ...interface.numpy_weights import reporting_reader
 from ...interface.weight_formats import dequantized
@@ -96,6 +96,7 @@ def write_engine(
         OSError: `folder` cannot be written.
     """
     _check_dtype(config.dtype)
+    check_quantized_x(config)
     cache = TimingCache(timing_cache, timing_cache_name())
     plan = _build_plan(config, _reporting(read_weight, config, progress), progress, cache)
     watch = Stopwatch(LOG)

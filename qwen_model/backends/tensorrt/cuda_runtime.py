@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cuda.bindings import runtime as cudart
 
 from ...common.errors import OutOfMemoryError, QwenModelError
-from ...common.extras import OLDEST_DRIVER
+from ...common.extras import oldest_driver
 
 
 class CudaError(RuntimeError):
@@ -55,7 +55,7 @@ def device_count() -> int:
     """
     status, count = cudart.cudaGetDeviceCount()
     if status == cudart.cudaError_t.cudaErrorInsufficientDriver:  # also where there is no driver at all
-        raise NoDeviceError(f"there is no NVIDIA driver, or one older than {OLDEST_DRIVER} ({_described(status)})")
+        raise NoDeviceError(f"there is no NVIDIA driver, or one older than {oldest_driver()} ({_described(status)})")
     if status == cudart.cudaError_t.cudaErrorNoDevice or (status == cudart.cudaError_t.cudaSuccess and not count):
         raise NoDeviceError("the driver finds none")
     if status != cudart.cudaError_t.cudaSuccess:

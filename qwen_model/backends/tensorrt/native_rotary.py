@@ -51,7 +51,7 @@ class NativeRotaryOperations(TensorRTOperations):
     def attention(self, qkv: Any, layer: int, into: tuple[str, ...] = ()) -> Any:
         """See `qwen_model.network.decoder.Operations`."""
         self._layer = f"layers.{layer}.rotary"
-        return self._attend(self._rotated(qkv, self._head_norms(layer)), layer, {})
+        return self._attend(self._rotated(qkv, self._head_norms(layer)), layer, {}, into)
 
     def _rotated(self, qkv: Any, head_norms: Mapping[str, str]) -> Any:
         """Normalise q and k if the model does, and rotate them in float32.

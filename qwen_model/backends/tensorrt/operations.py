@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import tensorrt as trt
 
 from qwen_plugins import tensorrt as layers
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.weights import Modules
+from ...checkpoints.module_weights import ModuleWeights
+from ...checkpoints.weights import Modules, WeightSpec
 from ...common.errors import QwenModelError
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import KernelChoices
 from ...interface.weight_formats import packed_weight
+from ...tuning.linear_layers import quantizes_for
 from .compat import set_type
 
 
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Hold a quantized x.
+
+    codes: `ITensor`, int32 [tokens, size / 4], into which only plug-ins look.
+    scales: `ITensor`, float32 [tokens, 1]; or an array of one scale for all tokens.
+    """
+
+    codes: Any
+    scales: Any
+
+
 class TensorRTOperations:
-    """Implement `Operations`: each adds layers, named after their modules, and returns an `ITensor`."""
+    """Implement `Operations`: each adds layers, named after their modules, and returns an `ITensor`.
+
+    An output is a `QuantizedTensor` where the linear layers that read it take that.
+    """
 
     def __init__(
         self,
@@ -67,7 +87,9 @@ class TensorRTOperations:
         # A tied embedding becomes two constants: TensorRT 8.6 reports a wrong type for one that the embedding and this
         # GEMM share.
         weights = self._modules[module].map(self._read)
-        return layers.gemm(
+        if isinstance(x, QuantizedTensor):
+            return self._scaled_linear(x, module, weights, activation, into)
+        y = layers.gemm(
             self._network,
             x,
             packed_weight(weights) if weights.format.bits else weights.weight,
@@ -79,9 +101,56 @@ class TensorRTOperations:
             permutation=weights.permutation,
             name=module,
         )
+        return self._quantized_for(into, y, module)
+
+    def _scaled_linear(
+        self,
+        x: QuantizedTensor,
+        module: str,
+        weights: ModuleWeights[Any],
+        activation: str | None,
+        into: tuple[str, ...],
+    ) -> Any:
+        assert weights.scales is not None  # quantized weights have scales
+        reader = self._reader(into)
+        scale = None
+        if reader is not None and reader.input_scale is not None and quantizes_for(self._modules[module], reader):
+            scale = self._read(reader.input_scale)
+        y = layers.scaled_gemm(
+            self._network,
+            x.codes,
+            weights.weight,
+            x.scales,
+            weights.scales,
+            weights.bias,
+            dtype=self._dtype,
+            activation=activation,
+            y_scale=scale,
+            kernels=self._gemm_kernels.get(module, ()),
+            name=module,
+        )
+        return self._quantized_for(into, y, module) if scale is None else QuantizedTensor(y, scale)
+
+    def _reader(self, into: tuple[str, ...]) -> ModuleWeights[WeightSpec] | None:
+        """Return a module of `into`, if these linear layers take a quantized x."""
+        modules = [self._modules[name] for name in into]
+        return next((module for module in modules if module.format.activation is not None), None)
+
+    def _quantized_for(self, into: tuple[str, ...], x: Any, name: str) -> Any:
+        """Quantize x, the result called `name`, for the linear layers that read it, if they take it so."""
+        reader = self._reader(into)
+        if reader is None:
+            return x
+        scale = None if reader.input_scale is None else self._read(reader.input_scale)
+        name = f"{name}.quantize"
+        found = layers.quantize(self._network, x, reader.format.kind, scale, dtype=self._dtype, name=name)
+        return QuantizedTensor(*found) if scale is None else QuantizedTensor(found, scale)
 
     def norm(self, x: Any, module: str, residual: Any = None, into: tuple[str, ...] = ()) -> tuple[Any, Any]:
         """See `qwen_model.network.decoder.Operations`."""
+        reader = self._reader(into)
+        if reader is not None:
+            return self._quantized_norm(x, module, residual, reader)
         found = layers.rms_norm(
             self._network,
             x,
@@ -94,17 +163,39 @@ class TensorRTOperations:
         )
         return (found, x) if residual is None else found
 
+    def _quantized_norm(
+        self, x: Any, module: str, residual: Any, reader: ModuleWeights[WeightSpec]
+    ) -> tuple[QuantizedTensor, Any]:
+        scale = None if reader.input_scale is None else self._read(reader.input_scale)
+        found = layers.rms_norm_quant(
+            self._network,
+            x,
+            self._read(self._modules[module].weight),
+            self._config.norm_eps,
+            quant_dtype=reader.format.kind,
+            scale=scale,
+            residual=residual,
+            dtype=self._dtype,
+            name=module,
+        )
+        codes, *rest = found if isinstance(found, tuple) else (found,)
+        scales = rest.pop(0) if scale is None else scale
+        return QuantizedTensor(codes, scales), x if residual is None else rest[0]
+
     def attention(self, qkv: Any, layer: int, into: tuple[str, ...] = ()) -> Any:
         """See `qwen_model.network.decoder.Operations`."""
-        return self._attend(qkv, layer, self._head_norms(layer))
+        return self._attend(qkv, layer, self._head_norms(layer), into)
 
     def _head_norms(self, layer: int) -> dict[str, str]:
         """Return the norms of the heads of q and k, if the layer has them, by `gpt_attention`'s names."""
         names = {kind: f"layers.{layer}.attention.{kind}" for kind in ("q_norm", "k_norm")}
         return {f"{kind}_weight": module for kind, module in names.items() if module in self._modules}
 
-    def _attend(self, qkv: Any, layer: int, head_norms: Mapping[str, str]) -> Any:
-        config, inputs = self._config, self._inputs
+    def _attend(self, qkv: Any, layer: int, head_norms: Mapping[str, str], into: tuple[str, ...]) -> Any:
+        config, inputs, name = self._config, self._inputs, f"layers.{layer}.attention"
+        reader, quantized = self._reader(into), {}
+        if reader is not None and reader.input_scale is not None:
+            quantized = {"context_dtype": reader.format.kind, "context_scale": self._read(reader.input_scale)}
         try:
             context, present = layers.gpt_attention(
                 self._network,
@@ -124,22 +215,31 @@ class TensorRTOperations:
                 norm_eps=config.norm_eps,
                 pages=inputs["pages"],
                 kv_cache_dtype=self._kv_cache_dtype,
+                **quantized,
                 dtype=self._dtype,
-                name=f"layers.{layer}.attention",
+                name=name,
             )
         except ValueError as error:  # there is no kernel for the head size
             raise QwenModelError(
                 f"the attention plug-in cannot run this model: {error}; use the torch back end"
             ) from error
         self.present_key_values.append(present)
-        return context
+        if quantized:
+            return QuantizedTensor(context, quantized["context_scale"])
+        return self._quantized_for(into, context, name)
 
     def last_token(self, x: Any, residual: Any) -> tuple[Any, Any]:
         """Gather the rows that the input `last_token_ids` names; see `Operations`."""
         rows = self._inputs["last_token_ids"]
-        return self._gather(x, rows, "last_token"), self._gather(residual, rows, "last_token.residual")
+        last_residual = self._gather(residual, rows, "last_token.residual")
+        if not isinstance(x, QuantizedTensor):
+            return self._gather(x, rows, "last_token"), last_residual
+        codes, scales = self._gather(x.codes, rows, "last_token", trt.int32), x.scales
+        if isinstance(scales, trt.ITensor):
+            scales = self._gather(scales, rows, "last_token.scales", trt.float32)
+        return QuantizedTensor(codes, scales), last_residual
 
-    def _gather(self, table: Any, rows: Any, name: str) -> Any:
+    def _gather(self, table: Any, rows: Any, name: str, dtype: Any = None) -> Any:
         layer = self._network.add_gather(table, rows, 0)
         layer.name = name
-        return set_type(layer, self._dtype, self._network)
+        return set_type(layer, self._dtype if dtype is None else dtype, self._network)

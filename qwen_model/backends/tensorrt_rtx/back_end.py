@@ -14,7 +14,7 @@ from ...common.errors import QwenModelError
 from ...common.extras import import_extra
 from ...common.progress import Progress, no_progress
 from ...interface.back_end import ReadWeight
-from ...interface.engine_config import RTX_COMPUTE_CAPABILITIES, EngineConfig, GemmKernels
+from ...interface.engine_config import RTX_COMPUTE_CAPABILITIES, EngineConfig, GemmKernels, check_quantized_x
 from ...interface.memory import GPU_MEMORY_UTILIZATION
 from ...interface.probe import Probe
 from ..tensorrt.package import package
@@ -63,6 +63,7 @@ def write_engine(
             f"the attention plug-in has heads of {', '.join(map(str, HEAD_SIZES))} elements, and this model has "
             f"{config.model.head_size}: use the torch back end"
         )
+    check_quantized_x(config)
     import_extra("onnx", "building with TensorRT-RTX", extra=EXTRA)
     from . import builder
 

@@ -30,6 +30,7 @@ from ...network.observed import ObservedOperations
 from ...network.rotary import PromptTable, rotary_table
 from ...network.steps import StepLayout, aligned, chosen_rows, decode_sizes, pack, padded
 from ...tuning.choice import by_module
+from .eight_bit import Activations
 from .operations import Step, TorchOperations
 from .paged_cache import PagedCache
 from .quantized import unpacked_modules
@@ -282,7 +283,9 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
-    def run_observed(self, tokens: Sequence[int], past: int, observe: Callable[[str, Tensor], Tensor]) -> None:
+    def run_observed(
+        self, tokens: Sequence[int], past: int, observe: Callable[[str, Activations], Activations]
+    ) -> None:
         """Run one sequence, its prompt after 0 tokens and then one after the other, in slot 0 and `probe_pages`.
 
         observe: sees each operation's result, and returns what goes on; see `qwen_model.network.observed`.
@@ -320,7 +323,7 @@ class TorchDevice:
             if graph is not None and own is None:
                 return graph.replay(), layout
             self._begin(batch.lengths.tolist(), batch.past_lengths.tolist(), layout, own, decoding)
-            return decoder(self.operations, self.config, self._token_ids(layout)), layout
+            return self._decoded(layout), layout
 
     def _decodes(self, batch: Batch) -> bool:
         """Tell whether a batch runs as a decode step, in other kernels than prompts do."""
@@ -368,6 +371,12 @@ class TorchDevice:
             )
         )
 
+    def _decoded(self, layout: StepLayout) -> Tensor:
+        """Run the network on the step that `_begin` was called for, and return its logits."""
+        logits = decoder(self.operations, self.config, self._token_ids(layout))
+        assert isinstance(logits, Tensor)  # of 16 bits or more
+        return logits
+
     def _token_ids(self, layout: StepLayout) -> Tensor:
         """Gather the ids of a step's tokens, some of which only the device knows: int32 [tokens]."""
         return self.operations.token_ids(self._token_table, self._part(layout, "token_rows"))
@@ -387,7 +396,7 @@ class TorchDevice:
 
             def step() -> Tensor:
                 self._begin([1] * size, [0] * size, layout, None, decoding=True)
-                return decoder(self.operations, self.config, self._token_ids(layout))
+                return self._decoded(layout)
 
             with torch.cuda.device(self.device):
                 self._step_inputs[: layout.size] = 0  # the first run writes to UNUSED_PAGE

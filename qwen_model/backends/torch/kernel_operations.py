@@ -19,13 +19,17 @@ from ...checkpoints.module_weights import ModuleWeights
 from ...interface.engine_config import KernelChoices
 from ...interface.memory import PAGE_SIZE
 from ...interface.weight_formats import kernel_format
+from ...tuning.linear_layers import quantizes_for
 from . import fixed_kernels
+from .eight_bit import Activations, QuantizedTensor
 from .operations import Step, TorchOperations
-from .paged_cache import PagedCache
+from .paged_cache import CODE_TYPES, PagedCache
 
 COPIED_WORDS = 64
 """Numbers of 4 bytes that a block of `copy_from_host` copies."""
 CACHE_TYPES = {"auto": "same", "int8": "int8", "fp8": "float8_e4m3fn"}
+CODE_NAMES = {"int8": "int8", "fp8": "float8_e4m3fn"}
+"""The types of codes of x in `launch.DataType`."""
 
 
 def supported(config: ModelConfig) -> bool:
@@ -82,16 +86,52 @@ class KernelOperations(TorchOperations):
         _gather_words(table, rows, y, 1, self._stream)
         return y
 
-    def embedding(self, input_ids: Tensor, module: str) -> Tensor:
+    def embedding(self, input_ids: Activations, module: str) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
+        assert isinstance(input_ids, Tensor)
         return self._gather_rows(self.modules[module].weight, input_ids)
 
-    def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def last_token(self, x: Activations, residual: Activations) -> tuple[Activations, Activations]:
         """See `qwen_model.network.decoder.Operations`."""
+        assert isinstance(residual, Tensor)
         if self.step.decoding:
             return x, residual
         rows = self.step.logit_rows
-        return self._gather_rows(x, rows), self._gather_rows(residual, rows)
+        if not isinstance(x, QuantizedTensor):
+            return self._gather_rows(x, rows), self._gather_rows(residual, rows)
+        scales = self._gather_rows(x.scales, rows) if x.per_token else x.scales
+        return QuantizedTensor(self._gather_rows(x.codes, rows), scales), self._gather_rows(residual, rows)
+
+    def quantized_for(self, into: tuple[str, ...], x: Tensor) -> Activations:
+        """See `TorchOperations`."""
+        reader = self.reader(into)
+        if reader is None:
+            return x
+        y = self._codes_for(reader, x)
+        launch.quantize(
+            x=x.data_ptr(),
+            x_row_stride=x.shape[1],
+            q=y.codes.data_ptr(),
+            rows=len(x),
+            columns=x.shape[1],
+            dtype=self._dtype,
+            quant_dtype=self._code_type(reader),
+            static_scale=_address(reader.input_scale),
+            scales=y.scales.data_ptr() if y.per_token else 0,
+            stream=self._stream,
+        )
+        return y
+
+    @staticmethod
+    def _code_type(reader: ModuleWeights[Tensor]) -> launch.DataType:
+        return launch.DataType.__members__[CODE_NAMES[reader.format.kind]]
+
+    def _codes_for(self, reader: ModuleWeights[Tensor], x: Tensor, columns: int | None = None) -> QuantizedTensor:
+        """Return memory for the x of a module: as many tokens as x has, and columns; None: as many as x has."""
+        shape = (len(x), x.shape[1] if columns is None else columns)
+        codes = x.new_empty(shape, dtype=CODE_TYPES[reader.format.kind])
+        scales = x.new_empty(len(x), 1, dtype=torch.float32) if reader.input_scale is None else reader.input_scale
+        return QuantizedTensor(codes, scales)
 
     def _gather_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         y = table.new_empty(len(ids), table.shape[1])
@@ -102,38 +142,54 @@ class KernelOperations(TorchOperations):
             table_rows=len(table),
             row_size=table.shape[1],
             rows=len(ids),
-            dtype=self._dtype,
+            dtype=launch.DataType.__members__[str(table.dtype).removeprefix("torch.")],
             stream=self._stream,
         )
         return y
 
     def linear(
         self,
-        x: Tensor,
+        x: Activations,
         module: str,
         activation: str | None = None,
         into: tuple[str, ...] = (),
         reduce: bool = False,
-    ) -> Tensor:
+    ) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
         if "gemm" in self._disabled:
-            return super().linear(x, module, activation)
+            return super().linear(x, module, activation, into)
+        reader = self._quantizing_reader(module, into)
         layer = self._linear_layers.get(module)
         if layer is None:
-            layer = self._linear_layers[module] = self._linear_layer(module, activation)
+            layer = self._linear_layers[module] = self._linear_layer(module, activation, reader)
+        x, x_scales = (x.codes, x.scales) if isinstance(x, QuantizedTensor) else (x, None)
         permutation = self.modules[module].permutation
         if permutation is not None:
             x = x.index_select(1, permutation)
-        y = x.new_empty(len(x), layer.columns)
-        if not self._deterministic:
-            self._multiply(layer, x, y)
+        if reader is not None:
+            y = self._codes_for(reader, x, layer.columns)
+            self._multiply(layer, x, x_scales, y.codes, module)
             return y
-        most_rows, _ = self._fixed_kernels(module)[-1]
-        for part, of_part in zip(x.split(most_rows), y.split(most_rows), strict=True):
-            self._multiply(layer, part, of_part)
-        return y
+        result = x.new_empty(len(x), layer.columns, dtype=self.cache.dtype)
+        self._multiply(layer, x, x_scales, result, module)
+        return self.quantized_for(into, result)
 
-    def _multiply(self, layer: launch.LinearLayer, x: Tensor, y: Tensor) -> None:
+    def _quantizing_reader(self, module: str, into: tuple[str, ...]) -> ModuleWeights[Tensor] | None:
+        """Return the module that reads a linear layer's output, if the GEMM can write it quantized."""
+        reader = self.reader(into)
+        return reader if reader is not None and quantizes_for(self.modules[module], reader) else None
+
+    def _multiply(self, layer: launch.LinearLayer, x: Tensor, x_scales: Tensor | None, y: Tensor, module: str) -> None:
+        if not self._deterministic:
+            self._launch_gemm(layer, x, x_scales, y)
+            return
+        most_rows, _ = self._fixed_kernels(module)[-1]
+        for start in range(0, len(x), most_rows):
+            part = slice(start, start + most_rows)
+            scales = x_scales[part] if x_scales is not None and x_scales.dim() == 2 else x_scales
+            self._launch_gemm(layer, x[part], scales, y[part])
+
+    def _launch_gemm(self, layer: launch.LinearLayer, x: Tensor, x_scales: Tensor | None, y: Tensor) -> None:
         rows, in_features = x.shape
         workspace_bytes = layer.workspace_bytes(rows)
         workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
@@ -141,6 +197,7 @@ class KernelOperations(TorchOperations):
             layer,
             x=x.data_ptr(),
             x_row_stride=in_features,
+            x_scales=_address(x_scales),
             y=y.data_ptr(),
             rows=rows,
             workspace=0 if workspace is None else workspace.data_ptr(),
@@ -152,13 +209,19 @@ class KernelOperations(TorchOperations):
         weights = self.modules[module]
         out_features, in_features = weights.shape
         gpu = torch.cuda.get_device_properties(self.cache.data.device)
-        tiled = gpu.major == 9 and launch.has_hopper_kernels() and not weights.format.bits and in_features % 8 == 0
+        activation = weights.format.activation or ""
+        is_packed = weights.format.bits > 0 and not activation
+        aligned = in_features % (16 if activation else 8) == 0
+        tiled = gpu.major == 9 and launch.has_hopper_kernels() and not is_packed and aligned
         swiglu = module.endswith(".gate_up")
         if not tiled or self.cache.dtype == torch.float32 or (swiglu and out_features % 16):
             return fixed_kernels.PLAIN
-        return fixed_kernels.tiled_kernels(out_features, swiglu, gpu.multi_processor_count)
+        return fixed_kernels.tiled_kernels(out_features, swiglu, gpu.multi_processor_count, activation)
 
-    def _linear_layer(self, module: str, activation: str | None) -> launch.LinearLayer:
+    def _linear_layer(
+        self, module: str, activation: str | None, reader: ModuleWeights[Tensor] | None
+    ) -> launch.LinearLayer:
+        """Describe a linear layer's launches. reader: of its output, if that is to be quantized for it."""
         weights = self.modules[module]
         out_features, in_features = weights.shape
         return launch.LinearLayer(
@@ -167,6 +230,8 @@ class KernelOperations(TorchOperations):
             scales=_address(weights.scales),
             zeros=_address(weights.zeros),
             bias=_address(weights.bias),
+            input_scale=_address(weights.input_scale),
+            output_scale=0 if reader is None else _address(reader.input_scale),
             in_features=in_features,
             out_features=out_features,
             activation=launch.Activation.none if activation is None else launch.Activation.swiglu,
@@ -176,26 +241,39 @@ class KernelOperations(TorchOperations):
         )
 
     def norm(
-        self, x: Tensor, module: str, residual: Tensor | None = None, into: tuple[str, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Activations, module: str, residual: Activations | None = None, into: tuple[str, ...] = ()
+    ) -> tuple[Activations, Activations]:
         """See `qwen_model.network.decoder.Operations`."""
         if "rms_norm" in self._disabled:
-            return super().norm(x, module, residual)
+            return super().norm(x, module, residual, into)
+        assert isinstance(x, Tensor)
+        assert not isinstance(residual, QuantizedTensor)
         layer = self._norm_layers.get(module)
         if layer is None:
             layer = self._norm_layers[module] = self._norm_layer(self.modules[module].weight)
-        y = torch.empty_like(x)
         h = x if residual is None else torch.empty_like(x)
-        launch.rms_norm(
+        operands = {
+            "x": x.data_ptr(),
+            "residual": _address(residual),
+            "residual_out": 0 if residual is None else h.data_ptr(),
+            "rows": len(x),
+            "stream": self._stream,
+        }
+        reader = self.reader(into)
+        if reader is None:
+            y = torch.empty_like(x)
+            launch.rms_norm(layer, y=y.data_ptr(), **operands)
+            return y, h
+        codes = self._codes_for(reader, x)
+        launch.rms_norm_quant(
             layer,
-            x=x.data_ptr(),
-            residual=0 if residual is None else residual.data_ptr(),
-            residual_out=0 if residual is None else h.data_ptr(),
-            y=y.data_ptr(),
-            rows=len(x),
-            stream=self._stream,
+            q=codes.codes.data_ptr(),
+            quant_dtype=self._code_type(reader),
+            static_scale=_address(reader.input_scale),
+            scales=codes.scales.data_ptr() if codes.per_token else 0,
+            **operands,
         )
-        return y, h
+        return codes, h
 
     def _norm_layer(self, weight: Tensor) -> launch.RmsNormLayer:
         return launch.RmsNormLayer(
@@ -208,8 +286,9 @@ class KernelOperations(TorchOperations):
             batch_invariant=self._deterministic,
         )
 
-    def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
+    def attention(self, qkv: Activations, layer: int, into: tuple[str, ...] = ()) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
+        assert isinstance(qkv, Tensor)
         step, config, cache = self.step, self.config, self.cache
         if "rotary" in self._disabled:
             q, k, v = self.split_heads(qkv)
@@ -235,13 +314,21 @@ class KernelOperations(TorchOperations):
             "softmax_scale": config.head_size**-0.5,
             "stream": self._stream,
         }
+        reader = self.reader(into)
+        codes = None
+        if reader is not None and reader.input_scale is not None:
+            codes = self._codes_for(reader, context)
+            operands["context"] = codes.codes.data_ptr()
+            operands |= {"context_dtype": self._code_type(reader), "context_scale": codes.scales.data_ptr()}
+            if not step.decoding:
+                operands["queries"] = context.data_ptr()  # scratch
         if step.decoding:
             partial, semaphores = self._partial_results.data_ptr(), self._semaphores.data_ptr()
             invariant = self._deterministic
             launch.decode_attention(**operands, workspace=partial, semaphores=semaphores, batch_invariant=invariant)
         else:
             launch.prefill_attention(**operands, cu_seqlens=step.cu_seqlens.data_ptr(), tokens=tokens)
-        return context
+        return self.quantized_for(into, context) if codes is None else codes
 
     def _attention_heads(self, q_norm: int, k_norm: int) -> launch.AttentionHeads:
         """Describe heads with norms at these addresses, and the rotary embedding of the current step."""

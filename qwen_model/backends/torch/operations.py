@@ -15,8 +15,9 @@ from torch import Tensor
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
 from ...interface.memory import PAGE_SIZE
-from .paged_cache import PagedCache
-from .quantized import linear as quantized_linear
+from . import eight_bit, quantized
+from .eight_bit import Activations, QuantizedTensor
+from .paged_cache import CODE_TYPES, PagedCache
 
 
 @dataclass
@@ -68,7 +69,10 @@ class Step:
 
 
 class TorchOperations:
-    """Compute every operation with PyTorch's own functions. Call `begin` before each pass through the network."""
+    """Compute every operation with PyTorch's own functions. Call `begin` before each pass through the network.
+
+    An output is a `QuantizedTensor` where the linear layers that read it take that, and else a tensor.
+    """
 
     step: Step
 
@@ -86,7 +90,10 @@ class TorchOperations:
         self.config = config
         self.modules = modules
         self.cache = cache
-        self._rms_norm: Callable[..., Any] = plain_rms_norm if "rms_norm" in disabled else _plugin_rms_norm()
+        self._readers: dict[tuple[str, ...], ModuleWeights[Tensor] | None] = {}
+        norms = (plain_rms_norm, None) if "rms_norm" in disabled else _plugin_rms_norms()
+        self._rms_norm: Callable[..., Any] = norms[0]
+        self._rms_norm_quant: Callable[..., Any] | None = norms[1]
 
     def begin(self, step: Step) -> None:
         """Set the step of the next pass, which runs on the current stream."""
@@ -96,43 +103,77 @@ class TorchOperations:
         """Return table[rows], int32 [tokens]: the ids of a step's tokens, some of which only the device knows."""
         return table.index_select(0, rows)
 
-    def embedding(self, input_ids: Tensor, module: str) -> Tensor:
+    def quantized_for(self, into: tuple[str, ...], x: Tensor) -> Activations:
+        """Quantize x for the linear layers that read it, if they take it so."""
+        reader = self.reader(into)
+        return x if reader is None else eight_bit.quantized(x, reader.format.kind, reader.input_scale)
+
+    def reader(self, into: tuple[str, ...]) -> ModuleWeights[Tensor] | None:
+        """Return a module of `into`, if these linear layers take a quantized x."""
+        if into not in self._readers:
+            modules = [self.modules[name] for name in into]
+            self._readers[into] = next((each for each in modules if each.format.activation is not None), None)
+        return self._readers[into]
+
+    def embedding(self, input_ids: Activations, module: str) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
+        assert isinstance(input_ids, Tensor)
         return F.embedding(input_ids, self.modules[module].weight)
 
     def norm(
-        self, x: Tensor, module: str, residual: Tensor | None = None, into: tuple[str, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Activations, module: str, residual: Activations | None = None, into: tuple[str, ...] = ()
+    ) -> tuple[Activations, Activations]:
         """See `qwen_model.network.decoder.Operations`."""
-        weight = self.modules[module].weight
-        if residual is None:
-            return self._rms_norm(x, weight, self.config.norm_eps), x
-        return self._rms_norm(x, weight, self.config.norm_eps, residual=residual)
+        assert isinstance(x, Tensor)
+        weight, eps, reader = self.modules[module].weight, self.config.norm_eps, self.reader(into)
+        if reader is None or self._rms_norm_quant is None:
+            found: Any = self._rms_norm(x, weight, eps, residual=residual)
+            y, h = (found, x) if residual is None else found
+            return self.quantized_for(into, y), h
+        options = {"quant_dtype": CODE_TYPES[reader.format.kind], "scale": reader.input_scale}
+        found = self._rms_norm_quant(x, weight, eps, residual=residual, **options)
+        codes, *rest = (found,) if isinstance(found, Tensor) else found
+        scales = rest.pop(0) if reader.input_scale is None else reader.input_scale
+        return QuantizedTensor(codes, scales), x if residual is None else rest[0]
 
     def linear(
         self,
-        x: Tensor,
+        x: Activations,
         module: str,
         activation: str | None = None,
         into: tuple[str, ...] = (),
         reduce: bool = False,
-    ) -> Tensor:
+    ) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
         weights = self.modules[module]
-        y = quantized_linear(x, weights) if weights.format.bits else F.linear(x, weights.weight, weights.bias)
-        if activation is None:
-            return y
-        gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        if isinstance(x, QuantizedTensor):
+            y = eight_bit.linear(x, weights)
+        elif weights.format.bits:
+            y = quantized.linear(x, weights)
+        else:
+            y = F.linear(x, weights.weight, weights.bias)
+        if activation is not None:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        reader = self.reader(into)
+        if reader is None or reader.input_scale is None:  # else a kernel quantizes before it would round
+            y = y.to(self.cache.dtype)
+        return self.quantized_for(into, y)
 
-    def last_token(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def last_token(self, x: Activations, residual: Activations) -> tuple[Activations, Activations]:
         """See `qwen_model.network.decoder.Operations`."""
+        assert isinstance(residual, Tensor)
         if self.step.decoding:
             return x, residual
-        return x[self.step.logit_rows], residual[self.step.logit_rows]
+        rows = self.step.logit_rows
+        return x.gathered(rows) if isinstance(x, QuantizedTensor) else x[rows], residual[rows]
 
-    def attention(self, qkv: Tensor, layer: int, into: tuple[str, ...] = ()) -> Tensor:
+    def attention(self, qkv: Activations, layer: int, into: tuple[str, ...] = ()) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
+        assert isinstance(qkv, Tensor)
+        return self.quantized_for(into, self._context(qkv, layer))
+
+    def _context(self, qkv: Tensor, layer: int) -> Tensor:
         q, k, v = self.split_heads(qkv)
         q, k = self.norm_and_rotate(q, k, layer)
         step, cache = self.step, self.cache
@@ -234,7 +275,8 @@ def plain_rms_norm(
     return y if residual is None else (y, x)
 
 
-def _plugin_rms_norm() -> Callable[..., Any]:
-    from qwen_plugins import rms_norm
+def _plugin_rms_norms() -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """Return RMSNorm, and RMSNorm with quantization."""
+    from qwen_plugins import rms_norm, rms_norm_quant
 
-    return rms_norm
+    return rms_norm, rms_norm_quant

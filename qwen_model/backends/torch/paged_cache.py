@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.eight_bit_weight import LARGEST_CODES
 from ...interface.memory import PAGE_SIZE, block_bytes
 
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-LARGEST_CODES = {"int8": 127.0, "fp8": 448.0}
 
 
 class PagedCache:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...interface.probe import Array
 from .device import TorchDevice
+from .eight_bit import Activations
 from .quantized import dequantized
 
 
@@ -26,7 +27,8 @@ class TorchProbe:
         found: dict[str, Array] = {}
         self._heads.clear()
 
-        def observe(name: str, result: Tensor) -> Tensor:
+        def observe(name: str, result: Activations) -> Activations:
+            assert isinstance(result, Tensor)  # networks with quantized x are not probed
             found[name] = _array(result)
             return result if given is None else torch.from_numpy(given[name]).to(result).contiguous()
 

@@ -1,4 +1,4 @@
-"""Compute linear layers of quantized weights with PyTorch's own functions, for any device.
+"""Compute linear layers of quantized weights, and of x as it is, with PyTorch's own functions, for any device.
 
 The weights are kept as codes, a byte each, and dequantized for every product, some rows at a time.
 """
@@ -24,7 +24,7 @@ BLOCK_NUMBERS = 1 << 24
 
 def unpacked_modules(modules: Mapping[str, ModuleWeights[Tensor]]) -> dict[str, ModuleWeights[Tensor]]:
     """Return the modules with quantized weights in layout 1: codes [out, in], scales and zero points [out, groups]."""
-    return {name: _unpacked(module) if module.format.bits else module for name, module in modules.items()}
+    return {name: _unpacked(module) if module.format.layout != 1 else module for name, module in modules.items()}
 
 
 def _unpacked(module: ModuleWeights[Tensor]) -> ModuleWeights[Tensor]:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoints.config import ModelConfig
+from ...checkpoints.quantization_config import read_quantization
 from ...common.errors import QwenModelError
+from ...common.files import read_json_object
 from ...common.progress import Progress, no_progress
 from ...engine.back_ends import back_end
 from ...interface.device import Batch, Device
@@ -185,6 +187,26 @@ def check_engine(config: EngineConfig, model: ModelConfig, prompt_length: int, n
             f"the engine's key-value cache has {config.kv_cache_dtype}, beside whose error no other would be seen: "
             "compare one built without --kv-cache-dtype"
         )
+    quantized = [each for each in config.weight_formats.values() if each.activation is not None]
+    if quantized:
+        raise QwenModelError(
+            f"the engine's linear layers quantize what they read ({quantized[0].text}), beside whose error no other "
+            "would be seen: compare one built with --quantization none"
+        )
+
+
+def check_quantization(config: EngineConfig, model_dir: Path) -> None:
+    """Check that a checkpoint has the weights quantized that an engine has, or else they are others.
+
+    Raises:
+        QwenModelError: it has none quantized.
+    """
+    if config.weight_formats and read_quantization(model_dir, read_json_object(model_dir / "config.json")) is None:
+        quantized = next(iter(config.weight_formats.values()))
+        raise QwenModelError(
+            f"the engine's weights are quantized ({quantized.text}), and those of {model_dir} are not: compare an "
+            "engine built with --quantization none, or one of a checkpoint that qwen-model quantize wrote"
+        )
 
 
 def _described(model: ModelConfig) -> dict[str, object]:
@@ -199,7 +221,8 @@ def _check_samples(reference: Reference, read: ReadArrays, dtype: str) -> None:
     other = [name for name, x in found.items() if not np.allclose(x, reference.samples[name], close, 1e-6)]
     if len(other) > len(found) / 2:
         raise QwenModelError(
-            f"the reference is of other weights: those of {other[0]} and {len(other) - 1} more modules differ"
+            f"the reference is of other weights: those of {other[0]} and {len(other) - 1} more modules differ; an "
+            "engine with quantized weights needs a reference of the quantized checkpoint"
         )
 
 

@@ -62,7 +62,8 @@ def make_reference(
         return PlainProbe(config, modules, dtype, len(prompt) + num_steps, count)
 
     values, output = _exact_values(plain("float64", "float64"), prompt, num_steps)
-    name = find_original(config.architecture)
+    # What transformers makes of quantized weights depends on other packages; ours, dequantized, are what is stored.
+    name = None if modules.is_quantized else find_original(config.architecture)
     samples = samples_of(config, modules)
     reference = Reference(config, list(prompt), output, name, None, values, {}, samples)
     if name is not None:

@@ -112,6 +112,11 @@ class CheckpointModules:
         """Return the function that reads a tensor of the network."""
         return self._checkpoint.read
 
+    @property
+    def is_quantized(self) -> bool:
+        """Tell whether the checkpoint has any weight quantized."""
+        return any(self._checkpoint.is_quantized(module.weight) for module in self._modules.values())
+
     def of_engine(self, config: EngineConfig) -> EngineWeights:
         """Return what reads the tensors that an engine's modules are made of."""
         return EngineWeights(self._checkpoint, network_modules(config.model, config.dtype, config.weight_formats))

@@ -29,7 +29,9 @@ COLUMNS = {
 def text(found: Comparison) -> str:
     """Format the comparison: what was compared, a table for the prompt and one for the decode steps, the verdict."""
     config, reference = found.config, found.reference
-    original = reference.original or "nothing: transformers, or this network in it, is missing"
+    original = (
+        reference.original or "nothing: weights are quantized, or transformers, or this network in it, is missing"
+    )
     lines = [
         f"engine     {found.engine_dir}: {config.backend}, {config.dtype}, {config.model.architecture}",
         f"reference  this package's network in float64, checked against {original}",

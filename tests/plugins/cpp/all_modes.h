@@ -16,7 +16,14 @@ struct ExpectedCreator {
   int32_t field_count;
 };
 
-inline int schema_version_of(std::string const& plugin) { return plugin == "Gemm" || plugin == "QwenGemm" ? 2 : 1; }
+inline int schema_version_of(std::string const& plugin) {
+  for (char const* const grown : {"Gemm", "QwenGemm", "RmsNormQuantization", "GptAttention:2"}) {
+    if (plugin == grown) {
+      return 2;
+    }
+  }
+  return 1;
+}
 
 // How a library refuses the state of another schema version.
 inline std::string refused_version(char const* plugin, std::string const& found) {
@@ -26,14 +33,24 @@ inline std::string refused_version(char const* plugin, std::string const& found)
 }
 
 inline std::vector<ExpectedCreator> expected_creators() {
-  return {{"RmsNorm", "1", 6},  {"RmsNormQuantization", "1", 9}, {"Gemm", "1", 5},    {"GptAttention", "1", 10},
-          {"QwenGemm", "1", 5}, {"GptAttention:2", "2", 12},     {"Gemm:2", "2", 11}, {"QwenGemm:2", "2", 11}};
+  return {{"RmsNorm", "1", 6},
+          {"RmsNormQuantization", "1", 10},
+          {"Gemm", "1", 5},
+          {"GptAttention", "1", 10},
+          {"QwenGemm", "1", 5},
+          {"GptAttention:2", "2", 13},
+          {"Gemm:2", "2", 11},
+          {"QwenGemm:2", "2", 11},
+          {"Gemm:3", "3", 11},
+          {"QwenGemm:3", "3", 11},
+          {"QuantizePerToken", "1", 3},
+          {"QuantizeTensor", "1", 3}};
 }
 
 inline std::vector<Mode> all_modes() {
   std::vector<Mode> all;
-  for (std::vector<Mode> const& modes :
-       {rms_norm_modes(), gemm_modes(), quantized_gemm_modes(), gpt_attention_modes()}) {
+  for (std::vector<Mode> const& modes : {rms_norm_modes(), quantize_modes(), gemm_modes(), quantized_gemm_modes(),
+                                         eight_bit_gemm_modes(), gpt_attention_modes()}) {
     all.insert(all.end(), modes.begin(), modes.end());
   }
   return all;
@@ -47,7 +64,10 @@ inline std::vector<Mode> first_modes() {
           gemm_mode(DataType::kHALF, true, true, true),
           gpt_attention_mode({}),
           gpt_attention_mode(with_pages()),
-          quantized_gemm_mode(DataType::kHALF, {})};
+          quantized_gemm_mode(DataType::kHALF, {}),
+          eight_bit_gemm_mode(DataType::kHALF, {}),
+          quantize_mode(DataType::kHALF, DataType::kINT8, true, true),
+          quantize_mode(DataType::kHALF, DataType::kINT8, false, true)};
 }
 
 // Prints which numbers a field takes, for the Python test to compare with the package's. `creates(plugin, fields)`.
@@ -105,6 +125,13 @@ inline std::vector<BadFields> bad_rms_norm_fields() {
       {name, Fields().add("dyn_act_scaling", 1), "required field 'type_id' is missing"},
       {name, Fields().add("dyn_act_scaling", 1).add("type_id", 3), "'type_id' is 3; expected 0 (float32), 1 (float16)"},
       {name, Fields().add("dyn_act_scaling", 1).add("type_id", -1), "'type_id' is -1"},
+      {name, good().add("int32_output", 2), "'int32_output' is 2; expected 0 or 1"},
+      {name, good().add("int32_output", 1).add("out_type_id", 3), "'out_type_id' is 3; expected 2 (int8), 6 (float8"},
+      {name, good().add("out_type_id", 1), "'out_type_id' is 1; expected 2 (int8)"},
+      {"QuantizePerToken", Fields(), "required field 'type_id' is missing"},
+      {"QuantizePerToken", Fields().add("type_id", 2), "'type_id' is 2; expected 0 (float32), 1 (float16)"},
+      {"QuantizePerToken", Fields().add("type_id", 1).add("out_type_id", 0), "'out_type_id' is 0; expected 2 (int8)"},
+      {"QuantizeTensor", Fields().add("type_id", 1).add("int32_output", -1), "'int32_output' is -1; expected 0 or 1"},
   };
 }
 
@@ -156,6 +183,9 @@ inline std::vector<BadFields> bad_decoder_fields() {
       {paged, good().add("tokens_per_block", 0), "'tokens_per_block' is 0; expected one of 64"},
       {paged, good().add("tokens_per_block", 32), "'tokens_per_block' is 32; expected one of 64"},
       {paged, good().add("tokens_per_block", 64).add("kv_cache_type", 3), "'kv_cache_type' is 3; expected one of 0, 1"},
+      {paged, good().add("tokens_per_block", 64).add("context_type", 3),
+       "'context_type' is 3; expected one of 0, 1, 2"},
+      {name, good().add("context_type", 1), "unknown field 'context_type'"},
       {paged, heads(8, 3, 64).add("tokens_per_block", 64), "'num_kv_heads' is 3; expected a divisor of num_heads, 8"},
   };
 }
@@ -184,9 +214,40 @@ inline std::vector<BadFields> bad_quantized_gemm_fields() {
   };
 }
 
+inline std::vector<BadFields> bad_eight_bit_gemm_fields() {
+  auto fields = [](int32_t x_type, int32_t in_features, int32_t out_features) {
+    return Fields()
+        .add("type_id", 1)
+        .add("x_type_id", x_type)
+        .add("in_features", in_features)
+        .add("out_features", out_features);
+  };
+  auto good = [&] { return fields(6, 192, 96); };
+  char const* const name = "Gemm:3";
+  return {
+      {name, Fields().add("type_id", 1), "required field 'x_type_id' is missing"},
+      {name, fields(1, 192, 96), "'x_type_id' is 1; expected 2 (int8), 6 (float8_e4m3fn)"},
+      {name, fields(6, 190, 96), "'in_features' is 190; expected a multiple of 4 up to 1073741823"},
+      {name, fields(2, 1 << 17, 96), "'in_features' is 131072; expected at most 131071 with int8"},
+      {name, fields(6, 192, 0), "'out_features' is 0; expected a number above 0"},
+      {name, fields(6, 192, 95).add("activation", 1), "'out_features' is 95; expected a multiple of 2"},
+      {name, fields(6, 192, 98).add("quantize_output", 1), "'out_features' is 98; expected a multiple of 4"},
+      {name, fields(6, 192, 100).add("quantize_output", 1).add("activation", 1), "is 100; expected a multiple of 8"},
+      {name, good().add("group_size", 64), "'group_size' is 64; expected one of 0, 128"},
+      {name, fields(2, 192, 96).add("group_size", 128), "'group_size' is 128; expected one of 0"},
+      {name, good().add("has_per_token_scaling", 2), "'has_per_token_scaling' is 2; expected 0 or 1"},
+      {name, good().add("quantize_output", 2), "'quantize_output' is 2; expected 0 or 1"},
+      {name, good().add("bias", 2), "'bias' is 2; expected 0 or 1"},
+      {name, good().add("activation", 2), "'activation' is 2; expected one of 0, 1"},
+      {name, good().add("constant_weight", 2), "'constant_weight' is 2; expected 0 or 1"},
+      {name, good().add_array("kernels", {16}), "'kernels' has 1 values; expected pairs"},
+  };
+}
+
 inline std::vector<BadFields> all_bad_fields() {
   std::vector<BadFields> all = bad_rms_norm_fields();
-  for (std::vector<BadFields> const& more : {bad_decoder_fields(), bad_quantized_gemm_fields()}) {
+  for (std::vector<BadFields> const& more :
+       {bad_decoder_fields(), bad_quantized_gemm_fields(), bad_eight_bit_gemm_fields()}) {
     all.insert(all.end(), more.begin(), more.end());
   }
   return all;
@@ -210,7 +271,25 @@ inline std::vector<BadShapes> bad_shapes_at_runtime() {
   Mode const paged = gpt_attention_mode(with_pages());
   Mode const eight_bits = gpt_attention_mode(with_pages(1));
   Mode const quantized = quantized_gemm_mode(half, {});
+  EightBitMode blocks;
+  blocks.blocks = blocks.per_token = true;
+  Mode const codes = eight_bit_gemm_mode(half, {});
+  Mode const codes_in_blocks = eight_bit_gemm_mode(half, blocks);
+  Mode const norm_of_codes = quantization_mode(half, DataType::kFP8, true, false, false, true);
+  Mode const per_token = quantize_mode(half, DataType::kINT8, true, true);
+  AttentionMode quantizing = with_pages();
+  quantizing.context_type = 2;
+  Mode const context = gpt_attention_mode(quantizing);
   return {
+      {norm_of_codes, 0, tensor(half, {2, 3, 62}), "'x' has shape [2, 3, 62]; expected [..., 4 * words]"},
+      {per_token, 0, tensor(half, {2, 3, 62}), "'x' has shape [2, 3, 62]; expected [..., 4 * words]"},
+      {codes, 0, tensor(int32, {5, 3, 192}), "input 'x' has shape [5, 3, 192]; expected [..., 48]"},
+      {codes, 1, tensor(int32, {96, 192}), "input 'weight' has shape [96, 192]; expected [96, 48]"},
+      {codes, 2, tensor(DataType::kFLOAT, {1, 2}), "input 'scales' has shape [1, 2]; expected [96]"},
+      {codes, 3, tensor(DataType::kFLOAT, {15}), "input 'x_scales' has shape [15]; expected [1] or []"},
+      {codes_in_blocks, 2, tensor(DataType::kFLOAT, {96}), "input 'scales' has shape [96]; expected [1, 2]"},
+      {codes_in_blocks, 3, tensor(DataType::kFLOAT, {5, 2, 1}), "'x_scales' has shape [5, 2, 1]; expected [..., 1]"},
+      {context, 8, tensor(DataType::kFLOAT, {2}), "input 'context_scale' has shape [2]; expected [1] or []"},
       {rms_norm, 1, tensor(half, {32}), "input 'weight' has shape [32]; expected [hidden_size], here [64]"},
       {gemm, 1, tensor(half, {48, 32}), "input 'weight' has shape [48, 32]; expected [2 * columns, in_features]"},
       {gemm, 1, tensor(half, {47, 64}), "input 'weight' has shape [47, 64]; expected [2 * columns, in_features]"},
@@ -354,7 +433,11 @@ inline std::vector<Mode> modes_without_rows() {
   paged.inputs[2] = tensor(DataType::kINT32, {1});
   paged.inputs[3] = paged.inputs[5] = tensor(DataType::kINT32, {0});
   paged.inputs[4] = tensor(DataType::kINT32, {0, 5});
-  return {rms_norm, gemm, quantized, attention, paged};
+  Mode codes = eight_bit_gemm_mode(half, {});
+  codes.inputs[0] = tensor(DataType::kINT32, {5, 0, 48});
+  Mode per_token = quantize_mode(half, DataType::kINT8, true, true);
+  per_token.inputs[0] = tensor(half, {0, 3, 64});
+  return {rms_norm, gemm, quantized, attention, paged, codes, per_token};
 }
 
 // What is logged where a launcher reports an error.
@@ -364,6 +447,8 @@ inline std::vector<std::pair<Mode, char const*>> modes_and_failures() {
   decode.decode = true;
   return {{rms_norm_mode(half, half, false), "launch of 6 rows of 64 failed: recorded error"},
           {gemm_mode(half, false, false, true), "15 rows of 64 times [48, 64] failed: recorded error"},
+          {quantize_mode(half, nvinfer1::DataType::kINT8, true, true), "launch of 6 rows of 64 failed: recorded error"},
+          {eight_bit_gemm_mode(half, {}), "15 rows of 192 times 8-bit [96, 192] failed: recorded error"},
           {quantized_gemm_mode(half, {}), "15 rows of 192 times quantized [96, 192] failed: recorded error"},
           {gpt_attention_mode({}), "launch of attention of 7 tokens in 3 sequences failed: recorded error"},
           {gpt_attention_mode(decode), "launch of attention of 3 tokens in 3 sequences failed: recorded error"}};

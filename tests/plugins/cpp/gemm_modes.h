@@ -128,6 +128,84 @@ inline std::vector<Mode> quantized_gemm_modes() {
   return modes;
 }
 
+// x and a weight [96, 192] of codes.
+struct EightBitMode {
+  nvinfer1::DataType code_type = nvinfer1::DataType::kFP8;
+  bool blocks = false;
+  bool per_token = false;
+  bool quantizes = true;
+  bool bias = true;
+  bool swiglu = true;
+};
+
+// x [5, 3, 192 / 4], of which 5 is dynamic.
+inline Mode eight_bit_gemm_mode(nvinfer1::DataType type, EightBitMode const& given) {
+  using nvinfer1::DataType;
+  Extent const columns = given.swiglu ? 48 : 96;
+  Mode mode{"Gemm:3",
+            {},
+            {tensor(DataType::kINT32, {5, 3, 48}), tensor(DataType::kINT32, {96, 48}),
+             given.blocks ? tensor(DataType::kFLOAT, {1, 2}) : tensor(DataType::kFLOAT, {96}),
+             given.per_token ? tensor(DataType::kFLOAT, {5, 3, 1}) : tensor(DataType::kFLOAT, {1})},
+            {given.quantizes ? tensor(DataType::kINT32, {5, 3, columns / 4}) : tensor(type, {5, 3, columns})},
+            {5},
+            {}};
+  mode.fields.add("type_id", int_of(type)).add("x_type_id", int_of(given.code_type)).add("in_features", 192);
+  mode.fields.add("out_features", 96).add("group_size", given.blocks ? 128 : 0);
+  mode.fields.add("has_per_token_scaling", given.per_token ? 1 : 0).add("quantize_output", given.quantizes ? 1 : 0);
+  mode.fields.add("bias", given.bias ? 1 : 0).add("activation", given.swiglu ? 1 : 0).add("constant_weight", 1);
+  mode.fields.add_array("kernels", {15, 7});
+  if (given.quantizes) {
+    mode.inputs.push_back(tensor(DataType::kFLOAT, {1}));
+  }
+  if (given.bias) {
+    mode.inputs.push_back(tensor(type, {96}));
+  }
+  mode.workspace_bytes = workspace_of_kernels(15, 192, {15, 7});
+  mode.check_launch = [=](Addresses const& inputs, Addresses const& outputs) {
+    qwen_plugins::GemmParams const& params = recorded.gemm.value();
+    qwen_plugins::WeightFormat const& format = params.shape.weight_format;
+    CHECK(params.shape.rows == 15 && params.shape.in_features == 192 && params.shape.out_features == 96);
+    CHECK((params.shape.activation == qwen_plugins::Activation::kSwiglu) == given.swiglu);
+    CHECK(static_cast<int32_t>(params.shape.dtype) == int_of(type));
+    CHECK(static_cast<int32_t>(qwen_plugins::x_type_of(params.shape)) == int_of(given.code_type));
+    CHECK(qwen_plugins::has_quantized_x(format) && format.group_size == (given.blocks ? 128 : 0));
+    CHECK(format.scale_dtype == qwen_plugins::DataType::kFloat32 && !format.has_zeros);
+    CHECK(params.shape.x_scale_per_row == given.per_token && params.shape.quantized_y == given.quantizes);
+    CHECK(params.x == inputs[0] && params.x_row_stride == 192 && params.weight == inputs[1]);
+    CHECK(params.scales == inputs[2] && params.x_scales == inputs[3]);
+    CHECK(params.y_scale == (given.quantizes ? inputs[4] : nullptr));
+    CHECK(params.bias == (given.bias ? inputs.back() : nullptr));
+    CHECK(params.y == outputs[0] && params.constant_weight && static_cast<int32_t>(params.choice) == 7);
+    CHECK(params.workspace == workspace_address());
+    CHECK(params.workspace_bytes == workspace_of_kernels(15, 192, {15, 7}));
+  };
+  return mode;
+}
+
+inline std::vector<Mode> eight_bit_gemm_modes() {
+  using nvinfer1::DataType;
+  std::vector<Mode> modes;
+  for (DataType const type : tested_types()) {
+    for (int bits = 0; bits < 16; ++bits) {
+      EightBitMode mode;
+      mode.per_token = (bits & 1) != 0;
+      mode.quantizes = (bits & 2) != 0;
+      mode.bias = (bits & 4) != 0;
+      mode.swiglu = (bits & 8) != 0;
+      for (DataType const code_type : {DataType::kINT8, DataType::kFP8}) {
+        mode.code_type = code_type;
+        modes.push_back(eight_bit_gemm_mode(type, mode));
+      }
+      mode.blocks = true;
+      modes.push_back(eight_bit_gemm_mode(type, mode));
+    }
+  }
+  modes.push_back(eight_bit_gemm_mode(DataType::kHALF, {}));
+  modes.back().plugin = "QwenGemm:3";
+  return modes;
+}
+
 inline std::vector<Mode> gemm_modes() {
   std::vector<Mode> modes;
   for (nvinfer1::DataType const type : tested_types()) {

@@ -13,6 +13,7 @@ struct AttentionMode {
   bool qk_norm = false;
   bool pages = false;
   int32_t kv_cache_type = 0;
+  int32_t context_type = 0;
 };
 
 // The inputs from rotary_offsets on come after the pages.
@@ -30,8 +31,9 @@ inline void check_heads(qwen_plugins::AttentionHeads const& heads, AttentionMode
   bool const gpt_j = given.position_embedding_type == 1;
   CHECK(heads.rotary_style == (gpt_j ? qwen_plugins::RotaryStyle::kGptJ : qwen_plugins::RotaryStyle::kNeox));
   CHECK(heads.query_scale == (given.query_scale ? inputs[rotary + (rope ? 3 : 2)] : nullptr));
-  CHECK(heads.q_norm_weight == (given.qk_norm ? inputs[inputs.size() - 2] : nullptr));
-  CHECK(heads.k_norm_weight == (given.qk_norm ? inputs.back() : nullptr));
+  size_t const end = inputs.size() - (given.context_type != 0 ? 1 : 0);
+  CHECK(heads.q_norm_weight == (given.qk_norm ? inputs[end - 2] : nullptr));
+  CHECK(heads.k_norm_weight == (given.qk_norm ? inputs[end - 1] : nullptr));
   CHECK(heads.norm_eps == 1e-5F);
 }
 
@@ -42,6 +44,9 @@ void check_attention(Params const& params, AttentionMode const& given, Addresses
   CHECK(params.qkv == inputs[0] && params.qkv_row_stride == 640);
   CHECK(params.past_lengths == inputs[3] && params.sequences == 3);
   CHECK(params.context == outputs[0] && params.cache.data == outputs[1]);
+  CHECK(params.context_scale == (given.context_type != 0 ? inputs.back() : nullptr));
+  CHECK(given.context_type != 1 || params.context_dtype == qwen_plugins::DataType::kInt8);
+  CHECK(given.context_type != 2 || params.context_dtype == qwen_plugins::DataType::kFloat8E4M3);
   CHECK(params.cache.max_positions == (given.pages ? 64 : 100));
   CHECK(params.cache.pages == (given.pages ? inputs[4] : nullptr));
   CHECK(params.cache.pages_row_stride == (given.pages ? 5 : 0));
@@ -90,6 +95,13 @@ inline Mode gpt_attention_mode(AttentionMode const& given) {
     mode.inputs.insert(mode.inputs.end(), 2, tensor(given.type, {64}));
   }
   mode.workspace_bytes = recorded_attention_workspace(3);
+  if (given.context_type != 0) {
+    mode.fields.add("context_type", given.context_type);  // not so by default
+    mode.inputs.push_back(tensor(DataType::kFLOAT, {1}));
+    mode.outputs[0] = tensor(DataType::kINT32, {tokens, 96});
+    Extent const query_bytes = tokens * 384 * (given.type == DataType::kFLOAT ? 4 : 2);
+    mode.workspace_bytes = std::max<size_t>(mode.workspace_bytes, query_bytes);
+  }
   mode.runs_on_anything = false;
   mode.check_launch = [given](Addresses const& inputs, Addresses const& outputs) {
     CHECK(recorded.copy.has_value() == !given.pages);
@@ -107,6 +119,7 @@ inline Mode gpt_attention_mode(AttentionMode const& given) {
       qwen_plugins::PrefillAttentionParams const& params = recorded.prefill_attention.value();
       check_attention(params, given, inputs, outputs);
       CHECK(params.cu_seqlens == inputs[2] && params.tokens == 7);
+      CHECK(params.queries == (given.context_type != 0 ? workspace_address() : nullptr));
     }
   };
   return mode;
@@ -125,6 +138,8 @@ inline std::vector<Mode> gpt_attention_modes() {
       for (int32_t const kv_cache_type : {0, 1, 2}) {
         modes.push_back(gpt_attention_mode({type, decode, 2, false, false, true, kv_cache_type}));
         modes.push_back(gpt_attention_mode({type, decode, 0, true, true, true, kv_cache_type}));
+        modes.push_back(gpt_attention_mode({type, decode, 2, false, false, true, kv_cache_type, 1}));
+        modes.push_back(gpt_attention_mode({type, decode, 0, true, true, true, kv_cache_type, 2}));
       }
     }
   }

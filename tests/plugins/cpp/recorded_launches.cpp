@@ -27,6 +27,10 @@ cudaError_t launch_rms_norm_quant(const RmsNormQuantParams& params, cudaStream_t
   return record(recorded.rms_norm_quant, params, stream);
 }
 
+cudaError_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
+  return record(recorded.quantize, params, stream);
+}
+
 cudaError_t gemm_workspace_bytes(const GemmShape& shape, GemmChoice choice, int64_t* bytes) {
   *bytes = recorded_gemm_workspace(shape.rows, shape.in_features, static_cast<int32_t>(choice));
   return recorded.answer;

@@ -9,6 +9,7 @@
 #include "kernels/attention/prefill.h"
 #include "kernels/common/runtime.h"
 #include "kernels/gemm/gemm.h"
+#include "kernels/quantize/quantize.h"
 #include "kernels/rms_norm/rms_norm.h"
 
 struct RecordedCopy {
@@ -20,6 +21,7 @@ struct RecordedCopy {
 struct RecordedLaunches {
   std::optional<qwen_plugins::RmsNormParams> rms_norm;
   std::optional<qwen_plugins::RmsNormQuantParams> rms_norm_quant;
+  std::optional<qwen_plugins::QuantizeParams> quantize;
   std::optional<qwen_plugins::GemmParams> gemm;
   std::optional<qwen_plugins::PrefillAttentionParams> prefill_attention;
   std::optional<qwen_plugins::DecodeAttentionParams> decode_attention;

@@ -102,9 +102,11 @@ def generate(device: Any, sequences: Sequence[Running], new_tokens: int, chunk: 
     return [sequence.output for sequence in sequences]
 
 
-def prompt_logits(device: Any, prompt: list[int], pages: list[int], chunk: int = 1000, count: int = 1000) -> np.ndarray:
-    """The logits after each token of a prompt, or after the first ones: in chunks, until there are `count`."""
-    sequence, found = Running(prompt, 0, pages), []
+def prompt_logits(
+    device: Any, prompt: list[int], pages: list[int], chunk: int = 1000, count: int = 1000, output: Sequence[int] = ()
+) -> np.ndarray:
+    """The logits after each token of a prompt and of what was said after it: in chunks, until there are `count`."""
+    sequence, found = Running(prompt, 0, pages, output=list(output)), []
     while sequence.has_chunks and sequence.past < count:
         row = sequence.chunk(chunk)
         row.chooses = False

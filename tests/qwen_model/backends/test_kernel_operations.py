@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from qwen_model.backends.torch import kernel_operations
+from qwen_model.backends.torch.eight_bit import QuantizedTensor
 from qwen_model.backends.torch.operations import Step, TorchOperations
 from qwen_model.backends.torch.paged_cache import PagedCache
 from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
 from qwen_model.checkpoints.weights import network_modules
+from tests.qwen_model.backends.test_eight_bit import random_module
+from tests.qwen_model.eight_bit_networks import SCHEMES
 from tests.stand_ins import cpu_launch
 
 CONFIG = ModelConfig(
@@ -36,6 +39,7 @@ def launchers_on_the_cpu(monkeypatch):
     monkeypatch.setattr(kernel_operations, "launch", cpu_launch)
     stream = types.SimpleNamespace(cuda_stream=cpu_launch.STREAM)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(kernel_operations, "kernel_format", cpu_launch.kernel_format)
 
 
 def step_of(lengths: list[int], past_lengths: list[int], query_scale: torch.Tensor | None) -> Step:
@@ -61,15 +65,18 @@ def run(operations: TorchOperations, step: Step) -> list[torch.Tensor]:
     tokens = sum(step.lengths)
     operations.begin(step)
     x = operations.embedding((torch.arange(tokens) * 7 % 50).int(), "embedding")
-    y, residual = operations.norm(x, "layers.1.input_norm")
-    qkv = operations.linear(y, "layers.1.attention.qkv")
-    context = operations.attention(qkv, 1)
+    first, residual = operations.norm(x, "layers.1.input_norm", into=("layers.1.attention.qkv",))
+    qkv = operations.linear(first, "layers.1.attention.qkv")
+    context = operations.attention(qkv, 1, into=("layers.1.attention.output",))
+    last, last_residual = operations.last_token(context, residual)
     attended = operations.linear(context, "layers.1.attention.output", reduce=True)
-    y, residual = operations.norm(attended, "layers.1.post_attention_norm", residual)
-    gated = operations.linear(y, "layers.1.mlp.gate_up", activation="swiglu")
+    y, residual = operations.norm(attended, "layers.1.post_attention_norm", residual, into=("layers.1.mlp.gate_up",))
+    gated = operations.linear(y, "layers.1.mlp.gate_up", activation="swiglu", into=("layers.1.mlp.down",))
     x = operations.linear(gated, "layers.1.mlp.down", reduce=True)
-    last, last_residual = operations.last_token(x, residual)
-    return [qkv, context, gated, x, residual, last, last_residual, operations.linear(last, "lm_head")]
+    normed, _ = operations.norm(x, "final_norm", residual, into=("lm_head",))
+    logits = operations.linear(normed, "lm_head")
+    results = [first, qkv, context, last, last_residual, y, gated, x, residual, normed, logits]
+    return [each.codes.float() * each.scales if isinstance(each, QuantizedTensor) else each for each in results]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +102,27 @@ def test_operations_are_those_of_pytorch(disabled, qk_norm, scaled):
         for actual, expected in zip(run(kernels, step), run(plain, step), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(caches[1].data, caches[0].data, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "disabled", [(), ("rms_norm",), ("gemm",), ("rotary",), ("rms_norm", "gemm", "rotary")], ids=str
+)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("left", ["", "layers.1.mlp.gate_up", "layers.1.mlp.down"], ids=lambda left: left or "all")
+def test_operations_with_quantized_x_are_those_of_pytorch(disabled, scheme, left):
+    """left: a linear layer that is not quantized, whose neighbours are."""
+    generator = torch.Generator().manual_seed(2)
+    modules = {}
+    for name, module in network_modules(CONFIG, "float32").items():
+        modules[name] = module.map(lambda spec: torch.randn(spec.shape, generator=generator) * 0.3)
+        if name.startswith("layers.1.") and len(module.shape) == 2 and name != left:
+            modules[name] = random_module(scheme, *module.shape, generator)
+            modules[name].scales.mul_(0.3 * 0.02 * (1 if scheme.kind == "int8" else 0.7))
+    caches = [PagedCache(CONFIG, 8, torch.float32, "auto", torch.device("cpu")) for _ in range(2)]
+    plain = TorchOperations(CONFIG, modules, caches[0], ("rms_norm",))
+    kernels = kernel_operations.KernelOperations(CONFIG, modules, caches[1], disabled, max_sequences=3)
+
+    for lengths, past_lengths in ([5, 1, 9], [0, 0, 0]), ([1, 1, 1], [5, 1, 9]):
+        step = step_of(lengths, past_lengths, None)
+        for actual, expected in zip(run(kernels, step), run(plain, step), strict=True):
+            assert float((actual - expected).square().mean().sqrt()) < 0.01 * float(expected.square().mean().sqrt())

@@ -101,6 +101,16 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(checkpoint, tmp_path, large
     assert (tmp_path / "model.onnx.data").read_text() == "mine"
 
 
+def test_a_second_export_to_the_same_file_is_refused(checkpoint, tmp_path, large):
+    def progress(phase, done, total):
+        with pytest.raises(qwen_model.QwenModelError, match=r"another command .* is writing .*model.onnx: wait"):
+            export_onnx(checkpoint, output=tmp_path / "model.onnx")
+
+    export_onnx(checkpoint, output=tmp_path / "model.onnx", progress=progress)
+    assert names(tmp_path) == ["model.onnx", "model.onnx.data"]
+    onnx.load(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_failure_changes_nothing(error, checkpoint, tmp_path, monkeypatch, large):
     place = tmp_path / "model.onnx"

@@ -28,6 +28,8 @@ from tests.qwen_model.tensorrt_reference import (
     NEW_TOKENS,
     NUM_BEAMS,
     PROMPT_LENGTHS,
+    QUANTIZED,
+    QUANTIZED_X,
 )
 
 REFERENCE = os.environ.get("QWEN_MODEL_REFERENCE")
@@ -153,6 +155,36 @@ def test_more_prompts_than_slots(engines):
     together = session.generate(many, max_new_tokens=40).outputs
     alone = [session.generate(prompt, max_new_tokens=40).outputs[0] for prompt in many]
     assert [output.output_ids for output in together] == [output.output_ids for output in alone]
+
+
+@pytest.mark.parametrize("name", list(QUANTIZED))
+def test_quantized_weights(name, tmp_path):
+    """Of a checkpoint that both back ends read, with a head of int8 beside it."""
+    model, tolerance = f"packaged-{name}", TOLERANCES["float16"]
+    arrays, prompts = reference(model, "float16")
+    options = {"backend": "tensorrt", "dtype": "float16", "head_quantization": "int8", **LIMITS}
+    qwen_model.build_engine(Path(REFERENCE) / model, output_dir=tmp_path / "engine", **options)
+    session = qwen_model.load_engine(tmp_path / "engine")
+    logits, expected = session.logits(prompts[LOGITS_OF]), arrays["logits"]
+    np.testing.assert_allclose(logits, expected, atol=tolerance * max(1.0, np.abs(expected).max() / 4))
+    for i, output in enumerate(session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs):
+        assert_same_but_for_ties(output.output_ids, arrays["tokens"][:, i], arrays["scores"][:, i], tolerance)
+
+
+@pytest.mark.parametrize("name", list(QUANTIZED_X))
+def test_quantized_x(name, tmp_path):
+    """The kernels are the same, but not the choice of GEMM kernels: a rounding error moves a number to another code."""
+    arrays, prompts = reference(f"packaged-{name}", "float16")
+    options = {"backend": "tensorrt", "dtype": "float16", "head_quantization": "int8", **LIMITS}
+    summary = qwen_model.build_engine(
+        Path(REFERENCE) / f"packaged-{name}", output_dir=tmp_path / "engine", tuning=False, **options
+    )
+    assert any(each.activation for each in summary.config.weight_formats.values())
+    session = qwen_model.load_engine(tmp_path / "engine")
+    logits, expected = session.logits(prompts[LOGITS_OF]), arrays["logits"]
+    assert np.abs(logits - expected).mean() < 0.02 * expected.std()
+    for i, output in enumerate(session.generate(prompts, max_new_tokens=NEW_TOKENS).outputs):
+        assert_same_but_for_ties(output.output_ids, arrays["tokens"][:, i], arrays["scores"][:, i], 0.4)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])

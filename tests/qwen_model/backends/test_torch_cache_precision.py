@@ -14,6 +14,7 @@ from qwen_model.backends.torch import back_end, paged_cache
 from qwen_model.checkpoints.tokenizer import load_tokenizer
 from qwen_model.interface.engine_config import EngineConfig
 from qwen_model.packaged_model import held_out_text
+from qwen_model.quantization.key_balance import row_factors
 from tests.qwen_model.backends.device_runs import prompt_logits
 
 TOKENS = 400
@@ -29,13 +30,15 @@ def engine(tmp_path_factory):
     return device, EngineConfig.read(folder), load_tokenizer(folder).encode(held_out_text())[:TOKENS]
 
 
-def perplexity(engine, kind, bias=None):
+def perplexity(engine, kind, bias=None, balanced=False):
     """bias: of the keys; None: the model as it is."""
     device, config, tokens = engine
     modules = {name: module.map(torch.clone) for name, module in device.operations.modules.items()}
     if bias is not None:
         for layer in range(config.model.num_layers):
             add_key_bias(config.model, modules[f"layers.{layer}.attention.qkv"], bias)
+    if balanced:
+        with_balanced_keys(config.model, modules)
     fresh = paged_cache.PagedCache(config.model, device.num_pages, torch.float32, kind, device.device)
     right = device.operations, device.cache
     device.cache, device.operations = fresh, type(right[0])(config.model, modules, fresh)
@@ -54,6 +57,16 @@ def add_key_bias(config, qkv, bias):
             qkv.weight[head * config.head_size + channel] = 0.0
             qkv.bias[head * config.head_size + channel] = 0.0
         qkv.bias[keys + channel] += bias
+
+
+def with_balanced_keys(config, modules):
+    """What `build` makes of large biases in an engine with an int8 cache."""
+    for layer in range(config.num_layers):
+        qkv = modules[f"layers.{layer}.attention.qkv"]
+        keys = qkv.bias[config.num_heads * config.head_size :][: config.num_kv_heads * config.head_size]
+        factors = row_factors(keys.numpy().reshape(config.num_kv_heads, -1), config, len(qkv.bias))
+        qkv.weight.mul_(torch.from_numpy(factors)[:, None])
+        qkv.bias.mul_(torch.from_numpy(factors))
 
 
 def one_scale(x, kind):
@@ -75,11 +88,12 @@ def test_scales_of_each_token_and_head(engine, kind):
 
 
 def test_key_biases(engine, monkeypatch):
-    """Codes with an exponent keep the small numbers beside large ones; codes of int8 do not, and lose the less the
-    fewer numbers have the scale of the largest."""
+    """Codes with an exponent keep small numbers beside large ones, codes of int8 where `build` balances the keys."""
     exact = perplexity(engine, "auto", 0.0)
     assert perplexity(engine, "auto", BIAS) == pytest.approx(exact, rel=1e-4)
     assert perplexity(engine, "fp8", BIAS) == pytest.approx(exact, rel=0.01)
+    assert perplexity(engine, "auto", BIAS, balanced=True) == pytest.approx(exact, rel=1e-4)
+    assert perplexity(engine, "int8", BIAS, balanced=True) == pytest.approx(exact, rel=0.01)
     per_token_and_head = perplexity(engine, "int8", BIAS) / exact
     monkeypatch.setattr(paged_cache, "quantize", one_scale)
     static = perplexity(engine, "int8", BIAS) / exact

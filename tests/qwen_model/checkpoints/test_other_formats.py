@@ -71,11 +71,11 @@ def test_an_engine_in_place_of_a_checkpoint(engine_dir, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"config.json": {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}}, "quantized with fp8"),
+        ({"config.json": {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}}, "with fp8 of the fmt"),
         ({"config.json": {"compression_config": {"quant_method": "sparse"}}}, "quantized with sparse"),
         ({"quantize_config.json": {"bits": 2, "group_size": 128, "desc_act": False}}, "with GPTQ of 2 bits"),
         ({"quant_config.json": {"w_bit": 3, "q_group_size": 128, "zero_point": True}}, "with AWQ of 3 bits"),
-        ({"hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}}}, "quantized with ModelOpt 'FP8'"),
+        ({"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4"}}}, "quantized with ModelOpt NVFP4"),
         ({"hf_quant_config.json": {"quantization": None}}, "quantized with ModelOpt"),
     ],
     ids=str,

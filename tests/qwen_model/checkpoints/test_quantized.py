@@ -249,7 +249,7 @@ W8A8 = {"input_activations": {"num_bits": 8}, "weights": {"num_bits": 8, "strate
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"quant_method": "fp8", "fmt": "e4m3"}, "with fp8"),
+        ({"quant_method": "fbgemm_fp8"}, "with fbgemm_fp8"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "with bitsandbytes"),
         ({"load_in_4bit": True}, "with an unnamed method"),
         ({"quant_method": "gptq", "bits": 3}, "with GPTQ of 3 bits"),
@@ -267,8 +267,8 @@ W8A8 = {"input_activations": {"num_bits": 8}, "weights": {"num_bits": 8, "strate
         ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "with AWQ of the backend 'llm-awq'"),
         ({"quant_method": "compressed-tensors"}, "with compressed-tensors with the config_groups None"),
         (
-            {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": W8A8}},
-            "that quantizes activations, too, in the format 'int-quantized'",
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": W8A8}},
+            "that quantizes activations, too, in the format 'pack-quantized'",
         ),
         (
             {

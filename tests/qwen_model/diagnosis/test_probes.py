@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import qwen_plugins
+from qwen_model.common.extras import oldest_driver
 from qwen_model.diagnosis.installation import run_probe
-from qwen_model.diagnosis.probes import architectures
+from qwen_model.diagnosis.probes import architectures, install_driver
 from qwen_plugins.registration import PLUGIN_VERSIONS
 
 DRIVER = """
@@ -168,6 +170,14 @@ def test_a_driver_with_gpus(libraries):
 def test_a_driver_that_cannot_be_used(libraries, settings, expected):
     libraries(*settings)
     assert expected in only_lack(run_probe("driver"))[0]
+
+
+def test_kernels_built_with_cuda_12_run_with_older_drivers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwen_plugins._core", SimpleNamespace(CUDA_VERSION=12080))
+    assert oldest_driver() == "525, which CUDA 12 needs"
+    assert install_driver().startswith("install driver 525 or later")
+    monkeypatch.setitem(sys.modules, "qwen_plugins._core", None)  # a source tree
+    assert oldest_driver() == "580, which CUDA 13 needs"
 
 
 def test_no_driver(monkeypatch):

@@ -3,15 +3,45 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qwen_model
+from qwen_model.checkpoints.checkpoint import Checkpoint
 from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.common.errors import OutOfMemoryError
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.memory import most_pages, page_bytes, pool_pages
+from qwen_model.quantization.key_balance import key_factors
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
+
+SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+CACHE_ALONE = {
+    "llm-compressor": {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": SCHEME},
+    "llm-compressor, attention": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Attention"], "weights": None, "output_activations": SCHEME}},
+        "kv_cache_scheme": SCHEME,
+    },
+    "ModelOpt": {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+    "unnamed": None,
+}
+
+
+@pytest.mark.parametrize("quantization", CACHE_ALONE.values(), ids=CACHE_ALONE)
+def test_static_scales_of_a_cache_are_a_warning(model_dir, tmp_path, quantization):
+    """Weights are not quantized; there are scales beside them, and what made them says that the cache is."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{name}": torch.tensor([0.03]) for name in ("k_scale", "v_scale")}
+    save_file(tensors | scales, model / "model.safetensors")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "quantization_config": quantization}))
+    warnings = qwen_model.build_engine(model, output_dir=tmp_path / "engine").warnings
+    (found,) = [warning for warning in warnings if "scales" in warning]
+    assert "static scales of a key-value cache of 8 bits, which are not used: one scale for all tokens" in found
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -89,11 +119,47 @@ def test_how_many_pages_there_are(engine_dir):
             pool_pages(model, limits, "float16", "auto", available)
 
 
-def test_large_key_biases_beside_int8_codes(tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_large_key_biases_beside_int8_codes(tmp_path, quantization):
+    """The factors of keys and queries cancel: only what an int8 cache rounds differs.
+
+    The queries that meet the large key are small: else the rounding of that key itself would be most of the difference.
+    """
+    model = hugging_face_model("Qwen2ForCausalLM")
+    attention, heads = model.model.layers[1].self_attn, model.config.num_attention_heads
+    attention.k_proj.bias.data[5] = -312.0
+    size = model.config.hidden_size // heads
+    for parameter in (attention.q_proj.weight, attention.q_proj.bias):
+        parameter.data.view(heads, size, -1)[:, [5, 5 + size // 2]] /= 64
+    save_hugging_face(model, tmp_path / "model")
+    logits = {}
+    for kind in ("int8", "auto"):
+        summary = qwen_model.build_engine(
+            tmp_path / "model",
+            output_dir=tmp_path / kind,
+            kv_cache_dtype=kind,
+            quantization=quantization,
+            dtype="float32",
+            max_input_len=40,
+        )
+        assert not any("keys have biases" in warning for warning in summary.warnings)
+        logits[kind] = qwen_model.load_engine(tmp_path / kind, device="cpu").logits(list(range(40)))
+    np.testing.assert_allclose(logits["int8"], logits["auto"], atol=0.01 * np.abs(logits["auto"]).max())
+
+
+def test_factors_of_large_key_biases(tmp_path):
+    """Powers of two, shared by a pair of the rotary embedding and by the queries of a head of keys."""
     model = hugging_face_model("Qwen2ForCausalLM")
     model.model.layers[1].self_attn.k_proj.bias.data[5] = -312.0
-    save_hugging_face(model, tmp_path / "model")
-    for kind in ("int8", "fp8", "auto"):
-        summary = qwen_model.build_engine(tmp_path / "model", output_dir=tmp_path / kind, kv_cache_dtype=kind)
-        warned = [warning for warning in summary.warnings if "keys have biases of up to 312" in warning]
-        assert len(warned) == (kind == "int8")
+    folder = save_hugging_face(model, tmp_path / "model")
+    checkpoint, config = Checkpoint(folder), ModelConfig.from_model_dir(folder)
+    checkpoint.check(config)
+    factors, largest = key_factors(checkpoint, config, {})
+    assert (list(factors), largest) == (["layers.1.attention.qkv"], 0.0)
+    found = factors["layers.1.attention.qkv"].reshape(-1, config.head_size)
+    group = config.num_heads // config.num_kv_heads
+    expected = np.ones_like(found)
+    for channel in (5, 5 + config.head_size // 2):
+        expected[:group, channel] = 128
+        expected[config.num_heads, channel] = 1 / 128
+    np.testing.assert_array_equal(found, expected)

@@ -20,8 +20,8 @@ import qwen_model
 from qwen_model import QwenModelError
 from qwen_model.backends.torch import back_end
 from qwen_model.common.files import write_whole
+from qwen_model.common.work_folder import work_folder
 from qwen_model.engine import output_folder
-from qwen_model.engine.work_folder import work_folder
 from qwen_model.interface.engine_config import EngineConfig
 
 
@@ -429,7 +429,7 @@ def hidden_folder(place):
 
 def test_what_a_killed_build_left_is_removed_by_the_next(model_dir, place):
     with a_build_that_writes(place) as process:
-        refused(model_dir, place, rf"another build \(process {process.pid} on .*\) is writing .*engine: wait")
+        refused(model_dir, place, rf"another command \(process {process.pid} on .*\) is writing .*engine: wait")
         process.kill()
         process.wait()
         assert (hidden_folder(place) / "new" / "weights").is_dir()
@@ -472,7 +472,7 @@ def test_what_may_be_of_a_living_build_is_left_alone(model_dir, place):
         folder = hidden_folder(place)
     maker = json.loads((folder / "lock").read_text())
     (folder / "lock").write_text(json.dumps({**maker, "host": "another", "boot": "another"}))
-    refused(model_dir, place, rf"{folder} may be of a build on another machine: if none runs, remove it")
+    refused(model_dir, place, rf"{folder} may be of a run on another machine: if none runs, remove it")
     assert (folder / "new" / "weights").is_dir()
     (folder / "lock").write_text(json.dumps({**maker, "host": "a container"}))
     build(model_dir, place)
@@ -486,12 +486,12 @@ def test_what_only_looks_like_a_build_is_left_alone(model_dir, place, tmp_path):
         folder = hidden_folder(place)
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    refused(model_dir, place, "is in the way, and no build made it")
+    refused(model_dir, place, "is in the way, and not of a run")
     assert (tmp_path / "elsewhere" / "new" / "weights").is_dir()
     folder.unlink()
     folder.mkdir()
     (folder / "letter.txt").write_text("keep me")
-    refused(model_dir, place, "is in the way, and no build made it")
+    refused(model_dir, place, "is in the way, and not of a run")
     assert (folder / "letter.txt").read_text() == "keep me"
 
 
@@ -501,7 +501,7 @@ def test_two_builds_at_the_same_time(model_dir, tmp_path):
         model_dir,
         tmp_path / "engine",
         max_batch_size=3,
-        progress=lambda *step: refused(model_dir, tmp_path / "engine", f"another build .process {os.getpid()} on"),
+        progress=lambda *step: refused(model_dir, tmp_path / "engine", f"another command .process {os.getpid()} on"),
     )
     assert batch_size(tmp_path / "engine") == 3
     assert names(tmp_path) == ["engine"]
@@ -528,7 +528,7 @@ def test_builds_that_begin_and_end_at_the_same_moment(tmp_path, monkeypatch, fil
     with ThreadPoolExecutor(8) as threads:
         results = set(threads.map(write, range(200)))
     assert "written" in results
-    assert [said for said in results if not re.match("written|another build .*is writing", said)] == []
+    assert [said for said in results if not re.match("written|another command .*is writing", said)] == []
     config = json.loads((place / "config.json").read_text())
     assert (place / "model.plan").read_text() == str(config["number"])
     assert (names(tmp_path), names(place)) == (["engine"], ["config.json", "model.plan"])
@@ -548,7 +548,7 @@ def test_builds_that_begin_at_the_same_moment_inside_and_beside(tmp_path, monkey
 
         monkeypatch.setattr(Path, "mkdir", begin_another_build_first)
         with (
-            pytest.raises(QwenModelError, match=r"another build \(process .* is writing .*engine: wait"),
+            pytest.raises(QwenModelError, match=r"another command \(process .* is writing .*engine: wait"),
             work_folder(tmp_path / "engine", inside=inside),
         ):
             pytest.fail("two builds write at once")

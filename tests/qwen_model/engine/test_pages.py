@@ -83,3 +83,19 @@ def test_the_first_page_of_a_name_is_kept():
     pool.release([second])
     assert pool.allocate(1) == [second]
     assert pool.find([b"a"]) == [first]
+
+
+def test_what_is_forgotten_is_not_found_and_can_be_named_again():
+    pool = PagePool(4, 4)
+    names = names_of(list(range(8)))
+    pages = pool.allocate(2)
+    for page, name in zip(pages, names, strict=True):
+        pool.name(page, name)
+    pool.release(pages[1:])
+    pool.forget()
+    assert pool.find(names) == []
+    again = pool.allocate(1)
+    pool.name(again[0], names[0])
+    assert pool.find(names) == again
+    pool.release(pages[:1] + again)
+    assert pool.num_free == 3

@@ -174,7 +174,7 @@ def test_engines_of_16_bits_keep_the_scales_of_the_checkpoint(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantization": "int3"}, "quantization must be one of auto, none, int8, int4, not 'int3'"),
+        ({"quantization": "int3"}, "quantization must be one of auto, none, int8, int4, smoothquant, fp8, not 'int3'"),
         ({"quantization": "int4", "group_size": 48}, r"group_size must be 32, 64, 128 or -1 \(all inputs\), not 48"),
         ({"quantization": "int4", "group_size": True}, "group_size must be 32, 64, 128 or -1"),
         ({"quantization": "int4"}, r"qkv has 64 inputs, which are no groups of 128.* of 32 or 64 or -1"),

@@ -1,6 +1,7 @@
 """Batches, streams, ends and limits of a session on a small random engine."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -31,6 +32,42 @@ def test_a_batch_gives_what_each_prompt_gives_alone(session, batch, new_tokens):
     together = session.generate(batch, max_new_tokens=new_tokens).outputs
     alone = [session.generate(prompt, max_new_tokens=new_tokens).outputs[0] for prompt in batch]
     assert together == alone
+
+
+def test_several_threads_share_the_batches(endless):
+    """Each gets what it would get alone; and steps have tokens of several: none waits for the end of another."""
+    prompts = [random_prompt(5 + 7 * i, seed=i) for i in range(6)]
+    beams = endless.generate(prompts[0], max_new_tokens=5, num_beams=2).outputs
+    expected = [endless.generate(prompt, max_new_tokens=20).outputs for prompt in prompts]
+    found, rows = {}, []
+    decode_batch = endless.scheduler._slots.decode_batch
+
+    def counted(slots):
+        rows.append(len(slots))
+        return decode_batch(slots)
+
+    def work(index):
+        for turn in range(3):
+            if turn == index % 3:
+                tokens = [event.token_id for event in endless.stream(prompts[index], max_new_tokens=20)]
+                assert tokens == expected[index][0].output_ids
+            found[index, turn] = endless.generate(prompts[index], max_new_tokens=20).outputs == expected[index]
+        found[index, "beams"] = endless.generate(prompts[0], max_new_tokens=5, num_beams=2).outputs == beams
+        found[index, "logits"] = np.isfinite(endless.logits(prompts[index])).all()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    endless.scheduler._slots.decode_batch = counted
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        del endless.scheduler._slots.decode_batch
+    assert len(found) == 6 * 5
+    assert all(found.values())
+    assert max(rows) > 2
+    assert not endless.scheduler.has_work
 
 
 def test_nothing_of_a_request_is_left_for_the_next(endless):

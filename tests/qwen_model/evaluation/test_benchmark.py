@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from qwen_model import benchmark
+from qwen_model import benchmark, load_engine
 from qwen_model.common.errors import OutOfMemoryError
 from qwen_model.evaluation import original
+from qwen_model.evaluation.targets import EngineTarget
 from tests.qwen_model.evaluation import fake_server
 
 
@@ -46,6 +47,16 @@ def test_default_batches_reach_the_engines_limit(capsys, engine_dir):
     status, out, _ = run(capsys, "--engine-dir", engine_dir, "--device", "cpu", "--random", "2,2")
     assert status == 0
     assert [line.split("|")[2].strip() for line in out.splitlines()[4:]] == ["1", "2", "4", "6"]
+
+
+def test_a_prompt_is_computed_anew_in_each_batch(engine_dir, monkeypatch):
+    session = load_engine(engine_dir, device="cpu")
+    target, forward, tokens = EngineTarget(session), session.device.forward, []
+    monkeypatch.setattr(session.device, "forward", lambda batch: (tokens.append(len(batch.tokens)), forward(batch)))
+    assert session.device.page_size < 100
+    for _ in range(2):
+        target.generate([list(range(100))], 1, lambda: None)
+    assert tokens == [100, 100]
 
 
 def test_a_conversation_file(capsys, engine_dir, tmp_path):

@@ -45,6 +45,10 @@ def test_an_answer_is_the_sessions(api, session):
     [
         ({}, {}),
         ({"do_sample": False, "temperature": 0.9, "top_p": 0.5, "seed": 4}, {}),
+        (
+            {"do_sample": False, "presence_penalty": 1.5, "logit_bias": {9: 8.0}},
+            {"presence_penalty": 1.5, "logit_bias": {9: 8.0}},
+        ),
         ({"do_sample": True, "seed": 4}, {"temperature": 1.0, "seed": 4}),
         ({"temperature": 0.9, "top_k": 5, "seed": 4}, {"temperature": 0.9, "top_k": 5, "seed": 4}),
     ],

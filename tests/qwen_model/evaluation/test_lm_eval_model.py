@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qwen_model.common.errors import QwenModelError
+from qwen_model.interface.sampling import SamplingOptions
 from qwen_model.packaged_model import held_out_text, packaged_model_dir
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -89,6 +90,16 @@ def test_sampling_is_seeded(ours):
     greedy = ours.generate_until(instances("generate_until", ("def f(x):", {"until": [], "max_gen_toks": 12})), True)
     assert first == second
     assert first[0] != greedy[0]
+
+
+def test_penalties_apply_to_greedy_choice(ours):
+    session = ours._session
+    for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        settings = {"until": [], "max_gen_toks": 24, penalty: 2.0, "min_p": 0.5}
+        [found] = ours.generate_until(instances("generate_until", ("x = 1\nx = 1\n", settings)), True)
+        options = SamplingOptions(**{penalty: 2.0})
+        [output] = session.generate("x = 1\nx = 1\n", max_new_tokens=24, sampling=options).outputs
+        assert found == output.text
 
 
 def test_what_is_cut_is_said(ours, caplog):

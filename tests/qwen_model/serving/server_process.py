@@ -71,18 +71,10 @@ class ServerProcess:
 
     def children(self) -> dict[int, str]:
         """Return process ids of the children, and which part they are: engine or http."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                command = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if parent == self.process.pid and b"spawn_main" in command:
-                found[int(folder.name)] = "http"
-        if found:  # the engine's process is started first
-            found[min(found)] = "engine"
-        return found
+        found = child_processes(self.process.pid, "spawn_main")
+        return {
+            pid: "http" if number else "engine" for number, pid in enumerate(found)
+        }  # the engine's is started first
 
     def rss(self, pid: int) -> int:
         """Return the resident bytes of a process."""
@@ -98,3 +90,16 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+
+
+def child_processes(parent: int, command: str) -> list[int]:
+    """Return the process ids of the children that have this text in their command, the oldest first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and command in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return sorted(found)

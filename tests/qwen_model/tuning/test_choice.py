@@ -6,9 +6,11 @@ import json
 import pytest
 
 from qwen_model.checkpoints.config import ModelConfig
+from qwen_model.checkpoints.eight_bit_weight import eight_bit_format
 from qwen_model.checkpoints.module_weights import WeightFormat
 from qwen_model.checkpoints.weights import network_modules
 from qwen_model.interface.engine_config import Limits
+from qwen_model.interface.weight_formats import kernel_format
 from qwen_model.tuning import choice
 from qwen_model.tuning.choice import MANY_ROWS, ROWS, KernelRange, buckets, by_module, choose_kernels, ranges
 from qwen_model.tuning.linear_layers import LinearShape, linear_layers
@@ -102,6 +104,41 @@ def test_quantized_layers_are_measured_in_their_formats(model):
         quantized.WeightFormat(4, 32, True, "float16"),
         quantized.WeightFormat(8, 0, False, "bfloat16"),
     }
+
+
+@pytest.mark.parametrize(
+    ("scale", "kinds", "quantizes"),
+    [
+        ("tensor", ("fp8", "fp8"), True),
+        ("token", ("fp8", "fp8"), False),
+        ("tensor", ("fp8", "int8"), False),  # a GEMM writes codes of the kind that it reads
+        ("tensor", (None, "int8"), False),
+    ],
+)
+def test_layers_that_quantize_their_result_are_measured_so(model, scale, kinds, quantizes):
+    up, down = (None if kind is None else eight_bit_format(kind, scale) for kind in kinds)
+    formats = {"layers.0.mlp.gate_up": up, "layers.0.mlp.down": down}
+    formats = {name: each for name, each in formats.items() if each is not None}
+    shapes = linear_layers(model, "float16", formats)
+    shape = shapes["layers.0.mlp.gate_up"]
+    assert shape.quantized_y == quantizes
+    assert shape.text.endswith("quantized y") == quantizes
+    assert not shapes["layers.0.mlp.down"].quantized_y
+
+    class EightBit(FakeGpu):
+        def candidates(self, *, weight_format=None, quantized_y=False, **shape):
+            return ["stream"] if weight_format is None else ["stream_eight_bit"]
+
+        def measure(self, *, weight_format=None, quantized_y=False, rows, bias, **shape):
+            self.measured.append((weight_format, quantized_y))
+            return {"stream": 2.0, "stream_eight_bit": 1.0}
+
+    gpu = EightBit()
+    modules = by_module(model, "float16", choose_kernels(model, LIMITS, "float16", nothing, gpu, formats), formats)
+    assert modules["layers.0.mlp.down"][0][1] == "stream_eight_bit"
+    expected = {(None, False), (kernel_format(down), False)}
+    expected |= set() if up is None else {(kernel_format(up), quantizes)}
+    assert set(gpu.measured) == expected
 
 
 def test_buckets_reach_the_most_rows():

@@ -18,6 +18,7 @@ from tests.stand_ins import cpu_launch
 @pytest.fixture(autouse=True)
 def launchers_on_the_cpu(monkeypatch):
     monkeypatch.setattr(kernel_operations, "launch", cpu_launch)
+    monkeypatch.setattr(kernel_operations, "kernel_format", cpu_launch.kernel_format)
     stream = types.SimpleNamespace(cuda_stream=cpu_launch.STREAM)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 

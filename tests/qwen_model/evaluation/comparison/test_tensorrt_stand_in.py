@@ -79,6 +79,12 @@ def test_a_prompt_with_a_rotary_table_of_its_own(trt, tmp_path):
     assert compare_engine(engine, reference, model_dir).passed
 
 
+def test_a_prompt_of_more_tokens_than_rows_of_logits(trt, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen_model.backends.tensorrt.back_end.LOGIT_ROWS", 10)
+    with pytest.raises(QwenModelError, match=r"a prompt of 20 tokens is too long for .*: give at most 10"):
+        compared(made, "Qwen2ForCausalLM", tmp_path)
+
+
 def interleaved(x, rows):
     half = rows.shape[-1] // 2
     cos, sin = rows[:, None, :half], rows[:, None, half:]

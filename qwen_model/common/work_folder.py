@@ -1,6 +1,6 @@
-"""Make the hidden folder that a build writes in, with a lock file that the building process holds locked.
+"""Make the hidden folder that a command writes its output in, with a lock file that the process holds locked.
 
-So a second build to the same place finds the first one running, and a later one removes what a killed build left.
+So a second command for the same place finds the first one running, and a later one removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ..common.errors import QwenModelError
+from .errors import QwenModelError
 
-INSIDE = ".engine.building"  # its name inside an engine's folder; then the names in it
+INSIDE = ".engine.building"  # its name inside a folder that is written; then the names in it
 LOCK, NEW, OLD = "lock", "new", "old"
 
 
 @contextmanager
 def work_folder(place: Path, inside: bool) -> Iterator[Path]:
-    """Make a folder inside the engine's folder or beside it, and remove it with its content at the end.
+    """Make a folder inside the folder `place` or beside it, and remove it with its content at the end.
+
+    place: the folder, or the file, that is written. inside: of a folder alone.
 
     Raises:
-        QwenModelError: another build is writing there, or may be, on another machine.
+        QwenModelError: another command is writing there, or may be, on another machine.
         OSError: the folder cannot be made.
     """
     work, other = place / INSIDE, place.parent / _name_beside(place)
@@ -38,7 +40,7 @@ def work_folder(place: Path, inside: bool) -> Iterator[Path]:
         try:
             json.dump(_this_process(), lock)
             lock.flush()
-            # After making its own folder: of two builds that start at once, each then finds the other's.
+            # After making its own folder: of two commands that start at once, each then finds the other's.
             _remove_left_over(other, place)
             yield work
         finally:
@@ -47,7 +49,7 @@ def work_folder(place: Path, inside: bool) -> Iterator[Path]:
 
 
 def has_work(place: Path) -> bool:
-    """Tell whether a build is writing inside the folder, or was killed while it did."""
+    """Tell whether a command is writing inside the folder, or was killed while it did."""
     return (place / INSIDE / LOCK).is_file()
 
 
@@ -61,16 +63,16 @@ def _new_and_locked(work: Path, place: Path) -> IO[str]:
     try:
         work.mkdir(mode=0o700)
         lock = (work / LOCK).open("x", encoding="utf-8")
-    except (FileExistsError, FileNotFoundError):  # another build was faster, or removed the folder as left over
-        raise _another_build(place) from None
+    except (FileExistsError, FileNotFoundError):  # another command was faster, or removed the folder as left over
+        raise _another_command(place) from None
     except OSError:
         _remove_empty(work)
         raise
-    with suppress(OSError):  # on a file system without locks nothing of a killed build is removed either
+    with suppress(OSError):  # on a file system without locks nothing of a killed command is removed either
         fcntl.flock(lock, fcntl.LOCK_EX)
     if not _is_lock_of(work, lock):
         lock.close()
-        raise _another_build(place)
+        raise _another_command(place)
     return lock
 
 
@@ -83,21 +85,21 @@ def _is_lock_of(work: Path, lock: IO[str]) -> bool:
 
 
 def _remove_left_over(work: Path, place: Path) -> None:
-    """Remove what a killed build left; raise QwenModelError if a build is running, or may be on another machine."""
+    """Remove what a killed command left; raise QwenModelError if one is running, or may be on another machine."""
     if not os.path.lexists(work):
         return
-    unknown = f"{work} may be of a build on another machine: if none runs, remove it; else wait, or give another folder"
+    unknown = f"{work} may be of a run on another machine: if none runs, remove it; else wait, or give another place"
     try:
         if work.is_symlink() or not set(os.listdir(work)) <= {LOCK, NEW, OLD}:
-            raise QwenModelError(f"{work} is in the way, and no build made it: rename it, or give another folder")
+            raise QwenModelError(f"{work} is in the way, and not of a run: rename it, or give another place")
         with (work / LOCK).open("r+", encoding="utf-8") as lock:
             owner = _owner(lock.read())
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise _another_build(place, owner) from None
+                raise _another_command(place, owner) from None
             if not _is_lock_of(work, lock):
-                raise _another_build(place)
+                raise _another_command(place)
             if os.listdir(work) != [LOCK] and not _of_this_machine(owner):
                 raise QwenModelError(unknown)
             _remove(work)
@@ -135,13 +137,13 @@ def _of_this_machine(owner: dict[str, Any]) -> bool:
     return any(here[key] and owner.get(key) == here[key] for key in ("host", "boot"))
 
 
-def _another_build(place: Path, owner: dict[str, Any] | None = None) -> QwenModelError:
+def _another_command(place: Path, owner: dict[str, Any] | None = None) -> QwenModelError:
     who = f" (process {owner.get('process')} on {owner.get('host')})" if owner else ""
-    return QwenModelError(f"another build{who} is writing {place}: wait until it ends, or give another folder")
+    return QwenModelError(f"another command{who} is writing {place}: wait until it ends, or give another place")
 
 
 def _remove(work: Path) -> None:
-    """Remove all, the lock file last, so that what an interruption leaves is still recognised as a build's."""
+    """Remove all, the lock file last, so that what an interruption leaves is still recognised as a command's."""
     for name in (NEW, OLD):
         shutil.rmtree(work / name, ignore_errors=True)
     with suppress(OSError):
