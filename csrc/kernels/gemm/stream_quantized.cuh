@@ -1,9 +1,9 @@
-// The streaming GEMM of quantized weights for few rows on Hopper: reads the packed weight once, at the speed of memory.
+// The streaming GEMM of quantized weights for up to 64 rows on Hopper: reads the packed weight once, at the speed of memory.
 //
-// A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, rows of x
-// are operand b. A lane loads 16 bytes of codes, which are whole operands (packed_weight.h), turns them into code -
-// zero in the type of x, which is exact, and multiplies. The sums of a group of k are scaled in float32. Nothing is
-// rounded before the end.
+// A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, or with
+// more than 16 rows of x of wgmma, 64 for each consumer warpgroup; rows of x are operand b. A lane loads 16 bytes of
+// codes, which are whole operands (packed_weight.h), turns them into code - zero in the type of x, which is exact, and
+// multiplies. The sums of a group of k are scaled in float32. Nothing is rounded before the end.
 //
 // One warp issues bulk copies of a tile's codes, scales and zeros, 128 k (a chunk) at a time, another TMA loads of the
 // same k of x, into a ring buffer that runs on from tile to tile. The warps of a block divide the rows of the tile
