@@ -36,6 +36,7 @@ STEPS = 9
 KINDS = {  # the first pattern that matches a kernel's name decides
     "attention": "attention|attend|prepare_tokens",
     "norms": "rms_norm",
+    "quantization": "quantize_in_",
     "sampling": "argmax|sample",
     "embedding": "gather_rows",
     "products": "gemm|gemv|cutlass|nvjet|splitK|cublas",
@@ -46,6 +47,7 @@ COLORS = {
     "products": "#76b900",
     "attention": "#3b7dd8",
     "norms": "#f2a541",
+    "quantization": "#e9c46a",
     "SwiGLU": "#b07cc6",
     "sampling": "#d1495b",
     "embedding": "#66a182",

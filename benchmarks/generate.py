@@ -6,7 +6,8 @@
 
 Each line has the time to the first token (of a call that generates one token), the tokens per second of the whole
 batch after it, and the device memory. `products` is the GEMMs of a decode step alone, by cuBLAS in one CUDA graph. The
-results of an implementation for a shape are a file, generate_SHAPE_IMPLEMENTATION.json. Implementations that are not
+results of an implementation for a shape are a file, generate_SHAPE_IMPLEMENTATION.json, with --quantization
+int4_SHAPE_IMPLEMENTATION.json and so on; vLLM's head has 16 bits whatever ours has. Implementations that are not
 installed are left out. `--backend tensorrt` needs no PyTorch; `native_norms`, `native_rotary` and `native_gemm` are the
 same engine with RMSNorm, the rotary embedding or the linear layers in TensorRT's own layers.
 """
@@ -27,6 +28,7 @@ import numpy as np
 from benchmarks.common import RESULTS, require_tensorrt, require_torch, write_results
 from qwen_model import Session
 from qwen_model.interface.engine_config import KV_CACHE_DTYPES
+from qwen_model.quantization.options import QUANTIZATIONS
 
 # Settings of a config.json of Qwen2. Qwen-7B is Qwen v1: the GEMMs are the same, with as many key-value heads as heads.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -132,7 +134,9 @@ def run(options: argparse.Namespace, module: Any) -> None:
     largest = Load(max(options.batch_sizes), max(options.prompt_tokens), options.new_tokens)
     per_token = "per token" if options.per_token else None
     cache = None if options.kv_cache_dtype == "auto" else f"{options.kv_cache_dtype} cache"
-    weights = ", ".join(filter(None, [options.dtype, options.quantization, per_token, cache]))
+    head = options.head_quantization if options.quantization is not None else None
+    of_head = {None: None, "none": "16-bit head"}.get(head, f"{head} head")
+    weights = ", ".join(filter(None, [options.dtype, options.quantization, per_token, of_head, cache]))
     for shape in options.shapes:
         for name, implementation in module.loaded(options, shape, largest):
             results = []
@@ -147,6 +151,7 @@ def run(options: argparse.Namespace, module: Any) -> None:
             del implementation
             module.reset_memory()
             kinds = [options.quantization or "generate", "per_token" if options.per_token else "", shape, name]
+            kinds += ["16_bit_head"] if head == "none" else []
             kinds += [] if cache is None else [f"{options.kv_cache_dtype}_cache"]
             path = options.results / f"{'_'.join(filter(None, kinds))}.json"
             write_results(path, [dataclasses.asdict(result) for result in results])
@@ -176,7 +181,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     parser.add_argument(
         "--quantization",
-        choices=["int8", "int4", "smoothquant", "fp8"],
+        choices=QUANTIZATIONS,
         help="of our torch back end's random weights, and vLLM's; smoothquant and fp8: of x, too, with static scales",
     )
     parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")

@@ -237,8 +237,8 @@ def quantization_options(options: argparse.Namespace) -> QuantizationOptions:
     """Return what --quantization and the options beside it say."""
     head = None if options.head_quantization == "none" else options.head_quantization
     kind, group_size = options.quantization, options.group_size
-    per_token = getattr(options, "per_token", False)  # generate alone has it
-    return QuantizationOptions(kind, group_size, not options.asymmetric, head, per_token=per_token, per_channel=True)
+    own = {"per_token": options.per_token, "per_channel": True}
+    return QuantizationOptions(kind, group_size, not options.asymmetric, head, **own)
 
 
 def packaged_session(dtype: str, device: str, largest: Load) -> Session:

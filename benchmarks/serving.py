@@ -41,6 +41,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS, write_results
 from benchmarks.throughput_offline import LONGEST, Request, requests
+from qwen_model.quantization.options import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from qwen_model.engine.session import Session
@@ -311,11 +312,12 @@ def result(
     ]
     gaps = [gap for record in good for gap in np.diff(record.arrivals).tolist()]
     new_tokens = sum(record.new_tokens for record in good)
+    own = [options.quantization, "per token" if options.per_token else None] if name != "vllm" else []
     (first_p50, first_p99), (token_p50, token_p99), (gap_p50, gap_p99) = map(_percentiles, (first, per_token, gaps))
     found = Result(
         name,
         options.shape,
-        " ".join(filter(None, [options.dtype, options.quantization if name != "vllm" else None])),
+        " ".join(filter(None, [options.dtype, *own])),
         load,
         None if rate is None else round(rate, 3),
         len(records),
@@ -440,7 +442,8 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="ours")
-    parser.add_argument("--quantization", choices=["int8", "int4"], help="ours; vLLM's: --vllm-arguments")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="ours; vLLM's: --vllm-arguments")
+    parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")
     parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8", help="ours")
     parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
     parser.add_argument("--asymmetric", action="store_true", help="with int4")

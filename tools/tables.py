@@ -71,6 +71,65 @@ def generation_on_h100(prompt_tokens: int) -> str:
     return generate_report.table(records, prompt_tokens, h100_bandwidth())
 
 
+def quantized_generation(prompt_tokens: int) -> str:
+    """Return tokens per second and times to the first token by quantization, ours and vLLM's, on an H100."""
+    records = []
+    for kind in ("generate", "int8", "int4", "smoothquant", "fp8"):
+        for path in sorted((RESULTS / "h100").glob(f"{kind}_*qwen2.5-7b_*.json")):
+            records += json.loads(path.read_text(encoding="utf-8"))["results"]
+    records = [r for r in records if r["prompt_tokens"] == prompt_tokens and r["implementation"] in IMPLEMENTATIONS]
+    if not any("int4" in r["dtype"] for r in records):
+        return NOT_MEASURED
+    batches, rows = sorted({r["batch_size"] for r in records}), []
+    for dtype, name in dict.fromkeys((r["dtype"], r["implementation"]) for r in records):
+        here = {r["batch_size"]: r for r in records if (r["dtype"], r["implementation"]) == (dtype, name)}
+        rates = [f"{here[n]['decode_tokens_per_second']:.0f}" if n in here else "" for n in batches]
+        firsts = [f"{here[n]['first_token_ms']:.1f}" if n in here else "" for n in batches]
+        rows.append([dtype, IMPLEMENTATIONS[name], *rates, *firsts])
+    heads = [f"{what}, batch {n}" for what in ("tokens/s", "first token, ms") for n in batches]
+    return markdown(["weights", "", *heads], rows)
+
+
+IMPLEMENTATIONS = {"qwen_model": "**ours**", "vllm": "vLLM"}
+
+
+def offline() -> str:
+    """Return the throughput of many requests at once, ours and vLLM's."""
+    if not (RESULTS / "h100" / "throughput_offline.json").exists():
+        return NOT_MEASURED
+    records = read("h100/throughput_offline")
+    least = max(r["seconds"] for r in records)
+    rows = [
+        [
+            IMPLEMENTATIONS[r["implementation"]],
+            f"{r['seconds']:.1f}",
+            f"{r['requests_per_second']:.1f}",
+            f"{r['new_tokens_per_second']:,.0f}",
+            f"{least / r['seconds']:.2f}",
+        ]
+        for r in records
+    ]
+    return markdown(["", "seconds", "requests/s", "new tokens/s", "times the slowest"], rows)
+
+
+def serving() -> str:
+    """Return what a server gives at saturation, at rates and to one user, ours and vLLM's."""
+    if not (RESULTS / "h100" / "serving.json").exists():
+        return NOT_MEASURED
+    rows = []
+    for record in read("h100/serving"):
+        rate = record["request_rate"]
+        load = record["load"] if rate is None else f"{record['load']}, {rate:.1f} requests/s"
+        medians = [
+            f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}" for name in ("first_token", "per_token")
+        ]
+        name = {**IMPLEMENTATIONS, "session": "**ours**, `Session.stream`"}[record["implementation"]]
+        rows.append([load, name, f"{record['new_tokens_per_second']:,.0f}", *medians])
+    rows.sort(key=lambda row: row[0])
+    heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %"]
+    return markdown(["load", "", "new tokens/s", *heads], rows)
+
+
 def products_of_prompts() -> str:
     """Return GEMMs of more rows than decoding has, ours and cuBLAS, on an H100, and list where cuBLAS is faster."""
     results = read("h100/gemm")
@@ -307,6 +366,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-128-h100": lambda: generation_on_h100(128),
     "generation-1024-h100": lambda: generation_on_h100(1024),
     "generation-engines": generation_of_engines,
+    "quantized-128-h100": lambda: quantized_generation(128),
+    "quantized-1024-h100": lambda: quantized_generation(1024),
+    "offline-h100": offline,
+    "serving-h100": serving,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
     "gemm": lambda: f"{gemm.tables(read('gemm'), READ_BANDWIDTH)}\n{gemm.summary(read('gemm'))}",

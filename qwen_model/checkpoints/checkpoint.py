@@ -69,6 +69,10 @@ class Checkpoint:
         dtypes = [dtype for dtype, _ in counts.most_common() if dtype in WEIGHT_DTYPES]
         return dtypes[0].replace("float64", "float32") if dtypes else "float32"
 
+    def dtype_of(self, name: str) -> str:
+        """Return the type of one tensor of the checkpoint, as PyTorch names it."""
+        return self._tensors[name].dtype
+
     def tensor(self, name: str, part: tuple[slice, ...] = ()) -> Weight:
         """Read one tensor of the checkpoint, or a part of it, in its own type, memory-mapped if possible.
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_JSON = "tokenizer.json"
+LONG_TEXT = 1 << 14  # characters that take milliseconds
 SPOKEN = ("content", *REASONING_FIELDS)
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
@@ -79,7 +80,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not parse_special_tokens
         with _one_error(f"{TOKENIZER_JSON} cannot encode the text"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < LONG_TEXT:
+                return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # A batch leaves the interpreter's lock to other threads, and its fast form computes no offsets.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         known = ids if not ids or min(ids) >= 0 else [token_id for token_id in ids if token_id >= 0]

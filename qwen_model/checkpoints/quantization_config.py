@@ -260,7 +260,8 @@ class _Reader:
         if stored_as not in ("int-quantized", "float-quantized", "naive-quantized"):
             raise self._refused(f"{name} in the format {shown(stored_as)}")
         if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping) or group.get("output_activations"):
-            what = "that quantizes outputs" if group.get("output_activations") else "of weights alone"
+            what = "of weights alone" if isinstance(weights, Mapping) else f"with the weights {shown(weights)}"
+            what = "that quantizes outputs" if group.get("output_activations") else what
             raise self._refused(f"{name} {what} in the format {shown(stored_as)}")
         kinds = [_eight_bit_kind(each) for each in (weights, inputs)]
         if kinds[0] is None or kinds[0] != kinds[1]:

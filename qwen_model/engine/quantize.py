@@ -35,7 +35,6 @@ from .calibration import calibrated_weights, calibration_warnings
 from .output_folder import new_folder_place, new_folder_written_whole
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 SHARD_BYTES = 4 << 30
@@ -180,8 +179,7 @@ class _Writer:
                         yield from self._quantized(name, spec)
                     else:
                         for source, tensor in self._parts(spec):
-                            dtype = self._checkpoint.tensor(source).dtype
-                            yield source, _as_dtype(tensor, dtype, source), tensor.nbytes
+                            yield source, _as_dtype(tensor, self._checkpoint.dtype_of(source), source), tensor.nbytes
 
     def _parts(self, spec: WeightSpec) -> Iterator[tuple[str, Tensor]]:
         """Yield the checkpoint's tensors that a weight is made of, with the scales of inputs folded in, by name."""
@@ -260,15 +258,17 @@ def _head(model: ModelConfig) -> str:
     return ARCHITECTURES[model.architecture].weights.lm_head
 
 
-def _as_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _as_dtype(tensor: Tensor, dtype: str, name: str) -> Tensor:
     """Return a tensor of its own in the checkpoint's type, which folding may have left.
 
     Raises:
         QwenModelError: a number is too large for it.
     """
-    converted = tensor.to(dtype, copy=True)
+    import torch
+
+    converted = tensor.to(getattr(torch, dtype), copy=True)
     if not all_finite(converted):
-        raise QwenModelError(too_large(name, str(dtype).removeprefix("torch."), float(tensor.abs().max())))
+        raise QwenModelError(too_large(name, dtype, float(tensor.abs().max())))
     return converted.contiguous()
 
 

@@ -30,6 +30,8 @@ ALPHAS = tuple(index / 20 for index in range(6, 19))
 """The exponents that "auto" tries, besides no smoothing: 0.3 to 0.9."""
 LEAST_SCALE, LEAST_PART = 1e-5, 1e-4
 """The least s, and the least part of the largest channel that one counts as: what calibration never saw is not 0."""
+LEAST_STATIC = 2.0**-24
+"""The least static scale, of inputs that are all 0: the least number of float16."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class _Calibration:
                 self.found.scales[module] = scales
             if self._formats[module].activation_scale == "tensor":
                 largest = float((inputs.largest / scales).max())
-                self.found.static[module] = max(largest, 1e-6) / LARGEST_CODES[self._formats[module].kind]
+                scale = largest / LARGEST_CODES[self._formats[module].kind]
+                self.found.static[module] = max(scale, LEAST_STATIC)
         self._seen.clear()
 
     def _smoothing(self, module: str, inputs: _Inputs) -> Floats:

@@ -18,7 +18,7 @@ from .generation import Generation, Job, Piece, ends_of, new_tokens, sampling_op
 from .grammar import JSON_OBJECT, call_schema, json_grammar
 from .logprobs import chat_logprobs
 from .reasoning import START, ReasoningParser
-from .schemas import ChatRequest, NamedTool, ResponseFormat
+from .schemas import ChatRequest, NamedTool, ResponseFormat, StreamOptions
 from .tool_calls import OPEN, Delta, ToolCallParser
 
 FORCED_CALL = f"{OPEN}\n"
@@ -249,20 +249,21 @@ def _call(name: str, arguments: str) -> dict[str, Any]:
 
 async def _events(context: Context, body: ChatRequest, chat: ChatJob, generation: Generation) -> AsyncIterator[bytes]:
     """Yield the chunks of a stream."""
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options or StreamOptions()
     chunk: dict[str, Any] = {
         "id": new_id("chatcmpl"),
         "object": "chat.completion.chunk",
         "created": now(),
         "model": context.model.name,
-        **({"usage": None} if include_usage else {}),
+        **({"usage": None} if options.include_usage else {}),
     }
     readers = [ChoiceReader(chat) for _ in range(chat.job.n)]
     opened: set[int] = set()
 
     def event(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return sse({**chunk, "choices": [choice]})
+        usage = {"usage": usage_of(generation)} if options.every_usage else {}
+        return sse({**chunk, "choices": [choice], **usage})
 
     async for piece in generation.pieces():
         index, reader = piece.index, readers[piece.index]
@@ -277,7 +278,7 @@ async def _events(context: Context, body: ChatRequest, chat: ChatJob, generation
             logprobs = None
         if piece.finish_reason is not None or logprobs is not None:
             yield event(index, {}, reader.finish_reason(piece), logprobs)
-    if include_usage:
+    if options.include_usage:
         yield sse({**chunk, "choices": [], "usage": usage_of(generation)})
 
 

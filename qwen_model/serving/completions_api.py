@@ -14,10 +14,8 @@ from .context import Context, json_response, new_id, now, sse, streamed, whole
 from .errors import ApiError
 from .generation import Generation, Job, Piece, ends_of, new_tokens, sampling_options
 from .logprobs import CompletionLogprobs
-from .schemas import CompletionRequest
+from .schemas import CompletionRequest, StreamOptions
 from .wire import Scored
-
-MOST_PROMPTS = 1024
 
 
 async def prepare(context: Context, body: CompletionRequest, salt: str) -> Job:
@@ -33,8 +31,6 @@ async def prepare(context: Context, body: CompletionRequest, salt: str) -> Job:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, "best_of must be n: more candidates than are returned are not supported", "best_of")
     prompts = await _prompts(context, body)
-    if len(prompts) > MOST_PROMPTS:
-        raise ApiError(400, f"a request may have at most {MOST_PROMPTS} prompts, not {len(prompts)}", "prompt")
     most = new_tokens(body.max_tokens, prompts, model.config, "max_tokens")
     if most == 0 and not body.echo:
         raise ApiError(400, "max_tokens 0 needs echo: true, else nothing is returned", "max_tokens")
@@ -48,6 +44,10 @@ async def _prompts(context: Context, body: CompletionRequest) -> list[list[int]]
         given = [given]
     if not given:
         raise ApiError(400, "prompt must not be empty", "prompt")
+    outputs, limit = len(given) * (body.n or 1), context.limits.max_waiting
+    if outputs > limit:
+        message = f"{len(given)} prompts with n {body.n or 1} ask for {outputs} outputs: at most {limit} may wait"
+        raise ApiError(400, message, "n" if len(given) <= limit else "prompt")
     tokenizer = context.model.tokenizer
     return await context.tokenizer_thread.run(
         lambda: [tokenizer.encode(each) if isinstance(each, str) else each for each in given]
@@ -141,13 +141,14 @@ async def _completion(context: Context, body: CompletionRequest, generation: Gen
 
 async def _events(context: Context, body: CompletionRequest, generation: Generation) -> AsyncIterator[bytes]:
     """Yield the chunks of a stream."""
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    head = {**_head(context), **({"usage": None} if include_usage else {})}
+    options = body.stream_options or StreamOptions()
+    head = {**_head(context), **({"usage": None} if options.include_usage else {})}
     choices = await _choices(context, body, generation.job)
     async for piece in _pieces(generation):
         choice = choices[piece.index]
         choice.take(piece)
         if choice.text or piece.finish_reason is not None or body.logprobs is not None:
-            yield sse({**head, "choices": [choice.value(piece.index)]})
-    if include_usage:
+            usage = {"usage": usage_of(generation)} if options.every_usage else {}
+            yield sse({**head, "choices": [choice.value(piece.index)], **usage})
+    if options.include_usage:
         yield sse({**head, "choices": [], "usage": usage_of(generation)})

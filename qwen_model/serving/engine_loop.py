@@ -179,8 +179,6 @@ class EngineLoop:
     def _grammar_state(self, grammar: str) -> GrammarState:
         if self._compiler is None:
             raise QwenModelError("structured output needs a tokenizer, and this engine has none")
-        if error := self._compiler.error_of(grammar):
-            raise QwenModelError(f"the grammar of the output is not valid: {error[:300]}")
         return self._compiler.compile(grammar)
 
     def _cancel(self, peer: _Peer, number: int) -> None:

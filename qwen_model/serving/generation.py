@@ -22,6 +22,8 @@ from .wire import Add, Token
 
 R = TypeVar("R")
 LARGEST_SEED = 2**63
+MOST_DIGITS = 18  # of a token id
+MOST_STOPS, LONGEST_STOP = 16, 1024  # each token is looked at beside every beginning of every stop string
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def sampling_options(body: SamplingFields, config: EngineConfig) -> SamplingOpti
     seed = None if body.seed is None else body.seed % LARGEST_SEED
     bias = {}
     for token, value in (body.logit_bias or {}).items():
-        if not token.isdecimal() or int(token) >= config.model.vocab_size:
+        if not token.isdecimal() or len(token) > MOST_DIGITS or int(token) >= config.model.vocab_size:
             raise ApiError(
                 400, f"logit_bias names the token {token!r:.40}, which the model does not have", "logit_bias"
             )
@@ -134,8 +136,11 @@ def ends_of(body: SamplingFields, model: ServerModel, turn_ends: Sequence[int], 
         ApiError: a stop string or a stop token is wrong.
     """
     given = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(given) > 16 or not all(given):
-        raise ApiError(400, "stop must be a string or at most 16 strings, none of them empty", "stop")
+    if len(given) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in given):
+        message = (
+            f"stop must be a string or at most {MOST_STOPS} strings, none of them empty or longer than {LONGEST_STOP}"
+        )
+        raise ApiError(400, f"{message} characters", "stop")
     tokens = frozenset(body.stop_token_ids or ())
     if not all(0 <= token < model.config.model.vocab_size for token in tokens):
         raise ApiError(400, f"stop_token_ids must be from 0 to {model.config.model.vocab_size - 1}", "stop_token_ids")
@@ -199,10 +204,12 @@ class Generation:
         """
         async with Subscription(self._client, self._timeout) as subscription:
             choices: dict[int, int] = {}
+            parent = 0
             for index, add in enumerate(self._adds()):
-                first = index - index % self.job.n
-                add.parent = next((number for number, place in choices.items() if place == first), 0)
-                choices[subscription.add(add)] = index
+                add.parent = 0 if index % self.job.n == 0 else parent
+                number = subscription.add(add)
+                parent = add.parent or number
+                choices[number] = index
             left = len(choices)
             while left:
                 for piece in self._next(await subscription.tokens(), choices, subscription):

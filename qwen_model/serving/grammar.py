@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,6 +17,7 @@ from ..common.extras import import_extra
 from ..interface.device import TokenMask
 
 LARGEST_GRAMMAR = 1 << 18  # characters
+MOST_GRAMMARS = 32  # that are kept, compiled
 MOST_PASSES = 8
 WHITE_SPACE = "\\n?[ ]{0,20}"
 """What may be between the tokens of JSON: enough for indented lines, and not without an end."""
@@ -31,12 +33,17 @@ def json_grammar(schema: Mapping[str, Any] | bool) -> str:
     Raises:
         QwenModelError: the schema is too large, or no JSON that ends follows it.
     """
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
     text = json.dumps(schema)
     if len(text) > LARGEST_GRAMMAR:
         raise QwenModelError(f"the JSON schema has {len(text)} characters, at most {LARGEST_GRAMMAR} are allowed")
     if not _Finite(schema).is_so():
         raise QwenModelError("no JSON follows the schema: it is recursive without an end")
-    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITE_SPACE})
+    # "oneOf", which Pydantic writes for unions with a discriminator, is taken as "anyOf": what follows two of its
+    # schemas at once is not excluded.
+    overrides = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True}
+    grammar: str = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides=overrides)
     return grammar
 
 
@@ -151,14 +158,22 @@ class GrammarCompiler:
             encoding = tokenizer.encoding  # type: ignore[attr-defined]
             self._tokenizer = lltokenizer_from_encoding(encoding, n_vocab=vocab_size, eos_token=ends)
 
-    def error_of(self, grammar: str) -> str:
-        """Return what is wrong with a grammar; "" if nothing is."""
-        error: str = _llguidance().LLMatcher.validate_grammar(grammar, self._tokenizer)
-        return "" if error.startswith("WARNING") else error
+        self._matcher = lru_cache(MOST_GRAMMARS)(self._new_matcher)
 
     def compile(self, grammar: str) -> GrammarState:
-        """Return the state of an output that has no token yet."""
-        return GrammarState(_llguidance().LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab_size)
+        """Return the state of an output that has no token yet. Grammars that came lately are compiled already.
+
+        Raises:
+            QwenModelError: the grammar is not valid.
+        """
+        return GrammarState(self._matcher(grammar).deep_copy(), self._vocab_size)
+
+    def _new_matcher(self, grammar: str) -> Any:
+        matcher = _llguidance().LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())
+            raise QwenModelError(f"the grammar of the output is not valid: {reason[:300]}")
+        return matcher
 
 
 class GrammarState:

@@ -65,9 +65,15 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """Hold OpenAI's `stream_options`."""
+    """Hold OpenAI's `stream_options`, and vLLM's, by which every chunk has the usage so far."""
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+
+    @property
+    def every_usage(self) -> bool:
+        """Tell whether every chunk has the usage; vLLM, too, wants both fields for that."""
+        return self.include_usage and self.continuous_usage_stats
 
 
 class SamplingFields(Body):

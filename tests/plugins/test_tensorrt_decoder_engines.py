@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
 TYPES = {"float32": trt.float32, "float16": trt.float16}
 TOLERANCE = {"float32": 3e-5, "float16": 4e-3}
+EPS = 1e-5
 
 
 def normal(*shape: int, dtype: str = "float16", scale: float = 1.0) -> np.ndarray:
@@ -127,6 +128,83 @@ def test_a_chain_of_a_decoder_is_nothing_but_kernels() -> None:
     graph.launch()
     for name, array in execution.results().items():
         np.testing.assert_array_equal(array, expected[name])
+
+
+CODES = {"int8": (np.dtype(np.int8), 127), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448)}
+
+
+def numbers_of(words: np.ndarray, kind: str) -> np.ndarray:
+    """Return what codes that are int32 to TensorRT stand for."""
+    return np.ascontiguousarray(words).view(CODES[kind][0]).astype(np.float64)
+
+
+def assert_codes(words: np.ndarray, kind: str, exact: np.ndarray, scale: np.ndarray | float) -> None:
+    """Check for the nearest codes, saturating; near the middle of two either passes."""
+    _, largest = CODES[kind]
+    steps = np.clip(exact / scale, -128 if kind == "int8" else -largest, largest)
+    step = 1.0 if kind == "int8" else 2.0 ** (np.floor(np.log2(np.maximum(np.abs(steps), 2.0**-6))) - 3)
+    assert np.all(np.abs(numbers_of(words, kind) - steps) <= 0.52 * step)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", CODES)
+def test_a_chain_of_codes_is_nothing_but_kernels(kind: str, static: bool) -> None:
+    """A norm, products and quantizations hand codes on; each result is that of the codes before it."""
+    hidden, intermediate, rng = 256, 512, np.random.default_rng()
+    norm = normal(hidden, scale=0.1) + np.float16(1)
+    dtype, largest = CODES[kind]
+    bias = normal(2 * intermediate)
+    weights = [rng.uniform(-largest, largest, shape) for shape in ((2 * intermediate, hidden), (hidden, intermediate))]
+    gate_up, down = (np.rint(each).astype(dtype) for each in weights)
+    scales = [rng.uniform(0.5, 1.5, len(each)).astype(np.float32) / largest / 16 for each in (gate_up, down)]
+    x_scale, y_scale = (4 / largest, 3 / largest) if static else (None, None)
+
+    def describe(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        half, layer = trt.float16, plugins.scaled_gemm
+        found = plugins.rms_norm_quant(
+            network, tensors["x"], norm, EPS, quant_dtype=kind, scale=x_scale, residual=tensors["h"], dtype=half
+        )
+        q, h, q_scales = (*found, x_scale) if static else (found[0], found[2], found[1])
+        y = layer(network, q, gate_up, q_scales, scales[0], bias, dtype=half, activation="swiglu")
+        if static:
+            codes, y_scales = plugins.quantize(network, y, kind, y_scale, dtype=half), y_scale
+            written = layer(
+                network, q, gate_up, q_scales, scales[0], bias, dtype=half, activation="swiglu", y_scale=y_scale
+            )
+            more = {"written": written}
+        else:
+            codes, y_scales = plugins.quantize(network, y, kind, dtype=half)
+            more = {"q_scales": q_scales, "y_scales": y_scales}
+        z = layer(network, codes, down, y_scales, scales[1], dtype=half)
+        return {"q": q, "h": h, "y": y, "codes": codes, "z": z, **more}
+
+    rows = gemm_input("float16", hidden, 512)
+    engine = Engine(build_plan({"x": rows, "h": rows}, describe))
+    for count in (1, 7, 64, 300):
+        arrays = {"x": normal(count, hidden), "h": normal(count, hidden)}
+        execution = engine.bind(arrays)
+        found = execution.run()
+        h = found["h"].astype(np.float64)
+        np.testing.assert_array_equal(found["h"], arrays["x"] + arrays["h"])
+        y = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + EPS) * norm.astype(np.float64)
+        q_scales = x_scale if static else found["q_scales"]
+        assert_codes(found["q"], kind, y, q_scales)
+        products = numbers_of(found["q"], kind) * q_scales @ (gate_up.astype(np.float64) * scales[0][:, None]).T
+        exact = swiglu(products + bias)
+        assert_close(found["y"], exact, "float16")
+        y_scales = y_scale if static else found["y_scales"]
+        assert_codes(found["codes"], kind, found["y"].astype(np.float64), y_scales)
+        if static:
+            same = numbers_of(found["written"], kind) - numbers_of(found["codes"], kind)
+            assert np.mean(same != 0) < 0.05  # the one is quantized before it is rounded to float16
+        else:
+            np.testing.assert_allclose(q_scales, np.abs(y).max(-1, keepdims=True) / largest, rtol=1e-5)
+            largest_y = np.abs(found["y"].astype(np.float64)).max(-1, keepdims=True)
+            np.testing.assert_allclose(y_scales, largest_y / largest, rtol=1e-6)
+        exact = numbers_of(found["codes"], kind) * y_scales @ (down.astype(np.float64) * scales[1][:, None]).T
+        assert_close(found["z"], exact, "float16")
+    graph = Graph(execution.stream, execution.enqueue)
+    assert set(graph.node_types()) == {"Kernel"}
 
 
 # GptAttention
@@ -304,14 +382,14 @@ class Conversation:
 
 
 PAGE_SIZE, NUM_PAGES, MAX_PAGES = 64, 23, 5
-CODES = {"int8": (np.dtype(np.int8), 127), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448)}
 
 
 class PagedAttention(Attention):
     """The same with version 2: a pool of pages, as many as a run has, in the type of qkv or in 8 bits."""
 
-    def __init__(self, heads: Heads, kv_cache_dtype: str) -> None:
-        self.kv_cache_dtype = kv_cache_dtype
+    def __init__(self, heads: Heads, kv_cache_dtype: str, context_dtype: str = "auto") -> None:
+        self.kv_cache_dtype, self.context_dtype = kv_cache_dtype, context_dtype
+        self.context_scale = None if context_dtype == "auto" else 5 / CODES[context_dtype][1]
         super().__init__(heads)
 
     def _inputs(self) -> dict[str, Input]:
@@ -324,7 +402,8 @@ class PagedAttention(Attention):
         return super()._inputs() | {"past": Input(dtype, shape, (1,), (2,), (1000,))} | pages
 
     def _pages(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        return {"pages": tensors["pages"], "kv_cache_dtype": self.kv_cache_dtype}
+        context = {"context_dtype": self.context_dtype, "context_scale": self.context_scale}
+        return {"pages": tensors["pages"], "kv_cache_dtype": self.kv_cache_dtype, **context}
 
     def _cached(self, x: np.ndarray) -> np.ndarray:
         if self.kv_cache_dtype == "auto":
@@ -369,6 +448,8 @@ class PagedConversation(Conversation):
 
     def assert_right(self, context: np.ndarray, before: np.ndarray, past_lengths: np.ndarray) -> None:
         found, untouched = self.pool.elements(self.cache), np.ones((NUM_PAGES, PAGE_SIZE), bool)
+        if self.pool.context_scale is not None:
+            context = numbers_of(context, self.pool.context_dtype) * self.pool.context_scale
         start = 0
         for row, (history, past) in enumerate(zip(self.histories, past_lengths, strict=True)):
             exact, keys, values = self.pool.exact(history, int(self.offsets[row]))
@@ -385,7 +466,7 @@ class PagedConversation(Conversation):
 
     def assert_near(self, actual: np.ndarray, exact: np.ndarray, tolerance_of_codes: float) -> None:
         """With 8 bits an element may become either of two codes, if it is beside the middle of them."""
-        if self.pool.kv_cache_dtype == "auto":
+        if self.pool.kv_cache_dtype == self.pool.context_dtype == "auto":
             assert_close(actual, exact, self.pool.heads.dtype)
         else:
             difference = np.abs(actual.astype(np.float64) - exact)
@@ -408,6 +489,22 @@ def test_pages(heads: Heads, kv_cache_dtype: str) -> None:
     """Chunks of prompts, tokens, and both in one step, in pages that were never written or that others left."""
     conversation = PagedConversation(PagedAttention(heads, kv_cache_dtype), offsets=(0, 3, 7))
     for lengths in ((5, 1, 63), (1, 1, 1), (1, 1, 1), (70, 1, 30), (1, 90, 1), (1, 1, 1)):
+        conversation.step(lengths)
+
+
+@pytest.mark.parametrize("context_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("heads", "kv_cache_dtype"),
+    [
+        (Heads(num_heads=28, num_kv_heads=4, head_size=128, rotary_dim=128), "auto"),
+        (Heads(head_size=80, rotary_dim=32, qk_norm=True, query_scale=True), "int8"),
+        (Heads(dtype="float32", head_size=32, rotary_dim=16), "auto"),
+    ],
+    ids=str,
+)
+def test_a_context_of_codes(heads: Heads, kv_cache_dtype: str, context_dtype: str) -> None:
+    conversation = PagedConversation(PagedAttention(heads, kv_cache_dtype, context_dtype), offsets=(0, 3, 7))
+    for lengths in ((5, 1, 63), (1, 1, 1), (70, 1, 30), (1, 1, 1)):
         conversation.step(lengths)
 
 

@@ -166,6 +166,23 @@ def test_plain_kernel(dtype, activation, code_type, blocks):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("code_type", CODE_TYPES)
+def test_cublas_lt(dtype, activation, code_type):
+    y_scale = torch.tensor([0.021], device="cuda")
+    for in_features, out_features, all_rows in ((272, 320, (1, 5, 130)), (1024, 32768, (300, 700))):
+        layer = Layer(in_features, out_features, code_type=code_type)
+        for rows in all_rows:
+            x, scales, bias = layer.operands(rows, dtype=dtype, per_row=rows % 3 > 0)
+            for scale in (None, y_scale):
+                y = torch.empty(rows, out_features // (2 if activation else 1), dtype=dtype, device="cuda")
+                y = y if scale is None else y.to(code_type)
+                launch_kernel("cublas_lt_eight_bit", layer, x, scales, bias, activation, y, dtype=dtype, y_scale=scale)
+                check(y, x, scales, layer, bias, activation, y_scale=scale, sum_error=SUM_ERROR["cuda"])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["int8", "fp8"])
 def test_candidates_can_be_measured(activation):
     shape = {"rows": 128, "in_features": 512, "out_features": 1024, "activation": "swiglu"}

@@ -21,6 +21,7 @@ NUMBERS = {
     **{f"cublas_lt:{i}": 0x40000 + i for i in (1, 2, 3)},
     "stream_in_parts": 0x50000,
     "plain": 0x60000,
+    "cublas_lt_eight_bit": 0xC0000,
 }
 X_ROWS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 HOPPER_NUMBERS = {

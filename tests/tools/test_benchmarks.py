@@ -8,7 +8,16 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
-NEED_A_GPU = ["attention", "decode_timeline", "gemm", "gemm_quantized", "gemm_sweep", "rms_norm", "sampling"]
+NEED_A_GPU = [
+    "attention",
+    "decode_timeline",
+    "gemm",
+    "gemm_eight_bit",
+    "gemm_quantized",
+    "gemm_sweep",
+    "rms_norm",
+    "sampling",
+]
 NEED_TENSORRT = ["tensorrt_gemm", "tensorrt_rms_norm", "tensorrt_timeline"]
 
 

@@ -104,6 +104,7 @@ def test_the_kernels_export_their_launchers_and_nothing_else(folder: Path) -> No
         "launch_gemm",
         "launch_logprobs",
         "launch_prefill_attention",
+        "launch_quantize",
         "launch_rms_norm",
         "launch_rms_norm_quant",
         "launch_sampling",

@@ -172,6 +172,23 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtenso
       "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(kAllBlocks)
       : "memory");
 }
+// Likewise to the blocks of the mask alone.
+__device__ __forceinline__ void tma_load_2d_to_blocks(uint16_t blocks, uint32_t to, const CUtensorMap& tensor_map,
+                                                      uint32_t barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(blocks)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_4d_to_blocks(uint16_t blocks, uint32_t to, const CUtensorMap& tensor_map,
+                                                      uint32_t barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
+      : "memory");
+}
 template <int kBlocks>
 __device__ __forceinline__ void tma_load_4d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
                                                       int c0, int c1, int c2, int c3) {
@@ -214,6 +231,19 @@ __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Copies a box from shared memory to coordinates c0, c1; elements outside of the tensor are not written. The thread
+// that issued the stores can wait until all but the latest kPending have read their source.
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap& tensor_map, uint32_t from, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;" ::"l"(
+          &tensor_map),
+      "r"(from), "r"(c0), "r"(c1)
+      : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 // Orders this thread's writes to shared memory before accesses by the async proxy (TMA, bulk copies, wgmma) that follow
 // after a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -252,6 +282,14 @@ __device__ __forceinline__ void load_shared(float (&values)[4], uint32_t from) {
                : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                : "r"(from)
                : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, const float (&values)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+               "f"(values[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_16(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(static_cast<uint16_t>(value)) : "memory");
 }
 
 // --- stmatrix: 8 x 8 matrices of 16-bit elements from registers to shared memory. Lane 8i + j gives the address of row

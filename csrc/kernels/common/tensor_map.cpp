@@ -40,6 +40,15 @@ bool encode_tensor_map(CUtensorMap& tensor_map, DataType dtype, const void* data
   return encode(tensor_map, type, CU_TENSOR_MAP_SWIZZLE_128B, data, sizes, strides, box);
 }
 
+bool encode_store_tensor_map(CUtensorMap& tensor_map, void* data, std::initializer_list<cuuint64_t> sizes,
+                             std::initializer_list<cuuint64_t> strides, std::initializer_list<cuuint32_t> box) {
+  const cuuint32_t elements = *box.begin();
+  const CUtensorMapSwizzle swizzle = elements == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : elements == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                      : CU_TENSOR_MAP_SWIZZLE_32B;
+  return encode(tensor_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, swizzle, data, sizes, strides, box);
+}
+
 bool encode_word_tensor_map(CUtensorMap& tensor_map, const void* data, std::initializer_list<cuuint64_t> sizes,
                             std::initializer_list<cuuint64_t> strides, std::initializer_list<cuuint32_t> box) {
   return encode(tensor_map, CU_TENSOR_MAP_DATA_TYPE_INT32, CU_TENSOR_MAP_SWIZZLE_NONE, data, sizes, strides, box);

@@ -17,6 +17,13 @@ namespace qwen_plugins {
     QWEN_TILE(type, c, 8), QWEN_TILE(type, c, 9), QWEN_TILE(type, c, 10), QWEN_TILE(type, c, 11)
 #define QWEN_TILES_16(type, c) QWEN_TILES_12(type, c), \
     QWEN_TILE(type, c, 12), QWEN_TILE(type, c, 13), QWEN_TILE(type, c, 14), QWEN_TILE(type, c, 15)
+#define QWEN_TILES_24(type, c) QWEN_TILES_16(type, c), \
+    QWEN_TILE(type, c, 16), QWEN_TILE(type, c, 17), QWEN_TILE(type, c, 18), QWEN_TILE(type, c, 19), \
+    QWEN_TILE(type, c, 20), QWEN_TILE(type, c, 21), QWEN_TILE(type, c, 22), QWEN_TILE(type, c, 23)
+#define QWEN_TILES_28(type, c) QWEN_TILES_24(type, c), \
+    QWEN_TILE(type, c, 24), QWEN_TILE(type, c, 25), QWEN_TILE(type, c, 26), QWEN_TILE(type, c, 27)
+#define QWEN_TILES_32(type, c) QWEN_TILES_28(type, c), \
+    QWEN_TILE(type, c, 28), QWEN_TILE(type, c, 29), QWEN_TILE(type, c, 30), QWEN_TILE(type, c, 31)
 #define QWEN_REGISTERS_1 "%0, %1, %2, %3"
 #define QWEN_REGISTERS_2 QWEN_REGISTERS_1 ", %4, %5, %6, %7"
 #define QWEN_REGISTERS_3 QWEN_REGISTERS_2 ", %8, %9, %10, %11"
@@ -27,6 +34,13 @@ namespace qwen_plugins {
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define QWEN_REGISTERS_16 QWEN_REGISTERS_12 \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QWEN_REGISTERS_24 QWEN_REGISTERS_16 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define QWEN_REGISTERS_28 QWEN_REGISTERS_24 \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define QWEN_REGISTERS_32 QWEN_REGISTERS_28 \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define QWEN_WGMMA(types, scales, n, registers, tiles, operand_a, operand_b, operand_accumulate) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " operand_accumulate ", 0;\n" \
                "wgmma.mma_async.sync.aligned.m64n" n "k32." types " {" registers "}, " operand_a ", " operand_b \
@@ -47,7 +61,13 @@ namespace qwen_plugins {
   if constexpr (kTiles == 12) \
     QWEN_WGMMA(types, scales, "96", QWEN_REGISTERS_12, QWEN_TILES_12(type, c), "%48", "%49", "%50"); \
   if constexpr (kTiles == 16) \
-    QWEN_WGMMA(types, scales, "128", QWEN_REGISTERS_16, QWEN_TILES_16(type, c), "%64", "%65", "%66")
+    QWEN_WGMMA(types, scales, "128", QWEN_REGISTERS_16, QWEN_TILES_16(type, c), "%64", "%65", "%66"); \
+  if constexpr (kTiles == 24) \
+    QWEN_WGMMA(types, scales, "192", QWEN_REGISTERS_24, QWEN_TILES_24(type, c), "%96", "%97", "%98"); \
+  if constexpr (kTiles == 28) \
+    QWEN_WGMMA(types, scales, "224", QWEN_REGISTERS_28, QWEN_TILES_28(type, c), "%112", "%113", "%114"); \
+  if constexpr (kTiles == 32) \
+    QWEN_WGMMA(types, scales, "256", QWEN_REGISTERS_32, QWEN_TILES_32(type, c), "%128", "%129", "%130")
 // clang-format on
 
 // c [64 x 8 kTiles] += a [64 x 32] · b [8 kTiles x 32]^T, or c = a · b^T if not `accumulate`, with codes of int8 where
@@ -56,7 +76,7 @@ namespace qwen_plugins {
 template <typename Sum, int kTiles>
 __device__ __forceinline__ void wgmma_of_codes(Sum (&c)[kTiles][4], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kTiles == 1 || kTiles == 2 || kTiles == 3 || kTiles == 4 || kTiles == 6 || kTiles == 8 ||
-                kTiles == 12 || kTiles == 16);
+                kTiles == 12 || kTiles == 16 || kTiles == 24 || kTiles == 28 || kTiles == 32);
   if constexpr (std::is_same_v<Sum, int32_t>) {
     QWEN_WGMMA_OF("s32.s8.s8", "", "+r");
   } else {
@@ -67,6 +87,9 @@ __device__ __forceinline__ void wgmma_of_codes(Sum (&c)[kTiles][4], uint64_t a, 
 
 #undef QWEN_WGMMA_OF
 #undef QWEN_WGMMA
+#undef QWEN_REGISTERS_32
+#undef QWEN_REGISTERS_28
+#undef QWEN_REGISTERS_24
 #undef QWEN_REGISTERS_16
 #undef QWEN_REGISTERS_12
 #undef QWEN_REGISTERS_8
@@ -75,6 +98,9 @@ __device__ __forceinline__ void wgmma_of_codes(Sum (&c)[kTiles][4], uint64_t a, 
 #undef QWEN_REGISTERS_3
 #undef QWEN_REGISTERS_2
 #undef QWEN_REGISTERS_1
+#undef QWEN_TILES_32
+#undef QWEN_TILES_28
+#undef QWEN_TILES_24
 #undef QWEN_TILES_16
 #undef QWEN_TILES_12
 #undef QWEN_TILES_8

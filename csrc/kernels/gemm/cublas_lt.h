@@ -18,7 +18,8 @@ namespace cublas_lt {
 constexpr int kSuccess = 0;
 constexpr int kNotSupported = 15;
 constexpr int kCompute32F = 68;  // cublasComputeType_t
-constexpr int kTransposed = 1;   // cublasOperation_t
+constexpr int kCompute32I = 72;
+constexpr int kTransposed = 1;  // cublasOperation_t
 enum DescriptorAttribute { kTransA = 3, kEpilogue = 7, kBiasPointer = 8 };
 constexpr uint32_t kEpilogueBias = 4;
 constexpr uint32_t kReduceInComputeType = 2;  // cublasLtReductionScheme_t

@@ -30,17 +30,36 @@ constexpr size_t kMaxPlans = 4096;  // a few hundred bytes each; beyond that all
 struct Key {
   int device;
   int64_t rows, in_features, out_features, x_row_stride, z_row_stride;
-  DataType dtype;
+  DataType dtype, z_dtype;
   bool has_bias;
   uint32_t weight_alignment, x_alignment, z_alignment;  // z_alignment: of z and the bias
   int32_t algorithm;                                    // which of those that cuBLASLt proposes, from 1 on
 
   auto fields() const {
-    return std::tie(device, rows, in_features, out_features, x_row_stride, z_row_stride, dtype, has_bias,
+    return std::tie(device, rows, in_features, out_features, x_row_stride, z_row_stride, dtype, z_dtype, has_bias,
                     weight_alignment, x_alignment, z_alignment, algorithm);
   }
   bool operator<(const Key& other) const { return fields() < other.fields(); }
 };
+
+// As cuBLASLt names it, of the types that it is given.
+cudaDataType cuda_type_of(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat32:
+      return CUDA_R_32F;
+    case DataType::kFloat16:
+      return CUDA_R_16F;
+    case DataType::kBFloat16:
+      return CUDA_R_16BF;
+    case DataType::kInt8:
+      return CUDA_R_8I;
+    case DataType::kInt32:
+      return CUDA_R_32I;
+    case DataType::kFloat8E4M3:
+      return CUDA_R_8F_E4M3;
+  }
+  return CUDA_R_32F;
+}
 
 uint32_t alignment_of(const void* pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -72,17 +91,17 @@ struct Plan {
     return lt.descriptor_set(descriptor, attribute, &value, sizeof(value)) == kSuccess;
   }
   bool make_descriptor(const Key& key) {
-    return lt.descriptor_create(&descriptor, cublas_lt::kCompute32F, CUDA_R_32F) == kSuccess &&
+    const bool is_int8 = key.dtype == DataType::kInt8;
+    return lt.descriptor_create(&descriptor, is_int8 ? cublas_lt::kCompute32I : cublas_lt::kCompute32F,
+                                is_int8 ? CUDA_R_32I : CUDA_R_32F) == kSuccess &&
            set(cublas_lt::kTransA, int32_t{cublas_lt::kTransposed}) &&
            (!key.has_bias || set(cublas_lt::kEpilogue, cublas_lt::kEpilogueBias));
   }
   bool make_layouts(const Key& key) {
-    const cudaDataType type = key.dtype == DataType::kFloat32   ? CUDA_R_32F
-                              : key.dtype == DataType::kFloat16 ? CUDA_R_16F
-                                                                : CUDA_R_16BF;
+    const cudaDataType type = cuda_type_of(key.dtype);
     return lt.layout_create(&weight, type, key.in_features, key.out_features, key.in_features) == kSuccess &&
            lt.layout_create(&x, type, key.in_features, key.rows, key.x_row_stride) == kSuccess &&
-           lt.layout_create(&z, type, key.out_features, key.rows, key.z_row_stride) == kSuccess;
+           lt.layout_create(&z, cuda_type_of(key.z_dtype), key.out_features, key.rows, key.z_row_stride) == kSuccess;
   }
   bool choose(cublas_lt::Handle handle, const Key& key) {
     cublas_lt::Preference preference = nullptr;
@@ -124,9 +143,13 @@ class Plans {
     if (plan == nullptr) plan = std::make_unique<Plan>(lt_, handle, key);
     if (!plan->usable || (key.has_bias && !plan->set(cublas_lt::kBiasPointer, params.bias)))
       return cudaErrorNotSupported;
-    const float one = 1.0F, zero = 0.0F;
-    const int status = lt_.matmul(handle, plan->descriptor, &one, params.weight, plan->weight, params.x, plan->x, &zero,
-                                  z, plan->z, z, plan->z, &plan->chosen.algorithm, workspace, kWorkspaceBytes, stream);
+    const float one = 1.0F;
+    const int32_t integer_one = 1;
+    const void* const factor = key.dtype == DataType::kInt8 ? static_cast<const void*>(&integer_one) : &one;
+    const int64_t zero = 0;  // of either type
+    const int status =
+        lt_.matmul(handle, plan->descriptor, factor, params.weight, plan->weight, params.x, plan->x, &zero, z, plan->z,
+                   z, plan->z, &plan->chosen.algorithm, workspace, kWorkspaceBytes, stream);
     if (status == kNotSupported) return cudaErrorNotSupported;
     return status == kSuccess ? cudaSuccess : cudaErrorUnknown;
   }
@@ -188,8 +211,10 @@ cudaError_t launch_cublas_lt(const GemmParams& params, int32_t variant, void* z,
   key.out_features = shape.out_features;
   key.x_row_stride = params.x_row_stride;
   key.z_row_stride = z_row_stride;
-  key.dtype = shape.dtype;
-  key.has_bias = params.bias != nullptr;
+  key.dtype = x_type_of(shape);
+  const bool of_codes = has_quantized_x(shape.weight_format);
+  key.z_dtype = !of_codes ? shape.dtype : key.dtype == DataType::kInt8 ? DataType::kInt32 : DataType::kFloat32;
+  key.has_bias = params.bias != nullptr && !of_codes;
   key.algorithm = variant == kOwnVariant ? 1 : variant;
   key.weight_alignment = alignment_of(params.weight);
   key.x_alignment = alignment_of(params.x);

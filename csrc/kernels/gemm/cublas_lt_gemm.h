@@ -11,7 +11,8 @@ constexpr int64_t kCublasLtWorkspaceBytes = int64_t{32} << 20;
 bool has_cublas_lt();
 
 // z [rows, out_features], with that row stride, = x · weight^T + bias, with a weight of the type of x; params'
-// activation and y are not used. The workspace has kCublasLtWorkspaceBytes. The variants are those of the kernel below.
+// activation and y are not used. Of codes z is the sums alone, int32 or float32, without scales and bias. The workspace
+// has kCublasLtWorkspaceBytes. The variants are those of the kernel below.
 // cudaErrorNotSupported, with nothing launched, where cuBLASLt cannot be loaded or has no such algorithm for this GEMM.
 cudaError_t launch_cublas_lt(const GemmParams& params, int32_t variant, void* z, int64_t z_row_stride,
                              cudaStream_t stream);

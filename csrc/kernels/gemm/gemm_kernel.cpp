@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cublas_lt_eight_bit.h"
 #include "cublas_lt_gemm.h"
 #include "dequantized.h"
 #include "plain.h"
@@ -9,6 +10,7 @@
 #include "stream_eight_bit.h"
 #include "stream_hopper.h"
 #include "stream_quantized.h"
+#include "tiles_eight_bit.h"
 #include "tiles_hopper.h"
 #include "tiles_quantized.h"
 
@@ -30,9 +32,11 @@ const std::vector<GemmKernel>& gemm_kernels() {
 #ifdef QWEN_PLUGINS_HOPPER
       tiles_hopper_kernel(),
       tiles_quantized_kernel(),
+      tiles_eight_bit_kernel(),
 #endif
       dequantized_kernel(),
       cublas_lt_kernel(),
+      cublas_lt_eight_bit_kernel(),
       // Without cuBLASLt:
       stream_in_parts_kernel(),
       plain_kernel(),

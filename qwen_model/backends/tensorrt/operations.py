@@ -242,4 +242,6 @@ class TensorRTOperations:
     def _gather(self, table: Any, rows: Any, name: str, dtype: Any = None) -> Any:
         layer = self._network.add_gather(table, rows, 0)
         layer.name = name
+        if dtype == trt.int32:  # which TensorRT leaves alone
+            return layer.get_output(0)
         return set_type(layer, self._dtype if dtype is None else dtype, self._network)

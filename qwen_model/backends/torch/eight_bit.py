@@ -27,9 +27,6 @@ class QuantizedTensor:
     codes: Tensor
     scales: Tensor
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
     @property
     def per_token(self) -> bool:
         """Tell whether each token has a scale."""

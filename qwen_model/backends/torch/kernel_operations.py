@@ -60,7 +60,10 @@ class KernelOperations(TorchOperations):
         """
         super().__init__(config, modules, cache, disabled)
         self._disabled = frozenset(disabled)
-        self._dtype = launch.DataType.__members__[str(cache.dtype).removeprefix("torch.")]
+        data_types = launch.DataType.__members__  # a new dict each time
+        self._dtype = data_types[str(cache.dtype).removeprefix("torch.")]
+        self._float32 = data_types["float32"]
+        self._code_types = {kind: data_types[name] for kind, name in CODE_NAMES.items()}
         self._cache_dtype = launch.CacheDataType.__members__[CACHE_TYPES[cache.kind]]
         self._gemm_kernels = gemm_kernels or {}
         self._deterministic = deterministic
@@ -112,25 +115,21 @@ class KernelOperations(TorchOperations):
             x=x.data_ptr(),
             x_row_stride=x.shape[1],
             q=y.codes.data_ptr(),
-            rows=len(x),
+            rows=x.shape[0],
             columns=x.shape[1],
-            dtype=self._dtype,
-            quant_dtype=self._code_type(reader),
+            dtype=self._dtype if x.dtype == self.cache.dtype else self._float32,  # PyTorch's products are of float32
+            quant_dtype=self._code_types[reader.format.kind],
             static_scale=_address(reader.input_scale),
             scales=y.scales.data_ptr() if y.per_token else 0,
             stream=self._stream,
         )
         return y
 
-    @staticmethod
-    def _code_type(reader: ModuleWeights[Tensor]) -> launch.DataType:
-        return launch.DataType.__members__[CODE_NAMES[reader.format.kind]]
-
     def _codes_for(self, reader: ModuleWeights[Tensor], x: Tensor, columns: int | None = None) -> QuantizedTensor:
         """Return memory for the x of a module: as many tokens as x has, and columns; None: as many as x has."""
-        shape = (len(x), x.shape[1] if columns is None else columns)
-        codes = x.new_empty(shape, dtype=CODE_TYPES[reader.format.kind])
-        scales = x.new_empty(len(x), 1, dtype=torch.float32) if reader.input_scale is None else reader.input_scale
+        rows = x.shape[0]
+        codes = x.new_empty(rows, x.shape[1] if columns is None else columns, dtype=CODE_TYPES[reader.format.kind])
+        scales = x.new_empty(rows, 1, dtype=torch.float32) if reader.input_scale is None else reader.input_scale
         return QuantizedTensor(codes, scales)
 
     def _gather_rows(self, table: Tensor, ids: Tensor) -> Tensor:
@@ -170,7 +169,7 @@ class KernelOperations(TorchOperations):
             y = self._codes_for(reader, x, layer.columns)
             self._multiply(layer, x, x_scales, y.codes, module)
             return y
-        result = x.new_empty(len(x), layer.columns, dtype=self.cache.dtype)
+        result = x.new_empty(x.shape[0], layer.columns, dtype=self.cache.dtype)
         self._multiply(layer, x, x_scales, result, module)
         return self.quantized_for(into, result)
 
@@ -256,7 +255,7 @@ class KernelOperations(TorchOperations):
             "x": x.data_ptr(),
             "residual": _address(residual),
             "residual_out": 0 if residual is None else h.data_ptr(),
-            "rows": len(x),
+            "rows": x.shape[0],
             "stream": self._stream,
         }
         reader = self.reader(into)
@@ -268,7 +267,7 @@ class KernelOperations(TorchOperations):
         launch.rms_norm_quant(
             layer,
             q=codes.codes.data_ptr(),
-            quant_dtype=self._code_type(reader),
+            quant_dtype=self._code_types[reader.format.kind],
             static_scale=_address(reader.input_scale),
             scales=codes.scales.data_ptr() if codes.per_token else 0,
             **operands,
@@ -310,7 +309,7 @@ class KernelOperations(TorchOperations):
             "qkv_row_stride": columns,
             "context": context.data_ptr(),
             "past_lengths": step.device_past_lengths.data_ptr(),
-            "sequences": len(step.pages),
+            "sequences": step.pages.shape[0],
             "softmax_scale": config.head_size**-0.5,
             "stream": self._stream,
         }
@@ -319,7 +318,10 @@ class KernelOperations(TorchOperations):
         if reader is not None and reader.input_scale is not None:
             codes = self._codes_for(reader, context)
             operands["context"] = codes.codes.data_ptr()
-            operands |= {"context_dtype": self._code_type(reader), "context_scale": codes.scales.data_ptr()}
+            operands |= {
+                "context_dtype": self._code_types[reader.format.kind],
+                "context_scale": codes.scales.data_ptr(),
+            }
             if not step.decoding:
                 operands["queries"] = context.data_ptr()  # scratch
         if step.decoding:

@@ -73,8 +73,6 @@ def test_chosen_tokens_keep_their_scales(scheme):
     whole = eight_bit.quantized(x, scheme.kind, torch.tensor([0.03]) if scheme.static else None)
     rows = torch.tensor([5, 0, 3], dtype=torch.int32)
     chosen = whole.gathered(rows)
-    assert len(whole) == 6
-    assert len(chosen) == 3
     assert chosen.per_token == whole.per_token == (not scheme.static)
     assert torch.equal(numbers(chosen), numbers(whole)[rows])
     assert float((numbers(whole) - x).abs().max()) < (0.03 if scheme.kind == "int8" else 0.15)

@@ -18,6 +18,8 @@ from qwen_model.engine.scheduler import Scheduler
 from qwen_model.interface.engine_config import EngineConfig, Limits
 from qwen_model.interface.weight_formats import kernel_format
 from qwen_model.packaged_model import held_out_text
+from qwen_model.tuning.choice import MANY_ROWS
+from qwen_model.tuning.linear_layers import linear_layers
 from qwen_plugins import launch
 from tests.qwen_model.backends.device_runs import Running, generate
 from tests.qwen_model.backends.test_eight_bit import random_codes, random_module
@@ -77,9 +79,12 @@ def logits_of(reference, tokens):
 
 
 def test_float32_logits_are_the_plain_networks(network):
-    """Until a rounding error moves a number of x to the next code, which later tokens and layers multiply."""
+    """Until a rounding error moves a number of x to the next code, which later tokens and layers multiply.
+
+    Tensor cores round sums of fp8 to 14 bits: here the plain kernels sum.
+    """
     reference, _, _ = network
-    session = qwen_model.load_engine(engine_of(network, "float32"), device="cuda", tuning=False)
+    session = session_of(network, "float32", plain=True)
     expected = logits_of(reference, PROMPTS[-1])
     set_exact(reference, True)
     not_quantized = logits_of(reference, PROMPTS[-1])
@@ -88,6 +93,19 @@ def test_float32_logits_are_the_plain_networks(network):
     errors = (found - expected).abs().amax(1) / expected.abs().max()
     assert errors.min() < 1e-4
     assert distance(found, expected) < 0.8 * distance(not_quantized, expected)
+
+
+@pytest.mark.parametrize("disabled", [("gemm",), ("rms_norm",), ("rms_norm", "gemm", "rotary")], ids=str)
+def test_pytorchs_own_operations_are_near_the_plain_network(network, disabled):
+    reference, _, _ = network
+    session = session_of(network, "float16", disabled_plugins=disabled)
+    found = torch.from_numpy(session.logits(PROMPTS[-1]))
+    expected = logits_of(reference, PROMPTS[-1])
+    set_exact(reference, True)
+    not_quantized = logits_of(reference, PROMPTS[-1])
+    set_exact(reference, False)
+    near = max(distance(not_quantized, expected), 0.01 * float(expected.std()))
+    assert distance(found, expected) < 1.5 * near
 
 
 @pytest.mark.parametrize("cache", ["auto", "fp8"])
@@ -121,14 +139,17 @@ def check_but_for_ties(reference, session, share, margin, prompts=PROMPTS):
     assert chosen > share * total
 
 
-def session_of(network, dtype, num_pages=90, **options):
-    """Return a session with so many pages for the cache."""
+def session_of(network, dtype, num_pages=90, plain=False, **options):
+    """Return a session with so many pages for the cache; plain: the plain kernels compute all linear layers."""
     engine = engine_of(network, dtype)
     weights: dict[str, torch.Tensor] = {}
     for path in sorted((engine / "weights").iterdir()):
         weights |= load_file(path, device="cuda")
     config = EngineConfig.read(engine)
     formats = config.weight_formats
+    if plain:
+        shapes = linear_layers(config.model, dtype, formats).values()
+        options["gemm_kernels"] = {shape.text: ((MANY_ROWS, "plain"),) for shape in shapes}
     device = TorchDevice(config.model, config.limits, weights, num_pages=num_pages, weight_formats=formats, **options)
     return qwen_model.Session(config, Scheduler(device))
 
@@ -150,10 +171,10 @@ def test_deterministic_tokens_are_the_same_in_any_company(network, dtype):
 def test_prefixes_and_preemption(network):
     """Pages of prompts are used again, and a pool that is too small for all sequences takes those of some."""
     reference, _, _ = network
-    session = session_of(network, "float32", num_pages=8)
+    session = session_of(network, "float32", num_pages=8, plain=True)
     prompts = [random_prompt(60, seed=seed, vocab_size=1000) for seed in range(4)]  # all have one page, and need two
     for _ in range(2):
-        check_but_for_ties(reference, session, 0.9, 0.05, [*prompts, PROMPTS[-1]])
+        check_but_for_ties(reference, session, 0.85, 0.1, [*prompts, PROMPTS[-1]])
     assert session.scheduler.num_preemptions > 0
 
 

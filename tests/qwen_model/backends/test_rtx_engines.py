@@ -42,6 +42,21 @@ def test_the_packaged_model(dtype, external, tmp_path, monkeypatch):
     assert names == {"config.json", "model.plan", "tokenizer.json", "tokenizer_config.json"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"quantization": "smoothquant"},
+        {"quantization": "smoothquant", "per_token": True, "per_channel": True, "kv_cache_dtype": "fp8"},
+    ],
+    ids=str,
+)
+def test_quantized_x(options, tmp_path):
+    summary = build(tmp_path / "engine", dtype="float16", **options)
+    assert any(each.activation is not None for each in summary.config.weight_formats.values())
+    assert (tmp_path / "engine" / "model.plan").read_bytes()[:4] == b"vtrt"
+
+
 def test_every_compute_capability_alone(tmp_path):
     for capability in RTX_COMPUTE_CAPABILITIES:
         summary = build(tmp_path / "engine", compute_capabilities=[capability])

@@ -209,6 +209,10 @@ def scheme(weights=(), inputs=(), **others):
         ({"quant_method": "modelopt"}, "with ModelOpt None"),
         (scheme(output_activations=INPUTS), "that quantizes outputs in the format 'float-quantized'"),
         (scheme(input_activations=None), "of weights alone in the format 'float-quantized'"),
+        (
+            {**scheme(), "config_groups": {"group_0": {"weights": None, "input_activations": INPUTS}}},
+            "with the weights None in the format",
+        ),
         (scheme(inputs={"type": "int"}), "of 8 bits and 8 bits of weights and inputs"),
         (scheme(weights={"num_bits": 4}), "of 4 bits and 8 bits of weights and inputs"),
         (scheme(inputs={"symmetric": False}), "with zero points in the format"),

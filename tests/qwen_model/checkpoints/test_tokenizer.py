@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen_model.checkpoints.chat_template import ChatOptions
+from qwen_model.checkpoints.hugging_face_tokenizer import LONG_TEXT
 from qwen_model.checkpoints.tokenizer import QWEN_SPLIT_PATTERN, copy_tokenizer_files, load_tokenizer
 from qwen_model.common.errors import QwenModelError
 
@@ -223,6 +224,16 @@ def test_ids_of_no_token_decode_to_nothing(tokenizer):
     """A model's embedding has often more rows than its tokenizer has tokens."""
     ids = tokenizer.encode("hello", add_special_tokens=False)
     assert tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == "hello"
+
+
+@pytest.mark.parametrize("parse_special_tokens", [True, False])
+@pytest.mark.parametrize("folder", ["byte_level_dir", "sentencepiece_dir"])
+def test_long_texts_are_encoded_as_short_ones(request, folder, parse_special_tokens):
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    text = "".join(TEXTS) * (1 + LONG_TEXT // len("".join(TEXTS)))
+    for add_special_tokens in (True, False):
+        found = tokenizer.encode(text, add_special_tokens, parse_special_tokens)
+        assert found == tokenizer._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 @pytest.mark.parametrize("folder", ["byte_level_dir", "tiktoken_dir"])

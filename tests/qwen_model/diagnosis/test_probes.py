@@ -37,10 +37,10 @@ int nvmlSystemGetDriverVersion(char* version, unsigned size) { strcpy(version, "
 TENSORRT = """
 import types
 __version__ = {version!r}
-names = {names!r}
+plugins = {plugins!r}
 creators = [
     types.SimpleNamespace(name=name, plugin_version=version, plugin_namespace="qwen_plugins")
-    for name in names for version in ("1", "2")
+    for name, versions in plugins for version in versions
 ]
 known = []
 registry = types.SimpleNamespace(plugin_creator_list=known, load_library=lambda path: known.extend(creators))
@@ -191,7 +191,7 @@ def test_no_driver(monkeypatch):
 @pytest.mark.parametrize("kind", ["tensorrt", "tensorrt_lean", "tensorrt_rtx", "tensorrt_dispatch_bindings"])
 def test_a_tensorrt_that_takes_the_plugins(fake, kind):
     needs_libraries()
-    fake(kind, TENSORRT.format(version="8.6.1", names=list(PLUGIN_VERSIONS)))
+    fake(kind, TENSORRT.format(version="8.6.1", plugins=list(PLUGIN_VERSIONS.items())))
     found = run_probe("tensorrt", kind.removesuffix("_bindings"))
     assert found == {
         "installed": True,
@@ -216,8 +216,14 @@ def test_the_package_of_tensorrt_rtx(fake):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (TENSORRT.format(version="9.3.0", names=[]), "TensorRT 9.3.0 is not supported; qwen_plugins has plug-ins for"),
-        (TENSORRT.format(version="8.6.1", names=["RmsNorm"]), "TensorRT 8.6.1 did not take the plug-ins RmsNormQuant"),
+        (
+            TENSORRT.format(version="9.3.0", plugins=[]),
+            "TensorRT 9.3.0 is not supported; qwen_plugins has plug-ins for",
+        ),
+        (
+            TENSORRT.format(version="8.6.1", plugins=[("RmsNorm", ["1"])]),
+            "TensorRT 8.6.1 did not take the plug-ins RmsNormQuant",
+        ),
         (
             "raise ImportError('libnvinfer.so.8: no such file')",
             "the installed tensorrt cannot be imported: libnvinfer",

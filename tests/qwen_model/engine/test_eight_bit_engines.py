@@ -35,7 +35,10 @@ IN_BLOCKS = {
 PROMPT = random_prompt(60, seed=3)
 
 
-@pytest.fixture(scope="module", params=[(model, scheme) for model in MODELS for scheme in SCHEMES], ids=str)
+PAIRS = [(model, scheme) for model in ("qwen2", "qwen3") for scheme in SCHEMES]
+
+
+@pytest.fixture(scope="module", params=[*PAIRS, ("llama, biases", "int8 static")], ids=str)
 def pair(request, tmp_path_factory):
     """A model of transformers with quantized layers, its logits before x was quantized, and our session."""
     name, scheme = request.param

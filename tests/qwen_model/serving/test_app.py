@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from qwen_model.serving.context import ServerLimits
+from qwen_model.serving.wire import Add
 
 from .served import NAME, REPLY, Served
 
@@ -34,6 +35,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("n", 1000),
         ("stop", 3),
         ("stop", [""]),
+        ("stop", "x" * 1025),
+        ("stop", ["x"] * 17),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [1 << 40]),
         ("seed", 1 << 70),
@@ -41,6 +44,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("logit_bias", {"1": 200}),
         ("logit_bias", {"-1": 1}),
         ("logit_bias", {"99999999": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
         ("logit_bias", [1]),
         ("top_logprobs", 3),
         ("logprobs", 5),
@@ -112,6 +116,22 @@ def test_a_union_says_which_forms_it_takes(served: Served, path: str, field: str
     error = served.post(f"/v1/{path}", **{**body, field: value}).json()["error"]
     assert error["param"] == field
     assert expected in error["message"]
+
+
+@pytest.mark.parametrize(("count", "n", "param"), [(1025, 1, "prompt"), (500_000, None, "prompt"), (1024, 128, "n")])
+def test_more_outputs_than_may_wait_are_refused_at_once(served: Served, count: int, n: int | None, param: str) -> None:
+    response = served.post("/v1/completions", prompt=["a"] * count, n=n)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert f"{count} prompts with n {n or 1} ask for {count * (n or 1)} outputs" in response.json()["error"]["message"]
+    assert served.engine.requests == []
+
+
+def test_outputs_of_a_prompt_share_the_pages_of_the_first(served: Served) -> None:
+    served.post("/v1/completions", prompt=["a", "b"], n=3)
+    adds = [request for request in served.engine.requests if isinstance(request, Add)]
+    first, second = adds[0].id, adds[3].id
+    assert [request.parent for request in adds] == [0, first, first, 0, second, second]
 
 
 def test_a_wrong_schema_is_named_as_the_client_wrote_it(served: Served) -> None:

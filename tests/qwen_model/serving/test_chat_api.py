@@ -55,6 +55,20 @@ def test_a_stream_gives_the_same_text(served: Served) -> None:
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_every_chunk_of_a_stream_may_have_the_usage_so_far(served: Served, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    prompt = {"messages": HELLO} if "chat" in path else {"prompt": "Hello"}
+    lines = served.post(path, **prompt, max_tokens=64, stream=True, stream_options=options).text.splitlines()
+    chunks = [json.loads(line[len("data: ") :]) for line in lines if line.startswith("data: {")]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] <= counts[-1] == len(served.context.model.tokenizer.encode(REPLY)) + 1
+    alone = {"continuous_usage_stats": True}
+    text = served.post(path, **prompt, stream=True, stream_options=alone).text
+    assert '"usage"' not in text
+
+
 def test_the_async_client(served: Served) -> None:
     import openai
 

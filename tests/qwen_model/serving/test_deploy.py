@@ -6,7 +6,11 @@ import configparser
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from qwen_model.chat import make_parser as make_chat_parser
 from qwen_model.serve import make_parser
@@ -54,6 +58,16 @@ def test_the_unit_starts_the_server_and_waits_until_it_has_drained() -> None:
     options = make_parser().parse_args(arguments)
     assert float(unit["Service"]["TimeoutStopSec"]) > options.drain_seconds + 30
     assert unit["Service"]["Restart"] == "on-failure"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    """Its program, which is not there, is one that is: everything else is as it is."""
+    unit = tmp_path / "qwen-model.service"
+    text = (DEPLOY / unit.name).read_text()
+    unit.write_text(text.replace("ExecStart=/srv/qwen-model/bin/qwen-model ", "ExecStart=/bin/true "))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_page_names_every_option() -> None:

@@ -330,14 +330,14 @@ def test_the_command_is_killed(packaged_engine: Path) -> None:
 
 
 def test_api_key_of_the_environment_and_a_full_queue(packaged_engine: Path) -> None:
-    server = ServerProcess(packaged_engine, "--max-waiting", "1", environment={"QWEN_MODEL_API_KEY": "secret"})
+    server = ServerProcess(packaged_engine, "--max-waiting", "64", environment={"QWEN_MODEL_API_KEY": "secret"})
     try:
         assert server.http.get("/v1/models").status_code == 401
         server.http.headers["Authorization"] = "Bearer secret"
         assert server.http.get("/v1/models").status_code == 200
         threads = [
-            threading.Thread(target=lambda: server.post("/v1/completions", prompt="x", max_tokens=200, n=128))
-            for _ in range(3)
+            threading.Thread(target=lambda: server.post("/v1/completions", prompt="x", max_tokens=20, n=64))
+            for _ in range(8)
         ]
         for thread in threads:
             thread.start()

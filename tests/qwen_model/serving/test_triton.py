@@ -215,7 +215,7 @@ def test_a_client_that_goes_away_frees_its_sequences(triton: TritonProcess) -> N
         ({"text_input": "x", "temperature": 3.0}, "temperature: Input should be less than or equal to 2"),
         ({"text_input": "x", "max_tokens": LONG + 1}, f"more than this server's limit of {LONG}"),
         ({"text_input": "x " * 4000}, "more than this server's limit of 512"),
-        ({"text_input": "x", "stop_words": [""]}, "none of them empty"),
+        ({"text_input": "x", "stop_words": [""]}, "none of them empty or longer"),
         ({"messages": "[{"}, "messages is not JSON"),
         ({"messages": "[" * 100000}, "messages is not JSON: maximum recursion depth"),
         ({"messages": '[{"role": "user"}]'}, 'must be {"role": ..., "content": ...}'),
