@@ -136,7 +136,7 @@ def launch_kernel(name, layer, x, bias, activation, y, scale_dtype=None):
 
 KERNELS = [
     "dequantized",
-    *[f"tiles_quantized:n{rows}{splits}" for rows in (64, 128, 256) for splits in ("s1", "s3", "s8", "e")],
+    *[f"tiles_quantized:{size}{splits}" for size in ("n128", "m192n128", "n256") for splits in ("s1", "s3", "s8", "e")],
 ]
 
 

@@ -16,6 +16,7 @@ WAVES = (1, 2, 3, 4, 6, 8, 12, 16)
 VARIANTS = {  # by name, the numbers that engines hold
     **{f"s{splits}{'h' if half else ''}": half * 1024 + splits * 32 + 1 for splits in range(1, 9) for half in (0, 1)},
     **{f"s1w{waves}{'h' if half else ''}": half * 1024 + 32 + waves for waves in WAVES[1:] for half in (0, 1)},
+    **{f"s{splits}w{waves}": splits * 32 + waves for splits in (2, 3, 4) for waves in (2, 3, 4, 6)},
 }
 NAMES = ["stream_quantized", *(f"stream_quantized:{variant}" for variant in VARIANTS)]
 hopper = pytest.mark.skipif(not launch.has_hopper_kernels(), reason="for Hopper's kernels")
@@ -110,7 +111,7 @@ def test_every_variant_matches_float64(dtype, activation, bits, group_size, zero
     for in_features, out_features in ((640, 448), (1184 if group_size == 32 else 1152, 4256 if activation else 3581)):
         scale_dtype = "bfloat16" if zeros else "float16"
         weight = Weight(out_features, in_features, bits, group_size, zeros, scale_dtype)
-        for rows in (1, 7, 8, 9, 16, 17, 33, 64):
+        for rows in (1, 7, 8, 9, 16, 17, 24, 32, 33, 63, 64):
             x = strided(rows, in_features, dtype)
             bias = make(out_features, dtype=dtype, device="cuda") if rows % 2 else None
             expected = reference(x, weight.values, bias, activation)
@@ -122,7 +123,7 @@ def test_every_variant_matches_float64(dtype, activation, bits, group_size, zero
 @hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 8, 16, 32])
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 64])
 def test_repeats_its_bits_and_takes_any_address_of_y(bits, rows):
     weight = Weight(3584, 3584, bits, 128, False)
     x = strided(rows, 3584, torch.float16)

@@ -29,14 +29,22 @@ template <typename T, WeightKind kKind>
 class Dequantizer {
  public:
   // `scale`: the bits of one T.
-  __device__ __forceinline__ Dequantizer(uint32_t scale, uint32_t zero) : scale_(twice(scale)), zero_(offset(zero)) {}
+  __device__ __forceinline__ Dequantizer(uint32_t scale, uint32_t zero)
+      : scale_(twice(scale)), zero_(offset(zero)), high_zero_(0xd400d400 + twice(zero) * 16) {}
 
   // The weights of 16 columns of k. The codes of 32 columns are in one word of int4 (x) or two of int8; `step` is 0 for
   // the first 16, or 1.
   __device__ __forceinline__ void dequantize(uint32_t (&pairs)[2], uint2 words, int step) const {
     if constexpr (kKind == WeightKind::kInt4) {
-      pairs[0] = weights(masked_onto(words.x >> (8 * step), 0x000f000f, kBase));
-      pairs[1] = weights(masked_onto(words.x >> (8 * step + 4), 0x000f000f, kBase));
+      const uint32_t word = words.x >> (8 * step);
+      pairs[0] = weights(masked_onto(word, 0x000f000f, kBase));
+      if constexpr (kIsHalf) {
+        // 1024 + 16 code: a sixteenth of it, minus 64 and the zero point, takes no shift.
+        const PairOf<T> sixteenth = pair(0x2c002c00);
+        pairs[1] = scaled(__hfma2(pair(masked_onto(word, 0x00f000f0, kBase)), sixteenth, pair(high_zero_)));
+      } else {
+        pairs[1] = weights(masked_onto(word >> 4, 0x000f000f, kBase));
+      }
     } else {
       const uint32_t word = step == 0 ? words.x : words.y;
       pairs[0] = even_bytes(word);
@@ -57,8 +65,11 @@ class Dequantizer {
     }
   }
   static __device__ __forceinline__ PairOf<T> pair(uint32_t bits) { return bit_cast<PairOf<T>>(bits); }
+  __device__ __forceinline__ uint32_t scaled(PairOf<T> codes) const {
+    return bit_cast<uint32_t>(__hmul2(codes, pair(scale_)));
+  }
   __device__ __forceinline__ uint32_t weights(uint32_t codes) const {
-    return bit_cast<uint32_t>(__hmul2(__hsub2(pair(codes), pair(zero_)), pair(scale_)));
+    return scaled(__hsub2(pair(codes), pair(zero_)));
   }
   __device__ __forceinline__ uint32_t even_bytes(uint32_t word) const {
     if constexpr (kIsHalf) return weights(__byte_perm(word, kBase, 0x5250));
@@ -72,6 +83,7 @@ class Dequantizer {
   }
 
   uint32_t scale_, zero_;
+  uint32_t high_zero_;  // -(64 + zero) in float16, for codes of int4 in the upper half of a byte
 };
 
 }  // namespace qwen_plugins

@@ -108,28 +108,41 @@ struct Partition {
     shared_bytes = others + stages * stage.stride;
     // Two blocks of a launch must not share a multiprocessor while another has none.
     if (!variant.half) shared_bytes = std::max(shared_bytes, half_bytes + 1024);
-    fits = stages >= std::min<int64_t>(3, loads);
+    // A warpgroup waits for its next chunk before it releases one.
+    const bool has_next_stage =
+        !quantized_uses_wgmma(x_tiles) || stages >= 2 * k_warps || divide_up(chunks, variant.splits) <= k_warps;
+    fits = stages >= std::min<int64_t>(3, loads) && has_next_stage;
   }
 };
 
 // About how many cycles a launch takes in a chain of launches. Not a theory: the constants are fitted to measurements
 // on an H100, so that the order of the variants comes out right (docs/gemm.md).
-double cycles(const GemmShape& shape, const Variant& variant, const Partition& partition) {
-  const WeightFormat& format = shape.weight_format;
+double cycles_of_mma(const Variant& variant, const Partition& partition, double memory) {
   const double x_tiles = partition.x_tiles;
   const double loading = static_cast<double>(partition.loaded) / 30.0;
-  const double memory =
-      static_cast<double>(PackedSizes(format, shape.out_features, shape.in_features).code_bytes) / 1790.0;
-  const double warps = partition.row_warps * partition.k_warps;
-  const double chunk = quantized_uses_wgmma(partition.x_tiles)
-                           ? std::max(900.0, 10.0 * x_tiles * warps)
-                           : std::max(940.0, 77.0 * warps) * (0.92 + 0.08 * x_tiles * x_tiles);
+  const double chunk =
+      std::max(940.0, 77.0 * partition.row_warps * partition.k_warps) * (0.92 + 0.08 * x_tiles * x_tiles);
   const double chunks = variant.waves * divide_up(divide_up(partition.chunks, variant.splits), partition.k_warps);
   const double multiprocessor = std::max(loading, chunk * chunks);
-  const double exchange = variant.splits == 1 ? 0.0 : variant.waves * (440.0 + 410.0 * x_tiles);
-  const double sums = 4.2 * warps * variant.splits * variant.waves * x_tiles;
+  const double exchange = variant.splits == 1 ? 0.0 : 440.0 + 410.0 * x_tiles;
+  const double sums = 4.2 * partition.row_warps * partition.k_warps * variant.splits * x_tiles;
   return std::max(multiprocessor, memory) + 0.13 * std::min(multiprocessor, memory) + 4750.0 + exchange +
          150.0 * variant.waves + sums;
+}
+double cycles_of_wgmma(const Variant& variant, const Partition& partition, double memory) {
+  const double warps = partition.row_warps * partition.k_warps;
+  const double loading = static_cast<double>(partition.loaded) / 53.0;
+  const double chunk = std::max(740.0 + 130.0 * partition.k_warps, 12.5 * partition.x_tiles * warps);
+  const double chunks = variant.waves * divide_up(divide_up(partition.chunks, variant.splits), partition.k_warps);
+  const double multiprocessor = std::max(loading, chunk * chunks);
+  const double sums = partition.received_bytes == 0 ? 0.0 : 11.0 * warps * variant.splits * partition.x_tiles;
+  return std::max(multiprocessor, memory) + 0.35 * std::min(multiprocessor, memory) + 5860.0 + variant.waves * sums;
+}
+double cycles(const GemmShape& shape, const Variant& variant, const Partition& partition) {
+  const PackedSizes sizes(shape.weight_format, shape.out_features, shape.in_features);
+  const double memory = static_cast<double>(sizes.code_bytes) / 1790.0;
+  return quantized_uses_wgmma(partition.x_tiles) ? cycles_of_wgmma(variant, partition, memory)
+                                                 : cycles_of_mma(variant, partition, memory);
 }
 
 // How many cycles a variant takes, about; infinite where the device cannot run this GEMM in it.

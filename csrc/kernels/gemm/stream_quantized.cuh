@@ -1,9 +1,9 @@
-// The streaming GEMM of quantized weights for few rows on Hopper: reads the packed weight once, at the speed of memory.
+// The streaming GEMM of quantized weights for up to 64 rows on Hopper: reads the packed weight once, at the speed of memory.
 //
-// A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, rows of x
-// are operand b. A lane loads 16 bytes of codes, which are whole operands (packed_weight.h), turns them into code -
-// zero in the type of x, which is exact, and multiplies. The sums of a group of k are scaled in float32. Nothing is
-// rounded before the end.
+// A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, or with
+// more than 16 rows of x of wgmma, 64 for each consumer warpgroup; rows of x are operand b. A lane loads 16 bytes of
+// codes, which are whole operands (packed_weight.h), turns them into code - zero in the type of x, which is exact, and
+// multiplies. The sums of a group of k are scaled in float32. Nothing is rounded before the end.
 //
 // One warp issues bulk copies of a tile's codes, scales and zeros, 128 k (a chunk) at a time, another TMA loads of the
 // same k of x, into a ring buffer that runs on from tile to tile. The warps of a block divide the rows of the tile
@@ -363,7 +363,7 @@ class QuantizedConsumer {
     }
     if (p.groups_of_chunk == 0) load_scales_of_rows(tile);
     if (p.groups_of_chunk <= 1) {
-      p.swiglu ? multiply_chunks<true, false>(end_number) : multiply_chunks<false, false>(end_number);
+      p.swiglu ? multiply_chunks_of_one_group<true>(end_number) : multiply_chunks_of_one_group<false>(end_number);
     } else {
       p.swiglu ? multiply_chunks<true, true>(end_number) : multiply_chunks<false, true>(end_number);
     }
@@ -417,31 +417,47 @@ class QuantizedConsumer {
   static constexpr bool kUsesWgmma = quantized_uses_wgmma(kXTiles);
   static constexpr int kWarpBlocks = quantized_warp_blocks(kXTiles);
   static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma or wgmma instructions
+  static constexpr int kBlocks = kBits / 2;     // of codes, in a chunk
+  static constexpr int kBlockSteps = kSteps / kBlocks;
   static constexpr uint32_t kMiddle = 1U << (kBits - 1);
   // For few rows of x: more of them would take more instructions to sum than codes take to convert.
   static constexpr bool kSubtractsFromSums = kBits == 4 && std::is_same_v<T, __half> && kXTiles <= 2;
   static constexpr int kSets = kSubtractsFromSums && kXTiles == 1 ? 2 : 1;  // of sums of a group
   static constexpr int kSuperblockBytes = kPackedRows * kPackedK * kBits / 8;
 
+  template <bool kSwiglu>
+  __device__ __forceinline__ void multiply_chunks_of_one_group(int end_number) {
+    if constexpr (kUsesWgmma) {
+      multiply_chunks_with_wgmma<kSwiglu>(end_number);
+    } else {
+      multiply_chunks<kSwiglu, false>(end_number);
+    }
+  }
   // The chunk with number n is multiplied by the k warp n % k_warps: always the same for a stage, whose number of
   // chunks is a multiple.
   template <bool kSwiglu, bool kSeveralGroups>
   __device__ __forceinline__ void multiply_chunks(int end_number) {
     for (; number_ < end_number; number_ += p.k_warps) {
       mbarrier_wait(block_.full(state_.stage), state_.parity);
-      const uint32_t stage = block_.ring + state_.stage * p.stage_stride;
       if constexpr (kUsesWgmma) {
-        multiply_chunk_with_wgmma<kSwiglu, kSeveralGroups>(stage);
+        multiply_chunk_of_groups<kSwiglu>(stage_address());
       } else {
-        multiply_chunk<kSwiglu, kSeveralGroups>(stage);
+        multiply_chunk<kSwiglu, kSeveralGroups>(stage_address());
       }
-      __syncwarp();
-      if (lane_ == 0) mbarrier_arrive(block_.empty(state_.stage));
-      state_.stage += p.k_warps;
-      if (state_.stage >= p.stages) {  // then it is that of k_warp_
-        state_.stage = k_warp_;
-        state_.parity ^= 1;
-      }
+      release(state_.stage);
+      advance_stage();
+    }
+  }
+  __device__ __forceinline__ uint32_t stage_address() const { return block_.ring + state_.stage * p.stage_stride; }
+  __device__ __forceinline__ void release(int stage) const {
+    __syncwarp();
+    if (lane_ == 0) mbarrier_arrive(block_.empty(stage));
+  }
+  __device__ __forceinline__ void advance_stage() {
+    state_.stage += p.k_warps;
+    if (state_.stage >= p.stages) {  // then it is that of k_warp_
+      state_.stage = k_warp_;
+      state_.parity ^= 1;
     }
   }
 
@@ -497,45 +513,85 @@ class QuantizedConsumer {
     }
   }
 
-  // The warpgroup's part of a chunk. While it multiplies, the operands of the next instructions are made; the other
-  // warpgroups of the block keep the tensor cores busy while this one scales its sums.
-  template <bool kSwiglu, bool kSeveralGroups>
-  __device__ __forceinline__ void multiply_chunk_with_wgmma(uint32_t stage) {
-    const uint64_t first_x = matrix_descriptor(stage, 16);
-    constexpr int kBuffers = 3;                              // of operands
-    constexpr int kFoldSteps = kSeveralGroups ? 1 : kSteps;  // after which sums are scaled
-    constexpr int kBlockSteps = kBits == 4 ? 2 : 1;          // of a block of codes
-    uint32_t words[2][4];
-    uint32_t a[kBuffers][2][4];
+  // Chunks with one group, of which a warpgroup multiplies 64 rows. Operands are made while the instructions before
+  // them multiply; the first ones of the next chunk, too, so that little time passes between the chunks, in which the
+  // sums are scaled.
+  template <bool kSwiglu>
+  __device__ __forceinline__ void multiply_chunks_with_wgmma(int end_number) {
+    if (number_ >= end_number) return;
+    uint32_t words[2][4];  // of a block of codes and the next
+    uint32_t a[2][2][4];
     float group_sums[kXTiles][4];
+    mbarrier_wait(block_.full(state_.stage), state_.parity);
+    uint32_t stage = stage_address();
     load_words<kSwiglu>(words[0], stage, 0);
-    if (!kSeveralGroups && p.groups_of_chunk == 1) load_group(stage, 0);
+    if (p.groups_of_chunk == 1) load_group(stage, 0);
+    load_operands_in_order(words[0], 0, a[0]);
+    for (bool more = true; more;) {
+      const uint64_t x = matrix_descriptor(stage, 16);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int block = step / kBlockSteps;
+        if (step % kBlockSteps == 0 && block < kBlocks - 1) {
+          load_words<kSwiglu>(words[(block + 1) % 2], stage, block + 1);
+        }
+        if (step >= 2) wgmma_wait_group<1>();  // that of a[step % 2]
+        if (step >= 1) load_operands_in_order(words[block % 2], step % kBlockSteps, a[step % 2]);
+        multiply_step(group_sums, a[step % 2], x, step, step == 0);
+      }
+      const int multiplied = state_.stage;
+      const float scale[2] = {scale_[0][0], scale_[0][1]};
+      advance_stage();
+      number_ += p.k_warps;
+      more = number_ < end_number;
+      if (more) {
+        mbarrier_wait(block_.full(state_.stage), state_.parity);
+        stage = stage_address();
+        load_words<kSwiglu>(words[0], stage, 0);
+        if (p.groups_of_chunk == 1) load_group(stage, 0);
+        wgmma_wait_group<1>();
+        load_operands_in_order(words[0], 0, a[0]);
+      }
+      wgmma_wait_group<0>();
+      release(multiplied);
+      add_scaled(group_sums, scale);
+    }
+  }
+  // A chunk with several groups.
+  template <bool kSwiglu>
+  __device__ __forceinline__ void multiply_chunk_of_groups(uint32_t stage) {
+    uint32_t words[4];
+    uint32_t a[2][4];
+    float group_sums[kXTiles][4];
+    const uint64_t x = matrix_descriptor(stage, 16);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int block = step / kBlockSteps;
-      if (step % kBlockSteps == 0 && step + kBlockSteps < kSteps) {
-        load_words<kSwiglu>(words[(block + 1) % 2], stage, block + 1);
-      }
-      if (kSeveralGroups) load_group(stage, step * p.groups_of_chunk / kSteps);
-      if (!kSeveralGroups && step >= kBuffers) wgmma_wait_group<kBuffers - 1>();  // that of a[step % kBuffers]
-      load_operands_in_order(words[block % 2], step % kBlockSteps, zero_[0], a[step % kBuffers]);
-      wgmma_fence();
-      const uint32_t k_offset = step / 2 * (kXTiles * 1024) + step % 2 * 64;
-      const uint64_t x = moved_descriptor(first_x, k_offset), next_x = moved_descriptor(first_x, k_offset + 32);
-      if (step % kFoldSteps == 0) {
-        wgmma_transposed_first<T>(group_sums, a[step % kBuffers][0], x);
-      } else {
-        wgmma_transposed<T>(group_sums, a[step % kBuffers][0], x);
-      }
-      wgmma_transposed<T>(group_sums, a[step % kBuffers][1], next_x);
-      wgmma_commit_group();
-      if (step % kFoldSteps < kFoldSteps - 1) continue;
+      if (step % kBlockSteps == 0) load_words<kSwiglu>(words, stage, step / kBlockSteps);
+      load_group(stage, step * p.groups_of_chunk / kSteps);
+      load_operands_in_order(words, step % kBlockSteps, a);
+      multiply_step(group_sums, a, x, step, true);
       wgmma_wait_group<0>();
+      add_scaled(group_sums, scale_[0]);
+    }
+  }
+  // 32 k of a chunk; `x` is the descriptor of its first k.
+  __device__ __forceinline__ void multiply_step(float (&sums)[kXTiles][4], const uint32_t (&a)[2][4], uint64_t x,
+                                                int step, bool is_first) const {
+    const uint32_t k_offset = step / 2 * (kXTiles * 1024) + step % 2 * 64;
+    wgmma_fence();
+    if (is_first) {
+      wgmma_transposed_first<T>(sums, a[0], moved_descriptor(x, k_offset));
+    } else {
+      wgmma_transposed<T>(sums, a[0], moved_descriptor(x, k_offset));
+    }
+    wgmma_transposed<T>(sums, a[1], moved_descriptor(x, k_offset + 32));
+    wgmma_commit_group();
+  }
+  __device__ __forceinline__ void add_scaled(const float (&group_sums)[kXTiles][4], const float (&scale)[2]) {
 #pragma unroll
-      for (int i = 0; i < kXTiles; ++i) {
+    for (int i = 0; i < kXTiles; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums_[0][i][j] = fmaf(scale_[0][j / 2], group_sums[i][j], sums_[0][i][j]);
-      }
+      for (int j = 0; j < 4; ++j) sums_[0][i][j] = fmaf(scale[j / 2], group_sums[i][j], sums_[0][i][j]);
     }
   }
 
@@ -552,8 +608,8 @@ class QuantizedConsumer {
   }
   // The operands of 32 k, for two wgmma instructions of 16 consecutive k.
   __device__ __forceinline__ void load_operands_in_order(const uint32_t (&words)[4], int step,
-                                                         const ZeroPoint<T, kBits> (&zero)[2],
                                                          uint32_t (&a)[2][4]) const {
+    const ZeroPoint<T, kBits>(&zero)[2] = zero_[0];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t pairs[4];

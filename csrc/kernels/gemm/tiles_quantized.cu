@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/tensor_map.h"
@@ -12,28 +13,41 @@ namespace {
 constexpr int64_t kMinRows = 17;  // with fewer, most of each tile is idle
 constexpr int64_t kMaxSumsBytes = int64_t{40} << 20;
 
-// How a GEMM is divided: the rows of x in a tile, and the shares of a tile's k.
+// How a GEMM is divided: the rows of x in a tile, its warpgroups, of 64 weight rows each, and the shares of a tile's k.
 struct Tiling {
   int rows;
+  int groups;
   int splits;  // of each tile; kEven: all clusters have equal shares of all tiles
 };
 constexpr int kEven = 15;
-constexpr std::array<int, 3> kTileRows{64, 128, 256};
+constexpr std::array<std::pair<int, int>, 3> kTileSizes{{{128, 2}, {128, 3}, {256, 2}}};  // rows and warpgroups
 constexpr std::array<int, 7> kSplits{1, 2, 3, 4, 6, 8, kEven};
 constexpr int32_t kRowsUnit = 64;
 
 // The number of the kernel's variant, and its name.
-constexpr int32_t variant_of(const Tiling& tiling) { return tiling.rows / kRowsUnit * 16 + tiling.splits; }
-constexpr Tiling tiling_of(int32_t variant) { return {variant / 16 * kRowsUnit, variant % 16}; }
+constexpr int32_t variant_of(const Tiling& tiling) {
+  return (tiling.groups - 2) * 128 + tiling.rows / kRowsUnit * 16 + tiling.splits;
+}
+constexpr Tiling tiling_of(int32_t variant) {
+  return {variant % 128 / 16 * kRowsUnit, 2 + variant / 128, variant % 16};
+}
 std::string name_of(const Tiling& tiling) {
-  return "n" + std::to_string(tiling.rows) + (tiling.splits == kEven ? "e" : "s" + std::to_string(tiling.splits));
+  const std::string weights = tiling.groups == 2 ? "" : "m" + std::to_string(64 * tiling.groups);
+  const std::string splits = tiling.splits == kEven ? "e" : "s" + std::to_string(tiling.splits);
+  return weights + "n" + std::to_string(tiling.rows) + splits;
+}
+
+std::vector<Tiling> all_tilings() {
+  std::vector<Tiling> tilings;
+  for (const auto& [rows, groups] : kTileSizes) {
+    for (const int splits : kSplits) tilings.push_back({rows, groups, splits});
+  }
+  return tilings;
 }
 
 int64_t chunks_of(const GemmShape& shape) { return divide_up(shape.in_features, kBlockK); }
 // Weight rows of a cluster's tile, and the tiles of all clusters.
-constexpr int64_t cluster_weights(const Tiling& tiling) {
-  return int64_t{quantized_tile_weights(tiling.rows)} * kQuantizedCluster;
-}
+constexpr int64_t cluster_weights(const Tiling& tiling) { return int64_t{64} * tiling.groups * kQuantizedCluster; }
 int64_t weight_tiles_of(const GemmShape& shape, const Tiling& tiling) {
   return divide_up(shape.out_features, cluster_weights(tiling));
 }
@@ -57,7 +71,7 @@ bool is_possible(const GemmShape& shape, const Tiling& tiling, const DevicePrope
 
 // An estimate of the time, in a multiprocessor's cycles: fitted to measurements of Qwen2.5-7B's layers on an H200.
 double cycles(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
-  const double chunk = tiling.rows == 64 ? 635 : tiling.rows == 128 ? 880 : 1300;
+  const double chunk = tiling.rows == 256 ? 1350 : tiling.groups == 2 ? 880 : 1180;
   const auto clusters = static_cast<double>(clusters_of(device));
   const auto tiles = static_cast<double>(tiles_of(shape, tiling));
   const auto chunks = static_cast<double>(chunks_of(shape));
@@ -71,12 +85,9 @@ double cycles(const GemmShape& shape, const Tiling& tiling, const DeviceProperti
 
 // All possible tilings, the best first.
 std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties& device) {
-  std::vector<Tiling> tilings;
-  for (const int rows : kTileRows) {
-    for (const int splits : kSplits) {
-      if (is_possible(shape, {rows, splits}, device)) tilings.push_back({rows, splits});
-    }
-  }
+  std::vector<Tiling> tilings = all_tilings();
+  const auto is_impossible = [&](const Tiling& tiling) { return !is_possible(shape, tiling, device); };
+  tilings.erase(std::remove_if(tilings.begin(), tilings.end(), is_impossible), tilings.end());
   std::stable_sort(tilings.begin(), tilings.end(), [&](const Tiling& a, const Tiling& b) {
     return cycles(shape, a, device) < cycles(shape, b, device);
   });
@@ -100,21 +111,21 @@ bool encode_codes_tensor_map(CUtensorMap& tensor_map, const GemmParams& params, 
       {static_cast<cuuint32_t>(bytes / 4 * kBlockK / kPackedK), tile_weights / kPackedRows / parts, parts, 1});
 }
 
-template <typename T, WeightKind kKind, int kRows>
+template <typename T, WeightKind kKind, typename Size>
 cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
                          cudaStream_t stream) {
   const GemmShape& shape = params.shape;
   const WeightFormat& format = shape.weight_format;
-  constexpr int kSharedBytes = QuantizedTilesLayout<kKind, kRows>::kBytes;
-  auto* const kernel = gemm_quantized_tiles<T, kKind, kRows>;
+  constexpr int kSharedBytes = QuantizedTilesLayout<kKind, Size>::kBytes;
+  auto* const kernel = gemm_quantized_tiles<T, kKind, Size>;
   // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       error != cudaSuccess) {
     return error;
   }
   QuantizedTilesArguments arguments{};
-  if (!encode_codes_tensor_map(arguments.codes, params, quantized_tile_weights(kRows)) ||
-      !encode_x_tensor_map(arguments.x, params, kRows / kQuantizedCluster)) {
+  if (!encode_codes_tensor_map(arguments.codes, params, Size::kWeights) ||
+      !encode_x_tensor_map(arguments.x, params, Size::kRows / kQuantizedCluster)) {
     return cudaErrorNotSupported;
   }
   arguments.scales = static_cast<const uint16_t*>(params.scales);
@@ -128,27 +139,27 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const D
   arguments.groups = format.group_size == 32 ? 2 : 1;
   arguments.group_chunks = format.group_size == 0 ? arguments.chunks : std::max(1, format.group_size / kBlockK);
   arguments.scale_rows = static_cast<int32_t>(PackedSizes(format, shape.out_features, shape.in_features).rows);
-  arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, kRows));
+  arguments.row_tiles = static_cast<int32_t>(divide_up(shape.rows, Size::kRows));
   arguments.weight_tiles = static_cast<int32_t>(weight_tiles_of(shape, tiling));
   arguments.shares = static_cast<int32_t>(shares_of(shape, tiling, device));
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.constant_weight = params.constant_weight;
   const auto clusters = static_cast<unsigned>(std::min<int64_t>(arguments.shares, clusters_of(device)));
-  const cudaError_t error = launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(quantized_threads(kRows)),
+  const cudaError_t error = launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(Size::kThreads),
                                             kSharedBytes, kQuantizedCluster, device, stream, arguments);
   if (error != cudaSuccess || tiling.splits == 1) return error;
-  const dim3 blocks(static_cast<unsigned>((arguments.shares - 1) * kQuantizedCluster * quantized_groups(kRows)),
-                    kRows / kQuantizedPartRows);
-  return launch_kernel(gemm_quantized_tiles_add<T, kRows>, blocks, dim3(kWarpgroupThreads), 0, device, stream,
+  const dim3 blocks(static_cast<unsigned>((arguments.shares - 1) * kQuantizedCluster * Size::kGroups),
+                    Size::kRows / kQuantizedPartRows);
+  return launch_kernel(gemm_quantized_tiles_add<T, Size>, blocks, dim3(kWarpgroupThreads), 0, device, stream,
                        arguments);
 }
 
 template <typename T, WeightKind kKind>
 cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
                           cudaStream_t stream) {
-  if (tiling.rows == 64) return launch_tiles<T, kKind, 64>(params, tiling, device, stream);
-  if (tiling.rows == 128) return launch_tiles<T, kKind, 128>(params, tiling, device, stream);
-  return launch_tiles<T, kKind, 256>(params, tiling, device, stream);
+  if (tiling.rows == 256) return launch_tiles<T, kKind, QuantizedTileSize<256, 2>>(params, tiling, device, stream);
+  return tiling.groups == 2 ? launch_tiles<T, kKind, QuantizedTileSize<128, 2>>(params, tiling, device, stream)
+                            : launch_tiles<T, kKind, QuantizedTileSize<128, 3>>(params, tiling, device, stream);
 }
 
 template <typename T>
@@ -195,11 +206,7 @@ GemmKernel tiles_quantized_kernel() {
   GemmKernel kernel{};
   kernel.id = GemmKernelId::kTilesQuantized;
   kernel.name = "tiles_quantized";
-  for (const int rows : kTileRows) {
-    for (const int splits : kSplits) {
-      kernel.variants.push_back({variant_of({rows, splits}), name_of({rows, splits})});
-    }
-  }
+  for (const Tiling& tiling : all_tilings()) kernel.variants.push_back({variant_of(tiling), name_of(tiling)});
   kernel.takes = takes;
   kernel.is_for = [](const GemmParams&, const DeviceProperties&) { return true; };
   kernel.is_candidate = is_candidate;

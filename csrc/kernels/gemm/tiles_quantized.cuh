@@ -1,10 +1,10 @@
 // The GEMM for tens of rows and more with int4 and int8 weights on Hopper: y^T = weight · x^T.
 //
-// A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 to 256 weight
-// rows times kRows rows of x at a time: each of its consumer warpgroups has 64 weight rows, which it dequantizes in
-// registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer warp
-// fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and codes by
-// TMA, scales and zero points by cp.async. The two blocks of a cluster have the same rows of x, of which each loads
+// A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 or 192 weight
+// rows times 128 or 256 rows of x at a time: each of its consumer warpgroups has 64 weight rows, which it dequantizes
+// in registers, as wgmma's operand a, while the tensor cores multiply the chunk before; x is operand b. The producer
+// warp fills a ring buffer of pipeline stages, kBlockK elements of k each, which runs on from tile to tile: x and codes
+// by TMA, scales and zero points by cp.async. The two blocks of a cluster have the same rows of x, of which each loads
 // half and multicasts it to both. Launched while the previous kernel runs, as gemm_stream.
 //
 // Shares. The chunks of k of all tiles, tile after tile, are divided into equal shares, one or several for a cluster,
@@ -25,13 +25,15 @@
 
 namespace qwen_plugins {
 
-// By the rows of x of a tile: the consumer warpgroups for whose sums there are registers, of 64 weight rows each; and
-// the weight rows of a block's tile.
-__host__ __device__ constexpr int quantized_groups(int rows) { return rows == 64 ? 4 : rows == 128 ? 3 : 2; }
-__host__ __device__ constexpr int quantized_tile_weights(int rows) { return 64 * quantized_groups(rows); }
-__host__ __device__ constexpr int quantized_threads(int rows) {
-  return kWarpgroupThreads * (quantized_groups(rows) + 1);
-}
+// A block's tile: rows of x, and consumer warpgroups, of 64 weight rows each. More of both is less to load and to
+// dequantize for each product, as far as there are registers for the sums; fewer divide small GEMMs better.
+template <int kTileRows, int kTileGroups>
+struct QuantizedTileSize {
+  static constexpr int kRows = kTileRows;
+  static constexpr int kGroups = kTileGroups;
+  static constexpr int kWeights = 64 * kGroups;
+  static constexpr int kThreads = kWarpgroupThreads * (kGroups + 1);
+};
 constexpr int kQuantizedCluster = 2;    // blocks, with the same rows of x
 constexpr int kQuantizedPartRows = 64;  // rows of x whose results are stored at a time
 
@@ -42,18 +44,17 @@ constexpr int kQuantizedPartBytes = kQuantizedPartRows * kQuantizedResultRowByte
 
 // The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has x, the codes of
 // the weights, and their scales and zero points, of two groups at most.
-template <WeightKind kKind, int kRows>
+template <WeightKind kKind, typename Size>
 struct QuantizedTilesLayout {
-  static constexpr int kGroups = quantized_groups(kRows);
-  static constexpr int kTileWeights = quantized_tile_weights(kRows);
-  static constexpr int kXBytes = kRows * kSwizzleBytes;
+  static constexpr int kTileWeights = Size::kWeights;
+  static constexpr int kXBytes = Size::kRows * kSwizzleBytes;
   static constexpr int kBlockBytes = superblock_bytes_of(kKind) * kBlockK / kPackedK;  // codes of 16 weight rows
   static constexpr int kCodeBytes = kTileWeights / kPackedRows * kBlockBytes;
   static constexpr int kScales = kXBytes + kCodeBytes;
   static constexpr int kZeros = kScales + 2 * 2 * kTileWeights;
   static constexpr int kStageBytes = divide_up(kZeros + 2 * kTileWeights, 1024) * 1024;
-  static constexpr int kResultBytes = kRows / kQuantizedPartRows * kQuantizedPartBytes;  // of a warpgroup
-  static constexpr int kAllResultBytes = kGroups * kResultBytes;
+  static constexpr int kResultBytes = Size::kRows / kQuantizedPartRows * kQuantizedPartBytes;  // of a warpgroup
+  static constexpr int kAllResultBytes = Size::kGroups * kResultBytes;
   static constexpr int kMaxBytes = 232448;  // what a block can have on Hopper
   static constexpr int kFitting = (kMaxBytes - kAllResultBytes) / (kStageBytes + 16);
   static constexpr int kStages = kFitting < 8 ? kFitting : 8;
@@ -75,7 +76,7 @@ struct QuantizedTilesArguments {
   int32_t group_chunks;  // chunks with one group of scales
   int32_t groups;        // in a chunk: 2 with groups of 32, else 1
   int32_t scale_rows;    // from one group's scales to the next
-  int32_t row_tiles;     // each of kRows rows of x
+  int32_t row_tiles;     // each of Size::kRows rows of x
   int32_t weight_tiles;  // each of the weight rows of the tiles of all blocks of a cluster
   int32_t shares;
   bool swiglu;  // a tile's first half is gate rows, the second their up rows
@@ -150,9 +151,9 @@ struct QuantizedTile {
 };
 
 // A block's place in its cluster, and the addresses in its shared memory.
-template <WeightKind kKind, int kRows>
+template <WeightKind kKind, typename Size>
 struct QuantizedTilesBlock {
-  using Layout = QuantizedTilesLayout<kKind, kRows>;
+  using Layout = QuantizedTilesLayout<kKind, Size>;
   const QuantizedTilesArguments& p;
   const uint32_t ring;  // at a multiple of 1024
   const uint32_t results = ring + Layout::kRingBytes;
@@ -172,7 +173,7 @@ struct QuantizedTilesBlock {
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
       mbarrier_init(full(stage), 1 + 1 + 32);  // lanes that load x, codes and scales
-      mbarrier_init(empty(stage), Layout::kGroups * kQuantizedCluster);
+      mbarrier_init(empty(stage), Size::kGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
   }
@@ -188,9 +189,9 @@ struct QuantizedTilesBlock {
 // scales and x have a warp each: the instructions of all take one longer than wgmma. A whole warp runs the loop even
 // where one lane loads, so that the compiler knows addresses and coordinates to be the same in all lanes, as TMA needs
 // them.
-template <WeightKind kKind, int kRows, typename Load>
-__device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>& block, Load load) {
-  using Layout = QuantizedTilesLayout<kKind, kRows>;
+template <WeightKind kKind, typename Size, typename Load>
+__device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, Size>& block, Load load) {
+  using Layout = QuantizedTilesLayout<kKind, Size>;
   PipelineState state;
   int free_stages = Layout::kStages;  // at first
   for (QuantizedParts parts(block.p); !parts.done(); parts.advance()) {
@@ -214,14 +215,14 @@ __device__ __forceinline__ void produce(const QuantizedTilesBlock<kKind, kRows>&
 }
 
 // Loads x: half of a stage's rows, for both blocks of the cluster.
-template <WeightKind kKind, int kRows>
+template <WeightKind kKind, typename Size>
 class LoadX {
  public:
   static constexpr int kLanes = 1;
-  __device__ __forceinline__ explicit LoadX(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
+  __device__ __forceinline__ explicit LoadX(const QuantizedTilesBlock<kKind, Size>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
-    row_ = tile.row_tile * kRows + block_.rank * kHalf;
+    row_ = tile.row_tile * Size::kRows + block_.rank * kHalf;
   }
   __device__ __forceinline__ void operator()(int stage, int chunk) const {
     mbarrier_arrive_expect_tx(block_.full(stage), 2 * kHalf * kSwizzleBytes);  // the other block's half, too
@@ -231,25 +232,25 @@ class LoadX {
   __device__ __forceinline__ void advance() {}
 
  private:
-  static constexpr int kHalf = kRows / kQuantizedCluster;
-  const QuantizedTilesBlock<kKind, kRows>& block_;
+  static constexpr int kHalf = Size::kRows / kQuantizedCluster;
+  const QuantizedTilesBlock<kKind, Size>& block_;
   int row_ = 0;
 };
 
 // The first weight row of a tile, with SwiGLU of its gate rows.
-template <int kRows>
+template <typename Size>
 __device__ __forceinline__ int first_weight_row(const QuantizedTilesArguments& p, const QuantizedTile& tile) {
-  return tile.weight_tile * (p.swiglu ? quantized_tile_weights(kRows) / 2 : quantized_tile_weights(kRows));
+  return tile.weight_tile * (p.swiglu ? Size::kWeights / 2 : Size::kWeights);
 }
 
-template <WeightKind kKind, int kRows>
+template <WeightKind kKind, typename Size>
 class LoadCodes {
  public:
   static constexpr int kLanes = 1;
-  __device__ __forceinline__ explicit LoadCodes(const QuantizedTilesBlock<kKind, kRows>& block) : block_(block) {}
+  __device__ __forceinline__ explicit LoadCodes(const QuantizedTilesBlock<kKind, Size>& block) : block_(block) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int) {
-    row_block_ = first_weight_row<kRows>(block_.p, tile) / kPackedRows;
+    row_block_ = first_weight_row<Size>(block_.p, tile) / kPackedRows;
   }
   __device__ __forceinline__ void operator()(int stage, int chunk) const {
     mbarrier_arrive_expect_tx(block_.full(stage), Layout::kCodeBytes);
@@ -260,17 +261,17 @@ class LoadCodes {
   __device__ __forceinline__ void advance() {}
 
  private:
-  using Layout = QuantizedTilesLayout<kKind, kRows>;
-  const QuantizedTilesBlock<kKind, kRows>& block_;
+  using Layout = QuantizedTilesLayout<kKind, Size>;
+  const QuantizedTilesBlock<kKind, Size>& block_;
   int row_block_ = 0;
 };
 
 // Loads scales and zero points, 16 bytes a lane: TMA would take as long for these few as for a stage's codes.
-template <WeightKind kKind, int kRows>
+template <WeightKind kKind, typename Size>
 class LoadScales {
  public:
   static constexpr int kLanes = 32;
-  __device__ __forceinline__ explicit LoadScales(const QuantizedTilesBlock<kKind, kRows>& block)
+  __device__ __forceinline__ explicit LoadScales(const QuantizedTilesBlock<kKind, Size>& block)
       : block_(block), p_(block.p) {}
 
   __device__ __forceinline__ void begin(const QuantizedTile& tile, int chunk) {
@@ -301,7 +302,7 @@ class LoadScales {
   }
 
  private:
-  static constexpr int kTileWeights = quantized_tile_weights(kRows);
+  static constexpr int kTileWeights = Size::kWeights;
 
   // What a lane loads: `count` rows of a group of a chunk.
   struct Part {
@@ -315,13 +316,13 @@ class LoadScales {
       constexpr int kHalf = kTileWeights / 2;
       to = static_cast<int>(threadIdx.x) % 32 * count;
       loads = to < kTileWeights;
-      const int row = first_weight_row<kRows>(p, tile) + to + (p.swiglu && to >= kHalf ? p.columns - kHalf : 0);
+      const int row = first_weight_row<Size>(p, tile) + to + (p.swiglu && to >= kHalf ? p.columns - kHalf : 0);
       exists = loads && row < p.scale_rows;
       from = exists ? first + row : 0;
     }
   };
 
-  const QuantizedTilesBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, Size>& block_;
   const QuantizedTilesArguments& p_;
   int chunks_left_ = 0;
   Part scales_, zeros_;
@@ -329,7 +330,7 @@ class LoadScales {
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
 // and g + 8 of a warp's 16 weight rows (g = lane / 4), or with SwiGLU a gate row and its up row.
-template <typename T, int kRows>
+template <typename T, typename Size>
 class QuantizedTilesResults {
  public:
   __device__ __forceinline__ QuantizedTilesResults(const QuantizedTilesArguments& p, int group, uint32_t staging)
@@ -379,7 +380,7 @@ class QuantizedTilesResults {
  private:
   __device__ __forceinline__ int group_columns() const { return p_.swiglu ? 32 : 64; }
   __device__ __forceinline__ int first_column(int weight_tile) const {
-    return (weight_tile * quantized_groups(kRows) + group_) * group_columns();
+    return (weight_tile * Size::kGroups + group_) * group_columns();
   }
   __device__ __forceinline__ void stage(const float (*sums)[4], uint32_t staging) const {
     const int matrix = lane_ / 8;
@@ -421,18 +422,18 @@ class QuantizedTilesResults {
 
 // Where a warpgroup's sums of a part are in the workspace, in the order in which its threads have them. A share has two
 // places: at most its first part begins within a tile, and at most its last is a part that begins a tile.
-template <int kRows>
+template <typename Size>
 __device__ __forceinline__ float4* partial_sums(const QuantizedTilesArguments& p, int share, bool begins_tile, int rank,
                                                 int group) {
   const int64_t index = (int64_t{2} * share + (begins_tile ? 1 : 0)) * kQuantizedCluster + rank;
-  return p.sums + (index * quantized_groups(kRows) + group) * (kRows / 8 * kWarpgroupThreads);
+  return p.sums + (index * Size::kGroups + group) * (Size::kRows / 8 * kWarpgroupThreads);
 }
 
 // A consumer warpgroup.
-template <typename T, WeightKind kKind, int kRows>
+template <typename T, WeightKind kKind, typename Size>
 class QuantizedTilesConsumer {
  public:
-  __device__ __forceinline__ QuantizedTilesConsumer(const QuantizedTilesBlock<kKind, kRows>& block, int group)
+  __device__ __forceinline__ QuantizedTilesConsumer(const QuantizedTilesBlock<kKind, Size>& block, int group)
       : block_(block), p_(block.p), group_(group) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -458,13 +459,14 @@ class QuantizedTilesConsumer {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       mbarrier_wait(block_.full(state_.stage), state_.parity);
       const PackedChunk packed = load();
+      const uint64_t x = matrix_descriptor(block_.x(state_.stage), 16);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         wgmma_wait_group<kSteps - 1>();  // that of this step of the previous chunk has read a[step]
         if (step == kSteps - 1 && previous_stage >= 0) release(previous_stage);
         dequantize(a[step], packed, step);
         wgmma_fence();
-        wgmma_transposed<T>(sums_, a[step], matrix_descriptor(block_.x(state_.stage) + 32 * step, 16));
+        wgmma_transposed<T>(sums_, a[step], moved_descriptor(x, 32 * step));
         wgmma_commit_group();
       }
       previous_stage = state_.stage;
@@ -476,11 +478,11 @@ class QuantizedTilesConsumer {
 
   // Stores y, or the sums of a part of a tile.
   __device__ __forceinline__ void write(const QuantizedTile& tile,
-                                        const QuantizedTilesResults<T, kRows>& results) const {
-    results.write_tile(sums_, tile.row_tile * kRows, tile.weight_tile);
+                                        const QuantizedTilesResults<T, Size>& results) const {
+    results.write_tile(sums_, tile.row_tile * Size::kRows, tile.weight_tile);
   }
   __device__ __forceinline__ void write_sums(const QuantizedPart& part) const {
-    float4* const to = partial_sums<kRows>(p_, part.share, part.first_chunk == 0, block_.rank, group_) +
+    float4* const to = partial_sums<Size>(p_, part.share, part.first_chunk == 0, block_.rank, group_) +
                        threadIdx.x % kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -489,8 +491,8 @@ class QuantizedTilesConsumer {
   }
 
  private:
-  using Layout = QuantizedTilesLayout<kKind, kRows>;
-  static constexpr int kTiles = kRows / 8;
+  using Layout = QuantizedTilesLayout<kKind, Size>;
+  static constexpr int kTiles = Size::kRows / 8;
   static constexpr int kSteps = kBlockK / 16;  // wgmmas of a chunk
 
   // What a thread dequantizes of a chunk: for each of its rows and for both halves of the columns of k.
@@ -546,7 +548,7 @@ class QuantizedTilesConsumer {
     }
   }
 
-  const QuantizedTilesBlock<kKind, kRows>& block_;
+  const QuantizedTilesBlock<kKind, Size>& block_;
   const QuantizedTilesArguments& p_;
   const int group_;
   int rows_[2];   // the thread's weight rows, in the tile
@@ -555,15 +557,15 @@ class QuantizedTilesConsumer {
   float sums_[kTiles][4];
 };
 
-template <typename T, WeightKind kKind, int kRows>
-__global__ void __launch_bounds__(quantized_threads(kRows), 1)
+template <typename T, WeightKind kKind, typename Size>
+__global__ void __launch_bounds__(Size::kThreads, 1)
     gemm_quantized_tiles(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
-  const QuantizedTilesBlock<kKind, kRows> block(p, shared_address(shared));
+  const QuantizedTilesBlock<kKind, Size> block(p, shared_address(shared));
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
-  constexpr int kGroups = quantized_groups(kRows);
+  constexpr int kGroups = Size::kGroups;
   const int producer = warp - kWarpgroupThreads * kGroups / 32;
   if (producer == 0 && threadIdx.x % 32 == 0) {
     prefetch_tensor_map(p.codes);
@@ -575,19 +577,19 @@ __global__ void __launch_bounds__(quantized_threads(kRows), 1)
   if (producer >= 0) {
     release_registers<40>();
     if (producer == 2 || !p.constant_weight) wait_for_previous_kernel();
-    if (producer == 0) produce(block, LoadCodes<kKind, kRows>(block));
-    if (producer == 1) produce(block, LoadScales<kKind, kRows>(block));
-    if (producer == 2) produce(block, LoadX<kKind, kRows>(block));
+    if (producer == 0) produce(block, LoadCodes<kKind, Size>(block));
+    if (producer == 1) produce(block, LoadScales<kKind, Size>(block));
+    if (producer == 2) produce(block, LoadX<kKind, Size>(block));
   } else {
-    take_registers<kGroups == 2 ? 232 : kGroups == 3 ? 152 : 104>();
+    take_registers<kGroups == 2 ? 232 : 152>();
     wait_for_previous_kernel();
     const int group = warp / (kWarpgroupThreads / 32);
-    QuantizedTilesConsumer<T, kKind, kRows> consumer(block, group);
-    using Layout = QuantizedTilesLayout<kKind, kRows>;
+    QuantizedTilesConsumer<T, kKind, Size> consumer(block, group);
+    using Layout = QuantizedTilesLayout<kKind, Size>;
     for (QuantizedParts parts(p); !parts.done(); parts.advance()) {
       const QuantizedPart part = parts.part();
       const QuantizedTile tile(p, part.tile, block.rank);
-      QuantizedTilesResults<T, kRows> results(p, group, block.results + group * Layout::kResultBytes);
+      QuantizedTilesResults<T, Size> results(p, group, block.results + group * Layout::kResultBytes);
       const bool is_whole = part.chunks == p.chunks;
       if (is_whole) results.load_bias(tile.weight_tile);
       consumer.multiply(part.chunks);
@@ -604,12 +606,12 @@ __global__ void __launch_bounds__(quantized_threads(kRows), 1)
 
 // Adds the sums of a tile's parts. For each beginning of a share that is the first one within a tile (x, together with
 // a block of the cluster and a warpgroup), and each part of the tile's rows of x (y), a block.
-template <typename T, int kRows>
+template <typename T, typename Size>
 __global__ void __launch_bounds__(kWarpgroupThreads)
     gemm_quantized_tiles_add(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   __shared__ __align__(16) char staging[kQuantizedPartBytes];
-  constexpr int kGroups = quantized_groups(kRows);
+  constexpr int kGroups = Size::kGroups;
   const int group = static_cast<int>(blockIdx.x) % kGroups;
   const int rank = static_cast<int>(blockIdx.x) / kGroups % kQuantizedCluster;
   int share = static_cast<int>(blockIdx.x) / (kGroups * kQuantizedCluster);  // that has the tile's beginning
@@ -619,12 +621,12 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
   if (within == first || first_chunk_of_share(p, share) > first) return;
   const QuantizedTile tile(p, static_cast<int>(first / p.chunks), rank);
   const int rows = static_cast<int>(blockIdx.y);
-  QuantizedTilesResults<T, kRows> results(p, group, 0);
+  QuantizedTilesResults<T, Size> results(p, group, 0);
   results.load_bias(tile.weight_tile);
   float sums[8][4] = {};
   for (bool begins_tile = true; first_chunk_of_share(p, share) < first + p.chunks; ++share, begins_tile = false) {
     const float4* const from =
-        partial_sums<kRows>(p, share, begins_tile, rank, group) + rows * 8 * kWarpgroupThreads + threadIdx.x;
+        partial_sums<Size>(p, share, begins_tile, rank, group) + rows * 8 * kWarpgroupThreads + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float4 more = from[i * kWarpgroupThreads];
@@ -634,7 +636,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
       sums[i][3] += more.w;
     }
   }
-  results.write_part(sums, tile.row_tile * kRows + rows * kQuantizedPartRows, tile.weight_tile,
+  results.write_part(sums, tile.row_tile * Size::kRows + rows * kQuantizedPartRows, tile.weight_tile,
                      shared_address(staging));
   bulk_store_wait();
 }
