@@ -1,4 +1,5 @@
-// The streaming GEMM of quantized weights for up to 64 rows on Hopper: reads the packed weight once, at the speed of memory.
+// The streaming GEMM of quantized weights for up to 64 rows on Hopper: reads the packed weight once, at the speed of
+// memory.
 //
 // A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, or with
 // more than 16 rows of x of wgmma, 64 for each consumer warpgroup; rows of x are operand b. A lane loads 16 bytes of
