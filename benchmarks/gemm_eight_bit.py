@@ -232,8 +232,8 @@ def measure_product(product: Product, weight_format: str, rows: int, failed: set
     return {"kernel": kernel, **{name: round(time / count, 3) for name, time in times.items()}}
 
 
-def measure(models: list[str], formats: list[str], rows: list[int]) -> list[dict[str, Any]]:
-    """Return one record for each product, format and number of rows."""
+def measure(models: list[str], formats: list[str], rows: list[int], output: Path) -> list[dict[str, Any]]:
+    """Return one record for each product, format and number of rows; `output` has them after each product."""
     import torch
 
     records = []
@@ -245,6 +245,7 @@ def measure(models: list[str], formats: list[str], rows: list[int]) -> list[dict
                     what = {"model": name, "product": product.name, "format": weight_format, "rows": count}
                     records.append({**what, **measure_product(product, weight_format, count, failed)})
                     torch.cuda.empty_cache()
+            write_results(output, records)
             print(f"{name} {product.name}: done", file=sys.stderr, flush=True)
     return records
 
@@ -314,8 +315,7 @@ def main() -> None:
         records = json.loads(arguments.report.read_text(encoding="utf-8"))["results"]
     else:
         require_gpu()
-        records = measure(arguments.models, arguments.formats, arguments.rows)
-        write_results(arguments.output, records)
+        records = measure(arguments.models, arguments.formats, arguments.rows, arguments.output)
     print(tables(records, 1e12 * arguments.bandwidth), summary(records), sep="\n")
 
 
