@@ -21,6 +21,7 @@ keywords.
 """
 
 from qwen_plugins._core import (
+    CUDA_VERSION,
     GEMM_KERNELS_VERSION,
     MAX_BEST,
     MAX_BIASES,
@@ -65,6 +66,7 @@ from qwen_plugins._core import (
 )
 
 __all__ = [
+    "CUDA_VERSION",
     "GEMM_KERNELS_VERSION",
     "MAX_BEST",
     "MAX_BIASES",
