@@ -29,8 +29,8 @@ struct DecodeAttentionParams {
   void* workspace = nullptr;
   // [sequences, num_heads]: zero before the first launch, and every launch leaves them so.
   int32_t* semaphores = nullptr;
-  // One float32 on the device, above 0: the context has codes of 8 bits, saturate(round(element / scale)) to nearest
-  // even. Null: it is of the type of the heads.
+  // One float32 on the device, above 0: the context has codes of 8 bits, saturate(round(element * (1 / scale))) to
+  // nearest even. Null: it is of the type of the heads.
   const float* context_scale = nullptr;
   DataType context_dtype = DataType::kInt8;  // kInt8 or kFloat8E4M3: of the codes
   // How a sequence is split depends on its own length alone: its result has the same bits in every company.

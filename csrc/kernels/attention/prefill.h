@@ -24,8 +24,8 @@ struct PrefillAttentionParams {
   // [tokens, num_heads, head_size], dtype of the heads, 16-byte aligned: where q is between the two kernels. Null: in
   // the context, which has no room for it where it has codes.
   void* queries = nullptr;
-  // One float32 on the device, above 0: the context has codes of 8 bits, saturate(round(element / scale)) to nearest
-  // even. Null: it is of the type of the heads.
+  // One float32 on the device, above 0: the context has codes of 8 bits, saturate(round(element * (1 / scale))) to
+  // nearest even. Null: it is of the type of the heads.
   const float* context_scale = nullptr;
   DataType context_dtype = DataType::kInt8;  // kInt8 or kFloat8E4M3: of the codes
   // [sequences + 1], on the device: 0, then the sums of the sequences' lengths. Tokens from the last of them on are

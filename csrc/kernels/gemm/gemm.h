@@ -11,7 +11,7 @@
 //   z[m, n] = (sum over k of x[m, k] * weight[n, k]) * weight_scale[n] * x_scale[m] + bias[n]
 //
 // summed exactly in int32, or of e4m3 in float32 (on Hopper's tensor cores in registers of 14 bits, whose sums of 128 k
-// are added in float32). y can be codes, too: saturate(round(y / y_scale)), rounded to nearest even.
+// are added in float32). y can be codes, too: saturate(round(y * (1 / y_scale))), rounded to nearest even.
 //
 // Several kernels can compute it; GemmParams::choice names one, and rules decide where it does not. By the rules few
 // rows (decoding; up to 16, on Hopper up to 96, with SwiGLU up to 128) run in kernels of this library that read the

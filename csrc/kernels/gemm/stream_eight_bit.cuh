@@ -32,13 +32,14 @@ constexpr int max_warpgroups_of_codes(int x_rows) {
 
 // A consumer warpgroup, of int8 where Sum is int32_t, and of e4m3 where it is float.
 template <typename Sum, int kRows>
-class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum, kRows> {
-  using Base = StreamConsumer<EightBitConsumer<Sum, kRows>, Sum, kRows>;
+class StreamEightBitConsumer : public StreamConsumer<StreamEightBitConsumer<Sum, kRows>, Sum, kRows> {
+  using Base = StreamConsumer<StreamEightBitConsumer<Sum, kRows>, Sum, kRows>;
   using Base::block_, Base::lane_, Base::p, Base::sums_, Base::warp_, Base::weight_state_, Base::x_state_;
   using Base::kTiles;
 
  public:
-  __device__ __forceinline__ EightBitConsumer(const StreamBlock<kRows>& block, const StreamEightBitArguments& arguments)
+  __device__ __forceinline__ StreamEightBitConsumer(const StreamBlock<kRows>& block,
+                                                    const StreamEightBitArguments& arguments)
       : Base(block, arguments, uniform(static_cast<int>(threadIdx.x) / kWarpgroupThreads)), arguments_(arguments) {}
 
   __device__ __forceinline__ void multiply_tile(int tile) {
@@ -246,7 +247,7 @@ class EightBitConsumer : public StreamConsumer<EightBitConsumer<Sum, kRows>, Sum
 template <typename Sum, int kRows>
 __global__ void __launch_bounds__(kWarpgroupThreads* max_warpgroups_of_codes<Sum>(kRows) + 32 * kProducerWarps, 1)
     gemm_eight_bit(const __grid_constant__ StreamEightBitArguments p) {
-  stream_gemm<EightBitConsumer<Sum, kRows>, kRows>(p);
+  stream_gemm<StreamEightBitConsumer<Sum, kRows>, kRows>(p);
 }
 
 }  // namespace qwen_plugins

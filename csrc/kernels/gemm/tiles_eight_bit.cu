@@ -2,6 +2,7 @@
 #include <array>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "hopper_clusters.h"
@@ -200,30 +201,31 @@ double estimate(const GemmShape& shape, const Tiling& tiling, const ClustersAtOn
   return std::max(std::ceil(tiles * tiling.splits / at_once) * (tile / tiling.splits + kEnding), reading) + all;
 }
 
-// All possible tilings, those of the least estimated time first.
-std::vector<Tiling> best_tilings(const GemmShape& shape, const ClustersAtOnce& clusters) {
-  std::vector<Tiling> tilings;
+// All possible tilings, each after its estimated time.
+using EstimatedTiling = std::pair<double, Tiling>;
+std::vector<EstimatedTiling> estimated_tilings(const GemmShape& shape, const ClustersAtOnce& clusters) {
+  std::vector<EstimatedTiling> tilings;
   for (const int columns : kTileColumns) {
     for (const auto& [rows, cluster_columns] : kClusters) {
       for (const int splits : kSplits) {
         const Tiling tiling{columns, rows, cluster_columns, splits};
-        if (is_possible(shape, tiling, clusters)) tilings.push_back(tiling);
+        if (is_possible(shape, tiling, clusters)) tilings.emplace_back(estimate(shape, tiling, clusters), tiling);
       }
     }
   }
-  std::stable_sort(tilings.begin(), tilings.end(), [&](const Tiling& a, const Tiling& b) {
-    return estimate(shape, a, clusters) < estimate(shape, b, clusters);
-  });
   return tilings;
 }
+
+bool is_sooner(const EstimatedTiling& a, const EstimatedTiling& b) { return a.first < b.first; }
 
 bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
   constexpr size_t kMeasured = 6;
   ClustersAtOnce clusters;
   if (clusters_at_once(device, clusters) != cudaSuccess) return false;
-  const std::vector<Tiling> tilings = best_tilings(params.shape, clusters);
+  std::vector<EstimatedTiling> tilings = estimated_tilings(params.shape, clusters);
+  std::stable_sort(tilings.begin(), tilings.end(), is_sooner);
   for (size_t i = 0; i < std::min(kMeasured, tilings.size()); ++i) {
-    if (variant_of(tilings[i]) == variant) return true;
+    if (variant_of(tilings[i].second) == variant) return true;
   }
   return false;
 }
@@ -233,8 +235,10 @@ int64_t workspace_bytes(const GemmShape& shape) { return has_quantized_x(shape.w
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {
   ClustersAtOnce clusters;
   if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
-  const Tiling tiling = variant == kOwnVariant ? best_tilings(params.shape, clusters)[0] : tiling_of(variant);
-  return launch_tiling(params, tiling, clusters, device, stream);
+  if (variant != kOwnVariant) return launch_tiling(params, tiling_of(variant), clusters, device, stream);
+  const std::vector<EstimatedTiling> tilings = estimated_tilings(params.shape, clusters);
+  const Tiling best = std::min_element(tilings.begin(), tilings.end(), is_sooner)->second;
+  return launch_tiling(params, best, clusters, device, stream);
 }
 
 }  // namespace

@@ -455,9 +455,9 @@ __device__ __forceinline__ int4* partial_sums(const TilesEightBitArguments& p, i
 
 // A consumer warpgroup.
 template <typename Sum, int kColumns, bool kBlockScales>
-class EightBitConsumer {
+class TilesEightBitConsumer {
  public:
-  __device__ __forceinline__ EightBitConsumer(const EightBitBlock<kColumns>& block, int warp)
+  __device__ __forceinline__ TilesEightBitConsumer(const EightBitBlock<kColumns>& block, int warp)
       : block_(block),
         p_(block.p),
         group_(warp / 4),
@@ -657,7 +657,7 @@ __global__ void __launch_bounds__(kEightBitThreads, 1)
   } else {
     take_registers<232>();
     wait_for_previous_kernel();
-    EightBitConsumer<Sum, kColumns, kBlockScales> consumer(block, warp);
+    TilesEightBitConsumer<Sum, kColumns, kBlockScales> consumer(block, warp);
     consumer.run();
   }
   block.sync_cluster();  // other blocks may still write here
