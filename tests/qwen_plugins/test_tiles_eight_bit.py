@@ -103,6 +103,6 @@ def test_candidates_and_rules(activation):
         pytest.skip("for Hopper")
     shape = {"in_features": 3584, "out_features": 4608}
     shape["weight_format"] = WeightFormat(8, scale_dtype="float32", activation=activation)
-    for rows in (100, 512, 8192):
+    for rows in (256, 512, 8192):
         assert tuning.choice_by_rules(rows=rows, **shape) == "tiles_eight_bit"
         assert len(set(tuning.candidates(rows=rows, **shape)) & set(NAMES)) == 6
