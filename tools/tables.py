@@ -98,14 +98,14 @@ def offline() -> str:
     if not (RESULTS / "h100" / "throughput_offline.json").exists():
         return NOT_MEASURED
     records = read("h100/throughput_offline")
-    least = max(r["seconds"] for r in records)
+    slowest = max(r["seconds"] for r in records)
     rows = [
         [
             IMPLEMENTATIONS[r["implementation"]],
             f"{r['seconds']:.1f}",
             f"{r['requests_per_second']:.1f}",
             f"{r['new_tokens_per_second']:,.0f}",
-            f"{least / r['seconds']:.2f}",
+            f"{slowest / r['seconds']:.2f}",
         ]
         for r in records
     ]

@@ -85,7 +85,7 @@ def gemm(
     if isinstance(weight, QuantizedWeight):
         return _quantized(x, weight, bias, activation, constant_weight, out)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
-        _check_types(1.0, x=x, weight=weight, bias=bias, out=out)
+        _check_tensors(x=x, weight=weight, bias=bias, out=out)
         if out is None:
             return torch.ops.qwen_plugins.gemm(x, weight, bias, activation, constant_weight)
         torch.ops.qwen_plugins.gemm_out(x, weight, bias, out, activation, constant_weight)
@@ -105,7 +105,7 @@ def _quantized(
     options = (weight.group_size, weight.out_features, activation, constant_weight)
     if not torch.compiler.is_compiling() and type(x) in _PLAIN_TENSORS:
         return _quantized_gemm.gemm(x, *operands, *options, out)
-    _check_types(1.0, x=x, bias=bias, out=out)
+    _check_tensors(x=x, bias=bias, out=out)
     if out is None:
         return torch.ops.qwen_plugins.gemm_quantized(x, *operands, *options)
     torch.ops.qwen_plugins.gemm_quantized_out(x, *operands, out, *options)
@@ -155,7 +155,7 @@ def scaled_gemm(
     if not torch.compiler.is_compiling() and type(x) in _PLAIN_TENSORS:
         return _scaled_gemm.scaled_gemm(*operands)
     given = {"x": x, "weight": weight, "x_scales": x_scales, "weight_scales": weight_scales}
-    _check_types(1.0, **given, bias=bias, y_scale=y_scale)
+    _check_tensors(**given, bias=bias, y_scale=y_scale)
     return torch.ops.qwen_plugins.scaled_gemm(*operands)
 
 
@@ -207,7 +207,8 @@ def rms_norm(
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
-    _check_types(eps, x=x, weight=weight, residual=residual)
+    _check_eps(eps)
+    _check_tensors(x=x, weight=weight, residual=residual)
     ops = torch.ops.qwen_plugins
     options = (eps, unit_offset, round_before_weight)
     if residual is None:
@@ -261,7 +262,8 @@ def rms_norm_quant(
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
-    _check_types(eps, x=x, weight=weight, residual=residual, scale=scale, smoothing=smoothing)
+    _check_eps(eps)
+    _check_tensors(x=x, weight=weight, residual=residual, scale=scale, smoothing=smoothing)
     if not isinstance(quant_dtype, torch.dtype):
         raise TypeError(f"quant_dtype must be torch.int8 or torch.float8_e4m3fn, not {quant_dtype!r}")
     ops = torch.ops.qwen_plugins
@@ -298,7 +300,7 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tupl
     Raises:
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
-    _check_types(1.0, x=x, scale=scale)
+    _check_tensors(x=x, scale=scale)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, not {dtype!r}")
     if scale is None:
@@ -306,12 +308,16 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tupl
     return torch.ops.qwen_plugins.quantize(x, scale, dtype), scale
 
 
-def _check_types(eps: float, **tensors: Tensor | None) -> None:
-    """Check what PyTorch's dispatcher would report less clearly. The operators check everything else."""
+def _check_eps(eps: float) -> None:
+    """Check what PyTorch's dispatcher would report less clearly."""
     if not isinstance(eps, float | int):
         raise TypeError(f"eps must be a number, not {type(eps).__name__}")
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """Check what PyTorch's dispatcher would report less clearly. The operators check everything else."""
+    required = ("x", "weight", "x_scales", "weight_scales")
     for name, tensor in tensors.items():
-        required = ("x", "weight", "x_scales", "weight_scales")
         if not isinstance(tensor, Tensor) and not (tensor is None and name not in required):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
 

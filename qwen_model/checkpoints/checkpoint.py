@@ -260,7 +260,7 @@ class Checkpoint:
         """Multiply the rows of weight and bias of these modules, by name, with factors [out] whenever they are read."""
         self._row_factors = dict(factors)
 
-    def scales_rows(self, spec: WeightSpec) -> bool:
+    def has_scaled_rows(self, spec: WeightSpec) -> bool:
         """Tell whether `scale_rows` names the module of this weight."""
         return _module(spec) in self._row_factors
 

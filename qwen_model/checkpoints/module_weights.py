@@ -10,9 +10,6 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 BLOCK_SIZE = 128
-"""The outputs, and the inputs, that share a scale in a weight of fp8 with scales of blocks."""
-
-BLOCK_SIZE = 128
 """The outputs, and the inputs, that share a scale where scales are those of blocks (fp8)."""
 
 

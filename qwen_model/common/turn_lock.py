@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class TurnLock:
-    """Be a reentrant lock that a thread which gives it up gets again only after those that wait."""
+    """Lock reentrantly, and fairly: a thread that gives the lock up gets it back only after one that waits for it."""
 
     def __init__(self) -> None:
         self._lock, self._next = threading.Lock(), threading.Lock()

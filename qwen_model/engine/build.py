@@ -205,12 +205,13 @@ def build_engine(
         quantization_options=_quantization_words(quantization, head_quantization, asked),
     )
     sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
+    key_warnings = _balance_keys(checkpoint, model, formats, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
-        *_balance_keys(checkpoint, model, formats, kv_cache_dtype),
+        *key_warnings,
         *_cache_scale_warnings(checkpoint),
         *([] if own is None else calibration_warnings(own, activation_aware, calibration)),
     ]
@@ -255,7 +256,10 @@ def _quantization_words(quantization: str, head_quantization: str | None, asked:
         "calibration",
     ):
         value, option = given[name], f"--{name.replace('_', '-')}"
-        words += [option] if value is True else [] if value in (None, False) else [option, str(value)]
+        if value is True:
+            words.append(option)
+        elif value is not None and value is not False:  # 0 is an alpha
+            words += [option, str(value)]
     return tuple(words)
 
 
@@ -336,17 +340,18 @@ def _cache_scale_warnings(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _balance_keys(checkpoint: Checkpoint, model: ModelConfig, formats: Formats, kv_cache_dtype: str) -> Iterator[str]:
-    """Give the keys of an int8 cache one size; yield a warning where that cannot be done."""
+def _balance_keys(checkpoint: Checkpoint, model: ModelConfig, formats: Formats, kv_cache_dtype: str) -> list[str]:
+    """Make the checkpoint's keys of similar size for an int8 cache; return a warning where that cannot be done."""
     if kv_cache_dtype != "int8" or not model.qkv_bias:
-        return
+        return []
     factors, largest = key_factors(checkpoint, model, formats)
     checkpoint.scale_rows(factors)
-    if largest:
-        yield (
-            f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
-            "coarsely: --kv-cache-dtype fp8 is more exact"
-        )
+    if not largest:
+        return []
+    return [
+        f"keys have biases of up to {largest:.0f}, beside which an int8 cache rounds the other numbers of a head "
+        "coarsely: --kv-cache-dtype fp8 is more exact"
+    ]
 
 
 def _generation_warnings(generation: GenerationConfig) -> Iterator[str]:

@@ -95,7 +95,7 @@ def _is_json_lines(path: Path, text: str) -> bool:
 
 
 def _json_texts(tokenizer: Tokenizer, path: Path, text: str) -> Iterator[list[int]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also ends lines at U+2028 in a text
         if not line.strip():
             continue
         where = f"line {number} of {path}"

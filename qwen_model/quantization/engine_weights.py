@@ -80,7 +80,7 @@ class EngineWeights:
         if self._checkpoint.is_quantized(module.weight):
             return self._checkpoint.read_quantized(module.weight)
         if module.format.activation is not None:
-            by_row = self._per_channel or self._checkpoint.scales_rows(module.weight)
+            by_row = self._per_channel or self._checkpoint.has_scaled_rows(module.weight)
             parts = () if by_row else [source.shape[0] for source in module.weight.sources]
             weight, self.relative_errors[name] = round_to_eight_bits(
                 self._read(module.weight), module.format.kind, parts, self._static.get(name)

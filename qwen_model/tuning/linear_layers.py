@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checkpoints.config import ModelConfig
 from ..checkpoints.module_weights import NOT_QUANTIZED, Formats, ModuleWeights, WeightFormat
 from ..checkpoints.weights import network_modules
 from ..network.decoder import decoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ def linear_layers(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTI
         quantizes = any(quantizes_for(module, modules[reader]) for reader in recorder.into[name])
         found[name] = LinearShape(in_features, out_features, dtype, activation, bias, weight_format, quantizes)
     return found
+
+
+def quantizing_reader(modules: Mapping[str, ModuleWeights[T]], into: tuple[str, ...]) -> ModuleWeights[T] | None:
+    """Return a module of `into`, by name the linear layers that read a result, if these take a quantized x."""
+    return next((modules[name] for name in into if modules[name].format.activation is not None), None)
 
 
 def quantizes_for(module: ModuleWeights[Any], reader: ModuleWeights[Any]) -> bool:

@@ -21,7 +21,7 @@ from ...interface.engine_config import Limits
 from ...interface.memory import PAGE_SIZE
 from ...network.decoder import decoder
 from ...network.inputs import network_inputs
-from ...tuning.linear_layers import quantizes_for
+from ...tuning.linear_layers import quantizes_for, quantizing_reader
 from .graph import Graph
 
 VERSIONS = 17, 8  # ONNX's opset and IR: the only ONNX operator is Gather: parsers since TensorRT 8.6 read this
@@ -118,7 +118,7 @@ class PluginOperations:
     def _scaled_linear(
         self, x: QuantizedTensor, module: str, fields: dict[str, int], into: tuple[str, ...]
     ) -> Activations:
-        weights, reader = self._modules[module], self._reader(into)
+        weights, reader = self._modules[module], quantizing_reader(self._modules, into)
         assert weights.scales is not None  # quantized weights have scales
         y_scale = None
         if reader is not None and quantizes_for(weights, reader):
@@ -139,14 +139,9 @@ class PluginOperations:
         y = str(self._graph.plugin(GEMM, inputs, module, fields, version="3"))
         return self._quantized_for(into, y, module) if y_scale is None else self._static(y, y_scale)
 
-    def _reader(self, into: tuple[str, ...]) -> ModuleWeights[WeightSpec] | None:
-        """Return a module of `into`, if these linear layers take a quantized x."""
-        modules = [self._modules[name] for name in into]
-        return next((module for module in modules if module.format.activation is not None), None)
-
     def _quantized_for(self, into: tuple[str, ...], x: str, name: str) -> Activations:
         """Quantize x, the result called `name`, for the linear layers that read it, if they take it so."""
-        reader = self._reader(into)
+        reader = quantizing_reader(self._modules, into)
         if reader is None:
             return x
         name = f"{name}.quantize"
@@ -193,7 +188,7 @@ class PluginOperations:
             "unit_offset": 0,
         }
         inputs = [x, self._weight(self._modules[module].weight), *([] if residual is None else [residual])]
-        reader = self._reader(into)
+        reader = quantizing_reader(self._modules, into)
         if reader is not None:
             codes, rest = self._quantized_norm(inputs, module, fields, reader)
             return codes, x if residual is None else rest
@@ -241,7 +236,7 @@ class PluginOperations:
             inputs.append(self._inputs["query_scale"])
         norms = [self._modules[f"{name}.{kind}"] for kind in ("q_norm", "k_norm") if f"{name}.{kind}" in self._modules]
         inputs += [self._weight(norm.weight) for norm in norms]
-        reader = self._reader(into)
+        reader = quantizing_reader(self._modules, into)
         scale = None if reader is None else reader.input_scale
         inputs += [] if scale is None else [self._weight(scale)]
         fields = {

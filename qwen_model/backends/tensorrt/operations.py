@@ -17,7 +17,7 @@ from ...common.errors import QwenModelError
 from ...interface.back_end import ReadWeight
 from ...interface.engine_config import KernelChoices
 from ...interface.weight_formats import packed_weight
-from ...tuning.linear_layers import quantizes_for
+from ...tuning.linear_layers import quantizes_for, quantizing_reader
 from .compat import set_type
 
 
@@ -112,7 +112,7 @@ class TensorRTOperations:
         into: tuple[str, ...],
     ) -> Any:
         assert weights.scales is not None  # quantized weights have scales
-        reader = self._reader(into)
+        reader = quantizing_reader(self._modules, into)
         scale = None
         if reader is not None and reader.input_scale is not None and quantizes_for(self._modules[module], reader):
             scale = self._read(reader.input_scale)
@@ -131,14 +131,9 @@ class TensorRTOperations:
         )
         return self._quantized_for(into, y, module) if scale is None else QuantizedTensor(y, scale)
 
-    def _reader(self, into: tuple[str, ...]) -> ModuleWeights[WeightSpec] | None:
-        """Return a module of `into`, if these linear layers take a quantized x."""
-        modules = [self._modules[name] for name in into]
-        return next((module for module in modules if module.format.activation is not None), None)
-
     def _quantized_for(self, into: tuple[str, ...], x: Any, name: str) -> Any:
         """Quantize x, the result called `name`, for the linear layers that read it, if they take it so."""
-        reader = self._reader(into)
+        reader = quantizing_reader(self._modules, into)
         if reader is None:
             return x
         scale = None if reader.input_scale is None else self._read(reader.input_scale)
@@ -148,7 +143,7 @@ class TensorRTOperations:
 
     def norm(self, x: Any, module: str, residual: Any = None, into: tuple[str, ...] = ()) -> tuple[Any, Any]:
         """See `qwen_model.network.decoder.Operations`."""
-        reader = self._reader(into)
+        reader = quantizing_reader(self._modules, into)
         if reader is not None:
             return self._quantized_norm(x, module, residual, reader)
         found = layers.rms_norm(
@@ -193,7 +188,7 @@ class TensorRTOperations:
 
     def _attend(self, qkv: Any, layer: int, head_norms: Mapping[str, str], into: tuple[str, ...]) -> Any:
         config, inputs, name = self._config, self._inputs, f"layers.{layer}.attention"
-        reader, quantized = self._reader(into), {}
+        reader, quantized = quantizing_reader(self._modules, into), {}
         if reader is not None and reader.input_scale is not None:
             quantized = {"context_dtype": reader.format.kind, "context_scale": self._read(reader.input_scale)}
         try:

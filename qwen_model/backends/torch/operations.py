@@ -15,6 +15,7 @@ from torch import Tensor
 from ...checkpoints.config import ModelConfig
 from ...checkpoints.module_weights import ModuleWeights
 from ...interface.memory import PAGE_SIZE
+from ...tuning.linear_layers import quantizing_reader
 from . import eight_bit, quantized
 from .eight_bit import Activations, QuantizedTensor
 from .paged_cache import CODE_TYPES, PagedCache
@@ -111,8 +112,7 @@ class TorchOperations:
     def reader(self, into: tuple[str, ...]) -> ModuleWeights[Tensor] | None:
         """Return a module of `into`, if these linear layers take a quantized x."""
         if into not in self._readers:
-            modules = [self.modules[name] for name in into]
-            self._readers[into] = next((each for each in modules if each.format.activation is not None), None)
+            self._readers[into] = quantizing_reader(self.modules, into)
         return self._readers[into]
 
     def embedding(self, input_ids: Activations, module: str) -> Activations:

@@ -42,6 +42,13 @@ def test_chats_a_line(tmp_path, tokenizer):
     assert pieces == [*expected, tokenizer.encode("x = 1\n" * 60)[:120]]
 
 
+def test_a_line_of_json_has_what_else_could_end_a_line(tmp_path, tokenizer):
+    text = "x = 1 # a\u2028b\u0085c\n" * 60
+    content = json.dumps({"text": text}, ensure_ascii=False) + "\r\n"
+    (tmp_path / "texts.jsonl").write_text(content * 2, encoding="utf-8", newline="")
+    assert calibration_pieces(tokenizer, tmp_path / "texts.jsonl", 200) == [tokenizer.encode(text)[:200]] * 2
+
+
 def test_pieces_from_everywhere_of_a_long_text(tokenizer):
     every = calibration_pieces(tokenizer, None, 512)
     some = calibration_pieces(tokenizer, None, 128)
@@ -82,6 +89,13 @@ def build(folder, model_dir=None, **options):
     return qwen_model.build_engine(
         model_dir, output_dir=folder, dtype="float32", max_batch_size=1, max_input_len=128, max_output_len=8, **options
     )
+
+
+def test_an_alpha_of_0_is_among_the_options_of_an_engine(tmp_path, model_dir):
+    (tmp_path / "texts").write_text("one two three four\n" * 40)
+    options = {"quantization": "smoothquant", "alpha": 0.0, "calibration": tmp_path / "texts"}
+    summary = build(tmp_path / "engine", model_dir, **options)
+    assert "--quantization smoothquant --alpha 0.0 --calibration" in summary.config.build_command(tmp_path / "engine")
 
 
 def test_the_options_of_an_engine_that_is_built(tmp_path, model_dir):
