@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # of the tokenizer's setting of special tokens
         self._named_tokens = named_tokens
         self._chat_templates = chat_templates
         self._added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
@@ -78,8 +80,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return token_id
 
     def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool) -> list[int]:
-        self._tokenizer.encode_special_tokens = not parse_special_tokens
-        with _one_error(f"{TOKENIZER_JSON} cannot encode the text"):
+        with self._lock, _one_error(f"{TOKENIZER_JSON} cannot encode the text"):
+            self._tokenizer.encode_special_tokens = not parse_special_tokens
             if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
             # A batch leaves the interpreter's lock to other threads, and its fast form computes no offsets.

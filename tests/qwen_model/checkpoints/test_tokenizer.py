@@ -4,8 +4,10 @@ import base64
 import inspect
 import json
 import random
+import threading
 import time
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen_model.checkpoints.chat_template import ChatOptions
-from qwen_model.checkpoints.hugging_face_tokenizer import LONG_TEXT
+from qwen_model.checkpoints.hugging_face_tokenizer import LONG_TEXT, HuggingFaceTokenizer
 from qwen_model.checkpoints.tokenizer import QWEN_SPLIT_PATTERN, copy_tokenizer_files, load_tokenizer
 from qwen_model.common.errors import QwenModelError
 
@@ -526,6 +528,39 @@ def test_broken_tokenizer_config(byte_level_dir, tmp_path, content, message):
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(QwenModelError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_threads_do_not_change_how_others_read_special_tokens():
+    """A thread begins to encode between two steps of another."""
+
+    class Slow:
+        encode_special_tokens = False
+
+        def no_truncation(self): ...
+
+        def no_padding(self): ...
+
+        def get_added_tokens_decoder(self):
+            return {}
+
+        def get_vocab_size(self, with_added_tokens):
+            return 2
+
+        def encode(self, text, add_special_tokens):
+            time.sleep(0.05)
+            return SimpleNamespace(ids=[int(self.encode_special_tokens)])
+
+    tokenizer, found = HuggingFaceTokenizer(Slow(), {}, {}), {}
+
+    def encode(parse):
+        found[parse] = tokenizer.encode("x", parse_special_tokens=parse)
+
+    threads = [threading.Thread(target=encode, args=(parse,)) for parse in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {True: [0], False: [1]}
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):

@@ -96,7 +96,7 @@ class TritonPythonModel:
                 pb_utils.Logger.log_error("the engine has ended, and is started again")
                 try:
                     await self._context.client.connect(await asyncio.to_thread(self._start_engine))
-                except QwenModelError as error:
+                except (QwenModelError, OSError) as error:
                     pb_utils.Logger.log_error(f"the engine cannot be loaded: {error}")
                     await asyncio.sleep(RESTART_SECONDS)
 
