@@ -102,15 +102,16 @@ def _json_texts(tokenizer: Tokenizer, path: Path, text: str) -> Iterator[list[in
         where = f"line {number} of {path}"
         values = parse_json_object(line, where)
         messages, plain = values.get("messages"), values.get("text")
-        if not isinstance(messages, list) and not isinstance(plain, str):
-            raise QwenModelError(f'{where} must have "messages", a list, or "text", a text')
         try:
             if isinstance(messages, list):
                 yield tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-            else:
+                continue
+            if isinstance(plain, str):
                 yield tokenizer.encode(plain)
+                continue
         except QwenModelError as error:
             raise QwenModelError(f"{where}: {error}") from error
+        raise QwenModelError(f'{where} must have "messages", a list, or "text", a text')
 
 
 def _packed(texts: Iterator[Sequence[int]], size: int) -> Iterator[list[int]]:

@@ -112,7 +112,7 @@ def check_mixture(
     calibration: object = None,
 ) -> None:
     """Raise QwenModelError if an option is given that is for another kind of quantization."""
-    given = {
+    given: dict[str, dict[str, object]] = {
         "int4": {"group_size (--group-size)": group_size, "symmetric (--asymmetric)": symmetric},
         "smoothquant": {
             "per_token (--per-token)": per_token or None,
