@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .command_line import (
     DEFAULT_ENGINE_DIR,
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
     if options.plan:
-        print(_plan_text(options))
+        print(_plan_text(options, scaling))
         return
     from .engine import build_engine
 
@@ -159,11 +159,12 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_arguments(group)
 
 
-def _plan_text(options: argparse.Namespace) -> str:
+def _plan_text(options: argparse.Namespace, scaling: dict[str, Any] | None) -> str:
     from .engine.plan import fitting_cards, plan_engine
 
     plan = plan_engine(
         options.model_dir,
+        backend=options.backend,
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
         max_input_len=options.max_input_len,
@@ -171,6 +172,7 @@ def _plan_text(options: argparse.Namespace) -> str:
         max_num_tokens=options.max_num_tokens,
         kv_cache_dtype=options.kv_cache_dtype,
         **quantization_settings(options),
+        rotary_scaling=scaling,
     )
     mib = 2.0**20
     cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())

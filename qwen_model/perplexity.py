@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .command_line import add_engine_arguments, add_verbose_argument, open_engine, positive_integer, run_command
+from .common.errors import QwenModelError
 from .common.files import read_text
 from .common.log import show_log
 from .evaluation.divergence import DEFAULT_TOKENS, Prediction, compare_predictions
 from .evaluation.perplexity import Perplexity, measure_perplexity, next_token_nats
+from .interface.engine_config import EngineConfig
 
 if TYPE_CHECKING:
     from .engine.session import Session
@@ -30,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compare is not None:
         _compare(options, text)
         return
+    if options.tokens is not None:
+        raise QwenModelError("--tokens is for --compare: without it all of the text is predicted")
 
     session = open_engine(options)
     started = time.perf_counter()
@@ -48,10 +52,11 @@ def _compare(options: argparse.Namespace, text: str | None) -> None:
     def load(engine: str) -> Session:
         return open_engine(argparse.Namespace(**{**vars(options), "engine_dir": engine}))
 
+    for engine in options.compare:
+        EngineConfig.read(Path(engine))  # a mistyped folder is an error before hours of work
+    tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
     found: list[Prediction] = []
-    predictions = compare_predictions(
-        options.compare, load, text, options.window, options.tokens, progress=_show_progress
-    )
+    predictions = compare_predictions(options.compare, load, text, options.window, tokens, progress=_show_progress)
     for prediction in predictions:
         found.append(prediction)
         if not options.json:
@@ -100,10 +105,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens",
         type=positive_integer,
-        default=DEFAULT_TOKENS,
         metavar="N",
-        help="with --compare, the tokens that are predicted (default: %(default)s); a temporary file has 4 bytes for "
-        "each and each token of the vocabulary",
+        help=f"with --compare, the tokens that are predicted (default: {DEFAULT_TOKENS}); a temporary file has 4 bytes "
+        "for each and each token of the vocabulary",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_verbose_argument(parser)

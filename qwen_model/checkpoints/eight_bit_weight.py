@@ -55,7 +55,7 @@ class EightBitWeight:
         return w
 
     def check(self, name: str) -> None:
-        """Raise QwenModelError, with the layer's `name`, if scales or numbers are not finite, or scales below 0."""
+        """Raise QwenModelError, with the layer's `name`, if scales or numbers are not finite, or scales cannot be."""
         scales = self.scales if self.input_scale is None else np.append(self.scales, np.float32(self.input_scale))
         if not np.isfinite(scales).all() or (scales < 0).any():
             raise QwenModelError(f"{name} has scales that are not finite, or below 0")
@@ -63,6 +63,13 @@ class EightBitWeight:
             raise QwenModelError(f"{name} has an input_scale of 0")
         if self.kind == "fp8" and ((self.codes & 0x7F) == 0x7F).any():
             raise QwenModelError(f"{name} has numbers that are not finite")
+        zero = self.scales == 0
+        if zero.any() and (self._magnitude_bits() * _by_number(zero, self.codes.shape)).any():
+            raise QwenModelError(f"{name} has scales of 0 for numbers that are not 0")
+
+    def _magnitude_bits(self) -> npt.NDArray[Any]:
+        """Return codes that are 0 where a number is: e4m3 has -0, too."""
+        return self.codes & 0x7F if self.kind == "fp8" else self.codes
 
 
 def eight_bit_format(kind: str, activation_scale: str, group_size: int = 0) -> WeightFormat:
@@ -119,7 +126,7 @@ def e4m3_codes(numbers: Floats) -> npt.NDArray[np.uint8]:
     return (((exponents + 6) << 3) + eighths + 128 * np.signbit(numbers)).astype(np.uint8)
 
 
-def _by_number(scales: Floats, shape: tuple[int, ...]) -> Floats:
+def _by_number(scales: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """Return scales that multiply codes of this shape: [out, 1], or those of blocks repeated to [out, in]."""
     rows, columns = shape
     if scales.shape == (rows, 1):

@@ -20,6 +20,7 @@ from ..quantization.smoothing import calibrate_inputs
 
 PIECE_TOKENS, PIECES, LEAST_TOKENS = 512, 64, 256
 """The tokens of a piece of the texts, the most whole pieces that are used, and the least tokens that are enough."""
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
 def calibrated_weights(
@@ -91,25 +92,26 @@ def calibration_pieces(tokenizer: Tokenizer, calibration: str | os.PathLike[str]
 
 def _is_json_lines(path: Path, text: str) -> bool:
     """Tell whether a file has an object a line: by its name, or as its first line looks."""
-    return path.suffix == ".jsonl" or text.lstrip().startswith(('{"messages"', '{"text"'))
+    return path.suffix in JSON_SUFFIXES or text.lstrip().startswith(('{"messages"', '{"text"'))
 
 
 def _json_texts(tokenizer: Tokenizer, path: Path, text: str) -> Iterator[list[int]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also ends lines at U+2028 in a text
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028 and U+0085
         if not line.strip():
             continue
         where = f"line {number} of {path}"
         values = parse_json_object(line, where)
         messages, plain = values.get("messages"), values.get("text")
-        if isinstance(messages, list):
-            try:
+        try:
+            if isinstance(messages, list):
                 yield tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-            except QwenModelError as error:
-                raise QwenModelError(f"{where}: {error}") from error
-        elif isinstance(plain, str):
-            yield tokenizer.encode(plain)
-        else:
-            raise QwenModelError(f'{where} must have "messages", a list, or "text", a text')
+                continue
+            if isinstance(plain, str):
+                yield tokenizer.encode(plain)
+                continue
+        except QwenModelError as error:
+            raise QwenModelError(f"{where}: {error}") from error
+        raise QwenModelError(f'{where} must have "messages", a list, or "text", a text')
 
 
 def _packed(texts: Iterator[Sequence[int]], size: int) -> Iterator[list[int]]:

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.module_weights import Formats
 from ..common.files import check_readable
-from ..interface.engine_config import KV_CACHE_DTYPES, Limits
+from ..interface.engine_config import BACKENDS, KV_CACHE_DTYPES, Limits
 from ..interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, page_bytes, step_bytes, weight_bytes
 from ..quantization.formats import chosen_formats
 from ..quantization.summary import WeightSummary, weight_summary
@@ -85,6 +86,7 @@ def memory_plan(
 def plan_engine(
     model_dir: str | os.PathLike[str] | None = None,
     *,
+    backend: str = "torch",
     dtype: str | None = None,
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
@@ -100,6 +102,7 @@ def plan_engine(
     alpha: float | str | None = None,
     activation_aware: bool = False,
     calibration: str | os.PathLike[str] | None = None,
+    rotary_scaling: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
     """Compute what `build_engine` with the same arguments would need on a GPU; only the headers of weights are read.
 
@@ -109,11 +112,14 @@ def plan_engine(
     Raises:
         QwenModelError: as `build_engine`.
     """
+    check_choice("backend", backend, BACKENDS)
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     if calibration is not None:
         check_readable(Path(calibration))
     source = model_folder(model_dir)
     model = ModelConfig.from_model_dir(source)
+    if rotary_scaling is not None:
+        model = model.with_rotary_scaling(rotary_scaling)
     limits = engine_limits(
         model, 1 if max_batch_size is None else max_batch_size, max_input_len, max_output_len, max_num_tokens
     )

@@ -60,11 +60,13 @@ def chosen_formats(
     check_mixture(quantization, group_size=group_size, symmetric=symmetric, **options)
     published = checkpoint.formats(model) if quantization == "auto" or head not in (None, "none") else {}
     found = {} if quantization == "none" else engine_formats(published)
+    if head is not None and "lm_head" in published:
+        text = published["lm_head"].text
+        raise QwenModelError(
+            f"the head is quantized already ({text}): leave out head_quantization (--head-quantization)"
+        )
     if head in (None, "none"):
         return found
-    if "lm_head" in published:
-        text = published["lm_head"].text
-        raise QwenModelError(f"the head is quantized already ({text}): leave out head_quantization")
     return {**found, "lm_head": own_formats(QuantizationOptions("int8", head=head), model, dtype)["lm_head"]}
 
 

@@ -112,12 +112,18 @@ def check_mixture(
     calibration: object = None,
 ) -> None:
     """Raise QwenModelError if an option is given that is for another kind of quantization."""
-    if kind != "int4" and (group_size, symmetric) != (None, None):
-        raise QwenModelError("group_size (--group-size) and symmetric (--asymmetric) are for quantization int4")
-    if kind != "smoothquant" and (per_token, per_channel, alpha) != (False, False, None):
-        raise QwenModelError(
-            "per_token (--per-token), per_channel (--per-channel) and alpha (--alpha) are for quantization smoothquant"
-        )
+    given: dict[str, dict[str, object]] = {
+        "int4": {"group_size (--group-size)": group_size, "symmetric (--asymmetric)": symmetric},
+        "smoothquant": {
+            "per_token (--per-token)": per_token or None,
+            "per_channel (--per-channel)": per_channel or None,
+            "alpha (--alpha)": alpha,
+        },
+    }
+    for owner, options in given.items():
+        for name, value in options.items():
+            if kind != owner and value is not None:
+                raise QwenModelError(f"{name} is for quantization {owner}, not {kind!r}")
     if activation_aware and kind not in KINDS:
         raise QwenModelError(
             f"activation_aware (--activation-aware) is for quantization {' or '.join(KINDS)}, not {kind!r}"
@@ -125,7 +131,7 @@ def check_mixture(
     if calibration is not None and not activation_aware and kind not in EIGHT_BIT_KINDS:
         raise QwenModelError(
             "calibration (--calibration) is for activation_aware (--activation-aware) and for quantization "
-            f"{' and '.join(EIGHT_BIT_KINDS)}"
+            f"{' and '.join(EIGHT_BIT_KINDS)}, not {kind!r}"
         )
     if calibration is not None and per_token and alpha == "none":
         raise QwenModelError(

@@ -151,6 +151,23 @@ def test_scales_must_be_finite_and_not_below_0(scale):
         EightBitWeight("int8", codes, np.ones((2, 1), np.float32), scale).check("down")
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_scales_of_0_are_those_of_zeros(kind):
+    codes = random_codes(kind, (200, 256))
+    codes[3] = 0
+    if kind == "fp8":
+        codes[3, ::2] = 0x80  # -0
+    scales = np.ones((200, 1), np.float32)
+    scales[3] = 0
+    EightBitWeight(kind, codes, scales).check("down")
+    codes[3, 5] = 1
+    with pytest.raises(QwenModelError, match="down has scales of 0 for numbers that are not 0"):
+        EightBitWeight(kind, codes, scales).check("down")
+    if kind == "fp8":
+        with pytest.raises(QwenModelError, match="down has scales of 0 for numbers that are not 0"):
+            EightBitWeight(kind, codes, np.float32([[1, 1], [1, 0]])).check("down")
+
+
 def test_codes_must_be_numbers():
     codes = random_codes("fp8", (2, 4))
     codes[1, 1] = 0xFF

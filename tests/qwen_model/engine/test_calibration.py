@@ -76,6 +76,12 @@ def test_pieces_begin_as_the_tokenizer_begins_texts(tmp_path):
         ("chats.jsonl", '{"messages": [{"role": "user"}]}', r"line 1 of .*chats\.jsonl: "),
         ("chats.jsonl", '{"text": "x"}\n{"prompt": "x"}', r'line 2 of .*chats\.jsonl must have "messages", a list'),
         ("chats.jsonl", "not JSON", r"line 1 of .*chats\.jsonl"),
+        ("chats.jsonl", '{"text": "\\ud800"}', r"line 1 of .*chats\.jsonl: the text is not valid Unicode"),
+        (
+            "chats.json",
+            '[{"text": "one"}, {"text": "two"}]',
+            r"line 1 of .*chats\.json must hold a JSON object, not list",
+        ),
     ],
 )
 def test_texts_that_cannot_be(tmp_path, tokenizer, name, content, message):
@@ -83,6 +89,12 @@ def test_texts_that_cannot_be(tmp_path, tokenizer, name, content, message):
     with pytest.raises(QwenModelError, match=message) as error:
         calibration_pieces(tokenizer, tmp_path / name, 512)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_lines_of_json_end_at_newlines_alone(tmp_path, tokenizer):
+    text = "one two\u2028three\x85four" * 100
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'text': text}, ensure_ascii=False)}\r\n" * 2, newline="")
+    assert calibration_pieces(tokenizer, tmp_path / "chats.jsonl", 512) == [tokenizer.encode(text)[:512]] * 2
 
 
 def build(folder, model_dir=None, **options):
@@ -127,9 +139,12 @@ def test_the_options_of_an_engine_that_is_built(tmp_path, model_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_token": True}, r"per_token \(--per-token\).* are for quantization smoothquant"),
-        ({"quantization": "int8", "alpha": 0.5}, r"alpha \(--alpha\) are for quantization smoothquant"),
-        ({"quantization": "fp8", "per_channel": True}, r"per_channel \(--per-channel\) .*are for quantization smoothq"),
+        ({"per_token": True}, r"per_token \(--per-token\) is for quantization smoothquant, not 'auto'"),
+        ({"quantization": "int8", "alpha": 0.5}, r"^alpha \(--alpha\) is for quantization smoothquant, not 'int8'"),
+        (
+            {"quantization": "fp8", "per_channel": True},
+            r"^per_channel \(--per-channel\) is for quantization smoothquant",
+        ),
         ({"quantization": "smoothquant", "alpha": "half"}, "alpha must be 0 to 1, auto or none, not 'half'"),
         ({"quantization": "smoothquant", "alpha": -0.1}, "alpha must be 0 to 1, auto or none, not -0.1"),
         ({"quantization": "smoothquant", "group_size": 32}, r"group_size .* for quantization int4"),
@@ -138,7 +153,7 @@ def test_the_options_of_an_engine_that_is_built(tmp_path, model_dir):
             {"quantization": "smoothquant", "per_token": True, "alpha": "none", "calibration": "texts"},
             r"calibration \(--calibration\) has nothing to find",
         ),
-        ({"calibration": "texts"}, r"calibration \(--calibration\) is for activation_aware"),
+        ({"calibration": "texts"}, r"calibration \(--calibration\) is for activation_aware .* not 'auto'"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, model_dir, options, message):

@@ -9,7 +9,10 @@ import torch
 
 import qwen_model
 from qwen_model import QwenModelError
+from qwen_model import build as build_command
+from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.module_weights import WeightFormat
+from qwen_model.engine.quantize import quantize_checkpoint
 from qwen_model.interface.engine_config import EngineConfig
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 from tests.qwen_model.quantized_files import SIZES, Layout, save_layout
@@ -160,6 +163,15 @@ def test_published_checkpoints_keep_their_head(tmp_path):
     assert formats["lm_head"] == WeightFormat("int8", layout=2, scale_dtype="float16")
 
 
+@pytest.mark.parametrize("head", ["int4", "none"])
+def test_a_quantized_head_stays_as_it_is(tmp_path, plain_dir, head):
+    quantized = tmp_path / "quantized"
+    quantize_checkpoint(plain_dir, output_dir=quantized, quantization="int8", head_quantization="int8")
+    with pytest.raises(QwenModelError, match=r"the head is quantized already \(int8, .*\): leave out"):
+        build(quantized, tmp_path / "engine", head_quantization=head)
+    assert build(quantized, tmp_path / "none", quantization="none", head_quantization="none").weights.bits == 0
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_engines_of_16_bits_keep_the_scales_of_the_checkpoint(tmp_path, dtype):
     for layout in (Layout("gptq"), Layout("compressed-tensors")):
@@ -180,9 +192,9 @@ def test_engines_of_16_bits_keep_the_scales_of_the_checkpoint(tmp_path, dtype):
         ({"quantization": "int4"}, r"qkv has 64 inputs, which are no groups of 128.* of 32 or 64 or -1"),
         (
             {"quantization": "int8", "group_size": 32},
-            r"group_size .* and symmetric .* for quantization int4",
+            r"^group_size \(--group-size\) is for quantization int4, not 'int8'",
         ),
-        ({"symmetric": False}, "are for quantization int4"),
+        ({"symmetric": False}, r"^symmetric \(--asymmetric\) is for quantization int4, not"),
         ({"head_quantization": "fp8"}, "head_quantization must be one of int8, int4, none, not 'fp8'"),
     ],
 )
@@ -300,3 +312,12 @@ def test_plan(tmp_path, plain_dir):
     assert plan_engine(plain_dir, dtype="float16").weight_bytes > plan.weight_bytes
     with pytest.raises(QwenModelError, match="no groups of 128"):
         plan_engine(plain_dir, quantization="int4")
+    with pytest.raises(QwenModelError, match="backend must be one of torch, tensorrt, tensorrt-rtx, not 'onnx'"):
+        plan_engine(plain_dir, backend="onnx")
+
+
+def test_plan_of_sequences_that_a_rotary_scaling_makes_longer(tmp_path, plain_dir, capsys):
+    positions = ModelConfig.from_model_dir(plain_dir).max_positions
+    arguments = ["--plan", "--model-dir", str(plain_dir), "--max-input-len", str(2 * positions - 8)]
+    build_command.main([*arguments, "--max-output-len", "8", "--rotary-scaling", "linear:2"])
+    assert f"of {2 * positions} tokens" in capsys.readouterr().out

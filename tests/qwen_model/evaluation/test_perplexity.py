@@ -128,6 +128,15 @@ def test_engines_are_compared_with_the_first(session, engine_dir, quantized_dir,
     assert lines[3].startswith("over 128 tokens")
 
 
+def test_options_of_a_comparison_are_checked_first(engine_dir, tmp_path, capsys):
+    """A folder that is no engine is named before the first engine has been measured."""
+    with pytest.raises(QwenModelError, match="missing is not an engine"):
+        main(["--compare", str(engine_dir), str(tmp_path / "missing"), "--device", "cpu"])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(QwenModelError, match="--tokens is for --compare"):
+        main(["--engine-dir", str(engine_dir), "--device", "cpu", "--tokens", "64"])
+
+
 def test_engines_of_other_tokens_are_not_compared(engine_dir, tmp_path):
     from qwen_model import build_engine
     from tests.qwen_model.conftest import save_byte_tokenizer

@@ -148,14 +148,14 @@ def test_wrong_arguments_change_nothing(tmp_path, plain_dir):
         ({"quantization": "fp8", "stored_as": "gptq"}, "fp8 is written as compressed-tensors, not as gptq"),
         (
             {"quantization": "int4", "per_token": True},
-            r"per_token \(--per-token\), .* are for quantization smoothquant",
+            r"per_token \(--per-token\) is for quantization smoothquant",
         ),
-        ({"quantization": "fp8", "alpha": 0.5}, r"alpha \(--alpha\) are for quantization smoothquant"),
+        ({"quantization": "fp8", "alpha": 0.5}, r"alpha \(--alpha\) is for quantization smoothquant, not 'fp8'"),
         ({"quantization": "smoothquant", "alpha": 2.0}, "alpha must be 0 to 1, auto or none, not 2.0"),
         ({"quantization": "smoothquant", "activation_aware": True}, "is for quantization int8 or int4, not 'smooth"),
         ({"quantization": "int4", "calibration": "texts"}, r"calibration \(--calibration\) is for activation_aware"),
         ({"quantization": "smoothquant", "calibration": "nothing"}, "nothing cannot be read"),
-        ({"quantization": "int8", "group_size": 32}, "are for quantization int4"),
+        ({"quantization": "int8", "group_size": 32}, "group_size .* is for quantization int4, not 'int8'"),
         ({"group_size": 128}, "inputs, which are no groups of 128"),
         ({"model_dir": done}, "done is quantized already, with compressed-tensors"),
     ):
