@@ -179,7 +179,7 @@ def vllm_engine(
     import vllm
 
     # A process that has used the GPU, as this one may have, cannot be forked.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": dtype}))
     engine = vllm.LLM(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gemm, gemm_sweep, generate_report, nsys_report, rms_norm
+from benchmarks import attention, gemm, gemm_eight_bit, gemm_sweep, generate_report, nsys_report, rms_norm
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.common.files import write_whole
@@ -74,7 +74,7 @@ def generation_on_h100(prompt_tokens: int) -> str:
 def quantized_generation(prompt_tokens: int) -> str:
     """Return tokens per second and times to the first token by quantization, ours and vLLM's, on an H100."""
     records = []
-    for kind in ("generate", "int8", "int4", "smoothquant", "fp8"):
+    for kind in ("float16", "int8", "int4", "smoothquant", "fp8"):
         for path in sorted((RESULTS / "h100").glob(f"{kind}_*qwen2.5-7b_*.json")):
             records += json.loads(path.read_text(encoding="utf-8"))["results"]
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens and r["implementation"] in IMPLEMENTATIONS]
@@ -369,6 +369,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized-128-h100": lambda: quantized_generation(128),
     "quantized-1024-h100": lambda: quantized_generation(1024),
     "offline-h100": offline,
+    "gemm-eight-bit-h100": lambda: gemm_eight_bit.tables(read("h100/gemm_eight_bit"), h100_bandwidth()),
     "serving-h100": serving,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
