@@ -352,7 +352,7 @@ def add_quantization_arguments(group: argparse._ActionsContainer) -> None:
         "--per-token",
         action="store_true",
         help="with smoothquant: each token's input has a scale of its own, made at run time (default: one for all, "
-        "which calibration finds)",
+        "which calibration finds); fp8 has it unless --calibration is given",
     )
     group.add_argument(
         "--per-channel",

@@ -64,7 +64,12 @@ def cuda_release() -> int:
 def oldest_driver() -> str:
     """Return the oldest driver that the kernels run with, and why: "580, which CUDA 13 needs"."""
     release = cuda_release()
-    return f"{OLDEST_DRIVERS[release]}, which CUDA {release} needs"
+    return f"{driver_of(release)}, which CUDA {release} needs"
+
+
+def driver_of(release: int) -> int:
+    """Return the oldest driver of a release of CUDA, or that of the newest that is known."""
+    return OLDEST_DRIVERS.get(release, max(OLDEST_DRIVERS.values()))
 
 
 def require_kernels() -> None:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ..common.errors import QwenModelError
-from ..common.extras import OLDEST_DRIVERS, PACKAGES, cuda_release, import_extra, oldest_driver, require_kernels
+from ..common.extras import PACKAGES, cuda_release, driver_of, import_extra, oldest_driver, require_kernels
 
 Found = dict[str, Any]
 
@@ -31,7 +31,7 @@ REINSTALL = "pip install --force-reinstall"
 
 def install_driver() -> str:
     """Return what to do about a driver that is missing or too old."""
-    oldest = OLDEST_DRIVERS[cuda_release()]
+    oldest = driver_of(cuda_release())
     return f"install driver {oldest} or later: https://www.nvidia.com/drivers; in a container: docker run --gpus all"
 
 

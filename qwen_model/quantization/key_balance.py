@@ -2,8 +2,8 @@
 
 Qwen2 and Qwen2.5 have key biases of some hundreds in a few channels, beside numbers of a few units. Such a channel of
 the keys is divided by s, and that of the queries that meet it multiplied by s: attention's scores stay what they were.
-s is a power of two, so no number of the weights is rounded, and the same for both channels of a pair that the rotary
-embedding turns together.
+s is a power of two, so no number of the weights is rounded but the smallest of float16, and the same for both channels
+of a pair that the rotary embedding turns together.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def check_mixture(
     given: dict[str, dict[str, object]] = {
         "int4": {"group_size (--group-size)": group_size, "symmetric (--asymmetric)": symmetric},
         "smoothquant": {
-            "per_token (--per-token)": per_token or None,
+            "per_token (--per-token)": (per_token and kind != "fp8") or None,  # fp8 has it where it is not calibrated
             "per_channel (--per-channel)": per_channel or None,
             "alpha (--alpha)": alpha,
         },
@@ -133,7 +133,9 @@ def check_mixture(
             "calibration (--calibration) is for activation_aware (--activation-aware) and for quantization "
             f"{' and '.join(EIGHT_BIT_KINDS)}, not {kind!r}"
         )
-    if calibration is not None and per_token and alpha == "none":
+    if calibration is not None and per_token and (alpha == "none" or kind == "fp8"):
+        smooths = "" if kind == "fp8" else " and alpha (--alpha) none"
         raise QwenModelError(
-            "calibration (--calibration) has nothing to find with per_token (--per-token) and alpha (--alpha) none"
+            f"calibration (--calibration) has nothing to find with per_token (--per-token){smooths}, for quantization "
+            f"{kind}"
         )

@@ -178,6 +178,8 @@ def test_kernels_built_with_cuda_12_run_with_older_drivers(monkeypatch):
     assert install_driver().startswith("install driver 525 or later")
     monkeypatch.setitem(sys.modules, "qwen_plugins._core", None)  # a source tree
     assert oldest_driver() == "580, which CUDA 13 needs"
+    monkeypatch.setitem(sys.modules, "qwen_plugins._core", SimpleNamespace(CUDA_VERSION=99000))  # not known
+    assert oldest_driver() == "580, which CUDA 99 needs"
 
 
 def test_no_driver(monkeypatch):

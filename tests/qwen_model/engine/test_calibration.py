@@ -151,7 +151,11 @@ def test_the_options_of_an_engine_that_is_built(tmp_path, model_dir):
         ({"quantization": "smoothquant", "activation_aware": True}, "is for quantization int8 or int4, not 'smooth"),
         (
             {"quantization": "smoothquant", "per_token": True, "alpha": "none", "calibration": "texts"},
-            r"calibration \(--calibration\) has nothing to find",
+            r"calibration \(--calibration\) has nothing to find with per_token .* and alpha \(--alpha\) none",
+        ),
+        (
+            {"quantization": "fp8", "per_token": True, "calibration": "texts"},
+            r"calibration \(--calibration\) has nothing to find with per_token \(--per-token\), for quantization fp8",
         ),
         ({"calibration": "texts"}, r"calibration \(--calibration\) is for activation_aware .* not 'auto'"),
     ],
