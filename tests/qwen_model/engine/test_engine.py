@@ -23,6 +23,7 @@ WEIGHT_FORMAT = {
     "layout": 1,
     "permuted": False,
     "scale_dtype": "",
+    "activation_scale": "",
 }
 
 
