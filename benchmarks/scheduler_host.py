@@ -49,6 +49,7 @@ class NullDevice:
     max_tokens = 8192
     page_size = 64
     runs_ahead = True
+    mixes = True
     gemm_kernels: GemmKernels | None = None
 
     def __init__(self, max_sequences: int):

@@ -1,8 +1,9 @@
 """Decide which sequences a device runs next: they come and go between steps, and share one paged cache.
 
-Decode steps, one token of every running sequence, take turns with steps that process prompts, in chunks where they are
-long. Sequences begin in the order in which they came. When the pages run out, the youngest sequence gives up its own,
-waits, and is computed again from its tokens.
+A step has one token of every running sequence, and prompts behind these, in chunks where they are long: so the weights
+are read once for both. On a device that cannot mix them decode steps take turns with steps of prompts. Sequences begin
+in the order in which they came. When the pages run out, the youngest sequence gives up its own, waits, and is computed
+again from its tokens.
 
 Where the device runs ahead, a step is launched before the tokens of the one before are read. So that a sequence has
 ended is found one step late; its slot and pages are kept until no launched step uses them.
@@ -30,6 +31,10 @@ from .slots import Slots
 
 CHUNK_TOKENS = 512
 """Tokens of a step of prompts while others decode: it takes a large model about as long as one or two decode steps."""
+MIXED_TOKENS = 1024
+"""Tokens of a step of both: the GEMMs of a large model are compute-bound from about as many on."""
+LEAST_SHARE = 4
+"""A step of both has room for at least a fourth of the tokens of prompts that it has without decode tokens."""
 PATIENCE = 8
 """The most steps of decoding for which a free slot is kept until more are free."""
 
@@ -52,7 +57,7 @@ class Scheduler:
         device: Device,
         *,
         deterministic: bool = False,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         stretch: Callable[[int], int] = lambda prompt_length: 1,
     ):
         """Take over a device, with all its slots and pages.
@@ -60,7 +65,8 @@ class Scheduler:
         deterministic: what a sequence gives does not depend on the others: it begins when there are pages for its
             longest output, so that it is never computed again; it shares pages of prompts only; and its prompt is
             divided as it would be alone. The device must do its part.
-        chunk_tokens: the most tokens of a step of prompts while other sequences wait for their next token.
+        chunk_tokens: the most tokens of a step with prompts while other sequences wait for their next token; None:
+            MIXED_TOKENS where steps have both, else CHUNK_TOKENS.
         stretch: of the rotary embedding for a prompt's length, see `rotary_stretch`; prefixes are shared where equal.
         """
         if device.max_tokens < device.max_sequences:
@@ -69,7 +75,9 @@ class Scheduler:
         self.lock = TurnLock()
         self.deterministic = deterministic
         self._stretch = stretch
-        self.chunk_tokens = min(chunk_tokens, device.max_tokens)
+        self._mixes = device.mixes and not deterministic
+        default = MIXED_TOKENS if self._mixes else CHUNK_TOKENS
+        self.chunk_tokens = min(chunk_tokens or default, device.max_tokens)
         self.pool = PagePool(device.num_pages, device.page_size)
         self.read_prompts = False
         """Whether the step that was read last processed prompts."""
@@ -82,7 +90,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # have slot and pages; a part of their tokens is not in the cache
         self._starts: list[Start] = []  # of slots, before the next step
         self._in_flight: deque[_Launched] = deque()
-        self._launched_prompts = False
+        self._decodes_next = False  # prompts had the last step for themselves
         self._last_read = 0  # number of the step that was read last
         self._ended: list[Sequence] = []  # have a slot yet
         self.num_preemptions = 0
@@ -335,30 +343,26 @@ class Scheduler:
     # Steps are launched and read.
 
     def _launch(self, events: list[Event]) -> bool:
-        """Launch a step, of prompts and of decoding in turns; return whether there was any."""
+        """Launch a step, of decode tokens and prompts or of both in turns; return whether there was any."""
         if self._ended and not self._prefilling and not self._slots.decoding.any():
             self._read_all(events)  # what is in flight serves nobody, and keeps slots from those that wait
         self._free_ended()
         self._fork()
-        if self._launched_prompts:
-            launched = self._launch_decode(events) or self._launch_prompts(events)
+        slots = self._decode_slots(events)
+        own_turn = self._decodes_next and len(slots) > 0
+        parts = [] if own_turn else self._prompt_parts(len(slots))
+        if parts and len(slots) and not self._joins(parts, len(slots)):
+            slots = slots[:0]
+            self._decodes_next = True
         else:
-            launched = self._launch_prompts(events) or self._launch_decode(events)
-        if launched or self._in_flight or self._first_waiting() is None:
-            return launched
+            self._decodes_next = not self._mixes and bool(parts)
+        if parts or len(slots):
+            self._launch_step(slots, parts, events)
+            return True
+        if self._in_flight or self._first_waiting() is None:
+            return False
         self._preempt_youngest()  # all that have pages are held, perhaps until one that waits has been computed
         return self._launch(events)
-
-    def _launch_decode(self, events: list[Event]) -> bool:
-        """Launch a step of one token of each sequence that has a next one."""
-        slots = self._decode_slots(events)
-        if not len(slots):
-            return False
-        batch = self._slots.decode_batch(slots)
-        self._start_slots()
-        self.device.forward(batch)
-        self._choose(batch, self._slots.at(slots), False, events)
-        return True
 
     def _decode_slots(self, events: list[Event]) -> Int32Array:
         """Return the slots of a decode step, with pages for their next positions; preempt others where these lack."""
@@ -376,35 +380,43 @@ class Scheduler:
             self._slots.add_pages(sequence, self.pool.allocate(1))
         return slots
 
-    def _launch_prompts(self, events: list[Event]) -> bool:
-        """Launch a step of prompts or parts of them: of those that choose a token, or of those that ask for logits."""
-        parts = self._prompt_parts()
-        if not parts:
-            return False
-        batch = self._slots.prompt_batch(parts)
+    def _launch_step(self, slots: Int32Array, parts: list[tuple[Sequence, int]], events: list[Event]) -> None:
+        """Launch a step of one token of each slot and of parts of prompts, or of prompts that ask for logits."""
+        batch = self._slots.batch(slots, parts)
         done = [each for each, length in parts if self._past(each) + length == len(each.tokens)]
         self._prefilling = [each for each in self._prefilling if each not in done]
         self._start_slots()
-        scoring = parts[0][0].logit_rows > 0
+        scoring = _scores(parts)
         if scoring:
             self._score(batch, parts)
         else:
             self.device.forward(batch)
-        self._choose(batch, [] if scoring else done, True, events)
+        choosing = [] if scoring else self._slots.at(slots) + done
+        self._choose(batch, choosing, bool(parts), events)
         for sequence, _ in parts:
             if sequence.slot is not None:
                 self._name_pages(sequence)
         for sequence in done if scoring else ():
             self._end(sequence, "length")
             events.append(Event(sequence, NO_TOKEN, "length", None))
-        return True
 
-    def _prompt_parts(self) -> list[tuple[Sequence, int]]:
-        """Return sequences with the number of their tokens that a step of prompts processes next."""
-        decoding = self._slots.decoding.any()
-        budget = self.chunk_tokens if decoding and not self._patient else self.device.max_tokens
+    def _joins(self, parts: list[tuple[Sequence, int]], num_decoding: int) -> bool:
+        """Tell whether parts of prompts have a step together with so many decode tokens."""
+        return self._room_beside(num_decoding) > 0 and not _scores(parts)
+
+    def _room_beside(self, num_decoding: int) -> int:
+        """Return the most tokens of prompts of a step with so many decode tokens; 0: they have steps of their own."""
+        most = self.device.max_tokens if self._patient else self.chunk_tokens
+        least = max(1, self.chunk_tokens // LEAST_SHARE)
+        room = min(max(most - num_decoding, least), self.device.max_tokens - num_decoding)
+        return room if self._mixes and room >= least else 0
+
+    def _prompt_parts(self, num_decoding: int) -> list[tuple[Sequence, int]]:
+        """Return sequences with the number of their tokens that a step processes next, beside or after decoding."""
+        alone = self.chunk_tokens if num_decoding and not self._patient else self.device.max_tokens
+        budget = (self._room_beside(num_decoding) if num_decoding else 0) or alone
         rows = self.device.max_logit_rows
-        self._filling = self._fills(bool(decoding))
+        self._filling = self._fills(num_decoding > 0)
         parts: list[tuple[Sequence, int]] = []
         for sequence in chain(list(self._prefilling), iter(self._admit, None) if self._filling else ()):
             past = self._past(sequence)
@@ -465,7 +477,6 @@ class Scheduler:
         """Let the given sequences of the step that the network has just begun choose, and keep the step to be read."""
         number = next(self._steps)
         self._slots.advance(batch, number)
-        self._launched_prompts = is_prompt
         choice = None
         if sequences:
             slots = batch.slots[batch.chooses]
@@ -532,6 +543,11 @@ class Scheduler:
         if reason is not None:
             self._end(sequence, reason)
         return reason
+
+
+def _scores(parts: list[tuple[Sequence, int]]) -> bool:
+    """Tell whether parts of prompts are of sequences that ask for logits: a step has such or others."""
+    return bool(parts) and parts[0][0].logit_rows > 0
 
 
 def _logprob(chosen: Chosen, row: int, num_best: int) -> TokenLogprob:

@@ -76,13 +76,28 @@ class Slots:
             self.sequences[slot], self.decoding[slot], sequence.slot = None, False, None
             heapq.heappush(self.free, slot)
 
-    def decode_batch(self, slots: Int32Array) -> Batch:
-        """Describe a step of one token of each slot."""
-        ones = np.ones(len(slots), np.int32)
-        return self._batch(self.next[slots], slots, ones, ones.astype(np.bool_))
+    def batch(self, decoding: Int32Array, parts: list[tuple[Sequence, int]]) -> Batch:
+        """Describe a step of one token of each of the slots `decoding`, and of prompts behind them.
 
-    def prompt_batch(self, parts: list[tuple[Sequence, int]]) -> Batch:
-        """Describe a step of the next so many tokens of each sequence; those that are complete choose."""
+        parts: sequences with the number of their next tokens; those that are complete then choose.
+        """
+        ones = np.ones(len(decoding), np.int32)
+        chosen = ones.astype(np.bool_)
+        if not parts:
+            return self._batch(self.next[decoding], decoding, ones, chosen)
+        tokens, slots, lengths, chooses = self._prompts(parts)
+        if not len(decoding):
+            return self._batch(tokens, slots, lengths, chooses)
+        return self._batch(
+            np.concatenate([self.next[decoding], tokens]),
+            np.concatenate([decoding, slots]),
+            np.concatenate([ones, lengths]),
+            np.concatenate([chosen, chooses]),
+            num_decoding=len(decoding),
+        )
+
+    def _prompts(self, parts: list[tuple[Sequence, int]]) -> tuple[Int32Array, Int32Array, Int32Array, np.ndarray]:
+        """Return the packed tokens, and slot, length and whether it chooses of each sequence."""
         slots = np.array([sequence.slot for sequence, _ in parts], np.int32)
         lengths = np.array([length for _, length in parts], np.int32)
         past = self.past[slots].tolist()
@@ -91,11 +106,14 @@ class Slots:
             begin + length == len(sequence.tokens) and not sequence.logit_rows
             for (sequence, length), begin in zip(parts, past, strict=True)
         ]
-        return self._batch(np.fromiter(chain.from_iterable(tokens), np.int32), slots, lengths, np.array(chooses))
+        return np.fromiter(chain.from_iterable(tokens), np.int32), slots, lengths, np.array(chooses)
 
-    def _batch(self, tokens: Int32Array, slots: Int32Array, lengths: Int32Array, chooses: np.ndarray) -> Batch:
+    def _batch(
+        self, tokens: Int32Array, slots: Int32Array, lengths: Int32Array, chooses: np.ndarray, num_decoding: int = 0
+    ) -> Batch:
         pages = self._pages[slots, : self.num_pages[slots].max()]
-        return Batch(tokens, slots, lengths, self.past[slots], self.prompt_lengths[slots], pages, chooses)
+        past, prompts = self.past[slots], self.prompt_lengths[slots]
+        return Batch(tokens, slots, lengths, past, prompts, pages, chooses, num_decoding)
 
     def advance(self, batch: Batch, step: int) -> None:
         """Write down that a step, of that number, is launched."""

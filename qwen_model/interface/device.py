@@ -41,6 +41,7 @@ class Batch:
     prompt_lengths: Int32Array  # [sequences]: tokens of the whole prompt, on which some rotary embeddings depend
     pages: Int32Array  # [sequences, most pages of one]: page numbers in the order of positions, UNUSED_PAGE behind them
     chooses: npt.NDArray[np.bool_]  # [sequences]: whether the token after the last new one is chosen
+    num_decoding: int = 0  # beside prompts: the first so many sequences have one new token and choose; see `mixes`
 
     @property
     def is_decode(self) -> bool:
@@ -104,6 +105,9 @@ class Device(Protocol):
 
     runs_ahead: bool
     """Whether calls return before the step is done: callers should then start the next step before they wait."""
+
+    mixes: bool
+    """Whether one step can have decode tokens and, behind them, prompts: see `Batch.num_decoding`."""
 
     gemm_kernels: GemmKernels | None
     """The kernels of this project that compute the linear layers; None: they are not used."""

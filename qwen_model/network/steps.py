@@ -39,24 +39,29 @@ class StepLayout:
 
     tokens, sequences, rows: of the step; rows are those whose logits are computed, at least 1.
     max_pages: columns of the page table.
+    num_decoding: see `Batch`.
     """
 
     tokens: int
     sequences: int
     rows: int
     max_pages: int
+    num_decoding: int = 0
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each part, in their order.
 
         token_ids: those that the host knows, 0 in the place of the others. token_rows: where `pack` says that the
-        token ids are. slots: of the rows whose logits are computed. The others are inputs of the network.
+        token ids are. slots: of the rows whose logits are computed. prompt_cu_seqlens: only in a step that has both,
+        where the prompts behind the decode tokens begin, and their end. The others are inputs of the network.
         """
+        prompts = {"prompt_cu_seqlens": (self.sequences - self.num_decoding + 1,)} if self.num_decoding else {}
         return {
             "token_ids": (self.tokens,),
             "token_rows": (self.tokens,),
             "cu_seqlens": (self.sequences + 1,),
+            **prompts,
             "past_lengths": (self.sequences,),
             "rotary_offsets": (self.sequences,),
             "last_token_ids": (self.rows,),
@@ -121,6 +126,8 @@ def pack(
     cu_seqlens[0] = 0
     np.cumsum(batch.lengths, out=cu_seqlens[1 : sequences + 1])
     cu_seqlens[sequences + 1 :] = tokens + 1 + np.arange(padding)
+    if layout.num_decoding:
+        parts["prompt_cu_seqlens"][:] = cu_seqlens[layout.num_decoding :] - layout.num_decoding
     parts["past_lengths"][:sequences] = batch.past_lengths
     parts["past_lengths"][sequences:] = 0
     own = table.prompt_table(batch.lengths, batch.past_lengths, batch.prompt_lengths)

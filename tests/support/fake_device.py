@@ -90,6 +90,7 @@ class FakeDevice:
     page_size: int = 4
     max_logit_rows: int = 4
     runs_ahead: bool = False
+    mixes: bool = False
     model: Model = hashed_logits
     in_use: Callable[[int], bool] = lambda page: True
     gemm_kernels: None = None
@@ -167,6 +168,9 @@ class FakeDevice:
         assert len(set(batch.slots.tolist())) == count
         assert len(batch.tokens) == batch.lengths.sum() <= self.max_tokens
         assert (batch.lengths >= 1).all()
+        assert batch.num_decoding == 0 or (self.mixes and batch.num_decoding < count)
+        assert (batch.lengths[: batch.num_decoding] == 1).all()
+        assert batch.chooses[: batch.num_decoding].all()
         for name in ("tokens", "slots", "lengths", "past_lengths", "prompt_lengths", "pages"):
             assert getattr(batch, name).dtype == np.int32, name
         assert len(batch.past_lengths) == len(batch.prompt_lengths) == len(batch.pages) == len(batch.chooses) == count

@@ -137,6 +137,7 @@ class TensorRTDevice:
     """Implement `qwen_model.interface.device.Device`."""
 
     runs_ahead = True
+    mixes = False  # an engine has a profile for prompts and one for decode tokens
     page_size = PAGE_SIZE
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -188,6 +189,7 @@ class TorchDevice:
         self.max_logit_rows = logit_rows(limits)
         self.page_size, self.num_pages = PAGE_SIZE, num_pages
         self.runs_ahead = on_gpu
+        self.mixes = True
         self._max_pages = sequence_pages(limits)
         self._layer_size = sum(weight.numel() for name, weight in weights.items() if name.startswith("layers.0."))
 
@@ -300,7 +302,7 @@ class TorchDevice:
         with self._running(len(tokens)):
             layout, own = self._packed(batch, no_rows, 1, pages.shape[1])
             observed = ObservedOperations(self.operations, observe)
-            self._begin(batch.lengths.tolist(), [past], layout, own, decoding=past > 0)
+            self._begin([len(tokens)], [past], layout, own, decoding=past > 0)
             decoder(observed, self.config, self._token_ids(layout), last_token_only=False)
 
     @property
@@ -313,6 +315,8 @@ class TorchDevice:
         decoding = self._decodes(batch) and len(rows) == len(batch.lengths)
         count = len(batch.lengths)
         graph = None
+        if decoding and batch.num_decoding:  # the prompts have one token each: they decode, too
+            batch = dataclasses.replace(batch, num_decoding=0)
         if decoding and self._graphs is not None:
             count = padded(count, self._sizes)
             graph = self._graph(count)
@@ -342,7 +346,8 @@ class TorchDevice:
         """
         padding = sequences - len(batch.lengths)
         rows = rows if len(rows) else np.zeros(1, np.int32)  # the network computes at least one row of logits
-        layout = step_layout(len(batch.tokens) + padding, sequences, len(rows) + padding, max_pages)
+        tokens, num_rows = len(batch.tokens) + padding, len(rows) + padding
+        layout = step_layout(tokens, sequences, num_rows, max_pages, batch.num_decoding)
         spare = {"spare_slot": self.max_sequences, "first_row": self._first_row}
         own = pack(batch, layout, self._table, self._uploads.begin(), rows=rows, **spare)
         self._uploads.send(layout.size)
@@ -368,6 +373,8 @@ class TorchDevice:
                 query_scale=query_scale,
                 logit_rows=self._part(layout, "last_token_ids"),
                 decoding=decoding,
+                num_decoding=layout.num_decoding,
+                prompt_cu_seqlens=self._part(layout, "prompt_cu_seqlens") if layout.num_decoding else None,
             )
         )
 
@@ -407,7 +414,7 @@ class TorchDevice:
     def _largest_step(self) -> int:
         """Return the elements of the largest step."""
         rows = max(self.max_sequences, self.max_logit_rows)
-        return StepLayout(self.max_tokens, self.max_sequences, rows, self._max_pages).size
+        return StepLayout(self.max_tokens, self.max_sequences, rows, self._max_pages, num_decoding=1).size
 
     def _on_device(self, values: FloatArray, scale: FloatArray | None) -> tuple[Tensor, Tensor | None]:
         """Return a rotary table and its query scale on the device."""

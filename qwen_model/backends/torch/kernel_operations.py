@@ -7,6 +7,7 @@ the operands are made here and need none. In the prefill of short prompts the GP
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ class KernelOperations(TorchOperations):
         rotate = "rotary" not in self._disabled  # else `attention` applies the norms, too
         norms = [self.head_norms(layer) if rotate else (None, None) for layer in range(config.num_layers)]
         self._head_norms = [(_address(q_norm), _address(k_norm)) for q_norm, k_norm in norms]
-        self._heads: dict[tuple[int, int], launch.AttentionHeads] = {}  # of the current step, by their norms
+        # Of the current step, by their norms and their first sequence.
+        self._heads: dict[tuple[int, int, int], launch.AttentionHeads] = {}
         self._stream = 0
         self._allocate_workspace(max_sequences)
 
@@ -288,52 +290,77 @@ class KernelOperations(TorchOperations):
     def attention(self, qkv: Activations, layer: int, into: tuple[str, ...] = ()) -> Activations:
         """See `qwen_model.network.decoder.Operations`."""
         assert isinstance(qkv, Tensor)
-        step, config, cache = self.step, self.config, self.cache
+        step, config = self.step, self.config
         if "rotary" in self._disabled:
             q, k, v = self.split_heads(qkv)
             qkv = torch.cat([*self.norm_and_rotate(q, k, layer), v], dim=1).flatten(1)
-        tokens, columns = qkv.shape
-        context = qkv.new_empty(tokens, config.num_heads * config.head_size)
-        norms = self._head_norms[layer]
-        heads = self._heads.get(norms)
-        if heads is None:
-            heads = self._heads[norms] = self._attention_heads(*norms)
-        operands = {
-            "heads": heads,
-            "cache": cache.data[layer].data_ptr(),
-            "cache_dtype": self._cache_dtype,
-            "max_positions": PAGE_SIZE,
-            "pages": step.pages.data_ptr(),
-            "pages_row_stride": step.pages.shape[1],
-            "qkv": qkv.data_ptr(),
-            "qkv_row_stride": columns,
-            "context": context.data_ptr(),
-            "past_lengths": step.device_past_lengths.data_ptr(),
-            "sequences": step.pages.shape[0],
-            "softmax_scale": config.head_size**-0.5,
-            "stream": self._stream,
-        }
+        context = qkv.new_empty(qkv.shape[0], config.num_heads * config.head_size)
         reader = self.reader(into)
         codes = None
         if reader is not None and reader.input_scale is not None:
             codes = self._codes_for(reader, context)
-            operands["context"] = codes.codes.data_ptr()
-            operands |= {
-                "context_dtype": self._code_types[reader.format.kind],
-                "context_scale": codes.scales.data_ptr(),
-            }
-            if not step.decoding:
-                operands["queries"] = context.data_ptr()  # scratch
-        if step.decoding:
-            partial, semaphores = self._partial_results.data_ptr(), self._semaphores.data_ptr()
-            invariant = self._deterministic
-            launch.decode_attention(**operands, workspace=partial, semaphores=semaphores, batch_invariant=invariant)
-        else:
-            launch.prefill_attention(**operands, cu_seqlens=step.cu_seqlens.data_ptr(), tokens=tokens)
+        decoding = step.pages.shape[0] if step.decoding else step.num_decoding
+        if decoding:
+            operands = self._attention_operands(qkv, layer, context, codes, reader, 0, decoding)
+            self._launch_decode_attention(operands)
+        if not step.decoding:
+            prompts = step.pages.shape[0] - decoding
+            operands = self._attention_operands(qkv, layer, context, codes, reader, decoding, prompts)
+            if codes is not None:
+                operands["queries"] = _row_address(context, decoding)  # scratch
+            cu_seqlens = step.cu_seqlens if step.prompt_cu_seqlens is None else step.prompt_cu_seqlens
+            launch.prefill_attention(**operands, cu_seqlens=cu_seqlens.data_ptr(), tokens=qkv.shape[0] - decoding)
         return self.quantized_for(into, context) if codes is None else codes
 
-    def _attention_heads(self, q_norm: int, k_norm: int) -> launch.AttentionHeads:
-        """Describe heads with norms at these addresses, and the rotary embedding of the current step."""
+    def _launch_decode_attention(self, operands: dict[str, Any]) -> None:
+        launch.decode_attention(
+            **operands,
+            workspace=self._partial_results.data_ptr(),
+            semaphores=self._semaphores.data_ptr(),
+            batch_invariant=self._deterministic,
+        )
+
+    def _attention_operands(
+        self,
+        qkv: Tensor,
+        layer: int,
+        context: Tensor,
+        codes: QuantizedTensor | None,
+        reader: ModuleWeights[Tensor] | None,
+        first: int,
+        sequences: int,
+    ) -> dict[str, Any]:
+        """Return what a launch for `sequences` sequences needs, the first of which has number and row `first`."""
+        step, cache = self.step, self.cache
+        operands = {
+            "heads": self._attention_heads(layer, first),
+            "cache": cache.data[layer].data_ptr(),
+            "cache_dtype": self._cache_dtype,
+            "max_positions": PAGE_SIZE,
+            "pages": _row_address(step.pages, first),
+            "pages_row_stride": step.pages.shape[1],
+            "qkv": _row_address(qkv, first),
+            "qkv_row_stride": qkv.shape[1],
+            "context": _row_address(context if codes is None else codes.codes, first),
+            "past_lengths": _row_address(step.device_past_lengths, first),
+            "sequences": sequences,
+            "softmax_scale": self.config.head_size**-0.5,
+            "stream": self._stream,
+        }
+        if codes is not None and reader is not None:
+            operands["context_dtype"] = self._code_types[reader.format.kind]
+            operands["context_scale"] = codes.scales.data_ptr()
+        return operands
+
+    def _attention_heads(self, layer: int, first: int) -> launch.AttentionHeads:
+        """Describe the heads of a layer, with the rotary embedding of the current step from sequence `first` on."""
+        key = (*self._head_norms[layer], first)
+        heads = self._heads.get(key)
+        if heads is None:
+            heads = self._heads[key] = self._make_heads(*key)
+        return heads
+
+    def _make_heads(self, q_norm: int, k_norm: int, first: int) -> launch.AttentionHeads:
         config, step = self.config, self.step
         rotate = "rotary" not in self._disabled
         scale = step.query_scale if rotate else None
@@ -344,7 +371,7 @@ class KernelOperations(TorchOperations):
             rotary_dim=step.rotary_table.shape[1] if rotate else 0,
             dtype=self._dtype,
             rotary_table=step.rotary_table.data_ptr() if rotate else 0,
-            rotary_offsets=step.rotary_offsets.data_ptr(),
+            rotary_offsets=_row_address(step.rotary_offsets, first),
             rotary_style=launch.RotaryStyle.neox,
             query_scale=_address(scale),
             q_norm_weight=q_norm,
@@ -399,6 +426,11 @@ def _gather_words(table: Tensor, rows: Tensor, y: Tensor, row_size: int, stream:
         dtype=launch.DataType.__members__["float32"],
         stream=stream,
     )
+
+
+def _row_address(tensor: Tensor, row: int) -> int:
+    """Return the address of a row of a contiguous tensor."""
+    return tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
 
 
 def _address(tensor: Tensor | None) -> int:

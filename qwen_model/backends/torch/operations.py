@@ -38,6 +38,8 @@ class Step:
     query_scale: Tensor | None  # float32 [rows]: multiplies q
     logit_rows: Tensor  # int32 [rows]: the packed tokens whose logits are computed
     decoding: bool  # each sequence has one new token, whose logits are computed
+    num_decoding: int = 0  # the first so many sequences have one new token each, and prompts follow
+    prompt_cu_seqlens: Tensor | None = None  # int32 [prompts + 1]: cu_seqlens of those that follow, from 0
 
     @cached_property
     def sequences(self) -> Tensor:

@@ -24,14 +24,15 @@ class Row:
     chooses: bool = True
 
 
-def batch_of(rows: Sequence[Row]) -> Batch:
+def batch_of(rows: Sequence[Row], num_decoding: int = 0) -> Batch:
     pages = np.full((len(rows), max(len(row.pages) for row in rows)), UNUSED_PAGE, np.int32)
     for line, row in zip(pages, rows, strict=True):
         line[: len(row.pages)] = row.pages
     numbers = [(row.slot, len(row.tokens), row.past, row.prompt_length) for row in rows]
     slots, lengths, past_lengths, prompt_lengths = np.array(numbers, np.int32).T.copy()
     tokens = np.concatenate([np.asarray(row.tokens, np.int32) for row in rows])
-    return Batch(tokens, slots, lengths, past_lengths, prompt_lengths, pages, np.array([row.chooses for row in rows]))
+    chooses = np.array([row.chooses for row in rows])
+    return Batch(tokens, slots, lengths, past_lengths, prompt_lengths, pages, chooses, num_decoding)
 
 
 @dataclass
@@ -76,6 +77,17 @@ def run_chunks(device: Any, sequences: Sequence[Running], size: int) -> None:
             chosen = device.choose().wait().tokens
             for index, token in zip(np.flatnonzero(batch.chooses), chosen, strict=True):
                 left[index].output.append(int(token))
+
+
+def run_mixed(device: Any, decoding: Sequence[Running], sequences: Sequence[Running], size: int) -> None:
+    """Run prompts in chunks, each in a step with a next token of all that decode."""
+    while left := [sequence for sequence in sequences if sequence.has_chunks]:
+        rows = [*(each.decode() for each in decoding), *(each.chunk(size) for each in left)]
+        device.forward(batch_of(rows, len(decoding)))
+        chosen = iter(device.choose().wait().tokens.tolist())
+        for row, sequence in zip(rows, [*decoding, *left], strict=True):
+            if row.chooses:
+                sequence.output.append(next(chosen))
 
 
 def run_decoding(device: Any, sequences: Sequence[Running], steps: int) -> None:

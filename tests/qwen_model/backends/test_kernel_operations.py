@@ -42,7 +42,9 @@ def launchers_on_the_cpu(monkeypatch):
     monkeypatch.setattr(kernel_operations, "kernel_format", cpu_launch.kernel_format)
 
 
-def step_of(lengths: list[int], past_lengths: list[int], query_scale: torch.Tensor | None) -> Step:
+def step_of(
+    lengths: list[int], past_lengths: list[int], query_scale: torch.Tensor | None, num_decoding: int = 0
+) -> Step:
     """Of three sequences whose pages are not in order; the rows of logits are those of decode steps, or any two."""
     angles = torch.rand(300, CONFIG.rotary.dim // 2, generator=torch.Generator().manual_seed(1)) * 6
     decoding = lengths == [1, 1, 1]
@@ -57,6 +59,8 @@ def step_of(lengths: list[int], past_lengths: list[int], query_scale: torch.Tens
         query_scale,
         torch.arange(3, dtype=torch.int32) if decoding else torch.tensor([1, sum(lengths) - 1], dtype=torch.int32),
         decoding,
+        num_decoding,
+        torch.tensor(np.cumsum([0, *lengths[num_decoding:]]), dtype=torch.int32) if num_decoding else None,
     )
 
 
@@ -96,9 +100,16 @@ def test_operations_are_those_of_pytorch(disabled, qk_norm, scaled):
     plain = TorchOperations(config, modules, caches[0], ("rms_norm",))
     kernels = kernel_operations.KernelOperations(config, modules, caches[1], disabled, max_sequences=3)
 
-    steps = ([60, 1, 70], [0, 0, 0]), ([1, 1, 1], [60, 1, 70]), ([5, 9, 2], [61, 2, 71]), ([1, 1, 1], [66, 11, 73])
-    for lengths, past_lengths in steps:
-        step = step_of(lengths, past_lengths, query_scale)
+    steps = (
+        ([60, 1, 70], [0, 0, 0]),
+        ([1, 1, 1], [60, 1, 70]),
+        ([5, 9, 2], [61, 2, 71]),
+        ([1, 1, 1], [66, 11, 73]),
+        ([1, 3, 8], [67, 12, 74], 1),
+        ([1, 1, 9], [68, 15, 82], 2),
+    )
+    for lengths, past_lengths, *num_decoding in steps:
+        step = step_of(lengths, past_lengths, query_scale, *num_decoding)
         for actual, expected in zip(run(kernels, step), run(plain, step), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(caches[1].data, caches[0].data, rtol=1e-4, atol=1e-4)
@@ -122,7 +133,11 @@ def test_operations_with_quantized_x_are_those_of_pytorch(disabled, scheme, left
     plain = TorchOperations(CONFIG, modules, caches[0], ("rms_norm",))
     kernels = kernel_operations.KernelOperations(CONFIG, modules, caches[1], disabled, max_sequences=3)
 
-    for lengths, past_lengths in ([5, 1, 9], [0, 0, 0]), ([1, 1, 1], [5, 1, 9]):
-        step = step_of(lengths, past_lengths, None)
+    for lengths, past_lengths, num_decoding in (
+        ([5, 1, 9], [0, 0, 0], 0),
+        ([1, 1, 1], [5, 1, 9], 0),
+        ([1, 1, 4], [6, 2, 10], 2),
+    ):
+        step = step_of(lengths, past_lengths, None, num_decoding)
         for actual, expected in zip(run(kernels, step), run(plain, step), strict=True):
             assert float((actual - expected).square().mean().sqrt()) < 0.01 * float(expected.square().mean().sqrt())

@@ -12,7 +12,15 @@ import qwen_model
 from qwen_model.backends.torch.back_end import load_device, load_probe
 from qwen_model.interface.engine_config import EngineConfig
 from qwen_model.interface.sampling import SamplingOptions
-from tests.qwen_model.backends.device_runs import Running, batch_of, generate, prompt_logits, run_chunks, run_decoding
+from tests.qwen_model.backends.device_runs import (
+    Running,
+    batch_of,
+    generate,
+    prompt_logits,
+    run_chunks,
+    run_decoding,
+    run_mixed,
+)
 from tests.qwen_model.model_files import (
     decicoder,
     hugging_face_model,
@@ -199,6 +207,21 @@ def test_prompts_join_while_others_decode(pair):
         run_decoding(device, running[:2], 1)
     for sequence in running:
         run_decoding(device, [sequence], NEW_TOKENS - len(sequence.output))
+        assert sequence.output == reference.tokens(tuple(sequence.prompt))
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 1000])
+def test_prompts_and_decode_tokens_in_one_step(pair, chunk):
+    reference, device = pair
+    assert device.mixes
+    running = sequences_of([PROMPTS[3], PROMPTS[1], PROMPTS[0][:20], PROMPTS[0]])
+    device.start([sequence.start() for sequence in running])
+    run_chunks(device, running[:2], 1000)
+    run_mixed(device, running[:2], running[2:], max(chunk, 5))
+    for sequence in running:
+        sequence.output, past = sequence.output[:NEW_TOKENS], sequence.past
+        run_decoding(device, [sequence], max(0, NEW_TOKENS - len(sequence.output)))
+        assert sequence.past >= past
         assert sequence.output == reference.tokens(tuple(sequence.prompt))
 
 

@@ -11,7 +11,15 @@ from qwen_model.checkpoints.config import read_config
 from qwen_model.checkpoints.weights import weight_groups
 from qwen_model.interface.engine_config import Limits
 from qwen_model.interface.sampling import SamplingOptions
-from tests.qwen_model.backends.device_runs import Running, batch_of, generate, prompt_logits, run_chunks
+from tests.qwen_model.backends.device_runs import (
+    Running,
+    batch_of,
+    generate,
+    prompt_logits,
+    run_chunks,
+    run_decoding,
+    run_mixed,
+)
 from tests.qwen_model.model_files import random_prompt
 
 pytestmark = pytest.mark.gpu
@@ -92,6 +100,45 @@ def test_every_number_of_sequences(pair):
     expected = generate(cpu, sequences(), NEW_TOKENS)
     for count in (1, 3, 2, 7, 5, 1, 6):
         assert generate(gpu, sequences(count, first_page=1 + count), NEW_TOKENS) == expected[:count]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("chunk", [7, 40, 1000])
+def test_prompts_and_decode_tokens_in_one_step(pair, count, chunk):
+    """The first `count` sequences decode while the prompts of the others are run; then all decode."""
+    gpu, cpu = pair
+    expected = generate(cpu, sequences(), NEW_TOKENS)
+    found = sequences(first_page=30)
+    gpu.start([sequence.start() for sequence in found])
+    run_chunks(gpu, found[:count], 1000)
+    run_mixed(gpu, found[:count], found[count:], chunk)
+    run_decoding(gpu, found, NEW_TOKENS - 1 - len(found[0].output) + 1)
+    for sequence, tokens in zip(found, expected, strict=True):
+        length = min(len(tokens), len(sequence.output))
+        assert length > NEW_TOKENS - 50
+        assert sequence.output[:length] == tokens[:length]
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_mixed_step_is_two_steps(model, dtype, kind):
+    """Log-probabilities of a step of both beside those of a decode step and a step of prompts."""
+    gpu = device_on(model, "cuda", getattr(torch, dtype), kv_cache_dtype=kind)
+    found = []
+    for mixed in (False, True):
+        running = sequences(5)
+        gpu.start([sequence.start() for sequence in running])
+        run_chunks(gpu, running[:3], 1000)
+        rows = [sequence.decode() for sequence in running[:3]], [each.chunk(30) for each in running[3:]]
+        chosen = []
+        for step in [([*rows[0], *rows[1]], 3)] if mixed else [(rows[0], 0), (rows[1], 0)]:
+            batch = batch_of(*step)
+            gpu.forward(batch)
+            if batch.chooses.any():
+                chosen.append(gpu.choose(num_best=5).wait())
+        found.append(np.concatenate([each.best_logprobs for each in chosen]))
+    tolerance = 0.05 if dtype == "float16" else 0.4
+    np.testing.assert_allclose(*found, atol=tolerance * (1 if kind == "auto" else 3))
 
 
 def test_what_a_request_left_behind_is_not_read(pair):

@@ -48,6 +48,7 @@ def test_a_thousand_sequences_give_what_each_gives_alone(seed):
         num_pages=source.choice([20, 40, 400]),
         page_size=source.choice([4, 8]),
         runs_ahead=seed % 2 == 0,
+        mixes=seed % 3 != 1,
         model=overflowing_logits if seed % 3 == 0 else hashed_logits,
     )
     scheduler = scheduler_of(device, chunk_tokens=source.choice([1, 7, 30]), deterministic=seed % 5 == 4)
@@ -82,6 +83,53 @@ def test_decode_steps_take_turns_with_chunks_of_a_long_prompt():
     run(scheduler, [Sequence([5] * 45, 2)])
     kinds = [(batch.is_decode, len(batch.tokens)) for batch in device.forwards]
     assert kinds[1:12] == [*[(True, 1), (False, 10)] * 4, (True, 1), (False, 5), (True, 2)]
+
+
+def test_steps_have_decode_tokens_and_chunks_of_a_long_prompt():
+    device = FakeDevice(max_sequences=4, max_tokens=100, num_pages=100, mixes=True)
+    scheduler = scheduler_of(device, chunk_tokens=10)
+    scheduler.add(Sequence([1, 2, 3], 30))
+    scheduler.step()
+    run(scheduler, [Sequence([5] * 40, 2), Sequence([6], 1)])
+    kinds = [(batch.num_decoding, batch.lengths.tolist()) for batch in device.forwards]
+    assert kinds[:7] == [(0, [3]), *[(1, [1, 9])] * 4, (1, [1, 4, 1]), (0, [1, 1])]
+
+
+def test_many_decode_tokens_leave_room_for_prompts():
+    device = FakeDevice(max_sequences=12, max_tokens=100, num_pages=100, mixes=True)
+    scheduler = scheduler_of(device, chunk_tokens=8)
+    for place in range(9):
+        scheduler.add(Sequence([1, place], 30))
+    for _ in range(2):
+        scheduler.step()
+    run(scheduler, [Sequence([5] * 4, 1)])
+    assert [batch.lengths[9:].tolist() for batch in device.forwards if batch.num_decoding] == [[2], [2]]
+
+
+def test_where_decode_tokens_fill_a_step_prompts_have_their_own():
+    device = FakeDevice(max_sequences=8, max_tokens=8, num_pages=100, mixes=True)
+    scheduler = scheduler_of(device)
+    for place in range(7):
+        scheduler.add(Sequence([1, place], 30))
+    for _ in range(5):
+        scheduler.step()
+    run(scheduler, [Sequence([5] * 20, 1)])
+    assert not any(batch.num_decoding == 7 for batch in device.forwards)
+    prompts = [batch.lengths.tolist() for batch in device.forwards if len(batch.lengths) == 1]
+    assert prompts[:3] == [[8], [8], [4]]
+
+
+def test_a_prompt_whose_logits_are_wanted_has_steps_of_its_own():
+    device = FakeDevice(max_sequences=4, max_tokens=100, num_pages=100, max_logit_rows=8, mixes=True)
+    scheduler = scheduler_of(device)
+    scheduler.add(Sequence([1, 2, 3], 30))
+    scheduler.step()
+    scored = Sequence([5] * 20, 0, logit_rows=20)
+    run(scheduler, [scored])
+    assert np.concatenate(scored.logits).shape == (20, VOCAB)
+    kinds = [(len(batch.lengths), batch.num_decoding) for batch in device.forwards[1:6]]
+    assert all(kind == (1, 0) for kind in kinds)
+    assert [batch.is_decode for batch in device.forwards[1:7]] == [False, True] * 3
 
 
 def test_a_prompt_is_one_step_where_nobody_waits_for_a_token():

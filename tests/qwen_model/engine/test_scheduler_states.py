@@ -24,10 +24,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         size=st.sampled_from([2, 4]),
         chunk=st.integers(1, 12),
         runs_ahead=st.booleans(),
+        mixes=st.booleans(),
         deterministic=st.booleans(),
     )
-    def begin(self, slots, pages, size, chunk, runs_ahead, deterministic):
-        self.device = FakeDevice(slots, 16, pages * 4 // size, size, runs_ahead=runs_ahead)
+    def begin(self, slots, pages, size, chunk, runs_ahead, mixes, deterministic):
+        self.device = FakeDevice(slots, 16, pages * 4 // size, size, runs_ahead=runs_ahead, mixes=mixes)
         self.scheduler = scheduler_of(self.device, chunk_tokens=chunk, deterministic=deterministic)
         self.events: dict[Sequence, list[Event]] = {}
         self.held: list[list[Sequence]] = []

@@ -11,11 +11,11 @@ from tests.qwen_model.network.test_rotary import QWEN_V1, read_config
 FIRST_ROW, SPARE = 1000, 99
 
 
-def batch_of(tokens, slots, lengths, past_lengths, pages, chooses=None):
+def batch_of(tokens, slots, lengths, past_lengths, pages, chooses=None, num_decoding=0):
     chooses = [True] * len(slots) if chooses is None else chooses
     prompts = [past + length for past, length in zip(past_lengths, lengths, strict=True)]
     arrays = (np.array(values, np.int32) for values in (tokens, slots, lengths, past_lengths, prompts, pages))
-    return Batch(*arrays, np.array(chooses, bool))
+    return Batch(*arrays, np.array(chooses, bool), num_decoding)
 
 
 def packed(batch, layout, rows=None):
@@ -61,6 +61,16 @@ def test_chunks_of_prompts():
     nobody = batch_of([1, 2], [3], [2], [0], [[1]], [False])  # the network computes at least one row
     _, parts = packed(nobody, StepLayout(tokens=2, sequences=1, rows=1, max_pages=1))
     assert (parts["last_token_ids"], parts["slots"]) == ([0], [SPARE])
+
+
+def test_decode_tokens_with_prompts_behind_them():
+    tokens = [LAST_TOKEN, LAST_TOKEN, 1, 2, 3, 4, 5]
+    batch = batch_of(tokens, [4, 0, 7, 2], [1, 1, 3, 2], [9, 64, 0, 8], np.ones((4, 2)), [True, True, False, True], 2)
+    _, parts = packed(batch, StepLayout(tokens=7, sequences=4, rows=3, max_pages=2, num_decoding=2))
+    assert parts["cu_seqlens"] == [0, 1, 2, 5, 7]
+    assert parts["prompt_cu_seqlens"] == [0, 3, 5]
+    assert parts["last_token_ids"] == [0, 1, 6]
+    assert parts["slots"] == [4, 0, 2]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 256, 1024])
