@@ -17,12 +17,12 @@ QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& 
   static qwen_plugins::DynamicExtCreator<qwen_plugins::RmsNormQuantizationPlugin> rms_norm_quantization;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::GemmPlugin> gemm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::GptAttentionPlugin> gpt_attention;
-  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenGemmPlugin> qwen_gemm;
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenGemm<qwen_plugins::GemmPlugin>> qwen_gemm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::PagedGptAttentionPlugin> paged_gpt_attention;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::QuantizedGemmPlugin> quantized_gemm;
-  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenQuantizedGemmPlugin> qwen_quantized_gemm;
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenGemm<qwen_plugins::QuantizedGemmPlugin>> qwen_quantized_gemm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::EightBitGemmPlugin> eight_bit_gemm;
-  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenEightBitGemmPlugin> qwen_eight_bit_gemm;
+  static qwen_plugins::DynamicExtCreator<qwen_plugins::QwenGemm<qwen_plugins::EightBitGemmPlugin>> qwen_eight_bit_gemm;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::QuantizePerTokenPlugin> quantize_per_token;
   static qwen_plugins::DynamicExtCreator<qwen_plugins::QuantizeTensorPlugin> quantize_tensor;
   static nvinfer1::IPluginCreator* const creators[] = {&rms_norm,

@@ -22,12 +22,12 @@ QWEN_PLUGINS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_
   static qwen_plugins::PluginV3Creator<qwen_plugins::RmsNormQuantizationPlugin> rms_norm_quantization;
   static qwen_plugins::PluginV3Creator<qwen_plugins::GemmPlugin> gemm;
   static qwen_plugins::PluginV3Creator<qwen_plugins::GptAttentionPlugin> gpt_attention;
-  static qwen_plugins::PluginV3Creator<qwen_plugins::QwenGemmPlugin> qwen_gemm;
+  static qwen_plugins::PluginV3Creator<qwen_plugins::QwenGemm<qwen_plugins::GemmPlugin>> qwen_gemm;
   static qwen_plugins::PluginV3Creator<qwen_plugins::PagedGptAttentionPlugin> paged_gpt_attention;
   static qwen_plugins::PluginV3Creator<qwen_plugins::QuantizedGemmPlugin> quantized_gemm;
-  static qwen_plugins::PluginV3Creator<qwen_plugins::QwenQuantizedGemmPlugin> qwen_quantized_gemm;
+  static qwen_plugins::PluginV3Creator<qwen_plugins::QwenGemm<qwen_plugins::QuantizedGemmPlugin>> qwen_quantized_gemm;
   static qwen_plugins::PluginV3Creator<qwen_plugins::EightBitGemmPlugin> eight_bit_gemm;
-  static qwen_plugins::PluginV3Creator<qwen_plugins::QwenEightBitGemmPlugin> qwen_eight_bit_gemm;
+  static qwen_plugins::PluginV3Creator<qwen_plugins::QwenGemm<qwen_plugins::EightBitGemmPlugin>> qwen_eight_bit_gemm;
   static qwen_plugins::PluginV3Creator<qwen_plugins::QuantizePerTokenPlugin> quantize_per_token;
   static qwen_plugins::PluginV3Creator<qwen_plugins::QuantizeTensorPlugin> quantize_tensor;
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&rms_norm,
