@@ -13,7 +13,7 @@ import pytest
 import qwen_model
 from qwen_model import build, chat, inspect, run
 from qwen_model.__main__ import COMMANDS, main
-from qwen_model.build import parse_rotary_scaling
+from qwen_model.checkpoint_options import parse_rotary_scaling
 from qwen_model.command_line import check_output_file, parse_token_ids, run_command
 from qwen_model.common.errors import QwenModelError
 from qwen_model.packaged_model import packaged_model_dir
