@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,12 @@ def build_engine(
         weight_formats=formats,
         quantization_options=quantization_words(quantization, head_quantization, asked),
     )
-    sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
-    key_warnings = _balance_keys(checkpoint, model, formats, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
-        *key_warnings,
+        *_balance_keys(checkpoint, model, formats, kv_cache_dtype),
         *_cache_scale_warnings(checkpoint),
         *([] if own is None else calibration_warnings(own, activation_aware, calibration)),
     ]
@@ -205,9 +203,7 @@ def build_engine(
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
-    weights = weight_summary(model, config.dtype, formats, read_weight.relative_errors)
-    size = weight_bytes(model, config.dtype, formats)
-    return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings), weights)
+    return _summary(target, config, read_weight.relative_errors, warnings, seconds)
 
 
 def _timing_cache_option(timing_cache: str | os.PathLike[str] | None, backend: str, target: Path) -> dict[str, Path]:
@@ -241,6 +237,21 @@ def _engine_weights(
         calibrated = calibrated_weights(checkpoint, model, formats, own, activation_aware, calibration, report)
     per_channel = own is None or own.per_channel
     return EngineWeights(checkpoint, network_modules(model, config.dtype, formats), calibrated, per_channel)
+
+
+def _summary(
+    target: Path, config: EngineConfig, relative_errors: Mapping[str, float], warnings: Iterable[str], seconds: float
+) -> BuildSummary:
+    model, dtype, formats = config.model, config.dtype, config.weight_formats
+    return BuildSummary(
+        target,
+        config,
+        weight_bytes(model, dtype, formats),
+        sequence_pages(config.limits) * page_bytes(model, dtype, config.kv_cache_dtype),
+        seconds,
+        tuple(warnings),
+        weight_summary(model, dtype, formats, relative_errors),
+    )
 
 
 def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
