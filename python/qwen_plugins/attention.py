@@ -59,7 +59,7 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Holds what attention takes besides the projections and the lengths.
+    """Hold what attention takes besides the projections and the lengths.
 
     Args:
         num_heads: query heads, a multiple of the cache's kv_heads.
@@ -163,7 +163,7 @@ def prefill_attention(
 
 @dataclass(frozen=True)
 class DecodeAttentionWorkspace:
-    """Holds memory for the launches of `decode_attention`; launches that may overlap must not share it."""
+    """Hold memory for the launches of `decode_attention`; launches that may overlap must not share it."""
 
     partial_results: Tensor  # uint8; contents do not matter between launches
     semaphores: Tensor  # int32 [sequences, heads]; zero between launches

@@ -29,7 +29,7 @@ def python(*arguments, **options):
 
 @pytest.fixture
 def command(capsys):
-    """Runs a command's main in this process: its exit status, standard output and standard error."""
+    """Run a command's main in this process; return its exit status, standard output and standard error."""
 
     def call(main, *arguments):
         with pytest.raises(SystemExit) as exit_:
@@ -304,7 +304,7 @@ def test_tools_that_are_none(command, templates_dir, tmp_path, content):
 
 @pytest.fixture
 def talk(command, monkeypatch):
-    """Runs `chat` with these lines: what it asks of the session, its exit status and its outputs."""
+    """Run `chat` with these lines; return what it asks of the session, its exit status and its outputs."""
 
     def call(lines, *arguments):
         given, asked = iter(lines), []
