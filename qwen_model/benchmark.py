@@ -59,7 +59,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="also measure this checkpoint in transformers: a folder, or a name of the hub",
     )
-    load = parser.add_argument_group("load")
+    _add_load_arguments(parser.add_argument_group("load"))
+    _add_server_arguments(parser.add_argument_group("server", "A server is measured in place of an engine."))
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, metavar="FILE.json", help="write the load and all rows")
+    output.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the rows (.svg, .png or .pdf)")
+    add_verbose_argument(parser)
+    return parser
+
+
+def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
     load.add_argument(
         "--dataset",
         type=Path,
@@ -88,7 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="a row for each (default: 1, 2, 4, ... up to the engine's limit); of a server: requests at a time",
     )
-    server = parser.add_argument_group("server", "A server is measured in place of an engine.")
+
+
+def _add_server_arguments(server: argparse._ArgumentGroup) -> None:
     server.add_argument("--url", metavar="URL", help="address of a server with OpenAI's API, such as http://host:8000")
     server.add_argument(
         "--endpoint",
@@ -120,11 +131,6 @@ def make_parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="send ignore_eos (default: yes)"
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, metavar="FILE.json", help="write the load and all rows")
-    output.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the rows (.svg, .png or .pdf)")
-    add_verbose_argument(parser)
-    return parser
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -6,19 +6,19 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from .command_line import (
-    DEFAULT_ENGINE_DIR,
+from .checkpoint_options import (
+    add_limit_arguments,
+    add_model_argument,
     add_quantization_arguments,
-    add_tuning_argument,
-    add_verbose_argument,
-    parse_rotary_scaling,
-    progress_bar,
+    add_rotary_argument,
+    limit_settings,
     quantization_settings,
-    run_command,
+    rotary_scaling,
     weights_text,
 )
+from .command_line import DEFAULT_ENGINE_DIR, add_tuning_argument, add_verbose_argument, progress_bar, run_command
 from .common.log import show_log
-from .interface.engine_config import KV_CACHE_DTYPES, PLUGINS, RTX_COMPUTE_CAPABILITIES
+from .interface.engine_config import PLUGINS, RTX_COMPUTE_CAPABILITIES
 from .quantization.options import MODES
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
     show_log(options.verbose)
-    scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
-
+    scaling = rotary_scaling(options)
     if options.plan:
         print(_plan_text(options, scaling))
         return
@@ -46,11 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             dtype=options.dtype,
             disable_plugins=options.disable_plugin,
             rmsnorm_plugin=options.rmsnorm_plugin,
-            max_batch_size=options.max_batch_size,
-            max_input_len=options.max_input_len,
-            max_output_len=options.max_output_len,
-            max_num_tokens=options.max_num_tokens,
-            kv_cache_dtype=options.kv_cache_dtype,
+            **limit_settings(options),
             **quantization_settings(options),
             rotary_scaling=scaling,
             timing_cache=options.timing_cache,
@@ -69,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-model build", description="Make an engine from a Hugging Face checkpoint."
     )
-    parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
+    add_model_argument(parser)
     parser.add_argument(
         "--output-dir", default=DEFAULT_ENGINE_DIR, metavar="ENGINE", help="folder (default: %(default)s)"
     )
@@ -96,29 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="--rmsnorm-plugin is the default, --no-rmsnorm-plugin the same as --disable-plugin rms_norm",
     )
-    parser.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 256)")
-    parser.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
-    parser.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
+    add_limit_arguments(parser)
     _add_quantization_arguments(parser)
-    parser.add_argument(
-        "--max-num-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of prompts that are computed in one step; longer ones take several (default: up to 8192)",
-    )
-    parser.add_argument(
-        "--kv-cache-dtype",
-        default="auto",
-        choices=KV_CACHE_DTYPES,
-        help="how the key-value cache keeps a number: auto: in the engine's type (default); int8 or fp8: in 8 bits, "
-        "with a scale for each token and head, so that twice the tokens have room",
-    )
-    parser.add_argument(
-        "--rotary-scaling",
-        metavar="KIND:FACTOR",
-        help="for sequences longer than the model was trained for: linear:4, dynamic:2, yarn:4, none, or the JSON "
-        "object that rope_scaling is in a config.json (default: the checkpoint's)",
-    )
+    add_rotary_argument(parser)
     parser.add_argument(
         "--timing-cache",
         metavar="FILE",
@@ -166,11 +141,7 @@ def _plan_text(options: argparse.Namespace, scaling: dict[str, Any] | None) -> s
         options.model_dir,
         backend=options.backend,
         dtype=options.dtype,
-        max_batch_size=options.max_batch_size,
-        max_input_len=options.max_input_len,
-        max_output_len=options.max_output_len,
-        max_num_tokens=options.max_num_tokens,
-        kv_cache_dtype=options.kv_cache_dtype,
+        **limit_settings(options),
         **quantization_settings(options),
         rotary_scaling=scaling,
     )

@@ -18,18 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common.errors import QwenModelError
 from .common.extras import import_extra
-from .common.files import is_folder, parse_json_object, read_text
+from .common.files import is_folder, read_text
 from .common.log import VARIABLE, show_log
 from .common.progress import GEMM_KERNELS, Progress
-from .quantization.options import DEFAULT_ALPHA, DEFAULT_GROUP_SIZE, GROUP_SIZES, HEADS
 
 if TYPE_CHECKING:
     from .engine.session import Session
     from .interface.sampling import SamplingDefaults, SamplingOptions
-    from .quantization.summary import WeightSummary
-
-WORST_LAYERS = 3
-"""The layers whose errors summaries show."""
 
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
@@ -276,23 +271,6 @@ def progress_line(heading: str) -> Callable[[int, int], None] | None:
     return show
 
 
-def parse_rotary_scaling(text: str) -> dict[str, Any]:
-    """Convert `linear:4`, `none` or a JSON object to what `rope_scaling` is in a `config.json`.
-
-    Raises:
-        QwenModelError: the text is none of these.
-    """
-    if text.lstrip().startswith("{"):
-        return parse_json_object(text, "--rotary-scaling")
-    kind, _, factor = text.partition(":")
-    if not factor:
-        return {"rope_type": kind}
-    try:
-        return {"rope_type": kind, "factor": float(factor)}
-    except ValueError as error:
-        raise QwenModelError(f"--rotary-scaling must be KIND:FACTOR, like linear:4, not {text!r}") from error
-
-
 def add_engine_arguments(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
     """Add --engine-dir and --device, and the other options of `open_engine` for commands that call it."""
     parser.add_argument("--engine-dir", default=DEFAULT_ENGINE_DIR, metavar="DIR", help="engine (default: %(default)s)")
@@ -322,88 +300,6 @@ def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="time the GEMM kernels once for each GPU and model, and use the fastest; --no-tuning: choose by rules",
     )
-
-
-def add_quantization_arguments(group: argparse._ActionsContainer) -> None:
-    """Add the options beside --quantization, which `quantization_settings` returns."""
-    group.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help=f"with int4, the inputs that share a scale: {', '.join(map(str, GROUP_SIZES))} (all); default: "
-        f"{DEFAULT_GROUP_SIZE}",
-    )
-    group.add_argument(
-        "--asymmetric", action="store_true", help="with int4: zero points, a little more memory and less error"
-    )
-    group.add_argument(
-        "--head-quantization",
-        choices=HEADS,
-        help="of the weights of the output projection (default: int8 where an engine is built with --quantization int8 "
-        "or int4, else as the checkpoint is); the embedding stays as it is",
-    )
-    group.add_argument(
-        "--activation-aware",
-        action="store_true",
-        help="with int4 or int8: scale the inputs of layers first, as AWQ does, by what the network does with a text; "
-        "less error, and it needs PyTorch",
-    )
-    group.add_argument(
-        "--per-token",
-        action="store_true",
-        help="with smoothquant: each token's input has a scale of its own, made at run time (default: one for all, "
-        "which calibration finds); fp8 has it unless --calibration is given",
-    )
-    group.add_argument(
-        "--per-channel",
-        action="store_true",
-        help="with smoothquant: each output of a weight has a scale of its own (default: the tensor)",
-    )
-    group.add_argument(
-        "--alpha",
-        type=_alpha,
-        metavar="A",
-        help="with smoothquant: how much of the range of inputs moves into the weights, 0 to 1; auto: searched for "
-        f"each layer; none: nothing (default: {DEFAULT_ALPHA})",
-    )
-    group.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help='texts for --activation-aware and smoothquant, a line each, or JSONL of chats, {"messages": [...]} '
-        "(default: the packaged model's held-out text); with fp8: one scale for all inputs of a layer, found there "
-        "(default: each token has its own)",
-    )
-
-
-def _alpha(text: str) -> float | str:
-    """Convert an option's value; argparse shows the error with the usage."""
-    if text in ("auto", "none"):
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, auto or none, not {text!r}")
-    return value
-
-
-def quantization_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return --quantization and the options of `add_quantization_arguments`, as arguments of `build_engine`."""
-    names = ("quantization", "group_size", "head_quantization", "activation_aware")
-    settings = {name: getattr(options, name) for name in (*names, "per_token", "per_channel", "alpha", "calibration")}
-    return {**settings, "symmetric": False if options.asymmetric else None}
-
-
-def weights_text(weights: WeightSummary) -> str:
-    """Return the lines of a summary about quantization, each with a line break; "" if there is none."""
-    if not weights.bits:
-        return ""
-    formats = "; ".join(f"{count} x {text}" for text, count in weights.formats.items())
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in weights.part_bytes.items())
-    lines = f"weights     {formats}\n            {weights.bits:.2f} bits a quantized weight; MiB: {parts}\n"
-    worst = [f"{name} {error:.2%}" for name, error in weights.relative_errors.items()][:WORST_LAYERS]
-    return lines + (f"error       of the weights, largest: {', '.join(worst)}\n" if worst else "")
 
 
 def open_engine(options: argparse.Namespace) -> Session:

@@ -8,7 +8,14 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from .command_line import parse_rotary_scaling, progress_bar, run_command
+from .checkpoint_options import (
+    add_limit_arguments,
+    add_model_argument,
+    add_rotary_argument,
+    limit_settings,
+    rotary_scaling,
+)
+from .command_line import progress_bar, run_command
 
 if TYPE_CHECKING:
     from .backends.onnx.graph import Tensor
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """Export, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
-    scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
+    scaling = rotary_scaling(options)
 
     from .engine.export import export_onnx
 
@@ -28,11 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             output=options.output,
             operators=options.operators,
             dtype=options.dtype,
-            max_batch_size=options.max_batch_size,
-            max_input_len=options.max_input_len,
-            max_output_len=options.max_output_len,
-            max_num_tokens=options.max_num_tokens,
-            kv_cache_dtype=options.kv_cache_dtype,
+            **limit_settings(options),
             rotary_scaling=scaling,
             progress=progress,
         )
@@ -46,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-model export", description="Write a checkpoint's network as an ONNX file."
     )
-    parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
+    add_model_argument(parser)
     parser.add_argument("--output", required=True, metavar="FILE.onnx", help="large weights go to FILE.onnx.data")
     parser.add_argument(
         "--operators",
@@ -59,22 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         help="float16, bfloat16 or float32 (default: the checkpoint's with plug-ins, float32 with standard operators)",
     )
-    group = parser.add_argument_group("sizes", "With plug-ins only: a graph of standard operators takes any.")
-    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default: 256)")
-    group.add_argument("--max-input-len", type=int, metavar="N", help="tokens of a prompt (default: up to 1024)")
-    group.add_argument("--max-output-len", type=int, metavar="N", help="tokens generated (default: up to 512)")
-    group.add_argument("--max-num-tokens", type=int, metavar="N", help="tokens of a step (default: up to 8192)")
-    group.add_argument(
-        "--kv-cache-dtype",
-        default="auto",
-        metavar="TYPE",
-        help="of the key-value cache: auto (default: as --dtype), int8 or fp8, with a scale for each token and head",
+    add_limit_arguments(
+        parser.add_argument_group("sizes", "With plug-ins only: a graph of standard operators takes any.")
     )
-    parser.add_argument(
-        "--rotary-scaling",
-        metavar="KIND:FACTOR",
-        help="for sequences longer than the model was trained for, as of qwen-model build (default: the checkpoint's)",
-    )
+    add_rotary_argument(parser)
     return parser
 
 

@@ -6,14 +6,13 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from .command_line import (
+from .checkpoint_options import (
+    add_model_argument,
     add_quantization_arguments,
-    add_verbose_argument,
-    progress_bar,
     quantization_settings,
-    run_command,
     weights_text,
 )
+from .command_line import add_verbose_argument, progress_bar, run_command
 from .common.log import show_log
 from .quantization.options import QUANTIZATIONS
 
@@ -49,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="qwen-model quantize",
         description="Write a quantized checkpoint, which transformers and vLLM load as well.",
     )
-    parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folder (default: the model in this package)")
+    add_model_argument(parser)
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="a new or an empty folder")
     parser.add_argument(
         "--format",

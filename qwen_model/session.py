@@ -1,4 +1,4 @@
-"""Former place of `qwen_model.engine.session` and of its results, kept for code that imports it."""
+"""Export `qwen_model.engine.session` and its results once more, for code that imports them from here."""
 
 from .engine.results import BeamOutput, GenerationResult, Output, StreamEvent, Timing
 from .engine.session import Session

@@ -38,7 +38,7 @@ _PARTS_OF_A_KERNEL = (".text.", ".nv.shared.", ".nv.constant")
 
 @dataclass(frozen=True)
 class Section:
-    """One section of a cubin: its name, its size in bytes, its sh_info field and what the file holds of it."""
+    """Hold a section of a cubin: its name, its size in bytes, its sh_info field and what the file holds of it."""
 
     name: str
     size: int

@@ -50,15 +50,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_TORCH_FUNCTIONS = (
-    "QuantizedWeight",
-    "cublas_lt_status",
-    "gemm",
-    "quantize",
-    "rms_norm",
-    "rms_norm_quant",
-    "scaled_gemm",
-)
+_TORCH_FUNCTIONS = tuple(name for name in __all__ if name != "tensorrt_library_path")
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else logging prints warnings by itself
 for _package in TENSORRT_PACKAGES:

@@ -42,7 +42,7 @@ def type_names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 class CurrentDevice:
-    """Makes a tensor's device the current one inside a with block, whose target is PyTorch's current stream, an int."""
+    """Make a tensor's device the current one inside a with block, whose target is PyTorch's current stream, an int."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._index = tensor.device.index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +35,7 @@ def gemm(
 ) -> Tensor:
     """Check the operands and compute y; the arguments are those of `qwen_plugins.gemm`."""
     check_x(x)
-    _check_weight(weight, x)
+    check_weight(weight, x)
     check_bias(bias, x, weight.shape[0])
     shape = (*x.shape[:-1], columns_of(weight.shape[0], activation))
     if out is None:
@@ -45,8 +46,6 @@ def gemm(
         _on_gpu(x, weight, bias, activation, constant_weight, out)
     elif x.device.type == "cpu":
         _on_cpu(x, weight, bias, activation, out)
-    elif x.device.type != "meta":
-        raise ValueError(f"x must be on a CPU or an NVIDIA GPU, not on {x.device}")
     return out
 
 
@@ -55,20 +54,38 @@ def cublas_lt_status() -> str:
     return core().cublas_lt_status()
 
 
-def check_x(x: Tensor) -> None:
+def check_x(x: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_TYPES) -> None:
     """Check the rows that are multiplied."""
     check_tensor("x", x)
-    check_dtype("x", x, FLOAT_TYPES)
+    check_dtype("x", x, dtypes)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(x.shape)}")
+    if not x.is_cuda and x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"x must be on a CPU or an NVIDIA GPU, not on {x.device}")
 
 
-def check_bias(bias: Tensor | None, x: Tensor, out_features: int) -> None:
-    """Check the bias, if there is one."""
+def check_weight(weight: Tensor, x: Tensor) -> None:
+    """Check a weight [out_features, in_features] of the type of x."""
+    check_tensor("weight", weight)
+    check_dtype("weight", weight, (x.dtype,), like="x")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have the shape (out_features, {x.shape[-1]}) for x of {tuple(x.shape)}, "
+            f"not {tuple(weight.shape)}"
+        )
+    check_contiguous("weight", weight)
+    check_device("weight", weight, x)
+
+
+def check_bias(bias: Tensor | None, x: Tensor, out_features: int, dtype: torch.dtype | None = None) -> None:
+    """Check the bias, if there is one; dtype: what the argument `dtype` says; None: the type of x."""
     if bias is None:
         return
     check_tensor("bias", bias)
-    check_dtype("bias", bias, (x.dtype,), like="x")
+    if dtype is None:
+        check_dtype("bias", bias, (x.dtype,), like="x")
+    else:
+        check_dtype("bias", bias, (dtype,), like="dtype")
     check_shape("bias", bias, (out_features,))
     check_contiguous("bias", bias)
     check_device("bias", bias, x)
@@ -126,36 +143,14 @@ def launch_layer(layer: Any, x: Tensor, out: Tensor, x_scales: Tensor | None = N
         )
 
 
-def _check_weight(weight: Tensor, x: Tensor) -> None:
-    check_tensor("weight", weight)
-    check_dtype("weight", weight, (x.dtype,), like="x")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight must have the shape (out_features, {x.shape[-1]}) for x of {tuple(x.shape)}, "
-            f"not {tuple(weight.shape)}"
-        )
-    check_contiguous("weight", weight)
-    check_device("weight", weight, x)
+def swiglu(z: Tensor) -> Tensor:
+    """Return silu(gate) · up, the gate being the first half of the columns of z, in the type of z."""
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
-def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
-    z = F.linear(x, weight, bias)
-    if activation == "swiglu":
-        gate, up = z.float().chunk(2, dim=-1)
-        z = F.silu(gate) * up
-    out.copy_(z)
-
-
-def _on_gpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, constant_weight: bool, out: Tensor
-) -> None:
-    out_features, in_features = weight.shape
-    layer = _layer(weight.data_ptr(), address(bias), in_features, out_features, activation, x.dtype, constant_weight)
-    launch_layer(layer, x, out)
-
-
-@lru_cache(maxsize=4096)
-def _layer(
+@lru_cache(maxsize=8192)
+def linear_layer(
     weight: int,
     bias: int,
     in_features: int,
@@ -163,14 +158,53 @@ def _layer(
     activation: str | None,
     dtype: torch.dtype,
     constant_weight: bool,
+    kind: str = "same",
+    group_size: int = 0,
+    scale_dtype: str = "float16",
+    scales: int = 0,
+    zeros: int = 0,
+    input_scale: int = 0,
+    output_scale: int = 0,
 ) -> Any:
-    """Return the launcher's parameters, which are made once for each layer: they hold these numbers and no tensor."""
-    return core().LinearLayer(
+    """Return a `qwen_plugins.launch.LinearLayer`, made once for each layer: it holds these numbers and no tensor.
+
+    Tensors are given by their addresses, 0 for none. kind: a `qwen_plugins.launch.WeightKind`'s name, "same" for a
+    weight in the type of x, whose group_size, scale_dtype and scales do not count.
+    """
+    launch = core()
+    return launch.LinearLayer(
         weight=weight,
+        scales=scales,
+        zeros=zeros,
         bias=bias,
+        input_scale=input_scale,
+        output_scale=output_scale,
         in_features=in_features,
         out_features=out_features,
-        activation=core().Activation.__members__[activation or "none"],
+        activation=launch.Activation.__members__[activation or "none"],
         dtype=data_type(dtype),
         constant_weight=constant_weight,
+        weight_format=launch.WeightFormat(
+            kind=launch.WeightKind.__members__[kind],
+            group_size=group_size,
+            has_zeros=zeros != 0,
+            scale_dtype=launch.DataType.__members__[scale_dtype],
+        ),
     )
+
+
+def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
+    z = F.linear(x, weight, bias)
+    if activation == "swiglu":
+        z = swiglu(z.float())
+    out.copy_(z)
+
+
+def _on_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, constant_weight: bool, out: Tensor
+) -> None:
+    out_features, in_features = weight.shape
+    layer = linear_layer(
+        weight.data_ptr(), address(bias), in_features, out_features, activation, x.dtype, constant_weight
+    )
+    launch_layer(layer, x, out)

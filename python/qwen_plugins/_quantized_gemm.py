@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +17,9 @@ from qwen_plugins._arguments import (
     check_dtype,
     check_is_tensor,
     check_shape,
-    core,
-    data_type,
     type_name,
 )
-from qwen_plugins._gemm import check_bias, check_out, check_x, columns_of, launch_layer
+from qwen_plugins._gemm import check_bias, check_out, check_x, columns_of, launch_layer, linear_layer, swiglu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +28,9 @@ if TYPE_CHECKING:
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 _ROW_UNIT, _COLUMN_UNIT = 64, 128  # csrc/kernels/gemm/packed_weight.h
-_WORDS = {256: 4, 512: 8}  # int32 words of 16 rows and 128 columns, and their bits
+# int32 words of 16 rows and 128 columns: their bits, and what csrc/kernels/gemm/gemm.h calls the weight.
+_WORDS = {256: 4, 512: 8}
+_KINDS = {256: "int4", 512: "int8"}
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,6 @@ def gemm(
         _on_gpu(x, codes, scales, zeros, bias, group_size, out_features, activation, constant_weight, out)
     elif x.device.type == "cpu":
         _on_cpu(x, codes, scales, zeros, bias, group_size, out_features, activation, out)
-    elif x.device.type != "meta":
-        raise ValueError(f"x must be on a CPU or an NVIDIA GPU, not on {x.device}")
     return out
 
 
@@ -241,8 +238,7 @@ def _on_cpu(
     weight = _dequantize(codes, scales, zeros, group_size)[:out_features, : x.shape[-1]]
     z = F.linear(x.float(), weight, None if bias is None else bias.float())
     if activation == "swiglu":
-        gate, up = z.chunk(2, dim=-1)
-        z = F.silu(gate) * up
+        z = swiglu(z)
     out.copy_(z)
 
 
@@ -277,57 +273,21 @@ def _on_gpu(
 ) -> None:
     for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros)):
         check(address(tensor) % 16 == 0, f"{name} must begin at a multiple of 16 bytes, but its address is a view's")
-    layer = _layer(
+    layer = linear_layer(
         codes.data_ptr(),
-        scales.data_ptr(),
-        address(zeros),
         address(bias),
         x.shape[-1],
         out_features,
         activation,
         x.dtype,
         constant_weight,
-        _WORDS[codes.shape[-1]],
+        _KINDS[codes.shape[-1]],
         group_size,
         type_name(scales.dtype),
+        scales.data_ptr(),
+        address(zeros),
     )
     launch_layer(layer, x, out)
-
-
-@lru_cache(maxsize=4096)
-def _layer(
-    codes: int,
-    scales: int,
-    zeros: int,
-    bias: int,
-    in_features: int,
-    out_features: int,
-    activation: str | None,
-    dtype: torch.dtype,
-    constant_weight: bool,
-    bits: int,
-    group_size: int,
-    scale_dtype: str,
-) -> Any:
-    """Return the launcher's parameters, which are made once for each layer: they hold these numbers and no tensor."""
-    launch = core()
-    return launch.LinearLayer(
-        weight=codes,
-        scales=scales,
-        zeros=zeros,
-        bias=bias,
-        in_features=in_features,
-        out_features=out_features,
-        activation=launch.Activation.__members__[activation or "none"],
-        dtype=data_type(dtype),
-        constant_weight=constant_weight,
-        weight_format=launch.WeightFormat(
-            kind=launch.WeightKind.__members__[f"int{bits}"],
-            group_size=group_size,
-            has_zeros=zeros != 0,
-            scale_dtype=launch.DataType.__members__[scale_dtype],
-        ),
-    )
 
 
 def _as_numpy(tensor: Tensor) -> Any:

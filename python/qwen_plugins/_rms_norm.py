@@ -30,7 +30,7 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Norm:
-    """Holds the operands that all RMSNorm operators share, checked."""
+    """Hold the operands that all RMSNorm operators share, checked."""
 
     x: Tensor
     weight: Tensor
@@ -56,7 +56,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Holds how normalised rows are quantized."""
+    """Hold how normalised rows are quantized."""
 
     dtype: torch.dtype
     scale: Tensor | None
@@ -207,7 +207,7 @@ def _merged_levels(shape: list[int], strides: list[list[int]]) -> tuple[list[int
 
 
 class _Launch(NamedTuple):
-    """Describes the rows of one launch: their number, the addresses of the first ones, and the strides between them."""
+    """Describe the rows of one launch: their number, the addresses of the first ones, and the strides between them."""
 
     rows: int
     x: int

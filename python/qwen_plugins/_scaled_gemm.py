@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,14 +13,11 @@ from qwen_plugins._arguments import (
     check_contiguous,
     check_device,
     check_dtype,
-    check_shape,
     check_tensor,
-    core,
-    data_type,
     type_name,
     type_names,
 )
-from qwen_plugins._gemm import columns_of, launch_layer
+from qwen_plugins._gemm import check_bias, check_weight, check_x, columns_of, launch_layer, linear_layer, swiglu
 
 CODE_TYPES = (torch.int8, torch.float8_e4m3fn)
 BLOCK = 128  # rows and columns of a weight that share a scale
@@ -43,16 +37,14 @@ def scaled_gemm(
     constant_weight: bool,
 ) -> Tensor:
     """Check the operands and compute y; the arguments are those of `qwen_plugins.scaled_gemm`."""
-    _check_codes(x, weight)
+    check_x(x, CODE_TYPES)
+    check_weight(weight, x)
+    if x.dtype == torch.int8 and x.shape[-1] > MAX_INT8_INPUTS:
+        raise ValueError(f"x must have at most {MAX_INT8_INPUTS} columns of int8, not {x.shape[-1]}")
     _check_scales(x, weight, x_scales, weight_scales, y_scale)
     if dtype not in FLOAT_TYPES:
         raise TypeError(f"dtype must be {type_names(FLOAT_TYPES)}, not {type_name(dtype)}")
-    if bias is not None:
-        check_tensor("bias", bias)
-        check_dtype("bias", bias, (dtype,), like="dtype")
-        check_shape("bias", bias, weight.shape[:1])
-        check_contiguous("bias", bias)
-        check_device("bias", bias, x)
+    check_bias(bias, x, weight.shape[0], dtype)
     columns = columns_of(weight.shape[0], activation)
     y = x.new_empty((*x.shape[:-1], columns), dtype=dtype if y_scale is None else x.dtype)
     operands = (x, weight, x_scales, weight_scales, bias, y_scale, activation)
@@ -60,27 +52,7 @@ def scaled_gemm(
         _on_gpu(*operands, dtype, constant_weight, y)
     elif x.device.type == "cpu":
         _on_cpu(*operands, y)
-    elif x.device.type != "meta":
-        raise ValueError(f"x must be on a CPU or an NVIDIA GPU, not on {x.device}")
     return y
-
-
-def _check_codes(x: Tensor, weight: Tensor) -> None:
-    check_tensor("x", x)
-    check_dtype("x", x, CODE_TYPES)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have a last dimension of at least 1, but its shape is {tuple(x.shape)}")
-    check_tensor("weight", weight)
-    check_dtype("weight", weight, (x.dtype,), like="x")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight must have the shape (out_features, {x.shape[-1]}) for x of {tuple(x.shape)}, "
-            f"not {tuple(weight.shape)}"
-        )
-    if x.dtype == torch.int8 and x.shape[-1] > MAX_INT8_INPUTS:
-        raise ValueError(f"x must have at most {MAX_INT8_INPUTS} columns of int8, not {x.shape[-1]}")
-    check_contiguous("weight", weight)
-    check_device("weight", weight, x)
 
 
 def _check_scales(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor, y_scale: Tensor | None) -> None:
@@ -137,8 +109,7 @@ def _on_cpu(
     if bias is not None:
         z += bias
     if activation == "swiglu":
-        gate, up = z.chunk(2, dim=-1)
-        z = F.silu(gate) * up
+        z = swiglu(z)
     if y_scale is not None:
         z = z.float() * (1 / y_scale.reshape(()))
         z = z.round_().clamp_(-128, 127).nan_to_num_(nan=0.0) if y.dtype == torch.int8 else z.clamp_(-448, 448)
@@ -159,54 +130,20 @@ def _on_gpu(
 ) -> None:
     rows = x.shape[:-1].numel()
     one_scale = x_scales.numel() == 1 and rows != 1
-    layer = _layer(
+    layer = linear_layer(
         weight.data_ptr(),
-        weight_scales.data_ptr(),
         address(bias),
-        x_scales.data_ptr() if one_scale else 0,
-        address(y_scale),
         x.shape[-1],
         weight.shape[0],
         activation,
-        x.dtype,
         dtype,
         constant_weight,
+        _KINDS[x.dtype],
         BLOCK if _in_blocks(weight, weight_scales) and weight_scales.numel() != weight.shape[0] else 0,
+        "float32",
+        weight_scales.data_ptr(),
+        0,
+        x_scales.data_ptr() if one_scale else 0,
+        address(y_scale),
     )
     launch_layer(layer, x, y, None if one_scale else x_scales)
-
-
-@lru_cache(maxsize=4096)
-def _layer(
-    weight: int,
-    weight_scales: int,
-    bias: int,
-    input_scale: int,
-    output_scale: int,
-    in_features: int,
-    out_features: int,
-    activation: str | None,
-    code_type: torch.dtype,
-    dtype: torch.dtype,
-    constant_weight: bool,
-    group_size: int,
-) -> Any:
-    """Return the launcher's parameters, which are made once for each layer: they hold these numbers and no tensor."""
-    launch = core()
-    return launch.LinearLayer(
-        weight=weight,
-        scales=weight_scales,
-        bias=bias,
-        input_scale=input_scale,
-        output_scale=output_scale,
-        in_features=in_features,
-        out_features=out_features,
-        activation=launch.Activation.__members__[activation or "none"],
-        dtype=data_type(dtype),
-        constant_weight=constant_weight,
-        weight_format=launch.WeightFormat(
-            kind=launch.WeightKind.__members__[_KINDS[code_type]],
-            group_size=group_size,
-            scale_dtype=launch.DataType.float32,
-        ),
-    )

@@ -59,7 +59,7 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Holds what attention takes besides the projections and the lengths.
+    """Hold what attention takes besides the projections and the lengths.
 
     Args:
         num_heads: query heads, a multiple of the cache's kv_heads.
@@ -129,7 +129,6 @@ def prefill_attention(
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
     _check_inputs(qkv, inputs)
-    cache = inputs.kv_cache
     check_is_tensor("cu_seqlens", cu_seqlens)
     sequences = cu_seqlens.numel() - 1
     check_int32("cu_seqlens", cu_seqlens, sequences + 1, qkv)
@@ -150,16 +149,10 @@ def prefill_attention(
     with CurrentDevice(qkv) as stream:
         launch.prefill_attention(
             heads=_heads(inputs, qkv.dtype),
-            cache=cache.data_ptr(),
-            max_positions=cache.shape[3],
-            **_cache_options(inputs),
+            **_tensors(qkv, inputs, past_lengths, out),
             **quantization,
             queries=address(queries),
-            qkv=qkv.data_ptr(),
-            qkv_row_stride=qkv.stride(0),
-            context=out.data_ptr(),
             cu_seqlens=cu_seqlens.data_ptr(),
-            past_lengths=address(past_lengths),
             sequences=sequences,
             tokens=len(qkv),
             softmax_scale=scale,
@@ -170,7 +163,7 @@ def prefill_attention(
 
 @dataclass(frozen=True)
 class DecodeAttentionWorkspace:
-    """Holds memory for the launches of `decode_attention`; launches that may overlap must not share it."""
+    """Hold memory for the launches of `decode_attention`; launches that may overlap must not share it."""
 
     partial_results: Tensor  # uint8; contents do not matter between launches
     semaphores: Tensor  # int32 [sequences, heads]; zero between launches
@@ -228,7 +221,7 @@ def decode_attention(
         TypeError, ValueError: for an argument that does not fit, before anything is written.
     """
     _check_inputs(qkv, inputs)
-    cache, sequences, most = inputs.kv_cache, len(qkv), _max_sequences(inputs)
+    sequences, most = len(qkv), _max_sequences(inputs)
     check(sequences <= most, f"qkv must have at most {most} rows for {_of_most(inputs)}, not {sequences}")
     check_int32("past_lengths", past_lengths, sequences, qkv)
     if inputs.rotary_offsets is not None:
@@ -243,15 +236,9 @@ def decode_attention(
     with CurrentDevice(qkv) as stream:
         launch.decode_attention(
             heads=heads,
-            cache=cache.data_ptr(),
-            max_positions=cache.shape[3],
-            **_cache_options(inputs),
+            **_tensors(qkv, inputs, past_lengths, out),
             **quantization,
             batch_invariant=batch_invariant,
-            qkv=qkv.data_ptr(),
-            qkv_row_stride=qkv.stride(0),
-            context=out.data_ptr(),
-            past_lengths=past_lengths.data_ptr(),
             sequences=sequences,
             softmax_scale=scale,
             workspace=workspace.partial_results.data_ptr(),
@@ -294,10 +281,17 @@ def _of_most(inputs: AttentionInputs) -> str:
     return f"a cache of {count} sequences" if inputs.pages is None else f"pages of {count} sequences"
 
 
-def _cache_options(inputs: AttentionInputs) -> dict[str, Any]:
+def _tensors(qkv: Tensor, inputs: AttentionInputs, past_lengths: Tensor | None, context: Tensor) -> dict[str, Any]:
+    """Return the arguments of the launches that describe what both read and write."""
     types = launch.CacheDataType
-    dtype, pages = inputs.cache_dtype, inputs.pages
+    cache, dtype, pages = inputs.kv_cache, inputs.cache_dtype, inputs.pages
     return {
+        "qkv": qkv.data_ptr(),
+        "qkv_row_stride": qkv.stride(0),
+        "context": context.data_ptr(),
+        "past_lengths": address(past_lengths),
+        "cache": cache.data_ptr(),
+        "max_positions": cache.shape[3],
         "cache_dtype": types.same if dtype is None else getattr(types, type_name(dtype)),
         "pages": address(pages),
         "pages_row_stride": 0 if pages is None else pages.stride(0) if len(pages) > 1 else pages.shape[1],

@@ -92,7 +92,7 @@ class SamplingState:
 
     @property
     def device(self) -> torch.device:
-        """The device of the state."""
+        """Return the device of the state."""
         return self._settings.device
 
     def start(self, starts: Sequence[SequenceStart]) -> None:

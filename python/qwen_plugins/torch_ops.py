@@ -324,7 +324,7 @@ def _check_tensors(**tensors: Tensor | None) -> None:
 
 @dataclass(frozen=True)
 class _Operators:
-    """Implements the operators for one kind of device, under the names of the schemas above."""
+    """Implement the operators for one kind of device, under the names of the schemas above."""
 
     run_norm: Callable[[Norm, bool, Tensor, Tensor | None], None] | None  # None: fake tensors, nothing to run
     run_quant: Callable[[Norm, Quantization, Tensor, Tensor | None, Tensor | None], None] | None

@@ -75,12 +75,16 @@ class ModelConfig:
         read_quantization(model_dir, values)  # what is not read is an error, before weights are looked for
         return read_config(values)
 
-    def with_rotary_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
+    def with_rotary_scaling(self, scaling: Mapping[str, Any] | None) -> ModelConfig:
         """Return the same model with another rotary scaling, given as the `rope_scaling` of a `config.json`.
+
+        scaling: None: the model's own.
 
         Raises:
             QwenModelError: the scaling is not valid, or not supported.
         """
+        if scaling is None:
+            return self
         rotary = dataclasses.replace(
             RotaryConfig(dim=self.rotary.dim, base=self.rotary.base),
             original_max_positions=self.rotary.original_max_positions,

@@ -142,6 +142,11 @@ def weight_groups(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTI
     return [WeightGroup(group.name, _in_formats(group.modules, formats)) for group in groups]
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """Return how many numbers the model's weights have, before any is quantized."""
+    return sum(math.prod(spec.shape) for group in weight_groups(config, "float32") for spec in group.specs)
+
+
 def network_modules(config: ModelConfig, dtype: str, formats: Formats = NOT_QUANTIZED) -> Modules:
     """Return every module that the network of `config` calls; a tied head has the embedding's weights."""
     groups = weight_groups(config, dtype, formats)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import math
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,29 +23,22 @@ from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.generation_config import GenerationConfig
 from ..checkpoints.hugging_face_tokenizer import TOKENIZER_JSON
 from ..checkpoints.module_weights import Formats
-from ..checkpoints.other_formats import check_model_dir
 from ..checkpoints.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
-from ..checkpoints.weights import network_modules, weight_groups
+from ..checkpoints.weights import network_modules, num_parameters
 from ..common.errors import QwenModelError
 from ..common.log import Stopwatch
 from ..common.progress import Progress, no_progress
 from ..common.version import package_version
-from ..interface.engine_config import (
-    AMPERE_PLUS,
-    BACKENDS,
-    KV_CACHE_DTYPES,
-    PLUGINS,
-    RTX_COMPUTE_CAPABILITIES,
-    EngineConfig,
-    Limits,
-)
+from ..interface.back_end import BackEnd
+from ..interface.engine_config import BACKENDS, KV_CACHE_DTYPES, EngineConfig, Limits
 from ..interface.memory import page_bytes, sequence_pages, weight_bytes
 from ..interface.sampling import SamplingDefaults
 from ..quantization.engine_weights import EngineWeights
 from ..quantization.formats import chosen_formats
 from ..quantization.key_balance import key_factors
-from ..quantization.options import QUANTIZATIONS, quantization_options
+from ..quantization.options import QUANTIZATIONS, QuantizationOptions, quantization_options
 from ..quantization.summary import WeightSummary, weight_summary
+from .arguments import check_choice, chosen_capabilities, disabled_names, model_folder, quantization_words
 from .back_ends import back_end
 from .calibration import calibrated_weights, calibration_warnings
 from .limits import engine_limits, usable_positions
@@ -148,19 +140,12 @@ def build_engine(
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
-    if timing_cache is not None and backend != "tensorrt":
-        raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
-    capabilities = _compute_capabilities(backend, hardware_compatible, compute_capabilities)
-    disabled = _disabled_plugins(disable_plugins, rmsnorm_plugin)
-    if disabled and backend == "tensorrt-rtx":
-        raise QwenModelError("plug-ins cannot be disabled in the tensorrt-rtx back end: use torch or tensorrt")
+    capabilities = chosen_capabilities(backend, hardware_compatible, compute_capabilities)
+    disabled = disabled_names(disable_plugins, rmsnorm_plugin, backend)
     source = model_folder(model_dir)
     target = output_place(output_dir, source)
-    if timing_cache is not None and Path(os.path.realpath(timing_cache)).is_relative_to(target):
-        raise QwenModelError(f"the timing cache {timing_cache} would be in the engine's folder: give a file elsewhere")
-    model = ModelConfig.from_model_dir(source)
-    if rotary_scaling is not None:
-        model = model.with_rotary_scaling(rotary_scaling)
+    options = _timing_cache_option(timing_cache, backend, target)
+    model = ModelConfig.from_model_dir(source).with_rotary_scaling(rotary_scaling)
     limits = engine_limits(model, max_batch_size, max_input_len, max_output_len, max_num_tokens)
     engine_back_end = back_end(backend)
     watch.lap(f"back end {backend} imported")
@@ -169,7 +154,6 @@ def build_engine(
     watch.lap(f"checkpoint {source} ({model.architecture}) opened and checked")
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     engine_dtype = dtype or engine_back_end.default_dtype(model.dtype)
-    groups = weight_groups(model, engine_dtype)
     asked: dict[str, Any] = {
         "group_size": group_size,
         "symmetric": symmetric,
@@ -191,37 +175,26 @@ def build_engine(
         limits=limits,
         model=model,
         end_token_ids=generation.end_token_ids,
-        num_parameters=sum(math.prod(spec.shape) for group in groups for spec in group.specs),
-        versions={
-            "qwen_model": package_version(),
-            "python": platform.python_version(),
-            **engine_back_end.versions(capabilities),
-        },
+        num_parameters=num_parameters(model),
+        versions=_versions(engine_back_end, capabilities),
         disabled_plugins=disabled,
         sampling_defaults=SamplingDefaults.from_generation_config(generation.sampling),
         compute_capabilities=capabilities,
         kv_cache_dtype=kv_cache_dtype,
         weight_formats=formats,
-        quantization_options=_quantization_words(quantization, head_quantization, asked),
+        quantization_options=quantization_words(quantization, head_quantization, asked),
     )
-    sequence_bytes = sequence_pages(limits) * page_bytes(model, config.dtype, kv_cache_dtype)
-    key_warnings = _balance_keys(checkpoint, model, formats, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
         *_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
-        *key_warnings,
+        *_balance_keys(checkpoint, model, formats, kv_cache_dtype),
         *_cache_scale_warnings(checkpoint),
         *([] if own is None else calibration_warnings(own, activation_aware, calibration)),
     ]
     report = progress or no_progress
-    calibrated = None
-    if own is not None:
-        calibrated = calibrated_weights(checkpoint, model, formats, own, activation_aware, calibration, report)
-    modules, per_channel = network_modules(model, engine_dtype, formats), own is None or own.per_channel
-    read_weight = EngineWeights(checkpoint, modules, calibrated, per_channel)
-    options = {} if timing_cache is None else {"timing_cache": Path(timing_cache)}
+    read_weight = _engine_weights(checkpoint, config, own, activation_aware, calibration, report)
     if tuning:
         config = dataclasses.replace(config, gemm_kernels=engine_back_end.choose_kernels(config, report))
     with written_whole(target) as folder:
@@ -230,81 +203,55 @@ def build_engine(
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
-    weights = weight_summary(model, config.dtype, formats, read_weight.relative_errors)
-    size = weight_bytes(model, config.dtype, formats)
-    return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings), weights)
+    return _summary(target, config, read_weight.relative_errors, warnings, seconds)
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise QwenModelError if an argument is not one of its choices."""
-    if value not in choices:
-        raise QwenModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+def _timing_cache_option(timing_cache: str | os.PathLike[str] | None, backend: str, target: Path) -> dict[str, Path]:
+    """Return the argument of a back end's `write_engine`, if there is one."""
+    if timing_cache is None:
+        return {}
+    if backend != "tensorrt":
+        raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
+    if Path(os.path.realpath(timing_cache)).is_relative_to(target):
+        raise QwenModelError(f"the timing cache {timing_cache} would be in the engine's folder: give a file elsewhere")
+    return {"timing_cache": Path(timing_cache)}
 
 
-def _quantization_words(quantization: str, head_quantization: str | None, asked: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the words of a build command that ask for the same quantization."""
-    words = [] if quantization == "auto" else ["--quantization", quantization]
-    given = {**asked, "asymmetric": asked["symmetric"] is False, "head_quantization": head_quantization}
-    for name in (
-        "group_size",
-        "asymmetric",
-        "head_quantization",
-        "activation_aware",
-        "per_token",
-        "per_channel",
-        "alpha",
-        "calibration",
-    ):
-        value, option = given[name], f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif value is not None and value is not False:  # 0 is an alpha
-            words += [option, str(value)]
-    return tuple(words)
+def _versions(engine_back_end: BackEnd, capabilities: tuple[str, ...]) -> dict[str, str]:
+    """Return what an engine is built with."""
+    own = {"qwen_model": package_version(), "python": platform.python_version()}
+    return {**own, **engine_back_end.versions(capabilities)}
 
 
-def _compute_capabilities(backend: str, hardware_compatible: bool, chosen: Collection[str] | None) -> tuple[str, ...]:
-    """Return `EngineConfig.compute_capabilities`; those chosen in their order in `RTX_COMPUTE_CAPABILITIES`."""
-    if hardware_compatible and backend != "tensorrt":
-        raise QwenModelError(
-            f"hardware_compatible (--hardware-compatible) is for the tensorrt back end, not for {backend}"
-        )
-    if backend != "tensorrt-rtx":
-        if chosen is not None:
-            raise QwenModelError(
-                f"compute_capabilities (--compute-capability) is for the tensorrt-rtx back end, not for {backend}"
-            )
-        return AMPERE_PLUS if hardware_compatible else ()
-    if isinstance(chosen, str):
-        raise QwenModelError(f"compute_capabilities must be a collection of texts, not the text {chosen!r}")
-    for capability in chosen or ():
-        check_choice("a compute capability", capability, RTX_COMPUTE_CAPABILITIES)
-    return tuple(each for each in RTX_COMPUTE_CAPABILITIES if not chosen or each in chosen)
+def _engine_weights(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    own: QuantizationOptions | None,
+    activation_aware: bool,
+    calibration: str | os.PathLike[str] | None,
+    report: Progress,
+) -> EngineWeights:
+    """Return what reads the engine's weights, calibrated if need be; own: how they are quantized here."""
+    model, formats, calibrated = config.model, config.weight_formats, None
+    if own is not None:
+        calibrated = calibrated_weights(checkpoint, model, formats, own, activation_aware, calibration, report)
+    per_channel = own is None or own.per_channel
+    return EngineWeights(checkpoint, network_modules(model, config.dtype, formats), calibrated, per_channel)
 
 
-def _disabled_plugins(names: Collection[str], rmsnorm_plugin: bool | None) -> tuple[str, ...]:
-    """Return the disabled plug-ins in the order of `PLUGINS`; unknown or contradictory ones raise QwenModelError."""
-    if isinstance(names, str):
-        raise QwenModelError(f"disable_plugins must be a collection of names, not the text {names!r}")
-    for name in names:
-        check_choice("a plug-in to disable", name, PLUGINS)
-    if rmsnorm_plugin not in (None, True, False):
-        raise QwenModelError(f"rmsnorm_plugin must be True, False or None, not {rmsnorm_plugin!r}")
-    if rmsnorm_plugin and "rms_norm" in names:
-        raise QwenModelError("rmsnorm_plugin (--rmsnorm-plugin) contradicts --disable-plugin rms_norm")
-    wanted = {*names, *(["rms_norm"] if rmsnorm_plugin is False else [])}
-    return tuple(name for name in PLUGINS if name in wanted)
-
-
-def model_folder(model_dir: str | os.PathLike[str] | None) -> Path:
-    """Return a checkpoint's folder, checked; None: that of the model in this package."""
-    if model_dir is None:
-        from ..packaged_model import packaged_model_dir
-
-        return packaged_model_dir()
-    path = Path(model_dir)
-    check_model_dir(path)
-    return path
+def _summary(
+    target: Path, config: EngineConfig, relative_errors: Mapping[str, float], warnings: Iterable[str], seconds: float
+) -> BuildSummary:
+    model, dtype, formats = config.model, config.dtype, config.weight_formats
+    return BuildSummary(
+        target,
+        config,
+        weight_bytes(model, dtype, formats),
+        sequence_pages(config.limits) * page_bytes(model, dtype, config.kv_cache_dtype),
+        seconds,
+        tuple(warnings),
+        weight_summary(model, dtype, formats, relative_errors),
+    )
 
 
 def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:

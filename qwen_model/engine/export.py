@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
-from ..checkpoints.weights import weight_groups
+from ..checkpoints.weights import num_parameters
 from ..common.errors import QwenModelError
 from ..common.extras import import_extra
 from ..common.progress import Progress, no_progress
 from ..interface.engine_config import KV_CACHE_DTYPES, Limits
 from ..network.inputs import Profile, network_inputs, profile_shapes
-from .build import check_choice, model_folder
+from .arguments import check_choice, model_folder
 from .limits import engine_limits
 
 if TYPE_CHECKING:
@@ -99,9 +98,7 @@ def export_onnx(
 
     source = model_folder(model_dir)
     place = output_place(output)
-    model = ModelConfig.from_model_dir(source)
-    if rotary_scaling is not None:
-        model = model.with_rotary_scaling(rotary_scaling)
+    model = ModelConfig.from_model_dir(source).with_rotary_scaling(rotary_scaling)
     limits = engine_limits(model, *sizes) if operators == "plugins" else None
     checkpoint = Checkpoint(source, "numpy")
     checkpoint.check(model)
@@ -109,12 +106,11 @@ def export_onnx(
     chosen = dtype or (model.dtype if operators == "plugins" else "float32")
     report = progress or no_progress
     written = write_model(place, model, limits, chosen, kv_cache_dtype, checkpoint.read, report)
-    specs = (spec for group in weight_groups(model, chosen) for spec in group.specs)
-    num_parameters = sum(math.prod(spec.shape) for spec in specs)
     seconds = time.perf_counter() - start
     profiles = () if limits is None else profile_shapes(network_inputs(model, limits, chosen, kv_cache_dtype))
     warnings = tuple(_warnings(model)) if limits is None else ()
-    return ExportSummary(place, operators, chosen, model, limits, num_parameters, profiles, written, seconds, warnings)
+    parameters = num_parameters(model)
+    return ExportSummary(place, operators, chosen, model, limits, parameters, profiles, written, seconds, warnings)
 
 
 def _warnings(model: ModelConfig) -> Iterator[str]:

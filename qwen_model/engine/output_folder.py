@@ -64,9 +64,7 @@ def written_whole(place: Path) -> Iterator[Path]:
     Raises:
         QwenModelError: `place` cannot be written, or another command is writing it.
     """
-    made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with _parents_made(place):
         is_there = _is_folder(place)
         before = _contents(place)[0] if is_there else []
         with work_folder(place, inside=is_there and _stays(place)) as work:
@@ -75,13 +73,6 @@ def written_whole(place: Path) -> Iterator[Path]:
             yield new
             _finish(new)
             _put_in_place(new, place, work / OLD, before)
-    except BaseException as error:
-        with suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise _not_written(place, error) from error
-        raise
 
 
 def new_folder_place(output_dir: str | os.PathLike[str]) -> Path:
@@ -110,15 +101,21 @@ def new_folder_written_whole(place: Path) -> Iterator[Path]:
     Raises:
         QwenModelError: `place` cannot be written, is no longer empty, or another process is writing it.
     """
+    with _parents_made(place), work_folder(place, inside=False) as work:
+        new = work / NEW
+        new.mkdir()
+        yield new
+        _flush(new)
+        new.rename(place)  # replaces an empty folder, and no other
+
+
+@contextmanager
+def _parents_made(place: Path) -> Iterator[None]:
+    """Make the folders that `place` is in, and remove those again on any error; an OSError becomes a QwenModelError."""
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with work_folder(place, inside=False) as work:
-            new = work / NEW
-            new.mkdir()
-            yield new
-            _flush(new)
-            new.rename(place)  # replaces an empty folder, and no other
+        yield
     except BaseException as error:
         with suppress(OSError):
             for parent in made:

@@ -17,7 +17,7 @@ from ..interface.engine_config import BACKENDS, KV_CACHE_DTYPES, Limits
 from ..interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, page_bytes, step_bytes, weight_bytes
 from ..quantization.formats import chosen_formats
 from ..quantization.summary import WeightSummary, weight_summary
-from .build import check_choice, model_folder
+from .arguments import check_choice, model_folder
 from .limits import engine_limits
 
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -117,9 +117,7 @@ def plan_engine(
     if calibration is not None:
         check_readable(Path(calibration))
     source = model_folder(model_dir)
-    model = ModelConfig.from_model_dir(source)
-    if rotary_scaling is not None:
-        model = model.with_rotary_scaling(rotary_scaling)
+    model = ModelConfig.from_model_dir(source).with_rotary_scaling(rotary_scaling)
     limits = engine_limits(
         model, 1 if max_batch_size is None else max_batch_size, max_input_len, max_output_len, max_num_tokens
     )

@@ -30,7 +30,7 @@ from ..quantization.options import QuantizationOptions, quantization_options
 from ..quantization.published import FORMATS, eight_bit_tensors, layer_tensors, quantization_config
 from ..quantization.search import round_weight
 from ..quantization.summary import WeightSummary, weight_summary
-from .build import check_choice, model_folder
+from .arguments import check_choice, model_folder
 from .calibration import calibrated_weights, calibration_warnings
 from .output_folder import new_folder_place, new_folder_written_whole
 

@@ -107,7 +107,7 @@ class Original:
 
 
 class _StepCounter:
-    """Be what transformers calls a streamer, for a batch of any size: it is given the prompts, then each step."""
+    """Implement a streamer of transformers for a batch of any size: `put` gets the prompts, then each step."""
 
     def __init__(self, on_step: Callable[[], None]):
         self._on_step = on_step

@@ -15,7 +15,7 @@ from .memory import GPU_MEMORY_UTILIZATION
 from .probe import Probe
 
 ReadWeight = Callable[[WeightSpec], Any]
-"""Reads a weight of a checkpoint, of any floating-point type, as an array of the back end's `FRAMEWORK`."""
+"""Read a weight of a checkpoint, of any floating-point type, as an array of the back end's `FRAMEWORK`."""
 
 
 class BackEnd(Protocol):

@@ -137,7 +137,7 @@ def _wait_until_loaded(engine: BaseProcess, receiver: Any) -> None:
 def _run_engine(
     load: Callable[[], Session], connections: Sequence[socket.socket], max_waiting: int, verbose: bool, sender: Any
 ) -> None:
-    """Be the engine's process."""
+    """Run the engine; the main function of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the HTTP processes have gone
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     show_log(verbose)
@@ -172,7 +172,7 @@ def _end_with_parent() -> None:
 
 
 def _run_http(options: ServerOptions, connection: socket.socket, listener: socket.socket, secret: str) -> None:
-    """Be an HTTP process."""
+    """Serve HTTP; the main function of one of the processes that do."""
     _end_with_parent()  # the engine's process ends when all HTTP processes have
     show_log(options.verbose)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

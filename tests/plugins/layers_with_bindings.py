@@ -63,7 +63,7 @@ PLUGINS: dict[str, dict[str, int | float]] = {
 
 
 class Network:
-    """Takes a plug-in as `INetworkDefinition` does, and calls what the builder would call."""
+    """Take a plug-in as `INetworkDefinition` does, and call what the builder would call."""
 
     def get_flag(self, flag: object) -> bool:
         return True

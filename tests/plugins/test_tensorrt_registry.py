@@ -54,7 +54,7 @@ def creators() -> dict[str, Any]:
 
 
 class ActingLogger(trt.ILogger):
-    """Runs an action while TensorRT knows this logger.
+    """Run an action while TensorRT knows this logger.
 
     Without a GPU a Builder can't be made, but TensorRT says so to the logger that it was given, and at that moment the
     logger is the registered one: what a plug-in logs then must arrive here.
@@ -219,7 +219,7 @@ def test_bytes_of_the_other_plugin_are_refused(creators: dict[str, Any]) -> None
 
 @pytest.mark.skipif(LIBRARY_VARIABLE in os.environ, reason="this is the run under the address sanitizer")
 def test_all_of_this_under_the_address_sanitizer(tmp_path: Path) -> None:
-    """Runs the tests above in a second process, with a library whose memory accesses are checked."""
+    """Run the tests above in a second process, with a library whose memory accesses are checked."""
     library = tmp_path / "libqwen_plugins_trt8.so"
     command = [*compile_command(8), "-shared", "-fPIC", "-fvisibility=hidden", "-fsanitize=address", "-g"]
     run_checked([*command, *plugin_sources(8), CPP_TESTS / "recorded_launches.cpp", "-o", library])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.qwen_model.reference_models import DeciCoder, QwenV1
 
-SIZES = {
+DIMENSIONS = {
     "vocab_size": 317,
     "hidden_size": 84,
     "intermediate_size": 172,
@@ -20,6 +20,9 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+}
+SIZES = {
+    **DIMENSIONS,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -52,13 +55,7 @@ QWEN_V1 = {
 }
 DECICODER = {
     "architectures": ["DeciCoderForCausalLM"],
-    "vocab_size": 317,
-    "hidden_size": 84,
-    "intermediate_size": 172,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    **DIMENSIONS,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",

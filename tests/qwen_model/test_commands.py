@@ -13,7 +13,7 @@ import pytest
 import qwen_model
 from qwen_model import build, chat, inspect, run
 from qwen_model.__main__ import COMMANDS, main
-from qwen_model.build import parse_rotary_scaling
+from qwen_model.checkpoint_options import parse_rotary_scaling
 from qwen_model.command_line import check_output_file, parse_token_ids, run_command
 from qwen_model.common.errors import QwenModelError
 from qwen_model.packaged_model import packaged_model_dir
@@ -29,7 +29,7 @@ def python(*arguments, **options):
 
 @pytest.fixture
 def command(capsys):
-    """Runs a command's main in this process: its exit status, standard output and standard error."""
+    """Run a command's main in this process; return its exit status, standard output and standard error."""
 
     def call(main, *arguments):
         with pytest.raises(SystemExit) as exit_:
@@ -304,7 +304,7 @@ def test_tools_that_are_none(command, templates_dir, tmp_path, content):
 
 @pytest.fixture
 def talk(command, monkeypatch):
-    """Runs `chat` with these lines: what it asks of the session, its exit status and its outputs."""
+    """Run `chat` with these lines; return what it asks of the session, its exit status and its outputs."""
 
     def call(lines, *arguments):
         given, asked = iter(lines), []

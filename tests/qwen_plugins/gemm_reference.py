@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_plugins import tuning
+from qwen_plugins import launch, tuning
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -37,3 +37,21 @@ def measure_undisturbed(**options):
     """Return each kernel's least time of several measurements: other processes on the GPU make some longer."""
     measurements = [tuning.measure(**options) for _ in range(5)]
     return {name: min(times[name] for times in measurements) for name in measurements[0]}
+
+
+def launch_layer(layer, x, y, x_scales=None):
+    """Launch a `launch.LinearLayer` on rows of x, in a workspace of just the size that it asks for.
+
+    x_scales: one for each row of x, of codes; None: the layer has the scale, or x has none.
+    """
+    workspace = torch.full((layer.workspace_bytes(len(x)),), 0xFF, dtype=torch.uint8, device=x.device)
+    launch.gemm(
+        layer,
+        x=x.data_ptr(),
+        x_row_stride=x.stride(0),
+        y=y.data_ptr(),
+        rows=len(x),
+        workspace=workspace.data_ptr(),
+        stream=torch.cuda.current_stream().cuda_stream,
+        x_scales=0 if x_scales is None else x_scales.data_ptr(),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen_plugins import launch
-from tests.qwen_plugins.gemm_reference import make, reference
+from tests.qwen_plugins.gemm_reference import launch_layer, make, reference
 
 CODE_TYPES = [torch.int8, torch.float8_e4m3fn]
 KINDS = {torch.int8: "int8_rows", torch.float8_e4m3fn: "fp8_rows"}
@@ -107,14 +107,4 @@ def launch_kernel(name, layer, x, x_scales, bias, activation, y, *, dtype=torch.
         input_scale=0 if per_row else x_scales.data_ptr(),
         output_scale=0 if y_scale is None else y_scale.data_ptr(),
     )
-    workspace = torch.full((linear.workspace_bytes(x.shape[0]),), 255, dtype=torch.uint8, device=x.device)
-    launch.gemm(
-        linear,
-        x=x.data_ptr(),
-        x_row_stride=x.stride(0),
-        y=y.data_ptr(),
-        rows=x.shape[0],
-        workspace=workspace.data_ptr(),
-        stream=torch.cuda.current_stream().cuda_stream,
-        x_scales=x_scales.data_ptr() if per_row else 0,
-    )
+    launch_layer(linear, x, y, x_scales if per_row else None)

@@ -10,7 +10,7 @@ import torch
 
 import qwen_plugins
 from qwen_plugins import QuantizedWeight, launch
-from tests.qwen_plugins.gemm_reference import ACTIVATIONS, DEVICES, HALF_TYPES, make, reference
+from tests.qwen_plugins.gemm_reference import ACTIVATIONS, DEVICES, HALF_TYPES, launch_layer, make, reference
 
 GROUPS = {0: 1, 32: 32, 64: 64, 128: 128, 256: 256}
 
@@ -122,16 +122,7 @@ def launch_kernel(name, layer, x, bias, activation, y, scale_dtype=None):
             scale_dtype=launch.DataType.__members__[str(packed.scales.dtype).removeprefix("torch.")],
         ),
     )
-    workspace = torch.full((linear.workspace_bytes(x.shape[0]),), 255, dtype=torch.uint8, device=x.device)
-    launch.gemm(
-        linear,
-        x=x.data_ptr(),
-        x_row_stride=x.stride(0),
-        y=y.data_ptr(),
-        rows=x.shape[0],
-        workspace=workspace.data_ptr(),
-        stream=torch.cuda.current_stream().cuda_stream,
-    )
+    launch_layer(linear, x, y)
 
 
 KERNELS = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen_plugins import launch, tuning
-from tests.qwen_plugins.gemm_reference import measure_undisturbed
+from tests.qwen_plugins.gemm_reference import launch_layer, measure_undisturbed
 
 # What engines hold: a number may neither change nor be given to another kernel.
 NUMBERS = {
@@ -132,7 +132,7 @@ def test_without_a_gpu():
 
 
 def multiply(name, x, weight, bias=None, activation=None):
-    """Compute y with a kernel, in a workspace of just the size that it asks for, and check what surrounds y."""
+    """Compute y with a kernel, and check what surrounds y."""
     rows, in_features = x.shape
     layer = launch.LinearLayer(
         weight=weight.data_ptr(),
@@ -145,16 +145,7 @@ def multiply(name, x, weight, bias=None, activation=None):
         kernels=[(2**29, name)],
     )
     out = torch.full((rows * layer.columns + 64,), torch.nan, dtype=x.dtype, device="cuda")
-    workspace = torch.full((layer.workspace_bytes(rows),), 0xFF, dtype=torch.uint8, device="cuda")
-    launch.gemm(
-        layer,
-        x=x.data_ptr(),
-        x_row_stride=x.stride(0),
-        y=out.data_ptr(),
-        rows=rows,
-        workspace=workspace.data_ptr() if workspace.numel() else 0,
-        stream=torch.cuda.current_stream().cuda_stream,
-    )
+    launch_layer(layer, x, out)
     assert out[-64:].isnan().all()
     return out[:-64].view(rows, layer.columns)
 

@@ -87,7 +87,7 @@ class Builder(numpy_tensorrt.Builder):
 
 
 class RuntimeCache:
-    """Holds compiled kernels: here, the number of contexts that were made with it."""
+    """Hold compiled kernels: here, the number of contexts that were made with it."""
 
     START = b"kernels of "
 

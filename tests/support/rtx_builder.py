@@ -23,7 +23,7 @@ Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # minimum, optimum and maxim
 
 
 class Log(trt.ILogger):
-    """Keeps messages. One serves the whole process: TensorRT keeps the first that it is given."""
+    """Keep messages. One serves the whole process: TensorRT keeps the first that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Layer:
 
 @dataclass
 class Built:
-    """Holds what came of a model: its plan, or None and what was said about it."""
+    """Hold what came of a model: its plan, or None and what was said about it."""
 
     plan: bytes | None
     layers: list[Layer] = field(default_factory=list)

@@ -24,7 +24,7 @@ INSERT INTO TARGET_INFO_GPU VALUES (0, 'NVIDIA Example');
 
 
 class Recording:
-    """Writes the tables: times in nanoseconds; a kernel is (name, its duration, the gap before it)."""
+    """Write the tables: times in nanoseconds; a kernel is (name, its duration, the gap before it)."""
 
     def __init__(self, path: Path) -> None:
         self.database = sqlite3.connect(path)

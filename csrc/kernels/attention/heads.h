@@ -72,13 +72,6 @@ struct KvCache {
 // Whether codes of a context can be of this type.
 constexpr bool is_context_code(DataType type) { return type == DataType::kInt8 || type == DataType::kFloat8E4M3; }
 
-// The bytes of a row of the cache: with pages, of a page.
-constexpr int64_t cache_row_bytes(const AttentionHeads& heads, const KvCache& cache) {
-  const int64_t token_bytes =
-      cache.dtype == CacheDataType::kSame ? heads.head_size * size_of(heads.dtype) : heads.head_size + 4;
-  return 2 * int64_t{heads.num_kv_heads} * cache.max_positions * token_bytes;
-}
-
 // The most positions that a sequence can have.
 constexpr int64_t max_sequence_positions(const KvCache& cache) {
   return cache.pages == nullptr ? cache.max_positions : int64_t{cache.pages_row_stride} * cache.max_positions;

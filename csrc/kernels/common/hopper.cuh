@@ -161,18 +161,16 @@ __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap& tens
       "l"(&tensor_map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// Loads to the same address in each of the kBlocks blocks of a cluster; the bytes are counted at the mbarrier of each.
-template <int kBlocks>
-__device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
-                                                      int c0, int c1) {
-  constexpr uint16_t kAllBlocks = (1 << kBlocks) - 1;
+__device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier, int c0,
+                                            int c1, int c2, int c3) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(kAllBlocks)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// Likewise to the blocks of the mask alone.
+// Loads to the same address in each block of the mask, which are of this block's cluster; the bytes are counted at the
+// mbarrier of each.
 __device__ __forceinline__ void tma_load_2d_to_blocks(uint16_t blocks, uint32_t to, const CUtensorMap& tensor_map,
                                                       uint32_t barrier, int c0, int c1) {
   asm volatile(
@@ -189,22 +187,19 @@ __device__ __forceinline__ void tma_load_4d_to_blocks(uint16_t blocks, uint32_t 
       "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
       : "memory");
 }
+// Likewise to all of the cluster's kBlocks blocks.
+template <int kBlocks>
+__device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
+                                                      int c0, int c1) {
+  tma_load_2d_to_blocks((1 << kBlocks) - 1, to, tensor_map, barrier, c0, c1);
+}
 template <int kBlocks>
 __device__ __forceinline__ void tma_load_4d_multicast(uint32_t to, const CUtensorMap& tensor_map, uint32_t barrier,
                                                       int c0, int c1, int c2, int c3) {
   if constexpr (kBlocks == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-        "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-        : "memory");
+    tma_load_4d(to, tensor_map, barrier, c0, c1, c2, c3);
   } else {
-    constexpr uint16_t kAllBlocks = (1 << kBlocks) - 1;
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
-        "l"(&tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(kAllBlocks)
-        : "memory");
+    tma_load_4d_to_blocks((1 << kBlocks) - 1, to, tensor_map, barrier, c0, c1, c2, c3);
   }
 }
 

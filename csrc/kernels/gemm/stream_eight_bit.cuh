@@ -54,11 +54,11 @@ class StreamEightBitConsumer : public StreamConsumer<StreamEightBitConsumer<Sum,
   static __device__ __forceinline__ void multiply_chunk(Sum (&sums)[kTiles][4], uint32_t weights, uint32_t x,
                                                         bool accumulate) {
     // With a single warp on each of an SM's schedulers the instructions between wgmmas take their time: the descriptors
-    // of the next 32 bytes of k are made by one addition, which cannot overflow into the bits above the address.
+    // of the next 32 bytes of k are made by one addition.
     const uint64_t a = matrix_descriptor(weights, 16), b = matrix_descriptor(x, 16);
 #pragma unroll
     for (int k = 0; k < kSwizzleBytes; k += 32) {
-      wgmma_of_codes(sums, advance_descriptor(a, k), advance_descriptor(b, k), accumulate || k > 0);
+      wgmma_of_codes(sums, moved_descriptor(a, k), moved_descriptor(b, k), accumulate || k > 0);
     }
   }
   __device__ __forceinline__ void write_tile(int tile, bool last) {
@@ -89,9 +89,6 @@ class StreamEightBitConsumer : public StreamConsumer<StreamEightBitConsumer<Sum,
  private:
   // The same value, of which the compiler knows that it is the same in all lanes.
   static __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0U, value, 0); }
-  static __device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, int bytes) {
-    return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + bytes / 16);
-  }
 
   static constexpr bool kIsInt8 = std::is_same_v<Sum, int32_t>;
   static constexpr bool kOverlaps = kRows <= kMaxOverlappedRows;

@@ -156,4 +156,23 @@ struct DimsExprs {
   IDimensionExpr const* d[Dims::MAX_DIMS];
 };
 
+#if QWEN_PLUGINS_TENSORRT_MAJOR < 11  // tensorrt_v3.h has those of 11
+
+class ILogger {
+ public:
+  enum class Severity : int32_t { kINTERNAL_ERROR = 0, kERROR = 1, kWARNING = 2, kINFO = 3, kVERBOSE = 4 };
+  virtual void log(Severity severity, AsciiChar const* message) noexcept = 0;
+  virtual ~ILogger() = default;
+};
+
+class ILoggerFinder {
+ public:
+  virtual ILogger* findLogger() = 0;
+
+ protected:
+  virtual ~ILoggerFinder() = default;
+};
+
+#endif
+
 }  // namespace nvinfer1

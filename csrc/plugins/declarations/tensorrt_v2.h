@@ -7,21 +7,6 @@ namespace nvinfer1 {
 
 class IGpuAllocator;
 
-class ILogger {
- public:
-  enum class Severity : int32_t { kINTERNAL_ERROR = 0, kERROR = 1, kWARNING = 2, kINFO = 3, kVERBOSE = 4 };
-  virtual void log(Severity severity, AsciiChar const* message) noexcept = 0;
-  virtual ~ILogger() = default;
-};
-
-class ILoggerFinder {
- public:
-  virtual ILogger* findLogger() = 0;
-
- protected:
-  virtual ~ILoggerFinder() = default;
-};
-
 // 1000 * major + 100 * minor + patch of the oldest release that these declarations fit.
 constexpr int32_t kTensorRtVersion = 8600;
 // IPluginV2DynamicExt marks its kind in the top byte of getTensorRTVersion().

@@ -52,23 +52,6 @@ class ILoggerFinder : public IVersionedInterface {
 using v_1_0::ILogger;
 using v_1_0::ILoggerFinder;
 
-#else
-
-class ILogger {
- public:
-  enum class Severity : int32_t { kINTERNAL_ERROR = 0, kERROR = 1, kWARNING = 2, kINFO = 3, kVERBOSE = 4 };
-  virtual void log(Severity severity, AsciiChar const* message) noexcept = 0;
-  virtual ~ILogger() = default;
-};
-
-class ILoggerFinder {
- public:
-  virtual ILogger* findLogger() = 0;
-
- protected:
-  virtual ~ILoggerFinder() = default;
-};
-
 #endif
 
 namespace v_1_0 {

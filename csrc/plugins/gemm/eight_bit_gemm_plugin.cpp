@@ -18,15 +18,11 @@ int32_t columns_of(Attributes const& attributes) {
   return attributes.out_features / (is_swiglu(attributes.activation) ? 2 : 1);
 }
 
-Attributes checked(Attributes attributes) {
-  require_type("type_id", attributes.type_id, floating_types());
+Attributes checked(Attributes const& attributes) {
+  check_gemm_attributes(attributes);
   require_type("x_type_id", attributes.x_type_id, code_types(true));
-  require_one_of("activation", attributes.activation,
-                 {static_cast<int32_t>(Activation::kNone), static_cast<int32_t>(Activation::kSwiglu)});
   require_flag("has_per_token_scaling", attributes.has_per_token_scaling);
   require_flag("quantize_output", attributes.quantize_output);
-  require_flag("bias", attributes.bias);
-  require_flag("constant_weight", attributes.constant_weight);
   check_features("in_features", attributes.in_features, kCodesOfInt32);
   if (is_int8(attributes) && attributes.in_features > kMaxInt8Inputs) {
     throw std::invalid_argument("field 'in_features' is " + std::to_string(attributes.in_features) +
@@ -36,7 +32,6 @@ Attributes checked(Attributes attributes) {
   check_features("out_features", attributes.out_features, unit * (is_swiglu(attributes.activation) ? 2 : 1));
   require_one_of("group_size", attributes.group_size,
                  is_int8(attributes) ? std::vector<int32_t>{0} : std::vector<int32_t>{0, kBlock});
-  check_kernels(attributes.kernels);
   return attributes;
 }
 
@@ -71,9 +66,14 @@ TensorRoles make_roles(Attributes const& attributes) {
   return {inputs, {y}, {{"...", 0, kMaxGemmSize}}};
 }
 
-std::string description(GemmShape const& shape) {
-  return std::to_string(shape.rows) + " rows of " + std::to_string(shape.in_features) + " times 8-bit [" +
-         std::to_string(shape.out_features) + ", " + std::to_string(shape.in_features) + "]";
+GemmShape make_shape(Attributes const& attributes, Sizes const& sizes) {
+  GemmShape shape = gemm_shape(attributes, sizes.leading(), attributes.in_features, attributes.out_features);
+  shape.weight_format.kind = is_int8(attributes) ? WeightKind::kInt8Rows : WeightKind::kFp8Rows;
+  shape.weight_format.group_size = attributes.group_size;
+  shape.weight_format.scale_dtype = DataType::kFloat32;
+  shape.x_scale_per_row = attributes.has_per_token_scaling != 0;
+  shape.quantized_y = attributes.quantize_output != 0;
+  return shape;
 }
 
 }  // namespace
@@ -99,53 +99,6 @@ AttributeSchema const& EightBitGemmPlugin::schema() {
 }
 
 EightBitGemmPlugin::EightBitGemmPlugin(Attributes const& attributes)
-    : PluginBase(checked(attributes), make_roles), choices_(choices_of(attributes.kernels)) {}
-
-GemmShape EightBitGemmPlugin::shape(int64_t rows) const {
-  GemmShape shape;
-  shape.rows = rows;
-  shape.in_features = attributes().in_features;
-  shape.out_features = attributes().out_features;
-  shape.activation = static_cast<Activation>(attributes().activation);
-  shape.dtype = static_cast<DataType>(attributes().type_id);
-  shape.weight_format.kind = is_int8(attributes()) ? WeightKind::kInt8Rows : WeightKind::kFp8Rows;
-  shape.weight_format.group_size = attributes().group_size;
-  shape.weight_format.scale_dtype = DataType::kFloat32;
-  shape.x_scale_per_row = attributes().has_per_token_scaling != 0;
-  shape.quantized_y = attributes().quantize_output != 0;
-  return shape;
-}
-
-size_t EightBitGemmPlugin::needed_workspace(GemmShape const& shape) const {
-  int64_t bytes = 0;
-  check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(shape); });
-  return static_cast<size_t>(bytes);
-}
-
-size_t EightBitGemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
-  return needed_workspace(shape(roles().largest_sizes(largest_inputs).leading()));
-}
-
-void EightBitGemmPlugin::enqueue(Execution const& execution) const {
-  GemmParams params;
-  params.shape = shape(roles().sizes(execution.input_descs).leading());
-  if (params.shape.rows == 0) {
-    return;
-  }
-  params.x = input(execution, "x");
-  params.weight = input(execution, "weight");
-  params.scales = input(execution, "scales");
-  params.x_scales = static_cast<float const*>(input(execution, "x_scales"));
-  params.y_scale = static_cast<float const*>(input(execution, "y_scale"));
-  params.bias = input(execution, "bias");
-  params.y = output(execution, "y");
-  params.x_row_stride = params.shape.in_features;
-  params.constant_weight = attributes().constant_weight != 0;
-  params.choice = choice_for(choices_, params.shape.rows);
-  params.workspace = execution.workspace;
-  // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
-  params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));
-  check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
-}
+    : GemmPluginBase(checked(attributes), make_roles, make_shape) {}
 
 }  // namespace qwen_plugins

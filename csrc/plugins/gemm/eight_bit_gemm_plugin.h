@@ -3,9 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "gemm_plugin.h"
+#include "gemm_common.h"
 
 namespace qwen_plugins {
 
@@ -23,31 +22,13 @@ struct EightBitGemmAttributes {
   Int32Array kernels;           // pairs of a number of rows and the GemmChoice for up to so many
 };
 
-class EightBitGemmPlugin : public PluginBase<EightBitGemmAttributes> {
+class EightBitGemmPlugin : public GemmPluginBase<EightBitGemmAttributes> {
  public:
   static constexpr char const* kName = "Gemm";
   static constexpr char const* kVersion = "3";
   static AttributeSchema const& schema();
 
   explicit EightBitGemmPlugin(Attributes const& attributes);
-
-  size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
-
-  // Launches the kernels for tensors of these shapes; zero rows launch nothing.
-  void enqueue(Execution const& execution) const;
-
- private:
-  GemmShape shape(int64_t rows) const;
-  size_t needed_workspace(GemmShape const& shape) const;
-
-  std::vector<GemmChoiceUpTo> choices_;
-};
-
-// The same plug-in for networks from ONNX files: as QwenGemmPlugin.
-class QwenEightBitGemmPlugin : public EightBitGemmPlugin {
- public:
-  static constexpr char const* kName = "QwenGemm";
-  using EightBitGemmPlugin::EightBitGemmPlugin;
 };
 
 }  // namespace qwen_plugins

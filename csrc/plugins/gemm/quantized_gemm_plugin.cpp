@@ -17,20 +17,15 @@ WeightFormat format_of(Attributes const& attributes) {
   return format;
 }
 
-Attributes checked(Attributes attributes) {
-  require_type("type_id", attributes.type_id, floating_types());
+Attributes checked(Attributes const& attributes) {
+  check_gemm_attributes(attributes);
   require_one_of("weight_bits", attributes.weight_bits, {4, 8});
   require_one_of("group_size", attributes.group_size, {0, 32, 64, 128});
   require_flag("zeros", attributes.zeros);
   require_one_of("scale_type_id", attributes.scale_type_id,
                  {static_cast<int32_t>(DataType::kFloat16), static_cast<int32_t>(DataType::kBFloat16)});
-  require_flag("bias", attributes.bias);
-  require_one_of("activation", attributes.activation,
-                 {static_cast<int32_t>(Activation::kNone), static_cast<int32_t>(Activation::kSwiglu)});
   check_features("in_features", attributes.in_features, attributes.group_size);
   check_features("out_features", attributes.out_features, is_swiglu(attributes.activation) ? 2 : 1);
-  require_flag("constant_weight", attributes.constant_weight);
-  check_kernels(attributes.kernels);
   return attributes;
 }
 
@@ -54,9 +49,10 @@ TensorRoles make_roles(Attributes const& attributes) {
   return {inputs, {{"y", type, {"...", columns}}}, {{"...", 0, kMaxGemmSize}}};
 }
 
-std::string description(GemmShape const& shape) {
-  return std::to_string(shape.rows) + " rows of " + std::to_string(shape.in_features) + " times quantized [" +
-         std::to_string(shape.out_features) + ", " + std::to_string(shape.in_features) + "]";
+GemmShape make_shape(Attributes const& attributes, Sizes const& sizes) {
+  GemmShape shape = gemm_shape(attributes, sizes.leading(), attributes.in_features, attributes.out_features);
+  shape.weight_format = format_of(attributes);
+  return shape;
 }
 
 }  // namespace
@@ -82,48 +78,6 @@ AttributeSchema const& QuantizedGemmPlugin::schema() {
 }
 
 QuantizedGemmPlugin::QuantizedGemmPlugin(Attributes const& attributes)
-    : PluginBase(checked(attributes), make_roles), choices_(choices_of(attributes.kernels)) {}
-
-GemmShape QuantizedGemmPlugin::shape(int64_t rows) const {
-  GemmShape shape;
-  shape.rows = rows;
-  shape.in_features = attributes().in_features;
-  shape.out_features = attributes().out_features;
-  shape.activation = static_cast<Activation>(attributes().activation);
-  shape.dtype = static_cast<DataType>(attributes().type_id);
-  shape.weight_format = format_of(attributes());
-  return shape;
-}
-
-size_t QuantizedGemmPlugin::needed_workspace(GemmShape const& shape) const {
-  int64_t bytes = 0;
-  check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(shape); });
-  return static_cast<size_t>(bytes);
-}
-
-size_t QuantizedGemmPlugin::workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const {
-  return needed_workspace(shape(roles().largest_sizes(largest_inputs).leading()));
-}
-
-void QuantizedGemmPlugin::enqueue(Execution const& execution) const {
-  GemmParams params;
-  params.shape = shape(roles().sizes(execution.input_descs).leading());
-  if (params.shape.rows == 0) {
-    return;
-  }
-  params.x = input(execution, "x");
-  params.weight = input(execution, "weight");
-  params.scales = input(execution, "scales");
-  params.zeros = input(execution, "zeros");
-  params.bias = input(execution, "bias");
-  params.y = output(execution, "y");
-  params.x_row_stride = params.shape.in_features;
-  params.constant_weight = attributes().constant_weight != 0;
-  params.choice = choice_for(choices_, params.shape.rows);
-  params.workspace = execution.workspace;
-  // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
-  params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape));
-  check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
-}
+    : GemmPluginBase(checked(attributes), make_roles, make_shape) {}
 
 }  // namespace qwen_plugins

@@ -3,9 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "gemm_plugin.h"
+#include "gemm_common.h"
 
 namespace qwen_plugins {
 
@@ -23,31 +22,13 @@ struct QuantizedGemmAttributes {
   Int32Array kernels;           // pairs of a number of rows and the GemmChoice for up to so many
 };
 
-class QuantizedGemmPlugin : public PluginBase<QuantizedGemmAttributes> {
+class QuantizedGemmPlugin : public GemmPluginBase<QuantizedGemmAttributes> {
  public:
   static constexpr char const* kName = "Gemm";
   static constexpr char const* kVersion = "2";
   static AttributeSchema const& schema();
 
   explicit QuantizedGemmPlugin(Attributes const& attributes);
-
-  size_t workspace_bytes(nvinfer1::PluginTensorDesc const* largest_inputs) const;
-
-  // Launches the kernels for tensors of these shapes; zero rows launch nothing.
-  void enqueue(Execution const& execution) const;
-
- private:
-  GemmShape shape(int64_t rows) const;
-  size_t needed_workspace(GemmShape const& shape) const;
-
-  std::vector<GemmChoiceUpTo> choices_;
-};
-
-// The same plug-in for networks from ONNX files: as QwenGemmPlugin.
-class QwenQuantizedGemmPlugin : public QuantizedGemmPlugin {
- public:
-  static constexpr char const* kName = "QwenGemm";
-  using QuantizedGemmPlugin::QuantizedGemmPlugin;
 };
 
 }  // namespace qwen_plugins

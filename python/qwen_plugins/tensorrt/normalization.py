@@ -150,7 +150,7 @@ def rms_norm_quant(
 
 
 class _Arguments:
-    """Holds the arguments that both functions take, checked, with the weight as a tensor."""
+    """Hold the arguments that both functions take, checked, with the weight as a tensor."""
 
     def __init__(
         self, network: Any, x: Any, weight: Any, eps: float, residual: Any, dtype: Any, name: str, plugin: bool

@@ -6,7 +6,7 @@ It is there to compare with the rotary embedding inside the plug-in. Cosines and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,6 @@ import tensorrt as trt
 from qwen_plugins import tensorrt as layers
 
 from ...checkpoints.config import ModelConfig
-from ...checkpoints.weights import Modules
-from ...interface.back_end import ReadWeight
-from ...interface.engine_config import KernelChoices
 from .compat import MAJOR, set_type
 from .operations import TensorRTOperations
 
@@ -25,24 +22,10 @@ from .operations import TensorRTOperations
 class NativeRotaryOperations(TensorRTOperations):
     """Add the same operations, except that native layers normalise and rotate q and k before the attention plug-in."""
 
-    def __init__(
-        self,
-        network: Any,
-        config: ModelConfig,
-        dtype: Any,
-        inputs: Mapping[str, Any],
-        modules: Modules,
-        read_weight: ReadWeight,
-        disabled: Collection[str] = (),
-        gemm_kernels: Mapping[str, KernelChoices] | None = None,
-        kv_cache_dtype: str = "auto",
-        max_tokens: int = 0,
-    ):
+    def __init__(self, network: Any, config: ModelConfig, dtype: Any, inputs: Mapping[str, Any], *rest: Any):
         """See `TensorRTOperations`."""
         inside = dataclasses.replace(config, rotary=dataclasses.replace(config.rotary, dim=0))
-        others = {**inputs, "rotary_table": None}
-        rest = modules, read_weight, disabled, gemm_kernels, kv_cache_dtype, max_tokens
-        super().__init__(network, inside, dtype, others, *rest)
+        super().__init__(network, inside, dtype, {**inputs, "rotary_table": None}, *rest)
         self._dim = config.rotary.dim
         self._layer = "rotary"  # prefix of layers' names
         self._tokens = self._length(inputs["input_ids"])

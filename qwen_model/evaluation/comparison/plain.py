@@ -20,7 +20,7 @@ from ...network.observed import ObservedOperations
 from ...network.rotary import RotaryTable, rotary_table
 
 ReadModule = Callable[[str], tuple[Tensor, Tensor | None]]
-"""Reads weight and bias of a module of checkpoints/weights.py, in any floating-point type."""
+"""Read weight and bias of a module of checkpoints/weights.py, in any floating-point type."""
 
 
 class PlainProbe:

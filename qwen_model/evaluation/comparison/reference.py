@@ -20,7 +20,7 @@ from .case import Case
 from .errors import Error
 
 ReadArrays = Callable[[str], tuple[Array, Array | None]]
-"""Reads weight and bias of a module, and raises KeyError where there is none of that name."""
+"""Read weight and bias of a module, and raise KeyError where there is none of that name."""
 
 StepErrors = dict[str, Error]
 """The error of each result of one step, by name."""

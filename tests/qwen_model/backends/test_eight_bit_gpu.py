@@ -25,6 +25,7 @@ from tests.qwen_model.backends.device_runs import Running, generate
 from tests.qwen_model.backends.test_eight_bit import random_codes, random_module
 from tests.qwen_model.eight_bit_networks import SCHEMES, distance, quantize_layers, set_exact, write_engine
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
+from tests.qwen_plugins.gemm_reference import launch_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -240,17 +241,7 @@ def test_fixed_kernels_give_rows_the_same_bits(scheme, shape):
     def product(rows):
         x, x_scales = codes[rows], scales[rows]
         y = torch.empty(len(x), layer.columns, dtype=torch.bfloat16, device="cuda")
-        workspace = torch.empty(max(1, layer.workspace_bytes(len(x))), dtype=torch.uint8, device="cuda")
-        launch.gemm(
-            layer,
-            x=x.data_ptr(),
-            x_row_stride=in_features,
-            x_scales=0 if scheme.static else x_scales.data_ptr(),
-            y=y.data_ptr(),
-            rows=len(x),
-            workspace=workspace.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+        launch_layer(layer, x, y, None if scheme.static else x_scales)
         return y
 
     whole = product(slice(None))

@@ -11,27 +11,13 @@ from qwen_model.backends.torch import kernel_operations
 from qwen_model.backends.torch.eight_bit import QuantizedTensor
 from qwen_model.backends.torch.operations import Step, TorchOperations
 from qwen_model.backends.torch.paged_cache import PagedCache
-from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
 from qwen_model.checkpoints.weights import network_modules
 from tests.qwen_model.backends.test_eight_bit import random_module
 from tests.qwen_model.eight_bit_networks import SCHEMES
+from tests.qwen_model.small_config import small_config
 from tests.stand_ins import cpu_launch
 
-CONFIG = ModelConfig(
-    architecture="Qwen2ForCausalLM",
-    vocab_size=50,
-    hidden_size=48,
-    intermediate_size=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
-    max_positions=16,
-    norm_eps=1e-5,
-    rotary=RotaryConfig(dim=24),
-    qkv_bias=True,
-    tied_embedding=True,
-)
+CONFIG = small_config(qkv_bias=True, tied_embedding=True)
 
 
 @pytest.fixture(autouse=True)

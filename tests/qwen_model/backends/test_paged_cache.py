@@ -5,22 +5,11 @@ import pytest
 import torch
 
 from qwen_model.backends.torch.paged_cache import PagedCache, quantize
-from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
+from qwen_model.checkpoints.config import RotaryConfig
 from qwen_model.interface.memory import page_bytes
+from tests.qwen_model.small_config import small_config
 
-CONFIG = ModelConfig(
-    architecture="Qwen2ForCausalLM",
-    vocab_size=1,
-    hidden_size=1,
-    intermediate_size=1,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=16,
-    max_positions=128,
-    norm_eps=1e-6,
-    rotary=RotaryConfig(dim=16),
-)
+CONFIG = small_config(head_size=16, rotary=RotaryConfig(dim=16))
 # Every positive number of e4m3 by its code; 127 is NaN.
 E4M3 = np.array(
     [m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)], np.float32

@@ -11,22 +11,16 @@ from qwen_model.checkpoints.config import ModelConfig, RotaryConfig
 from qwen_model.checkpoints.weights import network_modules
 from qwen_model.network.decoder import decoder
 from tests.qwen_model.model_files import random_prompt
+from tests.qwen_model.small_config import small_config
 from tests.qwen_model.tensorrt_reference import ARCHITECTURES, save_model
 from tests.stand_ins import numpy_tensorrt, numpy_tensorrt_llm
 
 VERSIONS = ["0.9", "0.11", "1.2"]
 LENGTHS = np.array([19, 1, 24])
-CONFIG = ModelConfig(
+CONFIG = small_config(
     architecture="Qwen3ForCausalLM",
-    vocab_size=50,
     hidden_size=64,
-    intermediate_size=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
     max_positions=64,
-    norm_eps=1e-5,
     rotary=RotaryConfig(dim=24, base=5000.0, original_max_positions=16),
     qk_norm=True,
 )

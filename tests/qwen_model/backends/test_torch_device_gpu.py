@@ -21,6 +21,7 @@ from tests.qwen_model.backends.device_runs import (
     run_mixed,
 )
 from tests.qwen_model.model_files import random_prompt
+from tests.qwen_plugins.gemm_reference import launch_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -272,16 +273,7 @@ def test_fixed_kernels_give_rows_the_same_bits(shape):
 
     def product(rows):
         y = rows.new_empty(len(rows), layer.columns)
-        workspace = torch.empty(max(1, layer.workspace_bytes(len(rows))), dtype=torch.uint8, device="cuda")
-        launch.gemm(
-            layer,
-            x=rows.data_ptr(),
-            x_row_stride=in_features,
-            y=y.data_ptr(),
-            rows=len(rows),
-            workspace=workspace.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+        launch_layer(layer, rows, y)
         return y
 
     whole = product(x)

@@ -8,17 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import qwen_model
 from qwen_model import QwenModelError
+from tests.qwen_model.model_files import DIMENSIONS
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 317,
-    "hidden_size": 84,
-    "intermediate_size": 172,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+CONFIG = {"architectures": ["Qwen2ForCausalLM"], **DIMENSIONS}
 
 
 def build(model_dir, tmp_path):

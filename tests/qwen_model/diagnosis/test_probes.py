@@ -50,7 +50,7 @@ get_plugin_registry = lambda: registry
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Puts a module of this content before the installed ones."""
+    """Put a module of this content before the installed ones."""
     monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
 
     def write(name, content):

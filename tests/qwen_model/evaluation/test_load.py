@@ -20,7 +20,7 @@ def no_progress(heading):
 
 
 class FakeTarget:
-    """Counts its calls, and takes a tick of a clock for each step."""
+    """Count its calls, and take a tick of a clock for each step."""
 
     def __init__(self, monkeypatch, most=None, missing=0):
         self.calls, self.most, self.missing, self.now = [], most, missing, 0.0

@@ -4,26 +4,12 @@ import dataclasses
 
 import pytest
 
-from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.rotary_config import RotaryConfig
 from qwen_model.checkpoints.weights import network_modules
 from qwen_model.network.decoder import decoder
+from tests.qwen_model.small_config import small_config
 
-CONFIG = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=50,
-    hidden_size=48,
-    intermediate_size=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
-    max_positions=16,
-    norm_eps=1e-5,
-    rotary=RotaryConfig(dim=32),
-    qkv_bias=True,
-    qk_norm=True,
-)
+CONFIG = small_config(architecture="Qwen3ForCausalLM", rotary=RotaryConfig(dim=32), qkv_bias=True, qk_norm=True)
 
 
 @dataclasses.dataclass(frozen=True)

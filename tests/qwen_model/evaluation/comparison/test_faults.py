@@ -344,7 +344,7 @@ IN_A_DECODE_STEP = ("positions begin again", "no cache")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Makes a checkpoint, its engines and its reference once for each architecture."""
+    """Make a checkpoint, its engines and its reference once for each architecture."""
     found = {}
 
     def make(architecture):
