@@ -16,7 +16,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gemm, gemm_eight_bit, gemm_sweep, generate_report, nsys_report, rms_norm
+from benchmarks import (
+    attention,
+    gemm,
+    gemm_eight_bit,
+    gemm_quantized,
+    gemm_sweep,
+    generate_report,
+    nsys_report,
+    rms_norm,
+)
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.common.files import write_whole
@@ -128,6 +137,21 @@ def serving() -> str:
     rows.sort(key=lambda row: row[0])
     heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %"]
     return markdown(["load", "", "new tokens/s", *heads], rows)
+
+
+def products_of_quantized_weights() -> str:
+    """Return the floor's share and the lead over others of GEMMs of quantized weights, up to 64 rows, on an H100."""
+    if not (RESULTS / "h100" / "gemm_quantized.json").exists():
+        return NOT_MEASURED
+    records = read("h100/gemm_quantized")
+    return f"{gemm_quantized.steps_table(records, h100_bandwidth())}\n\n{gemm_quantized.summary(records)}"
+
+
+def quantized_products_of_prompts() -> str:
+    """Return the time of GEMMs of quantized weights over that of 16-bit ones, for prompts, on an H100."""
+    if not (RESULTS / "h100" / "gemm_quantized.json").exists():
+        return NOT_MEASURED
+    return gemm_quantized.prompts_table(read("h100/gemm_quantized"))
 
 
 def products_of_prompts() -> str:
@@ -370,6 +394,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized-1024-h100": lambda: quantized_generation(1024),
     "offline-h100": offline,
     "gemm-eight-bit-h100": lambda: gemm_eight_bit.tables(read("h100/gemm_eight_bit"), h100_bandwidth()),
+    "gemm-quantized-h100": products_of_quantized_weights,
+    "gemm-quantized-prompts-h100": quantized_products_of_prompts,
     "serving-h100": serving,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
