@@ -122,21 +122,33 @@ def offline() -> str:
 
 
 def serving() -> str:
-    """Return what a server gives at saturation, at rates and to one user, ours and vLLM's."""
-    if not (RESULTS / "h100" / "serving.json").exists():
-        return NOT_MEASURED
-    rows = []
-    for record in read("h100/serving"):
+    """Return what a server gives at saturation, at rates and to one user, ours and vLLM's, by the kind of weights."""
+    files = [f"h100/{kind}" for kind in ("serving", "serving_int4", "serving_fp8")]
+    rows = [row for name in files if (RESULTS / f"{name}.json").exists() for row in served(read(name))]
+    heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %", "between events, ms: median / 99 %"]
+    return markdown(["load", "weights", "", "new tokens/s", "of vLLM's", *heads], rows) if rows else NOT_MEASURED
+
+
+def served(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the rows of one kind of weights, with implementations under one load beside each other."""
+    names = {**IMPLEMENTATIONS, "session": "**ours**, `Session.stream`"}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
         rate = record["request_rate"]
         load = record["load"] if rate is None else f"{record['load']}, {rate:.1f} requests/s"
-        medians = [
-            f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}" for name in ("first_token", "per_token")
-        ]
-        name = {**IMPLEMENTATIONS, "session": "**ours**, `Session.stream`"}[record["implementation"]]
-        rows.append([load, name, f"{record['new_tokens_per_second']:,.0f}", *medians])
-    rows.sort(key=lambda row: row[0])
-    heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %"]
-    return markdown(["load", "", "new tokens/s", *heads], rows)
+        groups.setdefault(load, []).append(record)
+    rows = []
+    for load, here in sorted(groups.items()):
+        others = [record["new_tokens_per_second"] for record in here if record["implementation"] == "vllm"]
+        for record in here:
+            spread = [
+                f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}"
+                for name in ("first_token", "per_token", "between_events")
+            ]
+            rate = record["new_tokens_per_second"]
+            share = f"{rate / others[0]:.2f}" if others and record["implementation"] != "vllm" else ""
+            rows.append([load, record["dtype"], names[record["implementation"]], f"{rate:,.0f}", share, *spread])
+    return rows
 
 
 def products_of_quantized_weights() -> str:
