@@ -24,6 +24,7 @@ from benchmarks import (
     gemm_sweep,
     generate_report,
     nsys_report,
+    quantize,
     rms_norm,
 )
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
@@ -151,6 +152,41 @@ def served(records: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def build_times() -> str:
+    """Return the seconds and the memory that building from a quantized checkpoint takes, on an H100's host."""
+    if not (RESULTS / "h100" / "build_times.json").exists():
+        return NOT_MEASURED
+    rows = [
+        [
+            f"{record['shape']}, int4, {record['checkpoint']}",
+            record["backend"],
+            f"{record['seconds']:.0f}",
+            f"{record['weights'] / 1024:.1f}",
+            f"{record['anonymous'] / 1024:.1f}",
+            f"{record['resident'] / 1024:.1f}",
+        ]
+        for record in read("h100/build_times")
+    ]
+    heads = ["checkpoint", "back end", "seconds", "checkpoint, GiB", "memory at most, GiB", "with mapped files, GiB"]
+    return markdown(heads, rows)
+
+
+def kinds_of_caches() -> str:
+    """Return what pages cost and what caches of 8 bits save attention, on an H100."""
+    if not (RESULTS / "h100" / "attention.json").exists():
+        return NOT_MEASURED
+    records = read("h100/attention")["records"]
+    return "\n\n".join(f"{phase}:\n\n{attention.cache_table(records, phase)}" for phase in ("decode", "prefill"))
+
+
+def quantized_rows() -> str:
+    """Return the time of quantizing rows to 8 bits, ours, vLLM's and a copy, on an H100."""
+    if not (RESULTS / "h100" / "quantize.json").exists():
+        return NOT_MEASURED
+    records = read("h100/quantize")["records"]
+    return "\n\n".join(quantize.table(records, columns) for columns in sorted({r["columns"] for r in records}))
+
+
 def products_of_quantized_weights() -> str:
     """Return the floor's share and the lead over others of GEMMs of quantized weights, up to 64 rows, on an H100."""
     if not (RESULTS / "h100" / "gemm_quantized.json").exists():
@@ -271,9 +307,11 @@ def tensorrt_gemm() -> str:
     return markdown(head, rows)
 
 
-def sampling() -> str:
+def sampling(name_of_results: str) -> str:
     """Return sampling by operation, batch size and implementation."""
-    results = read("sampling")
+    if not (RESULTS / f"{name_of_results}.json").exists():
+        return NOT_MEASURED
+    results = read(name_of_results)
     batches = sorted({r["batch_size"] for r in results})
     providers = list(dict.fromkeys(r["implementation"] for r in results))
     times = {(r["operation"], r["batch_size"], r["implementation"]): r["microseconds"] for r in results}
@@ -409,6 +447,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-quantized-h100": products_of_quantized_weights,
     "gemm-quantized-prompts-h100": quantized_products_of_prompts,
     "serving-h100": serving,
+    "build-times-h100": build_times,
+    "attention-caches-h100": kinds_of_caches,
+    "quantize-h100": quantized_rows,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
     "gemm": lambda: f"{gemm.tables(read('gemm'), READ_BANDWIDTH)}\n{gemm.summary(read('gemm'))}",
@@ -422,7 +463,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rms_norm": rms_norm_tables,
     "tensorrt_rms_norm": tensorrt_rms_norm,
     "tensorrt_gemm": tensorrt_gemm,
-    "sampling": sampling,
+    "sampling": lambda: sampling("sampling"),
+    "sampling-h100": lambda: sampling("h100/sampling"),
     "decode_step": decode_step,
     "nsys": lambda: nsys_report.table(read("nsys")),
     "nsys-layers": lambda: nsys_report.layer_table(read("nsys")),

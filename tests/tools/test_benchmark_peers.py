@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import qwen_model
 from benchmarks import gemm_quantized
 from benchmarks.common import OURS
 from benchmarks.generate import weights_text
@@ -81,6 +83,28 @@ def test_packed_weights_of_vllm_are_as_large_as_ours(bits: int) -> None:
     weight = (codes - (1 << bits - 1)) * scales.repeat_interleave(128, 1)
     assert abs(weight.mean()) < 0.001
     assert weight.std() == pytest.approx(WEIGHT_SCALE, rel=0.05)
+
+
+@pytest.mark.parametrize(("stored_as", "kinds"), [(None, set()), ("gptq", {4}), ("compressed-tensors", {4})])
+def test_random_checkpoints_can_be_built(tmp_path: Path, stored_as: str | None, kinds: set[int]) -> None:
+    from benchmarks.generate import COMMON
+    from benchmarks.random_checkpoint import write_checkpoint
+
+    sizes = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1}
+    values = {**COMMON, **sizes, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write_checkpoint(tmp_path / "checkpoint", values, stored_as)
+    summary = qwen_model.build_engine(tmp_path / "checkpoint", output_dir=tmp_path / "engine", dtype="float16")
+    assert {each.bits for each in summary.config.weight_formats.values()} == kinds
+
+
+def test_the_memory_of_a_build_is_that_of_its_process() -> None:
+    from benchmarks.build_times import run
+
+    seconds, resident, anonymous = run(
+        [sys.executable, "-c", "held = b'1' * (200 << 20); import time; time.sleep(0.3)"]
+    )
+    assert seconds >= 0.3
+    assert 200 << 20 <= anonymous <= resident < 300 << 20
 
 
 def test_tables_of_quantized_gemms() -> None:
