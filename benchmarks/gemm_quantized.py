@@ -406,17 +406,14 @@ def measure(
     prompts = tuple(count for count in rows if count > MAX_STEP_ROWS)
     layers = [(name, product) for name in models for product in (*MODELS[name].products, MODELS[name].head)]
     peers = list(peers)
-    if "humming" in peers and steps:
-        try:
-            for _, product in layers:
-                for weight_format in formats:
-                    humming_kernels(product, weight_format, steps)
-        except Exception as error:
-            leave_out("humming", peers, error)
-            peers = [name for name in peers if name != "humming"]
+    if steps:
+        kinds = [(product, weight_format) for _, product in layers for weight_format in formats]
+        prepare_humming(peers, lambda: [humming_kernels(*kind, steps) for kind in kinds])
     records: list[dict[str, Any]] = []
-    # Prompts come first: humming's kernels are compiled meanwhile.
-    for counts, names in ((prompts, [name for name in peers if name != "humming"]), (steps, peers)):
+    for counts in (prompts, steps):  # while humming compiles, prompts are measured without it
+        if counts is steps:
+            prepare_humming(peers, load_humming)
+        names = peers if counts is steps else [name for name in peers if name != "humming"]
         for model, product in layers:
             if not counts or (counts is prompts and product is MODELS[model].head):
                 continue
@@ -431,6 +428,23 @@ def measure(
                 print(text, file=sys.stderr, flush=True)
     compilers().shutdown(wait=False, cancel_futures=True)
     return in_order(records)
+
+
+def prepare_humming(peers: list[str], step: Callable[[], object]) -> None:
+    """Take a step that humming needs, and leave it out of `peers` if that fails: it would for each layer."""
+    if "humming" in peers:
+        try:
+            step()
+        except Exception as error:
+            leave_out("humming", peers, error)
+            peers[:] = [name for name in peers if name != "humming"]
+
+
+def load_humming() -> None:
+    """Load what launches humming's kernels; its import began to compile that, which takes half a minute once."""
+    from humming.ops.utils import init_humming_launcher
+
+    init_humming_launcher()
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
