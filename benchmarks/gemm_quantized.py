@@ -1,25 +1,34 @@
-"""Compare GEMMs of int4 and int8 weights with cuBLAS in 16 bits and with Marlin, Machete and humming, on one GPU.
+"""Compare GEMMs of int4 and int8 weights with 16-bit ones, and with Marlin, Machete and humming, on one GPU.
 
-    python -m benchmarks.gemm_quantized [--models qwen2.5-7b ...] [--rows 1 8 ...] [--formats int4 ...]
+    python -m benchmarks.gemm_quantized [--models qwen2.5-7b ...] [--rows 1 8 ...] [--formats int4 ...] [--peers ...]
     python -m benchmarks.gemm_quantized --report benchmarks/results/gemm_quantized.json
 
-The first measures, prints tables and writes benchmarks/results/gemm_quantized.json. The second prints the tables of
-such a file as Markdown and draws the plot into docs/images. Marlin and Machete are those of an installed vLLM, humming
-that of `humming-kernels`; those that cannot be imported, or called, are left out.
+The first measures, prints tables and writes benchmarks/results/gemm_quantized.json, after each layer and format. The
+second prints the tables of such a file as Markdown and draws the plot into docs/images. Marlin and Machete are those of
+an installed vLLM (0.22), humming that of `humming-kernels` (0.1.2); those that cannot be imported, or called, are left
+out.
 
 Each figure is the median over replays of a CUDA graph, of one GEMM among many of the same shape, which rotate over so
-many weights that none is still in the L2 cache. Ours is the fastest kernel by `qwen_plugins.tuning`. Gate and up are
-one GEMM with SwiGLU, which others run as a kernel of its own. The floor is the time to read codes and scales at the
-rate of --bandwidth.
+many weights that none is still in the L2 cache. Ours, with quantized weights and with 16-bit ones, are the fastest
+kernels by `qwen_plugins.tuning`. Gate and up are one GEMM with SwiGLU, which others run as a kernel of its own. The
+output projection is measured up to 64 rows: one for each sequence. The floor is the time to read codes and scales at
+the rate of --bandwidth.
+
+humming compiles kernels for each layer, format and tile of rows, which takes seconds for each. They are compiled on
+other cores meanwhile, and only for up to 64 rows; without it (`--peers Marlin Machete`) the run is shorter where there
+are few cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,74 +47,123 @@ from benchmarks.common import (
 from benchmarks.gemm import CUBLAS, MODELS, Product
 from benchmarks.timing import time_calls
 
-ROWS = [1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096]
+STEP_ROWS = [1, 4, 8, 16, 32, 64]
+PROMPT_ROWS = [128, 512, 1024, 2048, 4096, 8192]
+MAX_STEP_ROWS = 64
 FORMATS = {"int4": (4, 128), "int8": (8, 128), "int8, by channel": (8, 0)}
 """Bits and group size by the name of a format."""
-PEERS = ("Marlin", "Machete", "humming")
-ROTATED_BYTES = 3e8
+OURS_16_BIT = "16 bit, ours"
+ROTATED_BYTES = 1.6e8
+"""Weights that are rotated have these bytes together, at least: three times the L2 cache of an H100."""
 Calls = list[Callable[[Any], Any]]
 """A call for each of the weights that are rotated: from x to y."""
 
 
-def floor(product: Product, weight_format: str, bandwidth: float) -> float:
-    """Return the microseconds that reading codes and scales takes, at `bandwidth` bytes per second."""
+def packed_bytes(product: Product, weight_format: str) -> float:
+    """Return the bytes of codes and scales."""
     bits, group_size = FORMATS[weight_format]
     scales = product.elements / (group_size or product.in_features)
-    return 1e6 * (product.elements * bits / 8 + 2 * scales) / bandwidth
+    return product.elements * bits / 8 + 2 * scales
 
 
-def ours(product: Product, bits: int, group_size: int, rows: int, copies: int) -> tuple[Calls, str]:
-    """Return calls of the fastest of our kernels, and its name."""
-    import torch
+def floor(product: Product, weight_format: str, bandwidth: float) -> float:
+    """Return the microseconds that reading codes and scales takes, at `bandwidth` bytes per second."""
+    return 1e6 * packed_bytes(product, weight_format) / bandwidth
 
-    from qwen_plugins import launch, quantized, tuning
 
-    weight_format = quantized.WeightFormat(bits, group_size)
-    activation = "swiglu" if product.swiglu else None
+def copies_of(product: Product, bits: int) -> int:
+    """Return how many weights are rotated."""
+    return max(2, int(ROTATED_BYTES / (product.elements * bits / 8)) + 1)
+
+
+@cache
+def fastest_kernel(product: Product, weight_format: str | None, rows: int) -> str:
+    """Return the name of the fastest of our kernels; without a format, of 16-bit weights."""
+    from qwen_plugins import quantized, tuning
+
     times = tuning.measure(
         rows=rows,
         in_features=product.in_features,
         out_features=product.out_features,
-        activation=activation,
-        weight_format=weight_format,
+        activation="swiglu" if product.swiglu else None,
+        weight_format=quantized.WeightFormat(*FORMATS[weight_format]) if weight_format else None,
     )
-    fastest = min(times, key=lambda name: times[name])
+    return min(times, key=lambda name: times[name])
+
+
+def ours(product: Product, weight_format: str | None, rows: tuple[int, ...]) -> Calls:
+    """Return calls of the fastest of our kernels for each number of rows; without a format, of 16-bit weights."""
+    import torch
+
+    from qwen_plugins import launch, quantized
+
+    bits, group_size = FORMATS[weight_format] if weight_format else (16, 0)
+    stored = quantized.WeightFormat(bits, group_size)
+    activation = "swiglu" if product.swiglu else "none"
+    kernels = [(count, fastest_kernel(product, weight_format, count)) for count in sorted(rows)]
+    workspaces: list[Any] = []
 
     def make() -> Callable[[Any], Any]:
-        words = product.elements * bits // 32
-        codes = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device="cuda")
-        groups = product.in_features // group_size if group_size else 1
-        scales = torch.rand(groups, product.out_features, dtype=torch.float16, device="cuda") / 500
+        if weight_format:
+            weight = random_words(product.elements * bits // 32)
+            scales = random_scales(product, group_size)
+        else:
+            weight, scales = random_weight(product), None
         layer = launch.LinearLayer(
-            weight=codes.data_ptr(),
-            scales=scales.data_ptr(),
+            weight=weight.data_ptr(),
+            scales=scales.data_ptr() if scales is not None else 0,
             bias=0,
-            weight_format=weight_format.for_launch(),
+            weight_format=stored.for_launch(),
             in_features=product.in_features,
             out_features=product.out_features,
-            activation=launch.Activation.__members__[activation or "none"],
+            activation=launch.Activation.__members__[activation],
             dtype=launch.DataType.float16,
             constant_weight=True,
-            kernels=[(2**29, fastest)],
+            kernels=kernels,
         )
-        workspace = torch.empty(max(layer.workspace_bytes(rows), 1), dtype=torch.uint8, device="cuda")
-        y = torch.empty(rows, layer.columns, dtype=torch.float16, device="cuda")
+        if not workspaces:
+            size = max(layer.workspace_bytes(max(rows)), 1)
+            workspaces.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
 
-        def call(x: Any, kept: tuple[Any, ...] = (codes, scales)) -> Any:
+        def call(x: Any, kept: tuple[Any, ...] = (weight, scales)) -> Any:
+            y = torch.empty(x.shape[0], layer.columns, dtype=torch.float16, device="cuda")
             launch.gemm(
                 layer,
                 x=x.data_ptr(),
                 x_row_stride=x.stride(0),
                 y=y.data_ptr(),
-                rows=rows,
-                workspace=workspace.data_ptr(),
+                rows=x.shape[0],
+                workspace=workspaces[0].data_ptr(),
                 stream=torch.cuda.current_stream().cuda_stream,
             )
             return y
 
         return call
 
-    return [make() for _ in range(copies)], fastest
+    return [make() for _ in range(copies_of(product, bits))]
+
+
+def random_weight(product: Product) -> Any:
+    """Return a 16-bit weight."""
+    import torch
+
+    weight = torch.empty(product.out_features, product.in_features, dtype=torch.float16, device="cuda")
+    return weight.normal_(std=0.02)
+
+
+def random_words(*shape: int) -> Any:
+    """Return codes, whatever they are: int32 words of random bits."""
+    import torch
+
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+
+
+def random_scales(product: Product, group_size: int) -> Any:
+    """Return a scale for each group and weight row, [groups, out_features]."""
+    import torch
+
+    groups = product.in_features // group_size if group_size else 1
+    return torch.rand(groups, product.out_features, dtype=torch.float16, device="cuda") / 500
 
 
 def with_swiglu(product: Product, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -115,43 +173,42 @@ def with_swiglu(product: Product, call: Callable[[Any], Any]) -> Callable[[Any],
     return (lambda x: swiglu(call(x))) if product.swiglu else call
 
 
-def cublas(product: Product, bits: int, group_size: int, rows: int, copies: int) -> Calls:
+def ours_16_bit(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
+    """Return calls of the fastest of our kernels of 16-bit weights."""
+    return ours(product, None, rows)
+
+
+def cublas(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
     """Return calls of cuBLAS on 16-bit weights."""
-    import torch
     import torch.nn.functional as F
 
     def make() -> Callable[[Any], Any]:
-        weight = torch.randn(product.out_features, product.in_features, dtype=torch.float16, device="cuda") / 50
+        weight = random_weight(product)
         return with_swiglu(product, lambda x: F.linear(x, weight))
 
-    return [make() for _ in range(copies)]
+    return [make() for _ in range(copies_of(product, 16))]
 
 
-def by_names(function: Callable[..., Any], **known: Any) -> Any:
-    """Call a function with those arguments that it has: vLLM's differ from version to version."""
-    return function(**{name: known[name] for name in inspect.signature(function).parameters if name in known})
-
-
-def marlin(product: Product, bits: int, group_size: int, rows: int, copies: int) -> Calls:
-    """Return calls of vLLM's Marlin."""
+def marlin(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
+    """Return calls of vLLM's Marlin, as its `MarlinLinearKernel` makes them."""
     import torch
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
     from vllm.scalar_type import scalar_types
 
-    function = getattr(ops, "gptq_marlin_gemm", None) or ops.marlin_gemm
+    bits, group_size = FORMATS[weight_format]
     n, k = product.out_features, product.in_features
     kind = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
     workspace = marlin_make_workspace_new(torch.device("cuda"))
     empty = torch.empty(0, dtype=torch.int32, device="cuda")
 
     def make() -> Callable[[Any], Any]:
-        weight = torch.randint(-(2**31), 2**31 - 1, (k // 16, n * bits // 2), dtype=torch.int32, device="cuda")
-        scales = torch.rand(k // group_size if group_size else 1, n, dtype=torch.float16, device="cuda") / 500
+        # Tiles of 16 x 16, as `gptq_marlin_repack` writes them; the order of scales does not change the time.
+        weight = random_words(k // 16, n * bits // 2)
+        scales = random_scales(product, group_size)
 
         def call(x: Any) -> Any:
-            return by_names(
-                function,
+            return ops.marlin_gemm(
                 a=x,
                 c=None,
                 b_q_weight=weight,
@@ -167,123 +224,236 @@ def marlin(product: Product, bits: int, group_size: int, rows: int, copies: int)
                 size_m=x.shape[0],
                 size_n=n,
                 size_k=k,
-                is_k_full=True,
-                use_atomic_add=False,
                 use_fp32_reduce=True,
-                is_zp_float=False,
             )
 
         return with_swiglu(product, call)
 
-    return [make() for _ in range(copies)]
+    return [make() for _ in range(copies_of(product, bits))]
 
 
-def machete(product: Product, bits: int, group_size: int, rows: int, copies: int) -> Calls:
-    """Return calls of vLLM's Machete."""
+def machete(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
+    """Return calls of vLLM's Machete, as its `MacheteLinearKernel` makes them."""
     import torch
     from vllm import _custom_ops as ops
     from vllm.scalar_type import scalar_types
 
+    bits, group_size = FORMATS[weight_format]
     n, k = product.out_features, product.in_features
     kind = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
 
     def make() -> Callable[[Any], Any]:
-        weight = torch.randint(-(2**31), 2**31 - 1, (k * bits // 32, n), dtype=torch.int32, device="cuda")
-        packed = by_names(
-            ops.machete_prepack_B,
-            b_q_weight=weight.t().contiguous().t(),
-            a_type=torch.float16,
-            b_type=kind,
-            group_scales_type=torch.float16,
-        )
-        scales = torch.rand(k // group_size if group_size else 1, n, dtype=torch.float16, device="cuda") / 500
+        weight = random_words(n, k * bits // 32).t()  # [k / codes in a word, n], in columns
+        packed = ops.machete_prepack_B(weight, a_type=torch.float16, b_type=kind, group_scales_type=torch.float16)
+        scales = random_scales(product, group_size)
 
         def call(x: Any) -> Any:
-            return by_names(
-                ops.machete_mm,
-                a=x,
-                b_q=packed,
-                b_type=kind,
-                out_type=torch.float16,
-                b_group_scales=scales,
-                b_group_size=group_size or k,
-            )
+            return ops.machete_mm(a=x, b_q=packed, b_type=kind, b_group_scales=scales, b_group_size=group_size or -1)
 
         return with_swiglu(product, call)
 
-    return [make() for _ in range(copies)]
+    return [make() for _ in range(copies_of(product, bits))]
 
 
-def humming(product: Product, bits: int, group_size: int, rows: int, copies: int) -> Calls:
-    """Return calls of humming."""
+HUMMING_TILE = 256
+"""humming pads out_features to a multiple of the weight rows of a tile."""
+
+
+def humming(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
+    """Return calls of humming, with the tile that its heuristics choose for each number of rows."""
     import torch
     from humming.layer import HummingLayer
 
+    bits, group_size = FORMATS[weight_format]
+    tuning, compiling = humming_kernels(product, weight_format, rows)
+    for future in compiling:
+        future.result()
+
     def make() -> Callable[[Any], Any]:
-        layer = HummingLayer(
-            shape_n=product.out_features,
-            shape_k=product.in_features,
-            weight_config={"dtype": f"int{bits}", "group_size": group_size},
-            torch_dtype=torch.float16,
-        ).cuda()
-        weight = torch.randn(product.out_features, product.in_features, dtype=torch.float16, device="cuda") / 50
-        layer.load_from_unquantized(weight)
+        with torch.device("cuda"):
+            layer = HummingLayer(
+                shape_n=product.out_features,
+                shape_k=product.in_features,
+                weight_config={"dtype": f"int{bits}", "group_size": group_size},
+                pad_n_to_multiple=HUMMING_TILE,
+                torch_dtype=torch.float16,
+            )
+        layer.weight.data.random_(-(2**31), 2**31 - 1)
+        layer.weight_scale.data.uniform_(0, 0.002)
         layer.transform()
-        return with_swiglu(product, layer)
+        return with_swiglu(product, lambda x: layer(x, tuning_config=tuning))
 
-    return [make() for _ in range(copies)]
+    return [make() for _ in range(copies_of(product, bits))]
 
 
-def measure_product(product: Product, weight_format: str, rows: int, failed: set[str]) -> dict[str, Any]:
-    """Return the microseconds of each provider that works, and our kernel; those that do not are added to `failed`."""
+@cache
+def compilers() -> ThreadPoolExecutor:
+    """Return the threads that wait for humming's compilers; two cores are left to what is measured."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2))
+
+
+@cache
+def humming_kernels(product: Product, weight_format: str, rows: tuple[int, ...]) -> tuple[str, list[Future[Any]]]:
+    """Start to compile humming's kernels for a layer, and return its tuning, as JSON, and the compilations.
+
+    Without a tuning humming would compile some forty kernels for each layer, of all tiles up to 8192 rows.
+    """
     import torch
+    from humming.kernel.humming import HummingKernel
+    from humming.layer import HummingLayerMethod
+    from humming.schema import HummingWeightSchema
+    from humming.tune import get_heuristics_config
 
     bits, group_size = FORMATS[weight_format]
-    copies = max(2, int(ROTATED_BYTES / (product.elements * bits / 8)) + 1)
-    calls, kernel = ours(product, bits, group_size, rows, copies)
-    found = {OURS: calls}
-    for name, make in {CUBLAS: cublas, "Marlin": marlin, "Machete": machete, "humming": humming}.items():
-        if name in failed:
-            continue
-        try:
-            # The same weights a few times are enough where one does not fit into the L2 cache.
-            found[name] = make(product, bits, group_size, rows, 2 if name == CUBLAS else copies)
-            found[name][0](torch.zeros(rows, product.in_features, dtype=torch.float16, device="cuda"))
-            torch.cuda.synchronize()
-        except Exception as error:  # imports and calls of other versions fail in many ways
-            found.pop(name, None)
-            failed.add(name)
-            print(f"without {name}: {type(error).__name__}: {error}", file=sys.stderr)
-    x = torch.randn(rows, product.in_features, dtype=torch.float16, device="cuda")
-    count = max(16, copies)
+    meta = HummingLayerMethod.prepare_layer_meta(
+        torch.nn.Module(),
+        shape_n=product.out_features,
+        shape_k=product.in_features,
+        weight_schema=HummingWeightSchema(b_dtype=f"int{bits}", weight_scale_group_size=group_size),
+        pad_n_to_multiple=HUMMING_TILE,
+        torch_dtype=torch.float16,
+    )
+    counts = sorted(rows)
+    bounds = [0, *counts[:-1], 2**30]
+    tuning = [
+        [low, high, get_heuristics_config(meta, count)]
+        for low, high, count in zip(bounds[:-1], bounds[1:], counts, strict=True)
+    ]
+    layer = json.loads(meta.to_str())
+    layer.pop("sublayer_name")
+    tiles = {json.dumps(tile): tile for _, _, tile in tuning}
+    # In another thread than the main one, a kernel is compiled into humming's cache on disk, but not loaded.
+    compiling = [
+        compilers().submit(HummingKernel, **layer, **{name: tile[name] for name in tile if name != "num_sms"})
+        for tile in tiles.values()
+    ]
+    return json.dumps(tuning), compiling
 
-    def recording(rotated: Calls) -> Callable[[], None]:
+
+Provider = Callable[[Product, str, tuple[int, ...]], Calls]
+PEERS: dict[str, Provider] = {
+    "Marlin": marlin,
+    "Machete": machete,
+    "humming": humming,
+}
+PROVIDERS: dict[str, Provider] = {OURS: ours, OURS_16_BIT: ours_16_bit, CUBLAS: cublas, **PEERS}
+"""What makes calls for a layer, a format and all numbers of rows, by the name of the provider."""
+
+
+def measure_layer(
+    product: Product, weight_format: str, rows: tuple[int, ...], peers: list[str]
+) -> list[dict[str, Any]]:
+    """Return a record for each number of rows: the microseconds of each provider that works, and our kernel."""
+    import torch
+
+    found: dict[str, Calls] = {}
+    for name in (OURS, OURS_16_BIT, CUBLAS, *peers):
+        try:
+            found[name] = PROVIDERS[name](product, weight_format, rows)
+        except Exception as error:  # imports and calls of other versions fail in many ways
+            leave_out(name, peers, error)
+    records = []
+    for count in rows:
+        x = torch.randn(count, product.in_features, dtype=torch.float16, device="cuda")
+        for name in [name for name in found if name in peers]:
+            try:
+                found[name][0](x)
+                torch.cuda.synchronize()
+            except Exception as error:
+                del found[name]
+                leave_out(name, peers, error)
+        kernel = fastest_kernel(product, weight_format, count)
+        records.append({"format": weight_format, "rows": count, "kernel": kernel, **time_rotated(found, x)})
+    return records
+
+
+def time_rotated(found: dict[str, Calls], x: Any) -> dict[str, float]:
+    """Return the microseconds of one call among many in a graph, by provider."""
+    rows = x.shape[0]
+    # The start of a graph is a small part of its time; where calls are short, each weight has its turn.
+    lengths = {
+        name: 4 if rows > 512 else max(16, len(calls) * (rows <= MAX_STEP_ROWS)) for name, calls in found.items()
+    }
+
+    def recording(name: str) -> Callable[[], None]:
         def record() -> None:
-            for i in range(count):
-                rotated[i % len(rotated)](x)
+            for i in range(lengths[name]):
+                found[name][i % len(found[name])](x)
 
         return record
 
-    times = time_calls({name: recording(rotated) for name, rotated in found.items()})
-    return {"kernel": kernel, **{name: round(time / count, 3) for name, time in times.items()}}
+    times = time_calls({name: recording(name) for name in found})
+    return {name: round(microseconds / lengths[name], 3) for name, microseconds in times.items()}
 
 
-def measure(models: list[str], formats: list[str], rows: list[int], output: Path) -> list[dict[str, Any]]:
-    """Return one record for each product, format and number of rows; `output` has them after each product."""
+def leave_out(name: str, peers: list[str], error: Exception) -> None:
+    """Say why a peer is left out, for good where it is not installed; ours and cuBLAS must work."""
+    if name not in peers:
+        raise error
+    text = f"without {name}: {type(error).__name__}: {error}".splitlines()[0]
+    print(text[:500], file=sys.stderr, flush=True)
+    if isinstance(error, ImportError):
+        peers.remove(name)
+
+
+def measure(
+    models: list[str], formats: list[str], rows: list[int], peers: list[str], output: Path
+) -> list[dict[str, Any]]:
+    """Return one record for each layer, format and number of rows; `output` has them after each layer and format."""
     import torch
 
-    records = []
-    failed: dict[str, set[str]] = {weight_format: set() for weight_format in formats}
-    for name in models:
-        for product in (*MODELS[name].products, MODELS[name].head):
+    steps = tuple(count for count in rows if count <= MAX_STEP_ROWS)
+    prompts = tuple(count for count in rows if count > MAX_STEP_ROWS)
+    layers = [(name, product) for name in models for product in (*MODELS[name].products, MODELS[name].head)]
+    peers = list(peers)
+    if steps:
+        kinds = [(product, weight_format) for _, product in layers for weight_format in formats]
+        prepare_humming(peers, lambda: [humming_kernels(*kind, steps) for kind in kinds])
+    records: list[dict[str, Any]] = []
+    for counts in (prompts, steps):  # while humming compiles, prompts are measured without it
+        if counts is steps:
+            prepare_humming(peers, load_humming)
+        names = peers if counts is steps else [name for name in peers if name != "humming"]
+        for model, product in layers:
+            if not counts or (counts is prompts and product is MODELS[model].head):
+                continue
             for weight_format in formats:
-                for count in rows:
-                    what = {"model": name, "product": product.name, "format": weight_format, "rows": count}
-                    records.append({**what, **measure_product(product, weight_format, count, failed[weight_format])})
-                    torch.cuda.empty_cache()
-            write_results(output, records)
-            print(f"{name} {product.name}: done", file=sys.stderr, flush=True)
-    return records
+                started = time.perf_counter()
+                what = {"model": model, "product": product.name}
+                records += [{**what, **record} for record in measure_layer(product, weight_format, counts, names)]
+                write_results(output, in_order(records))
+                torch.cuda.empty_cache()
+                spent = time.perf_counter() - started
+                text = f"{model} {product.name}, {weight_format}, {counts[0]} to {counts[-1]} rows: {spent:.1f} s"
+                print(text, file=sys.stderr, flush=True)
+    compilers().shutdown(wait=False, cancel_futures=True)
+    return in_order(records)
+
+
+def prepare_humming(peers: list[str], step: Callable[[], object]) -> None:
+    """Take a step that humming needs, and leave it out of `peers` if that fails: it would for each layer."""
+    if "humming" in peers:
+        try:
+            step()
+        except Exception as error:
+            leave_out("humming", peers, error)
+            peers[:] = [name for name in peers if name != "humming"]
+
+
+def load_humming() -> None:
+    """Load what launches humming's kernels; its import began to compile that, which takes half a minute once."""
+    from humming.ops.utils import init_humming_launcher
+
+    init_humming_launcher()
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return records by format, layer and rows."""
+    layers = [(name, product.name) for name, model in MODELS.items() for product in (*model.products, model.head)]
+    formats = list(FORMATS)
+    return sorted(
+        records, key=lambda r: (formats.index(r["format"]), layers.index((r["model"], r["product"])), r["rows"])
+    )
 
 
 def product_of(record: dict[str, Any]) -> Product:
@@ -297,7 +467,7 @@ def tables(records: list[dict[str, Any]], bandwidth: float) -> str:
     lines = []
     for weight_format in dict.fromkeys(record["format"] for record in records):
         chosen = [record for record in records if record["format"] == weight_format]
-        names = [name for name in (OURS, CUBLAS, *PEERS) if any(name in record for record in chosen)]
+        names = [name for name in PROVIDERS if any(name in record for record in chosen)]
         lines += [
             f"### {weight_format}, microseconds",
             "",
@@ -307,24 +477,74 @@ def tables(records: list[dict[str, Any]], bandwidth: float) -> str:
         for record in chosen:
             product = product_of(record)
             least = floor(product, weight_format, bandwidth)
-            size = f"{record['model']} {product.name}, {product.in_features}→{product.out_features}"
+            size = label(record)
             times = " | ".join(short(record.get(name)) for name in names)
-            share = f"{least / record[OURS]:.0%}" if record["rows"] <= 64 else "–"
+            share = f"{least / record[OURS]:.0%}" if record["rows"] <= MAX_STEP_ROWS else "–"
             lines.append(f"| {size} | {record['rows']} | {short(least)} | {times} | {share} | `{record['kernel']}` |")
         lines.append("")
     return "\n".join(lines)
 
 
+def label(record: dict[str, Any]) -> str:
+    """Return the name and the sizes of a record's layer."""
+    product = product_of(record)
+    return f"{record['model']} {product.name}, {product.in_features}→{product.out_features}"
+
+
+def by_layer(records: list[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """Return the records of each layer and format by their rows."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((label(record), record["format"]), {})[record["rows"]] = record
+    return found
+
+
+def steps_table(records: list[dict[str, Any]], bandwidth: float) -> str:
+    """Return a Markdown table of decoding: the floor's share, 64 rows over 16, and the least lead over each peer."""
+    peers = [name for name in PEERS if any(name in record for record in records)]
+    counts = [count for count in (1, 4, 8, 16) if any(record["rows"] == count for record in records)]
+    heads = ["layer", "weights", "MB", *(f"of the floor: {count}" for count in counts)]
+    heads += ["64 rows / 16 rows", *(f"{name} / ours, least (rows)" for name in peers)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (layer, weight_format), here in by_layer(records).items():
+        product = product_of(next(iter(here.values())))
+        least = floor(product, weight_format, bandwidth)
+        cells = [layer, weight_format, f"{packed_bytes(product, weight_format) / 1e6:.0f}"]
+        cells += [f"{least / here[count][OURS]:.0%}" if count in here else "–" for count in counts]
+        cells.append(f"{here[64][OURS] / here[16][OURS]:.2f}" if {16, 64} <= here.keys() else "–")
+        for name in peers:
+            leads = [(r[name] / r[OURS], rows) for rows, r in here.items() if name in r and rows <= MAX_STEP_ROWS]
+            cells.append("{:.2f} ({})".format(*min(leads)) if leads else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def prompts_table(records: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of prompts: the time over that of our own fastest kernel of 16-bit weights."""
+    prompts = [record for record in records if record["rows"] > MAX_STEP_ROWS]
+    counts = sorted({record["rows"] for record in prompts})
+    heads = ["quantized / 16 bit, both ours", "weights", *(f"{count} rows" for count in counts)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name in (label, lambda record: f"**all layers of {record['model']}**"):
+        for record in prompts:
+            groups.setdefault((name(record), record["format"]), []).append(record)
+    for (layer, weight_format), here in groups.items():
+        cells = []
+        for count in counts:
+            times = [(record[OURS], record[OURS_16_BIT]) for record in here if record["rows"] == count]
+            quantized, plain = (sum(column) for column in zip(*times, strict=True)) if times else (0, 0)
+            cells.append(f"{quantized / plain:.2f}" if times else "–")
+        lines.append(f"| {layer} | {weight_format} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def summary(records: list[dict[str, Any]], noise: float = 0.02) -> str:
     """List the GEMMs at which another is faster by more than repeated measurements differ."""
-    others = (CUBLAS, *PEERS)
-    behind = [
-        (record, name)
-        for record in records
-        for name in others
-        if name in record and record[OURS] > record[name] * (1 + noise)
-    ]
-    lines = [f"* slower than another by more than {noise:.0%} in {len(behind)} comparisons"]
+    others = [name for name in PROVIDERS if name != OURS]
+    compared = [(record, name) for record in records for name in others if name in record]
+    behind = [(record, name) for record, name in compared if record[OURS] > record[name] * (1 + noise)]
+    lines = [f"* slower than another by more than {noise:.0%} in {len(behind)} of {len(compared)} comparisons"]
     lines += [
         f"  * {r['model']} {r['product']}, {r['format']}, {r['rows']} rows: {r[OURS]:.2f}, {name} {r[name]:.2f}"
         for r, name in behind
@@ -349,7 +569,7 @@ def plot(records: list[dict[str, Any]], bandwidth: float, path: Path, title: str
                     for r in records
                     if (r["model"], r["product"], r["format"]) == (model, layer, weight_format) and name in r
                 ]
-                points = [point for point in points if point[0] <= 64]
+                points = [point for point in points if point[0] <= MAX_STEP_ROWS]
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", label=f"{model} {layer}")
             finish_panel(axis, f"{name}, {weight_format}", "rows", f"% of {bandwidth * 1e-12:.2f} TB/s")
@@ -360,8 +580,9 @@ def plot(records: list[dict[str, Any]], bandwidth: float, path: Path, title: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", choices=list(MODELS), nargs="+", default=list(MODELS))
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--rows", type=int, nargs="+", default=[*STEP_ROWS, *PROMPT_ROWS])
     parser.add_argument("--formats", choices=list(FORMATS), nargs="+", default=list(FORMATS))
+    parser.add_argument("--peers", choices=list(PEERS), nargs="*", default=list(PEERS))
     parser.add_argument("--output", type=Path, default=RESULTS / "gemm_quantized.json")
     parser.add_argument("--report", type=Path, metavar="RESULTS", help="print and draw results instead of measuring")
     parser.add_argument("--picture", type=Path, default=IMAGES / "gemm_quantized.png", help="of --report")
@@ -373,8 +594,11 @@ def main() -> None:
         records = content["results"]
     else:
         require_gpu()
-        records = measure(arguments.models, arguments.formats, arguments.rows, arguments.output)
-    print(tables(records, bandwidth), summary(records), sep="\n")
+        records = measure(
+            arguments.models, arguments.formats, sorted(arguments.rows), arguments.peers, arguments.output
+        )
+    print(tables(records, bandwidth), steps_table(records, bandwidth), "", prompts_table(records), "", sep="\n")
+    print(summary(records))
     if arguments.report:
         plot(records, bandwidth, arguments.picture, content["machine"]["gpu"])
 

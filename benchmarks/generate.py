@@ -132,11 +132,6 @@ class QwenModel(Implementation):
 
 def run(options: argparse.Namespace, module: Any) -> None:
     largest = Load(max(options.batch_sizes), max(options.prompt_tokens), options.new_tokens)
-    per_token = "per token" if options.per_token else None
-    cache = None if options.kv_cache_dtype == "auto" else f"{options.kv_cache_dtype} cache"
-    head = options.head_quantization if options.quantization is not None else None
-    of_head = {None: None, "none": "16-bit head"}.get(head, f"{head} head")
-    weights = ", ".join(filter(None, [options.dtype, options.quantization, per_token, of_head, cache]))
     for shape in options.shapes:
         for name, implementation in module.loaded(options, shape, largest):
             results = []
@@ -146,16 +141,28 @@ def run(options: argparse.Namespace, module: Any) -> None:
                     first, rate = implementation.measure(load, options.repeats)
                     sizes = (load.batch_size, load.prompt_tokens, load.new_tokens)
                     memory = module.memory_gib(name)
-                    results.append(Measurement(shape, name, weights, *sizes, first, rate, memory))
+                    results.append(Measurement(shape, name, weights_text(options, name), *sizes, first, rate, memory))
                     print(line(results[-1]), flush=True)
             del implementation
             module.reset_memory()
             kinds = [options.quantization or "generate", "per_token" if options.per_token else "", shape, name]
-            kinds += ["16_bit_head"] if head == "none" else []
-            kinds += [] if cache is None else [f"{options.kv_cache_dtype}_cache"]
+            kinds += ["16_bit_head"] if options.quantization and options.head_quantization == "none" else []
+            kinds += [] if options.kv_cache_dtype == "auto" else [f"{options.kv_cache_dtype}_cache"]
             path = options.results / f"{'_'.join(filter(None, kinds))}.json"
             write_results(path, [dataclasses.asdict(result) for result in results])
             print(path, flush=True)
+
+
+def weights_text(options: argparse.Namespace, implementation: str) -> str:
+    """Return what the results of an implementation call its weights and cache: vLLM's head has 16 bits."""
+    texts = [options.dtype]
+    if options.quantization is not None:
+        head = "none" if implementation == "vllm" else options.head_quantization
+        texts += [options.quantization, *(["per token"] if options.per_token else [])]
+        texts.append("16-bit head" if head == "none" else f"{head} head")
+    if options.kv_cache_dtype != "auto":
+        texts.append(f"{options.kv_cache_dtype} cache")
+    return ", ".join(texts)
 
 
 def line(result: Measurement) -> str:

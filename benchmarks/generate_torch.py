@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.generate import COMMON, SHAPES, Implementation, Load, QwenModel
 from benchmarks.timing import capture
-from benchmarks.vllm_weights import WEIGHT_SCALE, fill_codes
+from benchmarks.vllm_weights import LARGEST_INPUT, WEIGHT_SCALE, fill_codes
 from qwen_model import build_engine, load_engine
 from qwen_model.backends.torch.back_end import num_pages
 from qwen_model.backends.torch.device import TorchDevice
@@ -38,8 +38,6 @@ from qwen_model.quantization.options import QuantizationOptions
 from qwen_model.quantization.published import quantization_config
 from qwen_model.tuning.choice import choose_kernels
 
-LARGEST_INPUT = 8.0
-"""The largest magnitude of x that static scales are for: RMSNorm gives numbers of about 1."""
 IMPLEMENTATIONS = ("qwen_model", "products", "transformers", "vllm")
 
 
@@ -153,18 +151,27 @@ class Vllm(Implementation):
 
         self.vocab_size = values["vocab_size"]
         self._sampling = vllm.SamplingParams
-        if options.quantization is not None:  # of the layers as ours; its head stays as it is
-            own = dataclasses.replace(quantization_options(options), head=None)
-            values = {**values, "quantization_config": quantization_config("compressed-tensors", own)}
         positions = largest.prompt_tokens + largest.new_tokens
         self._engine = vllm_engine(
-            values, options.dtype, positions, largest.batch_size, kv_cache_dtype=options.kv_cache_dtype
+            vllm_values(values, options),
+            options.dtype,
+            positions,
+            largest.batch_size,
+            kv_cache_dtype=options.kv_cache_dtype,
         )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         """See `Implementation`."""
         options = self._sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         self._engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
+
+
+def vllm_values(values: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return a config.json for vLLM, whose layers are quantized as ours; its head stays as it is."""
+    if options.quantization is None:
+        return values
+    own = dataclasses.replace(quantization_options(options), head=None)
+    return {**values, "quantization_config": quantization_config("compressed-tensors", own)}
 
 
 def vllm_engine(

@@ -1,6 +1,6 @@
 """Compare our server with vLLM's, on random weights in the shape of a published model, with one load for both.
 
-    python -m benchmarks.serving [--implementations vllm qwen_model session] [--shape qwen2.5-7b]
+    python -m benchmarks.serving [--implementations vllm qwen_model session] [--quantization int4]
 
 Loads: `fixed`, prompts of 512 tokens and 256 new ones each, and `mixed`, lengths like those of ShareGPT's
 conversations (see benchmarks.throughput_offline). Each is sent all at once with at most twice as many requests under
@@ -9,8 +9,11 @@ Poisson process. Last, one user at a time. Prompts are token ids, the choice is 
 whatever its tokens are, and every request is a stream. `session` is one user's tokens through `Session.stream`, without
 a server. The load comes from processes of its own, which count the events of the streams and their times.
 
+With --quantization both servers have the same formats of weights (vLLM's are those of compressed-tensors), with
+smoothquant and fp8 a scale for each token's x, and a head of 16 bits unless --head-quantization gives ours another.
+
 Both servers decode with the same tokenizer, whose tokens are two to four random letters. The results are a file,
-serving.json.
+serving.json, or serving_int4.json and so on.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.common import RESULTS, write_results
+from benchmarks.generate import weights_text
 from benchmarks.throughput_offline import LONGEST, Request, requests
-from qwen_model.quantization.options import QUANTIZATIONS
+from qwen_model.quantization.options import EIGHT_BIT_KINDS, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from qwen_model.engine.session import Session
@@ -91,7 +95,7 @@ class Record:
 
 def write_model(folder: Path, values: dict[str, Any], options: argparse.Namespace) -> None:
     """Write the configurations of a checkpoint and of an engine without weights, and a tokenizer, into two folders."""
-    from benchmarks.generate_torch import random_formats
+    from benchmarks.generate_torch import random_formats, vllm_values
     from qwen_model.checkpoints.config import read_config
     from qwen_model.interface.engine_config import EngineConfig, Limits
 
@@ -102,7 +106,8 @@ def write_model(folder: Path, values: dict[str, Any], options: argparse.Namespac
     for name in ("checkpoint", "engine"):
         (folder / name).mkdir()
         write_tokenizer(folder / name, values["vocab_size"])
-    (folder / "checkpoint" / "config.json").write_text(json.dumps({**values, "torch_dtype": options.dtype}))
+    published = {**vllm_values(values, options), "torch_dtype": options.dtype}
+    (folder / "checkpoint" / "config.json").write_text(json.dumps(published))
     engine.write(folder / "engine")
 
 
@@ -171,7 +176,8 @@ def vllm_command(folder: Path, port: int, options: argparse.Namespace) -> list[s
         "--gpu-memory-utilization": "0.9",
         "--worker-extension-cls": "benchmarks.vllm_weights.WorkerExtension",
     }
-    flags = ["--no-enable-prefix-caching", *options.vllm_arguments.split()]
+    cache = ["--kv-cache-dtype", "fp8"] if options.kv_cache_dtype == "fp8" else []
+    flags = ["--no-enable-prefix-caching", *cache, *options.vllm_arguments.split()]
     flat = [text for pair in settings.items() for text in pair]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "checkpoint")]
     return [*command, *flat, *flags]
@@ -312,12 +318,11 @@ def result(
     ]
     gaps = [gap for record in good for gap in np.diff(record.arrivals).tolist()]
     new_tokens = sum(record.new_tokens for record in good)
-    own = [options.quantization, "per token" if options.per_token else None] if name != "vllm" else []
     (first_p50, first_p99), (token_p50, token_p99), (gap_p50, gap_p99) = map(_percentiles, (first, per_token, gaps))
     found = Result(
         name,
         options.shape,
-        " ".join(filter(None, [options.dtype, *own])),
+        weights_text(options, name),
         load,
         None if rate is None else round(rate, 3),
         len(records),
@@ -441,10 +446,9 @@ def main() -> None:
     parser.add_argument("--alone-tokens", type=int, default=256)
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="ours")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="ours; vLLM's: --vllm-arguments")
-    parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")
-    parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8", help="ours")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="ours; fp8: both")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of both servers' layers")
+    parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="none", help="ours")
     parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
     parser.add_argument("--asymmetric", action="store_true", help="with int4")
     parser.add_argument("--device", default="cuda", help="ours")
@@ -453,8 +457,11 @@ def main() -> None:
     parser.add_argument("--vllm-arguments", default="", help="more of vLLM's, in one text")
     parser.add_argument("--serve", type=Path, metavar="DIR", help="be our server, of this engine without weights")
     parser.add_argument("--port", type=int, default=8000, help="of --serve")
-    parser.add_argument("--results", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--results", type=Path, help="default: serving.json or serving_QUANTIZATION.json, in results/")
     options = parser.parse_args()
+    options.per_token = options.quantization in EIGHT_BIT_KINDS
+    kind = "" if options.quantization is None else f"_{options.quantization}"
+    options.results = options.results or RESULTS / f"serving{kind}.json"
     if options.serve is not None:
         sys.exit(serve_ours(options.serve, options.port, options.device, options.http_processes))
     found: list[Result] = []

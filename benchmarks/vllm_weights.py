@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 WEIGHT_SCALE = 0.02
+LARGEST_INPUT = 8.0
+"""The largest magnitude of x that static scales are for: RMSNorm gives numbers of about 1."""
 FP8_DEVIATION = 64.0
 """The standard deviation of codes of e4m3, whose largest is 448."""
 CODES = ("qweight", "weight_packed")
@@ -53,15 +55,19 @@ class WorkerExtension:
         count = 0
         for module in self.model_runner.get_model().modules():
             tensors = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
-            deviation = 1.0
+            deviation, largest_code = 1.0, 448.0
             for name, weight in tensors.items():
                 if name in CODES:
-                    deviation = fill_codes(weight, 4)
+                    elements = module.input_size_per_partition * module.output_size_per_partition
+                    deviation = fill_codes(weight, 32 * weight.numel() // elements)
                 elif weight.dtype in (torch.int8, torch.float8_e4m3fn):
                     deviation = fill_codes(weight, 8)
+                    largest_code = 127.0 if weight.dtype == torch.int8 else 448.0
             for name, weight in tensors.items():
                 if name in SCALES:
                     weight.fill_(WEIGHT_SCALE / deviation)
+                elif name == "input_scale":
+                    weight.fill_(LARGEST_INPUT / largest_code)
                 elif name == "qzeros":
                     weight.fill_(0x88888888 - (1 << 32))
                 elif weight.is_floating_point() and weight.itemsize > 1:

@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gemm, gemm_eight_bit, gemm_sweep, generate_report, nsys_report, rms_norm
+from benchmarks import (
+    attention,
+    gemm,
+    gemm_eight_bit,
+    gemm_quantized,
+    gemm_sweep,
+    generate_report,
+    nsys_report,
+    quantize,
+    rms_norm,
+)
 from benchmarks.common import OURS, READ_BANDWIDTH, RESULTS, short
 from qwen_model.checkpoints.config import ModelConfig, read_config
 from qwen_model.common.files import write_whole
@@ -113,21 +123,83 @@ def offline() -> str:
 
 
 def serving() -> str:
-    """Return what a server gives at saturation, at rates and to one user, ours and vLLM's."""
-    if not (RESULTS / "h100" / "serving.json").exists():
-        return NOT_MEASURED
-    rows = []
-    for record in read("h100/serving"):
+    """Return what a server gives at saturation, at rates and to one user, ours and vLLM's, by the kind of weights."""
+    files = [f"h100/{kind}" for kind in ("serving", "serving_int4", "serving_fp8")]
+    rows = [row for name in files if (RESULTS / f"{name}.json").exists() for row in served(read(name))]
+    heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %", "between events, ms: median / 99 %"]
+    return markdown(["load", "weights", "", "new tokens/s", "of vLLM's", *heads], rows) if rows else NOT_MEASURED
+
+
+def served(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the rows of one kind of weights, with implementations under one load beside each other."""
+    names = {**IMPLEMENTATIONS, "session": "**ours**, `Session.stream`"}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
         rate = record["request_rate"]
         load = record["load"] if rate is None else f"{record['load']}, {rate:.1f} requests/s"
-        medians = [
-            f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}" for name in ("first_token", "per_token")
+        groups.setdefault(load, []).append(record)
+    rows = []
+    for load, here in sorted(groups.items()):
+        others = [record["new_tokens_per_second"] for record in here if record["implementation"] == "vllm"]
+        for record in here:
+            spread = [
+                f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}"
+                for name in ("first_token", "per_token", "between_events")
+            ]
+            rate = record["new_tokens_per_second"]
+            share = f"{rate / others[0]:.2f}" if others and record["implementation"] != "vllm" else ""
+            rows.append([load, record["dtype"], names[record["implementation"]], f"{rate:,.0f}", share, *spread])
+    return rows
+
+
+def build_times() -> str:
+    """Return the seconds and the memory that building from a quantized checkpoint takes, on an H100's host."""
+    if not (RESULTS / "h100" / "build_times.json").exists():
+        return NOT_MEASURED
+    rows = [
+        [
+            f"{record['shape']}, int4, {record['checkpoint']}",
+            record["backend"],
+            f"{record['seconds']:.0f}",
+            f"{record['weights'] / 1024:.1f}",
+            f"{record['anonymous'] / 1024:.1f}",
+            f"{record['resident'] / 1024:.1f}",
         ]
-        name = {**IMPLEMENTATIONS, "session": "**ours**, `Session.stream`"}[record["implementation"]]
-        rows.append([load, name, f"{record['new_tokens_per_second']:,.0f}", *medians])
-    rows.sort(key=lambda row: row[0])
-    heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %"]
-    return markdown(["load", "", "new tokens/s", *heads], rows)
+        for record in read("h100/build_times")
+    ]
+    heads = ["checkpoint", "back end", "seconds", "checkpoint, GiB", "memory at most, GiB", "with mapped files, GiB"]
+    return markdown(heads, rows)
+
+
+def kinds_of_caches() -> str:
+    """Return what pages cost and what caches of 8 bits save attention, on an H100."""
+    if not (RESULTS / "h100" / "attention.json").exists():
+        return NOT_MEASURED
+    records = read("h100/attention")["records"]
+    return "\n\n".join(f"{phase}:\n\n{attention.cache_table(records, phase)}" for phase in ("decode", "prefill"))
+
+
+def quantized_rows() -> str:
+    """Return the time of quantizing rows to 8 bits, ours, vLLM's and a copy, on an H100."""
+    if not (RESULTS / "h100" / "quantize.json").exists():
+        return NOT_MEASURED
+    records = read("h100/quantize")["records"]
+    return "\n\n".join(quantize.table(records, columns) for columns in sorted({r["columns"] for r in records}))
+
+
+def products_of_quantized_weights() -> str:
+    """Return the floor's share and the lead over others of GEMMs of quantized weights, up to 64 rows, on an H100."""
+    if not (RESULTS / "h100" / "gemm_quantized.json").exists():
+        return NOT_MEASURED
+    records = read("h100/gemm_quantized")
+    return f"{gemm_quantized.steps_table(records, h100_bandwidth())}\n\n{gemm_quantized.summary(records)}"
+
+
+def quantized_products_of_prompts() -> str:
+    """Return the time of GEMMs of quantized weights over that of 16-bit ones, for prompts, on an H100."""
+    if not (RESULTS / "h100" / "gemm_quantized.json").exists():
+        return NOT_MEASURED
+    return gemm_quantized.prompts_table(read("h100/gemm_quantized"))
 
 
 def products_of_prompts() -> str:
@@ -235,9 +307,11 @@ def tensorrt_gemm() -> str:
     return markdown(head, rows)
 
 
-def sampling() -> str:
+def sampling(name_of_results: str) -> str:
     """Return sampling by operation, batch size and implementation."""
-    results = read("sampling")
+    if not (RESULTS / f"{name_of_results}.json").exists():
+        return NOT_MEASURED
+    results = read(name_of_results)
     batches = sorted({r["batch_size"] for r in results})
     providers = list(dict.fromkeys(r["implementation"] for r in results))
     times = {(r["operation"], r["batch_size"], r["implementation"]): r["microseconds"] for r in results}
@@ -370,7 +444,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized-1024-h100": lambda: quantized_generation(1024),
     "offline-h100": offline,
     "gemm-eight-bit-h100": lambda: gemm_eight_bit.tables(read("h100/gemm_eight_bit"), h100_bandwidth()),
+    "gemm-quantized-h100": products_of_quantized_weights,
+    "gemm-quantized-prompts-h100": quantized_products_of_prompts,
     "serving-h100": serving,
+    "build-times-h100": build_times,
+    "attention-caches-h100": kinds_of_caches,
+    "quantize-h100": quantized_rows,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
     "gemm-shares-h100": lambda: gemm_shares("h100/gemm", h100_bandwidth()),
     "gemm": lambda: f"{gemm.tables(read('gemm'), READ_BANDWIDTH)}\n{gemm.summary(read('gemm'))}",
@@ -384,7 +463,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rms_norm": rms_norm_tables,
     "tensorrt_rms_norm": tensorrt_rms_norm,
     "tensorrt_gemm": tensorrt_gemm,
-    "sampling": sampling,
+    "sampling": lambda: sampling("sampling"),
+    "sampling-h100": lambda: sampling("h100/sampling"),
     "decode_step": decode_step,
     "nsys": lambda: nsys_report.table(read("nsys")),
     "nsys-layers": lambda: nsys_report.layer_table(read("nsys")),
