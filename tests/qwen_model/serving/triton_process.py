@@ -20,7 +20,9 @@ import numpy as np
 from .server_process import child_processes
 
 REPOSITORY = Path(__file__).parents[3] / "deploy" / "triton" / "model_repository"
-START_SECONDS = 60
+START_SECONDS = 180
+SHARED_MEMORY = 4 << 20
+"""Free bytes of /dev/shm, of which each Triton takes 1 MB at first, and more while large requests are under way."""
 LIBPYTHON = Path(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
 
 
@@ -33,6 +35,8 @@ def missing() -> str | None:
         return "needs NumPy 1: Triton in nvidia-pytriton was built before NumPy 2"
     if ".so" not in LIBPYTHON.name or not LIBPYTHON.exists():
         return "needs a Python with a shared library, which Triton's process for models loads"
+    if shutil.disk_usage("/dev/shm").free < SHARED_MEMORY:
+        return f"needs {SHARED_MEMORY >> 20} MB of /dev/shm, through which Triton talks to its process for models"
     return None
 
 
@@ -40,7 +44,10 @@ class TritonProcess:
     """Hold a running Triton: `http` is a client of its HTTP address, `grpc` the other address, `log` its output."""
 
     def __init__(self, engine_dir: Path, folder: Path, **parameters: str):
-        """Serve an engine; `folder` takes what Triton reads. parameters: of config.pbtxt, in place of those there."""
+        """Start to serve an engine; `folder` takes what Triton reads.
+
+        parameters: of config.pbtxt, in place of those there.
+        """
         spec = find_spec("pytriton")
         assert spec is not None
         assert spec.submodule_search_locations is not None
@@ -68,16 +75,28 @@ class TritonProcess:
             )
         self.grpc = f"127.0.0.1:{grpc}"
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{http}", timeout=60)
-        end = time.monotonic() + START_SECONDS
-        while not self.is_ready():
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.kill()
-                raise RuntimeError(self.log)
-            time.sleep(0.1)
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text()
+        return self.log_file.read_text(errors="replace")
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait_until_ready(self) -> None:
+        """Return when Triton answers.
+
+        Raises:
+            RuntimeError: it has ended, or has been killed because it took too long; the text is its log.
+        """
+        end = time.monotonic() + START_SECONDS
+        while not self.is_ready():
+            if self.ended or time.monotonic() > end:
+                self.process.kill()
+                self.process.wait()
+                raise RuntimeError(self.log)
+            time.sleep(0.1)
 
     def is_ready(self) -> bool:
         """Tell whether Triton says that it is."""
@@ -98,7 +117,7 @@ class TritonProcess:
     def stop(self) -> int:
         """Send SIGTERM, and return the exit status."""
         self.http.close()
-        if self.process.poll() is None:
+        if not self.ended:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(60)
