@@ -46,7 +46,7 @@ from ..quantization.engine_weights import EngineWeights
 from ..quantization.formats import chosen_formats
 from ..quantization.key_balance import key_factors
 from ..quantization.options import QUANTIZATIONS, quantization_options
-from ..quantization.summary import WeightSummary, weight_summary
+from ..quantization.summary import WeightSummary, error_warnings, weight_summary
 from .back_ends import back_end
 from .calibration import calibrated_weights, calibration_warnings
 from .limits import engine_limits, usable_positions
@@ -231,6 +231,7 @@ def build_engine(
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
     weights = weight_summary(model, config.dtype, formats, read_weight.relative_errors)
+    warnings += error_warnings(formats, read_weight.relative_errors)
     size = weight_bytes(model, config.dtype, formats)
     return BuildSummary(target, config, size, sequence_bytes, seconds, tuple(warnings), weights)
 
