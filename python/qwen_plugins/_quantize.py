@@ -21,6 +21,7 @@ from qwen_plugins._arguments import (
 
 QUANT_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_LEAST_FLOAT32 = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps  # subnormal
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,6 +47,11 @@ def check_static_scale(name: str, scale: Tensor, x: Tensor) -> None:
     if scale.numel() != 1:
         raise ValueError(f"{name} must have one element, but its shape is {tuple(scale.shape)}")
     check_device(name, scale, x)
+
+
+def static_divisor(scale: Tensor) -> Tensor:
+    """Return a static scale as a scalar; 0 counts as the smallest number above it, by which zeros stay zeros."""
+    return scale.reshape(()).clamp(min=_LEAST_FLOAT32)
 
 
 def _quantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,7 +81,7 @@ def _on_cpu(x: Tensor, scale: Tensor | None, q: Tensor, scales: Tensor) -> None:
         scales.copy_((largest / limit).clamp_(min=SMALLEST_SCALE).masked_fill_(~largest.isfinite(), torch.nan))
         divisor = scales
     else:
-        divisor = scale.reshape(())
+        divisor = static_divisor(scale)
     scaled = torch.where(divisor.isnan(), wide * 0, wide / divisor)
     if q.dtype == torch.int8:
         scaled = scaled.round_().clamp_(-128, 127).nan_to_num_(nan=0.0)

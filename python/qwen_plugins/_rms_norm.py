@@ -23,7 +23,7 @@ from qwen_plugins._arguments import (
     data_type,
     extents_overlap,
 )
-from qwen_plugins._quantize import QUANT_LIMITS, SMALLEST_SCALE, check_quant_dtype, check_static_scale
+from qwen_plugins._quantize import QUANT_LIMITS, SMALLEST_SCALE, check_quant_dtype, check_static_scale, static_divisor
 
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -170,8 +170,8 @@ def quant_on_cpu(
     limit = QUANT_LIMITS[quantization.dtype]
     y = _wide(h, h) * weight * rstd
     if scales is None:
-        scale = quantization.scale
-        assert scale is not None
+        assert quantization.scale is not None
+        scale = static_divisor(quantization.scale)
     else:
         scale = (y.abs().amax(-1, keepdim=True) / limit).to(torch.float32).clamp_(min=SMALLEST_SCALE)
         scales.copy_(scale)

@@ -111,7 +111,7 @@ def _on_cpu(
     if activation == "swiglu":
         z = swiglu(z)
     if y_scale is not None:
-        z = z.float() * (1 / y_scale.reshape(()))
+        z = z.float() * (1 / y_scale.reshape(())).clamp(max=torch.finfo(torch.float32).max)
         z = z.round_().clamp_(-128, 127).nan_to_num_(nan=0.0) if y.dtype == torch.int8 else z.clamp_(-448, 448)
     y.copy_(z)
 

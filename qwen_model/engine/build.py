@@ -37,7 +37,7 @@ from ..quantization.engine_weights import EngineWeights
 from ..quantization.formats import chosen_formats
 from ..quantization.key_balance import key_factors
 from ..quantization.options import QUANTIZATIONS, QuantizationOptions, quantization_options
-from ..quantization.summary import WeightSummary, weight_summary
+from ..quantization.summary import WeightSummary, error_warnings, weight_summary
 from .arguments import check_choice, chosen_capabilities, disabled_names, model_folder, quantization_words
 from .back_ends import back_end
 from .calibration import calibrated_weights, calibration_warnings
@@ -203,6 +203,7 @@ def build_engine(
         config.write(folder)
     watch.lap(f"engine {target} written")
     seconds = time.perf_counter() - start
+    warnings += error_warnings(formats, read_weight.relative_errors)
     return _summary(target, config, read_weight.relative_errors, warnings, seconds)
 
 

@@ -29,7 +29,7 @@ from ..quantization.formats import head_formats, own_formats
 from ..quantization.options import QuantizationOptions, quantization_options
 from ..quantization.published import FORMATS, eight_bit_tensors, layer_tensors, quantization_config
 from ..quantization.search import round_weight
-from ..quantization.summary import WeightSummary, weight_summary
+from ..quantization.summary import WeightSummary, error_warnings, weight_summary
 from .arguments import check_choice, model_folder
 from .calibration import calibrated_weights, calibration_warnings
 from .output_folder import new_folder_place, new_folder_written_whole
@@ -127,7 +127,10 @@ def quantize_checkpoint(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     summary = weight_summary(model, checkpoint.dtype, formats, writer.relative_errors)
     seconds = time.perf_counter() - start
-    warnings = tuple(calibration_warnings(options, activation_aware, calibration))
+    warnings = (
+        *calibration_warnings(options, activation_aware, calibration),
+        *error_warnings(formats, writer.relative_errors),
+    )
     return QuantizeSummary(place, model, stored_as, writer.bytes_written, summary, seconds, warnings)
 
 

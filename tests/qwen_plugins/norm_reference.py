@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+# Static scales from the smallest number that float32 has to infinity: the reciprocals of the first are infinite, and
+# those of the last are subnormal.
+EXTREME_SCALES = [0.0, 1e-45, 3e-42, 1e-38, 1e-30, 1e-19, 1.0, 1e20, 1e37, 1e38, 3.4e38, math.inf]
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
@@ -33,6 +38,11 @@ def assert_within_one_ulp(actual: Tensor, exact: Tensor) -> None:
     keep = ~exact.isnan()
     distance = ulps_apart(actual[keep], exact[keep])
     assert distance.numel() == 0 or distance.max().item() <= 1
+
+
+def divisor_of(scale: float) -> float:
+    """Return what a scale divides by: 0 counts as the smallest number above it."""
+    return max(float(torch.tensor(scale)), 2.0**-149)
 
 
 def _order(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_plugins
-from tests.qwen_plugins.norm_reference import LIMITS, assert_quantized
+from tests.qwen_plugins.norm_reference import EXTREME_SCALES, LIMITS, assert_quantized, divisor_of
 from tests.qwen_plugins.test_rms_norm import DEVICES, DTYPES, make
 
 QUANT_DTYPES = [torch.int8, torch.float8_e4m3fn]
@@ -105,6 +105,32 @@ def test_magnitudes_at_the_ends_of_the_range(device, quant_dtype, largest):
     q, scales = qwen_plugins.quantize(x.bfloat16(), quant_dtype)
     assert scales.item() >= torch.finfo(torch.float32).tiny
     assert_quantized(q, x.bfloat16().double() / scales.double())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quant_dtype", QUANT_DTYPES)
+def test_small_rows_round_correctly(device, dtype, quant_dtype):
+    for size in (1e-20, 1e-30, 1e-35):
+        check(make(64, 512, dtype=torch.float32, device=device).mul(size).to(dtype), quant_dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_dtype", QUANT_DTYPES)
+@pytest.mark.parametrize("scale", EXTREME_SCALES)
+def test_static_scales_of_any_size(device, dtype, quant_dtype, scale):
+    divisor, largest = divisor_of(scale), torch.finfo(dtype).max
+    around = torch.linspace(-500, 500, 1001, dtype=torch.float64) * min(divisor, 1e36)
+    others = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e-20, 3e-3, -7.0, 6e4, -1e20, largest, -largest])
+    x = torch.cat([around, others.double(), torch.zeros(12, dtype=torch.float64)]).clamp(-largest, largest).to(dtype)
+    expected = x.float() / torch.tensor(divisor)  # on a CPU, where it is correctly rounded
+    if quant_dtype == torch.int8:
+        expected = expected.round().clamp(-128, 127)
+    expected = expected.clamp(-448, 448).to(quant_dtype).float()
+    for columns in (1024, 1023):  # in packs, and one by one
+        q, _ = qwen_plugins.quantize(x[:columns].to(device), quant_dtype, torch.tensor([scale], device=device))
+        assert torch.equal(q.float().cpu(), expected[:columns])
 
 
 @pytest.mark.parametrize("device", DEVICES)

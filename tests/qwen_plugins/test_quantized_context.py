@@ -5,7 +5,7 @@ import torch
 
 from qwen_plugins import attention
 from tests.qwen_plugins.decoder_reference import Case
-from tests.qwen_plugins.norm_reference import LIMITS
+from tests.qwen_plugins.norm_reference import EXTREME_SCALES, LIMITS
 from tests.qwen_plugins.test_attention import QKV, TOLERANCE, arguments, inputs_of, make_case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -92,6 +92,33 @@ def test_decoding_one_long_sequence(dtype, heads):
     case = make_case(heads, 128, dtype, [9000], [1], 10_000, {})
     exact, _ = case.reference()
     check(decode(case, inputs_of(case)), dtype, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_dtype", QUANT_DTYPES)
+@pytest.mark.parametrize("head_size", [80, 128])
+def test_scales_of_any_size(head_size, dtype, quant_dtype):
+    """Zeros stay zeros and the rest saturates or vanishes: no scale makes NaN of finite values."""
+    for past, new, make_attend in (([0, 0], [1, 200], prefill), ([7, 513], [1, 1], decode)):
+        case = make_case((4, 2), head_size, dtype, past, new, 1024, {})
+        case.cache[:, 1, 0] = 0
+        values = case.qkv.view(len(case.qkv), 8, head_size)[:, 6:]
+        values[:, 0] = 0  # of the first two heads
+        attend = make_attend(case, inputs_of(case))
+        plain = attend().double()
+        assert plain.view(-1, 4, head_size)[:, :2].eq(0).all()
+        assert plain.view(-1, 4, head_size)[:, 2:].ne(0).any()
+        for scale in EXTREME_SCALES:
+            on_gpu = torch.tensor([scale], device="cuda")
+            codes = attend(context_dtype=quant_dtype, context_scale=on_gpu).double()
+            factor = min(1 / scale, torch.finfo(torch.float32).max) if scale else torch.finfo(torch.float32).max
+            if scale < 1e-30:
+                factor = 1e30  # all but zeros saturate
+            low, high = (-128, 127) if quant_dtype == torch.int8 else (-448, 448)
+            expected = (plain * factor).clamp(low, high)
+            assert ((codes - expected).abs() <= (1 if quant_dtype == torch.int8 else 32)).all()
+            assert codes.view(-1, 4, head_size)[:, :2].eq(0).all()
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_plugins
-from tests.qwen_plugins.norm_reference import LIMITS, assert_quantized, reference
+from tests.qwen_plugins.norm_reference import EXTREME_SCALES, LIMITS, assert_quantized, divisor_of, reference
 from tests.qwen_plugins.test_rms_norm import DEVICES, DTYPES, make, make_weight
 
 QUANT_DTYPES = [torch.int8, torch.float8_e4m3fn]
@@ -137,6 +137,25 @@ def test_static_quantization_saturates(device):
     assert qwen_plugins.rms_norm_quant(x, weight, scale=scale).tolist() == [[127, -128, 0, 127]]
     q = qwen_plugins.rms_norm_quant(x, weight, scale=scale, quant_dtype=torch.float8_e4m3fn)
     assert q.float().tolist() == [[448, -448, 0, 448]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_dtype", QUANT_DTYPES)
+@pytest.mark.parametrize("scale", EXTREME_SCALES)
+def test_static_scales_of_any_size(device, dtype, quant_dtype, scale):
+    divisor = divisor_of(scale)
+    for hidden_size in (64, 65, 32776):
+        x = make(3, hidden_size, dtype=dtype, device=device)
+        x[:, ::3] = 0
+        near_the_scale = 100 * divisor if 1e-37 < 100 * divisor < 1e36 else 1.0
+        for size in (1.0, near_the_scale):
+            weight = make_weight(hidden_size, torch.float32, device) * size
+            y, _ = reference(x, weight, 1e-6)
+            q = qwen_plugins.rms_norm_quant(
+                x, weight, quant_dtype=quant_dtype, scale=torch.tensor([scale], device=device)
+            )
+            assert_quantized(q, y / divisor)
 
 
 @pytest.mark.parametrize("device", DEVICES)

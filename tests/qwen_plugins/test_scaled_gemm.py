@@ -8,6 +8,7 @@ import torch
 from qwen_plugins import launch, scaled_gemm, tuning
 from qwen_plugins.quantized import WeightFormat
 from tests.qwen_plugins.gemm_reference import ACTIVATIONS, DEVICES, DTYPES, HALF_TYPES
+from tests.qwen_plugins.norm_reference import EXTREME_SCALES
 from tests.qwen_plugins.scaled_gemm_reference import CODE_TYPES, Layer, check, launch_kernel, random_codes
 
 INT8, FP8 = CODE_TYPES
@@ -86,6 +87,42 @@ def test_codes_saturate(device, code_type):
     smallest, largest = (-128, 127) if code_type == INT8 else (-448, 448)
     assert (codes[y > 1e-3] == largest).all()
     assert (codes[y < -1e-3] == smallest).all()
+
+
+def check_scales_of_any_size(multiply_with):
+    """Check `multiply_with(layer, x, scales, y_scale)`, whose middle row of x is of zeros."""
+    for code_type in CODE_TYPES:
+        layer = Layer(256, 64, code_type=code_type, device="cpu")
+        x, scales, _ = layer.operands(3)
+        x.view(torch.uint8)[1] = 0
+        z = (x.float() * scales).double() @ layer.weight.T
+        for scale in EXTREME_SCALES:
+            codes = multiply_with(layer, x, scales, torch.tensor([scale])).float()
+            factor = min(1 / scale, torch.finfo(torch.float32).max) if scale else torch.finfo(torch.float32).max
+            low, high = (-128, 127) if code_type == INT8 else (-448, 448)
+            assert ((codes - (z * factor).clamp(low, high)).abs() <= (0.51 if code_type == INT8 else 16)).all()
+            assert codes[1].eq(0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scales_of_y_of_any_size(device):
+    def multiply_with(layer, x, scales, y_scale):
+        operands = [tensor.to(device) for tensor in (x, layer.codes, scales, layer.scales)]
+        return scaled_gemm(*operands, y_scale=y_scale.to(device)).cpu()
+
+    check_scales_of_any_size(multiply_with)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "cublas_lt_eight_bit", "stream_eight_bit", "tiles_eight_bit:n128s1"])
+def test_scales_of_y_of_any_size_in_every_kernel(name):
+    def multiply_with(layer, x, scales, y_scale):
+        on_gpu = Layer(256, 64, code_type=layer.code_type)
+        y = torch.empty(3, 64, dtype=x.dtype, device="cuda")
+        launch_kernel(name, on_gpu, x.cuda(), scales.cuda(), None, None, y, y_scale=y_scale.cuda())
+        return y.cpu()
+
+    check_scales_of_any_size(multiply_with)
 
 
 @pytest.mark.parametrize("device", DEVICES)

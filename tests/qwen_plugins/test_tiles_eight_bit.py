@@ -106,3 +106,26 @@ def test_candidates_and_rules(activation):
     for rows in (256, 512, 8192):
         assert tuning.choice_by_rules(rows=rows, **shape) == "tiles_eight_bit"
         assert len(set(tuning.candidates(rows=rows, **shape)) & set(NAMES)) == 6
+
+
+def test_layers_that_are_not_divided_need_no_room_for_sums():
+    def workspace_bytes(in_features, rows):
+        layer = launch.LinearLayer(
+            weight=4096,
+            scales=4096,
+            bias=0,
+            in_features=in_features,
+            out_features=96,
+            activation=launch.Activation.none,
+            dtype=launch.DataType.float16,
+            constant_weight=True,
+            kernels=[(2**29, "tiles_eight_bit")],
+            weight_format=WeightFormat(8, 0, scale_dtype="float32", activation="int8").for_launch(),
+        )
+        return layer.workspace_bytes(rows)
+
+    cublas_lt = 32 << 20  # which the rules may choose, and the sums of its rows
+    for rows in (1, 100, 5000):
+        assert workspace_bytes(256, rows) == cublas_lt + 4 * 96 * rows
+    few, many = (workspace_bytes(4096, rows) for rows in (1, 5000))
+    assert cublas_lt + 4 * 96 <= few <= many == 40 << 20

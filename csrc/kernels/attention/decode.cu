@@ -91,7 +91,7 @@ __device__ __forceinline__ void prepare(const Arguments& a, const Work& work, in
   const int items = p.context_scale == nullptr ? heads : heads + 1;
   for (int i = first < 0 ? first + warps : first; i < items; i += warps) {
     if (i == heads) {
-      shared.context_factor = __frcp_rn(*p.context_scale);
+      shared.context_factor = finite_reciprocal(*p.context_scale);
       break;
     }
     with_element<T>(p.heads.dtype, [&](auto element) {

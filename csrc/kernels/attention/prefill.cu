@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) attend_plainly(const __grid_
     if (p.context_scale == nullptr) {
       static_cast<T*>(p.context)[place] = from_float<T>(result[i] / sum);
     } else {
-      const float scaled[1] = {result[i] / sum * __frcp_rn(*p.context_scale)};
+      const float scaled[1] = {result[i] / sum * finite_reciprocal(*p.context_scale)};
       store_context_codes(static_cast<uint8_t*>(p.context) + place, scaled, p.context_dtype);
     }
   }

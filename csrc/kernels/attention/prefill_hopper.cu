@@ -157,7 +157,7 @@ class HopperAttention : public TileSoftmax<T, Shape> {
           shared, row, static_cast<char*>(p.context) + first_element * 2, stride * 2, num_rows,
           [](char* to, const float* pair) { *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(pair[0], pair[1]); });
     } else {
-      const float factor = __frcp_rn(*p.context_scale);
+      const float factor = finite_reciprocal(*p.context_scale);
       write_elements<1>(shared, row, static_cast<char*>(p.context) + first_element, stride, num_rows,
                         [&](char* to, const float* pair) {
                           const float scaled[2] = {pair[0] * factor, pair[1] * factor};

@@ -294,7 +294,7 @@ class TileAttention : public TileSoftmax<T, Shape> {
   // Writes to the warp's rows of shared memory: elements, or codes at the beginning of each row.
   __device__ __forceinline__ void write(T* rows, const PrefillAttentionParams& p) {
     this->divide_by_sums();
-    const float factor = p.context_scale == nullptr ? 0.0F : __frcp_rn(*p.context_scale);
+    const float factor = p.context_scale == nullptr ? 0.0F : finite_reciprocal(*p.context_scale);
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r)
 #pragma unroll

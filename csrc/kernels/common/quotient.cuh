@@ -1,5 +1,7 @@
-// What quantization to 8 bits computes with: magnitudes and correctly rounded quotients.
+// What quantization to 8 bits computes with: magnitudes, correctly rounded quotients, and reciprocals.
 #pragma once
+
+#include <cfloat>
 
 #include "elements.cuh"
 
@@ -19,17 +21,25 @@ __device__ __forceinline__ float quotient(float value, float divisor, float reci
   return __fmaf_rn(__fmaf_rn(-product, divisor, value), reciprocal, product);
 }
 
-// Quotients by one divisor above 0, of any size; by another 0 for finite values, else NaN.
+// Quotients by one finite divisor above 0, rounded correctly from 2^-20 on; by another 0 for finite values, else NaN.
 class QuotientBy {
  public:
   __device__ __forceinline__ explicit QuotientBy(float divisor) {
-    if (!(divisor > 0.0F)) return;
-    factor_ = divisor < 0x1p-64F ? 0x1p64F : 1.0F;  // neither reciprocal nor remainder leaves the range
+    if (!(divisor > 0.0F && divisor <= FLT_MAX)) return;
+    // Neither reciprocal nor remainder leaves the range.
+    factor_ = divisor < 0x1p-64F ? 0x1p64F : divisor > 0x1p64F ? 0x1p-64F : 1.0F;
     divisor_ = divisor * factor_;
     reciprocal_ = __frcp_rn(divisor_);
   }
+  // Of values that are at most 2^20 times the divisor.
   __device__ __forceinline__ float operator()(float value) const {
     return quotient(value * factor_, divisor_, reciprocal_);
+  }
+  // Of all values; a quotient of more than 2^20 is not exact, and may be infinite.
+  __device__ __forceinline__ float of_any(float value) const {
+    const float scaled = value * factor_;
+    const float product = scaled * reciprocal_;  // of which infinity would become NaN
+    return fabsf(product) <= 0x1p20F ? quotient(scaled, divisor_, reciprocal_) : product;
   }
 
  private:
@@ -37,5 +47,11 @@ class QuotientBy {
   float divisor_ = 0.0F;
   float reciprocal_ = 0.0F;
 };
+
+// 1 / scale, at most the largest float32: that of a tiny scale, too, leaves zeros what they are. NaN stays.
+__device__ __forceinline__ float finite_reciprocal(float scale) {
+  const float reciprocal = __frcp_rn(scale);
+  return reciprocal > FLT_MAX ? FLT_MAX : reciprocal;
+}
 
 }  // namespace qwen_plugins

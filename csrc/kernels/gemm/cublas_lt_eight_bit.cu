@@ -6,6 +6,7 @@
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/quotient.cuh"
 #include "silu.cuh"
 
 namespace qwen_plugins {
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ 
       static_cast<T*>(p.y)[index] = from_float<T>(y);
       continue;
     }
-    y *= 1.0F / *p.y_scale;
+    y *= finite_reciprocal(*p.y_scale);
     static_cast<uint8_t*>(p.y)[index] =
         static_cast<uint8_t>(std::is_same_v<Sum, int32_t> ? to_int8_bits(y) : to_float8_e4m3_bits(y));
   }

@@ -4,6 +4,7 @@
 #include "kernels/common/elements.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/quotient.cuh"
 #include "packed_weight.h"
 #include "plain.h"
 #include "silu.cuh"
@@ -152,7 +153,7 @@ template <typename T, typename X>
 __device__ __forceinline__ void store(const GemmParams& p, int64_t index, float value) {
   if constexpr (sizeof(X) == 1) {
     if (p.shape.quantized_y) {
-      const float scaled = value * (1.0F / *p.y_scale);
+      const float scaled = value * finite_reciprocal(*p.y_scale);
       static_cast<uint8_t*>(p.y)[index] =
           static_cast<uint8_t>(std::is_same_v<X, int8_t> ? to_int8_bits(scaled) : to_float8_e4m3_bits(scaled));
       return;

@@ -6,6 +6,7 @@
 // 128 x 128. The other scales are applied at the end.
 #pragma once
 
+#include "kernels/common/quotient.cuh"
 #include "kernels/common/wgmma_eight_bit.cuh"
 #include "stream_hopper.cuh"
 
@@ -187,7 +188,7 @@ class StreamEightBitConsumer : public StreamConsumer<StreamEightBitConsumer<Sum,
         x_scales_[i][r] = row < p.rows ? arguments_.x_scales[arguments_.x_scale_per_row ? row : 0] : 0.0F;
       }
     }
-    if (arguments_.y_scale != nullptr) y_factor_ = 1.0F / *arguments_.y_scale;
+    if (arguments_.y_scale != nullptr) y_factor_ = finite_reciprocal(*arguments_.y_scale);
   }
   __device__ __forceinline__ float load_bias(int row) const {
     return arguments_.bfloat16 ? to_float(static_cast<const __nv_bfloat16*>(p.bias)[row])

@@ -15,6 +15,7 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int64_t kMaxSumsBytes = int64_t{40} << 20;
+constexpr int64_t kMinChunks = 2;  // of a share
 
 // How a GEMM is divided: the weight rows of a tile, the blocks of a cluster, and the shares of a tile's k.
 struct Tiling {
@@ -27,6 +28,7 @@ constexpr int kLast = 14;
 constexpr std::array<int, 3> kTileColumns{128, 192, 256};
 constexpr std::array<int, 7> kSplits{1, 2, 3, 4, 6, 8, kLast};
 constexpr std::array<std::array<int, 2>, 3> kClusters{{{1, 1}, {2, 1}, {1, 2}}};  // rows and columns
+constexpr int64_t kMaxSplits = 8;
 constexpr int kColumnsUnit = 32;
 
 // The number of the kernel's variant, and its name.
@@ -65,11 +67,13 @@ int64_t shares_of(const GemmShape& shape, const Tiling& tiling, const ClustersAt
   if (tiling.splits == 1) return 0;
   return tiling.splits == kLast ? clusters[tiling.blocks()] : tiles_of(shape, tiling) * tiling.splits;
 }
+int64_t sums_bytes_of(int64_t shares, const Tiling& tiling) {
+  return 2 * shares * tiling.blocks() * kEightBitRows * tiling.columns * 4;
+}
 int64_t sums_bytes(const GemmShape& shape, const Tiling& tiling, const ClustersAtOnce& clusters) {
-  return 2 * shares_of(shape, tiling, clusters) * tiling.blocks() * kEightBitRows * tiling.columns * 4;
+  return sums_bytes_of(shares_of(shape, tiling, clusters), tiling);
 }
 bool is_possible(const GemmShape& shape, const Tiling& tiling, const ClustersAtOnce& clusters) {
-  constexpr int64_t kMinChunks = 2;  // of a share
   if (clusters[tiling.blocks()] == 0) return false;
   const bool blocks = shape.weight_format.group_size != 0;
   if (shape.weight_format.kind == WeightKind::kFp8Rows && tiling.columns > (blocks ? 128 : 192)) return false;
@@ -230,7 +234,19 @@ bool is_candidate(const GemmParams& params, const DeviceProperties& device, int3
   return false;
 }
 
-int64_t workspace_bytes(const GemmShape& shape) { return has_quantized_x(shape.weight_format) ? kMaxSumsBytes : 0; }
+// The most that a tiling of so many rows needs on any device: the shares of kLast are at most as many as the tiles.
+int64_t workspace_bytes(const GemmShape& shape) {
+  if (!has_quantized_x(shape.weight_format) || chunks_of(shape) <= kMinChunks) return 0;
+  const int64_t splits = std::clamp<int64_t>(chunks_of(shape) / kMinChunks, 1, kMaxSplits);
+  int64_t bytes = 0;
+  for (const int columns : kTileColumns) {
+    for (const auto& [rows, cluster_columns] : kClusters) {
+      const Tiling tiling{columns, rows, cluster_columns, 1};
+      bytes = std::max(bytes, sums_bytes_of(tiles_of(shape, tiling) * splits, tiling));
+    }
+  }
+  return std::min(bytes, kMaxSumsBytes);
+}
 
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {
   ClustersAtOnce clusters;

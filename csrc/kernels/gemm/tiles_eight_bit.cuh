@@ -21,6 +21,7 @@
 #include "hopper_operands.h"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/programmatic_launch.cuh"
+#include "kernels/common/quotient.cuh"
 #include "kernels/common/tensor_cores.cuh"
 #include "kernels/common/wgmma_eight_bit.cuh"
 #include "silu.cuh"
@@ -297,7 +298,7 @@ class EightBitResults {
   // `slots` are the warp's, `pairs` the warpgroup's.
   __device__ __forceinline__ EightBitResults(const TilesEightBitArguments& p, int group, uint32_t slots, uint32_t pairs)
       : p_(p), group_(group), slots_(slots), pairs_(pairs) {
-    if (p.quantized_y) y_factor_ = 1.0F / *p.y_scale;
+    if (p.quantized_y) y_factor_ = finite_reciprocal(*p.y_scale);
   }
 
   // Loads scales and bias for the warpgroup's rows of x and columns of y from these on: each thread a pair of weight

@@ -41,21 +41,24 @@ __device__ __forceinline__ float scale_of_row(const QuantizeParams& p, float lar
   return scale;
 }
 
+// The scale of all rows; 0 counts as the smallest number above it, by which zeros stay zeros and the rest saturates.
+__device__ __forceinline__ float static_scale(const QuantizeParams& p) {
+  const float scale = *p.static_scale;
+  return scale < FLT_TRUE_MIN ? FLT_TRUE_MIN : scale;  // NaN stays
+}
+
 // Codes of elements by one scale. `kStatic`: quotients of any size saturate; else they are at most 127 or 448, or the
 // scale is NaN, with which int8 codes are 0 and float8 codes 0 for finite elements and else NaN.
 template <bool kStatic>
 class Codes {
  public:
-  __device__ __forceinline__ Codes(float scale, DataType dtype) : dtype_(dtype) {
-    if (!(scale > 0.0F)) return;
-    divisor_ = scale;
-    reciprocal_ = __frcp_rn(scale);
-  }
+  __device__ __forceinline__ Codes(float scale, DataType dtype)
+      : quotient_(scale), dtype_(dtype), is_number_(scale > 0.0F) {}
 
   __device__ __forceinline__ uint32_t of_four(const float (&values)[4]) const {
     float scaled[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) scaled[i] = divided(values[i]);
+    for (int i = 0; i < 4; ++i) scaled[i] = kStatic ? quotient_.of_any(values[i]) : quotient_(values[i]);
     if (dtype_ != DataType::kInt8) return to_float8_e4m3x4(scaled);
     if constexpr (kStatic) {
       return to_int8x4(scaled);
@@ -67,24 +70,18 @@ class Codes {
       for (int i = 0; i < 4; ++i) bits[i] = bit_cast<uint32_t>(scaled[i] + 0x1.8p23F);
       const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
       const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
-      return divisor_ > 0.0F ? __byte_perm(low, high, 0x5410) : 0;
+      return is_number_ ? __byte_perm(low, high, 0x5410) : 0;
     }
   }
   __device__ __forceinline__ uint8_t of(float value) const {
-    const float scaled = divided(value);
+    const float scaled = quotient_.of_any(value);
     return static_cast<uint8_t>(dtype_ == DataType::kInt8 ? to_int8_bits(scaled) : to_float8_e4m3_bits(scaled));
   }
 
  private:
-  __device__ __forceinline__ float divided(float value) const {
-    const float exact = quotient(value, divisor_, reciprocal_);
-    const float product = value * reciprocal_;
-    return kStatic && !(fabsf(product) <= 0x1p20F) ? product : exact;  // else infinity would become NaN
-  }
-
+  QuotientBy quotient_;
   DataType dtype_;
-  float divisor_ = 0.0F;
-  float reciprocal_ = 0.0F;
+  bool is_number_;
 };
 
 // The larger magnitudes of the halves of a word; NaN if one is.
@@ -119,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_in_packs(const __grid_co
       q[index(j)] = {codes.of_four(halves[0]), codes.of_four(halves[1])};
     }
   };
-  if (p.static_scale != nullptr) return store(Codes<true>(*p.static_scale, p.quant_dtype));
+  if (p.static_scale != nullptr) return store(Codes<true>(static_scale(p), p.quant_dtype));
   uint32_t largest = 0;
 #pragma unroll
   for (const FullPack& pack : packs)
@@ -139,7 +136,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_in_elements(const __grid
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
   float scale;
   if (p.static_scale != nullptr) {
-    scale = *p.static_scale;
+    scale = static_scale(p);
   } else {
     float largest = 0.0F;
     for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) largest = larger_magnitude(largest, to_float(x[i]));

@@ -149,7 +149,9 @@ __device__ __forceinline__ float quantization_factor(const RmsNormArguments& p, 
     scale = scale < FLT_MIN ? FLT_MIN : scale;  // a row of zeros; NaN stays
     if (writes_scale) *at(p.scales, p.scale_rows, row) = scale;
   }
-  const float factor = __fdividef(rstd, scale);
+  // The approximate quotient needs a divisor from 2^-126 to 2^126.
+  const float shift = scale < FLT_MIN ? 0x1p24F : scale > 0x1p126F ? 0.25F : 1.0F;
+  const float factor = __fdividef(rstd * shift, scale * shift);
   return factor > FLT_MAX ? FLT_MAX : factor;  // finite, so that zeros stay zeros; NaN stays
 }
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ void collect_best(const Row<T, kWidth>& row, Range ra
   __shared__ CutMemory memory;
   const Choice floor = find_cut(row, range.begin, range.end, 0, CountWeights{static_cast<Weight>(count)}, memory);
   BestMemory& first = *Cluster::of(&best, 0);
-  row.template for_each<2>(range.begin, range.end, [&](auto& values, int32_t token) {
+  row.template for_each_as_it_is<2>(range.begin, range.end, [&](auto& values, int32_t token) {
 #pragma unroll
     for (int i = 0; i < kCountOf<decltype(values)>; ++i) {
       if (ordered_bits(values[i]) < static_cast<uint32_t>(floor >> 32)) continue;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kCutThreads, 1) logprobs(const __grid_constant
   const Row<T, kWidth> row(p.logits, p.logits_row_stride, sequence, p.vocab_size);
   const Range range = share_of(Cluster::rank(), Cluster::size(), row.groups());
   if (thread == 0) best.count = 0;  // seen by all blocks after the next call
-  const Choice likeliest = Cluster::largest(best_of(row, range));
+  const Choice likeliest = Cluster::largest(best_of<true>(row, range));
   if (!is_finite(likeliest)) {
     if (!is_first) return;
     if (thread == 0) p.logprobs[sequence] = kNan;

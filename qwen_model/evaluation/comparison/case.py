@@ -10,6 +10,15 @@ from ...interface.probe import Array
 
 Module = tuple[Array, Array | None]
 
+LINEAR_INPUTS = {
+    "attention.qkv": "input_norm",
+    "attention.output": "attention",
+    "mlp.gate_up": "post_attention_norm",
+    "mlp.down": "mlp.gate_up",
+    "lm_head": "final_norm",
+}
+"""What each linear layer reads: kinds of results."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -61,13 +70,8 @@ class Case:
     @property
     def linear_input(self) -> tuple[str, Array]:
         """Return name and value of what a linear layer reads."""
-        sources = {
-            "attention.qkv": "input_norm",
-            "attention.output": "attention",
-            "mlp.gate_up": "post_attention_norm",
-            "mlp.down": "mlp.gate_up",
-        }
-        name = "final_norm" if self.kind == "lm_head" else self.sibling(sources[self.kind])
+        source = LINEAR_INPUTS[self.kind]
+        name = source if self.layer is None else self.sibling(source)
         return name, self.values[name]
 
 

@@ -321,3 +321,29 @@ def test_plan_of_sequences_that_a_rotary_scaling_makes_longer(tmp_path, plain_di
     arguments = ["--plan", "--model-dir", str(plain_dir), "--max-input-len", str(2 * positions - 8)]
     build_command.main([*arguments, "--max-output-len", "8", "--rotary-scaling", "linear:2"])
     assert f"of {2 * positions} tokens" in capsys.readouterr().out
+
+
+def test_a_layer_that_does_not_suit_its_format(tmp_path, plain_dir):
+    """Some numbers of the layer are much larger than the others of their groups, whose codes are 0 then."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(plain_dir / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][:, ::32] *= 12
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((plain_dir / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors")
+    for group_size, remedy in ((64, "--group-size 32 or --quantization int8"), (32, "--quantization int8")):
+        options = {"quantization": "int4", "group_size": group_size}
+        built = build(folder, tmp_path / f"engine{group_size}", **options)
+        written = quantize_checkpoint(folder, output_dir=tmp_path / f"quantized{group_size}", **options)
+        warnings = [each for each in built.warnings if "their weights" in each]
+        assert warnings == [each for each in written.warnings if "their weights" in each]
+        error = built.weights.relative_errors["layers.1.mlp.down"]
+        assert warnings[0].startswith(f"layers.1.mlp.down ({error:.0%}) lose more than 16% of their weights in int4, ")
+        assert f": {remedy} has" in warnings[0]
+        assert len(warnings) == 1
+    # Where it has no such numbers, and in 8 bits.
+    for name, options in OWN.items():
+        source = plain_dir if "int4" in name else folder
+        assert "their weights" not in " ".join(build(source, tmp_path / name.replace(" ", "_"), **options).warnings)
