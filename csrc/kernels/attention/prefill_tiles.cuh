@@ -326,6 +326,23 @@ class TileAttention : public TileSoftmax<T, Shape> {
   }
 };
 
+// Copies a warp's results, codes where the context is quantized, from shared memory to the context. There may be fewer
+// rows than a warp has, or less than 0.
+template <typename T, typename Shape>
+__device__ __forceinline__ void copy_context(const PrefillAttentionParams& p, const T* warp_rows, int64_t first_element,
+                                             int64_t context_stride, int rows_left) {
+  const int element_bytes = p.context_scale == nullptr ? 2 : 1;
+  const int chunks = Shape::kHeadSize * element_bytes / 16;
+  const int num_rows = min(rows_left, Shape::kWarpRows);
+  char* const context = static_cast<char*>(p.context) + first_element * element_bytes;
+  for (int chunk = static_cast<int>(threadIdx.x) % 32; chunk < num_rows * chunks; chunk += 32) {
+    const int row = chunk / chunks;
+    const int column = chunk % chunks;
+    reinterpret_cast<FullPack*>(context + row * context_stride * element_bytes)[column] =
+        reinterpret_cast<const FullPack*>(warp_rows + row * Shape::kStride)[column];
+  }
+}
+
 // The next tile's keys are loaded while values are multiplied, and a tile's values while its keys are.
 template <typename T, typename Shape, bool kQuantized>
 __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_constant__ PrefillArguments a) {
@@ -384,16 +401,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   }
   attention.write(warp_rows, p);
   __syncwarp();
-  const int element_bytes = p.context_scale == nullptr ? 2 : 1;
-  const int chunks = Shape::kHeadSize * element_bytes / 16;
-  const int num_rows = min(tile.num_rows - first_row, Shape::kWarpRows);  // may be below 0
-  char* const context = static_cast<char*>(p.context) + (first_element + first_row * context_stride) * element_bytes;
-  for (int chunk = static_cast<int>(threadIdx.x) % 32; chunk < num_rows * chunks; chunk += 32) {
-    const int row = chunk / chunks;
-    const int column = chunk % chunks;
-    reinterpret_cast<FullPack*>(context + row * context_stride * element_bytes)[column] =
-        reinterpret_cast<const FullPack*>(warp_rows + row * Shape::kStride)[column];
-  }
+  copy_context<T, Shape>(p, warp_rows, first_element + first_row * context_stride, context_stride,
+                         tile.num_rows - first_row);
 }
 
 }  // namespace qwen_plugins

@@ -116,6 +116,19 @@ class WeightLoads {
     }
   }
 
+  // Loads as many chunks as the ring buffer has stages, each tile as a group of cp.async.
+  __device__ __forceinline__ void fill(const unsigned char* ring) {
+#pragma unroll
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+#pragma unroll
+      for (int tile = 0; tile < Shape::kTiles; ++tile) {
+        load(tile, shared_address(ring + stage * Shape::kStageBytes));
+        cp_async_commit();
+      }
+      advance();
+    }
+  }
+
   __device__ __forceinline__ void advance() {
     chunk += Shape::kWarps;
     if (chunk < p.chunks || group >= p.groups) return;
@@ -181,6 +194,22 @@ __device__ __forceinline__ void load_x_of_warp(const StreamArguments& p, uint32_
   }
 }
 
+// Loads the first chunks of x into the stages of the warp's ring buffer, or all that it multiplies to `x_lines`.
+template <typename T, typename Shape>
+__device__ __forceinline__ void load_first_x(const StreamArguments& p, const unsigned char* ring,
+                                             const unsigned char* x_lines) {
+  if constexpr (Shape::kX == XPlace::kStreamed) {
+    for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
+      load_x_chunk<T, Shape>(p, chunk, 8 * Shape::kXTiles,
+                             shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
+      chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
+    }
+  } else {
+    load_x_of_warp<T, Shape>(p, shared_address(x_lines));
+  }
+  cp_async_commit();
+}
+
 // A lane's operands of a line, of one row of a tile or of x.
 struct Fragments {
   FullPack packs[2];
@@ -192,6 +221,18 @@ struct Fragments {
     }
   }
 };
+
+// Reads a chunk of x. Lanes of rows that x does not have read its last row: their sums are not used.
+template <typename Shape>
+__device__ __forceinline__ void read_x_chunk(Fragments (&x)[kXLines][Shape::kXTiles], const unsigned char* lines,
+                                             int line_bytes, int rows) {
+#pragma unroll
+  for (int line = 0; line < kXLines; ++line) {
+    for (int h = 0; h < Shape::kXTiles; ++h) {
+      x[line][h].load(lines + line * line_bytes, min(lane_of_thread() / 4 + 8 * h, rows - 1));
+    }
+  }
+}
 
 // A chunk of a tile times a chunk of x. The only place that sees weights as operands: one stored in another type would
 // be converted here.
@@ -263,36 +304,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const unsigned char* x_lines =
       shared + Shape::kWarps * Shape::kRingBytes + Shape::kSumBytes + warp_of_thread() * p.chunks_of_warp * x_bytes;
 
-  const auto load_first_x = [&] {
-    if constexpr (kStreamsX) {
-      for (int stage = 0, chunk = warp_of_thread(); stage < Shape::kStages; ++stage) {
-        load_x_chunk<T, Shape>(p, chunk, 8 * Shape::kXTiles,
-                               shared_address(ring + stage * Shape::kStageBytes + Shape::kTiles * kTileBytes));
-        chunk = chunk + Shape::kWarps < p.chunks ? chunk + Shape::kWarps : warp_of_thread();
-      }
-    } else {
-      load_x_of_warp<T, Shape>(p, shared_address(x_lines));
-    }
-    cp_async_commit();
-  };
-
   if (!p.constant_weight) {
     wait_for_previous_kernel();
-    load_first_x();
+    load_first_x<T, Shape>(p, ring, x_lines);
   }
   WeightLoads<T, Shape> loads(p);
-#pragma unroll
-  for (int stage = 0; stage < Shape::kStages; ++stage) {
-#pragma unroll
-    for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      loads.load(tile, shared_address(ring + stage * Shape::kStageBytes));
-      cp_async_commit();
-    }
-    loads.advance();
-  }
+  loads.fill(ring);
   if (p.constant_weight) {
     wait_for_previous_kernel();
-    load_first_x();
+    load_first_x<T, Shape>(p, ring, x_lines);
     cp_async_wait_warp<0>();
   } else {
     cp_async_wait_warp<kPending>();
@@ -310,14 +330,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       for (int tile = 0; tile < Shape::kTiles; ++tile) {
         cp_async_wait_warp<kPending - 1>();
         if (tile == 0) {
-          // Lanes of rows that x does not have load its last row: their sums are not used.
-          const unsigned char* lines = kStreamsX ? stage + Shape::kTiles * kTileBytes : x_chunk;
-#pragma unroll
-          for (int line = 0; line < kXLines; ++line) {
-            for (int h = 0; h < Shape::kXTiles; ++h) {
-              x[line][h].load(lines + line * x_line_bytes, min(lane_of_thread() / 4 + 8 * h, p.rows - 1));
-            }
-          }
+          read_x_chunk<Shape>(x, kStreamsX ? stage + Shape::kTiles * kTileBytes : x_chunk, x_line_bytes, p.rows);
           x_chunk += x_bytes;
         }
         Fragments weight;

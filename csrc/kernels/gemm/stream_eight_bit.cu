@@ -6,12 +6,12 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int64_t kMaxRows = 256;  // that it may be the fastest for
+using Rows = XRows<8, 16, 24, 32, 48, 64, 96, 128>;
 constexpr StreamHopperCosts kCosts{49.4, 0.573, 245.0, 3311.0, 1.0, 0.0, 1007.0, 2646.0, 4.66, 11.5, 3.3};
 
 const StreamHopperVariants& variants_of(WeightKind kind) {
-  static const std::vector<int> x_rows{8, 16, 24, 32, 48, 64, 96, 128};
-  static const StreamHopperVariants int8({x_rows, max_warpgroups_of_codes<int32_t>, kCosts});
-  static const StreamHopperVariants fp8({x_rows, max_warpgroups_of_codes<float>, kCosts});
+  static const StreamHopperVariants int8({Rows::all(), max_warpgroups_of_codes<int32_t>, kCosts});
+  static const StreamHopperVariants fp8({Rows::all(), max_warpgroups_of_codes<float>, kCosts});
   return kind == WeightKind::kInt8Rows ? int8 : fp8;
 }
 
@@ -44,27 +44,10 @@ cudaError_t launch_of_sums(const GemmParams& params, const DeviceProperties& dev
   arguments.x_scale_per_row = shape.x_scale_per_row;
   arguments.block_scales = shape.weight_format.group_size != 0;
   arguments.bfloat16 = shape.dtype == DataType::kBFloat16;
-  const auto launch = [&](auto* kernel) {
-    return launch_stream(kernel, arguments, pairs, variant, partition, device, stream);
-  };
-  switch (variant.x_rows) {
-    case 8:
-      return launch(gemm_eight_bit<Sum, 8>);
-    case 16:
-      return launch(gemm_eight_bit<Sum, 16>);
-    case 24:
-      return launch(gemm_eight_bit<Sum, 24>);
-    case 32:
-      return launch(gemm_eight_bit<Sum, 32>);
-    case 48:
-      return launch(gemm_eight_bit<Sum, 48>);
-    case 64:
-      return launch(gemm_eight_bit<Sum, 64>);
-    case 96:
-      return launch(gemm_eight_bit<Sum, 96>);
-    default:
-      return launch(gemm_eight_bit<Sum, 128>);
-  }
+  return Rows::with(variant.x_rows, [&](auto rows) {
+    return launch_stream(gemm_eight_bit<Sum, decltype(rows)::value>, arguments, pairs, variant, partition, device,
+                         stream);
+  });
 }
 
 bool takes(const GemmParams& params, const DeviceProperties& device, int32_t number) {

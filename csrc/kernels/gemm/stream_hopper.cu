@@ -6,11 +6,11 @@ namespace qwen_plugins {
 namespace {
 
 constexpr int64_t kMaxRows = 256;  // that it may be the fastest for
-
+using Rows = XRows<16, 24, 32, 48, 64, 96, 128, 192, 256>;
 constexpr StreamHopperCosts kCosts{29.0, 1.0, 275.0, 6300.0, 0.35, 1600.0, 9000.0, 1600.0, 4.4, 22.0, 150.0};
 
 const StreamHopperVariants& variants() {
-  static const StreamHopperVariants all({{16, 24, 32, 48, 64, 96, 128, 192, 256}, max_warpgroups_of, kCosts});
+  static const StreamHopperVariants all({Rows::all(), max_warpgroups_of, kCosts});
   return all;
 }
 
@@ -23,29 +23,10 @@ cudaError_t launch_of_type(const GemmParams& params, const DeviceProperties& dev
       error != cudaSuccess) {
     return error;
   }
-  const auto launch = [&](auto* kernel) {
-    return launch_stream(kernel, StreamHopperArguments{}, params, variant, partition, device, stream);
-  };
-  switch (variant.x_rows) {
-    case 16:
-      return launch(gemm_hopper<T, 16>);
-    case 24:
-      return launch(gemm_hopper<T, 24>);
-    case 32:
-      return launch(gemm_hopper<T, 32>);
-    case 48:
-      return launch(gemm_hopper<T, 48>);
-    case 64:
-      return launch(gemm_hopper<T, 64>);
-    case 96:
-      return launch(gemm_hopper<T, 96>);
-    case 128:
-      return launch(gemm_hopper<T, 128>);
-    case 192:
-      return launch(gemm_hopper<T, 192>);
-    default:
-      return launch(gemm_hopper<T, 256>);
-  }
+  return Rows::with(variant.x_rows, [&](auto rows) {
+    return launch_stream(gemm_hopper<T, decltype(rows)::value>, StreamHopperArguments{}, params, variant, partition,
+                         device, stream);
+  });
 }
 
 bool takes(const GemmParams& params, const DeviceProperties& device, int32_t number) {

@@ -2,6 +2,7 @@
 // elements are of 16 bits here: two 8-bit codes are one element.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "gemm_kernel.h"
@@ -39,6 +40,20 @@ struct StreamHopperKernel {
   std::vector<int> x_rows;            // that a tile can have, multiples of 8 from the fewest to the most
   int (*max_warpgroups)(int x_rows);  // that multiply, of a block
   StreamHopperCosts costs;
+};
+
+// The rows of x that a tile can have as constants, for which kernels are compiled: StreamHopperKernel::x_rows.
+template <int... kRows>
+struct XRows {
+  static std::vector<int> all() { return {kRows...}; }
+
+  // Returns launch(constant) for the constant that is x_rows.
+  template <typename Launch>
+  static cudaError_t with(int x_rows, const Launch& launch) {
+    cudaError_t error = cudaErrorInvalidValue;
+    ((x_rows == kRows ? error = launch(std::integral_constant<int, kRows>()) : error), ...);
+    return error;
+  }
 };
 
 // A variant for a GEMM on a device.

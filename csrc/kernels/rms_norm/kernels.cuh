@@ -244,6 +244,84 @@ constexpr int min_blocks(int packs, int max_threads, bool residual, WeightMode w
   return by_registers < by_threads ? by_registers : by_threads;
 }
 
+// Which packs of its row a thread of rms_norm_row_in_registers has.
+struct ThreadPacks {
+  bool row_exists;
+  int last;  // pack of the row
+
+  __device__ __forceinline__ int index(int j) const { return static_cast<int>(threadIdx.x + j * blockDim.x); }
+  __device__ __forceinline__ bool inside(int j) const { return row_exists && index(j) <= last; }
+  // Threads past the end of the row load its last pack again, so that no branch stands between the loads.
+  __device__ __forceinline__ int index_to_load(int j) const { return min(index(j), last); }
+};
+
+// Adds a pack of the residual to h and its values, rounded.
+template <typename T>
+__device__ __forceinline__ void add_residual(FullPack& h, float (&values)[kVec<T>], const FullPack& residual) {
+  float addend[kVec<T>];
+  unpack<T>(addend, residual);
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) values[i] += addend[i];
+  h = pack<T>(values);
+  unpack<T>(values, h);  // what the next layer will read, rounded
+}
+
+// Adds a pack's elements to the statistics.
+template <typename T, bool kQuantize, int kPacks, WeightMode kWeightMode>
+__device__ __forceinline__ void add_pack(RowStatistics<T>& statistics, const float (&values)[kVec<T>], bool inside,
+                                         const ThreadWeights<T, kPacks, kWeightMode>& weights, int j) {
+  Accumulator<T> sum_of_squares = 0;
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) sum_of_squares += static_cast<Accumulator<T>>(values[i]) * values[i];
+  statistics.sum_of_squares += inside ? sum_of_squares : Accumulator<T>(0);
+  if constexpr (kQuantize) {
+    float weight[kVec<T>];
+    weights.get(j, weight);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) statistics.largest = fmaxf(statistics.largest, fabsf(values[i] * weight[i]));
+  }
+}
+
+// Quantizes a thread's packs of h, times `factor`, and writes them.
+template <typename T, Output kOutput, int kPacks, WeightMode kWeightMode>
+__device__ __forceinline__ void write_quantized(const RmsNormArguments& p, int64_t row, const ThreadPacks& packs,
+                                                const FullPack (&h)[kPacks],
+                                                const ThreadWeights<T, kPacks, kWeightMode>& weights, float factor) {
+  auto* q = at(static_cast<uint8_t*>(p.output), p.output_rows, row);
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    float values[kVec<T>];
+    float weight[kVec<T>];
+    unpack<T>(values, h[j]);
+    weights.get(j, weight);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) values[i] = values[i] * weight[i] * factor;
+    if (packs.inside(j)) store_quantized<kOutput>(q, packs.index(j), values);
+  }
+}
+
+// Normalises a thread's packs of h, and writes them.
+template <typename T, int kPacks, WeightMode kWeightMode>
+__device__ __forceinline__ void write_normalized(const RmsNormArguments& p, int64_t row, const ThreadPacks& packs,
+                                                 const FullPack (&h)[kPacks],
+                                                 const ThreadWeights<T, kPacks, kWeightMode>& weights,
+                                                 const ReciprocalRms<T>& rstd) {
+  auto* y = reinterpret_cast<FullPack*>(at(static_cast<T*>(p.output), p.output_rows, row));
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    float values[kVec<T>];
+    float weight[kVec<T>];
+    unpack<T>(values, h[j]);
+    weights.get(j, weight);
+    if (kWeightMode == WeightMode::kGeneral && (p.options & kRoundBeforeWeight)) {
+      rstd.normalize_rounding_twice(values, weight);
+    } else {
+      rstd.normalize(values, weight);
+    }
+    if (packs.inside(j)) y[packs.index(j)] = pack<T>(values);
+  }
+}
+
 // One row in registers, kPacks packs a thread. kMaxThreads == 32: a row for a power of two of a warp's lanes,
 // blockDim.y rows a block. Otherwise one row a block, blockDim.x a multiple of 32. A launch has one block for each of
 // its rows: a persistent kernel that loads the next row ahead was slower at every size.
@@ -258,19 +336,15 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   const int64_t wanted_row = kRowInWarp ? static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y : blockIdx.x;
   const bool row_exists = !kRowInWarp || wanted_row < p.rows_in_group;
   const int64_t row = row_exists ? wanted_row : 0;
-  // Threads past the end of the row load its last pack again, so that no branch stands between the loads.
-  const int last = p.length - 1;
-  const auto index = [&](int j) { return static_cast<int>(threadIdx.x + j * blockDim.x); };
-  const auto inside = [&](int j) { return row_exists && index(j) <= last; };
-
+  const ThreadPacks packs{row_exists, p.length - 1};
   const auto* residual_row =
       reinterpret_cast<const FullPack*>(at(static_cast<const T*>(p.residual), p.residual_rows, row));
   // In a decode step the GEMMs between two normalisations evict the weight and the residual from the L2 cache.
   if (kWeightMode == WeightMode::kPlain && gridDim.x <= kFewRows) {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
-      prefetch_to_l2(static_cast<const FullPack*>(p.weight) + min(index(j), last));
-      if constexpr (kResidual) prefetch_to_l2(residual_row + min(index(j), last));
+      prefetch_to_l2(static_cast<const FullPack*>(p.weight) + packs.index_to_load(j));
+      if constexpr (kResidual) prefetch_to_l2(residual_row + packs.index_to_load(j));
     }
   }
   wait_for_previous_kernel();
@@ -280,13 +354,13 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   ThreadWeights<T, kPacks, kWeightMode> weights;
   const auto* x = reinterpret_cast<const FullPack*>(at(static_cast<const T*>(p.x), p.x_rows, row));
 #pragma unroll
-  for (int j = 0; j < kPacks; ++j) h[j] = x[min(index(j), last)];
+  for (int j = 0; j < kPacks; ++j) h[j] = x[packs.index_to_load(j)];
   if constexpr (kResidual) {
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) residual[j] = residual_row[min(index(j), last)];
+    for (int j = 0; j < kPacks; ++j) residual[j] = residual_row[packs.index_to_load(j)];
   }
 #pragma unroll
-  for (int j = 0; j < kPacks; ++j) weights.load(j, min(index(j), last), p);
+  for (int j = 0; j < kPacks; ++j) weights.load(j, packs.index_to_load(j), p);
 
   RowStatistics<T> statistics;
 #pragma unroll
@@ -294,25 +368,11 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
     float values[kVec<T>];
     unpack<T>(values, h[j]);
     if constexpr (kResidual) {
-      float addend[kVec<T>];
-      unpack<T>(addend, residual[j]);
-#pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) values[i] += addend[i];
-      h[j] = pack<T>(values);
-      unpack<T>(values, h[j]);  // what the next layer will read, rounded
+      add_residual<T>(h[j], values, residual[j]);
       auto* out = reinterpret_cast<FullPack*>(at(static_cast<T*>(p.residual_out), p.residual_out_rows, row));
-      if (inside(j)) out[index(j)] = h[j];
+      if (packs.inside(j)) out[packs.index(j)] = h[j];
     }
-    Accumulator<T> sum_of_squares = 0;
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) sum_of_squares += static_cast<Accumulator<T>>(values[i]) * values[i];
-    statistics.sum_of_squares += inside(j) ? sum_of_squares : Accumulator<T>(0);
-    if constexpr (kQuantize) {
-      float weight[kVec<T>];
-      weights.get(j, weight);
-#pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) statistics.largest = fmaxf(statistics.largest, fabsf(values[i] * weight[i]));
-    }
+    add_pack<T, kQuantize>(statistics, values, packs.inside(j), weights, j);
   }
   if constexpr (kRowInWarp) {
     for (int distance = blockDim.x / 2; distance > 0; distance /= 2) statistics.template add_lane<kQuantize>(distance);
@@ -324,34 +384,53 @@ __global__ void __launch_bounds__(kMaxThreads == 32 ? 128 : kMaxThreads,
   if constexpr (kQuantize) {
     const float factor = quantization_factor<kOutput>(p, static_scale, rstd.value, statistics.largest, row,
                                                       threadIdx.x == 0 && row_exists);
-    auto* q = at(static_cast<uint8_t*>(p.output), p.output_rows, row);
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-      float values[kVec<T>];
-      float weight[kVec<T>];
-      unpack<T>(values, h[j]);
-      weights.get(j, weight);
-#pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) values[i] = values[i] * weight[i] * factor;
-      if (inside(j)) store_quantized<kOutput>(q, index(j), values);
-    }
+    write_quantized<T, kOutput>(p, row, packs, h, weights, factor);
   } else {
-    auto* y = reinterpret_cast<FullPack*>(at(static_cast<T*>(p.output), p.output_rows, row));
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-      float values[kVec<T>];
-      float weight[kVec<T>];
-      unpack<T>(values, h[j]);
-      weights.get(j, weight);
-      if (kWeightMode == WeightMode::kGeneral && (p.options & kRoundBeforeWeight)) {
-        rstd.normalize_rounding_twice(values, weight);
-      } else {
-        rstd.normalize(values, weight);
-      }
-      if (inside(j)) y[index(j)] = pack<T>(values);
-    }
+    write_normalized<T>(p, row, packs, h, weights, rstd);
   }
 }
+
+// Elements of a row as rms_norm_long_row loads and stores them, and the weights for them.
+template <typename T, int kWidth>
+struct LongRow {
+  using Elements = Span<T, kWidth>;
+
+  static __device__ __forceinline__ void get_weight(const RmsNormArguments& p, int64_t i, float (&weight)[kWidth]) {
+    Elements::load_either(weight, p.weight, i, p.options & kFloat32Weight);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) weight[k] += p.weight_offset;
+    if (p.smoothing == nullptr) return;
+    float smoothing[kWidth];
+    Elements::load_either(smoothing, p.smoothing, i, p.options & kFloat32Smoothing);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) weight[k] /= smoothing[k];
+  }
+
+  // Normalises this thread's elements of `source`, quantizes them times `factor` where the output is codes, and writes
+  // them.
+  template <Output kOutput>
+  static __device__ __forceinline__ void write(const RmsNormArguments& p, int64_t row, const T* source,
+                                               const ReciprocalRms<T>& rstd, float factor) {
+    for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
+      float values[kWidth];
+      float weight[kWidth];
+      Elements::load(values, source, i);
+      get_weight(p, i, weight);
+      if constexpr (kOutput != Output::kSameType) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) values[k] = values[k] * weight[k] * factor;
+        store_quantized<kOutput>(at(static_cast<uint8_t*>(p.output), p.output_rows, row), i, values);
+      } else {
+        if (p.options & kRoundBeforeWeight) {
+          rstd.normalize_rounding_twice(values, weight);
+        } else {
+          rstd.normalize(values, weight);
+        }
+        Elements::store(at(static_cast<T*>(p.output), p.output_rows, row), i, values);
+      }
+    }
+  }
+};
 
 // For rows that are too long for registers, or whose length or alignment does not allow packs (kPacked is false: single
 // elements). Between the two passes the row is kept in shared memory where it fits (kCacheRow), else it is read again.
@@ -359,7 +438,8 @@ template <typename T, bool kPacked, Output kOutput>
 __global__ void __launch_bounds__(1024) rms_norm_long_row(const __grid_constant__ RmsNormArguments p) {
   constexpr bool kQuantize = kOutput != Output::kSameType;
   constexpr int kWidth = kPacked ? kVec<T> : 1;
-  using Elements = Span<T, kWidth>;
+  using Row = LongRow<T, kWidth>;
+  using Elements = typename Row::Elements;
   extern __shared__ uint4 row_cache[];
 
   trigger_dependent_launch();
@@ -372,17 +452,6 @@ __global__ void __launch_bounds__(1024) rms_norm_long_row(const __grid_constant_
   const bool caches_row = p.options & kCacheRow;
   // What the second pass reads: every thread reads back only what it wrote itself.
   const T* second_source = caches_row ? reinterpret_cast<const T*>(row_cache) : has_residual ? residual_out : x;
-
-  const auto get_weight = [&](int64_t i, float (&weight)[kWidth]) {
-    Elements::load_either(weight, p.weight, i, p.options & kFloat32Weight);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) weight[k] += p.weight_offset;
-    if (p.smoothing == nullptr) return;
-    float smoothing[kWidth];
-    Elements::load_either(smoothing, p.smoothing, i, p.options & kFloat32Smoothing);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) weight[k] /= smoothing[k];
-  };
 
   RowStatistics<T> statistics;
   for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
@@ -397,7 +466,7 @@ __global__ void __launch_bounds__(1024) rms_norm_long_row(const __grid_constant_
     }
     if (caches_row) Elements::store(reinterpret_cast<T*>(row_cache), i, values);
     float weight[kWidth];
-    if (kQuantize) get_weight(i, weight);
+    if (kQuantize) Row::get_weight(p, i, weight);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       statistics.sum_of_squares += static_cast<Accumulator<T>>(values[k]) * values[k];
@@ -411,25 +480,7 @@ __global__ void __launch_bounds__(1024) rms_norm_long_row(const __grid_constant_
     factor =
         quantization_factor<kOutput>(p, load_static_scale(p), rstd.value, statistics.largest, row, threadIdx.x == 0);
   }
-
-  for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
-    float values[kWidth];
-    float weight[kWidth];
-    Elements::load(values, second_source, i);
-    get_weight(i, weight);
-    if constexpr (kQuantize) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) values[k] = values[k] * weight[k] * factor;
-      store_quantized<kOutput>(at(static_cast<uint8_t*>(p.output), p.output_rows, row), i, values);
-    } else {
-      if (p.options & kRoundBeforeWeight) {
-        rstd.normalize_rounding_twice(values, weight);
-      } else {
-        rstd.normalize(values, weight);
-      }
-      Elements::store(at(static_cast<T*>(p.output), p.output_rows, row), i, values);
-    }
-  }
+  Row::template write<kOutput>(p, row, second_source, rstd, factor);
 }
 
 }  // namespace qwen_plugins
