@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
-from .command_line import parse_rotary_scaling, progress_bar, run_command
+from .command_line import add_verbose_argument, parse_rotary_scaling, progress_bar, run_command
+from .common.log import show_log
 
 if TYPE_CHECKING:
     from .backends.onnx.graph import Tensor
     from .engine.export import ExportSummary
 
+LOG = logging.getLogger("qwen_model.export")  # also where this module runs as __main__
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Export, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     scaling = None if options.rotary_scaling is None else parse_rotary_scaling(options.rotary_scaling)
 
     from .engine.export import export_onnx
@@ -37,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=progress,
         )
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        LOG.warning("%s", warning)
     print(_summary_text(summary))
 
 
@@ -75,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KIND:FACTOR",
         help="for sequences longer than the model was trained for, as of qwen-model build (default: the checkpoint's)",
     )
+    add_verbose_argument(parser)
     return parser
 
 
