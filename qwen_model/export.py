@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
 from .checkpoint_options import (
@@ -15,16 +15,20 @@ from .checkpoint_options import (
     limit_settings,
     rotary_scaling,
 )
-from .command_line import progress_bar, run_command
+from .command_line import add_verbose_argument, progress_bar, run_command
+from .common.log import show_log
 
 if TYPE_CHECKING:
     from .backends.onnx.graph import Tensor
     from .engine.export import ExportSummary
 
+LOG = logging.getLogger("qwen_model.export")  # also where this module runs as __main__
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Export, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
+    show_log(options.verbose)
     scaling = rotary_scaling(options)
 
     from .engine.export import export_onnx
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=progress,
         )
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        LOG.warning("%s", warning)
     print(_summary_text(summary))
 
 
@@ -66,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument_group("sizes", "With plug-ins only: a graph of standard operators takes any.")
     )
     add_rotary_argument(parser)
+    add_verbose_argument(parser)
     return parser
 
 

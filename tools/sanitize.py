@@ -79,7 +79,8 @@ class Check:
 SIZES = "test_matches_float64 and cuda and (127 or 4096 or 4100)"
 LONG_ROWS = "test_long_rows and (65535 or 32776)"
 STREAM_QUANTIZED = "test_every_variant and (128-False-4-None-dtype0 or 32-True-8-swiglu-dtype1)"
-STREAM_EIGHT_BIT = "test_every_variant and (code_type0-False-None-dtype0 or code_type2-True-swiglu-dtype1)"
+STREAM_INT8 = "test_every_variant and code_type0-False-None-dtype0"
+STREAM_FP8 = "test_every_variant and code_type2-True-swiglu-dtype1"
 TILES_INT8 = "test_every_variant and code_type0-False-swiglu-dtype0"
 TILES_FP8 = "test_every_variant and code_type2-True-None-dtype1"
 DEQUANTIZED = "many_rows and (4-dequantized-None-dtype0 or 8-dequantized-swiglu-dtype1)"
@@ -94,7 +95,8 @@ CHECKS = {
     "stream_quantized": Check("memcheck", ("stream_quantized",), STREAM_QUANTIZED),
     "dequantized": Check("memcheck", ("quantized_gemm",), DEQUANTIZED),
     "tiles_quantized": Check("memcheck", ("quantized_gemm",), TILES_QUANTIZED),
-    "stream_eight_bit": Check("memcheck", ("stream_eight_bit",), STREAM_EIGHT_BIT),
+    "stream_int8": Check("memcheck", ("stream_eight_bit",), STREAM_INT8),
+    "stream_fp8": Check("memcheck", ("stream_eight_bit",), STREAM_FP8),
     "tiles_int8": Check("memcheck", ("tiles_eight_bit",), TILES_INT8),
     "tiles_fp8": Check("memcheck", ("tiles_eight_bit",), TILES_FP8),
     "scaled_gemm": Check("memcheck", ("scaled_gemm",), "test_plain_kernel or test_cublas_lt or any_size"),
@@ -103,20 +105,16 @@ CHECKS = {
     "pages": Check("memcheck", ("paged_attention",), PAGES),
     "context": Check("memcheck", ("quantized_context",), "test_with_a_cache_of_8_bits or (test_prefill and 64)"),
     "sampling": Check("memcheck", ("sampling",), "(test_logprobs and not graph) or (test_argmax and 1000)"),
-    "race_stream_quantized": Check("racecheck", ("stream_quantized",), STREAM_QUANTIZED, 60),
-    "race_tiles_quantized": Check("racecheck", ("quantized_gemm",), TILES_QUANTIZED, 8),
-    "race_stream_eight_bit": Check("racecheck", ("stream_eight_bit",), STREAM_EIGHT_BIT, 60),
-    "race_tiles_eight_bit": Check("racecheck", ("tiles_eight_bit",), TILES_INT8, 60),
     "race_rows": Check("racecheck", ("quantize", "rms_norm_quant"), "test_matches_float64 and cuda and 4100", 100),
     "race_pages": Check("racecheck", ("paged_attention",), PAGES, 8),
     "race_sampling": Check("racecheck", ("sampling",), "test_logprobs and 1000", 12),
-    "sync_streams": Check("synccheck", ("stream_quantized", "stream_eight_bit"), STREAM_EIGHT_BIT, 200),
-    "sync_tiles": Check(
-        "synccheck", ("quantized_gemm", "tiles_eight_bit"), f"({TILES_QUANTIZED}) or ({TILES_FP8})", 200
-    ),
-    "sync_others": Check(
-        "synccheck", ("quantize", "paged_attention", "sampling"), f"({PAGES}) or test_zeros or (test_logprobs and 1000)"
-    ),
+    "sync_stream_quantized": Check("synccheck", ("stream_quantized",), STREAM_QUANTIZED, 100),
+    "sync_stream_eight_bit": Check("synccheck", ("stream_eight_bit",), STREAM_INT8, 100),
+    "sync_tiles_quantized": Check("synccheck", ("quantized_gemm",), TILES_QUANTIZED, 100),
+    "sync_tiles_eight_bit": Check("synccheck", ("tiles_eight_bit",), TILES_FP8, 100),
+    "sync_rows": Check("synccheck", ("quantize", "rms_norm_quant"), "test_zeros and cuda"),
+    "sync_pages": Check("synccheck", ("paged_attention",), PAGES),
+    "sync_sampling": Check("synccheck", ("sampling",), "test_logprobs and 1000"),
     # The kernels of 16 bits.
     "rms_norm": Check("memcheck", ("rms_norm",), f"{SIZES} or test_rows_in_any_layout and cuda or {LONG_ROWS}"),
     "race_rms_norm": Check("racecheck", ("rms_norm",), f"{SIZES} or {LONG_ROWS}"),
@@ -149,7 +147,7 @@ class Result:
         """Return the line that says what was found."""
         tests = re.findall(r"^(?:\d+ \w+(?:, )?)+ in .*$", self.output, re.MULTILINE)
         summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", self.output, re.MULTILINE)
-        said = [*tests[-1:], *summary[-1:]] if self.status is not None else ["did not end in time"]
+        said = [*tests[-1:], *summary[:1]] if self.status is not None else ["did not end in time"]
         found = "clean" if self.is_clean else "NOT CLEAN"
         return f"{self.name:<22} {CHECKS[self.name].tool:<10} {self.seconds:4.0f} s  {found:<9}  {'; '.join(said)}"
 

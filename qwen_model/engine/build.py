@@ -184,13 +184,14 @@ def build_engine(
         weight_formats=formats,
         quantization_options=quantization_words(quantization, head_quantization, asked),
     )
+    key_warnings = balance_keys(checkpoint, model, formats, kv_cache_dtype)
     warnings = [
         *tokenizer_warnings,
         *_generation_warnings(generation),
-        *_warnings(model, limits, config.dtype if dtype is None else None),
+        *limit_warnings(model, limits, config.dtype if dtype is None else None),
         *_scale_warnings(formats, config.dtype),
-        *_balance_keys(checkpoint, model, formats, kv_cache_dtype),
-        *_cache_scale_warnings(checkpoint),
+        *key_warnings,
+        *cache_scale_warnings(checkpoint),
         *([] if own is None else calibration_warnings(own, activation_aware, calibration)),
     ]
     report = progress or no_progress
@@ -255,7 +256,7 @@ def _summary(
     )
 
 
-def _warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
+def limit_warnings(model: ModelConfig, limits: Limits, chosen_dtype: str | None) -> Iterator[str]:
     """Yield warnings about type and length; `chosen_dtype` is the engine's type if the user did not choose it."""
     if (model.dtype, chosen_dtype) == ("bfloat16", "float16"):
         yield (
@@ -279,7 +280,8 @@ def _scale_warnings(formats: Formats, dtype: str) -> Iterator[str]:
         )
 
 
-def _cache_scale_warnings(checkpoint: Checkpoint) -> Iterator[str]:
+def cache_scale_warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a warning if the checkpoint has scales of a cache, which are not used."""
     if checkpoint.has_cache_scales:
         yield (
             "the checkpoint has static scales of a key-value cache of 8 bits, which are not used: one scale for all "
@@ -288,7 +290,7 @@ def _cache_scale_warnings(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _balance_keys(checkpoint: Checkpoint, model: ModelConfig, formats: Formats, kv_cache_dtype: str) -> list[str]:
+def balance_keys(checkpoint: Checkpoint, model: ModelConfig, formats: Formats, kv_cache_dtype: str) -> list[str]:
     """Make the checkpoint's keys of similar size for an int8 cache; return a warning where that cannot be done."""
     if kv_cache_dtype != "int8" or not model.qkv_bias:
         return []

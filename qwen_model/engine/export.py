@@ -19,6 +19,7 @@ from ..common.progress import Progress, no_progress
 from ..interface.engine_config import KV_CACHE_DTYPES, Limits
 from ..network.inputs import Profile, network_inputs, profile_shapes
 from .arguments import check_choice, model_folder
+from .build import balance_keys, cache_scale_warnings, limit_warnings
 from .limits import engine_limits
 
 if TYPE_CHECKING:
@@ -104,18 +105,30 @@ def export_onnx(
     checkpoint.check(model)
     model = dataclasses.replace(model, dtype=model.dtype or checkpoint.dtype)
     chosen = dtype or (model.dtype if operators == "plugins" else "float32")
+    warnings = [*_warnings(checkpoint, model, limits, chosen), *balance_keys(checkpoint, model, {}, kv_cache_dtype)]
     report = progress or no_progress
     written = write_model(place, model, limits, chosen, kv_cache_dtype, checkpoint.read, report)
     seconds = time.perf_counter() - start
     profiles = () if limits is None else profile_shapes(network_inputs(model, limits, chosen, kv_cache_dtype))
-    warnings = tuple(_warnings(model)) if limits is None else ()
-    parameters = num_parameters(model)
-    return ExportSummary(place, operators, chosen, model, limits, parameters, profiles, written, seconds, warnings)
+    return ExportSummary(
+        place, operators, chosen, model, limits, num_parameters(model), profiles, written, seconds, tuple(warnings)
+    )
 
 
-def _warnings(model: ModelConfig) -> Iterator[str]:
-    """Yield a warning about lengths, which a graph of standard operators does not limit."""
-    if model.full_attention_length:
+def _warnings(checkpoint: Checkpoint, model: ModelConfig, limits: Limits | None, dtype: str) -> Iterator[str]:
+    """Yield warnings about what the graph does not do as the checkpoint says; `limits` as in `ExportSummary`."""
+    formats = list(checkpoint.formats(model).values())
+    if formats:
+        kept = "" if limits is None else "; engines of qwen-model build keep them quantized"
+        inputs = ", and the inputs of layers are not quantized" if any(each.activation for each in formats) else ""
+        yield (
+            f"the checkpoint's weights are quantized ({formats[0].text}): the file has the numbers that they stand "
+            f"for, in {dtype}{inputs}{kept}"
+        )
+    yield from cache_scale_warnings(checkpoint)
+    if limits is not None:
+        yield from limit_warnings(model, limits, None)
+    elif model.full_attention_length:  # which standard operators do not limit
         yield (
             f"the model attends to sequences of more than {model.full_attention_length} tokens through a sliding "
             "window or chunks, which the graph does not: give it no longer ones"

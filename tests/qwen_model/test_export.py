@@ -4,8 +4,9 @@ import re
 import shlex
 
 import pytest
+import torch
 
-from qwen_model import export
+from qwen_model import build_engine, export
 from qwen_model.command_line import run_command
 from qwen_model.network.inputs import network_inputs
 from tests.qwen_model import model_files
@@ -80,6 +81,65 @@ def test_summary_of_standard_operators(command, tmp_path, monkeypatch):
     assert f"weights     {tmp_path}/m.onnx.data\n" in out
     assert re.search(r" past_key_values\.0\.\.\.2\.key +float32 +\[batch_size, 2, past_sequence_length, 14\]\n", out)
     assert "trtexec" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"quantization": "int4", "group_size": 32, "head_quantization": "none"},
+            "warning: the checkpoint's weights are quantized (int4, groups of 32): the file has the numbers that they "
+            "stand for, in {dtype}{kept}\n",
+        ),
+        (
+            {"quantization": "fp8"},
+            "warning: the checkpoint's weights are quantized (fp8, a scale per output, x per token): the file has the "
+            "numbers that they stand for, in {dtype}, and the inputs of layers are not quantized{kept}\n",
+        ),
+    ],
+)
+def test_a_quantized_checkpoint(command, tmp_path, options, said):
+    from qwen_model.engine.quantize import quantize_checkpoint
+
+    quantize_checkpoint(output_dir=tmp_path / "quantized", **options)
+    for operators, dtype, kept in (
+        ("plugins", "float16", "; engines of qwen-model build keep them quantized"),
+        ("standard", "float32", ""),
+    ):
+        code, _, err = command(
+            *("--model-dir", tmp_path / "quantized", "--output", tmp_path / f"{operators}.onnx"),
+            *("--operators", operators),
+        )
+        assert code == 0, err
+        assert said.format(dtype=dtype, kept=kept) in err
+
+
+def test_warnings_are_those_of_a_build(command, tmp_path):
+    """About lengths, scales of a cache that are not used, and keys that an int8 cache rounds."""
+    from safetensors.torch import load_file, save_file
+
+    model = model_files.hugging_face_model(
+        "Qwen2ForCausalLM", max_position_embeddings=100, hidden_size=128, num_attention_heads=2, num_key_value_heads=1
+    )
+    folder = model_files.save_hugging_face(model, tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([0.03])
+    tensors["model.layers.0.self_attn.k_proj.bias"][:] = 300
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sizes = {"max_input_len": 90, "max_output_len": 20, "max_batch_size": 2, "kv_cache_dtype": "int8"}
+    built = build_engine(folder, output_dir=tmp_path / "engine", **sizes)
+    words = [str(word) for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", value)]
+    code, _, err = command("--model-dir", folder, "--output", tmp_path / "model.onnx", *words)
+    assert code == 0, err
+    warnings = {line for line in err.splitlines() if line.startswith("warning: ")}
+    assert warnings == {f"warning: {text}" for text in built.warnings if "token ids only" not in text}
+    assert len(warnings) == 2
+    # Keys are scaled as in an engine, so that the cache holds none of 300.
+    weights = {
+        each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "model.onnx").graph.initializer
+    }
+    (bias,) = (array for name, array in weights.items() if name == "layers.0.attention.qkv.bias")
+    assert abs(bias[128:192]).max() <= 4
 
 
 def test_errors_are_one_line(command, tmp_path):

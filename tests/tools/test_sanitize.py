@@ -51,7 +51,7 @@ def test_clean_checks(stand_in, capsys, tmp_path):
     ("name", "said"),
     [
         ("race_sampling", f"{PASSED}; RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"),
-        ("sync_tiles", "did not end in time"),
+        ("sync_pages", "did not end in time"),
         ("attention", "ERROR SUMMARY: 0 errors"),  # no test has passed
     ],
 )

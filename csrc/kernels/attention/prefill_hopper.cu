@@ -92,12 +92,17 @@ class KeysAndValues {
     cp_async_commit();
     cp_async_wait<0>();
     fence_proxy_async();
-    __syncthreads();
+    sync_warpgroups();
     if (tile > 0) load(tile + 1);
   }
 
  private:
   static constexpr int kTileBytes = Shape::kKeys * Shape::kRowBytes;
+
+  // A barrier of all threads. The warpgroups may be in different loops, which __syncthreads does not allow.
+  static __device__ __forceinline__ void sync_warpgroups() {
+    asm volatile("bar.sync 3, %0;" ::"n"(Shape::kThreads) : "memory");  // warpgroup_sync has 1 and 2
+  }
 
   __device__ __forceinline__ void convert(uint32_t to, const char* codes, const float* scales, int num_rows) const {
     load_codes<T, Shape::kHeadSize, Shape::kKeys, Shape::kThreads>(

@@ -9,8 +9,9 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -58,6 +59,42 @@ def memory_errors() -> Iterator[None]:
             f"{'. '.join(sentences[:3])}; give a smaller --gpu-memory-utilization, or build with a smaller "
             "--max-num-tokens or --max-batch-size"
         ) from error
+
+
+class CallersStreams:
+    """Order what is launched on the current streams of several threads, of which only one launches at a time."""
+
+    def __init__(self, device: torch.device):
+        """Take a GPU, and the stream that is current now as the first."""
+        self._device = device
+        self._first = self._last = torch.cuda.current_stream(device)
+
+    def follow(self) -> None:
+        """Let the current stream wait for what was launched on the one before, if that was another."""
+        current = torch.cuda.current_stream(self._device)
+        if current != self._last:
+            current.wait_stream(self._last)
+            self._last = current
+
+    def finish(self) -> None:
+        """Wait until memory that was allocated on the first stream can be given back to it."""
+        if self._last != self._first:
+            self._last.synchronize()
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _in_order(method: _Method) -> _Method:
+    """Let a method of `TorchDevice` launch behind the methods called before, whatever the threads and their streams."""
+
+    @wraps(method)
+    def ordered(self: TorchDevice, *args: Any, **options: Any) -> Any:
+        if self.streams is not None:
+            self.streams.follow()
+        return method(self, *args, **options)
+
+    return ordered  # type: ignore[return-value]
 
 
 class _PendingChoice:
@@ -146,7 +183,8 @@ class _StepGraph:
             step()  # in their first call libraries do work that cannot be captured
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may allocate memory meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.logits = step()
 
     def replay(self) -> Tensor:
@@ -155,7 +193,7 @@ class _StepGraph:
 
 
 class TorchDevice:
-    """Implement `qwen_model.interface.device.Device`."""
+    """Implement `qwen_model.interface.device.Device`. On a GPU it runs on the current stream of the caller's thread."""
 
     def __init__(
         self,
@@ -224,6 +262,9 @@ class TorchDevice:
         self._step_inputs = self._token_table[self._first_row :]
         self._uploads = _Uploads(self._step_inputs, use_kernels)
         self._copies = torch.cuda.Stream(self.device) if on_gpu else None
+        self.streams = CallersStreams(self.device) if on_gpu else None
+        if self.streams is not None:
+            finalize(self, self.streams.finish).atexit = False
         make_sampler = KernelSampler if use_kernels else TorchSampler
         self.sampler = make_sampler(self.max_sequences, config.vocab_size, self.device, last_tokens)
         self._graphs: dict[int, _StepGraph] | None = {} if use_kernels else None
@@ -234,6 +275,7 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def prepare(self, num_sequences: int) -> None:
         """See `Device`; capture the CUDA graphs of decode steps that there are none yet of."""
         if self._graphs is None:
@@ -244,12 +286,14 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def start(self, sequences: Sequence[Start]) -> None:
         """See `Device`."""
         self.sampler.start(sequences)
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def forward(self, batch: Batch) -> None:
         """See `Device`."""
         rows = chosen_rows(batch)
@@ -258,6 +302,7 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def choose(self, masks: Mapping[int, TokenMask] | None = None, num_best: int | None = None) -> _PendingChoice:
         """See `Device`."""
         if self._to_choose is None:
@@ -270,6 +315,7 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def logits(self, batch: Batch, rows: Int32Array) -> FloatArray:
         """See `Device`."""
         self._to_choose = None
@@ -278,6 +324,7 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `Device`."""
         if pairs:
@@ -285,6 +332,7 @@ class TorchDevice:
 
     @memory_errors()
     @torch.inference_mode()
+    @_in_order
     def run_observed(
         self, tokens: Sequence[int], past: int, observe: Callable[[str, Activations], Activations]
     ) -> None:

@@ -42,6 +42,16 @@ def test_static_scales_of_a_cache_are_a_warning(model_dir, tmp_path, quantizatio
     warnings = qwen_model.build_engine(model, output_dir=tmp_path / "engine").warnings
     (found,) = [warning for warning in warnings if "scales" in warning]
     assert "static scales of a key-value cache of 8 bits, which are not used: one scale for all tokens" in found
+    assert found.endswith("--kv-cache-dtype fp8 makes one for each token and head")
+    # Nothing depends on them, with a cache of 8 bits either.
+    prompt = random_prompt(40, seed=1)
+    for kind in ("auto", "fp8"):
+        logits = []
+        for number, source in enumerate((model, model_dir)):
+            folder = tmp_path / f"{kind}{number}"
+            qwen_model.build_engine(source, output_dir=folder, dtype="float32", kv_cache_dtype=kind)
+            logits.append(torch.from_numpy(qwen_model.load_engine(folder, device="cpu").logits(prompt)))
+        assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
