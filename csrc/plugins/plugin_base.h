@@ -44,6 +44,16 @@ struct Execution {
   Phase phase;
 };
 
+// The address of a tensor; null where the roles have none of this name.
+inline void const* input_of(Execution const& execution, TensorRoles const& roles, char const* name) {
+  int32_t const index = roles.find_input(name);
+  return index < 0 ? nullptr : execution.inputs[index];
+}
+inline void* output_of(Execution const& execution, TensorRoles const& roles, char const* name) {
+  int32_t const index = roles.find_output(name);
+  return index < 0 ? nullptr : execution.outputs[index];
+}
+
 template <typename AttributesType>
 class PluginBase {
  public:
@@ -65,14 +75,8 @@ class PluginBase {
       : attributes_(checked), roles_(make_roles(checked)) {}
 
   // The address of a tensor; null where the attributes say that there is none of this name.
-  void const* input(Execution const& execution, char const* name) const {
-    int32_t const index = roles_.find_input(name);
-    return index < 0 ? nullptr : execution.inputs[index];
-  }
-  void* output(Execution const& execution, char const* name) const {
-    int32_t const index = roles_.find_output(name);
-    return index < 0 ? nullptr : execution.outputs[index];
-  }
+  void const* input(Execution const& execution, char const* name) const { return input_of(execution, roles_, name); }
+  void* output(Execution const& execution, char const* name) const { return output_of(execution, roles_, name); }
 
  private:
   Attributes attributes_;

@@ -1,6 +1,19 @@
 #include "gemm_common.h"
 
+#include <string>
+
 namespace qwen_plugins {
+namespace {
+
+// A GEMM in messages.
+std::string description(GemmShape const& shape) {
+  WeightFormat const& format = shape.weight_format;
+  std::string const weight = is_packed(format) ? "quantized " : has_quantized_x(format) ? "8-bit " : "";
+  return std::to_string(shape.rows) + " rows of " + std::to_string(shape.in_features) + " times " + weight + "[" +
+         std::to_string(shape.out_features) + ", " + std::to_string(shape.in_features) + "]";
+}
+
+}  // namespace
 
 void check_features(char const* name, int32_t value, int32_t unit) {
   require_positive(name, value);
@@ -39,11 +52,35 @@ std::vector<GemmChoiceUpTo> choices_of(Int32Array const& kernels) {
   return choices;
 }
 
-std::string description(GemmShape const& shape) {
-  WeightFormat const& format = shape.weight_format;
-  std::string const weight = is_packed(format) ? "quantized " : has_quantized_x(format) ? "8-bit " : "";
-  return std::to_string(shape.rows) + " rows of " + std::to_string(shape.in_features) + " times " + weight + "[" +
-         std::to_string(shape.out_features) + ", " + std::to_string(shape.in_features) + "]";
+size_t workspace_of(GemmShape const& shape, std::vector<GemmChoiceUpTo> const& choices, GemmShape const& described) {
+  int64_t bytes = 0;
+  check_cuda(gemm_workspace_bytes(shape, choices, &bytes), [&] { return "workspace of " + description(described); });
+  return static_cast<size_t>(bytes);
+}
+
+void enqueue_gemm(Execution const& execution, TensorRoles const& roles, GemmShape const& shape, bool constant_weight,
+                  std::vector<GemmChoiceUpTo> const& choices) {
+  if (shape.rows == 0) {
+    return;
+  }
+  auto const input = [&](char const* name) { return input_of(execution, roles, name); };
+  GemmParams params;
+  params.shape = shape;
+  params.x = input("x");
+  params.weight = input("weight");
+  params.scales = input("scales");
+  params.zeros = input("zeros");
+  params.x_scales = static_cast<float const*>(input("x_scales"));
+  params.y_scale = static_cast<float const*>(input("y_scale"));
+  params.bias = input("bias");
+  params.y = output_of(execution, roles, "y");
+  params.x_row_stride = shape.in_features;
+  params.constant_weight = constant_weight;
+  params.choice = choice_for(choices, shape.rows);
+  params.workspace = execution.workspace;
+  // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
+  params.workspace_bytes = static_cast<int64_t>(workspace_of(shape, choices, shape));
+  check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(shape); });
 }
 
 }  // namespace qwen_plugins

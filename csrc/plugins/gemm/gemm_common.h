@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "kernels/gemm/choice.h"
@@ -45,8 +44,12 @@ GemmShape gemm_shape(Attributes const& attributes, int64_t rows, int64_t in_feat
   return shape;
 }
 
-// A GEMM in messages.
-std::string description(GemmShape const& shape);
+// The workspace for `shape`, which may be another than `described`, the one that a message is to name.
+size_t workspace_of(GemmShape const& shape, std::vector<GemmChoiceUpTo> const& choices, GemmShape const& described);
+
+// Launches the kernels for the tensors that these roles have; zero rows launch nothing.
+void enqueue_gemm(Execution const& execution, TensorRoles const& roles, GemmShape const& shape, bool constant_weight,
+                  std::vector<GemmChoiceUpTo> const& choices);
 
 // A version of the plug-in adds its name, version, schema and constructor to this.
 template <typename AttributesType>
@@ -59,26 +62,8 @@ class GemmPluginBase : public PluginBase<AttributesType> {
 
   // Launches the kernels for tensors of these shapes; zero rows launch nothing.
   void enqueue(Execution const& execution) const {
-    GemmParams params;
-    params.shape = make_shape_(this->attributes(), this->roles().sizes(execution.input_descs));
-    if (params.shape.rows == 0) {
-      return;
-    }
-    params.x = this->input(execution, "x");
-    params.weight = this->input(execution, "weight");
-    params.scales = this->input(execution, "scales");
-    params.zeros = this->input(execution, "zeros");
-    params.x_scales = static_cast<float const*>(this->input(execution, "x_scales"));
-    params.y_scale = static_cast<float const*>(this->input(execution, "y_scale"));
-    params.bias = this->input(execution, "bias");
-    params.y = this->output(execution, "y");
-    params.x_row_stride = params.shape.in_features;
-    params.constant_weight = this->attributes().constant_weight != 0;
-    params.choice = choice_for(choices_, params.shape.rows);
-    params.workspace = execution.workspace;
-    // TensorRT does not pass the size. It granted workspace_bytes() of the largest shapes, which is at least this.
-    params.workspace_bytes = static_cast<int64_t>(needed_workspace(params.shape, params.shape));
-    check_cuda(launch_gemm(params, execution.stream), [&] { return "launch of " + description(params.shape); });
+    GemmShape const shape = make_shape_(this->attributes(), this->roles().sizes(execution.input_descs));
+    enqueue_gemm(execution, this->roles(), shape, this->attributes().constant_weight != 0, choices_);
   }
 
  protected:
@@ -93,11 +78,8 @@ class GemmPluginBase : public PluginBase<AttributesType> {
     return make_shape_(this->attributes(), this->roles().largest_sizes(largest_inputs));
   }
 
-  // The workspace for `shape`, which may be another than `described`, the one that a message is to name.
   size_t needed_workspace(GemmShape const& shape, GemmShape const& described) const {
-    int64_t bytes = 0;
-    check_cuda(gemm_workspace_bytes(shape, choices_, &bytes), [&] { return "workspace of " + description(described); });
-    return static_cast<size_t>(bytes);
+    return workspace_of(shape, choices_, described);
   }
 
  private:
