@@ -5,8 +5,8 @@
 
 The first measures, prints tables and writes benchmarks/results/gemm_quantized.json, after each layer and format. The
 second prints the tables of such a file as Markdown and draws the plot into docs/images. Marlin and Machete are those of
-an installed vLLM (0.22), humming that of `humming-kernels` (0.1.2); those that cannot be imported, or called, are left
-out.
+an installed vLLM (0.22), humming that of `humming-kernels` (0.1.19, with `cuda-bindings`); those that cannot be
+imported, or called, are left out.
 
 Each figure is the median over replays of a CUDA graph, of one GEMM among many of the same shape, which rotate over so
 many weights that none is still in the L2 cache. Ours, with quantized weights and with 16-bit ones, are the fastest
@@ -14,9 +14,10 @@ kernels by `qwen_plugins.tuning`. Gate and up are one GEMM with SwiGLU, which ot
 output projection is measured up to 64 rows: one for each sequence. The floor is the time to read codes and scales at
 the rate of --bandwidth.
 
-humming compiles kernels for each layer, format and tile of rows, which takes seconds for each. They are compiled on
-other cores meanwhile, and only for up to 64 rows; without it (`--peers Marlin Machete`) the run is shorter where there
-are few cores.
+humming compiles a kernel for each layer, format and tile of rows, which takes seconds for each: with NVRTC or, if the
+environment says HUMMING_COMPILER=nvcc, with the nvcc of /usr/local/cuda or CUDA_HOME. They are compiled on other cores
+meanwhile, and only for up to 64 rows; without it (`--peers Marlin Machete`) the run is shorter where there are few
+cores.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -257,31 +259,33 @@ def machete(product: Product, weight_format: str, rows: tuple[int, ...]) -> Call
 
 HUMMING_TILE = 256
 """humming pads out_features to a multiple of the weight rows of a tile."""
+HUMMING_LOCKS = 2048
+"""Words of memory, zero, with which the blocks of a kernel of humming wait for each other."""
 
 
 def humming(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
-    """Return calls of humming, with the tile that its heuristics choose for each number of rows."""
+    """Return calls of humming, with the kernel that its heuristics choose for each number of rows."""
     import torch
-    from humming.layer import HummingLayer
+    from humming.ops import launch_kernel
 
     bits, group_size = FORMATS[weight_format]
-    tuning, compiling = humming_kernels(product, weight_format, rows)
-    for future in compiling:
-        future.result()
+    padded = replace(product, out_features=-(-product.out_features // HUMMING_TILE) * HUMMING_TILE)
+    ranges, above = [], 0  # each kernel is for more rows than `above`, up to `count`
+    for count, compiling, multiprocessors in humming_kernels(product, weight_format, rows):
+        ranges += [above, count, compiling.result().kernel_id, multiprocessors]
+        above = count
+    configs = torch.tensor(ranges, dtype=torch.int64)
 
     def make() -> Callable[[Any], Any]:
-        with torch.device("cuda"):
-            layer = HummingLayer(
-                shape_n=product.out_features,
-                shape_k=product.in_features,
-                weight_config={"dtype": f"int{bits}", "group_size": group_size},
-                pad_n_to_multiple=HUMMING_TILE,
-                torch_dtype=torch.float16,
-            )
-        layer.weight.data.random_(-(2**31), 2**31 - 1)
-        layer.weight_scale.data.uniform_(0, 0.002)
-        layer.transform()
-        return with_swiglu(product, lambda x: layer(x, tuning_config=tuning))
+        # As its `repack_weight` and `transform_humming_weight_scale` write them, but for the order of codes and scales.
+        weight = random_words(padded.in_features // 16, padded.out_features * bits // 2)
+        scales = random_scales(padded, group_size)
+        locks = torch.zeros(HUMMING_LOCKS, dtype=torch.int32, device="cuda")
+
+        def call(x: Any) -> Any:
+            return launch_kernel(configs=configs, inputs=x, weight=weight, weight_scale=scales, locks=locks)
+
+        return with_swiglu(product, call)
 
     return [make() for _ in range(copies_of(product, bits))]
 
@@ -293,41 +297,35 @@ def compilers() -> ThreadPoolExecutor:
 
 
 @cache
-def humming_kernels(product: Product, weight_format: str, rows: tuple[int, ...]) -> tuple[str, list[Future[Any]]]:
-    """Start to compile humming's kernels for a layer, and return its tuning, as JSON, and the compilations.
+def humming_kernels(product: Product, weight_format: str, rows: tuple[int, ...]) -> list[tuple[int, Future[Any], int]]:
+    """Start to compile humming's kernels for a layer.
 
-    Without a tuning humming would compile some forty kernels for each layer, of all tiles up to 8192 rows.
+    Returns, for each number of rows in ascending order: that number, the compilation of its kernel, and on how many
+    multiprocessors it runs (0: on all).
     """
     import torch
     from humming.kernel.humming import HummingKernel
-    from humming.layer import HummingLayerMethod
     from humming.schema import HummingWeightSchema
+    from humming.transform import prepare_layer_config
     from humming.tune import get_heuristics_config
 
     bits, group_size = FORMATS[weight_format]
-    meta = HummingLayerMethod.prepare_layer_meta(
-        torch.nn.Module(),
+    layer = prepare_layer_config(
         shape_n=product.out_features,
         shape_k=product.in_features,
         weight_schema=HummingWeightSchema(b_dtype=f"int{bits}", weight_scale_group_size=group_size),
         pad_n_to_multiple=HUMMING_TILE,
         torch_dtype=torch.float16,
     )
-    counts = sorted(rows)
-    bounds = [0, *counts[:-1], 2**30]
-    tuning = [
-        [low, high, get_heuristics_config(meta, count)]
-        for low, high, count in zip(bounds[:-1], bounds[1:], counts, strict=True)
-    ]
-    layer = json.loads(meta.to_str())
-    layer.pop("sublayer_name")
-    tiles = {json.dumps(tile): tile for _, _, tile in tuning}
-    # In another thread than the main one, a kernel is compiled into humming's cache on disk, but not loaded.
-    compiling = [
-        compilers().submit(HummingKernel, **layer, **{name: tile[name] for name in tile if name != "num_sms"})
-        for tile in tiles.values()
-    ]
-    return json.dumps(tuning), compiling
+    compiling: dict[str, Future[Any]] = {}
+    kernels = []
+    for count in sorted(rows):
+        tile = dict(get_heuristics_config(layer, count))
+        multiprocessors = tile.pop("num_sms", 0)
+        if str(tile) not in compiling:
+            compiling[str(tile)] = compilers().submit(HummingKernel, **layer.to_dict(), **tile)
+        kernels.append((count, compiling[str(tile)], multiprocessors))
+    return kernels
 
 
 Provider = Callable[[Product, str, tuple[int, ...]], Calls]
@@ -406,16 +404,16 @@ def measure(
     prompts = tuple(count for count in rows if count > MAX_STEP_ROWS)
     layers = [(name, product) for name in models for product in (*MODELS[name].products, MODELS[name].head)]
     peers = list(peers)
+    kinds = [(product, weight_format, steps) for _, product in layers for weight_format in formats]
     if steps:
-        kinds = [(product, weight_format) for _, product in layers for weight_format in formats]
-        prepare_humming(peers, lambda: [humming_kernels(*kind, steps) for kind in kinds])
+        prepare_humming(peers, lambda: [humming_kernels(*kind) for kind in kinds])
     records: list[dict[str, Any]] = []
-    for counts in (prompts, steps):  # while humming compiles, prompts are measured without it
+    for counts in filter(None, (prompts, steps)):  # while humming compiles, prompts are measured without it
         if counts is steps:
-            prepare_humming(peers, load_humming)
+            prepare_humming(peers, lambda: humming_kernels(*kinds[0])[0][1].result())
         names = peers if counts is steps else [name for name in peers if name != "humming"]
         for model, product in layers:
-            if not counts or (counts is prompts and product is MODELS[model].head):
+            if counts is prompts and product is MODELS[model].head:
                 continue
             for weight_format in formats:
                 started = time.perf_counter()
@@ -438,13 +436,6 @@ def prepare_humming(peers: list[str], step: Callable[[], object]) -> None:
         except Exception as error:
             leave_out("humming", peers, error)
             peers[:] = [name for name in peers if name != "humming"]
-
-
-def load_humming() -> None:
-    """Load what launches humming's kernels; its import began to compile that, which takes half a minute once."""
-    from humming.ops.utils import init_humming_launcher
-
-    init_humming_launcher()
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
