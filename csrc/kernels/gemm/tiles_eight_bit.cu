@@ -76,7 +76,7 @@ int64_t sums_bytes(const GemmShape& shape, const Tiling& tiling, const ClustersA
 bool is_possible(const GemmShape& shape, const Tiling& tiling, const ClustersAtOnce& clusters) {
   if (clusters[tiling.blocks()] == 0) return false;
   const bool blocks = shape.weight_format.group_size != 0;
-  if (shape.weight_format.kind == WeightKind::kFp8Rows && tiling.columns > (blocks ? 128 : 192)) return false;
+  if (shape.weight_format.kind == WeightKind::kFp8Rows && blocks && tiling.columns > 128) return false;
   if (tiling.splits == 1) return true;
   const int64_t whole_tiles = whole_tiles_of(shape, tiling, clusters);
   if (tiling.splits == kLast && whole_tiles == 0) return false;  // there is but one wave
@@ -97,9 +97,10 @@ GemmParams in_pairs(const GemmParams& params) {
 // The coordinates are: column, of codes in pairs, and row.
 bool encode_y_tensor_map(CUtensorMap& tensor_map, const GemmShape& shape, void* y) {
   const int64_t row_bytes = columns_of(shape) * size_of(y_type_of(shape));
+  const int slot_tiles = shape.activation == Activation::kSwiglu ? kSlotTiles<true> : kSlotTiles<false>;
   return encode_store_tensor_map(
       tensor_map, y, {static_cast<cuuint64_t>(row_bytes / 2), static_cast<cuuint64_t>(shape.rows)},
-      {static_cast<cuuint64_t>(row_bytes)}, {static_cast<cuuint32_t>(kSlotTiles * (shape.quantized_y ? 4 : 8)), 16});
+      {static_cast<cuuint64_t>(row_bytes)}, {static_cast<cuuint32_t>(slot_tiles * (shape.quantized_y ? 4 : 8)), 16});
 }
 
 template <typename Sum, int kColumns, bool kBlockScales>
@@ -131,6 +132,11 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const C
   arguments.cluster_columns = tiling.cluster_columns;
   arguments.row_tiles = static_cast<int32_t>(row_tiles_of(shape, tiling));
   arguments.column_tiles = static_cast<int32_t>(column_tiles_of(shape, tiling));
+  const int64_t band_height = std::min<int64_t>(16 / tiling.cluster_rows, arguments.row_tiles);
+  arguments.band_tiles = EightBitDivisor(band_height * arguments.column_tiles);
+  arguments.band_height = EightBitDivisor(band_height);
+  const int64_t last_height = arguments.row_tiles % band_height;
+  arguments.last_height = EightBitDivisor(last_height == 0 ? band_height : last_height);
   arguments.whole_tiles = static_cast<int32_t>(whole_tiles_of(shape, tiling, at_once));
   const auto shares = static_cast<int32_t>(shares_of(shape, tiling, at_once));
   arguments.shares = arguments.whole_tiles + shares;
@@ -160,6 +166,7 @@ cudaError_t launch_tiling(const GemmParams& params, const Tiling& tiling, const 
   }
   if (format.group_size != 0) return launch_tiles<float, 128, true>(params, tiling, clusters, device, stream);
   if (tiling.columns == 128) return launch_tiles<float, 128, false>(params, tiling, clusters, device, stream);
+  if (tiling.columns == 256) return launch_tiles<float, 256, false>(params, tiling, clusters, device, stream);
   return launch_tiles<float, 192, false>(params, tiling, clusters, device, stream);
 }
 
@@ -184,12 +191,12 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t var
 // The microseconds of a chunk of a tile, on an H100 at its limit of power.
 double chunk_time(const GemmShape& shape, int columns) {
   const bool is_int8 = shape.weight_format.kind == WeightKind::kInt8Rows;
-  return columns == 128 ? (is_int8 ? 0.34 : 0.43) : columns == 192 ? (is_int8 ? 0.51 : 0.60) : 0.66;
+  return columns == 128 ? (is_int8 ? 0.34 : 0.46) : columns == 192 ? (is_int8 ? 0.51 : 0.60) : (is_int8 ? 0.66 : 0.81);
 }
 
 // An estimate of the time in microseconds: fitted to measurements of Qwen2.5-7B's layers on an H100.
 double estimate(const GemmShape& shape, const Tiling& tiling, const ClustersAtOnce& clusters) {
-  constexpr double kEnding = 1.6, kReadBytes = 3e6, kAddedBytes = 4e6;  // of a tile; in a microsecond
+  constexpr double kEnding = 1.2, kReadBytes = 3e6, kAddedBytes = 4e6;  // of a tile; in a microsecond
   const auto at_once = static_cast<double>(clusters[tiling.blocks()]);
   const auto tiles = static_cast<double>(tiles_of(shape, tiling));
   const double tile = static_cast<double>(chunks_of(shape)) * chunk_time(shape, tiling.columns);

@@ -9,7 +9,8 @@
 //
 // int8 is summed exactly in int32. Of e4m3 wgmma keeps fewer bits of a sum than float32 has, so the products of each
 // chunk, 128 k, are summed alone, and added in float32: times the scale of the weight's block, where it has blocks of
-// 128 x 128. One warpgroup adds while the other's chunk is multiplied.
+// 128 x 128. One warpgroup adds while the other's chunk is multiplied. With 256 weight rows a thread has no registers
+// for a second set of sums: there a chunk is multiplied and added in halves, 128 weight rows each.
 //
 // Shares. Each of the first tiles is a share of its own. The chunks of k of the others, tile after tile, are divided
 // into equal shares, one or several for a cluster, and a share may begin and end within a tile. Of such tiles the
@@ -34,10 +35,12 @@ constexpr int kEightBitThreads = kWarpgroupThreads * (kEightBitGroups + 1);
 constexpr int kEightBitXBytes = kEightBitRows * kSwizzleBytes;  // of a stage
 constexpr int kEightBitBlock = 128;                             // weight rows, and k, that share a scale
 
-// Results are stored in slots of a warp: 16 rows of x, and 4 tiles of 8 columns of y.
-constexpr int kSlotTiles = 4;
-constexpr int kSlotBytes = 16 * kSlotTiles * 16;
-constexpr int kWarpSlots = 3;
+// Results are stored in slots of a warp: 16 rows of x, and the tiles of 8 columns of y that kSlotRows weight rows make.
+// A warp has slots for all of a tile, and never waits until a store has read one.
+constexpr int kSlotRows = 64;
+template <bool kSwiglu>
+constexpr int kSlotTiles = kSlotRows / 8 / (kSwiglu ? 2 : 1);
+constexpr int kSlotBytes = 16 * kSlotRows * 2;
 // Scales and bias of 2 neighbouring weight rows.
 constexpr int kPairBytes = 16;
 
@@ -45,7 +48,8 @@ constexpr int kPairBytes = 16;
 template <int kColumns>
 struct EightBitLayout {
   static constexpr int kStageBytes = kEightBitXBytes + kColumns * kSwizzleBytes;
-  static constexpr int kSlotsBytes = 4 * kEightBitGroups * kWarpSlots * kSlotBytes;
+  static constexpr int kWarpSlotsBytes = kColumns / kSlotRows * kSlotBytes;
+  static constexpr int kSlotsBytes = 4 * kEightBitGroups * kWarpSlotsBytes;
   static constexpr int kPairsBytes = kColumns / 2 * kPairBytes;  // of a warpgroup
   static constexpr int kResultBytes = kSlotsBytes + kEightBitGroups * kPairsBytes;
   static constexpr int kMaxBytes = 232448;  // what a block can have on Hopper
@@ -53,6 +57,24 @@ struct EightBitLayout {
   static constexpr int kStages = kFitting < 6 ? kFitting : 6;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kBytes = kRingBytes + kResultBytes + 16 * kStages;
+};
+
+// Divides by a number that the host knows: a division on the device takes hundreds of cycles, in which nothing is
+// multiplied.
+struct EightBitDivisor {
+  uint32_t divisor = 1, reciprocal = UINT32_MAX;
+
+  EightBitDivisor() = default;
+  explicit EightBitDivisor(int64_t number) : divisor(static_cast<uint32_t>(number)), reciprocal(UINT32_MAX / divisor) {}
+  __device__ __forceinline__ uint32_t divide(uint32_t number, uint32_t& remainder) const {
+    uint32_t quotient = __umulhi(number, reciprocal);  // at most 1 too small
+    remainder = number - quotient * divisor;
+    if (remainder >= divisor) {
+      ++quotient;
+      remainder -= divisor;
+    }
+    return quotient;
+  }
 };
 
 struct TilesEightBitArguments {
@@ -71,9 +93,12 @@ struct TilesEightBitArguments {
   int32_t cluster_columns;  // blocks side by side
   int32_t row_tiles;        // of clusters
   int32_t column_tiles;
-  int32_t whole_tiles;   // the first tiles
-  int32_t shares;        // all, those of whole tiles included
-  int32_t tile_columns;  // kColumns
+  EightBitDivisor band_tiles;   // the tiles of a band of row tiles
+  EightBitDivisor band_height;  // the row tiles of a band
+  EightBitDivisor last_height;  // of the last one
+  int32_t whole_tiles;          // the first tiles
+  int32_t shares;               // all, those of whole tiles included
+  int32_t tile_columns;         // kColumns
   bool swiglu;
   bool block_scales;  // weight_scales are of blocks, and have been applied to sums; else of rows
   bool x_scale_per_row;
@@ -144,15 +169,15 @@ struct EightBitTile {
   int first_row, column_tile;
 
   // The order of tiles: bands of rows, and column after column in a band, so that the clusters that run at the same
-  // time read few rows of x and few weights, which the L2 cache holds.
-  __device__ __forceinline__ EightBitTile(const TilesEightBitArguments& p, int index, int rank) {
-    const int band_height = 16 / p.cluster_rows;
-    const int band = index / (band_height * p.column_tiles);
-    const int height = min(band_height, p.row_tiles - band * band_height);
-    const int within = index - band * band_height * p.column_tiles;
-    const int row_tile = band * band_height + within % height;
-    first_row = (row_tile * p.cluster_rows + rank / p.cluster_columns) * kEightBitRows;
-    column_tile = within / height * p.cluster_columns + rank % p.cluster_columns;
+  // time read few rows of x and few weights, which the L2 cache holds. The block is at `row` and `column` of its
+  // cluster.
+  __device__ __forceinline__ EightBitTile(const TilesEightBitArguments& p, int index, int row, int column) {
+    uint32_t within, row_tile;
+    const uint32_t above = p.band_tiles.divide(index, within) * p.band_height.divisor;
+    const bool is_last = p.row_tiles - above < p.band_height.divisor;
+    const uint32_t cluster_column = (is_last ? p.last_height : p.band_height).divide(within, row_tile);
+    first_row = (static_cast<int>(above + row_tile) * p.cluster_rows + row) * kEightBitRows;
+    column_tile = static_cast<int>(cluster_column) * p.cluster_columns + column;
   }
 };
 
@@ -166,6 +191,8 @@ struct EightBitBlock {
   const uint32_t pairs = results + Layout::kSlotsBytes;
   const uint32_t barriers = results + Layout::kResultBytes;
   const int rank = cluster_block_rank();
+  const int row = rank / p.cluster_columns;
+  const int column = rank % p.cluster_columns;
 
   __device__ __forceinline__ EightBitBlock(const TilesEightBitArguments& arguments, uint32_t shared)
       : p(arguments), ring(shared) {}
@@ -179,7 +206,6 @@ struct EightBitBlock {
   // with the same weight rows.
   __device__ __forceinline__ int neighbours() const { return p.cluster_rows + p.cluster_columns - 1; }
   __device__ __forceinline__ int neighbour(int i) const {
-    const int row = rank / p.cluster_columns, column = rank % p.cluster_columns;
     if (i < p.cluster_columns) return row * p.cluster_columns + i;
     const int other = i - p.cluster_columns;  // among the other rows
     return (other + (other >= row ? 1 : 0)) * p.cluster_columns + column;
@@ -208,7 +234,7 @@ class EightBitProducer {
  public:
   __device__ __forceinline__ explicit EightBitProducer(const EightBitBlock<kColumns>& block)
       : block_(block), p_(block.p), parts_(block.p) {
-    const int row = block.rank / p_.cluster_columns, column = block.rank % p_.cluster_columns;
+    const int row = block.row, column = block.column;
     weight_offset_ = row * (kColumns / p_.cluster_rows);
     x_offset_ = column * (kEightBitRows / p_.cluster_columns);
     for (int i = 0; i < p_.cluster_columns; ++i) same_rows_ |= 1 << (row * p_.cluster_columns + i);
@@ -246,7 +272,7 @@ class EightBitProducer {
   // Divisions take long: once for each part, and not for each chunk.
   __device__ __forceinline__ void begin_part() {
     if (parts_.done()) return;
-    const EightBitTile tile(p_, parts_.part().tile, block_.rank);
+    const EightBitTile tile(p_, parts_.part().tile, block_.row, block_.column);
     weight_row_ = tile.column_tile * kColumns + weight_offset_;
     x_row_ = tile.first_row + x_offset_;
     k_ = parts_.part().first_chunk * kBlockK;
@@ -352,47 +378,52 @@ class EightBitResults {
   }
   template <bool kSwiglu, typename Y>
   __device__ __forceinline__ void write_slots(const Sum (&sums)[kTiles][4]) {
-    constexpr int kSumTiles = kSlotTiles * (kSwiglu ? 2 : 1);
+    if (lane_ == 0) tma_store_wait_read<0>();  // the tile before
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kTiles / kSumTiles; ++i) {
-      if (lane_ == 0) tma_store_wait_read<kWarpSlots - 1>();
-      __syncwarp();
-      const uint32_t slot = slots_ + next_slot_ * kSlotBytes;
-      next_slot_ = next_slot_ + 1 < kWarpSlots ? next_slot_ + 1 : 0;
+    for (int i = 0; i < kColumns / kSlotRows; ++i) {
+      const uint32_t slot = slots_ + i * kSlotBytes;
+      constexpr int kTogether = kSwiglu ? 2 : 4;  // tiles of y: 4 of sums
 #pragma unroll
-      for (int j = 0; j < kSlotTiles; j += 2) {
-        uint32_t words[4];
-        results<kSwiglu, Y>(words[0], words[1], sums, i * kSlotTiles + j);
-        results<kSwiglu, Y>(words[2], words[3], sums, i * kSlotTiles + j + 1);
-        stage<Y>(slot, j, words);
+      for (int j = 0; j < kSlotTiles<kSwiglu>; j += kTogether) {
+        const int first = (i * kSlotTiles<kSwiglu> + j) * 4 / kTogether;
+        float pairs[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) load_shared(pairs[k], pairs_ + ((first + k) * 4 + lane_ % 4) * kPairBytes);
+#pragma unroll
+        for (int k = 0; k < kTogether; k += 2) {
+          uint32_t words[4];
+          results<kSwiglu, Y>(words[0], words[1], sums, first, pairs, k);
+          results<kSwiglu, Y>(words[2], words[3], sums, first, pairs, k + 1);
+          stage<kSlotTiles<kSwiglu>, Y>(slot, j + k, words);
+        }
       }
       fence_proxy_async();  // the store reads it
       __syncwarp();
       if (lane_ == 0) {
-        const int column = first_column_ + 8 * i * kSlotTiles;
+        const int column = first_column_ + 8 * i * kSlotTiles<kSwiglu>;
         tma_store_2d(p_.y, slot, std::is_same_v<Y, Codes> ? column / 2 : column, first_row_);
       }
     }
   }
 
-  // Two neighbouring elements of a tile of y, in rows g and g + 8.
+  // Two neighbouring elements of a tile of y, in rows g and g + 8: of tile `k` among those of 4 tiles of sums.
   template <bool kSwiglu, typename Y>
-  __device__ __forceinline__ void results(uint32_t& word, uint32_t& next_word, const Sum (&sums)[kTiles][4],
-                                          int tile) const {
+  __device__ __forceinline__ void results(uint32_t& word, uint32_t& next_word, const Sum (&sums)[kTiles][4], int first,
+                                          const float (&pairs)[4][4], int k) const {
+    const int tile = kSwiglu ? 2 * k : k;
     float z[4];
-    scale(z, sums[kSwiglu ? 2 * tile : tile], kSwiglu ? 2 * tile : tile);
+    scale(z, sums[first + tile], pairs[tile]);
     if constexpr (kSwiglu) {
       float up[4];
-      scale(up, sums[2 * tile + 1], 2 * tile + 1);
+      scale(up, sums[first + tile + 1], pairs[tile + 1]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) z[i] = silu<__half>(z[i]) * up[i];
     }
     word = pack<Y>(z[0], z[1]);
     next_word = pack<Y>(z[2], z[3]);
   }
-  __device__ __forceinline__ void scale(float (&z)[4], const Sum (&sums)[4], int tile) const {
-    float pair[4];
-    load_shared(pair, pairs_ + (tile * 4 + lane_ % 4) * kPairBytes);
+  __device__ __forceinline__ void scale(float (&z)[4], const Sum (&sums)[4], const float (&pair)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       z[i] = fmaf(static_cast<float>(sums[i]) * pair[i % 2], x_scales_[i / 2], pair[2 + i % 2]);
@@ -414,19 +445,22 @@ class EightBitResults {
     }
   }
   // Writes two tiles' words into a slot: for both tiles those of rows g, then those of rows g + 8. Chunks of 16 bytes
-  // are permuted by the swizzle of the tensor map, whose bytes are those of a slot's row: 64, of codes 32.
-  template <typename Y>
+  // are permuted by the swizzle of the tensor map, whose bytes are those of a slot's row.
+  template <int kRowTiles, typename Y>
   __device__ __forceinline__ void stage(uint32_t slot, int tile, const uint32_t (&words)[4]) const {
-    if constexpr (std::is_same_v<Y, Codes>) {
+    constexpr bool kCodes = std::is_same_v<Y, Codes>;
+    constexpr int kRowBytes = kRowTiles * (kCodes ? 8 : 16);
+    constexpr int kRowChunks = kRowBytes / 16;
+    const auto permuted = [](int chunk, int row) { return chunk ^ (row / (8 / kRowChunks) % kRowChunks); };
+    if constexpr (kCodes) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row = lane_ / 4 + j % 2 * 8;
-        const int chunk = tile / 2 ^ (row / 4 % 2);
-        store_shared_16(slot + row * 32 + chunk * 16 + j / 2 * 8 + lane_ % 4 * 2, words[j]);
+        store_shared_16(slot + row * kRowBytes + permuted(tile / 2, row) * 16 + j / 2 * 8 + lane_ % 4 * 2, words[j]);
       }
     } else {
       const int row = lane_ % 16;
-      stmatrix_x4(slot + row * 64 + ((tile + lane_ / 16) ^ (row / 2 % 4)) * 16, words);
+      stmatrix_x4(slot + row * kRowBytes + permuted(tile + lane_ / 16, row) * 16, words);
     }
   }
 
@@ -437,7 +471,6 @@ class EightBitResults {
   const int warp_ = __shfl_sync(0xffffffffU, thread_ / 32, 0);
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   const uint32_t slots_, pairs_;
-  int next_slot_ = 0;
   int first_row_ = 0, first_column_ = 0;  // of the warp
   uint32_t bias_ = 0;
   float2 scales_;
@@ -464,7 +497,7 @@ class TilesEightBitConsumer {
         group_(warp / 4),
         releases_(static_cast<int>(threadIdx.x) % kWarpgroupThreads < block.neighbours()),
         released_(map_to_block(block.empty(0), releases_ ? block.neighbour(threadIdx.x % kWarpgroupThreads) : 0)),
-        results_(block.p, group_, block.results + warp * kWarpSlots * kSlotBytes,
+        results_(block.p, group_, block.results + warp * Layout::kWarpSlotsBytes,
                  block.pairs + group_ * Layout::kPairsBytes) {}
 
   __device__ __forceinline__ void run() {
@@ -484,18 +517,23 @@ class TilesEightBitConsumer {
   static constexpr bool kIsInt8 = std::is_same_v<Sum, int32_t>;
   static constexpr int kTiles = kColumns / 8;
   using Layout = EightBitLayout<kColumns>;
+  static constexpr int kHalves = !kIsInt8 && kColumns == 256 ? 2 : 1;
+  static constexpr int kChunkTiles = kTiles / kHalves;  // that are multiplied at a time
   using Sums = Sum[kTiles][4];
+  using ChunkSums = Sum[kChunkTiles][4];
 
   // Issues a chunk's wgmmas as one group; the sums begin with them if not `accumulate`.
-  __device__ __forceinline__ void start_chunk(Sums& sums, bool accumulate) {
+  __device__ __forceinline__ void start_chunk(ChunkSums& sums, bool accumulate) {
     mbarrier_wait(block_.full(state_.stage), state_.parity);
     start_loaded_chunk(sums, accumulate);
   }
-  __device__ __forceinline__ void start_loaded_chunk(Sums& sums, bool accumulate) {
+  // Likewise, of a half of the weight rows where there are halves.
+  __device__ __forceinline__ void start_loaded_chunk(ChunkSums& sums, bool accumulate, int half = 0) {
     // A step of k is 32 bytes further, 2 in the units of a descriptor: stages begin at multiples of 1024 bytes.
     constexpr int kStep = 32 / 16;
     const uint64_t x = matrix_descriptor(block_.x(state_.stage) + group_ * 64 * kSwizzleBytes, 16);
-    const uint64_t weights = matrix_descriptor(block_.weights(state_.stage), 16);
+    const uint64_t weights =
+        matrix_descriptor(block_.weights(state_.stage) + half * kChunkTiles * 8 * kSwizzleBytes, 16);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSwizzleBytes / 32; ++step) {
@@ -549,16 +587,14 @@ class TilesEightBitConsumer {
       float scales[2];
       next_block_scales(scales, chunk + 1 < parts.part().chunks);
       wgmma_wait_group<0>();
+      if constexpr (kHalves == 2) {
+        add_to_totals(0, scales);
+        start_loaded_chunk(sums_, false, 1);
+        wgmma_wait_group<0>();
+      }
       release(state_.stage);
       state_.advance(Layout::kStages);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if constexpr (kBlockScales) totals_[i][j] = fmaf(scales[i % 2], sums_[i][j], totals_[i][j]);
-          if constexpr (!kBlockScales) totals_[i][j] += sums_[i][j];
-        }
-      }
+      add_to_totals(kHalves - 1, scales);
       if (++chunk < parts.part().chunks) continue;
       added = parts.part();
       parts.advance();
@@ -566,12 +602,23 @@ class TilesEightBitConsumer {
     }
     wgmma_wait_group<0>();
   }
+  __device__ __forceinline__ void add_to_totals(int half, const float (&scales)[2]) {
+#pragma unroll
+    for (int i = 0; i < kChunkTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& total = totals_[half * kChunkTiles + i][j];
+        if constexpr (kBlockScales) total = fmaf(scales[i % 2], sums_[i][j], total);
+        if constexpr (!kBlockScales) total += sums_[i][j];
+      }
+    }
+  }
   __device__ __forceinline__ void clear_totals() {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) totals_[i][0] = totals_[i][1] = totals_[i][2] = totals_[i][3] = 0.0F;
   }
   __device__ __forceinline__ void begin_part(const EightBitPart& part) {
-    const EightBitTile tile(p_, part.tile, block_.rank);
+    const EightBitTile tile(p_, part.tile, block_.row, block_.column);
     results_.begin(tile.first_row + 64 * group_, tile.column_tile * (p_.swiglu ? kColumns / 2 : kColumns));
     if constexpr (kBlockScales) {
       static_assert(kColumns == kEightBitBlock);
@@ -622,8 +669,8 @@ class TilesEightBitConsumer {
   const uint32_t released_;  // the first stage's mbarrier of that block
   EightBitResults<Sum, kColumns> results_;
   PipelineState state_;
-  Sums sums_;    // of e4m3, of a chunk
-  Sums totals_;  // of e4m3
+  ChunkSums sums_;  // of e4m3, of a chunk or of half of it
+  Sums totals_;     // of e4m3
   const float* block_scales_[2];
   float next_block_scales_[2];
 };
@@ -666,13 +713,13 @@ __global__ void __launch_bounds__(kEightBitThreads, 1)
 
 // Adds the sums of a tile's parts. For each beginning of a share that is the first one within a tile (x, together with
 // a block of the cluster and a warpgroup), and each kAddedColumns weight rows of the tile (y), a block.
-constexpr int kAddedColumns = 64;
+constexpr int kAddedColumns = kSlotRows;
 
 template <typename Sum>
 __global__ void __launch_bounds__(kWarpgroupThreads)
     gemm_eight_bit_tiles_add(const __grid_constant__ TilesEightBitArguments p) {
   trigger_dependent_launch();
-  __shared__ __align__(1024) char slots[4 * kWarpSlots * kSlotBytes];
+  __shared__ __align__(1024) char slots[4 * kSlotBytes];
   __shared__ __align__(16) char pairs[kAddedColumns / 2 * kPairBytes];
   const int group = static_cast<int>(blockIdx.x) % kEightBitGroups;
   const int block = static_cast<int>(blockIdx.x) / kEightBitGroups;
@@ -683,9 +730,9 @@ __global__ void __launch_bounds__(kWarpgroupThreads)
   const int64_t within = first_chunk_of_share(p, share + 1);
   const int64_t first = within / p.chunks * p.chunks;  // chunk of the tile
   if (within == first || first_chunk_of_share(p, share) > first) return;
-  const EightBitTile tile(p, static_cast<int>(first / p.chunks), rank);
+  const EightBitTile tile(p, static_cast<int>(first / p.chunks), rank / p.cluster_columns, rank % p.cluster_columns);
   const int first_weight_row = tile.column_tile * p.tile_columns + static_cast<int>(blockIdx.y) * kAddedColumns;
-  EightBitResults<Sum, kAddedColumns> results(p, 0, shared_address(slots) + threadIdx.x / 32 * kWarpSlots * kSlotBytes,
+  EightBitResults<Sum, kAddedColumns> results(p, 0, shared_address(slots) + threadIdx.x / 32 * kSlotBytes,
                                               shared_address(pairs));
   results.begin(tile.first_row + 64 * group, p.swiglu ? first_weight_row / 2 : first_weight_row);
   constexpr int kTiles = kAddedColumns / 8;
