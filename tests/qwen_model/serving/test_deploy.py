@@ -48,6 +48,19 @@ def test_the_dockerfile_installs_extras_that_there_are() -> None:
     assert "serve" in names[1]
 
 
+def test_the_image_is_built_from_what_the_build_reads() -> None:
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in ignored if line.startswith("!")}
+    build = (ROOT / "CMakeLists.txt").read_text()
+    read = re.findall(r"add_subdirectory\((\w+)|CMAKE_CURRENT_SOURCE_DIR}/(\w+)", build)
+    project = (ROOT / "pyproject.toml").read_text()
+    packages = re.search(r"^wheel.packages = \[(.*)\]", project, flags=re.M)
+    assert packages
+    needed = {name for pair in read for name in pair if name} | set(re.findall(r'"(\w+)', packages[1]))
+    assert needed >= {"csrc", "cmake", "python", "qwen_model"}
+    assert needed | {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"} == kept
+
+
 def test_the_unit_starts_the_server_and_waits_until_it_has_drained() -> None:
     unit = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",), strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
