@@ -166,12 +166,15 @@ def run_check(name: str, sanitizer: str, seconds: float) -> Result:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        status: int | None = None
         try:
-            status: int | None = process.wait(seconds)
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            status = None
+            pass
+        finally:  # also where the user interrupts
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Result(name, text, status, time.monotonic() - start)

@@ -81,13 +81,11 @@ class Timer:
         """Begin to measure."""
         self._last = time.perf_counter()
 
-    def step(self, is_prompt: bool) -> None:
-        """Record that a step is done, one that processed prompts or one of decoding."""
+    def step(self, prompt_share: float) -> None:
+        """Record that a step is done; that share of its tokens, from 0 to 1, was of prompts, and the others decoded."""
         now = time.perf_counter()
-        if is_prompt:
-            self._prefill += now - self._last
-        else:
-            self._decode += now - self._last
+        self._prefill += prompt_share * (now - self._last)
+        self._decode += (1 - prompt_share) * (now - self._last)
         self._last = now
 
     def timing(self, generated_tokens: int) -> Timing:

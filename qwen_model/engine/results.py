@@ -43,7 +43,10 @@ class BeamOutput:
 
 @dataclass(frozen=True)
 class Timing:
-    """Hold the seconds and tokens of a whole batch. The first token of each prompt belongs to the prefill."""
+    """Hold the seconds and tokens of a whole batch. The first token of each prompt belongs to the prefill.
+
+    The seconds of a step that has tokens of prompts and decodes others are divided by their numbers.
+    """
 
     prefill_seconds: float
     decode_seconds: float

@@ -44,7 +44,7 @@ class _Launched:
     """Hold a step that the device was given."""
 
     number: int
-    is_prompt: bool
+    prompt_share: float  # see `Scheduler.prompt_share`
     sequences: list[Sequence]  # those that choose
     choice: PendingChoice | None  # None: there are none
 
@@ -65,8 +65,9 @@ class Scheduler:
         deterministic: what a sequence gives does not depend on the others: it begins when there are pages for its
             longest output, so that it is never computed again; it shares pages of prompts only; and its prompt is
             divided as it would be alone. The device must do its part.
-        chunk_tokens: the most tokens of a step with prompts while other sequences wait for their next token; None:
-            MIXED_TOKENS where steps have both, else CHUNK_TOKENS.
+        chunk_tokens: the most tokens of a step with prompts while other sequences wait for their next token; where
+            these are very many, prompts have a fourth as many beside them. None: MIXED_TOKENS where steps have both,
+            else CHUNK_TOKENS.
         stretch: of the rotary embedding for a prompt's length, see `rotary_stretch`; prefixes are shared where equal.
         """
         if device.max_tokens < device.max_sequences:
@@ -79,8 +80,8 @@ class Scheduler:
         default = MIXED_TOKENS if self._mixes else CHUNK_TOKENS
         self.chunk_tokens = min(chunk_tokens or default, device.max_tokens)
         self.pool = PagePool(device.num_pages, device.page_size)
-        self.read_prompts = False
-        """Whether the step that was read last processed prompts."""
+        self.prompt_share = 0.0
+        """The share of the tokens of the step that was read last which were of prompts."""
         self._slots = Slots(device.max_sequences)
         self._numbers, self._steps = count(), count(1)
         self._waiting: list[tuple[tuple[int, ...], Sequence]] = []  # a heap; what has ended is dropped when it is met
@@ -308,6 +309,7 @@ class Scheduler:
         youngest = self._slots.youngest()
         held = youngest.hold and youngest not in self._prefilling and not self._slots.decoding[youngest.slot]
         self._leave(youngest)
+        youngest.logits.clear()  # all are computed again
         self.num_preemptions += 1
         if not held:
             self._wait(youngest)
@@ -391,8 +393,7 @@ class Scheduler:
             self._score(batch, parts)
         else:
             self.device.forward(batch)
-        choosing = [] if scoring else self._slots.at(slots) + done
-        self._choose(batch, choosing, bool(parts), events)
+        self._choose(batch, [] if scoring else self._slots.at(slots) + done, 1 - len(slots) / len(batch.tokens), events)
         for sequence, _ in parts:
             if sequence.slot is not None:
                 self._name_pages(sequence)
@@ -473,7 +474,7 @@ class Scheduler:
             if len(found):
                 sequence.logits.append(found)
 
-    def _choose(self, batch: Batch, sequences: list[Sequence], is_prompt: bool, events: list[Event]) -> None:
+    def _choose(self, batch: Batch, sequences: list[Sequence], prompt_share: float, events: list[Event]) -> None:
         """Let the given sequences of the step that the network has just begun choose, and keep the step to be read."""
         number = next(self._steps)
         self._slots.advance(batch, number)
@@ -486,7 +487,7 @@ class Scheduler:
                 masks = self._masks(sequences, events)
             num_best = int(self._slots.num_best[slots].max())
             choice = self.device.choose(masks, None if num_best < 0 else num_best)
-        self._in_flight.append(_Launched(number, is_prompt, sequences, choice))
+        self._in_flight.append(_Launched(number, prompt_share, sequences, choice))
 
     def _masks(self, sequences: list[Sequence], events: list[Event]) -> dict[int, TokenMask]:
         """Return the masks of those that have one, by slot. What fails to make one ends."""
@@ -519,7 +520,7 @@ class Scheduler:
                     reason = self._take(sequence, token)
                     logprob = None if sequence.num_best is None else _logprob(chosen, row, sequence.num_best)
                     events.append(Event(sequence, token, reason, logprob))
-        self._last_read, self.read_prompts = step.number, step.is_prompt
+        self._last_read, self.prompt_share = step.number, step.prompt_share
         self._free_ended()
 
     def _take(self, sequence: Sequence, token: int) -> EndReason | None:

@@ -333,7 +333,7 @@ class Session:
             if event.sequence.on_event is not None:
                 event.sequence.on_event(event)
         if timer is not None:
-            timer.step(self.scheduler.read_prompts)
+            timer.step(self.scheduler.prompt_share)
 
     def _generate_beams(
         self,

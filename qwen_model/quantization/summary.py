@@ -84,8 +84,7 @@ def error_warnings(formats: Formats, relative_errors: Mapping[str, float]) -> It
 def _remedy(weight_format: WeightFormat) -> str:
     if weight_format.bits == 4:
         smaller = "" if weight_format.group_size == 32 else "--group-size 32 or "
-        return f"{smaller}--quantization int8 has smaller errors"
+        return f"{smaller}int8 has smaller errors"
     if weight_format.kind == "int8":
-        channels = "--per-channel or " if weight_format.activation is not None else ""
-        return f"a few numbers are much larger than those beside them, which {channels}--quantization fp8 suits"
-    return "--quantization none leaves them as they are"
+        return "a few numbers are much larger than those beside them, which fp8 keeps better"
+    return "16 bits suit them better"

@@ -342,8 +342,12 @@ __device__ __forceinline__ void prefetch(const Arguments& a) {
   for (int i = kLine * lane; i < head_bytes * work.num_heads; i += kLine * 32) {
     prefetch_to_l2(qkv + work.first_head * head_bytes + i);
   }
-  if (lane * 32 < p.heads.rotary_dim) {
-    prefetch_to_l2(p.heads.rotary_table + work.past_length * int64_t{p.heads.rotary_dim} + lane * 32);
+  int rotary_row = work.past_length;
+  if (p.heads.rotary_offsets != nullptr) {
+    rotary_row += *static_cast<const volatile int32_t*>(p.heads.rotary_offsets + blockIdx.z);
+  }
+  if (rotary_row >= 0 && lane * 32 < p.heads.rotary_dim) {
+    prefetch_to_l2(p.heads.rotary_table + rotary_row * int64_t{p.heads.rotary_dim} + lane * 32);
   }
   if (lane < 2) {  // lane 0: key, lane 1: value
     for (int i = 0; i < head_bytes; i += kLine) {

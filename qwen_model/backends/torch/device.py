@@ -227,7 +227,7 @@ class TorchDevice:
         self.max_logit_rows = logit_rows(limits)
         self.page_size, self.num_pages = PAGE_SIZE, num_pages
         self.runs_ahead = on_gpu
-        self.mixes = True
+        self.mixes = use_kernels  # PyTorch's own attention would go through such a step sequence by sequence
         self._max_pages = sequence_pages(limits)
         self._layer_size = sum(weight.numel() for name, weight in weights.items() if name.startswith("layers.0."))
 

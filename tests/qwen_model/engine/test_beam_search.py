@@ -63,6 +63,7 @@ def test_beams_are_those_of_a_search_over_all_logits(seed):
         max_tokens=50,
         num_pages=source.choice([14, 20, 200]),
         runs_ahead=seed % 2 == 0,
+        mixes=seed % 4 < 2,
     )
     scheduler = scheduler_of(device, deterministic=seed % 5 == 0, chunk_tokens=9)
     prompts = [[source.randrange(VOCAB) for _ in range(source.randint(1, 20))] for _ in range(4)]

@@ -132,6 +132,22 @@ def test_a_prompt_whose_logits_are_wanted_has_steps_of_its_own():
     assert [batch.is_decode for batch in device.forwards[1:7]] == [False, True] * 3
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("num_pages", range(20, 30))
+def test_a_prompt_whose_logits_are_wanted_is_preempted(num_pages, runs_ahead):
+    """Its logits are computed again, all of them."""
+    device = FakeDevice(3, 16, num_pages, 4, runs_ahead=runs_ahead, mixes=True)
+    scheduler = scheduler_of(device)
+    for token in (2, 3):
+        scheduler.add(Sequence([1, token, 3], 40))
+    for _ in range(3):
+        scheduler.step()
+    scored = Sequence([token % VOCAB for token in range(60)], 0, logit_rows=60)
+    run(scheduler, [scored])
+    expected = [hashed_logits(scored.prompt[: end + 1], 60) for end in range(60)]
+    np.testing.assert_array_equal(np.concatenate(scored.logits), expected)
+
+
 def test_a_prompt_is_one_step_where_nobody_waits_for_a_token():
     device = FakeDevice(max_sequences=4, max_tokens=100, num_pages=100)
     scheduler = scheduler_of(device, chunk_tokens=10)

@@ -14,10 +14,10 @@ FP8 = WeightFormat("fp8", activation="fp8", scale_dtype="float32", activation_sc
 @pytest.mark.parametrize(
     ("weight_format", "normal", "large", "remedy"),
     [
-        (INT4, 0.16, 0.17, "--group-size 32 or --quantization int8"),
-        (INT8, 0.05, 0.06, "which --quantization fp8 suits"),
-        (W8A8, 0.05, 0.06, "which --per-channel or --quantization fp8 suits"),
-        (FP8, 0.05, 0.06, "--quantization none"),
+        (INT4, 0.16, 0.17, "--group-size 32 or int8 has smaller errors"),
+        (INT8, 0.05, 0.06, "which fp8 keeps better"),
+        (W8A8, 0.05, 0.06, "which fp8 keeps better"),
+        (FP8, 0.05, 0.06, "16 bits suit them better"),
     ],
     ids=str,
 )
