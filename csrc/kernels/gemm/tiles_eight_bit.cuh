@@ -36,7 +36,7 @@ constexpr int kEightBitXBytes = kEightBitRows * kSwizzleBytes;  // of a stage
 constexpr int kEightBitBlock = 128;                             // weight rows, and k, that share a scale
 
 // Results are stored in slots of a warp: 16 rows of x, and the tiles of 8 columns of y that kSlotRows weight rows make.
-// A warp has slots for all of a tile, and never waits until a store has read one.
+// A warp has slots for all of a tile, which were read long before it has the next.
 constexpr int kSlotRows = 64;
 template <bool kSwiglu>
 constexpr int kSlotTiles = kSlotRows / 8 / (kSwiglu ? 2 : 1);
