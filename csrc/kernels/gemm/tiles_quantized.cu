@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
+#include <random>
 
 #include "cublas_lt_gemm.h"
 #include "kernels/common/arithmetic.h"
@@ -14,8 +16,8 @@ namespace {
 constexpr int64_t kMinRows = 17;               // with fewer, most of each tile is idle
 constexpr int64_t kMinDequantizedRows = 4096;  // by the rules in `dequantized`, without SwiGLU
 constexpr int64_t kMaxSumsBytes = int64_t{32} << 20;
-constexpr int64_t kDoneBytes = 4096;
-constexpr int64_t kDoneOfShare = 4 * kQuantizedCluster * kQuantizedGroups;
+constexpr int64_t kDoneBytes = 8192;
+constexpr int64_t kDoneOfShare = 8 * kQuantizedCluster * kQuantizedGroups;
 
 // How a GEMM is divided: the rows of x in a tile, and the shares of a tile's k.
 struct Tiling {
@@ -95,6 +97,15 @@ bool encode_y_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) {
                                  {group_columns, kQuantizedStoreRows});
 }
 
+// A number of 64 bits, another one at each call (splitmix64).
+uint64_t random_number() {
+  static std::atomic<uint64_t> state{(uint64_t{std::random_device{}()} << 32) ^ std::random_device{}()};
+  uint64_t number = state += 0x9e3779b97f4a7c15;
+  number = (number ^ (number >> 30)) * 0xbf58476d1ce4e5b9;
+  number = (number ^ (number >> 27)) * 0x94d049bb133111eb;
+  return number ^ (number >> 31);
+}
+
 template <typename T, WeightKind kKind, int kRows>
 cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const DeviceProperties& device,
                          cudaStream_t stream) {
@@ -116,7 +127,8 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const D
   arguments.scales = static_cast<const uint16_t*>(params.scales);
   arguments.zeros = static_cast<const uint8_t*>(params.zeros);
   arguments.bias = params.bias;
-  arguments.sums_done = static_cast<int32_t*>(params.workspace);
+  arguments.sums_done = static_cast<uint64_t*>(params.workspace);
+  arguments.launch = random_number();
   arguments.sums = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) + kDoneBytes);
   arguments.columns = static_cast<int32_t>(columns_of(shape));
   arguments.chunks = static_cast<int32_t>(chunks_of(shape));
@@ -127,14 +139,6 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const D
   arguments.shares = static_cast<int32_t>(shares_of(shape, tiling, device));
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.constant_weight = params.constant_weight;
-  if (tiling.splits != 1) {
-    const auto flags = static_cast<int32_t>(arguments.shares * kDoneOfShare / 4);
-    if (const cudaError_t error = launch_kernel(gemm_quantized_tiles_clear, dim3(1), dim3(kWarpgroupThreads), 0, device,
-                                                stream, arguments.sums_done, flags);
-        error != cudaSuccess) {
-      return error;
-    }
-  }
   const auto clusters = static_cast<unsigned>(std::min<int64_t>(arguments.shares, clusters_of(device)));
   return launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(quantized_tiles_threads(kRows)), kSharedBytes,
                          kQuantizedCluster, device, stream, arguments);

@@ -65,7 +65,8 @@ struct QuantizedTilesArguments {
   const uint8_t* zeros;  // null: none
   const void* bias;
   float4* sums;          // of shares that do not end a tile
-  int32_t* sums_done;    // a flag for each, and each warpgroup: at first 0
+  uint64_t* sums_done;   // for each of these, and each warpgroup: `launch` while they wait to be added
+  uint64_t launch;       // a number that the workspace does not have by chance
   int32_t columns;       // of y
   int32_t chunks;        // of kPackedK elements of k, which are two stages
   int32_t group_shift;   // 32 << group_shift columns of k have one group of scales; 31: all
@@ -210,6 +211,7 @@ class QuantizedTilesProducer {
   static constexpr int kProducers = quantized_producers(kRows);
   static constexpr bool kIsInt4 = kKind == WeightKind::kInt4;
   static constexpr int kCodeBlocks = superblock_bytes_of(kKind) / kPackedBlockBytes;
+  static constexpr int kRowWords = superblock_bytes_of(kKind) / kPackedRows / 4;  // of a row of a chunk
   static constexpr int kAhead = 2;
   static constexpr int kHalfRows = kRows / kQuantizedCluster;  // of x
 
@@ -227,21 +229,13 @@ class QuantizedTilesProducer {
   __device__ __forceinline__ void make_part(const QuantizedPart& part) {
     const QuantizedTile tile(p_, part.tile, block_.rank);
     x_row_ = tile.row_tile * kRows + block_.rank * kHalfRows;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int half = row_block(i) / (2 * kBlocks);
-      const int first = p_.swiglu ? tile.weight_tile * (kQuantizedWeights / 2) +
-                                        row_block(i) % (2 * kBlocks) * kPackedRows + half * p_.columns
-                                  : tile.weight_tile * kQuantizedWeights + row_block(i) * kPackedRows;
-      // The last tile may reach beyond the weight: those results are not stored.
-      first_rows_[i] = first < p_.weight_rows ? first : 0;
-    }
     const int end = part.first_chunk + part.chunks;
     int chunk = part.first_chunk + offset_;
+    begin_loading(tile, chunk);
     Packed packed[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (chunk + i * kProducers < end) load(packed[i], chunk + i * kProducers);
+      if (chunk + i * kProducers < end) load(packed[i]);
     }
     wait_for_previous_kernel();  // which x may come from
 #pragma unroll 1
@@ -254,7 +248,7 @@ class QuantizedTilesProducer {
         } else {
           make_chunk<4>(packed[i], chunk);
         }
-        if (chunk + kAhead * kProducers < end) load(packed[i], chunk + kAhead * kProducers);
+        if (chunk + kAhead * kProducers < end) load(packed[i]);
         chunk += kProducers;
 #pragma unroll
         for (int j = 0; j < 2 * (kProducers - 1); ++j) state_.advance(Layout::kStages);
@@ -263,26 +257,38 @@ class QuantizedTilesProducer {
     offset_ = chunk - end;
   }
 
-  __device__ __forceinline__ void load(Packed& packed, int chunk) const {
-    constexpr int kRowWords = superblock_bytes_of(kKind) / kPackedRows / 4;
-    const uint32_t* const codes = p_.codes + static_cast<int64_t>(chunk) * p_.weight_rows * kRowWords + 4 * lane_;
+  __device__ __forceinline__ void begin_loading(const QuantizedTile& tile, int chunk) {
+    const int half = row_block(0) / (2 * kBlocks);
+    int row = p_.swiglu ? tile.weight_tile * (kQuantizedWeights / 2) + row_block(0) % (2 * kBlocks) * kPackedRows +
+                              half * p_.columns
+                        : tile.weight_tile * kQuantizedWeights + row_block(0) * kPackedRows;
+    // The last tile may reach beyond the weight: those results are not stored.
+    if (row + (kBlocks - 1) * kPackedRows >= p_.weight_rows) row = 0;
+    codes_ = p_.codes + (static_cast<int64_t>(chunk) * p_.weight_rows + row) * kRowWords + 4 * lane_;
+    const int64_t group = (4 * chunk + lane_ / 16) >> p_.group_shift;
+    first_scale_ = group * p_.weight_rows + row + lane_ % 16;
+  }
+  // Loads the warpgroup's next chunk.
+  __device__ __forceinline__ void load(Packed& packed) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
       for (int j = 0; j < kCodeBlocks; ++j) {
-        packed.codes[i][j] = load_codes(codes + first_rows_[i] * kRowWords + j * (kPackedBlockBytes / 4));
+        packed.codes[i][j] = load_codes(codes_ + i * kPackedRows * kRowWords + j * (kPackedBlockBytes / 4));
       }
     }
+    codes_ += kProducers * static_cast<int64_t>(p_.weight_rows) * kRowWords;
+    load_scales(packed, 0, first_scale_);
+    if (p_.group_shift < 2)
+      load_scales(packed, 1, first_scale_ + static_cast<int64_t>(p_.weight_rows) * (2 >> p_.group_shift));
+    first_scale_ += kProducers * (4 >> p_.group_shift) * static_cast<int64_t>(p_.weight_rows);
+  }
+  __device__ __forceinline__ void load_scales(Packed& packed, int stage, int64_t first) const {
 #pragma unroll
-    for (int stage = 0; stage < 2; ++stage) {
-      if (stage == 1 && p_.group_shift >= 2) break;
-      const int64_t group = (4 * chunk + 2 * stage + lane_ / 16) >> p_.group_shift;
-      const int64_t first = group * p_.weight_rows + lane_ % 16;
+    for (int i = 0; i < kBlocks; ++i) packed.scales[i][stage] = __ldg(p_.scales + first + i * kPackedRows);
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        packed.scales[i][stage] = __ldg(p_.scales + first + first_rows_[i]);
-        packed.zeros[i][stage] = p_.zeros == nullptr ? middle_code_of(kKind) : __ldg(p_.zeros + first + first_rows_[i]);
-      }
+    for (int i = 0; i < kBlocks; ++i) {
+      packed.zeros[i][stage] = p_.zeros == nullptr ? middle_code_of(kKind) : __ldg(p_.zeros + first + i * kPackedRows);
     }
   }
   static __device__ __forceinline__ FullPack load_codes(const uint32_t* from) {
@@ -361,8 +367,9 @@ class QuantizedTilesProducer {
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   int offset_;  // from a part's first chunk to the warpgroup's
   int x_row_ = 0;
-  uint32_t to_[kBlocks];     // where in a stage's weights the lane stores
-  int first_rows_[kBlocks];  // of the warp's blocks
+  uint32_t to_[kBlocks];             // where in a stage's weights the lane stores
+  const uint32_t* codes_ = nullptr;  // of the chunk to be loaded
+  int64_t first_scale_ = 0;          // likewise
   PipelineState state_;
 };
 
@@ -530,7 +537,7 @@ class QuantizedTilesConsumer {
       __stcg(to + i * kWarpgroupThreads, make_float4(sums_[i][0], sums_[i][1], sums_[i][2], sums_[i][3]));
     }
     warpgroup_sync(1 + group_);
-    if (thread_ == 0) store_release(p_.sums_done + index_of(share), 1);
+    if (thread_ == 0) store_release(p_.sums_done + index_of(share), p_.launch);
   }
   // Adds what the shares before have of the tile that `part` ends.
   __device__ __forceinline__ void add_sums(const QuantizedPart& part) {
@@ -538,27 +545,39 @@ class QuantizedTilesConsumer {
     for (int share = part.share; first_chunk_of_share(p_, share) > first;) {
       --share;
       if (thread_ == 0) {
-        while (load_acquire(p_.sums_done + index_of(share)) == 0) {
+        uint64_t* const done = p_.sums_done + index_of(share);
+        while (load_acquire(done) != p_.launch) {
         }
+        *done = 0;  // a graph launches with the same number again
       }
       warpgroup_sync(1 + group_);
       const float4* const from = sums_of(share);
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const float4 more = __ldcg(from + i * kWarpgroupThreads);
-        sums_[i][0] += more.x;
-        sums_[i][1] += more.y;
-        sums_[i][2] += more.z;
-        sums_[i][3] += more.w;
+      for (int i = 0; i < kTiles; i += 8) {
+        float more[8][4];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) load_sums(more[j], from + (i + j) * kWarpgroupThreads);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums_[i + j][k] += more[j][k];
+        }
       }
     }
   }
-  static __device__ __forceinline__ void store_release(int32_t* to, int32_t value) {
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+  // volatile: all of a group are in flight before the first is needed.
+  static __device__ __forceinline__ void load_sums(float (&sums)[4], const float4* from) {
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+                 : "l"(from)
+                 : "memory");
   }
-  static __device__ __forceinline__ int32_t load_acquire(const int32_t* from) {
-    int32_t value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  static __device__ __forceinline__ void store_release(uint64_t* to, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+  }
+  static __device__ __forceinline__ uint64_t load_acquire(const uint64_t* from) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
     return value;
   }
 
@@ -595,13 +614,6 @@ __global__ void __launch_bounds__(quantized_tiles_threads(kRows), 1)
     QuantizedTilesConsumer<T, kRows>(block, warp / kGroupWarps).run();
   }
   block.sync_cluster();  // the other block may still write here
-}
-
-// Clears the flags of sums.
-__global__ void __launch_bounds__(kWarpgroupThreads) gemm_quantized_tiles_clear(int32_t* flags, int32_t count) {
-  trigger_dependent_launch();
-  wait_for_previous_kernel();
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kWarpgroupThreads) flags[i] = 0;
 }
 
 }  // namespace qwen_plugins
