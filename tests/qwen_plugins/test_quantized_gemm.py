@@ -101,7 +101,7 @@ def test_any_number_of_columns_in_one_group(device):
             check(y, x, layer.weight, bias, None, may_round_sums=rows > 16 and device == "cuda")
 
 
-def launch_kernel(name, layer, x, bias, activation, y, scale_dtype=None):
+def launch_kernel(name, layer, x, bias, activation, y, workspace=None):
     """Launch one kernel by its name on operands of any address; the rules decide where it cannot compute y."""
     packed = layer.packed
     linear = launch.LinearLayer(
@@ -127,7 +127,7 @@ def launch_kernel(name, layer, x, bias, activation, y, scale_dtype=None):
 
 KERNELS = [
     "dequantized",
-    *[f"tiles_quantized:{size}{splits}" for size in ("n128", "m192n128", "n256") for splits in ("s1", "s3", "s8", "e")],
+    *[f"tiles_quantized:{size}{splits}" for size in ("n128", "n256") for splits in ("s1", "s3", "s8", "e")],
 ]
 
 
@@ -160,6 +160,30 @@ def test_each_kernel_of_many_rows(dtype, activation, kernel, bits):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["tiles_quantized:n128e", "tiles_quantized:n256s3"])
+def test_parts_of_tiles_are_added_alike_every_time(kernel):
+    """Clusters wait for each other's sums; a graph launches again with the workspace as it was left."""
+    if torch.cuda.get_device_capability()[0] != 9 or not launch.has_hopper_kernels():
+        pytest.skip("for Hopper")
+    layer = Layer(2048, 1024, bits=4, group_size=128, zeros=False, dtype=torch.float16)
+    x, bias = operands(300, layer, torch.float16, None)
+    outputs = [x.new_empty(300, 1024) for _ in range(3)]
+    workspace = torch.full((256 << 20,), 255, dtype=torch.uint8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for y in outputs:
+            launch_kernel(kernel, layer, x, bias, None, y, workspace)
+    graph.replay()
+    first = outputs[0].clone()
+    check(first, x, layer.weight, bias, None)
+    for _ in range(20):
+        for y in outputs:
+            y.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(y, first) for y in outputs)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize(("in_features", "out_features", "activation"), [(3584, 4608, None), (3584, 9472, "swiglu")])
 def test_prompts_match_float64(dtype, in_features, out_features, activation):
@@ -168,7 +192,7 @@ def test_prompts_match_float64(dtype, in_features, out_features, activation):
         for rows in (96, 129, 1000, 2048, 8192):
             x, bias = operands(rows, layer, dtype, activation)
             y = qwen_plugins.gemm(x, layer.packed, bias, activation=activation, constant_weight=True)
-            check(y, x, layer.weight, bias, activation)
+            check(y, x, layer.weight, bias, activation, may_round_sums=rows >= 4096 and activation is None)
 
 
 @pytest.mark.gpu

@@ -33,10 +33,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives when all earlier cp.async of this thread are complete.
-__device__ __forceinline__ void mbarrier_arrive_after_cp_async(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -265,11 +261,6 @@ __device__ __forceinline__ uint16_t load_shared_16(uint32_t from) {
 __device__ __forceinline__ uint32_t load_shared_8(uint32_t from) {
   uint32_t value;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-  return value;
-}
-__device__ __forceinline__ uint2 load_shared_64(uint32_t from) {
-  uint2 value;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from) : "memory");
   return value;
 }
 __device__ __forceinline__ void load_shared(float (&values)[4], uint32_t from) {

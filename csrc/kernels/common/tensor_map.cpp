@@ -49,9 +49,4 @@ bool encode_store_tensor_map(CUtensorMap& tensor_map, void* data, std::initializ
   return encode(tensor_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, swizzle, data, sizes, strides, box);
 }
 
-bool encode_word_tensor_map(CUtensorMap& tensor_map, const void* data, std::initializer_list<cuuint64_t> sizes,
-                            std::initializer_list<cuuint64_t> strides, std::initializer_list<cuuint32_t> box) {
-  return encode(tensor_map, CU_TENSOR_MAP_DATA_TYPE_INT32, CU_TENSOR_MAP_SWIZZLE_NONE, data, sizes, strides, box);
-}
-
 }  // namespace qwen_plugins

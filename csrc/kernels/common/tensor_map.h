@@ -23,8 +23,4 @@ bool encode_tensor_map(CUtensorMap& tensor_map, DataType dtype, const void* data
 bool encode_store_tensor_map(CUtensorMap& tensor_map, void* data, std::initializer_list<cuuint64_t> sizes,
                              std::initializer_list<cuuint64_t> strides, std::initializer_list<cuuint32_t> box);
 
-// Likewise of 32-bit words, without a swizzle: a box has up to 256 of the first dimension.
-bool encode_word_tensor_map(CUtensorMap& tensor_map, const void* data, std::initializer_list<cuuint64_t> sizes,
-                            std::initializer_list<cuuint64_t> strides, std::initializer_list<cuuint32_t> box);
-
 }  // namespace qwen_plugins

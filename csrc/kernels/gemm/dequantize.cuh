@@ -28,6 +28,7 @@ __device__ __forceinline__ uint32_t masked_onto(uint32_t value, uint32_t mask, u
 template <typename T, WeightKind kKind>
 class Dequantizer {
  public:
+  Dequantizer() = default;
   // `scale`: the bits of one T.
   __device__ __forceinline__ Dequantizer(uint32_t scale, uint32_t zero)
       : scale_(twice(scale)), zero_(offset(zero)), high_zero_(0xd400d400 + twice(zero) * 16) {}
