@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -35,6 +36,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -200,16 +202,21 @@ class Server:
         self._needs_weights = name == "vllm"
 
     def __enter__(self) -> Server:
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
         end = time.monotonic() + START_SECONDS
         while not self._answers("/health"):
             if self._process.poll() is not None or time.monotonic() > end:
-                self.__exit__()
-                raise SystemExit(f"the server does not start:\n{self.log.read_text()[-4000:]}")
+                raise SystemExit(f"the server does not start:\n{excerpt(self.log.read_text())}")
             time.sleep(0.5)
         if self._needs_weights and not self._answers("/collective_rpc", b'{"method": "fill_weights"}'):
-            self.__exit__()
-            raise SystemExit(f"vLLM's weights cannot be filled:\n{self.log.read_text()[-4000:]}")
-        return self
+            raise SystemExit(f"vLLM's weights cannot be filled:\n{excerpt(self.log.read_text())}")
 
     def __exit__(self, *exception: object) -> None:
         if self._process.poll() is None:
@@ -228,6 +235,12 @@ class Server:
                 return bool(response.status == 200)
         except (OSError, urllib.error.URLError):
             return False
+
+
+def excerpt(log: str) -> str:
+    """Return the lines of a log that name an error, and its end: vLLM says first what failed, and much after it."""
+    named = [line for line in log.splitlines() if re.search(r"Error\b|error:", line)]
+    return "\n".join([*dict.fromkeys(named[:20]), "...", log[-2000:]])
 
 
 # The load.
@@ -367,9 +380,8 @@ def fresh(given: list[Request], draw: np.random.Generator, vocab_size: int) -> l
     return [Request(draw.integers(256, vocab_size - 3, len(each.prompt)).tolist(), each.new_tokens) for each in given]
 
 
-def measure(name: str, folder: Path, options: argparse.Namespace, rates: dict[str, float]) -> list[Result]:
-    """Return the results of a server; `rates` gets its saturation where there is none yet."""
-    found = []
+def measure(name: str, folder: Path, options: argparse.Namespace, rates: dict[str, float]) -> Iterator[Result]:
+    """Yield the results of a server; `rates` gets its saturation where there is none yet."""
     vocab_size = model_values(options)["vocab_size"]
     draw = np.random.default_rng(1)
     with Server(name, folder, options) as server:
@@ -379,17 +391,17 @@ def measure(name: str, folder: Path, options: argparse.Namespace, rates: dict[st
         for kind, given in chosen.items():
             load.run(fresh(given[: max(1, len(given) // 10)], draw, vocab_size), None, most)
             records, seconds = load.run(fresh(given, draw, vocab_size), None, most)
-            found.append(result(name, options, kind, None, records, seconds))
-            rates.setdefault(kind, found[-1].requests_per_second)
+            saturated = result(name, options, kind, None, records, seconds)
+            yield saturated
+            rates.setdefault(kind, saturated.requests_per_second)
             for part in options.parts:
                 rate = part * rates[kind]
                 timed = given[: min(len(given), max(1, int(rate * options.rate_seconds)))]
                 records, seconds = load.run(fresh(timed, draw, vocab_size), rate, len(timed))
-                found.append(result(name, options, kind, rate, records, seconds))
+                yield result(name, options, kind, rate, records, seconds)
         records, seconds = load.run(alone(options, vocab_size), None, 1)
-        found.append(result(name, options, "alone", None, records, seconds))
+        yield result(name, options, "alone", None, records, seconds)
         load.close()
-    return found
 
 
 def alone(options: argparse.Namespace, vocab_size: int) -> list[Request]:
@@ -464,17 +476,18 @@ def main() -> None:
     options.results = options.results or RESULTS / f"serving{kind}.json"
     if options.serve is not None:
         sys.exit(serve_ours(options.serve, options.port, options.device, options.http_processes))
-    found: list[Result] = []
+    # A time limit's signal ends the servers, too: one that stays would keep the GPU's memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     rates = {kind: float(rate) for kind, _, rate in (each.partition("=") for each in options.saturation)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder, model_values(options), options)
+        found: list[Result] = []
         for name in options.implementations:
-            if name == "session":
-                found += measure_session(folder, options)
-            else:
-                found += measure(name, folder, options, rates)
-            write_results(options.results, [dataclasses.asdict(each) for each in found])
+            measured = measure_session(folder, options) if name == "session" else measure(name, folder, options, rates)
+            for each in measured:
+                found.append(each)
+                write_results(options.results, [dataclasses.asdict(each) for each in found])
     print(options.results)
 
 
