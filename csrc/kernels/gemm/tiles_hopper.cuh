@@ -16,6 +16,7 @@
 #include "kernels/common/tensor_cores.cuh"
 #include "kernels/common/wgmma.cuh"
 #include "silu.cuh"
+#include "tile_order.cuh"
 
 namespace qwen_plugins {
 
@@ -54,9 +55,7 @@ struct TilesHopperArguments {
   bool constant_weight;
 };
 
-// The tile scheduler: which tiles a cluster computes, and in which order. Bands of row tiles, and column after column
-// in a band, so that the clusters that run at the same time read few rows of x and few weights, which the L2 cache
-// holds.
+// The tile scheduler: which tiles a cluster computes, and in which order.
 class TileOrder {
  public:
   __device__ __forceinline__ TileOrder(const TilesHopperArguments& p, int first, int step)
@@ -76,11 +75,9 @@ class TileOrder {
 
   __device__ __forceinline__ void find() {
     if (done()) return;
-    const int band = index_ / (kBand * p_.column_tiles);
-    const int height = min(kBand, p_.row_tiles - band * kBand);
-    const int within = index_ - band * kBand * p_.column_tiles;
-    row_tile_ = band * kBand + within % height;
-    column_tile_ = within / height;
+    const TilePlace place(index_, p_.row_tiles, p_.column_tiles, kBand);
+    row_tile_ = place.row_tile;
+    column_tile_ = place.column_tile;
   }
 
   const TilesHopperArguments& p_;

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <random>
+#include <utility>
 
 #include "cublas_lt_gemm.h"
 #include "kernels/common/arithmetic.h"
@@ -77,16 +78,17 @@ double cycles(const GemmShape& shape, const Tiling& tiling, const DeviceProperti
   return std::ceil(shares / clusters) * (tiles / shares * tile + sums + adding);
 }
 
-// All possible tilings, the best first.
-std::vector<Tiling> best_tilings(const GemmShape& shape, const DeviceProperties& device) {
-  std::vector<Tiling> tilings = all_tilings();
-  const auto is_impossible = [&](const Tiling& tiling) { return !is_possible(shape, tiling, device); };
-  tilings.erase(std::remove_if(tilings.begin(), tilings.end(), is_impossible), tilings.end());
-  std::stable_sort(tilings.begin(), tilings.end(), [&](const Tiling& a, const Tiling& b) {
-    return cycles(shape, a, device) < cycles(shape, b, device);
-  });
+// All possible tilings, each after its estimated time.
+using EstimatedTiling = std::pair<double, Tiling>;
+std::vector<EstimatedTiling> estimated_tilings(const GemmShape& shape, const DeviceProperties& device) {
+  std::vector<EstimatedTiling> tilings;
+  for (const Tiling& tiling : all_tilings()) {
+    if (is_possible(shape, tiling, device)) tilings.emplace_back(cycles(shape, tiling, device), tiling);
+  }
   return tilings;
 }
+
+bool is_sooner(const EstimatedTiling& a, const EstimatedTiling& b) { return a.first < b.first; }
 
 // Boxes of 64 rows and the columns of a warpgroup.
 bool encode_y_tensor_map(CUtensorMap& tensor_map, const GemmParams& params) {
@@ -179,9 +181,10 @@ bool is_for(const GemmParams& params, const DeviceProperties&) {
 
 bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t variant) {
   constexpr size_t kMeasured = 5;
-  const std::vector<Tiling> tilings = best_tilings(params.shape, device);
+  std::vector<EstimatedTiling> tilings = estimated_tilings(params.shape, device);
+  std::stable_sort(tilings.begin(), tilings.end(), is_sooner);
   for (size_t i = 0; i < std::min(kMeasured, tilings.size()); ++i) {
-    if (variant_of(tilings[i]) == variant) return true;
+    if (variant_of(tilings[i].second) == variant) return true;
   }
   return false;
 }
@@ -190,8 +193,13 @@ int64_t workspace_bytes(const GemmShape& shape) {
   return is_packed(shape.weight_format) && shape.rows >= kMinRows ? kDoneBytes + kMaxSumsBytes : 0;
 }
 
+Tiling best_tiling(const GemmShape& shape, const DeviceProperties& device) {
+  const std::vector<EstimatedTiling> tilings = estimated_tilings(shape, device);
+  return std::min_element(tilings.begin(), tilings.end(), is_sooner)->second;
+}
+
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t variant, cudaStream_t stream) {
-  const Tiling tiling = variant == kOwnVariant ? best_tilings(params.shape, device)[0] : tiling_of(variant);
+  const Tiling tiling = variant == kOwnVariant ? best_tiling(params.shape, device) : tiling_of(variant);
   return params.shape.dtype == DataType::kFloat16 ? launch_kind<__half>(params, tiling, device, stream)
                                                   : launch_kind<__nv_bfloat16>(params, tiling, device, stream);
 }

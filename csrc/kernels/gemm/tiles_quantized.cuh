@@ -23,6 +23,7 @@
 #include "kernels/common/wgmma.cuh"
 #include "packed_weight.h"
 #include "silu.cuh"
+#include "tile_order.cuh"
 
 namespace qwen_plugins {
 
@@ -137,15 +138,10 @@ class QuantizedParts {
 struct QuantizedTile {
   int row_tile, weight_tile;  // weight_tile: of a block, not of a cluster
 
-  // The order of tiles: bands of row tiles, and weight tile after weight tile in a band, so that the clusters that run
-  // at the same time read few rows of x and few weights.
   __device__ __forceinline__ QuantizedTile(const QuantizedTilesArguments& p, int index, int rank) {
-    constexpr int kBand = 8;
-    const int band = index / (kBand * p.weight_tiles);
-    const int height = min(kBand, p.row_tiles - band * kBand);
-    const int within = index - band * kBand * p.weight_tiles;
-    row_tile = band * kBand + within % height;
-    weight_tile = within / height * kQuantizedCluster + rank;
+    const TilePlace place(index, p.row_tiles, p.weight_tiles, 8);
+    row_tile = place.row_tile;
+    weight_tile = place.column_tile * kQuantizedCluster + rank;
   }
 };
 
