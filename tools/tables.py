@@ -81,11 +81,11 @@ def generation_on_h100(prompt_tokens: int) -> str:
     return generate_report.table(records, prompt_tokens, h100_bandwidth())
 
 
-def quantized_generation(prompt_tokens: int) -> str:
-    """Return tokens per second and times to the first token by quantization, ours and vLLM's, on an H100."""
+def quantized_generation(prompt_tokens: int, gpu: str) -> str:
+    """Return tokens per second and times to the first token by quantization, ours and vLLM's; gpu: h100 or h200."""
     records = []
     for kind in ("float16", "int8", "int4", "smoothquant", "fp8"):
-        for path in sorted((RESULTS / "h100").glob(f"{kind}_*qwen2.5-7b_*.json")):
+        for path in sorted((RESULTS / gpu).glob(f"{kind}_*qwen2.5-7b_*.json")):
             records += json.loads(path.read_text(encoding="utf-8"))["results"]
     records = [r for r in records if r["prompt_tokens"] == prompt_tokens and r["implementation"] in IMPLEMENTATIONS]
     if not any("int4" in r["dtype"] for r in records):
@@ -122,9 +122,9 @@ def offline() -> str:
     return markdown(["", "seconds", "requests/s", "new tokens/s", "times the slowest"], rows)
 
 
-def serving() -> str:
+def serving(gpu: str) -> str:
     """Return what a server gives at saturation, at rates and to one user, ours and vLLM's, by the kind of weights."""
-    files = [f"h100/{kind}" for kind in ("serving", "serving_int4", "serving_fp8")]
+    files = [f"{gpu}/{kind}" for kind in ("serving", "serving_int4", "serving_fp8")]
     rows = [row for name in files if (RESULTS / f"{name}.json").exists() for row in served(read(name))]
     heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %", "between events, ms: median / 99 %"]
     return markdown(["load", "weights", "", "new tokens/s", "of vLLM's", *heads], rows) if rows else NOT_MEASURED
@@ -143,7 +143,7 @@ def served(records: list[dict[str, Any]]) -> list[list[str]]:
         others = [record["new_tokens_per_second"] for record in here if record["implementation"] == "vllm"]
         for record in here:
             spread = [
-                f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}"
+                "" if record[f"{name}_p50"] is None else f"{record[f'{name}_p50']:.1f} / {record[f'{name}_p99']:.1f}"
                 for name in ("first_token", "per_token", "between_events")
             ]
             rate = record["new_tokens_per_second"]
@@ -153,9 +153,7 @@ def served(records: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def build_times() -> str:
-    """Return the seconds and the memory that building from a quantized checkpoint takes, on an H100's host."""
-    if not (RESULTS / "h100" / "build_times.json").exists():
-        return NOT_MEASURED
+    """Return the seconds and the memory that building from a quantized checkpoint takes, on an H200's host."""
     rows = [
         [
             f"{record['shape']}, int4, {record['checkpoint']}",
@@ -165,7 +163,7 @@ def build_times() -> str:
             f"{record['anonymous'] / 1024:.1f}",
             f"{record['resident'] / 1024:.1f}",
         ]
-        for record in read("h100/build_times")
+        for record in read("h200/build_times")
     ]
     heads = ["checkpoint", "back end", "seconds", "checkpoint, GiB", "memory at most, GiB", "with mapped files, GiB"]
     return markdown(heads, rows)
@@ -440,14 +438,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-128-h100": lambda: generation_on_h100(128),
     "generation-1024-h100": lambda: generation_on_h100(1024),
     "generation-engines": generation_of_engines,
-    "quantized-128-h100": lambda: quantized_generation(128),
-    "quantized-1024-h100": lambda: quantized_generation(1024),
+    "quantized-128-h100": lambda: quantized_generation(128, "h100"),
+    "quantized-1024-h100": lambda: quantized_generation(1024, "h100"),
+    "quantized-128-h200": lambda: quantized_generation(128, "h200"),
+    "quantized-1024-h200": lambda: quantized_generation(1024, "h200"),
     "offline-h100": offline,
     "gemm-eight-bit-h100": lambda: gemm_eight_bit.tables(read("h100/gemm_eight_bit"), h100_bandwidth()),
     "gemm-quantized-h100": products_of_quantized_weights,
     "gemm-quantized-prompts-h100": quantized_products_of_prompts,
-    "serving-h100": serving,
-    "build-times-h100": build_times,
+    "serving-h100": lambda: serving("h100"),
+    "serving-h200": lambda: serving("h200"),
+    "build-times-h200": build_times,
     "attention-caches-h100": kinds_of_caches,
     "quantize-h100": quantized_rows,
     "gemm-shares": lambda: gemm_shares("gemm", READ_BANDWIDTH),
