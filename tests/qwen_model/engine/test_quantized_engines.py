@@ -333,7 +333,7 @@ def test_a_layer_that_does_not_suit_its_format(tmp_path, plain_dir):
     folder.mkdir()
     (folder / "config.json").write_bytes((plain_dir / "config.json").read_bytes())
     save_file(tensors, folder / "model.safetensors")
-    for group_size, remedy in ((64, "--group-size 32 or --quantization int8"), (32, "--quantization int8")):
+    for group_size, remedy in ((64, "--group-size 32 or int8"), (32, "int8")):
         options = {"quantization": "int4", "group_size": group_size}
         built = build(folder, tmp_path / f"engine{group_size}", **options)
         written = quantize_checkpoint(folder, output_dir=tmp_path / f"quantized{group_size}", **options)
