@@ -64,7 +64,7 @@ struct KvCache {
   CacheDataType dtype = CacheDataType::kSame;
   // [sequences, pages_row_stride], on the device: the row that has positions i * kPageSize and on of a sequence. Null:
   // sequence i has row i. Sequences may share pages that no launch writes to. What is behind a sequence's last page is
-  // not used, but must be the number of some row. The kernel before this launch in the stream must not write the table.
+  // not used, but must be the number of some row. No kernel that may still run at this launch may write the table.
   const int32_t* pages = nullptr;
   int32_t pages_row_stride = 0;
 };

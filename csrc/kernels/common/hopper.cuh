@@ -235,8 +235,8 @@ template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-// Orders this thread's writes to shared memory before accesses by the async proxy (TMA, bulk copies, wgmma) that follow
-// after a barrier.
+// Orders writes to shared memory before accesses by the async proxy (TMA, bulk copies, wgmma): this thread's, of which
+// others learn by a barrier, or those of others, of which this thread has learned so.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- Registers of a warpgroup's threads, a multiple of 8: all of its warps release some, or take those that others

@@ -15,8 +15,7 @@ __device__ __forceinline__ void trigger_dependent_launch() {
 
 // Waits until the previous kernels have finished and their writes are visible. Every thread calls it before it writes
 // anything, and before it reads anything that its result depends on, weights included: a weight may be the output of
-// the previous kernel. (gemm_stream, gemm_hopper and gemm_hopper_tiles read a weight earlier where their caller
-// promises that no kernel writes it.)
+// the previous kernel. (The GEMM kernels read a weight earlier where their caller promises that no kernel writes it.)
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -16,6 +16,7 @@ constexpr int64_t kMinRows = 17;  // with fewer, reading and writing the weight 
 constexpr int64_t kMaxPartBytes = int64_t{64} << 20;  // of the weight
 constexpr int64_t kMaxSwigluRows = 4096;              // multiplied at a time where SwiGLU follows
 constexpr int kWarps = 4;
+constexpr int64_t kMaxInputs = int64_t{65535} * kPackedK;  // the limit of a launch's grid
 
 struct DequantizeArguments {
   const uint32_t* codes;
@@ -242,7 +243,7 @@ cudaError_t launch(const GemmParams& p, const DeviceProperties& device, int32_t 
 
 bool takes(const GemmParams& p, const DeviceProperties& device, int32_t) {
   return is_packed(p.shape.weight_format) && p.shape.dtype != DataType::kFloat32 && p.shape.rows >= kMinRows &&
-         device.major >= 8 && has_cublas_lt();
+         device.major >= 8 && p.shape.in_features <= kMaxInputs && has_cublas_lt();
 }
 
 int64_t workspace_bytes(const GemmShape& shape) {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cublas_lt_gemm.h"
+#include "hopper_clusters.h"
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/tensor_map.h"
 #include "tiles_quantized.cuh"
@@ -52,7 +53,11 @@ int64_t weight_tiles_of(const GemmShape& shape) { return divide_up(shape.out_fea
 int64_t tiles_of(const GemmShape& shape, const Tiling& tiling) {
   return divide_up(shape.rows, tiling.rows) * weight_tiles_of(shape);
 }
-int64_t clusters_of(const DeviceProperties& device) { return device.multiprocessors / kQuantizedCluster; }
+// That run at the same time; 0: none can.
+int64_t clusters_of(const DeviceProperties& device) {
+  ClustersAtOnce clusters{};
+  return clusters_at_once(device, clusters) == cudaSuccess ? clusters[kQuantizedCluster] : 0;
+}
 int64_t shares_of(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
   return tiling.splits == kEven ? clusters_of(device) : tiles_of(shape, tiling) * tiling.splits;
 }
@@ -60,8 +65,9 @@ int64_t sums_bytes(int64_t shares, const Tiling& tiling) { return shares * kClus
 bool is_possible(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
   constexpr int64_t kMinChunks = 2;  // of a share
   if (tiling.splits == 1) return true;
+  // A share for each cluster at most: so clusters wait for those before them alone, which the hardware starts first.
   const int64_t shares = shares_of(shape, tiling, device);
-  return tiles_of(shape, tiling) * chunks_of(shape) >= kMinChunks * shares &&
+  return shares <= clusters_of(device) && tiles_of(shape, tiling) * chunks_of(shape) >= kMinChunks * shares &&
          sums_bytes(shares, tiling) <= kMaxSumsBytes && shares * kDoneOfShare <= kDoneBytes;
 }
 
@@ -167,7 +173,7 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t var
   const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.y);
   const bool fits = is_packed(format) && format.scale_dtype == shape.dtype && addresses % 16 == 0 &&
                     shape.in_features % 8 == 0 && params.x_row_stride % 8 == 0;
-  if (device.major != 9 || device.multiprocessors < kQuantizedCluster || !fits || shape.rows < kMinRows) return false;
+  if (device.major != 9 || !fits || shape.rows < kMinRows || clusters_of(device) < 1) return false;
   if (columns_of(shape) % (shape.activation == Activation::kSwiglu ? kPackedRows : 8) != 0) return false;
   return variant == kOwnVariant || is_possible(shape, tiling_of(variant), device);
 }
@@ -190,7 +196,8 @@ bool is_candidate(const GemmParams& params, const DeviceProperties& device, int3
 }
 
 int64_t workspace_bytes(const GemmShape& shape) {
-  return is_packed(shape.weight_format) && shape.rows >= kMinRows ? kDoneBytes + kMaxSumsBytes : 0;
+  const bool serves = is_packed(shape.weight_format) && shape.dtype != DataType::kFloat32 && shape.rows >= kMinRows;
+  return serves ? kDoneBytes + kMaxSumsBytes : 0;
 }
 
 Tiling best_tiling(const GemmShape& shape, const DeviceProperties& device) {
