@@ -3,10 +3,14 @@
     python -m benchmarks.gemm_quantized [--models qwen2.5-7b ...] [--rows 1 8 ...] [--formats int4 ...] [--peers ...]
     python -m benchmarks.gemm_quantized --report benchmarks/results/gemm_quantized.json
 
-The first measures, prints tables and writes benchmarks/results/gemm_quantized.json, after each layer and format. The
-second prints the tables of such a file as Markdown and draws the plot into docs/images. Marlin and Machete are those of
-an installed vLLM (0.22), humming that of `humming-kernels` (0.1.19, with `cuda-bindings`); those that cannot be
-imported, or called, are left out.
+The first measures, prints tables and writes benchmarks/results/gemm_quantized.json, after each layer and format, for
+which it prints the seconds of each phase. The second prints the tables of such a file as Markdown and draws the plot
+into docs/images. Marlin and Machete are those of an installed vLLM (0.22), humming that of `humming-kernels` (0.1.19,
+with `cuda-bindings`); those that cannot be imported, or called, are left out. `--peers` without a name leaves out all.
+
+Activations are float16, but bfloat16 for Marlin: vLLM's wheel has machine code of its float16 kernels for compute
+capability 8.0 alone, so that at the first call an H100's driver would compile all 75 kernels of a format, which takes
+tens of seconds; of its bfloat16 kernels it has machine code for 9.0 too.
 
 Each figure is the median over replays of a CUDA graph, of one GEMM among many of the same shape, which rotate over so
 many weights that none is still in the L2 cache. Ours, with quantized weights and with 16-bit ones, are the fastest
@@ -14,10 +18,10 @@ kernels by `qwen_plugins.tuning`. Gate and up are one GEMM with SwiGLU, which ot
 output projection is measured up to 64 rows: one for each sequence. The floor is the time to read codes and scales at
 the rate of --bandwidth.
 
-humming compiles a kernel for each layer, format and tile of rows, which takes seconds for each: with NVRTC or, if the
-environment says HUMMING_COMPILER=nvcc, with the nvcc of /usr/local/cuda or CUDA_HOME. They are compiled on other cores
-meanwhile, and only for up to 64 rows; without it (`--peers Marlin Machete`) the run is shorter where there are few
-cores.
+Up to 64 rows come first, without humming, then humming for up to 64 rows, then more rows without it. It compiles a
+kernel for each layer, format and tile of rows, which takes seconds for each: with NVRTC or, if the environment says
+HUMMING_COMPILER=nvcc, with the nvcc of /usr/local/cuda or CUDA_HOME. A process of low priority
+(`--compile-humming-kernels`) does that meanwhile, and leaves them in humming's cache.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -55,6 +61,10 @@ MAX_STEP_ROWS = 64
 FORMATS = {"int4": (4, 128), "int8": (8, 128), "int8, by channel": (8, 0)}
 """Bits and group size by the name of a format."""
 OURS_16_BIT = "16 bit, ours"
+HUMMING_SECONDS = 120.0
+"""How long humming's kernels are waited for, once all else up to 64 rows is measured."""
+SPARE_CORES = 4
+"""Cores on which humming's kernels are not compiled."""
 ROTATED_BYTES = 1.6e8
 """Weights that are rotated have these bytes together, at least: three times the L2 cache of an H100."""
 Calls = list[Callable[[Any], Any]]
@@ -192,22 +202,22 @@ def cublas(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls
 
 
 def marlin(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
-    """Return calls of vLLM's Marlin, as its `MarlinLinearKernel` makes them."""
+    """Return calls of vLLM's Marlin for bfloat16 x, as its `MarlinLinearKernel` makes them."""
     import torch
     from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
     from vllm.scalar_type import scalar_types
 
     bits, group_size = FORMATS[weight_format]
     n, k = product.out_features, product.in_features
     kind = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
-    workspace = marlin_make_workspace_new(torch.device("cuda"))
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    workspace = torch.zeros(multiprocessors, dtype=torch.int32, device="cuda")  # a word for each thread block
     empty = torch.empty(0, dtype=torch.int32, device="cuda")
 
     def make() -> Callable[[Any], Any]:
         # Tiles of 16 x 16, as `gptq_marlin_repack` writes them; the order of scales does not change the time.
         weight = random_words(k // 16, n * bits // 2)
-        scales = random_scales(product, group_size)
+        scales = random_scales(product, group_size).bfloat16()
 
         def call(x: Any) -> Any:
             return ops.marlin_gemm(
@@ -264,15 +274,19 @@ HUMMING_LOCKS = 2048
 
 
 def humming(product: Product, weight_format: str, rows: tuple[int, ...]) -> Calls:
-    """Return calls of humming, with the kernel that its heuristics choose for each number of rows."""
+    """Return calls of humming, with the kernel that its heuristics choose for each number of rows.
+
+    The kernels should be in humming's cache; it compiles those that are not.
+    """
     import torch
+    from humming.kernel.humming import HummingKernel
     from humming.ops import launch_kernel
 
     bits, group_size = FORMATS[weight_format]
     padded = replace(product, out_features=-(-product.out_features // HUMMING_TILE) * HUMMING_TILE)
     ranges, above = [], 0  # each kernel is for more rows than `above`, up to `count`
-    for count, compiling, multiprocessors in humming_kernels(product, weight_format, rows):
-        ranges += [above, count, compiling.result().kernel_id, multiprocessors]
+    for count, arguments, multiprocessors in humming_kernels(product, weight_format, rows):
+        ranges += [above, count, HummingKernel(**arguments).kernel_id, multiprocessors]
         above = count
     configs = torch.tensor(ranges, dtype=torch.int64)
 
@@ -290,21 +304,14 @@ def humming(product: Product, weight_format: str, rows: tuple[int, ...]) -> Call
     return [make() for _ in range(copies_of(product, bits))]
 
 
-@cache
-def compilers() -> ThreadPoolExecutor:
-    """Return the threads that wait for humming's compilers; two cores are left to what is measured."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2))
+def humming_kernels(
+    product: Product, weight_format: str, rows: tuple[int, ...]
+) -> list[tuple[int, dict[str, Any], int]]:
+    """Return humming's choice of a kernel for each number of rows, in ascending order.
 
-
-@cache
-def humming_kernels(product: Product, weight_format: str, rows: tuple[int, ...]) -> list[tuple[int, Future[Any], int]]:
-    """Start to compile humming's kernels for a layer.
-
-    Returns, for each number of rows in ascending order: that number, the compilation of its kernel, and on how many
-    multiprocessors it runs (0: on all).
+    Each is the number of rows, the arguments of HummingKernel, and on how many multiprocessors it runs (0: on all).
     """
     import torch
-    from humming.kernel.humming import HummingKernel
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_layer_config
     from humming.tune import get_heuristics_config
@@ -317,15 +324,51 @@ def humming_kernels(product: Product, weight_format: str, rows: tuple[int, ...])
         pad_n_to_multiple=HUMMING_TILE,
         torch_dtype=torch.float16,
     )
-    compiling: dict[str, Future[Any]] = {}
     kernels = []
     for count in sorted(rows):
         tile = dict(get_heuristics_config(layer, count))
         multiprocessors = tile.pop("num_sms", 0)
-        if str(tile) not in compiling:
-            compiling[str(tile)] = compilers().submit(HummingKernel, **layer.to_dict(), **tile)
-        kernels.append((count, compiling[str(tile)], multiprocessors))
+        kernels.append((count, {**layer.to_dict(), **tile}, multiprocessors))
     return kernels
+
+
+def compile_humming_kernels(models: list[str], formats: list[str], rows: tuple[int, ...]) -> None:
+    """Compile humming's kernels into its cache, at low priority; in a process of its own, which never loads them."""
+    os.nice(19)
+    from humming.kernel.humming import HummingKernel
+
+    HummingKernel.register_kernel = lambda self: None
+    kernels = {
+        str(arguments): arguments
+        for _, product in layers_of(models)
+        for weight_format in formats
+        for _, arguments, _ in humming_kernels(product, weight_format, rows)
+    }
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)) as threads:
+        for _ in threads.map(lambda arguments: HummingKernel(**arguments), kernels.values()):
+            pass
+
+
+class Compilation:
+    """A Compilation is the process that compiles humming's kernels."""
+
+    def __init__(self, options: list[str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.gemm_quantized", "--compile-humming-kernels", *options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all kernels are compiled; raise RuntimeError if they are not, or not in so many seconds."""
+        try:
+            _, errors = self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"its kernels were not compiled in {seconds:g} s more") from None
+        if status := self._process.returncode:
+            raise RuntimeError((errors.strip() or f"exit status {status}").splitlines()[-1])
+
+    def stop(self) -> None:
+        """End the process if it still runs; compilers that it has started end by themselves."""
+        self._process.terminate()
+        self._process.communicate()
 
 
 Provider = Callable[[Product, str, tuple[int, ...]], Calls]
@@ -336,38 +379,73 @@ PEERS: dict[str, Provider] = {
 }
 PROVIDERS: dict[str, Provider] = {OURS: ours, OURS_16_BIT: ours_16_bit, CUBLAS: cublas, **PEERS}
 """What makes calls for a layer, a format and all numbers of rows, by the name of the provider."""
+BFLOAT16 = ("Marlin",)
+"""Providers whose x is bfloat16."""
+
+
+class Stopwatch:
+    """A Stopwatch adds up the seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of what is done inside to those of a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def __str__(self) -> str:
+        phases = "; ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds >= 0.05)
+        return f"{time.perf_counter() - self._started:.1f} s ({phases})"
 
 
 def measure_layer(
-    product: Product, weight_format: str, rows: tuple[int, ...], peers: list[str]
-) -> list[dict[str, Any]]:
-    """Return a record for each number of rows: the microseconds of each provider that works, and our kernel."""
+    product: Product, weight_format: str, rows: tuple[int, ...], providers: list[str], watch: Stopwatch
+) -> dict[int, dict[str, Any]]:
+    """Return the microseconds of each provider that works, and the kernel of ours, by number of rows."""
     import torch
 
+    kernels: dict[int, str] = {}
+    if OURS in providers:
+        with watch.phase("choosing kernels"):
+            kernels = {count: fastest_kernel(product, weight_format, count) for count in rows}
+        with watch.phase("choosing 16-bit kernels"):
+            for count in rows:
+                fastest_kernel(product, None, count)
     found: dict[str, Calls] = {}
-    for name in (OURS, OURS_16_BIT, CUBLAS, *peers):
-        try:
+    for name in list(providers):
+        with watch.phase(f"weights of {name}"), leaving_out(name, providers):
             found[name] = PROVIDERS[name](product, weight_format, rows)
-        except Exception as error:  # imports and calls of other versions fail in many ways
-            leave_out(name, peers, error)
-    records = []
+    records = {}
     for count in rows:
-        x = torch.randn(count, product.in_features, dtype=torch.float16, device="cuda")
-        for name in [name for name in found if name in peers]:
-            try:
-                found[name][0](x)
+        x = random_x(count, product)
+        inputs = {name: x.bfloat16() if name in BFLOAT16 else x for name in found}
+        for name in list(found):
+            calls = found.pop(name)
+            with watch.phase(f"first calls of {name}"), leaving_out(name, providers):
+                calls[0](inputs[name])
                 torch.cuda.synchronize()
-            except Exception as error:
-                del found[name]
-                leave_out(name, peers, error)
-        kernel = fastest_kernel(product, weight_format, count)
-        records.append({"format": weight_format, "rows": count, "kernel": kernel, **time_rotated(found, x)})
+                found[name] = calls
+        with watch.phase(f"timing {count}"):
+            times = time_rotated(found, inputs, count)
+        records[count] = {**({"kernel": kernels[count]} if kernels else {}), **times}
     return records
 
 
-def time_rotated(found: dict[str, Calls], x: Any) -> dict[str, float]:
+def random_x(rows: int, product: Product) -> Any:
+    """Return x, [rows, in_features]."""
+    import torch
+
+    return torch.randn(rows, product.in_features, dtype=torch.float16, device="cuda")
+
+
+def time_rotated(found: dict[str, Calls], inputs: dict[str, Any], rows: int) -> dict[str, float]:
     """Return the microseconds of one call among many in a graph, by provider."""
-    rows = x.shape[0]
     # The start of a graph is a small part of its time; where calls are short, each weight has its turn.
     lengths = {
         name: 4 if rows > 512 else max(16, len(calls) * (rows <= MAX_STEP_ROWS)) for name, calls in found.items()
@@ -376,7 +454,7 @@ def time_rotated(found: dict[str, Calls], x: Any) -> dict[str, float]:
     def recording(name: str) -> Callable[[], None]:
         def record() -> None:
             for i in range(lengths[name]):
-                found[name][i % len(found[name])](x)
+                found[name][i % len(found[name])](inputs[name])
 
         return record
 
@@ -384,66 +462,93 @@ def time_rotated(found: dict[str, Calls], x: Any) -> dict[str, float]:
     return {name: round(microseconds / lengths[name], 3) for name, microseconds in times.items()}
 
 
-def leave_out(name: str, peers: list[str], error: Exception) -> None:
-    """Say why a peer is left out, for good where it is not installed; ours and cuBLAS must work."""
-    if name not in peers:
-        raise error
-    text = f"without {name}: {type(error).__name__}: {error}".splitlines()[0]
-    print(text[:500], file=sys.stderr, flush=True)
-    if isinstance(error, ImportError):
-        peers.remove(name)
+@contextmanager
+def leaving_out(name: str, providers: list[str]) -> Iterator[None]:
+    """Print in one line why a peer is left out: for good if it cannot be imported. Ours and cuBLAS must work."""
+    try:
+        yield
+    except Exception as error:  # imports and calls of other versions fail in many ways
+        if name not in PEERS:
+            raise
+        text = f"without {name}: {type(error).__name__}: {error}".splitlines()[0]
+        print(text[:500], file=sys.stderr, flush=True)
+        if isinstance(error, ImportError) and name in providers:
+            providers.remove(name)
+
+
+Records = dict[tuple[str, str, str, int], dict[str, Any]]
+"""Records by model, product, format and number of rows."""
+
+
+def layers_of(models: list[str]) -> list[tuple[str, Product]]:
+    """Return the products of models, each with the name of its model."""
+    return [(name, product) for name in models for product in (*MODELS[name].products, MODELS[name].head)]
 
 
 def measure(
     models: list[str], formats: list[str], rows: list[int], peers: list[str], output: Path
 ) -> list[dict[str, Any]]:
     """Return one record for each layer, format and number of rows; `output` has them after each layer and format."""
-    import torch
-
     steps = tuple(count for count in rows if count <= MAX_STEP_ROWS)
     prompts = tuple(count for count in rows if count > MAX_STEP_ROWS)
-    layers = [(name, product) for name in models for product in (*MODELS[name].products, MODELS[name].head)]
-    peers = list(peers)
-    kinds = [(product, weight_format, steps) for _, product in layers for weight_format in formats]
-    if steps:
-        prepare_humming(peers, lambda: [humming_kernels(*kind) for kind in kinds])
-    records: list[dict[str, Any]] = []
-    for counts in filter(None, (prompts, steps)):  # while humming compiles, prompts are measured without it
-        if counts is steps:
-            prepare_humming(peers, lambda: humming_kernels(*kinds[0])[0][1].result())
-        names = peers if counts is steps else [name for name in peers if name != "humming"]
-        for model, product in layers:
-            if counts is prompts and product is MODELS[model].head:
-                continue
-            for weight_format in formats:
-                started = time.perf_counter()
-                what = {"model": model, "product": product.name}
-                records += [{**what, **record} for record in measure_layer(product, weight_format, counts, names)]
-                write_results(output, in_order(records))
-                torch.cuda.empty_cache()
-                spent = time.perf_counter() - started
-                text = f"{model} {product.name}, {weight_format}, {counts[0]} to {counts[-1]} rows: {spent:.1f} s"
-                print(text, file=sys.stderr, flush=True)
-    compilers().shutdown(wait=False, cancel_futures=True)
+    layers = layers_of(models)
+    providers = [OURS, OURS_16_BIT, CUBLAS, *(name for name in peers if name != "humming")]
+    records: Records = {}
+    compilation = None
+    if steps and "humming" in peers:
+        options = ["--models", *models, "--formats", *formats, "--rows", *map(str, steps)]
+        compilation = Compilation(options)
+    try:
+        measure_layers(layers, formats, steps, providers, records, output)
+        humming_alone: list[str] = []
+        if compilation:
+            started = time.perf_counter()
+            with leaving_out("humming", humming_alone):
+                compilation.wait(HUMMING_SECONDS)
+                humming_alone.append("humming")
+            spent = time.perf_counter() - started
+            print(f"humming's kernels were waited for: {spent:.1f} s", file=sys.stderr, flush=True)
+        measure_layers(layers, formats, steps, humming_alone, records, output)
+    finally:
+        if compilation:
+            compilation.stop()
+    without_heads = [(name, product) for name, product in layers if product is not MODELS[name].head]
+    measure_layers(without_heads, formats, prompts, providers, records, output)
     return in_order(records)
 
 
-def prepare_humming(peers: list[str], step: Callable[[], object]) -> None:
-    """Take a step that humming needs, and leave it out of `peers` if that fails: it would for each layer."""
-    if "humming" in peers:
-        try:
-            step()
-        except Exception as error:
-            leave_out("humming", peers, error)
-            peers[:] = [name for name in peers if name != "humming"]
+def measure_layers(
+    layers: list[tuple[str, Product]],
+    formats: list[str],
+    rows: tuple[int, ...],
+    providers: list[str],
+    records: Records,
+    output: Path,
+) -> None:
+    """Add what providers take to the records, and write them after each layer and format."""
+    import torch
+
+    for model, product in layers:
+        for weight_format in formats:
+            if not rows or not providers:
+                return
+            watch = Stopwatch()
+            for count, found in measure_layer(product, weight_format, rows, providers, watch).items():
+                what = {"model": model, "product": product.name, "format": weight_format, "rows": count}
+                records.setdefault((model, product.name, weight_format, count), what).update(found)
+            write_results(output, in_order(records))
+            torch.cuda.empty_cache()
+            text = f"{model} {product.name}, {weight_format}, {rows[0]} to {rows[-1]} rows: {watch}"
+            print(text, file=sys.stderr, flush=True)
 
 
-def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def in_order(records: Records) -> list[dict[str, Any]]:
     """Return records by format, layer and rows."""
-    layers = [(name, product.name) for name, model in MODELS.items() for product in (*model.products, model.head)]
+    layers = [(name, product.name) for name, product in layers_of(list(MODELS))]
     formats = list(FORMATS)
     return sorted(
-        records, key=lambda r: (formats.index(r["format"]), layers.index((r["model"], r["product"])), r["rows"])
+        records.values(),
+        key=lambda r: (formats.index(r["format"]), layers.index((r["model"], r["product"])), r["rows"]),
     )
 
 
@@ -576,10 +681,16 @@ def main() -> None:
     parser.add_argument("--peers", choices=list(PEERS), nargs="*", default=list(PEERS))
     parser.add_argument("--output", type=Path, default=RESULTS / "gemm_quantized.json")
     parser.add_argument("--report", type=Path, metavar="RESULTS", help="print and draw results instead of measuring")
+    parser.add_argument(
+        "--compile-humming-kernels", action="store_true", help="for these layers, formats and rows, and end"
+    )
     parser.add_argument("--picture", type=Path, default=IMAGES / "gemm_quantized.png", help="of --report")
     add_bandwidth_argument(parser)
     arguments = parser.parse_args()
     bandwidth = 1e12 * arguments.bandwidth
+    if arguments.compile_humming_kernels:
+        compile_humming_kernels(arguments.models, arguments.formats, tuple(arguments.rows))
+        return
     if arguments.report:
         content = json.loads(arguments.report.read_text(encoding="utf-8"))
         records = content["results"]

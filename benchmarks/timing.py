@@ -29,7 +29,7 @@ def capture(call: Callable[[], object]) -> Any:
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+    with torch.cuda.graph(graph):
         call()
     return graph
 

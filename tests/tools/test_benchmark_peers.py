@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -123,3 +127,116 @@ def test_tables_of_quantized_gemms() -> None:
         "| **all layers of qwen2.5-7b** | int8, by channel | 1.10 |",
     ]
     assert gemm_quantized.summary(records).splitlines()[0].endswith("in 3 of 6 comparisons")
+
+
+class Compilation:
+    """A Compilation stands in for the process that compiles humming's kernels."""
+
+    failure: Exception | None = None
+    stopped = False
+
+    def __init__(self, options: list[str]) -> None:
+        Compilation.stopped = False
+        assert options[-2:] == ["1", "64"]
+
+    def wait(self, seconds: float) -> None:
+        if self.failure:
+            raise self.failure
+
+    def stop(self) -> None:
+        Compilation.stopped = True
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
+    """Replace what needs a GPU; yield what is tuned and what is timed, in order."""
+    from qwen_plugins import tuning
+
+    calls: dict[str, list[Any]] = {"tuned": [], "timed": []}
+
+    def tune(**shape: Any) -> dict[str, float]:
+        calls["tuned"].append(tuple(map(str, shape.values())))
+        return {"fast": 1.0, "slow": 2.0}
+
+    def time_rotated(found: dict[str, Any], inputs: dict[str, Any], rows: int) -> dict[str, float]:
+        calls["timed"].append((rows, *found))
+        return dict.fromkeys(found, 1.0)
+
+    def provider(*arguments: Any) -> list[Any]:
+        return [lambda x: x]
+
+    gemm_quantized.fastest_kernel.cache_clear()
+    monkeypatch.setattr(tuning, "measure", tune)
+    monkeypatch.setattr(gemm_quantized, "time_rotated", time_rotated)
+    monkeypatch.setattr(gemm_quantized, "random_x", lambda rows, product: torch.zeros(rows, 1))
+    monkeypatch.setattr(gemm_quantized, "PROVIDERS", dict.fromkeys(gemm_quantized.PROVIDERS, provider))
+    monkeypatch.setattr(gemm_quantized, "Compilation", Compilation)
+    monkeypatch.setattr(Compilation, "failure", None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    yield calls
+    gemm_quantized.fastest_kernel.cache_clear()
+
+
+def test_few_rows_come_first_then_humming_then_prompts(timed: dict[str, list[Any]], tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    records = gemm_quantized.measure(
+        ["qwen2.5-7b"], ["int4", "int8"], [1, 64, 512], ["Marlin", "Machete", "humming"], output
+    )
+    own = (OURS, gemm_quantized.OURS_16_BIT, "cuBLAS", "Marlin", "Machete")
+    steps, humming, prompts = timed["timed"][:20], timed["timed"][20:40], timed["timed"][40:]
+    assert steps == [(1, *own), (64, *own)] * 10
+    assert humming == [(1, "humming"), (64, "humming")] * 10
+    assert prompts == [(512, *own)] * 8  # the output projection has none
+    assert Compilation.stopped
+    assert len(records) == 28
+    assert all(("humming" in record) == (record["rows"] <= 64) and record["kernel"] == "fast" for record in records)
+    assert json.loads(output.read_text())["results"] == records
+
+
+def test_a_kernel_is_chosen_once_for_a_size(timed: dict[str, list[Any]], tmp_path: Path) -> None:
+    gemm_quantized.measure(["qwen2.5-7b"], ["int4", "int8"], [1, 512], [], tmp_path / "results.json")
+    assert len(timed["tuned"]) == len(set(timed["tuned"])) == 3 * (5 + 4)  # two formats and 16 bits
+
+
+def test_without_hummings_kernels_the_rest_is_measured(
+    timed: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Compilation, "failure", RuntimeError("no compiler"))
+    records = gemm_quantized.measure(["qwen2.5-7b"], ["int4"], [1, 64, 512], ["humming"], tmp_path / "results.json")
+    assert len(records) == 14
+    assert not any("humming" in record for record in records)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "without" in line] == ["without humming: RuntimeError: no compiler"]
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds", "message"),
+    [
+        ("raise RuntimeError('no compiler')", 60, "^RuntimeError: no compiler$"),
+        ("import time; time.sleep(60)", 0.1, "^its kernels were not compiled in 0.1 s more$"),
+    ],
+)
+def test_a_compilation_that_fails_or_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, seconds: float, message: str
+) -> None:
+    kernel = tmp_path / "humming" / "kernel"
+    kernel.mkdir(parents=True)
+    (kernel / "humming.py").write_text(body)
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    compilation = gemm_quantized.Compilation(["--rows", "1"])
+    with pytest.raises(RuntimeError, match=message):
+        compilation.wait(seconds)
+    started = time.monotonic()
+    compilation.stop()
+    assert time.monotonic() - started < 20
+
+
+def test_peers_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(gemm_quantized, "require_gpu", lambda: None)
+    monkeypatch.setattr(gemm_quantized, "measure", lambda *arguments: given.extend(arguments) or [])
+    monkeypatch.setattr(sys, "argv", ["gemm_quantized", "--peers", "--rows", "64", "1"])
+    gemm_quantized.main()
+    assert given[2:4] == [[1, 64], []]
