@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.common import RESULTS, write_results
 from benchmarks.generate import COMMON, SHAPES
 from benchmarks.random_checkpoint import write_checkpoint
+from qwen_model.command_line import positive_integer
 from qwen_model.quantization.published import FORMATS
 
 POLL_SECONDS = 0.02
@@ -112,7 +113,7 @@ def measure(options: argparse.Namespace, stored_as: str, folder: Path) -> list[B
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-7b")
-    parser.add_argument("--layers", type=int, help="default: all")
+    parser.add_argument("--layers", type=positive_integer, help="default: all")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["gptq"])
     parser.add_argument("--backends", nargs="+", choices=("torch", "tensorrt"), default=["torch"])
     parser.add_argument("--checkpoints", type=Path, help="folder that keeps them (default: none does)")

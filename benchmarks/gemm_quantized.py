@@ -692,6 +692,8 @@ def main() -> None:
         compile_humming_kernels(arguments.models, arguments.formats, tuple(arguments.rows))
         return
     if arguments.report:
+        if not arguments.report.is_file():
+            parser.error(f"--report: there is no file {arguments.report}")
         content = json.loads(arguments.report.read_text(encoding="utf-8"))
         records = content["results"]
     else:

@@ -10,7 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command_line import add_engine_arguments, add_verbose_argument, open_engine, positive_integer, run_command
+from .command_line import (
+    DEFAULT_ENGINE_DIR,
+    add_engine_arguments,
+    add_verbose_argument,
+    open_engine,
+    positive_integer,
+    run_command,
+)
 from .common.errors import QwenModelError
 from .common.files import read_text
 from .common.log import show_log
@@ -52,6 +59,12 @@ def _compare(options: argparse.Namespace, text: str | None) -> None:
     def load(engine: str) -> Session:
         return open_engine(argparse.Namespace(**{**vars(options), "engine_dir": engine}))
 
+    if options.engine_dir != DEFAULT_ENGINE_DIR:
+        raise QwenModelError(
+            f"--compare takes the place of --engine-dir: name {options.engine_dir} there, as the first"
+        )
+    if len(options.compare) < 2:
+        raise QwenModelError(f"--compare takes two engines or more, given {options.compare[0]} alone")
     for engine in options.compare:
         EngineConfig.read(Path(engine))  # a mistyped folder is an error before hours of work
     tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens

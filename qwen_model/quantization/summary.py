@@ -67,24 +67,31 @@ def weight_summary(
 
 
 def error_warnings(formats: Formats, relative_errors: Mapping[str, float]) -> Iterator[str]:
-    """Yield a warning for each format in which layers lose more than is normal, with their names and what helps."""
-    large: dict[WeightFormat, dict[str, float]] = {}
+    """Yield a warning for each format in which layers lose more than is normal, with their names and what helps.
+
+    The output projection, which has options of its own, has a warning of its own.
+    """
+    large: dict[tuple[WeightFormat, bool], dict[str, float]] = {}
     for name, error in sorted(relative_errors.items(), key=lambda item: -item[1]):
         if error > LARGE_ERRORS[formats[name].bits]:
-            large.setdefault(formats[name], {})[name] = error
-    for weight_format, errors in large.items():
+            large.setdefault((formats[name], name == "lm_head"), {})[name] = error
+    for (weight_format, is_head), errors in large.items():
+        most, remedy = LARGE_ERRORS[weight_format.bits], _remedy(weight_format, is_head)
         named = [f"{name} ({error:.0%})" for name, error in errors.items()][:NAMED_LAYERS]
         more = f" and {len(errors) - len(named)} more layers" if len(errors) > len(named) else ""
         yield (
-            f"{', '.join(named)}{more} lose more than {LARGE_ERRORS[weight_format.bits]:.0%} of their weights in "
-            f"{weight_format.text}: {_remedy(weight_format)}; qwen-model perplexity --compare shows what it costs"
+            f"{', '.join(named)}{more} lose more than {most:.0%} of their weights in {weight_format.text}: {remedy}; "
+            "qwen-model perplexity --compare shows what it costs"
         )
 
 
-def _remedy(weight_format: WeightFormat) -> str:
+def _remedy(weight_format: WeightFormat, is_head: bool) -> str:
+    if is_head:
+        return f"--head-quantization {'int8' if weight_format.bits == 4 else 'none'} has smaller errors"
     if weight_format.bits == 4:
         smaller = "" if weight_format.group_size == 32 else "--group-size 32 or "
         return f"{smaller}int8 has smaller errors"
     if weight_format.kind == "int8":
-        return "a few numbers are much larger than those beside them, which fp8 keeps better"
+        rows = "" if weight_format.activation is None else "--per-channel, where it is not given, or "
+        return f"a few numbers are much larger than those beside them, which {rows}fp8 keeps better"
     return "16 bits suit them better"

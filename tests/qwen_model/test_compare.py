@@ -137,6 +137,9 @@ def test_quantized_weights_are_compared_with_the_same_weights(tmp_path, capsys):
     assert "checked against nothing: weights are quantized" in capsys.readouterr().out
     assert run(*common) == 2
     assert "quantized (int4, groups of 32), and those of" in capsys.readouterr().err
+    build_engine(checkpoint, output_dir=tmp_path / "head", dtype="float32", head_quantization="int8")
+    assert run("--engine-dir", str(tmp_path / "head"), *IDS, "--model-dir", str(checkpoint), "--device", "cpu") == 2
+    assert "output projection was quantized by build" in capsys.readouterr().err
 
 
 def test_the_picture(engine_dir, tmp_path):

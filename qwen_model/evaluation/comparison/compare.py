@@ -199,13 +199,19 @@ def check_quantization(config: EngineConfig, model_dir: Path) -> None:
     """Check that a checkpoint has the weights quantized that an engine has, or else they are others.
 
     Raises:
-        QwenModelError: it has none quantized.
+        QwenModelError: it has none quantized, or `build` quantized the engine's output projection.
     """
     if config.weight_formats and read_quantization(model_dir, read_json_object(model_dir / "config.json")) is None:
         quantized = next(iter(config.weight_formats.values()))
         raise QwenModelError(
             f"the engine's weights are quantized ({quantized.text}), and those of {model_dir} are not: compare an "
             "engine built with --quantization none, or one of a checkpoint that qwen-model quantize wrote"
+        )
+    given = dict(zip(config.quantization_options, config.quantization_options[1:], strict=False))
+    if given.get("--head-quantization", "none") != "none":
+        raise QwenModelError(
+            f"the engine's output projection was quantized by build, and that of {model_dir} is another: compare an "
+            "engine built without --head-quantization"
         )
 
 

@@ -133,6 +133,10 @@ def test_options_of_a_comparison_are_checked_first(engine_dir, tmp_path, capsys)
     with pytest.raises(QwenModelError, match="missing is not an engine"):
         main(["--compare", str(engine_dir), str(tmp_path / "missing"), "--device", "cpu"])
     assert capsys.readouterr().out == ""
+    with pytest.raises(QwenModelError, match=r"takes the place of --engine-dir: name .* there, as the first"):
+        main(["--engine-dir", str(engine_dir), "--compare", str(engine_dir), "--device", "cpu"])
+    with pytest.raises(QwenModelError, match="takes two engines or more"):
+        main(["--compare", str(engine_dir), "--device", "cpu"])
     with pytest.raises(QwenModelError, match="--tokens is for --compare"):
         main(["--engine-dir", str(engine_dir), "--device", "cpu", "--tokens", "64"])
 

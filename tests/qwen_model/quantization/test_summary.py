@@ -16,7 +16,7 @@ FP8 = WeightFormat("fp8", activation="fp8", scale_dtype="float32", activation_sc
     [
         (INT4, 0.16, 0.17, "--group-size 32 or int8 has smaller errors"),
         (INT8, 0.05, 0.06, "which fp8 keeps better"),
-        (W8A8, 0.05, 0.06, "which fp8 keeps better"),
+        (W8A8, 0.05, 0.06, "which --per-channel, where it is not given, or fp8 keeps better"),
         (FP8, 0.05, 0.06, "16 bits suit them better"),
     ],
     ids=str,
@@ -32,6 +32,14 @@ def test_layers_with_large_errors(weight_format, normal, large, remedy):
     (warning,) = error_warnings(formats, {name: large + i / 10 for i, name in enumerate(names)})
     assert warning.startswith(f"{names[4]} ({large + 0.4:.0%}), {names[3]} ({large + 0.3:.0%}), ")
     assert " and 2 more layers " in warning
+
+
+@pytest.mark.parametrize(("weight_format", "remedy"), [(INT4, "int8"), (INT8, "none")], ids=str)
+def test_the_head_has_a_remedy_of_its_own(weight_format, remedy):
+    formats = {"lm_head": weight_format, "layers.0.mlp.down": weight_format}
+    layer, head = sorted(error_warnings(formats, dict.fromkeys(formats, 0.5)))
+    assert "--head-quantization" not in layer
+    assert f"--head-quantization {remedy} has smaller errors" in head
 
 
 def test_formats_have_warnings_of_their_own():
