@@ -53,11 +53,7 @@ int64_t weight_tiles_of(const GemmShape& shape) { return divide_up(shape.out_fea
 int64_t tiles_of(const GemmShape& shape, const Tiling& tiling) {
   return divide_up(shape.rows, tiling.rows) * weight_tiles_of(shape);
 }
-// That run at the same time; 0: none can.
-int64_t clusters_of(const DeviceProperties& device) {
-  ClustersAtOnce clusters{};
-  return clusters_at_once(device, clusters) == cudaSuccess ? clusters[kQuantizedCluster] : 0;
-}
+int64_t clusters_of(const DeviceProperties& device) { return device.multiprocessors / kQuantizedCluster; }
 int64_t shares_of(const GemmShape& shape, const Tiling& tiling, const DeviceProperties& device) {
   return tiling.splits == kEven ? clusters_of(device) : tiles_of(shape, tiling) * tiling.splits;
 }
@@ -173,7 +169,9 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t var
   const auto addresses = reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.y);
   const bool fits = is_packed(format) && format.scale_dtype == shape.dtype && addresses % 16 == 0 &&
                     shape.in_features % 8 == 0 && params.x_row_stride % 8 == 0;
-  if (device.major != 9 || !fits || shape.rows < kMinRows || clusters_of(device) < 1) return false;
+  if (device.major != 9 || !fits || shape.rows < kMinRows) return false;
+  ClustersAtOnce clusters{};
+  if (clusters_at_once(device, clusters) != cudaSuccess || clusters[kQuantizedCluster] == 0) return false;
   if (columns_of(shape) % (shape.activation == Activation::kSwiglu ? kPackedRows : 8) != 0) return false;
   return variant == kOwnVariant || is_possible(shape, tiling_of(variant), device);
 }
