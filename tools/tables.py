@@ -444,6 +444,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized-1024-h200": lambda: quantized_generation(1024, "h200"),
     "offline-h100": offline,
     "gemm-eight-bit-h100": lambda: gemm_eight_bit.tables(read("h100/gemm_eight_bit"), h100_bandwidth()),
+    "gemm-eight-bit-h200": lambda: gemm_eight_bit.tables(read("h200/gemm_eight_bit"), READ_BANDWIDTH),
     "gemm-quantized-h100": products_of_quantized_weights,
     "gemm-quantized-prompts-h100": quantized_products_of_prompts,
     "serving-h100": lambda: serving("h100"),

@@ -113,7 +113,7 @@ def test_prompts_and_decode_tokens_in_one_step(pair, count, chunk):
     gpu.start([sequence.start() for sequence in found])
     run_chunks(gpu, found[:count], 1000)
     run_mixed(gpu, found[:count], found[count:], chunk)
-    run_decoding(gpu, found, NEW_TOKENS - 1 - len(found[0].output) + 1)
+    run_decoding(gpu, found, NEW_TOKENS - len(found[0].output))
     for sequence, tokens in zip(found, expected, strict=True):
         length = min(len(tokens), len(sequence.output))
         assert length > NEW_TOKENS - 50
