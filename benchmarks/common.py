@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_model.common.files import write_whole
+from qwen_model.quantization.options import QUANTIZATIONS
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -41,6 +42,19 @@ def add_bandwidth_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option --bandwidth, from which floors are computed."""
     text = "highest rate in TB/s at which the GPU's memory is read (default: %(default)s, an H200's)"
     parser.add_argument("--bandwidth", type=float, default=READ_BANDWIDTH * 1e-12, help=text)
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options from which `benchmarks.generate_torch.random_formats` makes the formats of weights."""
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="of our torch back end's random weights, and vLLM's; smoothquant and fp8: of x, too, with static scales",
+    )
+    parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")
+    parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
+    parser.add_argument("--asymmetric", action="store_true", help="with int4")
+    parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8")
 
 
 def require_torch() -> None:
@@ -126,19 +140,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def floor_bytes(config: Any, dtype: str, batch_size: int, context: int) -> dict[str, int]:
-    """Return the bytes that a decode step must read: every weight but an untied embedding, and the key-value cache."""
-    from qwen_model.checkpoints.weights import weight_groups
-    from qwen_model.interface.memory import ITEM_SIZES
+def floor_bytes(config: Any, dtype: str, batch_size: int, context: int, formats: Any = None) -> dict[str, int]:
+    """Return the bytes that a decode step must read: every weight but an untied embedding, and the key-value cache.
 
-    itemsize = ITEM_SIZES[dtype]
-    sizes = {spec.name: spec.shape for group in weight_groups(config, dtype) for spec in group.specs}
-    weights = sum(
-        itemsize * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
-        for name, shape in sizes.items()
-        if name != "embedding.weight" or config.tied_embedding
-    )
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * context * batch_size * itemsize
+    formats: of the quantized modules, if any are.
+    """
+    from qwen_model.checkpoints.module_weights import NOT_QUANTIZED
+    from qwen_model.checkpoints.weights import weight_groups
+    from qwen_model.interface.memory import ITEM_SIZES, spec_bytes
+
+    specs = [spec for group in weight_groups(config, dtype, formats or NOT_QUANTIZED) for spec in group.specs]
+    weights = sum(spec_bytes(spec) for spec in specs if spec.name != "embedding.weight" or config.tied_embedding)
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * context * batch_size * ITEM_SIZES[dtype]
     return {"weights": weights, "cache": cache}
 
 

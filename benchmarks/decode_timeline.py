@@ -1,6 +1,7 @@
 """Record where the time of a torch decode step goes: each kernel of a layer, and the whole step by kind of kernel.
 
     python -m benchmarks.decode_timeline [--shape qwen-7b] [--batch-sizes 1 8 64]   # records; needs an NVIDIA GPU
+    python -m benchmarks.decode_timeline --quantization int4 --results FILE         # of quantized weights
     python -m benchmarks.decode_timeline --draw                                   # draws; needs matplotlib alone
 
 Replays of the step's CUDA graph are traced with CUPTI through torch.profiler. With programmatic dependent launch
@@ -25,6 +26,7 @@ from benchmarks.common import (
     IMAGES,
     READ_BANDWIDTH,
     RESULTS,
+    add_quantization_arguments,
     floor_bytes,
     pyplot,
     require_gpu,
@@ -100,10 +102,19 @@ def microseconds_untraced(step: Callable[[], object], steps: int) -> float:
 
 
 def split_steps(kernels: list[Kernel]) -> list[list[Kernel]]:
-    """Split at the embedding kernel; leave out the first and the last step, which may be incomplete."""
+    """Split at the embedding's kernel; leave out the first and the last step, which may be incomplete.
+
+    The kernel that gathers rows of the embedding table gathers those of the last tokens, too, behind the last layer.
+    """
     starts = [i for i, kernel in enumerate(kernels) if kernel.kind == "embedding"]
-    steps = [kernels[begin:end] for begin, end in pairwise(starts)]
-    return steps[1:]
+    parts = [kernels[begin:end] for begin, end in pairwise([*starts, len(kernels)])]
+    steps: list[list[Kernel]] = []
+    for part in parts:
+        if steps and not any(kernel.kind == "attention" for kernel in part):
+            steps[-1].extend(part)
+        else:
+            steps.append(part)
+    return steps[1:-1]
 
 
 def attribute(step: list[Kernel], end: int) -> dict[str, float]:
@@ -129,20 +140,23 @@ def layer_of(step: list[Kernel]) -> list[Kernel]:
     return step[first : first + per_layer + 1]
 
 
-def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -> list[dict[str, Any]]:
+def record(options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from benchmarks.generate import COMMON, SHAPES, Load
-    from benchmarks.generate_torch import random_session, random_weights
+    from benchmarks.generate import COMMON, SHAPES, Load, weights_text
+    from benchmarks.generate_torch import random_formats, random_session, random_weights
     from qwen_model.checkpoints.config import read_config
     from qwen_model.engine.sequences import Sequence
     from qwen_model.interface.engine_config import Limits
 
-    config = read_config({**COMMON, **SHAPES[shape]})
-    weights = random_weights(config, getattr(torch, dtype), "cuda")
-    session = random_session(config, weights, Limits(max(batch_sizes), prompt_tokens, 4 * STEPS))
+    prompt_tokens, dtype = options.prompt_tokens, options.dtype
+    config = read_config({**COMMON, **SHAPES[options.shape]})
+    formats = random_formats(options, config)
+    weights = random_weights(config, getattr(torch, dtype), "cuda", formats)
+    limits = Limits(max(options.batch_sizes), prompt_tokens, 4 * STEPS)
+    session = random_session(config, weights, limits, formats=formats)
     recordings = []
-    for batch_size in batch_sizes:
+    for batch_size in options.batch_sizes:
         prompts = Load(batch_size, prompt_tokens, 1).prompts(config.vocab_size, seed=0)
         sequences = [Sequence(prompt, 4 * STEPS) for prompt in prompts]
         for sequence in sequences:
@@ -160,11 +174,11 @@ def record(shape: str, batch_sizes: list[int], prompt_tokens: int, dtype: str) -
         spent = {kind: statistics.median(summary.get(kind, 0.0) for summary in summaries) for kind in kinds}
         middle = steps[len(steps) // 2]
         layer = layer_of(middle)
-        bytes_read = floor_bytes(config, dtype, batch_size, prompt_tokens + 2 * STEPS)
+        bytes_read = floor_bytes(config, dtype, batch_size, prompt_tokens + 2 * STEPS, formats)
         recordings.append(
             {
-                "shape": shape,
-                "dtype": dtype,
+                "shape": options.shape,
+                "dtype": weights_text(options, "qwen_model"),
                 "batch_size": batch_size,
                 "prompt_tokens": prompt_tokens,
                 "kernels_per_step": len(middle),
@@ -247,15 +261,17 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float16")
+    add_quantization_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS / "decode_timeline.json")
     parser.add_argument("--picture", type=Path, default=IMAGES / "decode_timeline.svg")
     parser.add_argument("--draw", action="store_true", help="draw recorded results instead of measuring")
+    parser.set_defaults(kv_cache_dtype="auto")
     options = parser.parse_args()
     if options.draw:
         draw(json.loads(options.results.read_text(encoding="utf-8")), options.picture)
         return
     require_gpu()
-    write_results(options.results, record(options.shape, options.batch_sizes, options.prompt_tokens, options.dtype))
+    write_results(options.results, record(options))
     print(options.results)
 
 

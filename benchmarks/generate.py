@@ -25,10 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, require_tensorrt, require_torch, write_results
+from benchmarks.common import RESULTS, add_quantization_arguments, require_tensorrt, require_torch, write_results
 from qwen_model import Session
 from qwen_model.interface.engine_config import KV_CACHE_DTYPES
-from qwen_model.quantization.options import QUANTIZATIONS
 
 # Settings of a config.json of Qwen2. Qwen-7B is Qwen v1: the GEMMs are the same, with as many key-value heads as heads.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -186,16 +185,8 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        help="of our torch back end's random weights, and vLLM's; smoothquant and fp8: of x, too, with static scales",
-    )
-    parser.add_argument("--per-token", action="store_true", help="with smoothquant and fp8: a scale for each row of x")
+    add_quantization_arguments(parser)
     parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
-    parser.add_argument("--group-size", type=int, default=128, help="with int4; -1: all inputs")
-    parser.add_argument("--asymmetric", action="store_true", help="with int4")
-    parser.add_argument("--head-quantization", choices=["int8", "int4", "none"], default="int8")
     options = parser.parse_args()
     if options.quantization is not None:
         options.implementations = options.implementations or ["qwen_model"]
