@@ -32,7 +32,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -378,6 +378,7 @@ PEERS: dict[str, Provider] = {
     "humming": humming,
 }
 PROVIDERS: dict[str, Provider] = {OURS: ours, OURS_16_BIT: ours_16_bit, CUBLAS: cublas, **PEERS}
+OTHERS = tuple(name for name in PROVIDERS if name != OURS)
 """What makes calls for a layer, a format and all numbers of rows, by the name of the provider."""
 BFLOAT16 = ("Marlin",)
 """Providers whose x is bfloat16."""
@@ -635,9 +636,8 @@ def prompts_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summary(records: list[dict[str, Any]], noise: float = 0.02) -> str:
-    """List the GEMMs at which another is faster by more than repeated measurements differ."""
-    others = [name for name in PROVIDERS if name != OURS]
+def summary(records: list[dict[str, Any]], others: Iterable[str] = OTHERS, noise: float = 0.02) -> str:
+    """List the GEMMs at which one of `others` is faster by more than repeated measurements differ."""
     compared = [(record, name) for record in records for name in others if name in record]
     behind = [(record, name) for record, name in compared if record[OURS] > record[name] * (1 + noise)]
     lines = [f"* slower than another by more than {noise:.0%} in {len(behind)} of {len(compared)} comparisons"]
@@ -670,6 +670,8 @@ def plot(records: list[dict[str, Any]], bandwidth: float, path: Path, title: str
                     axis.plot(*zip(*points, strict=True), marker="o", label=f"{model} {layer}")
             finish_panel(axis, f"{name}, {weight_format}", "rows", f"% of {bandwidth * 1e-12:.2f} TB/s")
             axis.set_ylim(0, 105)
+            axis.get_legend().remove()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper left", ncols=5, fontsize=8)
     save_figure(figure, title, path, dpi=80)
 
 

@@ -122,9 +122,27 @@ def offline() -> str:
     return markdown(["", "seconds", "requests/s", "new tokens/s", "times the slowest"], rows)
 
 
+SERVING = ("serving", "serving_int4", "serving_fp8")
+
+
+def serving_of_readme() -> str:
+    """Return the new tokens per second of our server and vLLM's at saturation and for one user, on an H200."""
+    loads, rows = ("fixed", "mixed", "alone"), []
+    for name in SERVING:
+        records = read(f"h200/{name}")
+        rates = {
+            (r["load"], r["implementation"]): f"{r['new_tokens_per_second']:,.0f}"
+            for r in records
+            if r["request_rate"] is None
+        }
+        cells = [" / ".join(rates.get((load, server), "–") for server in IMPLEMENTATIONS) for load in loads]
+        rows.append([records[0]["dtype"], *cells])
+    return markdown(["new tokens/s, **ours** / vLLM", "512 and 256 tokens", "mixed lengths", "one user"], rows)
+
+
 def serving(gpu: str) -> str:
     """Return what a server gives at saturation, at rates and to one user, ours and vLLM's, by the kind of weights."""
-    files = [f"{gpu}/{kind}" for kind in ("serving", "serving_int4", "serving_fp8")]
+    files = [f"{gpu}/{kind}" for kind in SERVING]
     rows = [row for name in files if (RESULTS / f"{name}.json").exists() for row in served(read(name))]
     heads = ["first token, ms: median / 99 %", "a token, ms: median / 99 %", "between events, ms: median / 99 %"]
     return markdown(["load", "weights", "", "new tokens/s", "of vLLM's", *heads], rows) if rows else NOT_MEASURED
@@ -186,18 +204,31 @@ def quantized_rows() -> str:
 
 
 def products_of_quantized_weights() -> str:
-    """Return the floor's share and the lead over others of GEMMs of quantized weights, up to 64 rows, on an H100."""
-    if not (RESULTS / "h100" / "gemm_quantized.json").exists():
-        return NOT_MEASURED
-    records = read("h100/gemm_quantized")
-    return f"{gemm_quantized.steps_table(records, h100_bandwidth())}\n\n{gemm_quantized.summary(records)}"
+    """Return the floor's share and the lead over others of GEMMs of quantized weights, up to 64 rows, on an H200."""
+    records = read("h200/gemm_quantized")
+    steps = [record for record in records if record["rows"] <= gemm_quantized.MAX_STEP_ROWS]
+    return f"{gemm_quantized.steps_table(steps, READ_BANDWIDTH)}\n\n{gemm_quantized.summary(steps)}"
 
 
 def quantized_products_of_prompts() -> str:
-    """Return the time of GEMMs of quantized weights over that of 16-bit ones, for prompts, on an H100."""
-    if not (RESULTS / "h100" / "gemm_quantized.json").exists():
-        return NOT_MEASURED
-    return gemm_quantized.prompts_table(read("h100/gemm_quantized"))
+    """Return the time of GEMMs of quantized weights over that of 16-bit ones, and list where another is faster."""
+    records = read("h200/gemm_quantized")
+    prompts = [record for record in records if record["rows"] > gemm_quantized.MAX_STEP_ROWS]
+    listed = gemm_quantized.summary(prompts, gemm_quantized.PEERS)
+    return f"{gemm_quantized.prompts_table(prompts)}\n\n{listed}"
+
+
+def times_of_quantized_prompts(weight_format: str) -> str:
+    """Return the time of GEMMs of quantized weights beside 16-bit ones and Machete's, for prompts, on an H200."""
+    layers = gemm_quantized.by_layer([r for r in read("h200/gemm_quantized") if r["format"] == weight_format])
+    counts = gemm_quantized.PROMPT_ROWS
+    rows = []
+    for (layer, _), here in layers.items():
+        if here.keys() >= set(counts):  # the output projection has one row for each sequence
+            plain = {n: min(here[n][gemm_quantized.OURS_16_BIT], here[n][gemm.CUBLAS]) for n in counts}
+            times = [(here[n][OURS], plain[n], here[n]["Machete"]) for n in counts]
+            rows.append([layer, *(" / ".join(map(short, found)) for found in times)])
+    return markdown(["layer", *(f"{count} rows" for count in counts)], rows)
 
 
 def products_of_prompts() -> str:
@@ -445,8 +476,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "offline-h100": offline,
     "gemm-eight-bit-h100": lambda: gemm_eight_bit.tables(read("h100/gemm_eight_bit"), h100_bandwidth()),
     "gemm-eight-bit-h200": lambda: gemm_eight_bit.tables(read("h200/gemm_eight_bit"), READ_BANDWIDTH),
-    "gemm-quantized-h100": products_of_quantized_weights,
-    "gemm-quantized-prompts-h100": quantized_products_of_prompts,
+    "gemm-quantized-h200": products_of_quantized_weights,
+    "gemm-quantized-prompts-h200": quantized_products_of_prompts,
+    "gemm-quantized-times-h200": lambda: times_of_quantized_prompts("int4"),
+    "serving-readme": serving_of_readme,
     "serving-h100": lambda: serving("h100"),
     "serving-h200": lambda: serving("h200"),
     "build-times-h200": build_times,

@@ -127,6 +127,7 @@ def test_tables_of_quantized_gemms() -> None:
         "| **all layers of qwen2.5-7b** | int8, by channel | 1.10 |",
     ]
     assert gemm_quantized.summary(records).splitlines()[0].endswith("in 3 of 6 comparisons")
+    assert gemm_quantized.summary(records, gemm_quantized.PEERS).splitlines()[0].endswith("in 1 of 3 comparisons")
 
 
 class Compilation:
