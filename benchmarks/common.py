@@ -33,6 +33,7 @@ PACKAGES = (
     "tensorrt",
     "flashinfer-python",
     "liger-kernel",
+    "humming-kernels",
     "triton",
     "numpy",
 )
