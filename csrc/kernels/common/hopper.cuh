@@ -274,6 +274,9 @@ __device__ __forceinline__ void store_shared(uint32_t to, const float (&values)[
                "f"(values[3])
                : "memory");
 }
+__device__ __forceinline__ void store_shared_32(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
 __device__ __forceinline__ void store_shared_16(uint32_t to, uint32_t value) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(static_cast<uint16_t>(value)) : "memory");
 }

@@ -50,8 +50,13 @@ std::string name_of(const Variant& variant) {
   return name + waves + (variant.half ? "h" : "");
 }
 
-// Tiles of 8 rows of x that a kernel multiplies by: 1, 2, 4 or 8.
-int x_tiles_of(const GemmShape& shape) { return shape.rows <= 8 ? 1 : shape.rows <= 16 ? 2 : shape.rows <= 32 ? 4 : 8; }
+// Tiles of 8 rows of x that a kernel multiplies by: 1, 2, 4 or 8; 0: as integers.
+int x_tiles_of(const GemmShape& shape) {
+  const WeightFormat& format = shape.weight_format;
+  const bool one_scale = format.group_size == 0 || format.group_size == kPackedK;  // in a chunk
+  if (shape.rows <= kIntegerRows && format.kind == WeightKind::kInt4 && one_scale) return 0;
+  return shape.rows <= 8 ? 1 : shape.rows <= 16 ? 2 : shape.rows <= 32 ? 4 : 8;
+}
 
 // A variant for a GEMM on a device.
 struct Partition {
@@ -65,6 +70,7 @@ struct Partition {
   int stages = 0;
   int shared_bytes = 0;
   int received_bytes = 0;
+  int integer_bytes = 0;  // of x
   QuantizedStage stage{0, 0, 0, 0, false};
   int64_t loaded = 0;  // bytes, by the block that loads most
 
@@ -95,9 +101,10 @@ struct Partition {
                            format.has_zeros);
     loaded = loads * stage.stride;
     received_bytes = quantized_received_bytes(x_tiles, row_warps, k_warps, variant.splits);
+    if (quantized_uses_integers(x_tiles)) integer_bytes = divide_up(chunks, variant.splits) * kIntegerChunkBytes;
     // A last warp with one block reads a block behind the last stage.
-    const int others =
-        kQuantizedBarrierBytes + superblock_bytes_of(format.kind) + (variant.waves > 1 ? 2 : 1) * received_bytes;
+    const int others = kQuantizedBarrierBytes + superblock_bytes_of(format.kind) +
+                       (variant.waves > 1 ? 2 : 1) * received_bytes + integer_bytes;
     // The runtime keeps 1 KB for each block.
     const int half_bytes = (device.max_shared_memory_per_block + 1024) / 2 - 1024;
     const int most_bytes = variant.half ? half_bytes : device.max_shared_memory_per_block;
@@ -118,10 +125,11 @@ struct Partition {
 // About how many cycles a launch takes in a chain of launches. Not a theory: the constants are fitted to measurements
 // on an H100, so that the order of the variants comes out right (docs/gemm.md).
 double cycles_of_mma(const Variant& variant, const Partition& partition, double memory) {
-  const double x_tiles = partition.x_tiles;
+  const double x_tiles = quantized_item_tiles(partition.x_tiles);
   const double loading = static_cast<double>(partition.loaded) / 30.0;
+  const double warp_cycles = quantized_uses_integers(partition.x_tiles) ? 45.0 : 77.0;
   const double chunk =
-      std::max(940.0, 77.0 * partition.row_warps * partition.k_warps) * (0.92 + 0.08 * x_tiles * x_tiles);
+      std::max(940.0, warp_cycles * partition.row_warps * partition.k_warps) * (0.92 + 0.08 * x_tiles * x_tiles);
   const double chunks = variant.waves * divide_up(divide_up(partition.chunks, variant.splits), partition.k_warps);
   const double multiprocessor = std::max(loading, chunk * chunks);
   const double exchange = variant.splits == 1 ? 0.0 : 440.0 + 410.0 * x_tiles;
@@ -170,6 +178,9 @@ StreamQuantizedArguments arguments_of(const GemmParams& params, const Variant& v
   const GemmShape& shape = params.shape;
   const WeightFormat& format = shape.weight_format;
   StreamQuantizedArguments arguments{};
+  arguments.integer_x = params.x;
+  arguments.x_row_stride = params.x_row_stride;
+  arguments.in_features = static_cast<int32_t>(shape.in_features);
   arguments.codes = static_cast<const uint8_t*>(params.weight);
   arguments.scales = static_cast<const uint16_t*>(params.scales);
   arguments.zeros = static_cast<const uint8_t*>(params.zeros);
@@ -196,6 +207,8 @@ StreamQuantizedArguments arguments_of(const GemmParams& params, const Variant& v
   arguments.scales_offset = partition.stage.scales;
   arguments.zeros_offset = partition.stage.zeros;
   arguments.received_bytes = partition.received_bytes;
+  arguments.x_offset =
+      partition.stages * partition.stage.stride + (variant.waves > 1 ? 2 : 1) * partition.received_bytes;
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.bfloat16_scales = format.scale_dtype == DataType::kBFloat16;
   arguments.writes_pairs = arguments.columns % 2 == 0 && reinterpret_cast<uintptr_t>(params.y) % 4 == 0;
@@ -217,7 +230,8 @@ cudaError_t launch_kernel_of(const GemmParams& params, const Variant& variant, c
   if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
   const Partition partition(params.shape, variant, clusters, device);
   StreamQuantizedArguments arguments = arguments_of(params, variant, partition);
-  if (!partition.fits || !encode_x_tensor_map(arguments.x, params, 8 * kXTiles)) return cudaErrorNotSupported;
+  if (!partition.fits) return cudaErrorNotSupported;
+  if (kXTiles > 0 && !encode_x_tensor_map(arguments.x, params, 8 * kXTiles)) return cudaErrorNotSupported;
   const int blocks = std::min(partition.tiles, clusters[variant.splits]) * variant.splits;
   const int threads = 32 * (partition.row_warps * partition.k_warps + kQuantizedProducerWarps);
   return launch_clusters(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
@@ -228,6 +242,9 @@ template <typename T, int kBits>
 cudaError_t launch_bits(const GemmParams& params, const Variant& variant, const DeviceProperties& device,
                         cudaStream_t stream) {
   switch (x_tiles_of(params.shape)) {
+    case 0:
+      if constexpr (kBits == 4) return launch_kernel_of<T, kBits, 0>(params, variant, device, stream);
+      return cudaErrorNotSupported;
     case 1:
       return launch_kernel_of<T, kBits, 1>(params, variant, device, stream);
     case 2:
@@ -264,15 +281,15 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t num
 }
 
 bool is_candidate(const GemmParams& params, const DeviceProperties& device, int32_t number) {
-  constexpr int kCandidates = 6;
   const GemmShape& shape = params.shape;
+  const int candidates = quantized_uses_wgmma(x_tiles_of(shape)) ? 6 : 12;  // mma: the cycles are less well known
   ClustersAtOnce clusters;
   if (clusters_at_once(device, clusters) != cudaSuccess) return false;
   const double cost = cycles_or_infinite(shape, variant_of(number), clusters, device);
   const auto is_better = [&](const Variant& other) {
     return cycles_or_infinite(shape, other, clusters, device) < cost;
   };
-  return std::count_if(all_variants().begin(), all_variants().end(), is_better) < kCandidates;
+  return std::count_if(all_variants().begin(), all_variants().end(), is_better) < candidates;
 }
 
 cudaError_t launch(const GemmParams& params, const DeviceProperties& device, int32_t number, cudaStream_t stream) {

@@ -4,7 +4,8 @@
 // A warp-specialised persistent kernel. Weight rows are operand a of mma.m16n8k16, 32 for each consumer warp, or with
 // more than 16 rows of x of wgmma, 64 for each consumer warpgroup; rows of x are operand b. A lane loads 16 bytes of
 // codes, which are whole operands (packed_weight.h), turns them into code - zero in the type of x, which is exact, and
-// multiplies. The sums of a group of k are scaled in float32. Nothing is rounded before the end.
+// multiplies. The sums of a group of k are scaled in float32. Nothing is rounded before the end. With one or two rows
+// of x, which the consumers turn into integers first, codes of int4 are operands as they are (integer_rows.cuh).
 //
 // One warp issues bulk copies of a tile's codes, scales and zeros, 128 k (a chunk) at a time, another TMA loads of the
 // same k of x, into a ring buffer that runs on from tile to tile. The warps of a block divide the rows of the tile
@@ -20,6 +21,7 @@
 #include <cuda.h>
 
 #include "hopper_operands.h"
+#include "integer_rows.cuh"
 #include "kernels/common/arithmetic.h"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/programmatic_launch.cuh"
@@ -36,6 +38,9 @@ constexpr int kQuantizedBarrierBytes = 2048;  // and what aligns the ring to 102
 constexpr int kXBoxK = kBlockK;               // k of a TMA load of x
 static_assert(16 * kQuantizedMaxStages + 1023 <= kQuantizedBarrierBytes && kPackedK == 2 * kXBoxK);
 
+// By the tiles of 8 rows of x; 0 tiles: up to kIntegerRows rows, as integers, for int4 with a scale for 128 k or more.
+constexpr bool quantized_uses_integers(int x_tiles) { return x_tiles == 0; }
+constexpr int quantized_item_tiles(int x_tiles) { return x_tiles == 0 ? 1 : x_tiles; }
 // From 17 rows of x on (3 tiles of 8 rows), warpgroups multiply with wgmma instead of warps with mma.
 constexpr bool quantized_uses_wgmma(int x_tiles) { return x_tiles > 2; }
 // By the tiles of 8 rows of x: blocks of 16 weight rows of a warp, the warps among which rows are divided together, and
@@ -43,13 +48,18 @@ constexpr bool quantized_uses_wgmma(int x_tiles) { return x_tiles > 2; }
 constexpr int quantized_warp_blocks(int x_tiles) { return quantized_uses_wgmma(x_tiles) ? 1 : 2; }
 constexpr int quantized_row_warps(int x_tiles) { return quantized_uses_wgmma(x_tiles) ? 4 : 1; }
 constexpr int quantized_max_consumers(int x_tiles) {
-  return x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : x_tiles == 4 ? 16 : 12;
+  return x_tiles == 0 ? 22 : x_tiles == 1 ? 18 : x_tiles == 2 ? 14 : x_tiles == 4 ? 16 : 12;
 }
 // Likewise of a block that takes less than half of a multiprocessor; 0: there are too few registers.
-constexpr int quantized_max_consumers_of_half(int x_tiles) { return x_tiles == 1 ? 8 : x_tiles == 2 ? 6 : 0; }
+constexpr int quantized_max_consumers_of_half(int x_tiles) {
+  return x_tiles == 0 ? 10 : x_tiles == 1 ? 8 : x_tiles == 2 ? 6 : 0;
+}
 
 struct StreamQuantizedArguments {
-  CUtensorMap x;
+  CUtensorMap x;          // not set for integers
+  const void* integer_x;  // x, for these
+  int64_t x_row_stride;   // elements
+  int32_t in_features;
   const uint8_t* codes;
   const uint16_t* scales;
   const uint8_t* zeros;
@@ -75,6 +85,7 @@ struct StreamQuantizedArguments {
   int32_t scales_offset;
   int32_t zeros_offset;
   int32_t received_bytes;  // of one of the two buffers for partial sums
+  int32_t x_offset;        // of the integers, from the ring
   bool swiglu;
   bool bfloat16_scales;
   bool writes_pairs;  // y and its rows begin at multiples of 4 bytes
@@ -98,7 +109,8 @@ constexpr int kItemBytes = kPackedRows * 8 * 4;
 // Bytes for the partial sums that a block receives for one tile.
 constexpr int quantized_received_bytes(int x_tiles, int row_warps, int k_warps, int splits) {
   if (k_warps * splits == 1 && quantized_uses_wgmma(x_tiles)) return 0;
-  return divide_up(quantized_warp_blocks(x_tiles) * row_warps * x_tiles, splits) * splits * k_warps * kItemBytes;
+  const int items = quantized_warp_blocks(x_tiles) * row_warps * quantized_item_tiles(x_tiles);
+  return divide_up(items, splits) * splits * k_warps * kItemBytes;
 }
 
 // value / divisor for small numbers, by the inverse of the divisor: instructions that run once in a block take the time
@@ -216,6 +228,7 @@ struct QuantizedBlock {
   const int tile_step = p.splits == 1 ? static_cast<int>(gridDim.x) : num_clusters();
   const int first_chunk = split * p.chunks + min(split, p.extra_chunks);
   const int chunks = p.chunks + (split < p.extra_chunks ? 1 : 0);  // of a tile
+  static constexpr bool kUsesIntegers = quantized_uses_integers(kXTiles);
   static constexpr int kCodesOffset = kXTiles * 8 * kPackedK * 2;  // in a stage: behind x
   const uint32_t barriers;
   const uint32_t ring = (barriers + 16 * kQuantizedMaxStages + 1023) / 1024 * 1024;
@@ -230,7 +243,7 @@ struct QuantizedBlock {
   __device__ __forceinline__ void init_barriers() const {
     const int s = static_cast<int>(threadIdx.x) % 32;
     if (s < p.stages) {
-      mbarrier_init(full(s), 2);
+      mbarrier_init(full(s), kUsesIntegers ? 1 : 2);  // producers
       mbarrier_init(empty(s), p.row_warps);
     }
     fence_mbarrier_init();
@@ -311,12 +324,12 @@ class QuantizedProducer {
   bool copies_;           // this lane has something to copy
 };
 
-// Loads x, by one lane of a warp.
+// Loads x, by one lane of a warp, but for integers.
 template <int kBits, int kXTiles>
 __device__ __forceinline__ void produce_quantized_x(const QuantizedBlock<kBits, kXTiles>& block) {
   const StreamQuantizedArguments& p = block.p;
   const uint64_t policy = evict_last_policy();
-  const int end_chunk = threadIdx.x % 32 == 0 ? block.first_chunk + block.chunks : 0;
+  const int end_chunk = threadIdx.x % 32 == 0 && !block.kUsesIntegers ? block.first_chunk + block.chunks : 0;
   PipelineState state;
   int free_stages = p.stages;
   for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step) {
@@ -350,9 +363,20 @@ class QuantizedConsumer {
         const int slot = p.swiglu ? h * p.tile_blocks + index / 2 : index, half = p.swiglu ? index % 2 : h;
         codes_[r][h] = block.kCodesOffset + slot * kSuperblockBytes + 16 * lane_ + 8 * half;
         row_[r][h] = slot * kPackedRows + lane_ / 4 + 8 * half;
-        if (!kSubtractsFromSums) zero_[r][h].set(kMiddle);
+        if (!kSubtractsFromSums) set_zero(r, h, kMiddle);
       }
     }
+  }
+
+  // Turns the block's chunks of x into integers, with the other consumer warps.
+  __device__ __forceinline__ void load_integers() const {
+    const int consumers = p.row_warps * p.k_warps;
+    for (int chunk = warp_; chunk < block_.chunks; chunk += consumers) {
+      const int first = (block_.first_chunk + chunk) * kPackedK;
+      write_integer_chunk(static_cast<const T*>(p.integer_x) + first, p.x_row_stride, p.rows, p.in_features - first,
+                          integers_of(chunk));
+    }
+    asm volatile("barrier.sync 1, %0;" ::"r"(32 * consumers) : "memory");
   }
 
   // Multiplies the tile's chunks, whose numbers among all that the block loads end before `end_number`.
@@ -360,10 +384,12 @@ class QuantizedConsumer {
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
-      for (int i = 0; i < kXTiles; ++i) sums_[r][i][0] = sums_[r][i][1] = sums_[r][i][2] = sums_[r][i][3] = 0.0F;
+      for (int i = 0; i < kItemTiles; ++i) sums_[r][i][0] = sums_[r][i][1] = sums_[r][i][2] = sums_[r][i][3] = 0.0F;
     }
     if (p.groups_of_chunk == 0) load_scales_of_rows(tile);
-    if (p.groups_of_chunk <= 1) {
+    if constexpr (kUsesIntegers) {
+      p.swiglu ? multiply_integers<true>(end_number) : multiply_integers<false>(end_number);
+    } else if (p.groups_of_chunk <= 1) {
       p.swiglu ? multiply_chunks_of_one_group<true>(end_number) : multiply_chunks_of_one_group<false>(end_number);
     } else {
       p.swiglu ? multiply_chunks<true, true>(end_number) : multiply_chunks<false, true>(end_number);
@@ -376,7 +402,7 @@ class QuantizedConsumer {
   __device__ __forceinline__ void write_sums(int tile) {
     load_bias(tile, row_warp_);
 #pragma unroll
-    for (int i = 0; i < kXTiles; ++i) write_item(tile, row_warp_, i, sums_[0][i]);
+    for (int i = 0; i < kItemTiles; ++i) write_item(tile, row_warp_, i, sums_[0][i]);
   }
   // Sends the partial sums to the blocks that own their items. `buffer` is where those receive them.
   __device__ __forceinline__ void send_sums(uint32_t buffer) const {
@@ -384,8 +410,8 @@ class QuantizedConsumer {
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
-      for (int i = 0; i < kXTiles; ++i) {
-        const int item = (row_warp_ * kWarpBlocks + r) * kXTiles + i;
+      for (int i = 0; i < kItemTiles; ++i) {
+        const int item = (row_warp_ * kWarpBlocks + r) * kItemTiles + i;
         const int index = divide(item, p.splits_inverse);
         const uint32_t to = received(buffer, index, part);
         store_to_block(p.splits == 1 ? to : map_to_block(to, item - index * p.splits), sums_[r][i]);
@@ -393,14 +419,14 @@ class QuantizedConsumer {
     }
   }
   // Loads the bias of the first item that finish_items writes: before the barrier between the two.
-  __device__ __forceinline__ void load_first_bias(int tile) { load_bias(tile, first_item() / kXTiles); }
+  __device__ __forceinline__ void load_first_bias(int tile) { load_bias(tile, first_item() / kItemTiles); }
   // Adds the partial sums of the items that the block owns, each by one warp, and writes them.
   __device__ __forceinline__ void finish_items(int tile, uint32_t buffer) {
     const int consumers = p.row_warps * p.k_warps, parts = p.splits * p.k_warps;
     uint32_t from = received(buffer, warp_, 0);
 #pragma unroll 1
-    for (int item = first_item(); item < kWarpBlocks * p.row_warps * kXTiles; item += consumers * p.splits) {
-      if (item != first_item()) load_bias(tile, item / kXTiles);
+    for (int item = first_item(); item < kWarpBlocks * p.row_warps * kItemTiles; item += consumers * p.splits) {
+      if (item != first_item()) load_bias(tile, item / kItemTiles);
       float sums[4] = {};
 #pragma unroll 2
       for (int part = 0; part < parts; ++part) {
@@ -410,19 +436,21 @@ class QuantizedConsumer {
         for (int j = 0; j < 4; ++j) sums[j] += more[j];
       }
       from += consumers * parts * kItemBytes;
-      write_item(tile, item / kXTiles, item % kXTiles, sums);
+      write_item(tile, item / kItemTiles, item % kItemTiles, sums);
     }
   }
 
  private:
+  static constexpr bool kUsesIntegers = quantized_uses_integers(kXTiles);
   static constexpr bool kUsesWgmma = quantized_uses_wgmma(kXTiles);
+  static constexpr int kItemTiles = quantized_item_tiles(kXTiles);
   static constexpr int kWarpBlocks = quantized_warp_blocks(kXTiles);
   static constexpr int kSteps = kPackedK / 32;  // of 32 k: two mma or wgmma instructions
   static constexpr int kBlocks = kBits / 2;     // of codes, in a chunk
   static constexpr int kBlockSteps = kSteps / kBlocks;
   static constexpr uint32_t kMiddle = 1U << (kBits - 1);
   // For few rows of x: more of them would take more instructions to sum than codes take to convert.
-  static constexpr bool kSubtractsFromSums = kBits == 4 && std::is_same_v<T, __half> && kXTiles <= 2;
+  static constexpr bool kSubtractsFromSums = kBits == 4 && std::is_same_v<T, __half> && kXTiles <= 2 && !kUsesIntegers;
   static constexpr int kSets = kSubtractsFromSums && kXTiles == 1 ? 2 : 1;  // of sums of a group
   static constexpr int kSuperblockBytes = kPackedRows * kPackedK * kBits / 8;
 
@@ -467,7 +495,9 @@ class QuantizedConsumer {
         bfloat16_scales_ ? bit_cast<float>(static_cast<uint32_t>(bits) << 16) : to_float(bit_cast<__half>(bits));
   }
   __device__ __forceinline__ void set_zero(int r, int h, uint32_t zero) {
-    if constexpr (kSubtractsFromSums) {
+    if constexpr (kUsesIntegers) {
+      integer_zero_[r][h] = static_cast<int32_t>(zero);
+    } else if constexpr (kSubtractsFromSums) {
       offset_[r][h] = -scale_[r][h] * static_cast<float>(zero);
     } else {
       zero_[r][h].set(zero);
@@ -525,7 +555,7 @@ class QuantizedConsumer {
     float group_sums[kXTiles][4];
     mbarrier_wait(block_.full(state_.stage), state_.parity);
     uint32_t stage = stage_address();
-    load_words<kSwiglu>(words[0], stage, 0);
+    load_words<kSwiglu>(words[0], stage, 0, 0);
     if (p.groups_of_chunk == 1) load_group(stage, 0);
     load_operands_in_order(words[0], 0, a[0]);
     for (bool more = true; more;) {
@@ -534,7 +564,7 @@ class QuantizedConsumer {
       for (int step = 0; step < kSteps; ++step) {
         const int block = step / kBlockSteps;
         if (step % kBlockSteps == 0 && block < kBlocks - 1) {
-          load_words<kSwiglu>(words[(block + 1) % 2], stage, block + 1);
+          load_words<kSwiglu>(words[(block + 1) % 2], stage, 0, block + 1);
         }
         if (step >= 2) wgmma_wait_group<1>();  // that of a[step % 2]
         if (step >= 1) load_operands_in_order(words[block % 2], step % kBlockSteps, a[step % 2]);
@@ -548,7 +578,7 @@ class QuantizedConsumer {
       if (more) {
         mbarrier_wait(block_.full(state_.stage), state_.parity);
         stage = stage_address();
-        load_words<kSwiglu>(words[0], stage, 0);
+        load_words<kSwiglu>(words[0], stage, 0, 0);
         if (p.groups_of_chunk == 1) load_group(stage, 0);
         wgmma_wait_group<1>();
         load_operands_in_order(words[0], 0, a[0]);
@@ -567,7 +597,7 @@ class QuantizedConsumer {
     const uint64_t x = matrix_descriptor(stage, 16);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step % kBlockSteps == 0) load_words<kSwiglu>(words, stage, step / kBlockSteps);
+      if (step % kBlockSteps == 0) load_words<kSwiglu>(words, stage, 0, step / kBlockSteps);
       load_group(stage, step * p.groups_of_chunk / kSteps);
       load_operands_in_order(words, step % kBlockSteps, a);
       multiply_step(group_sums, a, x, step, true);
@@ -598,13 +628,13 @@ class QuantizedConsumer {
 
   // The lane's 16 bytes of a block of codes.
   template <bool kSwiglu>
-  __device__ __forceinline__ void load_words(uint32_t (&words)[4], uint32_t stage, int block) const {
+  __device__ __forceinline__ void load_words(uint32_t (&words)[4], uint32_t stage, int r, int block) const {
     const int offset = block * kPackedBlockBytes;
     if (kSwiglu) {
-      load_shared_words(words[0], words[1], stage + codes_[0][0] + offset);
-      load_shared_words(words[2], words[3], stage + codes_[0][1] + offset);
+      load_shared_words(words[0], words[1], stage + codes_[r][0] + offset);
+      load_shared_words(words[2], words[3], stage + codes_[r][1] + offset);
     } else {
-      load_shared_words(words, stage + codes_[0][0] + offset);
+      load_shared_words(words, stage + codes_[r][0] + offset);
     }
   }
   // The operands of 32 k, for two wgmma instructions of 16 consecutive k.
@@ -629,6 +659,67 @@ class QuantizedConsumer {
       for (int w = 0; w < 2; ++w) {
         a[w][h] = pairs[2 * w];
         a[w][2 + h] = pairs[2 * w + 1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint32_t integers_of(int chunk) const {
+    return block_.ring + p.x_offset + chunk * kIntegerChunkBytes;
+  }
+  // The chunks of a tile, by integers. A lane has the sums of a pair of digits of a row of x.
+  template <bool kSwiglu>
+  __device__ __forceinline__ void multiply_integers(int end_number) {
+    float sums[kWarpBlocks][2] = {};
+    for (; number_ < end_number; number_ += p.k_warps) {
+      const uint32_t x = integers_of(number_ - (end_number - block_.chunks));
+      mbarrier_wait(block_.full(state_.stage), state_.parity);
+      multiply_integer_chunk<kSwiglu>(sums, stage_address(), x);
+      release(state_.stage);
+      advance_stage();
+    }
+    // To the places of other kernels' results: lane 4 g has both rows of x, the other lanes have rows that are not
+    // there.
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float row = sums[r][h] + __shfl_xor_sync(0xffffffffU, sums[r][h], 1);
+        const float other_row = __shfl_xor_sync(0xffffffffU, row, 2);
+        if (lane_ % 4 != 0) continue;
+        sums_[r][0][2 * h] = row;
+        sums_[r][0][2 * h + 1] = other_row;
+      }
+    }
+  }
+  template <bool kSwiglu>
+  __device__ __forceinline__ void multiply_integer_chunk(float (&sums)[kWarpBlocks][2], uint32_t stage, uint32_t x) {
+    constexpr uint32_t kCodes = 0x0f0f0f0fU;
+    uint32_t digits[2][4], words[kWarpBlocks][kBlocks][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) ldmatrix_x4(digits[half], x + half * (kIntegerDigitBytes / 2) + lane_ * 16);
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) load_words<kSwiglu>(words[r][block], stage, r, block);
+    }
+    uint32_t scale_and_sum[2];
+    load_shared_words(scale_and_sum[0], scale_and_sum[1], x + kIntegerDigitBytes + lane_ % 4 * 8);
+    if (p.groups_of_chunk == 1) load_group(stage, 0);
+#pragma unroll
+    for (int r = 0; r < kWarpBlocks; ++r) {
+      int32_t products[4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const uint32_t (&block)[4] = words[r][step / 2];
+        const uint32_t g = block[step % 2], g8 = block[2 + step % 2];
+        const uint32_t a[4] = {g & kCodes, g8 & kCodes, g >> 4 & kCodes, g8 >> 4 & kCodes};
+        mma_m16n8k32(products, a, digits[step / 2][2 * (step % 2)], digits[step / 2][2 * (step % 2) + 1]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int32_t product =
+            products[2 * h] * 256 + products[2 * h + 1] - integer_zero_[r][h] * static_cast<int32_t>(scale_and_sum[1]);
+        sums[r][h] = fmaf(scale_[r][h] * bit_cast<float>(scale_and_sum[0]), static_cast<float>(product), sums[r][h]);
       }
     }
   }
@@ -804,7 +895,8 @@ class QuantizedConsumer {
   float scale_[kWarpBlocks][2];
   float offset_[kWarpBlocks][2];  // -scale * zero
   float bias_[2];                 // of an item
-  float sums_[kWarpBlocks][kXTiles][4];
+  int32_t integer_zero_[kWarpBlocks][2];
+  float sums_[kWarpBlocks][kItemTiles][4];
 };
 
 template <typename T, int kBits, int kXTiles>
@@ -817,7 +909,7 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
   const int warp = static_cast<int>(threadIdx.x) / 32 - consumers;  // 0 and more: producers
   if (warp == 0) {
     block.init_barriers();
-  } else if (warp == 1 && threadIdx.x % 32 == 0) {
+  } else if (!block.kUsesIntegers && warp == 1 && threadIdx.x % 32 == 0) {
     prefetch_tensor_map(p.x);
   }
   __syncthreads();
@@ -835,6 +927,10 @@ __global__ void __launch_bounds__(32 * (quantized_max_consumers(kXTiles) + kQuan
   if (warp >= 0) return;
   if (!p.constant_weight) wait_for_previous_kernel();
   QuantizedConsumer<T, kBits, kXTiles> consumer(block);
+  if constexpr (block.kUsesIntegers) {
+    wait_for_previous_kernel();
+    consumer.load_integers();
+  }
   int end_number = block.chunks;
   uint32_t buffer = block.received, other_buffer = buffer + p.received_bytes;
   for (int tile = block.first_tile; tile < p.tiles; tile += block.tile_step, end_number += block.chunks) {
