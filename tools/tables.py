@@ -354,9 +354,11 @@ def sampling(name_of_results: str) -> str:
     )
 
 
-def decode_step() -> str:
-    """Return the microseconds of a decode step by kind of kernel, beside its floor."""
-    recordings = read("decode_timeline")
+def decode_step(results: str) -> str:
+    """Return the microseconds of a decode step by kind of kernel, beside its floor; results: of a file."""
+    if not (RESULTS / f"{results}.json").exists():
+        return NOT_MEASURED
+    recordings = read(results)
     names = {
         "GEMMs": ("products",),
         "attention": ("attention",),
@@ -500,7 +502,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt_gemm": tensorrt_gemm,
     "sampling": lambda: sampling("sampling"),
     "sampling-h100": lambda: sampling("h100/sampling"),
-    "decode_step": decode_step,
+    "decode_step": lambda: decode_step("decode_timeline"),
+    "decode-step-int4-h200": lambda: decode_step("h200/decode_timeline_int4"),
     "nsys": lambda: nsys_report.table(read("nsys")),
     "nsys-layers": lambda: nsys_report.layer_table(read("nsys")),
     "quantization-quality": quantization_quality,
