@@ -17,7 +17,7 @@ from ..network.inputs import logit_rows
 from .linear_layers import LinearShape, linear_layers
 from .timings import GemmTimings, Microseconds, user_timings
 
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 """Numbers of rows that are measured: each stands for those from the one before it on."""
 MANY_ROWS = 2**31 - 1
 RULES = "rules"
