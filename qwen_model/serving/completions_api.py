@@ -107,8 +107,10 @@ class _Choice:
 async def _choices(context: Context, body: CompletionRequest, job: Job) -> list[_Choice]:
     """Return a choice for each output, with its prompt where that is echoed."""
     scores: list[Scored | None] = [None] * len(job.prompts)
-    if body.echo and body.logprobs is not None:
-        asked = [context.client.score(prompt, body.logprobs, context.limits.timeout) for prompt in job.prompts]
+    outputs = job.n if job.ends.max_new_tokens == 0 else 0  # that the engine hears of here alone
+    if body.echo and (body.logprobs is not None or outputs):
+        timeout = context.limits.timeout
+        asked = [context.client.score(prompt, body.logprobs, outputs, timeout) for prompt in job.prompts]
         scores = list(await asyncio.gather(*asked))
     return [
         _Choice(context, body, prompt, scored)

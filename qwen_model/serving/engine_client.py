@@ -46,11 +46,11 @@ class Subscription:
         self._client.send(request)
         return request.id
 
-    def cancel(self, sequence: int) -> None:
-        """End a sequence; do nothing if it has ended."""
+    def cancel(self, sequence: int, stopped: bool = False) -> None:
+        """End a sequence, because of a stop string if `stopped`; do nothing if it has ended."""
         if sequence in self._running:
             self._forget(sequence)
-            self._client.send(Cancel(sequence))
+            self._client.send(Cancel(sequence, stopped))
 
     async def tokens(self) -> list[Token]:
         """Wait for the next tokens of any of the sequences; return all that there are.
@@ -128,14 +128,14 @@ class EngineClient:
         if self.alive and self._writer is not None:
             self._writer.write(framed(request))
 
-    async def score(self, prompt: list[int], num_best: int, timeout: float) -> Scored:
+    async def score(self, prompt: list[int], num_best: int | None, outputs: int, timeout: float) -> Scored:
         """Return the log-probabilities of a prompt's tokens; see `Score`.
 
         Raises:
             ApiError: the prompt is refused, the engine has ended, or the time is over.
         """
         try:
-            answer = await asyncio.wait_for(self._ask(Score(0, prompt, num_best)), timeout)
+            answer = await asyncio.wait_for(self._ask(Score(0, prompt, num_best, outputs)), timeout)
         except asyncio.TimeoutError as error:
             raise timed_out(timeout) from error
         assert isinstance(answer, Scored)
