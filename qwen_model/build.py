@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print the memory that such an engine needs, for --max-batch-size sequences (default here: 1) of "
+        help="print the memory that such an engine needs on a GPU, for --max-batch-size sequences (default here: 1) of "
         "--max-input-len and --max-output-len tokens, and which cards have it; build nothing",
     )
     add_tuning_argument(parser)
@@ -146,9 +146,11 @@ def _plan_text(options: argparse.Namespace, scaling: dict[str, Any] | None) -> s
         rotary_scaling=scaling,
     )
     mib = 2.0**20
+    differs = plan.dtype_here not in (None, plan.dtype)
+    here = f" on a GPU; on this machine build makes {plan.dtype_here}, unless --dtype is given" if differs else ""
     cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
     return (
-        f"type        {plan.dtype}\n"
+        f"type        {plan.dtype}{here}\n"
         f"{weights_text(plan.weights)}"
         f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequence{'s' * (plan.sequences != 1)} "
         f"of {plan.positions} tokens\n"

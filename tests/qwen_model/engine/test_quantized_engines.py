@@ -316,6 +316,21 @@ def test_plan(tmp_path, plain_dir):
         plan_engine(plain_dir, backend="onnx")
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dtype", "float16"], ["--backend", "tensorrt-rtx"]])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_plan_says_if_build_here_would_choose_another_type(tmp_path, capsys, monkeypatch, arguments, has_gpu):
+    """The packaged checkpoint is float16, and torch engines are float32 where there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    build_command.main(["--plan", *arguments])
+    note = " on a GPU; on this machine build makes float32, unless --dtype is given"
+    planned = capsys.readouterr().out.splitlines()[0]
+    assert planned == f"type        float16{note if not arguments and not has_gpu else ''}"
+    if "--backend" not in arguments:
+        build_command.main([*arguments, "--output-dir", str(tmp_path / "engine")])
+        built = "float32" if note in planned else "float16"
+        assert EngineConfig.read(tmp_path / "engine").dtype == built
+
+
 def test_plan_of_sequences_that_a_rotary_scaling_makes_longer(tmp_path, plain_dir, capsys):
     positions = ModelConfig.from_model_dir(plain_dir).max_positions
     arguments = ["--plan", "--model-dir", str(plain_dir), "--max-input-len", str(2 * positions - 8)]
