@@ -31,32 +31,34 @@ def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
     show_log(options.verbose)
-    scaling = rotary_scaling(options)
+    settings = _settings(options)
     if options.plan:
-        print(_plan_text(options, scaling))
+        print(_plan_text(settings))
         return
     from .engine import build_engine
 
     with progress_bar() as progress:
-        summary = build_engine(
-            options.model_dir,
-            output_dir=options.output_dir,
-            backend=options.backend,
-            dtype=options.dtype,
-            disable_plugins=options.disable_plugin,
-            rmsnorm_plugin=options.rmsnorm_plugin,
-            **limit_settings(options),
-            **quantization_settings(options),
-            rotary_scaling=scaling,
-            timing_cache=options.timing_cache,
-            tuning=options.tuning,
-            hardware_compatible=options.hardware_compatible,
-            compute_capabilities=options.compute_capability,
-            progress=progress,
-        )
+        summary = build_engine(**settings, output_dir=options.output_dir, tuning=options.tuning, progress=progress)
     for warning in summary.warnings:
         LOG.warning("%s", warning)
     print(_summary_text(summary))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that `build_engine` and `plan_engine` share."""
+    return {
+        "model_dir": options.model_dir,
+        "backend": options.backend,
+        "dtype": options.dtype,
+        "disable_plugins": options.disable_plugin,
+        "rmsnorm_plugin": options.rmsnorm_plugin,
+        **limit_settings(options),
+        **quantization_settings(options),
+        "rotary_scaling": rotary_scaling(options),
+        "timing_cache": options.timing_cache,
+        "hardware_compatible": options.hardware_compatible,
+        "compute_capabilities": options.compute_capability,
+    }
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -134,17 +136,10 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_arguments(group)
 
 
-def _plan_text(options: argparse.Namespace, scaling: dict[str, Any] | None) -> str:
+def _plan_text(settings: dict[str, Any]) -> str:
     from .engine.plan import fitting_cards, plan_engine
 
-    plan = plan_engine(
-        options.model_dir,
-        backend=options.backend,
-        dtype=options.dtype,
-        **limit_settings(options),
-        **quantization_settings(options),
-        rotary_scaling=scaling,
-    )
+    plan = plan_engine(**settings)
     mib = 2.0**20
     differs = plan.dtype_here not in (None, plan.dtype)
     here = f" on a GPU; on this machine build makes {plan.dtype_here}, unless --dtype is given" if differs else ""

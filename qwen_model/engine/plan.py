@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..interface.engine_config import BACKENDS, KV_CACHE_DTYPES, Limits
 from ..interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, page_bytes, step_bytes, weight_bytes
 from ..quantization.formats import chosen_formats
 from ..quantization.summary import WeightSummary, weight_summary
-from .arguments import check_choice, model_folder
+from .arguments import check_choice, check_timing_cache, chosen_capabilities, disabled_names, model_folder
 from .back_ends import back_end
 from .limits import engine_limits
 
@@ -93,6 +93,8 @@ def plan_engine(
     *,
     backend: str = "torch",
     dtype: str | None = None,
+    disable_plugins: Collection[str] = (),
+    rmsnorm_plugin: bool | None = None,
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
@@ -108,8 +110,13 @@ def plan_engine(
     activation_aware: bool = False,
     calibration: str | os.PathLike[str] | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    hardware_compatible: bool = False,
+    compute_capabilities: Collection[str] | None = None,
 ) -> MemoryPlan:
     """Compute what `build_engine` with the same arguments would need on a GPU; only the headers of weights are read.
+
+    Arguments that change nothing about the memory are checked, as `build_engine` does.
 
     max_batch_size: the sequences that are in the cache at the same time; None: 1.
     dtype: None: the checkpoint's, which engines have on a GPU; see `MemoryPlan.dtype_here`.
@@ -119,6 +126,9 @@ def plan_engine(
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    chosen_capabilities(backend, hardware_compatible, compute_capabilities)
+    disabled_names(disable_plugins, rmsnorm_plugin, backend)
+    check_timing_cache(timing_cache, backend)
     if calibration is not None:
         check_readable(Path(calibration))
     source = model_folder(model_dir)

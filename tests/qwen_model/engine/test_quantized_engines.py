@@ -331,6 +331,26 @@ def test_plan_says_if_build_here_would_choose_another_type(tmp_path, capsys, mon
         assert EngineConfig.read(tmp_path / "engine").dtype == built
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--hardware-compatible"],
+        ["--compute-capability", "8.6"],
+        ["--backend", "tensorrt-rtx", "--compute-capability", "1.0"],
+        ["--rmsnorm-plugin", "--disable-plugin", "rms_norm"],
+        ["--backend", "tensorrt-rtx", "--disable-plugin", "gemm"],
+        ["--timing-cache", "timings"],
+    ],
+)
+def test_plan_refuses_what_build_refuses(tmp_path, arguments):
+    errors = []
+    for command in (["--plan"], ["--output-dir", str(tmp_path / "engine")]):
+        with pytest.raises(QwenModelError) as caught:
+            build_command.main([*command, *arguments])
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
 def test_plan_of_sequences_that_a_rotary_scaling_makes_longer(tmp_path, plain_dir, capsys):
     positions = ModelConfig.from_model_dir(plain_dir).max_positions
     arguments = ["--plan", "--model-dir", str(plain_dir), "--max-input-len", str(2 * positions - 8)]
