@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -318,6 +318,20 @@ def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="time the GEMM kernels once for each GPU and model, and use the fastest; --no-tuning: choose by rules",
     )
+
+
+def given_option(
+    make_parser: Callable[[], argparse.ArgumentParser], names: Collection[str], arguments: list[str] | None
+) -> str | None:
+    """Return the first of some options that the command line gives, such as --device; None: it gives none of them.
+
+    A value tells nothing, which may be the default.
+    """
+    parser = make_parser()
+    parser.set_defaults(**dict.fromkeys(names))
+    given = parser.parse_args(arguments)
+    name = next((name for name in names if getattr(given, name) is not None), None)
+    return None if name is None else f"--{name.replace('_', '-')}"
 
 
 def open_engine(options: argparse.Namespace) -> Session:
