@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from types import TracebackType
 
 from .errors import ApiError
@@ -85,7 +86,10 @@ class Subscription:
 
 
 class EngineClient:
-    """Send requests to the engine's process over a socket, and hand what comes back to the subscriptions."""
+    """Send requests to the engine's process over a socket, and hand what comes back to the subscriptions.
+
+    on_end: is called when the engine's process has ended, or has given this connection up.
+    """
 
     def __init__(self) -> None:
         self._next = 0
@@ -94,6 +98,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self.alive = False
+        self.on_end: Callable[[], None] = lambda: None
 
     async def connect(self, connection: socket.socket) -> None:
         """Begin to use a connected socket, in the running event loop."""
@@ -174,6 +179,7 @@ class EngineClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ENGINE_ENDED)
+        self.on_end()
 
     def _dispatch(self, content: bytes) -> None:
         frame = FRAME_DECODER.decode(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import resource
@@ -240,13 +241,20 @@ def _run_http(options: ServerOptions, connection: socket.socket, listener: socke
         app,
         log_level="info" if options.verbose else "warning",
         access_log=False,
-        timeout_graceful_shutdown=max(1, int(options.drain_seconds)),
+        timeout_graceful_shutdown=math.ceil(options.drain_seconds),  # uvicorn's are whole
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=1 << 16,
         server_header=False,
     )
     logging.getLogger("uvicorn.error").addFilter(_is_no_malformed_request)
-    uvicorn.Server(config).run(sockets=[listener])  # in uvloop, where it is installed
+    server = uvicorn.Server(config)
+
+    def end() -> None:
+        """End, and with that the whole server: without the engine this process would answer with errors for ever."""
+        server.should_exit = True
+
+    context.client.on_end = end
+    server.run(sockets=[listener])  # in uvloop, where it is installed
 
 
 def _is_no_malformed_request(record: logging.LogRecord) -> bool:
@@ -259,7 +267,7 @@ def _supervise(signals: StopSignals, engine: BaseProcess, workers: Sequence[Base
 
     What still runs at the return, after a second signal or when the time is over, has to be killed.
     """
-    processes = (*workers, engine)
+    processes = (engine, *workers)  # the first that has ended has ended the others
     ended = signals.wait([process.sentinel for process in processes])
     if ended is None:
         said = f"ending: running requests have {drain_seconds:g} s; a second signal ends them at once\n"
@@ -271,7 +279,7 @@ def _supervise(signals: StopSignals, engine: BaseProcess, workers: Sequence[Base
     for worker in workers:
         worker.terminate()
     limit = time.monotonic() + drain_seconds + SHUTDOWN_SECONDS
-    for process in processes:  # the engine ends when all HTTP processes have gone
+    for process in (*workers, engine):  # the engine ends when all HTTP processes have gone
         if signals.wait([process.sentinel], max(0.0, limit - time.monotonic())) is None:
             break
     return 0 if ended is None else 1

@@ -147,6 +147,51 @@ def test_a_signal_ends_a_server_whose_log_nobody_reads(packaged_engine: Path) ->
             process.kill()
 
 
+IMPATIENT = """
+import sys
+from functools import partial
+from pathlib import Path
+from qwen_model import load_engine
+from qwen_model.command_line import run_command
+from qwen_model.serving import engine_loop
+from qwen_model.serving.context import ServerLimits
+from qwen_model.serving.supervisor import ServerOptions, serve
+
+def load(folder):
+    engine_loop.MOST_UNSENT = 0
+    return load_engine(folder, device="cpu")
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    rest = ("127.0.0.1", 0, 2, (), (), (), ServerLimits(), 30.0, False)
+    run_command(lambda arguments: sys.exit(serve(ServerOptions(folder, "impatient", partial(load, folder), *rest))))
+"""
+
+
+@pytest.mark.server
+def test_an_http_process_that_the_engine_gives_up_ends_the_server(packaged_engine: Path, tmp_path: Path) -> None:
+    """Both HTTP processes are stopped until the one with the stream has been given up."""
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    with subprocess.Popen([sys.executable, script, packaged_engine], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            url = re.search(r"at (http://\S+)", process.stderr.readline())
+            assert url is not None
+            _, *workers = child_processes(process.pid, "spawn_main")
+            body = {**ENDLESS, "n": 64, "logprobs": 20}
+            with httpx.stream("POST", f"{url[1]}/v1/completions", json=body, timeout=60) as response:
+                next(response.iter_lines())
+                for pid in workers:
+                    os.kill(pid, signal.SIGSTOP)
+                assert "does not read" in process.stderr.readline()
+                for pid in workers:
+                    os.kill(pid, signal.SIGCONT)
+                assert process.wait(AT_ONCE) == 1
+        finally:
+            process.kill()
+
+
 # While the engine loads.
 
 
