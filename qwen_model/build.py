@@ -116,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print the memory that such an engine needs on a GPU, for --max-batch-size sequences (default here: 1) of "
-        "--max-input-len and --max-output-len tokens, and which cards have it; build nothing",
+        help="print the memory that such an engine needs on a GPU, with --max-batch-size sequences (by default one) of "
+        "--max-input-len and --max-output-len tokens in its cache, and which cards have it; build nothing",
     )
     add_tuning_argument(parser)
     add_verbose_argument(parser)

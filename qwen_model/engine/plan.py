@@ -118,7 +118,7 @@ def plan_engine(
 
     Arguments that change nothing about the memory are checked, as `build_engine` does.
 
-    max_batch_size: the sequences that are in the cache at the same time; None: 1.
+    max_batch_size: the sequences that are in the cache at the same time; None: 1, in the engine that None makes.
     dtype: None: the checkpoint's, which engines have on a GPU; see `MemoryPlan.dtype_here`.
 
     Raises:
@@ -133,9 +133,7 @@ def plan_engine(
         check_readable(Path(calibration))
     source = model_folder(model_dir)
     model = ModelConfig.from_model_dir(source).with_rotary_scaling(rotary_scaling)
-    limits = engine_limits(
-        model, 1 if max_batch_size is None else max_batch_size, max_input_len, max_output_len, max_num_tokens
-    )
+    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len, max_num_tokens)
     checkpoint = Checkpoint(source, "torch" if importlib.util.find_spec("torch") else "numpy")
     checkpoint.check(model)
     checkpoint_dtype = model.dtype or checkpoint.dtype
@@ -155,7 +153,7 @@ def plan_engine(
         activation_aware=activation_aware,
         calibration=calibration,
     )
-    plan = memory_plan(model, limits, chosen, formats, kv_cache_dtype, limits.max_batch_size)
+    plan = memory_plan(model, limits, chosen, formats, kv_cache_dtype, max_batch_size or 1)
     return dataclasses.replace(plan, dtype_here=dtype or _dtype_here(backend, checkpoint_dtype))
 
 

@@ -12,8 +12,10 @@ from qwen_model import QwenModelError
 from qwen_model import build as build_command
 from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.module_weights import WeightFormat
+from qwen_model.engine.plan import fitting_cards, plan_engine
 from qwen_model.engine.quantize import quantize_checkpoint
 from qwen_model.interface.engine_config import EngineConfig
+from qwen_model.interface.memory import step_bytes
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 from tests.qwen_model.quantized_files import SIZES, Layout, save_layout
 
@@ -296,8 +298,6 @@ def test_calibration_that_cannot_be(tmp_path, model_dir, options, message):
 
 def test_plan(tmp_path, plain_dir):
     """As large as the engine that is then built."""
-    from qwen_model.engine.plan import fitting_cards, plan_engine
-
     sizes = {"max_batch_size": 3, "max_input_len": 60, "max_output_len": NEW_TOKENS}
     options = {"dtype": "float16", "quantization": "int4", "group_size": 32, **sizes}
     plan, summary = plan_engine(plain_dir, **options), build(plain_dir, tmp_path / "engine", **options)
@@ -314,6 +314,15 @@ def test_plan(tmp_path, plain_dir):
         plan_engine(plain_dir, quantization="int4")
     with pytest.raises(QwenModelError, match="backend must be one of torch, tensorrt, tensorrt-rtx, not 'onnx'"):
         plan_engine(plain_dir, backend="onnx")
+
+
+@pytest.mark.parametrize("max_batch_size", [None, 2])
+def test_plan_has_the_largest_step_of_the_engine_that_build_makes(tmp_path, max_batch_size):
+    options = {"dtype": "float16", "max_batch_size": max_batch_size}
+    plan = plan_engine(**options)
+    config = qwen_model.build_engine(output_dir=tmp_path / "engine", **options).config
+    assert plan.activation_bytes == step_bytes(config.model, config.limits, "float16")
+    assert plan.sequences == (max_batch_size or 1)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dtype", "float16"], ["--backend", "tensorrt-rtx"]])
