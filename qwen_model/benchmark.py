@@ -14,6 +14,7 @@ from .command_line import (
     add_engine_arguments,
     add_verbose_argument,
     check_output_file,
+    given_option,
     non_negative_integer,
     number_above_zero,
     open_engine,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTHS = (128, 128)
 DEFAULT_PROMPTS = 16
+ENGINE_OPTIONS = ("device", "tuning", "gpu_memory_utilization", "deterministic")
+SERVER_OPTIONS = ("endpoint", "model", "tokenizer", "request_rate", "max_concurrency", "timeout", "ignore_eos")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,6 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     show_log(options.verbose)
     _check(parser, options)
+    if options.url is None and (name := given_option(make_parser, SERVER_OPTIONS, arguments)):
+        parser.error(f"{name} is for a server: it needs --url")
+    if options.url is not None and (name := given_option(make_parser, ENGINE_OPTIONS, arguments)):
+        parser.error(f"{name} is an engine's, and --url a server's")
     for path in (options.output, options.plot):
         check_output_file(path)
     heading, rows = (_benchmark_server if options.url else _benchmark_engine)(options)
@@ -138,10 +145,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("give --dataset or --random, not both")
     if options.url is not None and options.hf is not None:
         parser.error("--hf is measured beside an engine, not beside a server")
-    if options.url is None and (options.request_rate is not None or options.max_concurrency is not None):
-        parser.error("--request-rate and --max-concurrency need --url: an engine runs one batch at a time")
-    if options.url is None and (options.model is not None or options.tokenizer is not None):
-        parser.error("--model and --tokenizer need --url: an engine has its own")
     if options.batch_sizes is not None and (options.request_rate is not None or options.max_concurrency is not None):
         parser.error("--batch-sizes makes a row for each number; --request-rate and --max-concurrency make one row")
     if options.plot is not None and options.plot.suffix not in (".svg", ".png", ".pdf"):

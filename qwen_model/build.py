@@ -31,32 +31,34 @@ def main(arguments: list[str] | None = None) -> None:
     """Build, with a progress bar on standard error and a summary on standard output."""
     options = make_parser().parse_args(arguments)
     show_log(options.verbose)
-    scaling = rotary_scaling(options)
+    settings = _settings(options)
     if options.plan:
-        print(_plan_text(options, scaling))
+        print(_plan_text(settings))
         return
     from .engine import build_engine
 
     with progress_bar() as progress:
-        summary = build_engine(
-            options.model_dir,
-            output_dir=options.output_dir,
-            backend=options.backend,
-            dtype=options.dtype,
-            disable_plugins=options.disable_plugin,
-            rmsnorm_plugin=options.rmsnorm_plugin,
-            **limit_settings(options),
-            **quantization_settings(options),
-            rotary_scaling=scaling,
-            timing_cache=options.timing_cache,
-            tuning=options.tuning,
-            hardware_compatible=options.hardware_compatible,
-            compute_capabilities=options.compute_capability,
-            progress=progress,
-        )
+        summary = build_engine(**settings, output_dir=options.output_dir, tuning=options.tuning, progress=progress)
     for warning in summary.warnings:
         LOG.warning("%s", warning)
     print(_summary_text(summary))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that `build_engine` and `plan_engine` share."""
+    return {
+        "model_dir": options.model_dir,
+        "backend": options.backend,
+        "dtype": options.dtype,
+        "disable_plugins": options.disable_plugin,
+        "rmsnorm_plugin": options.rmsnorm_plugin,
+        **limit_settings(options),
+        **quantization_settings(options),
+        "rotary_scaling": rotary_scaling(options),
+        "timing_cache": options.timing_cache,
+        "hardware_compatible": options.hardware_compatible,
+        "compute_capabilities": options.compute_capability,
+    }
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -114,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print the memory that such an engine needs, for --max-batch-size sequences (default here: 1) of "
-        "--max-input-len and --max-output-len tokens, and which cards have it; build nothing",
+        help="print the memory that such an engine needs on a GPU, with --max-batch-size sequences (by default one) of "
+        "--max-input-len and --max-output-len tokens in its cache, and which cards have it; build nothing",
     )
     add_tuning_argument(parser)
     add_verbose_argument(parser)
@@ -134,21 +136,16 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_arguments(group)
 
 
-def _plan_text(options: argparse.Namespace, scaling: dict[str, Any] | None) -> str:
+def _plan_text(settings: dict[str, Any]) -> str:
     from .engine.plan import fitting_cards, plan_engine
 
-    plan = plan_engine(
-        options.model_dir,
-        backend=options.backend,
-        dtype=options.dtype,
-        **limit_settings(options),
-        **quantization_settings(options),
-        rotary_scaling=scaling,
-    )
+    plan = plan_engine(**settings)
     mib = 2.0**20
+    differs = plan.dtype_here not in (None, plan.dtype)
+    here = f" on a GPU; on this machine build makes {plan.dtype_here}, unless --dtype is given" if differs else ""
     cards = ", ".join(f"{card} GB {count or 'none'}" for card, count in fitting_cards(plan).items())
     return (
-        f"type        {plan.dtype}\n"
+        f"type        {plan.dtype}{here}\n"
         f"{weights_text(plan.weights)}"
         f"needs       {plan.total_bytes / mib:,.0f} MiB for {plan.sequences} sequence{'s' * (plan.sequences != 1)} "
         f"of {plan.positions} tokens\n"

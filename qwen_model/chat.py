@@ -13,6 +13,7 @@ from .command_line import (
     add_sampling_arguments,
     add_verbose_argument,
     chat_settings,
+    given_option,
     given_sampling,
     open_engine,
     run_command,
@@ -22,7 +23,7 @@ from .common.errors import QwenModelError
 from .common.log import show_log
 
 DEFAULT_MAX_NEW_TOKENS = 128
-ENGINE_OPTIONS = ("engine_dir", "device", "tuning", "gpu_memory_utilization", "deterministic")
+ENGINE_OPTIONS = ("engine_dir", "device", "tuning", "gpu_memory_utilization", "deterministic", "generation_config")
 
 if TYPE_CHECKING:
     from .checkpoints.chat_template import ChatOptions
@@ -39,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise QwenModelError("--api-key is a server's: it needs --url")
     if options.api_key == "":
         raise QwenModelError("--api-key is empty")
-    if options.url is not None and (name := _given_engine_option(arguments)):
-        raise QwenModelError(f"--{name.replace('_', '-')} is an engine's, and --url a server's: give one of them")
+    if options.url is not None and (name := given_option(make_parser, ENGINE_OPTIONS, arguments)):
+        raise QwenModelError(f"{name} is an engine's, and --url a server's: give one of them")
     template_settings = chat_settings(options)
     if options.url is not None:
         _talk_to_server(options, template_settings)
@@ -77,14 +78,6 @@ def main(arguments: list[str] | None = None) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _given_engine_option(arguments: list[str] | None) -> str | None:
-    """Return the name of an engine's option that is given; None if none is. A default tells nothing."""
-    parser = make_parser()
-    parser.set_defaults(**dict.fromkeys(ENGINE_OPTIONS))
-    given = parser.parse_args(arguments)
-    return next((name for name in ENGINE_OPTIONS if getattr(given, name) is not None), None)
-
-
 def _talk_to_server(options: argparse.Namespace, template_settings: dict[str, Any]) -> None:
     """Read lines and stream the answers of a server, without the oldest turns where it says they are too long."""
     from .serving.chat_client import ChatClient, PromptTooLongError
@@ -96,7 +89,7 @@ def _talk_to_server(options: argparse.Namespace, template_settings: dict[str, An
     client = ChatClient(options.url, options.api_key or os.environ.get("QWEN_MODEL_API_KEY"))
     settings = given_sampling(options)
     for name, value in (
-        ("max_tokens", options.max_new_tokens or DEFAULT_MAX_NEW_TOKENS),
+        ("max_tokens", DEFAULT_MAX_NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens),
         ("tools", template_settings["tools"]),
         ("chat_template_kwargs", template_settings["chat_template_kwargs"]),
     ):

@@ -7,11 +7,13 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
     from .engine.session import Session
     from .interface.sampling import SamplingDefaults, SamplingOptions
 
+REMOVAL_SECONDS = 5
+
 
 def run_command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0; 1 with one line on standard error for what a user can put right; 130 on Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # raise, so that half-written files are removed
+    terminate = _Terminate()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _terminate)
+            signal.signal(number, terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters
     try:
@@ -57,8 +62,21 @@ def run_command(main: Callable[[list[str] | None], None], arguments: list[str] |
     sys.exit(0)
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
+class _Terminate:
+    """Raise at a signal, so that half-written files are removed; those of the next seconds do not interrupt that.
+
+    One that comes later raises again: the exception may have been raised where Python drops it, as in a finalizer.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, signum: int, frame: object) -> None:
+        now = time.monotonic()
+        if now - self._last < REMOVAL_SECONDS:
+            return
+        self._last = now
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +318,20 @@ def add_tuning_argument(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="time the GEMM kernels once for each GPU and model, and use the fastest; --no-tuning: choose by rules",
     )
+
+
+def given_option(
+    make_parser: Callable[[], argparse.ArgumentParser], names: Collection[str], arguments: list[str] | None
+) -> str | None:
+    """Return the first of some options that the command line gives, such as --device; None: it gives none of them.
+
+    A value tells nothing, which may be the default.
+    """
+    parser = make_parser()
+    parser.set_defaults(**dict.fromkeys(names))
+    given = parser.parse_args(arguments)
+    name = next((name for name in names if getattr(given, name) is not None), None)
+    return None if name is None else f"--{name.replace('_', '-')}"
 
 
 def open_engine(options: argparse.Namespace) -> Session:

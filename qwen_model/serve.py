@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=number_above_zero,
         default=30.0,
         metavar="SECONDS",
-        help="how long requests may go on after SIGTERM (default: %(default)s)",
+        help="how long requests may go on after a first SIGINT, SIGTERM or SIGHUP (default: %(default)s)",
     )
     add_verbose_argument(parser)
     return parser

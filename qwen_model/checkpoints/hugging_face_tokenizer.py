@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,22 @@ CHATML_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+"""Stands for a byte in SentencePiece's vocabularies."""
+WORD_START = "\u2581"
+"""Stands for a space there."""
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the bytes by the characters that stand for them in byte-level vocabularies, as in GPT-2's."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level_alphabet()
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -91,6 +108,23 @@ class HuggingFaceTokenizer(Tokenizer):
         known = ids if not ids or min(ids) >= 0 else [token_id for token_id in ids if token_id >= 0]
         with _one_error(f"{TOKENIZER_JSON} cannot decode the tokens"):
             return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel(" in repr(self._tokenizer.decoder)  # also where it is one of a sequence
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        piece = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        if piece is None:
+            return b""
+        if piece in self._added:
+            return piece.encode()
+        if self._is_byte_level and all(character in BYTE_LEVEL for character in piece):
+            return bytes(BYTE_LEVEL[character] for character in piece)
+        if BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(WORD_START, " ").encode()
 
     def check_chat_templates(self) -> None:
         """Raise QwenModelError if one of the model's chat templates is not valid."""

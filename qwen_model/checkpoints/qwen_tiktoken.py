@@ -71,6 +71,11 @@ class QwenTiktokenTokenizer(Tokenizer):
         end = len(self._ranks) if skip_special_tokens else self.vocab_size
         return self.encoding.decode([token_id for token_id in ids if 0 <= token_id < end], errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        found: bytes = self.encoding.decode_single_token_bytes(token_id) if 0 <= token_id < self.vocab_size else b""
+        return found
+
     def _chat_ids(self, messages: list[dict[str, Any]], add_generation_prompt: bool, options: ChatOptions) -> list[int]:
         check_plain_chat(messages, options)
         if options.template is not None:

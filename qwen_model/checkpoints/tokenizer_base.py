@@ -56,6 +56,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
 
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes for which a token stands within a text, which may be a part of a character's UTF-8.
+
+        Those of an unknown id are empty. Nothing is stripped: a token of LLaMA's that opens a word has its space.
+        """
+
     def apply_chat_template(
         self, messages: Messages, add_generation_prompt: bool = True, options: ChatOptions | None = None
     ) -> list[int]:

@@ -48,6 +48,12 @@ def chosen_capabilities(backend: str, hardware_compatible: bool, chosen: Collect
     return tuple(each for each in RTX_COMPUTE_CAPABILITIES if not chosen or each in chosen)
 
 
+def check_timing_cache(timing_cache: str | os.PathLike[str] | None, backend: str) -> None:
+    """Raise QwenModelError if there is a timing cache, and the back end has no use for it."""
+    if timing_cache is not None and backend != "tensorrt":
+        raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
+
+
 def disabled_names(names: Collection[str], rmsnorm_plugin: bool | None, backend: str) -> tuple[str, ...]:
     """Return the disabled plug-ins in the order of `PLUGINS`; unknown or contradictory ones raise QwenModelError."""
     if isinstance(names, str):

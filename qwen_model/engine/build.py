@@ -38,7 +38,14 @@ from ..quantization.formats import chosen_formats
 from ..quantization.key_balance import key_factors
 from ..quantization.options import QUANTIZATIONS, QuantizationOptions, quantization_options
 from ..quantization.summary import WeightSummary, error_warnings, weight_summary
-from .arguments import check_choice, chosen_capabilities, disabled_names, model_folder, quantization_words
+from .arguments import (
+    check_choice,
+    check_timing_cache,
+    chosen_capabilities,
+    disabled_names,
+    model_folder,
+    quantization_words,
+)
 from .back_ends import back_end
 from .calibration import calibrated_weights, calibration_warnings
 from .limits import engine_limits, usable_positions
@@ -210,10 +217,9 @@ def build_engine(
 
 def _timing_cache_option(timing_cache: str | os.PathLike[str] | None, backend: str, target: Path) -> dict[str, Path]:
     """Return the argument of a back end's `write_engine`, if there is one."""
+    check_timing_cache(timing_cache, backend)
     if timing_cache is None:
         return {}
-    if backend != "tensorrt":
-        raise QwenModelError(f"timing_cache (--timing-cache) is for the tensorrt back end, not for {backend}")
     if Path(os.path.realpath(timing_cache)).is_relative_to(target):
         raise QwenModelError(f"the timing cache {timing_cache} would be in the engine's folder: give a file elsewhere")
     return {"timing_cache": Path(timing_cache)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import DTYPES, ModelConfig
 from ..checkpoints.module_weights import Formats
+from ..common.errors import QwenModelError
 from ..common.files import check_readable
 from ..interface.engine_config import BACKENDS, KV_CACHE_DTYPES, Limits
 from ..interface.memory import GPU_MEMORY_UTILIZATION, PAGE_SIZE, page_bytes, step_bytes, weight_bytes
 from ..quantization.formats import chosen_formats
 from ..quantization.summary import WeightSummary, weight_summary
-from .arguments import check_choice, model_folder
+from .arguments import check_choice, check_timing_cache, chosen_capabilities, disabled_names, model_folder
+from .back_ends import back_end
 from .limits import engine_limits
 
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -30,11 +33,12 @@ CONTEXT_BYTES = 600 << 20
 class MemoryPlan:
     """Say how much device memory an engine needs. Sizes are in bytes.
 
-    dtype: of the engine.
+    dtype: of the engine on a GPU.
     weights: by format and part of the network.
     activations: of the largest step, an estimate.
     token_bytes: of one token in the key-value cache.
     sequences, positions: the sequences that are in the cache at the same time, and the tokens of each.
+    dtype_here: the type that `build_engine` would choose on this machine, which may have no GPU; None: it cannot run.
     """
 
     dtype: str
@@ -45,6 +49,7 @@ class MemoryPlan:
     page_bytes: int
     sequences: int
     positions: int
+    dtype_here: str | None = None
 
     @property
     def sequence_bytes(self) -> int:
@@ -88,6 +93,8 @@ def plan_engine(
     *,
     backend: str = "torch",
     dtype: str | None = None,
+    disable_plugins: Collection[str] = (),
+    rmsnorm_plugin: bool | None = None,
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
@@ -103,27 +110,34 @@ def plan_engine(
     activation_aware: bool = False,
     calibration: str | os.PathLike[str] | None = None,
     rotary_scaling: Mapping[str, Any] | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    hardware_compatible: bool = False,
+    compute_capabilities: Collection[str] | None = None,
 ) -> MemoryPlan:
     """Compute what `build_engine` with the same arguments would need on a GPU; only the headers of weights are read.
 
-    max_batch_size: the sequences that are in the cache at the same time; None: 1.
-    dtype: None: the checkpoint's, which engines have on a GPU.
+    Arguments that change nothing about the memory are checked, as `build_engine` does.
+
+    max_batch_size: the sequences that are in the cache at the same time; None: 1, in the engine that None makes.
+    dtype: None: the checkpoint's, which engines have on a GPU; see `MemoryPlan.dtype_here`.
 
     Raises:
         QwenModelError: as `build_engine`.
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    chosen_capabilities(backend, hardware_compatible, compute_capabilities)
+    disabled_names(disable_plugins, rmsnorm_plugin, backend)
+    check_timing_cache(timing_cache, backend)
     if calibration is not None:
         check_readable(Path(calibration))
     source = model_folder(model_dir)
     model = ModelConfig.from_model_dir(source).with_rotary_scaling(rotary_scaling)
-    limits = engine_limits(
-        model, 1 if max_batch_size is None else max_batch_size, max_input_len, max_output_len, max_num_tokens
-    )
+    limits = engine_limits(model, max_batch_size, max_input_len, max_output_len, max_num_tokens)
     checkpoint = Checkpoint(source, "torch" if importlib.util.find_spec("torch") else "numpy")
     checkpoint.check(model)
-    chosen = dtype or model.dtype or checkpoint.dtype
+    checkpoint_dtype = model.dtype or checkpoint.dtype
+    chosen = dtype or checkpoint_dtype
     check_choice("dtype", chosen, DTYPES)
     formats = chosen_formats(
         checkpoint,
@@ -139,7 +153,15 @@ def plan_engine(
         activation_aware=activation_aware,
         calibration=calibration,
     )
-    return memory_plan(model, limits, chosen, formats, kv_cache_dtype, limits.max_batch_size)
+    plan = memory_plan(model, limits, chosen, formats, kv_cache_dtype, max_batch_size or 1)
+    return dataclasses.replace(plan, dtype_here=dtype or _dtype_here(backend, checkpoint_dtype))
+
+
+def _dtype_here(backend: str, checkpoint_dtype: str) -> str | None:
+    try:
+        return back_end(backend).default_dtype(checkpoint_dtype)
+    except QwenModelError:  # not installed: a plan needs no more than the checkpoint
+        return None
 
 
 def fitting_cards(plan: MemoryPlan, cards: Iterable[int] = CARDS) -> Mapping[int, int]:

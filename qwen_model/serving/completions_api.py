@@ -107,14 +107,26 @@ class _Choice:
 async def _choices(context: Context, body: CompletionRequest, job: Job) -> list[_Choice]:
     """Return a choice for each output, with its prompt where that is echoed."""
     scores: list[Scored | None] = [None] * len(job.prompts)
-    if body.echo and body.logprobs is not None:
-        asked = [context.client.score(prompt, body.logprobs, context.limits.timeout) for prompt in job.prompts]
-        scores = list(await asyncio.gather(*asked))
+    outputs = job.n if job.ends.max_new_tokens == 0 else 0  # that the engine hears of here alone
+    if body.echo and (body.logprobs is not None or outputs):
+        scores = await _scores(context, body, job, outputs)
     return [
         _Choice(context, body, prompt, scored)
         for prompt, scored in zip(job.prompts, scores, strict=True)
         for _ in range(job.n)
     ]
+
+
+async def _scores(context: Context, body: CompletionRequest, job: Job, outputs: int) -> list[Scored | None]:
+    """Return the log-probabilities of each prompt. If one fails, so does the request, and the others are ended."""
+    timeout = context.limits.timeout
+    asked = [context.client.score(prompt, body.logprobs, outputs, timeout) for prompt in job.prompts]
+    tasks = list(map(asyncio.ensure_future, asked))
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _pieces(generation: Generation) -> AsyncIterator[Piece]:

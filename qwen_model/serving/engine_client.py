@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from types import TracebackType
 
 from .errors import ApiError
@@ -46,11 +47,11 @@ class Subscription:
         self._client.send(request)
         return request.id
 
-    def cancel(self, sequence: int) -> None:
-        """End a sequence; do nothing if it has ended."""
+    def cancel(self, sequence: int, stopped: bool = False) -> None:
+        """End a sequence, because of a stop string if `stopped`; do nothing if it has ended."""
         if sequence in self._running:
             self._forget(sequence)
-            self._client.send(Cancel(sequence))
+            self._client.send(Cancel(sequence, stopped))
 
     async def tokens(self) -> list[Token]:
         """Wait for the next tokens of any of the sequences; return all that there are.
@@ -85,7 +86,10 @@ class Subscription:
 
 
 class EngineClient:
-    """Send requests to the engine's process over a socket, and hand what comes back to the subscriptions."""
+    """Send requests to the engine's process over a socket, and hand what comes back to the subscriptions.
+
+    on_end: is called when the engine's process has ended, or has given this connection up.
+    """
 
     def __init__(self) -> None:
         self._next = 0
@@ -94,6 +98,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self.alive = False
+        self.on_end: Callable[[], None] = lambda: None
 
     async def connect(self, connection: socket.socket) -> None:
         """Begin to use a connected socket, in the running event loop."""
@@ -128,14 +133,14 @@ class EngineClient:
         if self.alive and self._writer is not None:
             self._writer.write(framed(request))
 
-    async def score(self, prompt: list[int], num_best: int, timeout: float) -> Scored:
+    async def score(self, prompt: list[int], num_best: int | None, outputs: int, timeout: float) -> Scored:
         """Return the log-probabilities of a prompt's tokens; see `Score`.
 
         Raises:
             ApiError: the prompt is refused, the engine has ended, or the time is over.
         """
         try:
-            answer = await asyncio.wait_for(self._ask(Score(0, prompt, num_best)), timeout)
+            answer = await asyncio.wait_for(self._ask(Score(0, prompt, num_best, outputs)), timeout)
         except asyncio.TimeoutError as error:
             raise timed_out(timeout) from error
         assert isinstance(answer, Scored)
@@ -174,6 +179,7 @@ class EngineClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ENGINE_ENDED)
+        self.on_end()
 
     def _dispatch(self, content: bytes) -> None:
         frame = FRAME_DECODER.decode(content)

@@ -52,10 +52,11 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Scoring:
-    """Hold a prompt whose log-probabilities are being computed."""
+    """Hold a prompt whose log-probabilities are being computed, and when it was added."""
 
     peer: _Peer
     request: Score
+    added: float
 
 
 class EngineLoop:
@@ -108,8 +109,7 @@ class EngineLoop:
                 if each is sequence:
                     del peer.sequences[number]
                     peer.out.answers.append(Failed(number, 500, message))
-        if self._scoring.pop(sequence, None) is None:
-            self._end(sequence, "error")
+        self._end(sequence, "error")
 
     def _receive(self, peer: _Peer) -> None:
         try:
@@ -126,7 +126,7 @@ class EngineLoop:
             if isinstance(request, Add):
                 self._add(peer, request)
             elif isinstance(request, Cancel):
-                self._cancel(peer, request.id)
+                self._cancel(peer, request.id, "stop" if request.stopped else "cancelled")
             elif isinstance(request, Ask):
                 peer.out.answers.append(Text(request.id, self._metrics.text(self._scheduler)))
             else:
@@ -137,7 +137,7 @@ class EngineLoop:
         self._selector.unregister(peer.connection)
         self._peers.remove(peer)
         for number in tuple(peer.sequences):
-            self._cancel(peer, number)
+            self._cancel(peer, number, "cancelled")
         peer.connection.close()
 
     def _add(self, peer: _Peer, request: Add) -> None:
@@ -181,12 +181,11 @@ class EngineLoop:
             raise QwenModelError("structured output needs a tokenizer, and this engine has none")
         return self._compiler.compile(grammar)
 
-    def _cancel(self, peer: _Peer, number: int) -> None:
+    def _cancel(self, peer: _Peer, number: int, reason: str) -> None:
         sequence = peer.sequences.pop(number, None)
         if sequence is not None:
             self._scheduler.cancel(sequence)
-            if self._scoring.pop(sequence, None) is None:
-                self._end(sequence, "cancelled")
+            self._end(sequence, reason)
 
     def _report(self, events: list[Event]) -> None:
         """Put the tokens of a step into the frames of those who asked for them."""
@@ -199,25 +198,36 @@ class EngineLoop:
             running = self._running.get(event.sequence)
             if running is None:  # cancelled meanwhile
                 continue
-            (between if running.tokens else first).append(now - running.last)
-            running.last = now
             if event.finish_reason == "error":
                 message = event.sequence.error or "the logits of this request are not finite"
                 running.peer.out.answers.append(Failed(running.id, 500, str(message)))
             else:
+                (between if running.tokens else first).append(now - running.last)
                 running.peer.out.tokens.append(_token(running, event))
-            running.tokens += 1
+                running.last = now
+                running.tokens += 1
             if event.finish_reason is not None:
                 running.peer.sequences.pop(running.id, None)
                 self._end(event.sequence, event.finish_reason)
         self._metrics.tokens(first, between)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
-        running = self._running.pop(sequence)
-        self._metrics.ended(reason, running.tokens, time.perf_counter() - running.added)
+        """Forget a sequence, and count it."""
+        now = time.perf_counter()
+        if (scoring := self._scoring.pop(sequence, None)) is not None:
+            self._metrics.ended(reason, 0, now - scoring.added, scoring.request.outputs)
+        else:
+            running = self._running.pop(sequence)
+            self._metrics.ended(reason, running.tokens, now - running.added)
 
     def _add_score(self, peer: _Peer, request: Score) -> None:
         if self._is_full(peer, request.id):
+            return
+        now = time.perf_counter()
+        if request.num_best is None:
+            self._metrics.added(len(request.prompt), request.outputs)
+            self._metrics.ended("length", 0, time.perf_counter() - now, request.outputs)
+            peer.out.answers.append(Scored(request.id, [], []))
             return
         sequence = Sequence(request.prompt, 0, logit_rows=len(request.prompt))
         try:
@@ -226,12 +236,15 @@ class EngineLoop:
             peer.out.answers.append(Failed(request.id, 400, str(error)))
             return
         peer.sequences[request.id] = sequence
-        self._scoring[sequence] = _Scoring(peer, request)
+        self._scoring[sequence] = _Scoring(peer, request, now)
+        self._metrics.added(len(request.prompt), request.outputs)
 
     def _report_score(self, sequence: Sequence) -> None:
-        scoring = self._scoring.pop(sequence)
+        scoring = self._scoring[sequence]
         scoring.peer.sequences.pop(scoring.request.id, None)
-        if sequence.finish_reason == "error":
+        failed = sequence.finish_reason == "error"
+        self._end(sequence, "error" if failed else "length")
+        if failed:
             scoring.peer.out.answers.append(Failed(scoring.request.id, 500, str(sequence.error)))
             return
         scoring.peer.out.answers.append(scored(scoring.request, sequence.logits))
@@ -270,7 +283,7 @@ def scored(request: Score, parts: Many[FloatArray]) -> Scored:
     for row, token in zip(chain.from_iterable(parts), request.prompt[1:], strict=False):  # nothing follows the last
         logprobs = row - row.max()
         logprobs -= np.log(np.exp(logprobs).sum())
-        count = min(request.num_best, len(row))
+        count = min(request.num_best or 0, len(row))
         best = np.argpartition(-logprobs, count - 1)[:count] if count else np.empty(0, int)
         best = best[np.argsort(-logprobs[best], kind="stable")]
         answer.logprobs.append(float(logprobs[token]))

@@ -245,5 +245,5 @@ class Generation:
             piece.tokens.append(token)
             piece.finish_reason = event.finish_reason
             if event.finish_reason is not None:
-                subscription.cancel(token.id)
+                subscription.cancel(token.id, stopped=True)
         return list(pieces.values())

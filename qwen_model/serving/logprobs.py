@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,25 @@ from .wire import Token
 LEAST = -9999.0
 """Stands for minus infinity, which JSON does not have, as in OpenAI's API."""
 
+PART = "bytes:"
+"""Begins the text of a token of /v1/completions that has a part of a character, as in OpenAI's API."""
+
 
 def _finite(logprob: float | None) -> float:
     return LEAST if logprob is None else max(logprob, LEAST)
 
 
+def _text(content: bytes, sign: str = "") -> str:
+    """Return a token's text; if that has a part of a character, the sign, and the part's bytes in the form `\\xf0`."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return sign + content.decode(errors="backslashreplace")
+
+
 def _entry(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    text = tokenizer.decode([token], skip_special_tokens=False)
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    content = tokenizer.token_bytes(token)
+    return {"token": _text(content), "logprob": _finite(logprob), "bytes": list(content)}
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], num_best: int) -> dict[str, Any]:
@@ -35,7 +47,8 @@ class CompletionLogprobs:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._length = 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._length = 0  # characters of the text that are complete
         self.clear()
 
     def clear(self) -> None:
@@ -44,13 +57,15 @@ class CompletionLogprobs:
 
     def add(self, token: int, logprob: float | None, best: Sequence[tuple[int, float]] | None) -> None:
         """Add a token; logprob is None for the first of a prompt, which nothing predicts."""
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        content = self._tokenizer.token_bytes(token)
+        text = _text(content, PART)
         self.value["tokens"].append(text)
         self.value["token_logprobs"].append(None if logprob is None else _finite(logprob))
-        tops = None
+        tops: dict[str, float] | None = None
         if best is not None and logprob is not None:
-            tops = {self._tokenizer.decode([each], skip_special_tokens=False): _finite(value) for each, value in best}
-            tops.setdefault(text, _finite(logprob))
+            tops = {}
+            for each, value in (*best, (token, logprob)):  # of tokens with one text the likeliest stays
+                tops.setdefault(_text(self._tokenizer.token_bytes(each), PART), _finite(value))
         self.value["top_logprobs"].append(tops)
         self.value["text_offset"].append(self._length)
-        self._length += len(text)
+        self._length += len(self._decoder.decode(content))

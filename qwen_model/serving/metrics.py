@@ -73,10 +73,11 @@ class EngineMetrics:
             "vllm:request_generation_tokens", "Tokens of an output", buckets=TOKENS, registry=registry
         )
 
-    def added(self, prompt_tokens: int) -> None:
-        """Count a sequence that was added."""
-        self._prompt.inc(prompt_tokens)
-        self._prompt_sizes.observe(prompt_tokens)
+    def added(self, prompt_tokens: int, count: int = 1) -> None:
+        """Count sequences of one prompt that were added."""
+        self._prompt.inc(prompt_tokens * count)
+        for _ in range(count):
+            self._prompt_sizes.observe(prompt_tokens)
 
     def tokens(self, first: Sequence[float], between: Sequence[float]) -> None:
         """Count the tokens of a step: the seconds after their sequence was added, or after the token before."""
@@ -88,11 +89,12 @@ class EngineMetrics:
         """Count a step of the scheduler."""
         self._step.observe(seconds)
 
-    def ended(self, reason: str, tokens: int, seconds: float) -> None:
-        """Count a sequence that has ended."""
-        self._success.labels(reason).inc()
-        self._output_sizes.observe(tokens)
-        self._whole.observe(seconds)
+    def ended(self, reason: str, tokens: int, seconds: float, count: int = 1) -> None:
+        """Count sequences that have ended alike."""
+        for _ in range(count):
+            self._success.labels(reason).inc()
+            self._output_sizes.observe(tokens)
+            self._whole.observe(seconds)
 
     def text(self, scheduler: Scheduler) -> str:
         """Return all of it as Prometheus's text."""

@@ -32,18 +32,24 @@ class Add(msgspec.Struct, tag=True, omit_defaults=True):
     parent: int = 0
 
 
-class Score(msgspec.Struct, tag=True):
-    """Ask for the log-probability of each token of a prompt but the first, and those of the most likely tokens."""
+class Score(msgspec.Struct, tag=True, omit_defaults=True):
+    """Ask for the log-probability of each token of a prompt but the first, and those of the most likely tokens.
+
+    num_best: so many most likely ones; None: nothing is computed.
+    outputs: how many outputs, of the prompt alone, /metrics shall count; 0: others are, for which an `Add` asks.
+    """
 
     id: int
     prompt: list[int]
-    num_best: int
+    num_best: int | None = None
+    outputs: int = 0
 
 
-class Cancel(msgspec.Struct, tag=True):
-    """End a sequence; nothing more is said of it."""
+class Cancel(msgspec.Struct, tag=True, omit_defaults=True):
+    """End a sequence; nothing more is said of it. stopped: because of a stop string, which the engine does not see."""
 
     id: int
+    stopped: bool = False
 
 
 class Ask(msgspec.Struct, tag=True):
@@ -79,7 +85,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Scored(msgspec.Struct, tag=True):
-    """Answer a `Score`: one entry for each token but the first."""
+    """Answer a `Score`: one entry for each token but the first, or none if nothing was to be computed."""
 
     id: int
     logprobs: list[float]

@@ -123,6 +123,17 @@ def _stream(tokenizer, ids):
     return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer, text):
+    ids = tokenizer.encode(f"{text} {list(tokenizer.special_tokens)[-1]}", add_special_tokens=False)
+    decoded = tokenizer.decode(ids, skip_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() in (decoded, f" {decoded}")  # LLaMA's opens with a space
+
+
+def test_an_unknown_token_has_no_bytes(tokenizer):
+    assert tokenizer.token_bytes(-1) == tokenizer.token_bytes(1 << 30) == b""
+
+
 @pytest.mark.parametrize("folder", ["byte_level_dir", "sentencepiece_dir"])
 @pytest.mark.parametrize("add_special_tokens", [True, False])
 def test_agrees_with_transformers(request, folder, add_special_tokens):

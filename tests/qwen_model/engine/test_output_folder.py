@@ -404,6 +404,19 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path, number):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP)],
+)
+def test_further_signals_do_not_interrupt_the_removal(tmp_path, numbers):
+    """As from a supervisor that sends one after the other."""
+    with a_build_that_writes(tmp_path / "engine") as process:
+        for number in numbers:
+            process.send_signal(number)
+        assert process.wait(30) in {130, *(128 + number for number in numbers)}
+    assert names(tmp_path) == []
+
+
 def test_nohup_is_respected(tmp_path):
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     with a_build_that_writes(tmp_path / "engine", **ignore) as process:

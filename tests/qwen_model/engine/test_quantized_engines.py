@@ -12,8 +12,10 @@ from qwen_model import QwenModelError
 from qwen_model import build as build_command
 from qwen_model.checkpoints.config import ModelConfig
 from qwen_model.checkpoints.module_weights import WeightFormat
+from qwen_model.engine.plan import fitting_cards, plan_engine
 from qwen_model.engine.quantize import quantize_checkpoint
 from qwen_model.interface.engine_config import EngineConfig
+from qwen_model.interface.memory import step_bytes
 from tests.qwen_model.model_files import hugging_face_model, random_prompt, save_hugging_face
 from tests.qwen_model.quantized_files import SIZES, Layout, save_layout
 
@@ -296,8 +298,6 @@ def test_calibration_that_cannot_be(tmp_path, model_dir, options, message):
 
 def test_plan(tmp_path, plain_dir):
     """As large as the engine that is then built."""
-    from qwen_model.engine.plan import fitting_cards, plan_engine
-
     sizes = {"max_batch_size": 3, "max_input_len": 60, "max_output_len": NEW_TOKENS}
     options = {"dtype": "float16", "quantization": "int4", "group_size": 32, **sizes}
     plan, summary = plan_engine(plain_dir, **options), build(plain_dir, tmp_path / "engine", **options)
@@ -314,6 +314,50 @@ def test_plan(tmp_path, plain_dir):
         plan_engine(plain_dir, quantization="int4")
     with pytest.raises(QwenModelError, match="backend must be one of torch, tensorrt, tensorrt-rtx, not 'onnx'"):
         plan_engine(plain_dir, backend="onnx")
+
+
+@pytest.mark.parametrize("max_batch_size", [None, 2])
+def test_plan_has_the_largest_step_of_the_engine_that_build_makes(tmp_path, max_batch_size):
+    options = {"dtype": "float16", "max_batch_size": max_batch_size}
+    plan = plan_engine(**options)
+    config = qwen_model.build_engine(output_dir=tmp_path / "engine", **options).config
+    assert plan.activation_bytes == step_bytes(config.model, config.limits, "float16")
+    assert plan.sequences == (max_batch_size or 1)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dtype", "float16"], ["--backend", "tensorrt-rtx"]])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_plan_says_if_build_here_would_choose_another_type(tmp_path, capsys, monkeypatch, arguments, has_gpu):
+    """The packaged checkpoint is float16, and torch engines are float32 where there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    build_command.main(["--plan", *arguments])
+    note = " on a GPU; on this machine build makes float32, unless --dtype is given"
+    planned = capsys.readouterr().out.splitlines()[0]
+    assert planned == f"type        float16{note if not arguments and not has_gpu else ''}"
+    if "--backend" not in arguments:
+        build_command.main([*arguments, "--output-dir", str(tmp_path / "engine")])
+        built = "float32" if note in planned else "float16"
+        assert EngineConfig.read(tmp_path / "engine").dtype == built
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--hardware-compatible"],
+        ["--compute-capability", "8.6"],
+        ["--backend", "tensorrt-rtx", "--compute-capability", "1.0"],
+        ["--rmsnorm-plugin", "--disable-plugin", "rms_norm"],
+        ["--backend", "tensorrt-rtx", "--disable-plugin", "gemm"],
+        ["--timing-cache", "timings"],
+    ],
+)
+def test_plan_refuses_what_build_refuses(tmp_path, arguments):
+    errors = []
+    for command in (["--plan"], ["--output-dir", str(tmp_path / "engine")]):
+        with pytest.raises(QwenModelError) as caught:
+            build_command.main([*command, *arguments])
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 def test_plan_of_sequences_that_a_rotary_scaling_makes_longer(tmp_path, plain_dir, capsys):

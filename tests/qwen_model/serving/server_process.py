@@ -27,6 +27,7 @@ class ServerProcess:
             [*command, "--device", "cpu"],
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # its process group is the server's alone
             env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         )
         self.log = ""

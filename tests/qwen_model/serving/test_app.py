@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from qwen_model.serving.context import ServerLimits
-from qwen_model.serving.wire import Add
+from qwen_model.serving.wire import Add, Cancel, Failed, Frame
 
 from .served import NAME, REPLY, Served
 
@@ -252,6 +253,23 @@ def test_echo_with_log_probabilities_of_the_prompt(served: Served) -> None:
     assert logprobs.token_logprobs[0] is None
     assert set(logprobs.token_logprobs[1:]) == {-0.5}
     assert logprobs.text_offset == [0, *[len("".join(logprobs.tokens[:i])) for i in range(1, len(logprobs.tokens))]]
+
+
+def test_where_one_prompt_is_refused_the_scores_of_the_others_are_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: Any) -> list[Frame]:
+        return [Frame([], [Failed(request.id, 429, "full")])] if len(served.engine.requests) == 2 else []
+
+    monkeypatch.setattr(served.engine, "_answer", answer)
+    response = served.post("/v1/completions", prompt=["a", "b"], max_tokens=0, echo=True, logprobs=1)
+    assert response.status_code == 429
+    deadline = time.monotonic() + 10
+    while len(served.engine.requests) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first, _, last = served.engine.requests
+    assert isinstance(last, Cancel)
+    assert last.id == first.id
 
 
 def test_responses(served: Served) -> None:

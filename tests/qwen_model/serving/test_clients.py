@@ -170,6 +170,10 @@ def test_our_chat_says_what_is_wrong(served: Served, talk: Any) -> None:
         talk(["x"], "--url", served.url, "--engine-dir", "engine")
     with pytest.raises(QwenModelError, match="--tuning is an engine's"):
         talk(["x"], "--url", served.url, "--no-tuning")
+    with pytest.raises(QwenModelError, match="--generation-config is an engine's"):
+        talk(["x"], "--url", served.url, "--generation-config", "none")
+    with pytest.raises(QwenModelError, match="greater than or equal to 1, given: 0"):
+        talk(["x"], "--url", served.url, "--max-new-tokens", "0")
     with pytest.raises(QwenModelError, match="needs --url"):
         talk(["x"], "--api-key", "k")
     with pytest.raises(QwenModelError, match="--api-key is empty"):

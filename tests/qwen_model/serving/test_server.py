@@ -283,6 +283,45 @@ def _alone(session: qwen_model.Session, request: dict[str, Any]) -> qwen_model.O
     return output
 
 
+# What /metrics counts.
+
+
+def _counted(server: ServerProcess, path: str, **body: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the answer to a request, and what the metrics of an idle server have gained by it."""
+    assert server.wait_for(server.is_idle)
+    before = server.metrics()
+    answer = server.post(path, **body)
+    assert answer.status_code == 200, answer.text
+    assert server.wait_for(server.is_idle)
+    gained = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
+    kinds = ("vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    kinds += ("vllm:request_prompt_tokens_count", "vllm:request_generation_tokens_count")
+    return answer.json(), {name.removeprefix("vllm:"): gained[name] for name in gained if name.startswith(kinds)}
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_an_echoed_prompt_is_counted_once_for_each_output(
+    server: ServerProcess, max_tokens: int, logprobs: int | None
+) -> None:
+    request = {"prompt": ["def f(x):", "import"], "n": 2, "max_tokens": max_tokens, "echo": True}
+    answer, counted = _counted(server, "/v1/completions", **request, ignore_eos=True, logprobs=logprobs)
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
+    assert counted['request_success_total{finished_reason="length"}'] == 4
+    assert counted["prompt_tokens_total"] == 2 * answer["usage"]["prompt_tokens"]
+    assert counted["generation_tokens_total"] == answer["usage"]["completion_tokens"] == 4 * max_tokens
+    assert counted["request_prompt_tokens_count"] == counted["request_generation_tokens_count"] == 4
+
+
+def test_an_output_that_a_stop_string_ends_is_counted_as_stopped(server: ServerProcess) -> None:
+    request = {"prompt": "def f(x):", "temperature": 0, "max_tokens": 40}
+    text = server.post("/v1/completions", **request).json()["choices"][0]["text"]
+    answer, counted = _counted(server, "/v1/completions", **request, stop=text[4:7])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    ended = {name: value for name, value in counted.items() if name.startswith("request_success_total") and value}
+    assert ended == {'request_success_total{finished_reason="stop"}': 1}
+
+
 # Servers that end.
 
 
