@@ -21,8 +21,8 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
   }
 }
 
-// Loads four 8 x 8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i.
-// c += a * b, of codes of 0 to 255 and signed ones: 16 x 32 times 32 x 8, in the registers' order of bytes.
+// c += a · b: a is 16 x 32 of uint8, b 32 x 8 of int8; c is 16 x 8 and in the lanes as above. Of lane 4g + t a word of
+// a or b has four neighbouring k, from 4t on (a[0], a[1], b0) or 4t + 16 (a[2], a[3], b1).
 __device__ __forceinline__ void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -30,6 +30,7 @@ __device__ __forceinline__ void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Loads four 8 x 8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t shared_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
