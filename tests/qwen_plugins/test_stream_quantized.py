@@ -145,6 +145,22 @@ def test_one_and_two_rows_of_any_magnitude(dtype, group_size, zeros):
 
 @hopper
 @pytest.mark.gpu
+def test_more_inputs_than_fit_as_integers():
+    """The integers of so many inputs leave no room for the weight: float16 serves, not the slow plain kernel."""
+    in_features, out_features = 131072, 128
+    weight = Weight(out_features, in_features, 4, 128, False)
+    if torch.cuda.get_device_capability()[0] == 9:
+        shape = {"in_features": in_features, "out_features": out_features, "weight_format": weight.format}
+        assert tuning.choice_by_rules(rows=1, **shape) == "stream_quantized"
+    for rows in (1, 2):
+        x = strided(rows, in_features, torch.float16)
+        expected = reference(x, weight.values, None, None)
+        for name in NAMES:
+            check(f"{name}, {rows} rows", multiply(name, x, weight), *expected)
+
+
+@hopper
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_row_with_what_is_not_finite_changes_no_other_row(dtype, value):

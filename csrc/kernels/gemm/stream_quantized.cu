@@ -2,6 +2,7 @@
 #include <array>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "hopper_clusters.h"
 #include "hopper_operands.h"
@@ -58,10 +59,10 @@ int x_tiles_of(const GemmShape& shape) {
   return shape.rows <= 8 ? 1 : shape.rows <= 16 ? 2 : shape.rows <= 32 ? 4 : 8;
 }
 
-// A variant for a GEMM on a device.
+// A variant for a GEMM on a device, with so many tiles of x.
 struct Partition {
   bool fits = false;  // the device can run it; all else is set only then
-  int x_tiles = 0;
+  int x_tiles;
   int used_blocks = 0;  // of 16 weight rows, with SwiGLU of the gate
   int tile_blocks = 0;  // of these, of a tile
   int tiles = 0;
@@ -75,9 +76,9 @@ struct Partition {
   int64_t loaded = 0;  // bytes, by the block that loads most
 
   Partition(const GemmShape& shape, const Variant& variant, const ClustersAtOnce& clusters,
-            const DeviceProperties& device) {
+            const DeviceProperties& device, int tiles_of_x)
+      : x_tiles(tiles_of_x) {
     const bool swiglu = shape.activation == Activation::kSwiglu;
-    x_tiles = x_tiles_of(shape);
     used_blocks = static_cast<int>(divide_up(columns_of(shape), kPackedRows));
     chunks = static_cast<int>(divide_up(shape.in_features, kPackedK));
     const int64_t all_tiles = int64_t{clusters[variant.splits]} * variant.waves;
@@ -122,6 +123,14 @@ struct Partition {
   }
 };
 
+Partition partition_of(const GemmShape& shape, const Variant& variant, const ClustersAtOnce& clusters,
+                       const DeviceProperties& device) {
+  const Partition partition(shape, variant, clusters, device, x_tiles_of(shape));
+  // With very many in_features the integers of x leave too little shared memory to the weight.
+  const bool leaves_integers = !partition.fits && quantized_uses_integers(partition.x_tiles);
+  return leaves_integers ? Partition(shape, variant, clusters, device, 1) : partition;
+}
+
 // About how many cycles a launch takes in a chain of launches. Not a theory: the constants are fitted to measurements
 // on an H100, so that the order of the variants comes out right (docs/gemm.md).
 double cycles_of_mma(const Variant& variant, const Partition& partition, double memory) {
@@ -156,7 +165,7 @@ double cycles(const GemmShape& shape, const Variant& variant, const Partition& p
 // How many cycles a variant takes, about; infinite where the device cannot run this GEMM in it.
 double cycles_or_infinite(const GemmShape& shape, const Variant& variant, const ClustersAtOnce& clusters,
                           const DeviceProperties& device) {
-  const Partition partition(shape, variant, clusters, device);
+  const Partition partition = partition_of(shape, variant, clusters, device);
   return partition.fits ? cycles(shape, variant, partition) : std::numeric_limits<double>::infinity();
 }
 
@@ -217,22 +226,19 @@ StreamQuantizedArguments arguments_of(const GemmParams& params, const Variant& v
 }
 
 template <typename T, int kBits, int kXTiles>
-cudaError_t launch_kernel_of(const GemmParams& params, const Variant& variant, const DeviceProperties& device,
-                             cudaStream_t stream) {
-  // The first call, since it makes the device's context current in this thread, as encoding tensor maps requires.
+cudaError_t launch_kernel_of(const GemmParams& params, const Variant& variant, const Partition& partition, int clusters,
+                             const DeviceProperties& device, cudaStream_t stream) {
+  // Before the tensor map, since it makes the device's context current in this thread, as encoding tensor maps
+  // requires.
   auto* const kernel = gemm_quantized<T, kBits, kXTiles>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_memory_per_block);
       error != cudaSuccess) {
     return error;
   }
-  ClustersAtOnce clusters;
-  if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
-  const Partition partition(params.shape, variant, clusters, device);
   StreamQuantizedArguments arguments = arguments_of(params, variant, partition);
-  if (!partition.fits) return cudaErrorNotSupported;
   if (kXTiles > 0 && !encode_x_tensor_map(arguments.x, params, 8 * kXTiles)) return cudaErrorNotSupported;
-  const int blocks = std::min(partition.tiles, clusters[variant.splits]) * variant.splits;
+  const int blocks = std::min(partition.tiles, clusters) * variant.splits;
   const int threads = 32 * (partition.row_warps * partition.k_warps + kQuantizedProducerWarps);
   return launch_clusters(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
                          static_cast<size_t>(partition.shared_bytes), variant.splits, device, stream, arguments);
@@ -241,18 +247,26 @@ cudaError_t launch_kernel_of(const GemmParams& params, const Variant& variant, c
 template <typename T, int kBits>
 cudaError_t launch_bits(const GemmParams& params, const Variant& variant, const DeviceProperties& device,
                         cudaStream_t stream) {
-  switch (x_tiles_of(params.shape)) {
+  ClustersAtOnce clusters;
+  if (const cudaError_t error = clusters_at_once(device, clusters); error != cudaSuccess) return error;
+  const Partition partition = partition_of(params.shape, variant, clusters, device);
+  if (!partition.fits) return cudaErrorNotSupported;
+  const auto launch = [&](auto x_tiles) {
+    return launch_kernel_of<T, kBits, x_tiles.value>(params, variant, partition, clusters[variant.splits], device,
+                                                     stream);
+  };
+  switch (partition.x_tiles) {
     case 0:
-      if constexpr (kBits == 4) return launch_kernel_of<T, kBits, 0>(params, variant, device, stream);
+      if constexpr (kBits == 4) return launch(std::integral_constant<int, 0>{});
       return cudaErrorNotSupported;
     case 1:
-      return launch_kernel_of<T, kBits, 1>(params, variant, device, stream);
+      return launch(std::integral_constant<int, 1>{});
     case 2:
-      return launch_kernel_of<T, kBits, 2>(params, variant, device, stream);
+      return launch(std::integral_constant<int, 2>{});
     case 4:
-      return launch_kernel_of<T, kBits, 4>(params, variant, device, stream);
+      return launch(std::integral_constant<int, 4>{});
     default:
-      return launch_kernel_of<T, kBits, 8>(params, variant, device, stream);
+      return launch(std::integral_constant<int, 8>{});
   }
 }
 
@@ -275,7 +289,7 @@ bool takes(const GemmParams& params, const DeviceProperties& device, int32_t num
   if (shape.activation == Activation::kSwiglu && columns_of(shape) % kPackedRows != 0) return false;
   ClustersAtOnce clusters;
   if (clusters_at_once(device, clusters) != cudaSuccess) return false;
-  const auto fits = [&](const Variant& variant) { return Partition(shape, variant, clusters, device).fits; };
+  const auto fits = [&](const Variant& variant) { return partition_of(shape, variant, clusters, device).fits; };
   if (number != kOwnVariant) return fits(variant_of(number));
   return std::any_of(all_variants().begin(), all_variants().end(), fits);
 }
