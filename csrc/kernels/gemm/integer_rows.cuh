@@ -18,8 +18,9 @@
 namespace qwen_plugins {
 
 constexpr int kIntegerRows = 2;
-// A chunk in shared memory: 8 columns of 128 digits, in matrices of 8 x 16 as ldmatrix loads them, and for each pair
-// its scale, float32, and the sum of the 128 k, int32, by which the zero point is multiplied.
+// A chunk in shared memory: 8 columns of 128 digits, and for each pair its scale, float32, and the sum of the 128 k,
+// int32, by which the zero point is multiplied. Block i of 16 digits of column c is in place i ^ c, so that both writes
+// of a column and ldmatrix's reads of a block of all columns are without bank conflicts.
 constexpr int kIntegerDigitBytes = 8 * kPackedK;
 constexpr int kIntegerChunkBytes = kIntegerDigitBytes + 4 * 8;
 
@@ -88,7 +89,8 @@ __device__ __forceinline__ void write_integer_chunk(const T* x, int64_t row_stri
     }
 #pragma unroll
     for (int digit = 0; digit < 4; ++digit) {
-      store_shared_32(to + lane / 4 * 128 + (4 * row + 3 - digit) * 16 + t * 4, words[digit]);
+      const int column = 4 * row + 3 - digit;
+      store_shared_32(to + column * kPackedK + (lane / 4 ^ column) * 16 + t * 4, words[digit]);
     }
     if (lane == 0) {
       const float values[4] = {scale * 65536.0F, bit_cast<float>(sums[0]), scale, bit_cast<float>(sums[1])};

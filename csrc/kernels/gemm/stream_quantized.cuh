@@ -351,8 +351,10 @@ class QuantizedConsumer {
  public:
   __device__ __forceinline__ explicit QuantizedConsumer(const QuantizedBlock<kBits, kXTiles>& block)
       : block_(block), p(block.p) {
-    // The matrices of x are the k of the pairs that one mma instruction multiplies: load_operands.
-    const int matrix = lane_ / 8, pack = kBits == 4 ? matrix % 2 * 2 + matrix / 2 : matrix;
+    // The matrices of x are the k of the pairs that one mma instruction multiplies (load_operands), but those of digits
+    // are in order.
+    const bool in_order = kBits == 8 || kUsesIntegers;
+    const int matrix = lane_ / 8, pack = in_order ? matrix : matrix % 2 * 2 + matrix / 2;
     x_ = lane_ % 8 * 128 + ((pack ^ lane_ % 8) << 4);
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
@@ -696,7 +698,7 @@ class QuantizedConsumer {
     constexpr uint32_t kCodes = 0x0f0f0f0fU;
     uint32_t digits[2][4], words[kWarpBlocks][kBlocks][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) ldmatrix_x4(digits[half], x + half * (kIntegerDigitBytes / 2) + lane_ * 16);
+    for (int half = 0; half < 2; ++half) ldmatrix_x4(digits[half], x + (x_ ^ half * (kPackedK / 2)));
 #pragma unroll
     for (int r = 0; r < kWarpBlocks; ++r) {
 #pragma unroll
@@ -886,7 +888,8 @@ class QuantizedConsumer {
   const int row_warp_ = warp_ - k_warp_ * p.row_warps;
   int number_ = k_warp_;  // of the next chunk that this warp multiplies
   PipelineState state_{k_warp_, 0};
-  // Offsets in a stage, of this lane: bytes of x and codes, rows among the scales of a group.
+  // Offsets in a stage, of this lane: bytes of x (of its digits, in a chunk) and codes, rows among the scales of a
+  // group.
   uint32_t x_, codes_[kWarpBlocks][2];
   int row_[kWarpBlocks][2];
   const bool has_zeros_ = p.zeros != nullptr;
