@@ -145,6 +145,19 @@ def test_one_and_two_rows_of_any_magnitude(dtype, group_size, zeros):
 
 @hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("power", [-80, 80])
+def test_one_and_two_rows_times_a_power_of_two(power):
+    """Results have the same digits, whatever the magnitude of x."""
+    weight = Weight(336, 1024, 4, 128, True)
+    for rows in (1, 2):
+        x = make(rows, 1024, dtype=torch.bfloat16, device="cuda")
+        for name in NAMES:
+            y = multiply(name, x, weight)
+            assert torch.equal(multiply(name, x * 2.0**power, weight), y * 2.0**power), f"{name}, {rows} rows"
+
+
+@hopper
+@pytest.mark.gpu
 def test_more_inputs_than_fit_as_integers():
     """The integers of so many inputs leave no room for the weight: float16 serves, not the slow plain kernel."""
     in_features, out_features = 131072, 128

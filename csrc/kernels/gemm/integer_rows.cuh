@@ -3,8 +3,9 @@
 //
 // The 128 k that a row has in a chunk get a power of two as their scale, by which the largest is less than 2^30, and
 // are rounded. An element is exact if it is at least 2^-19 of the largest, since it has 11 bits at most (8 with
-// bfloat16); what smaller ones lose is at most 2^-30 of the largest, less than float32 sums lose. Sums of products are
-// exact.
+// bfloat16); what smaller ones lose is at most 2^-30 of the largest, less than float32 sums lose. (Where all are
+// smaller than 2^-97, as they can be with bfloat16, it is at most 2^-127.) Sums of products over a chunk are exact, in
+// int32: those of a lower pair are below 2^31 with any uint8 as zero point, those of an upper pair half of that.
 //
 // An integer is four signed digits of 8 bits, the upper pair and the lower pair. Digits are columns of mma's operand b:
 // columns 4 r to 4 r + 3 are those of row r, the highest first, so that a lane has the sums of a pair.
@@ -25,7 +26,7 @@ constexpr int kIntegerDigitBytes = 8 * kPackedK;
 constexpr int kIntegerChunkBytes = kIntegerDigitBytes + 4 * 8;
 
 // Gives the integers of a row's 128 elements, of which each lane of a warp has four, and returns their scale: NaN where
-// an element is infinite or NaN, as all results are then.
+// an element is infinite or NaN. All results of the row are NaN then, also those that would be infinite.
 __device__ __forceinline__ float to_integers(const float (&x)[4], int32_t (&integers)[4]) {
   uint32_t bits = 0;  // of the largest absolute value
 #pragma unroll
