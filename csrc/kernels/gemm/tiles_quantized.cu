@@ -73,7 +73,7 @@ double cycles(const GemmShape& shape, const Tiling& tiling, const DeviceProperti
   const auto clusters = static_cast<double>(clusters_of(device));
   const auto tiles = static_cast<double>(tiles_of(shape, tiling));
   const auto shares = static_cast<double>(shares_of(shape, tiling, device));
-  const double chunk = tiling.rows == 256 ? 2440 : 1380;
+  const double chunk = tiling.rows == 256 ? 2390 : 1310;
   const double tile = static_cast<double>(chunks_of(shape)) * chunk + 1100 + 5.5 * tiling.rows;
   const double sums = tiling.splits == 1 ? 0 : 700 + 10.0 * tiling.rows;  // to write a share's
   const double adding = 1.25 * std::ceil(shares / tiles) * sums;
@@ -144,7 +144,7 @@ cudaError_t launch_tiles(const GemmParams& params, const Tiling& tiling, const D
   arguments.swiglu = shape.activation == Activation::kSwiglu;
   arguments.constant_weight = params.constant_weight;
   const auto clusters = static_cast<unsigned>(std::min<int64_t>(arguments.shares, clusters_of(device)));
-  return launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(quantized_tiles_threads(kRows)), kSharedBytes,
+  return launch_clusters(kernel, dim3(clusters * kQuantizedCluster), dim3(kQuantizedTilesThreads), kSharedBytes,
                          kQuantizedCluster, device, stream, arguments);
 }
 

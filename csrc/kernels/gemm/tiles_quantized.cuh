@@ -1,11 +1,10 @@
 // The GEMM for tens of rows and more with int4 and int8 weights on Hopper: y^T = weight · x^T.
 //
 // A warp-specialised persistent kernel, one block for each multiprocessor. A block computes a tile of 128 weight rows
-// times 128 or 256 rows of x at a time. Its producer warpgroups fill a ring buffer of pipeline stages, kBlockK elements
-// of k each, which runs on from tile to tile: x by TMA, and the weights dequantized, as wgmma's operand a lies in
-// shared memory. Its consumer warpgroups, of 64 weight rows each, only multiply, as those of a 16-bit GEMM. The two
-// blocks of a cluster have the same rows of x, of which each loads half and multicasts it to both. Launched while the
-// previous kernel runs, as gemm_stream.
+// times 128 or 256 rows of x at a time: each of two consumer warpgroups has 64 weight rows, which it dequantizes in
+// registers, as wgmma's operand a. x is operand b: the producer warp loads it by TMA into a ring buffer of pipeline
+// stages, kBlockK elements of k each, which runs on from tile to tile. The two blocks of a cluster have the same rows
+// of x, of which each loads half and multicasts it to both. Launched while the previous kernel runs, as gemm_stream.
 //
 // Shares. The chunks of k of all tiles, tile after tile, are divided into equal shares, one or several for a cluster,
 // and a share may begin and end within a tile. Clusters work through their shares backwards: what they have of a tile
@@ -32,24 +31,18 @@ constexpr int kQuantizedGroups = 2;     // consumer warpgroups of a block
 constexpr int kQuantizedWeights = 128;  // weight rows of a tile
 static_assert(kPackedK == 2 * kBlockK);
 
-// The producer warpgroups of a block: with few rows of x there are few products for each weight that is dequantized.
-// The sums of 256 rows leave registers for one.
-constexpr int quantized_producers(int tile_rows) { return tile_rows == 256 ? 1 : 2; }
-constexpr int quantized_tiles_threads(int tile_rows) {
-  return kWarpgroupThreads * (kQuantizedGroups + quantized_producers(tile_rows));
-}
+// The consumers', and a warpgroup whose first thread loads x.
+constexpr int kQuantizedTilesThreads = kWarpgroupThreads * (kQuantizedGroups + 1);
 
 // Results of 64 rows of x and a warpgroup's columns of y are stored at a time, while the next are made.
 constexpr int kQuantizedStoreRows = 64;
 constexpr int kQuantizedStoreBytes = kQuantizedStoreRows * kSwizzleBytes;
 constexpr int kQuantizedStoreBuffers = 2;
 
-// The layout of shared memory: the ring buffer, the results to be stored, the mbarriers. A stage has the weights and x.
+// The layout of shared memory: the ring buffer of x, the results to be stored, the mbarriers.
 template <int kRows>
 struct QuantizedTilesLayout {
-  static constexpr int kWeightBytes = kQuantizedWeights * kSwizzleBytes;
-  static constexpr int kXBytes = kRows * kSwizzleBytes;
-  static constexpr int kStageBytes = kWeightBytes + kXBytes;
+  static constexpr int kStageBytes = kRows * kSwizzleBytes;
   static constexpr int kGroupResultBytes = kQuantizedStoreBuffers * kQuantizedStoreBytes;
   static constexpr int kResultBytes = kQuantizedGroups * kGroupResultBytes;
   static constexpr int kMaxBytes = 232448;  // what a block can have on Hopper
@@ -160,12 +153,11 @@ struct QuantizedTilesBlock {
 
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + 16 * stage + 8; }
-  __device__ __forceinline__ uint32_t weights(int stage) const { return ring + stage * Layout::kStageBytes; }
-  __device__ __forceinline__ uint32_t x(int stage) const { return weights(stage) + Layout::kWeightBytes; }
+  __device__ __forceinline__ uint32_t x(int stage) const { return ring + stage * Layout::kStageBytes; }
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < Layout::kStages; ++stage) {
-      mbarrier_init(full(stage), 1 + kWarpgroupThreads / 32);  // x, and the warps that dequantize
+      mbarrier_init(full(stage), 1);  // the thread that loads x
       mbarrier_init(empty(stage), kQuantizedGroups * kQuantizedCluster);
     }
     fence_mbarrier_init();
@@ -178,195 +170,136 @@ struct QuantizedTilesBlock {
   }
 };
 
-// A producer warpgroup; of several each makes every kProducers-th chunk. Each warp dequantizes two blocks of 16 weight
-// rows, and all take turns to load x. Codes and scales go from global memory into registers, kAhead chunks ahead; the
-// ring buffer hides what that does not. A lane's codes are the fragments that it stores with stmatrix.
-template <typename T, WeightKind kKind, int kRows>
-class QuantizedTilesProducer {
- public:
-  __device__ __forceinline__ QuantizedTilesProducer(const QuantizedTilesBlock<kRows>& block, int group, int warp)
-      : block_(block), p_(block.p), warp_(warp), offset_(group) {
-    for (int i = 0; i < 2 * group; ++i) state_.advance(Layout::kStages);
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int row =
-          p_.swiglu ? row_block(i) % (2 * kBlocks) * 32 + row_block(i) / (2 * kBlocks) * 8 : row_block(i) * kPackedRows;
-      to_[i] = swizzled_offset(kQuantizedWeights, row + lane_ % 8, lane_ / 8);
+// Loads x, one thread for all stages: half of their rows, for both blocks of the cluster.
+template <int kRows>
+__device__ __forceinline__ void produce_x(const QuantizedTilesBlock<kRows>& block) {
+  using Layout = QuantizedTilesLayout<kRows>;
+  constexpr int kHalfRows = kRows / kQuantizedCluster;
+  PipelineState state;
+  for (QuantizedParts parts(block.p); !parts.done(); parts.advance()) {
+    const QuantizedPart part = parts.part();
+    const int first_row = QuantizedTile(block.p, part.tile, block.rank).row_tile * kRows + block.rank * kHalfRows;
+    const int end = 2 * (part.first_chunk + part.chunks);
+#pragma unroll 1
+    for (int k_block = 2 * part.first_chunk; k_block < end; ++k_block) {
+      mbarrier_wait(block.empty(state.stage), state.parity ^ 1);
+      mbarrier_arrive_expect_tx(block.full(state.stage), Layout::kStageBytes);  // the other block's half, too
+      tma_load_2d_multicast<kQuantizedCluster>(block.x(state.stage) + block.rank * kHalfRows * kSwizzleBytes, block.p.x,
+                                               block.full(state.stage), k_block * kBlockK, first_row);
+      state.advance(Layout::kStages);
     }
   }
+}
 
-  __device__ __forceinline__ void run() {
-    if (!p_.constant_weight) wait_for_previous_kernel();
-    for (QuantizedParts parts(p_); !parts.done(); parts.advance()) make_part(parts.part());
+// The weights of a warp: its 16 rows of a tile, or with SwiGLU 8 gate rows and their up rows. Codes and scales go from
+// global memory into registers some chunks ahead; a lane's words are its part of wgmma's operand a.
+template <typename T, WeightKind kKind>
+class QuantizedTilesWeights {
+ public:
+  // What a lane loads of a chunk: codes of its two rows, and scales and zero points of one of the warp's 16 rows: lanes
+  // 0 to 15 those of the first 32 k of each stage, the others those of the last.
+  struct Packed {
+    uint2 codes[superblock_bytes_of(kKind) / kPackedBlockBytes][2];
+    uint32_t scales[2];
+    uint32_t zeros[2];
+  };
+  // Operand a of the wgmmas of a stage.
+  using Fragments = uint32_t[kBlockK / 16][4];
+
+  __device__ __forceinline__ explicit QuantizedTilesWeights(const QuantizedTilesArguments& p) : p_(p) {}
+
+  // The next chunk to be loaded is `chunk` of the tile. `warp`: of the block's.
+  __device__ __forceinline__ void begin(int weight_tile, int warp, int chunk) {
+    // The last tile may reach beyond the weight: those results are not stored.
+    int rows[2];  // the first rows of the warp's two halves
+    if (p_.swiglu) {
+      rows[0] = weight_tile * (kQuantizedWeights / 2) + warp * 8;
+      if (rows[0] >= p_.columns) rows[0] = 0;
+      rows[1] = rows[0] + p_.columns;
+    } else {
+      rows[0] = weight_tile * kQuantizedWeights + warp * kPackedRows;
+      if (rows[0] >= p_.weight_rows) rows[0] = 0;
+      rows[1] = rows[0] + 8;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      codes_[half] =
+          p_.codes +
+          (static_cast<int64_t>(chunk) * p_.weight_rows + rows[half] / kPackedRows * kPackedRows) * kRowWords +
+          4 * lane_ + rows[half] / 8 % 2 * 2;
+    }
+    const int64_t group = (4 * chunk + lane_ / 16) >> p_.group_shift;
+    first_scale_ = group * p_.weight_rows + (lane_ % 16 < 8 ? rows[0] : rows[1]) + lane_ % 8;
+  }
+  // Loads the next chunk.
+  __device__ __forceinline__ void load(Packed& packed) {
+#pragma unroll
+    for (int block = 0; block < superblock_bytes_of(kKind) / kPackedBlockBytes; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        packed.codes[block][half] = load_codes(codes_[half] + block * (kPackedBlockBytes / 4));
+      }
+    }
+    codes_[0] += static_cast<int64_t>(p_.weight_rows) * kRowWords;
+    codes_[1] += static_cast<int64_t>(p_.weight_rows) * kRowWords;
+    load_scales(packed, 0, first_scale_);
+    // Groups of 128 and more have one scale for both stages.
+    if (p_.group_shift < 2) {
+      load_scales(packed, 1, first_scale_ + static_cast<int64_t>(p_.weight_rows) * (2 >> p_.group_shift));
+    }
+    first_scale_ += (4 >> p_.group_shift) * static_cast<int64_t>(p_.weight_rows);
+  }
+  // Dequantizes a stage of a chunk, the first before the second. kOneGroup: both stages have one group of scales.
+  template <bool kOneGroup>
+  __device__ __forceinline__ void dequantize(Fragments& a, const Packed& packed, int stage) {
+    if (!kOneGroup || stage == 0) find_rows<kOneGroup>(packed, stage);
+#pragma unroll
+    for (int step = 0; step < kBlockK / 16; ++step) {
+      const int half_k = step / 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 codes = packed.codes[kIsInt4 ? stage : 2 * stage + half_k][half];
+        const uint2 words = kIsInt4 ? make_uint2(half_k == 0 ? codes.x : codes.y, 0) : codes;
+        uint32_t pairs[2];
+        rows_[half][kOneGroup ? 0 : half_k].dequantize(pairs, words, step % 2);
+        a[step][half] = pairs[0];
+        a[step][2 + half] = pairs[1];
+      }
+    }
   }
 
  private:
-  using Layout = QuantizedTilesLayout<kRows>;
   using Row = Dequantizer<T, kKind>;
-  static constexpr int kBlocks = kQuantizedWeights / kPackedRows / (kWarpgroupThreads / 32);  // of a warp
-  static constexpr int kProducers = quantized_producers(kRows);
   static constexpr bool kIsInt4 = kKind == WeightKind::kInt4;
-  static constexpr int kCodeBlocks = superblock_bytes_of(kKind) / kPackedBlockBytes;
   static constexpr int kRowWords = superblock_bytes_of(kKind) / kPackedRows / 4;  // of a row of a chunk
-  static constexpr int kAhead = 2;
-  static constexpr int kHalfRows = kRows / kQuantizedCluster;  // of x
 
-  // What a lane loads of a chunk: codes, and scales and zero points of one of each 16 rows: lanes 0 to 15 those of the
-  // first 32 k of each stage, the others those of the last.
-  struct Packed {
-    FullPack codes[kBlocks][kCodeBlocks];
-    uint32_t scales[kBlocks][2];
-    uint32_t zeros[kBlocks][2];
-  };
-
-  // The i-th block of 16 rows of this warp, of those of the tile: with SwiGLU gate rows first, then their up rows.
-  __device__ __forceinline__ int row_block(int i) const { return warp_ * kBlocks + i; }
-
-  __device__ __forceinline__ void make_part(const QuantizedPart& part) {
-    const QuantizedTile tile(p_, part.tile, block_.rank);
-    x_row_ = tile.row_tile * kRows + block_.rank * kHalfRows;
-    const int end = part.first_chunk + part.chunks;
-    int chunk = part.first_chunk + offset_;
-    begin_loading(tile, chunk);
-    Packed packed[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (chunk + i * kProducers < end) load(packed[i]);
-    }
-    wait_for_previous_kernel();  // which x may come from
-#pragma unroll 1
-    while (chunk < end) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (chunk >= end) break;
-        if (p_.group_shift >= 2) {
-          make_chunk<1>(packed[i], chunk);
-        } else {
-          make_chunk<4>(packed[i], chunk);
-        }
-        if (chunk + kAhead * kProducers < end) load(packed[i]);
-        chunk += kProducers;
-#pragma unroll
-        for (int j = 0; j < 2 * (kProducers - 1); ++j) state_.advance(Layout::kStages);
-      }
-    }
-    offset_ = chunk - end;
-  }
-
-  __device__ __forceinline__ void begin_loading(const QuantizedTile& tile, int chunk) {
-    const int half = row_block(0) / (2 * kBlocks);
-    int row = p_.swiglu ? tile.weight_tile * (kQuantizedWeights / 2) + row_block(0) % (2 * kBlocks) * kPackedRows +
-                              half * p_.columns
-                        : tile.weight_tile * kQuantizedWeights + row_block(0) * kPackedRows;
-    // The last tile may reach beyond the weight: those results are not stored.
-    if (row + (kBlocks - 1) * kPackedRows >= p_.weight_rows) row = 0;
-    codes_ = p_.codes + (static_cast<int64_t>(chunk) * p_.weight_rows + row) * kRowWords + 4 * lane_;
-    const int64_t group = (4 * chunk + lane_ / 16) >> p_.group_shift;
-    first_scale_ = group * p_.weight_rows + row + lane_ % 16;
-  }
-  // Loads the warpgroup's next chunk.
-  __device__ __forceinline__ void load(Packed& packed) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-      for (int j = 0; j < kCodeBlocks; ++j) {
-        packed.codes[i][j] = load_codes(codes_ + i * kPackedRows * kRowWords + j * (kPackedBlockBytes / 4));
-      }
-    }
-    codes_ += kProducers * static_cast<int64_t>(p_.weight_rows) * kRowWords;
-    load_scales(packed, 0, first_scale_);
-    if (p_.group_shift < 2)
-      load_scales(packed, 1, first_scale_ + static_cast<int64_t>(p_.weight_rows) * (2 >> p_.group_shift));
-    first_scale_ += kProducers * (4 >> p_.group_shift) * static_cast<int64_t>(p_.weight_rows);
+  static __device__ __forceinline__ uint2 load_codes(const uint32_t* from) {
+    uint2 words;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+    return words;
   }
   __device__ __forceinline__ void load_scales(Packed& packed, int stage, int64_t first) const {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) packed.scales[i][stage] = __ldg(p_.scales + first + i * kPackedRows);
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      packed.zeros[i][stage] = p_.zeros == nullptr ? middle_code_of(kKind) : __ldg(p_.zeros + first + i * kPackedRows);
-    }
+    packed.scales[stage] = __ldg(p_.scales + first);
+    packed.zeros[stage] = p_.zeros == nullptr ? middle_code_of(kKind) : __ldg(p_.zeros + first);
   }
-  static __device__ __forceinline__ FullPack load_codes(const uint32_t* from) {
-    FullPack pack;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
-                 : "l"(from));
-    return pack;
-  }
-
-  // Makes the two stages of a chunk, whose columns have kScaleGroups groups of scales.
-  template <int kScaleGroups>
-  __device__ __forceinline__ void make_chunk(const Packed& packed, int chunk) {
-    Row rows[kBlocks][2][kScaleGroups == 1 ? 1 : 2];  // blocks of 16 rows, rows g and g + 8, and 32 k
-    if constexpr (kScaleGroups == 1) find_rows(rows, packed, 0);
+  template <bool kOneGroup>
+  __device__ __forceinline__ void find_rows(const Packed& packed, int stage) {
+    const uint32_t own = packed.scales[stage] | packed.zeros[stage] << 16;
 #pragma unroll
-    for (int stage = 0; stage < 2; ++stage) {
-      if constexpr (kScaleGroups != 1) find_rows(rows, packed, stage);
-      mbarrier_wait(block_.empty(state_.stage), state_.parity ^ 1);
-      if (warp_ == (2 * chunk + stage) % (kWarpgroupThreads / 32) && lane_ == 0) load_x(2 * chunk + stage);
-      __syncwarp();
-      dequantize(rows, packed, stage);
-      __syncwarp();
-      if (lane_ == 0) mbarrier_arrive(block_.full(state_.stage));
-      state_.advance(Layout::kStages);
-    }
-  }
-  template <int kRowGroups>
-  __device__ __forceinline__ void find_rows(Row (&rows)[kBlocks][2][kRowGroups], const Packed& packed,
-                                            int stage) const {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const uint32_t own = packed.scales[i][stage] | packed.zeros[i][stage] << 16;
-#pragma unroll
-      for (int j = 0; j < 2 * kRowGroups; ++j) {
-        const uint32_t row = __shfl_sync(0xffffffffU, own, 16 * (j / 2) + 8 * (j % 2) + lane_ / 4);
-        rows[i][j % 2][j / 2] = Row(row & 0xffff, row >> 16);
-      }
-    }
-  }
-  // Loads half of a stage's rows of x, for both blocks of the cluster.
-  __device__ __forceinline__ void load_x(int k_block) const {
-    mbarrier_arrive_expect_tx(block_.full(state_.stage), Layout::kXBytes);  // the other block's half, too
-    tma_load_2d_multicast<kQuantizedCluster>(block_.x(state_.stage) + block_.rank * kHalfRows * kSwizzleBytes, p_.x,
-                                             block_.full(state_.stage), k_block * kBlockK, x_row_);
-  }
-  template <int kRowGroups>
-  __device__ __forceinline__ void dequantize(const Row (&rows)[kBlocks][2][kRowGroups], const Packed& packed,
-                                             int stage) const {
-    const uint32_t weights = block_.weights(state_.stage);
-    const uint32_t next_rows = (p_.swiglu ? 16 : 8) * kSwizzleBytes;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // rows g, then g + 8
-        const uint32_t to = weights + to_[i] + half * next_rows;
-#pragma unroll
-        for (int half_k = 0; half_k < 2; ++half_k) {
-          const uint32_t* const block = packed.codes[i][kIsInt4 ? stage : 2 * stage + half_k].words;
-          const uint2 words =
-              kIsInt4 ? make_uint2(block[2 * half + half_k], 0) : make_uint2(block[2 * half], block[2 * half + 1]);
-          const Row& row = rows[i][half][kRowGroups == 1 ? 0 : half_k];
-          uint32_t pairs[2][2];
-          row.dequantize(pairs[0], words, 0);
-          row.dequantize(pairs[1], words, 1);
-          // Columns 32 to 63 of a row, whose swizzled places differ in this bit.
-          stmatrix_x4(to ^ (half_k * 64), {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
-        }
+      for (int half_k = 0; half_k < (kOneGroup ? 1 : 2); ++half_k) {
+        const uint32_t row = __shfl_sync(0xffffffffU, own, 16 * half_k + 8 * half + lane_ / 4);
+        rows_[half][half_k] = Row(row & 0xffff, row >> 16);
       }
     }
   }
 
-  const QuantizedTilesBlock<kRows>& block_;
   const QuantizedTilesArguments& p_;
-  const int warp_;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  int offset_;  // from a part's first chunk to the warpgroup's
-  int x_row_ = 0;
-  uint32_t to_[kBlocks];             // where in a stage's weights the lane stores
-  const uint32_t* codes_ = nullptr;  // of the chunk to be loaded
-  int64_t first_scale_ = 0;          // likewise
-  PipelineState state_;
+  const uint32_t* codes_[2] = {nullptr, nullptr};  // of both halves of the warp's rows, of the chunk to be loaded
+  int64_t first_scale_ = 0;                        // likewise
+  Row rows_[2][2];                                 // of both halves, and of the first and the last 32 k of a stage
 };
 
 // What a thread of a warpgroup knows of y: it has two weight rows, and two rows of x of every eight. They are rows g
@@ -454,7 +387,7 @@ class QuantizedTilesResults {
 };
 
 // A consumer warpgroup.
-template <typename T, int kRows>
+template <typename T, WeightKind kKind, int kRows>
 class QuantizedTilesConsumer {
  public:
   __device__ __forceinline__ QuantizedTilesConsumer(const QuantizedTilesBlock<kRows>& block, int group)
@@ -462,15 +395,23 @@ class QuantizedTilesConsumer {
         p_(block.p),
         group_(group),
         releases_(thread_ < kQuantizedCluster),
-        released_(map_to_block(block.empty(0), releases_ ? thread_ : 0)) {}
+        released_(map_to_block(block.empty(0), releases_ ? thread_ : 0)),
+        weights_(block.p) {}
 
   __device__ __forceinline__ void run() {
+    if (!p_.constant_weight) wait_for_previous_kernel();
     for (QuantizedParts parts(p_); !parts.done(); parts.advance()) {
       const QuantizedPart part = parts.part();
       const QuantizedTile tile(p_, part.tile, block_.rank);
       QuantizedTilesResults<T> results(p_, group_, block_.results + group_ * Layout::kGroupResultBytes);
       results.begin(tile.weight_tile);
-      multiply(part.chunks);
+      weights_.begin(tile.weight_tile, group_ * (kWarpgroupThreads / 32) + thread_ / 32, part.first_chunk);
+      if (p_.group_shift >= 2) {
+        multiply<true>(part.chunks);
+      } else {
+        multiply<false>(part.chunks);
+      }
+      wait_for_previous_kernel();  // which may use what is written now
       if (part.first_chunk + part.chunks < p_.chunks) {
         write_sums(part.share);
       } else {
@@ -483,35 +424,52 @@ class QuantizedTilesConsumer {
 
  private:
   using Layout = QuantizedTilesLayout<kRows>;
+  using Weights = QuantizedTilesWeights<T, kKind>;
   static constexpr int kTiles = kRows / 8;
+  static constexpr int kAhead = 2;  // chunks
 
+  // While the wgmmas of a stage run, the next stage is dequantized.
+  template <bool kOneGroup>
   __device__ __forceinline__ void multiply(int chunks) {
+    typename Weights::Packed packed[kAhead];
+    typename Weights::Fragments a[2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < chunks) weights_.load(packed[i]);
+    }
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) sums_[i][0] = sums_[i][1] = sums_[i][2] = sums_[i][3] = 0.0F;
-    start_stage();
-    for (int i = 1; i < 2 * chunks; ++i) {
-      const int previous_stage = state_.stage;
-      state_.advance(Layout::kStages);
-      start_stage();
-      wgmma_wait_group<1>();
-      release(previous_stage);
+    weights_.template dequantize<kOneGroup>(a[0], packed[0], 0);
+    int previous_stage = -1;
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; chunk += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (chunk + i >= chunks) break;
+        previous_stage = start_stage(a[0], previous_stage);
+        weights_.template dequantize<kOneGroup>(a[1], packed[i], 1);
+        if (chunk + i + kAhead < chunks) weights_.load(packed[i]);
+        previous_stage = start_stage(a[1], previous_stage);
+        if (chunk + i + 1 < chunks) weights_.template dequantize<kOneGroup>(a[0], packed[(i + 1) % kAhead], 0);
+      }
     }
     wgmma_wait_group<0>();
-    release(state_.stage);
-    state_.advance(Layout::kStages);
+    release(previous_stage);
   }
-  // Issues a stage's wgmmas as one group.
-  __device__ __forceinline__ void start_stage() {
+  // Issues a stage's wgmmas as one group. Waits for the group before it, whose registers are free then, and releases
+  // its stage (-1: there is none). Returns the stage.
+  __device__ __forceinline__ int start_stage(const typename Weights::Fragments& a, int previous_stage) {
     mbarrier_wait(block_.full(state_.stage), state_.parity);
-    // Between what the producers wrote and wgmma. Here, since a fence waits for its thread's loads, too, of which the
-    // producers always have some in flight.
-    fence_proxy_async();
-    const uint64_t weights = matrix_descriptor(block_.weights(state_.stage) + group_ * 64 * kSwizzleBytes, 16);
     const uint64_t x = matrix_descriptor(block_.x(state_.stage), 16);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSwizzleBytes; k += 32) wgmma<T>(sums_, moved_descriptor(weights, k), moved_descriptor(x, k));
+    for (int i = 0; i < kBlockK / 16; ++i) wgmma_transposed<T>(sums_, a[i], moved_descriptor(x, 32 * i));
     wgmma_commit_group();
+    wgmma_wait_group<1>();
+    if (previous_stage >= 0) release(previous_stage);
+    const int stage = state_.stage;
+    state_.advance(Layout::kStages);
+    return stage;
   }
   // Releases a stage to the producers of both blocks, which write to it.
   __device__ __forceinline__ void release(int stage) const {
@@ -584,11 +542,12 @@ class QuantizedTilesConsumer {
   const bool releases_;      // this thread, to one block
   const uint32_t released_;  // the first stage's mbarrier of that block
   PipelineState state_;
+  Weights weights_;
   float sums_[kTiles][4];
 };
 
 template <typename T, WeightKind kKind, int kRows>
-__global__ void __launch_bounds__(quantized_tiles_threads(kRows), 1)
+__global__ void __launch_bounds__(kQuantizedTilesThreads, 1)
     gemm_quantized_tiles(const __grid_constant__ QuantizedTilesArguments p) {
   trigger_dependent_launch();
   extern __shared__ __align__(1024) char shared[];
@@ -596,18 +555,24 @@ __global__ void __launch_bounds__(quantized_tiles_threads(kRows), 1)
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
   constexpr int kGroupWarps = kWarpgroupThreads / 32;
-  const int producer = warp - kQuantizedGroups * kGroupWarps;
-  if (producer == 0 && threadIdx.x % 32 == 0) {
+  const bool produces = warp == kQuantizedGroups * kGroupWarps && threadIdx.x % 32 == 0;
+  if (produces) {
     prefetch_tensor_map(p.x);
     prefetch_tensor_map(p.y);
     block.init_barriers();
   }
   block.sync_cluster();
-  if (producer >= 0) {
-    QuantizedTilesProducer<T, kKind, kRows>(block, producer / kGroupWarps, producer % kGroupWarps).run();
+  // Sums and fragments do not fit into a third of the registers.
+  if (warp >= kQuantizedGroups * kGroupWarps) {
+    release_registers<24>();
+    if (produces) {
+      wait_for_previous_kernel();
+      produce_x(block);
+    }
+    __syncwarp();
   } else {
-    wait_for_previous_kernel();
-    QuantizedTilesConsumer<T, kRows>(block, warp / kGroupWarps).run();
+    take_registers<240>();
+    QuantizedTilesConsumer<T, kKind, kRows>(block, warp / kGroupWarps).run();
   }
   block.sync_cluster();  // the other block may still write here
 }
