@@ -53,7 +53,8 @@ __device__ __forceinline__ void to_digits(const int32_t (&integers)[4], uint32_t
   words[3] = __byte_perm(high[0], high[1], 0x7632);
 }
 
-// By a warp: writes a chunk of the rows of x, whose first k is at `x`. There are `k` from there on; others are 0.
+// By a warp: writes a chunk of the rows of x, whose first k is at `x`. There are `k` from there on; others are 0. Rows
+// that are not there are not written: their sums, of whatever is in shared memory, are used by none.
 template <typename T>
 __device__ __forceinline__ void write_integer_chunk(const T* x, int64_t row_stride, int rows, int k, uint32_t to) {
   const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
@@ -70,6 +71,7 @@ __device__ __forceinline__ void write_integer_chunk(const T* x, int64_t row_stri
   }
 #pragma unroll
   for (int row = 0; row < kIntegerRows; ++row) {
+    if (row >= rows) return;
     float elements[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
