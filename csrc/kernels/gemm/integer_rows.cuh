@@ -53,13 +53,14 @@ __device__ __forceinline__ void to_digits(const int32_t (&integers)[4], uint32_t
   words[3] = __byte_perm(high[0], high[1], 0x7632);
 }
 
-// By a warp: writes a chunk of the rows of x, whose first k is at `x`. There are `k` from there on; others are 0.
+// By a warp: loads a chunk of the rows of x, whose first k is at `x`. There are `k` from there on, perhaps none;
+// others are 0.
 template <typename T>
-__device__ __forceinline__ void write_integer_chunk(const T* x, int64_t row_stride, int rows, int k, uint32_t to) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
-  // In a word of codes a lane's k are 2 t, 2 t + 16, 2 t + 1 and 2 t + 17 of its 32, or 8 more.
-  const int first = lane / 8 * 32 + lane / 4 % 2 * 8 + 2 * t;
-  uint32_t pairs[kIntegerRows][2];
+__device__ __forceinline__ void load_integer_chunk(const T* x, int64_t row_stride, int rows, int k,
+                                                   uint32_t (&pairs)[kIntegerRows][2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // In a word of codes a lane's k are 2 t, 2 t + 16, 2 t + 1 and 2 t + 17 of its 32, or 8 more; t is lane % 4.
+  const int first = lane / 8 * 32 + lane / 4 % 2 * 8 + lane % 4 * 2;
 #pragma unroll
   for (int row = 0; row < kIntegerRows; ++row) {
 #pragma unroll
@@ -68,8 +69,16 @@ __device__ __forceinline__ void write_integer_chunk(const T* x, int64_t row_stri
       pairs[row][i] = exists ? *reinterpret_cast<const uint32_t*>(x + row * row_stride + first + 16 * i) : 0;
     }
   }
+}
+
+// By a warp: writes the integers of a chunk. Rows that are not there are not written: their sums, of whatever is in
+// shared memory, are used by none.
+template <typename T>
+__device__ __forceinline__ void write_integer_chunk(const uint32_t (&pairs)[kIntegerRows][2], int rows, uint32_t to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
 #pragma unroll
   for (int row = 0; row < kIntegerRows; ++row) {
+    if (row >= rows) return;
     float elements[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

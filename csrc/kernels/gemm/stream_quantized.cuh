@@ -373,10 +373,21 @@ class QuantizedConsumer {
   // Turns the block's chunks of x into integers, with the other consumer warps.
   __device__ __forceinline__ void load_integers() const {
     const int consumers = p.row_warps * p.k_warps;
-    for (int chunk = warp_; chunk < block_.chunks; chunk += consumers) {
+    uint32_t pairs[kIntegerRows][2], next_pairs[kIntegerRows][2];
+    const auto load = [&](int chunk, uint32_t (&to)[kIntegerRows][2]) {
       const int first = (block_.first_chunk + chunk) * kPackedK;
-      write_integer_chunk(static_cast<const T*>(p.integer_x) + first, p.x_row_stride, p.rows, p.in_features - first,
-                          integers_of(chunk));
+      const int k = chunk < block_.chunks ? p.in_features - first : 0;
+      load_integer_chunk(static_cast<const T*>(p.integer_x) + first, p.x_row_stride, p.rows, k, to);
+    };
+    load(warp_, pairs);
+    for (int chunk = warp_; chunk < block_.chunks; chunk += consumers) {
+      load(chunk + consumers, next_pairs);  // on its way while this one is written
+      write_integer_chunk<T>(pairs, p.rows, integers_of(chunk));
+#pragma unroll
+      for (int row = 0; row < kIntegerRows; ++row) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) pairs[row][i] = next_pairs[row][i];
+      }
     }
     asm volatile("barrier.sync 1, %0;" ::"r"(32 * consumers) : "memory");
   }
