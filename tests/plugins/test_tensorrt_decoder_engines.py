@@ -531,8 +531,9 @@ def test_a_graph_of_decode_with_padding() -> None:
     graph = Graph(execution.stream, execution.enqueue)
     assert set(graph.node_types()) == {"Kernel"}
     graph.launch()
+    context = execution.results()["context"]  # waits for the stream
     before, conversation.cache = conversation.cache, execution.inputs["past"].download()
-    conversation.assert_right(execution.results()["context"], before, past_lengths)
+    conversation.assert_right(context, before, past_lengths)
 
 
 def test_a_present_with_memory_of_its_own_is_refused() -> None:
