@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from qwen_model.serving.engine_client import EngineClient
 from qwen_model.serving.stop_signals import StopSignals
 
 from .server_process import ServerProcess, child_processes
@@ -52,6 +55,20 @@ def test_signals_of_one_instant_come_one_by_one(numbers: tuple[int, ...]) -> Non
     assert [signal.getsignal(number) for number in numbers] == before
     os.close(reader)
     os.close(writer)
+
+
+def test_an_http_process_hears_that_the_engine_has_given_it_up() -> None:
+    async def run() -> bool:
+        ours, theirs = socket.socketpair()
+        client, ended = EngineClient(), asyncio.Event()
+        client.on_end = ended.set
+        await client.connect(ours)
+        assert client.alive
+        theirs.close()
+        await asyncio.wait_for(ended.wait(), AT_ONCE)
+        return client.alive
+
+    assert not asyncio.run(run())
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
@@ -143,51 +160,6 @@ def test_a_signal_ends_a_server_whose_log_nobody_reads(packaged_engine: Path) ->
         process.terminate()
         try:
             assert process.wait(AT_ONCE) == 0
-        finally:
-            process.kill()
-
-
-IMPATIENT = """
-import sys
-from functools import partial
-from pathlib import Path
-from qwen_model import load_engine
-from qwen_model.command_line import run_command
-from qwen_model.serving import engine_loop
-from qwen_model.serving.context import ServerLimits
-from qwen_model.serving.supervisor import ServerOptions, serve
-
-def load(folder):
-    engine_loop.MOST_UNSENT = 0
-    return load_engine(folder, device="cpu")
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    rest = ("127.0.0.1", 0, 2, (), (), (), ServerLimits(), 30.0, False)
-    run_command(lambda arguments: sys.exit(serve(ServerOptions(folder, "impatient", partial(load, folder), *rest))))
-"""
-
-
-@pytest.mark.server
-def test_an_http_process_that_the_engine_gives_up_ends_the_server(packaged_engine: Path, tmp_path: Path) -> None:
-    """Both HTTP processes are stopped until the one with the stream has been given up."""
-    script = tmp_path / "impatient.py"
-    script.write_text(IMPATIENT)
-    with subprocess.Popen([sys.executable, script, packaged_engine], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            url = re.search(r"at (http://\S+)", process.stderr.readline())
-            assert url is not None
-            _, *workers = child_processes(process.pid, "spawn_main")
-            body = {**ENDLESS, "n": 64, "logprobs": 20}
-            with httpx.stream("POST", f"{url[1]}/v1/completions", json=body, timeout=60) as response:
-                next(response.iter_lines())
-                for pid in workers:
-                    os.kill(pid, signal.SIGSTOP)
-                assert "does not read" in process.stderr.readline()
-                for pid in workers:
-                    os.kill(pid, signal.SIGCONT)
-                assert process.wait(AT_ONCE) == 1
         finally:
             process.kill()
 
