@@ -204,7 +204,8 @@ def _cpu_name() -> str:
 @cache
 def _gpu() -> str | None:
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    return _output(query)
+    found = _output(query)
+    return found.splitlines()[0] if found else found  # of several, which a machine has of one kind
 
 
 def commit() -> str | None:

@@ -219,15 +219,15 @@ def quantized_products_of_prompts() -> str:
 
 
 def times_of_quantized_prompts(weight_format: str) -> str:
-    """Return the time of GEMMs of quantized weights beside 16-bit ones and Machete's, for prompts, on an H200."""
-    layers = gemm_quantized.by_layer([r for r in read("h200/gemm_quantized") if r["format"] == weight_format])
+    """Return the time of GEMMs of quantized weights beside 16-bit ones, for prompts, on an H200."""
+    records = read("h200/gemm_quantized_without_peers")
+    layers = gemm_quantized.by_layer([r for r in records if r["format"] == weight_format])
     counts = gemm_quantized.PROMPT_ROWS
     rows = []
     for (layer, _), here in layers.items():
         if here.keys() >= set(counts):  # the output projection has one row for each sequence
             plain = {n: min(here[n][gemm_quantized.OURS_16_BIT], here[n][gemm.CUBLAS]) for n in counts}
-            times = [(here[n][OURS], plain[n], here[n]["Machete"]) for n in counts]
-            rows.append([layer, *(" / ".join(map(short, found)) for found in times)])
+            rows.append([layer, *(f"{short(here[n][OURS])} / {short(plain[n])}" for n in counts)])
     return markdown(["layer", *(f"{count} rows" for count in counts)], rows)
 
 
