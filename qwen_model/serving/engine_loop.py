@@ -25,7 +25,10 @@ from .wire import REQUEST_DECODER, Add, Ask, Cancel, Failed, Frame, Frames, Scor
 
 LOG = logging.getLogger(__name__)
 READ_SIZE = 1 << 18
-MOST_UNSENT = 1 << 26  # bytes to an HTTP process that does not read
+MOST_UNSENT = 1 << 24
+"""Bytes that may wait for an HTTP process; beyond, no step is run until it has read of them."""
+MOST_UNREAD_SECONDS = 10.0
+"""An HTTP process that is so far behind, and has read nothing for so long, is given up."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class _Peer:
     frames: Frames = field(default_factory=Frames)
     out: Frame = field(default_factory=Frame)
     unsent: bytearray = field(default_factory=bytearray)
+    last_sent: float = field(default_factory=time.monotonic)
     sequences: dict[int, Sequence] = field(default_factory=dict)
 
 
@@ -82,13 +86,20 @@ class EngineLoop:
         """Serve until every HTTP process has closed its connection."""
         while self._peers:
             waits_to_send = any(peer.unsent for peer in self._peers)
-            timeout = 0 if self._scheduler.has_work else 0.001 if waits_to_send else None
+            timeout = 0 if self._can_step() else 0.001 if waits_to_send else None
             for key, _ in self._selector.select(timeout):
                 self._receive(key.data)
-            if self._scheduler.has_work:
+            if self._can_step():
                 self._step()
             for peer in tuple(self._peers):
                 self._send(peer)
+
+    def _can_step(self) -> bool:
+        """Tell whether there is work, and no HTTP process is so far behind that the engine waits for it.
+
+        An HTTP process can be the slower one for long: with log-probabilities it writes much for each token.
+        """
+        return self._scheduler.has_work and all(len(peer.unsent) <= MOST_UNSENT for peer in self._peers)
 
     def _step(self) -> None:
         """Run one step; if the device fails, so do the requests that run, and the next ones begin anew."""
@@ -250,7 +261,7 @@ class EngineLoop:
         scoring.peer.out.answers.append(scored(scoring.request, sequence.logits))
 
     def _send(self, peer: _Peer) -> None:
-        """Send what there is without waiting; an HTTP process that stopped reading is dropped."""
+        """Send what there is without waiting; drop an HTTP process that does not read."""
         if peer.out.tokens or peer.out.answers:
             peer.unsent += framed(peer.out)
             peer.out = Frame()
@@ -259,12 +270,13 @@ class EngineLoop:
         try:
             sent = peer.connection.send(peer.unsent)
             del peer.unsent[:sent]
+            peer.last_sent = time.monotonic()
         except BlockingIOError:
             pass
         except OSError:
             self._drop(peer)
             return
-        if len(peer.unsent) > MOST_UNSENT:
+        if len(peer.unsent) > MOST_UNSENT and time.monotonic() - peer.last_sent > MOST_UNREAD_SECONDS:
             LOG.error("an HTTP process does not read: its requests are ended")
             self._drop(peer)
 
