@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,19 @@ START_SECONDS = 120
 
 
 class ServerProcess:
-    """Hold a running server; `log` is what it said on standard error so far."""
+    """Hold a running server; `log` is what it said on standard error so far.
 
-    def __init__(self, engine_dir: Path, *options: str, environment: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "qwen_model.serve", "--engine-dir", str(engine_dir), "--port", "0", *options]
+    program: Python's arguments that run the command.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *options: str,
+        program: Sequence[str] = ("-m", "qwen_model.serve"),
+        environment: dict[str, str] | None = None,
+    ):
+        command = [sys.executable, *program, "--engine-dir", str(engine_dir), "--port", "0", *options]
         self.process = subprocess.Popen(
             [*command, "--device", "cpu"],
             stderr=subprocess.PIPE,

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,14 @@ from qwen_model.serving.supervisor import ServerOptions, serve
 load = partial(time.sleep, 600)
 options = ServerOptions(Path(), "slow", load, "127.0.0.1", 0, 1, (), (), (), ServerLimits(), 30.0, False)
 run_command(lambda arguments: sys.exit(serve(options)))
+"""
+IMPATIENT = """
+from qwen_model.command_line import run_command
+from qwen_model.serve import main
+from qwen_model.serving import engine_loop
+engine_loop.MOST_UNSENT, engine_loop.MOST_UNREAD_SECONDS = 1 << 18, 0.5  # in the processes that are started, too
+if __name__ == "__main__":
+    run_command(main)
 """
 
 
@@ -98,9 +106,11 @@ def _wait(found: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _streaming(engine_dir: Path, **options: Any) -> Iterator[tuple[ServerProcess, Iterator[str]]]:
+def _streaming(
+    engine_dir: Path, *server_options: str, program: Sequence[str] = ("-m", "qwen_model.serve"), **options: Any
+) -> Iterator[tuple[ServerProcess, Iterator[str]]]:
     """Yield a server with a request that takes long, and the lines of its stream; no process may be left at the end."""
-    server = ServerProcess(engine_dir)
+    server = ServerProcess(engine_dir, *server_options, program=program)
     children = list(server.children())
     try:
         with server.http.stream("POST", "/v1/completions", json={**ENDLESS, **options}) as response:
@@ -162,6 +172,24 @@ def test_a_signal_ends_a_server_whose_log_nobody_reads(packaged_engine: Path) ->
             assert process.wait(AT_ONCE) == 0
         finally:
             process.kill()
+
+
+@pytest.mark.server
+def test_http_processes_that_do_not_read_end_the_server(packaged_engine: Path, tmp_path: Path) -> None:
+    """Only the one with the stream has anything to read: the other one learns of it by the end of the server."""
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    options = {"n": 64, "logprobs": 20}
+    with _streaming(packaged_engine, "--http-processes", "2", program=[str(script)], **options) as (server, lines):
+        workers = [pid for pid, part in server.children().items() if part == "http"]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        said = server.wait_for(lambda: "does not read" in server.log)
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert said, server.log
+        assert "the engine has ended" in list(lines)[-2]
+        assert server.process.wait(AT_ONCE) == 1
 
 
 # While the engine loads.
