@@ -153,11 +153,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _read_line() -> str | None:
-    """Read the user's next line; return None at the end of the input."""
+    """Read the user's next line that is not blank; return None at the end of the input."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        while not (line := input("> " if sys.stdin.isatty() else "")).strip():
+            pass
     except EOFError:
         return None
+    return line
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ def text(found: Inspection, every_layer: bool = False) -> str:
     formats = Counter(WeightFormat(**each).text for each in config["weight_formats"].values())
     if formats:
         lines.append("weights   " + "; ".join(f"{count} x {text}" for text, count in formats.items()))
+    if config["kv_cache_dtype"] != "auto":
+        lines.append(f"cache     {config['kv_cache_dtype']}")
     if found.linear_layers:
         lines += ["", "GEMM kernels of the linear layers, by the rows of x", *table(_kernel_rows(found.linear_layers))]
     if found.tensors:

@@ -336,6 +336,13 @@ def test_chat_s_system_message(talk, engine_dir, arguments, first):
     assert asked[0][0][0] == {"role": first, "content": arguments[1] if arguments else "hi"}
 
 
+def test_chat_skips_blank_lines(talk, engine_dir):
+    lines = ["", "one", " \t", "two", ""]
+    asked, status, _, _ = talk(lines, "--engine-dir", engine_dir, "--device", "cpu", "--max-new-tokens", 2)
+    typed = [messages[-1]["content"] for messages, _ in asked]
+    assert (status, typed, len(asked[-1][0])) == (0, ["one", "two"], 3)
+
+
 def test_chat_keeps_what_is_typed_text(talk, templates_dir, tmp_path):
     (tmp_path / "tools.json").write_text('[{"name": "f"}]')
     common = ("--engine-dir", templates_dir, "--device", "cpu", "--max-new-tokens", 2)

@@ -254,9 +254,10 @@ def test_the_command_that_builds_such_an_engine(tmp_path, plain_dir):
 def test_inspect_shows_the_formats(tmp_path, plain_dir):
     from qwen_model.evaluation.inspection import inspect_engine, text
 
-    build(plain_dir, tmp_path / "engine", quantization="int4", group_size=32)
-    shown = text(inspect_engine(str(tmp_path / "engine"), device="cpu"))
+    build(plain_dir, tmp_path / "engine", quantization="int4", group_size=32, kv_cache_dtype="fp8")
+    shown = text(inspect_engine(str(tmp_path / "engine"), device="cpu")).splitlines()
     assert "weights   8 x int4, groups of 32; 1 x int8, a scale per output" in shown
+    assert "cache     fp8" in shown
 
 
 def test_activation_aware(tmp_path, model_dir):
