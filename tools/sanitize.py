@@ -84,7 +84,7 @@ STREAM_FP8 = "test_every_variant and code_type2-True-swiglu-dtype1"
 TILES_INT8 = "test_every_variant and code_type0-False-swiglu-dtype0"
 TILES_FP8 = "test_every_variant and code_type2-True-None-dtype1"
 DEQUANTIZED = "many_rows and (4-dequantized-None-dtype0 or 8-dequantized-swiglu-dtype1)"
-TILES_QUANTIZED = "many_rows and (4-tiles_quantized:n128e-swiglu-dtype0 or 8-tiles_quantized:m192n128s3-None-dtype1)"
+TILES_QUANTIZED = "many_rows and (4-tiles_quantized:n128e-swiglu-dtype0 or 8-tiles_quantized:n256s3-None-dtype1)"
 PAGES = "(test_new_tokens or test_prompts) and 128 and 14 and (cache_dtype1 or cache_dtype2) and dtype1"
 ATTENTION = (
     "short_cache_meet or (whole_and_split and 128 and dtype0) or (prefill_after and 128 and dtype0) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,15 @@ def test_every_check_has_tests():
     found = subprocess.run([sys.executable, "-c", program], cwd=sanitize.ROOT, capture_output=True, text=True)
     statuses = [line.split() for line in found.stdout.splitlines() if line.split()[:1] and line.split()[0] in collect]
     assert statuses == [[name, "0"] for name in collect]
+
+
+def test_every_word_of_an_expression_is_in_the_name_of_a_test():
+    """An alternative that selects nothing would leave its kernel unchecked, and the others would hide that."""
+    files = sorted({f"{sanitize.TESTS}{name}.py" for check in sanitize.CHECKS.values() for name in check.tests})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", *files]
+    found = subprocess.run(command, cwd=sanitize.ROOT, capture_output=True, text=True, check=True)
+    names = [line.lower() for line in found.stdout.splitlines() if "::" in line]
+    for name, check in sanitize.CHECKS.items():
+        words = set(re.findall(r"[^\s()]+", check.expression.lower())) - {"and", "or", "not"}
+        own = [line for line in names if any(f"{sanitize.TESTS}{file}.py::" in line for file in check.tests)]
+        assert {word for word in words if not any(word in line for line in own)} == set(), name
