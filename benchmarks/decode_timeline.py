@@ -1,13 +1,13 @@
 """Record where the time of a torch decode step goes: each kernel of a layer, and the whole step by kind of kernel.
 
     python -m benchmarks.decode_timeline [--shape qwen-7b] [--batch-sizes 1 8 64]   # records; needs an NVIDIA GPU
-    python -m benchmarks.decode_timeline --quantization int4 --results FILE         # of quantized weights
+    python -m benchmarks.decode_timeline --quantization int4                        # of quantized weights
     python -m benchmarks.decode_timeline --draw                                   # draws; needs matplotlib alone
 
 Replays of the step's CUDA graph are traced with CUPTI through torch.profiler. With programmatic dependent launch
 kernels overlap: time is attributed to the oldest running kernel, so that kinds and gaps add up to the step. Tracing
 takes time itself; the time of a step without it is recorded, too. The floor is the bytes of weights and cache divided
-by 4.55 TB/s.
+by 4.55 TB/s. Results are a file, decode_timeline.json, with --quantization decode_timeline_int4.json and so on.
 """
 
 from __future__ import annotations
@@ -262,11 +262,14 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float16")
     add_quantization_arguments(parser)
-    parser.add_argument("--results", type=Path, default=RESULTS / "decode_timeline.json")
-    parser.add_argument("--picture", type=Path, default=IMAGES / "decode_timeline.svg")
+    parser.add_argument("--results", type=Path, help="default: decode_timeline[_QUANTIZATION].json, in results/")
+    parser.add_argument("--picture", type=Path, help="default: decode_timeline[_QUANTIZATION].svg, in docs/images/")
     parser.add_argument("--draw", action="store_true", help="draw recorded results instead of measuring")
     parser.set_defaults(kv_cache_dtype="auto")
     options = parser.parse_args()
+    name = "_".join(filter(None, ["decode_timeline", options.quantization]))
+    options.results = options.results or RESULTS / f"{name}.json"
+    options.picture = options.picture or IMAGES / f"{name}.svg"
     if options.draw:
         draw(json.loads(options.results.read_text(encoding="utf-8")), options.picture)
         return
