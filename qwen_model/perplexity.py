@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .command_line import (
-    DEFAULT_ENGINE_DIR,
     add_engine_arguments,
     add_verbose_argument,
+    given_option,
     open_engine,
     positive_integer,
     run_command,
@@ -37,6 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     show_log(options.verbose)
     text = None if options.text_file is None else read_text(options.text_file)
     if options.compare is not None:
+        if given_option(make_parser, ["engine_dir"], arguments):
+            raise QwenModelError(
+                f"--compare takes the place of --engine-dir: name {options.engine_dir} there, as the first"
+            )
         _compare(options, text)
         return
     if options.tokens is not None:
@@ -59,10 +63,6 @@ def _compare(options: argparse.Namespace, text: str | None) -> None:
     def load(engine: str) -> Session:
         return open_engine(argparse.Namespace(**{**vars(options), "engine_dir": engine}))
 
-    if options.engine_dir != DEFAULT_ENGINE_DIR:
-        raise QwenModelError(
-            f"--compare takes the place of --engine-dir: name {options.engine_dir} there, as the first"
-        )
     if len(options.compare) < 2:
         raise QwenModelError(f"--compare takes two engines or more, given {options.compare[0]} alone")
     for engine in options.compare:
