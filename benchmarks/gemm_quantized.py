@@ -9,8 +9,8 @@ into docs/images. Marlin and Machete are those of an installed vLLM (0.22), humm
 with `cuda-bindings`); those that cannot be imported, or called, are left out. `--peers` without a name leaves out all.
 
 Activations are float16, but bfloat16 for Marlin: vLLM's wheel has machine code of its float16 kernels for compute
-capability 8.0 alone, so that at the first call an H100's driver would compile all 75 kernels of a format, which takes
-tens of seconds; of its bfloat16 kernels it has machine code for 9.0 too.
+capability 8.0 alone, so that an H100's driver would compile those of a format at the first call; of its bfloat16
+kernels it has machine code for 9.0 too.
 
 Each figure is the median over replays of a CUDA graph, of one GEMM among many of the same shape, which rotate over so
 many weights that none is still in the L2 cache. Ours, with quantized weights and with 16-bit ones, are the fastest
