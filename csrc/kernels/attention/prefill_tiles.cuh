@@ -383,6 +383,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) attend_tile(const __grid_c
   TileAttention<T, Shape> attention(tile.first_position + first_row, p.softmax_scale * kLog2E);
   load_rows<T, Shape, Shape::kRows>(shared_queries, static_cast<const T*>(p.queries) + first_element, context_stride,
                                     tile.num_rows);
+  cp_async_commit();  // codes, which are not loaded with cp.async, commit nothing
   load_cached(shared_keys, 0, 0);
   for (int first = 0; first < num_keys; first += Shape::kKeys) {
     const bool sees_keys = first <= last_position;
