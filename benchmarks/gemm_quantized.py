@@ -672,7 +672,7 @@ def plot(records: list[dict[str, Any]], bandwidth: float, path: Path, title: str
             axis.set_ylim(0, 105)
             axis.get_legend().remove()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper left", ncols=5, fontsize=8)
-    save_figure(figure, title, path, dpi=80)
+    save_figure(figure, f"{title}\n", path, dpi=80)  # the second line leaves room for the legend's second row
 
 
 def main() -> None:

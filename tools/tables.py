@@ -220,7 +220,7 @@ def quantized_products_of_prompts() -> str:
 
 def times_of_quantized_prompts(weight_format: str) -> str:
     """Return the time of GEMMs of quantized weights beside 16-bit ones, for prompts, on an H200."""
-    records = read("h200/gemm_quantized_without_peers")
+    records = read("h200/gemm_quantized")
     layers = gemm_quantized.by_layer([r for r in records if r["format"] == weight_format])
     counts = gemm_quantized.PROMPT_ROWS
     rows = []
