@@ -33,6 +33,11 @@ def reference(x, weight, bias, activation):
     return silu * up, 1.1 * gate_size * up.abs() + silu.abs() * up_size
 
 
+def runs_hopper_kernels() -> bool:
+    """Whether GEMMs run in Hopper's kernels: a build for other architectures alone runs on Hopper too, without them."""
+    return launch.has_hopper_kernels() and torch.cuda.get_device_capability()[0] == 9
+
+
 def measure_undisturbed(**options):
     """Return each kernel's least time of several measurements: other processes on the GPU make some longer."""
     measurements = [tuning.measure(**options) for _ in range(5)]

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_plugins
-from tests.qwen_plugins.gemm_reference import ACTIVATIONS, DEVICES, DTYPES, HALF_TYPES, make, reference
+from tests.qwen_plugins.gemm_reference import (
+    ACTIVATIONS,
+    DEVICES,
+    DTYPES,
+    HALF_TYPES,
+    make,
+    reference,
+    runs_hopper_kernels,
+)
 
 
 def check(x, weight, bias=None, activation=None, *, intermediate=None, **options):
@@ -54,13 +62,6 @@ def test_matches_float64(device, dtype, activation, in_features, out_features):
             check(x, weight, b, activation)
 
 
-def has_hopper_kernels() -> bool:
-    """Whether the build has them: one for other architectures alone runs on Hopper too, and rounds more often."""
-    from qwen_plugins import launch
-
-    return launch.has_hopper_kernels()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -81,7 +82,7 @@ def test_long_rows_match_float64(dtype, activation, in_features, out_features):
     [(40000, 848), (18944, 1784), (8232, 4104), (4096, 12288), (1000, 34008), (136, 250008)],
 )
 def test_tens_of_rows_match_float64(dtype, activation, in_features, out_features):
-    on_hopper = has_hopper_kernels() and torch.cuda.get_device_capability()[0] == 9
+    on_hopper = runs_hopper_kernels()
     for rows in (17, 24, 32, 33, 48, 49, 63, 64, 65):
         # The kernel of stream_hopper.cu rounds once: the test fails if one of 40,000 columns of k is missing.
         intermediate = 2.0**-17 if on_hopper and rows <= 64 else None
@@ -110,8 +111,7 @@ def test_tens_of_rows_match_float64(dtype, activation, in_features, out_features
 def test_hundreds_of_rows_match_float64(dtype, in_features, rows, out_features, activation):
     # The kernel rounds once: the test fails for cuBLASLt's GEMM, rounded before SwiGLU, and without one column of k.
     # With fewer multiprocessors other sizes are cuBLASLt's.
-    device = torch.cuda.get_device_properties()
-    on_hopper = has_hopper_kernels() and (device.major, device.multi_processor_count) == (9, 132)
+    on_hopper = runs_hopper_kernels() and torch.cuda.get_device_properties().multi_processor_count == 132
     intermediate = 2.0**-17 if on_hopper else None
     x, weight, bias = operands(rows, in_features, out_features, dtype, "cuda", rows % 2 > 0, activation)
     out = torch.full((rows * out_features + 64,), torch.nan, dtype=dtype, device="cuda")
