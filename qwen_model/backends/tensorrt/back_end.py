@@ -238,6 +238,11 @@ def load_probe(
             f"{engine_dir} shows no results but its logits: give --model-dir, so that an engine that shows them can be "
             "built of the same checkpoint"
         )
+    if compat.MAJOR < 10 and "rotary" in config.disabled_plugins:  # 8.6.0, of every architecture and type
+        raise QwenModelError(
+            f"{engine_dir} was built with --disable-plugin rotary, and TensorRT {trt.__version__} builds no such engine"
+            " that shows its results: compare one that was built without this option"
+        )
     read, index = read_weight, device_index(device, NEEDS_GPU)
 
     def build(prompt_length: int, isolated: bool) -> ObservedDevice:
