@@ -129,7 +129,8 @@ def text(found: Inspection, every_layer: bool = False) -> str:
     ]
     formats = Counter(WeightFormat(**each).text for each in config["weight_formats"].values())
     if formats:
-        lines.append("weights   " + "; ".join(f"{count} x {text}" for text, count in formats.items()))
+        quantized = "; ".join(f"{count} x {text}" for text, count in formats.items())
+        lines.append(f"weights   {quantized}; others {config['dtype']}")  # the embedding and norms, at least
     if config["kv_cache_dtype"] != "auto":
         lines.append(f"cache     {config['kv_cache_dtype']}")
     if found.linear_layers:

@@ -256,7 +256,7 @@ def test_inspect_shows_the_formats(tmp_path, plain_dir):
 
     build(plain_dir, tmp_path / "engine", quantization="int4", group_size=32, kv_cache_dtype="fp8")
     shown = text(inspect_engine(str(tmp_path / "engine"), device="cpu")).splitlines()
-    assert "weights   8 x int4, groups of 32; 1 x int8, a scale per output" in shown
+    assert "weights   8 x int4, groups of 32; 1 x int8, a scale per output; others float32" in shown
     assert "cache     fp8" in shown
 
 
