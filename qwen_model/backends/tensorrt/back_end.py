@@ -238,7 +238,7 @@ def load_probe(
             f"{engine_dir} shows no results but its logits: give --model-dir, so that an engine that shows them can be "
             "built of the same checkpoint"
         )
-    if compat.MAJOR < 10 and "rotary" in config.disabled_plugins:  # 8.6.0, of every architecture and type
+    if compat.MAJOR < 10 and "rotary" in config.disabled_plugins:  # 8.6.0 built none of five
         raise QwenModelError(
             f"{engine_dir} was built with --disable-plugin rotary, and TensorRT {trt.__version__} builds no such engine"
             " that shows its results: compare one that was built without this option"
