@@ -192,7 +192,7 @@ def test_requests_are_in_the_engine_at_a_time(stream: Stream, session: qwen_mode
     stream.read()
     short = stream.send(text_input="y", stream=True, max_tokens=3, ignore_eos=True, temperature=0.0)
     stream.read_all()
-    assert long.times[0] < short.times[0] < short.times[-1] < long.times[-1]
+    assert long.times[0] < short.times[0] <= short.times[-1] < long.times[-1]  # a response can have several tokens
     assert len(long.ids) == 100
     draw = random.Random(1)
     cases = [(draw.choice(PROMPTS), draw.randint(1, 30), draw.random() < 0.5) for _ in range(24)]
@@ -212,6 +212,7 @@ def test_a_client_that_goes_away_frees_its_sequences(triton: TritonProcess) -> N
         while sum(bool(answer.texts) for answer in gone.answers) < SLOTS or not gone.answers[0].error:
             gone.read()
         assert gone.answers[0].error == "64 requests are waiting already: try again later"
+        time.sleep(0.5)  # not at the moment of that last response: see Stream.close
     end = time.monotonic() + 20
     while not (answer := triton.generate(text_input="x", max_tokens=1)).is_success and time.monotonic() < end:
         time.sleep(0.1)
